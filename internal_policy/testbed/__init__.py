@@ -1,0 +1,1 @@
+"""The embedded default: two small language models and the arithmetic that they solve."""
