@@ -1,0 +1,21 @@
+"""Capture residual states as the forward pass makes them, and reduce them to numbers."""
+
+from __future__ import annotations
+
+from internal_policy.capture.hooks import HookExtractor, residual_hooks
+from internal_policy.capture.reduce import QUANTITIES, Reducer, TokenValues, reduce_responses
+from internal_policy.capture.states import Batch, Extractor, LayerStates
+from internal_policy.capture.verify import verify
+
+__all__ = [
+    "QUANTITIES",
+    "Batch",
+    "Extractor",
+    "HookExtractor",
+    "LayerStates",
+    "Reducer",
+    "TokenValues",
+    "reduce_responses",
+    "residual_hooks",
+    "verify",
+]

@@ -1,0 +1,58 @@
+"""What a backend hands over, and the one protocol that every backend follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from internal_policy.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """The residual states of one layer at the analysed positions; every tensor is [n, d]."""
+
+    layer: int
+    """l, counted from 1."""
+    residual_in: Tensor
+    """H^{l-1}: what the layer receives."""
+    attention_in: Tensor
+    """LN_in(H(2l-2)): what the attention module receives."""
+    attention_write: Tensor
+    """A^l: what the attention adds to the stream."""
+    ffn_in: Tensor
+    """LN_mid(H(2l-1)): what the FFN receives."""
+    ffn_write: Tensor
+    """F^l: what the FFN adds to the stream."""
+    residual_out: Tensor
+    """H^l."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of several sequences, padded to one length."""
+
+    input_ids: Tensor
+    """[B, T] ids."""
+    attention_mask: Tensor
+    """[B, T] 1 for tokens, 0 for padding."""
+    positions: Tensor
+    """[n] flat indices into B * T of the analysed states."""
+
+
+class Extractor(Protocol):
+    """A backend: it runs the model on a batch and hands each layer's states over as the forward pass makes them."""
+
+    model: LanguageModel
+
+    def run(self, batch: Batch, consume: Callable[[LayerStates], None]) -> None:
+        """Run the decoder once; ``consume`` is called for layers 1..L in order.
+
+        Args:
+            batch: what to run, and the positions whose states are wanted.
+            consume: reduces the states of one layer; they are freed when it returns.
+        """
+        ...

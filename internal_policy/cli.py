@@ -1,0 +1,192 @@
+"""The command line: parse, make a configuration, one call into the package, show the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from internal_policy import __version__
+from internal_policy.config import DTYPES, AnalyzeConfig, Lens
+from internal_policy.errors import UserError
+from internal_policy.prompts import TEMPLATES
+
+DATA = Path("data/analyses")
+FIGURES = Path("figures")
+DEFAULTS = AnalyzeConfig()
+
+app = typer.Typer(
+    name="internal-policy",
+    help="Internal policies of language models: entropies, target layer, figures (arXiv 2512.19673v3).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class LensChoice(str, Enum):
+    """The lens, as the command line spells it."""
+
+    POLICY = "policy"
+    LOGIT_LENS = "logit-lens"
+
+
+# typer carries a click of its own in some versions: this is the one name of its usage errors that holds in all.
+UsageError = typer.BadParameter.__bases__[0]
+
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"internal-policy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub data set id, or a parquet, jsonl or json file. [default: MATH-500; testbed for an embedded model]"
+        ),
+    ] = None,
+    prompts_split: Annotated[
+        str | None, typer.Option(help="Split of a hub data set. [default: test if there is one, else the first]")
+    ] = None,
+    responses: Annotated[
+        str | None, typer.Option(help="Ready responses (jsonl, json, parquet) to analyse instead of sampling.")
+    ] = None,
+    max_responses: Annotated[
+        int | None, typer.Option(help="At most so many responses. [default: 256 sampled, or all that are given]")
+    ] = DEFAULTS.max_responses,
+    samples_per_prompt: Annotated[int, typer.Option(help="Responses sampled per prompt.")] = DEFAULTS.samples_per_prompt,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a response.")] = DEFAULTS.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
+    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
+    lens: Annotated[LensChoice, typer.Option(help="Without or with the final norm.")] = LensChoice(DEFAULTS.lens),
+    batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = DEFAULTS.seed,
+    keep_tokens: Annotated[int, typer.Option(help="Keep every token's values for so many responses.")] = DEFAULTS.keep_tokens,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=f"Directory for results. [default: {DATA}, figures in {FIGURES}]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
+    options: dict[str, Any] = {
+        "prompts_split": prompts_split,
+        "max_responses": max_responses,
+        "samples_per_prompt": samples_per_prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "template": template,
+        "lens": lens.value,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "keep_tokens": keep_tokens,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
+    for name in model:
+        AnalyzeConfig(model=name, prompts=prompts, responses=responses, **options)
+    _quiet_libraries(debug)
+    from internal_policy import models, pipeline, terminal
+
+    for name in model:
+        models.check(name, revision=revision, trust_remote_code=trust_remote_code)
+    root = output or DATA
+    analyses = []
+    for name in model:
+        analysis = pipeline.analyze(
+            name, prompts=prompts, responses=responses, output=root, overwrite=overwrite, **options
+        )
+        terminal.show(analysis)
+        analyses.append(analysis)
+    _draw(analyses, FIGURES if output is None else root / "figures")
+
+
+@app.command()
+def figures(
+    analysis: Annotated[list[Path], typer.Argument(help="Directories that analyze wrote; one panel each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for figures.")] = FIGURES,
+    debug: DebugOption = False,
+) -> None:
+    """Redraw the figures of one or more analyses from disk, without a model."""
+    from internal_policy.results import load_analysis
+
+    _draw([load_analysis(path) for path in analysis], output)
+
+
+def _draw(analyses: list[Any], root: Path) -> None:
+    from internal_policy import figures as drawing
+    from internal_policy import terminal
+
+    directory = root / "--".join(dict.fromkeys(a.path.name for a in analyses))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = drawing.save_all(analyses, directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another --output") from error
+    terminal.list_files("figures", paths)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Leave the terminal to our own progress and table; warnings of the libraries still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    if not debug:
+        transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line: exit code 2 and one line for an error that the user can mend, 130 for an interrupt."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except UsageError as error:
+        _fail(f"{error.format_message()} See internal-policy COMMAND --help")
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted; the same command goes on where it stopped", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The settings of an analysis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from internal_policy.errors import UserError
+from internal_policy.prompts import TEMPLATES
+
+Lens = Literal["policy", "logit-lens"]
+"""``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_RESPONSES = 256
+
+_ONE_OF = {"lens": get_args(Lens), "template": TEMPLATES, "dtype": DTYPES}
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """What to analyse and how. Every field is an option of ``internal-policy analyze``."""
+
+    model: str = "testbed/qwen3"
+    """Hub id, local directory, or an embedded model (testbed/qwen3, testbed/llama)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    prompts: str | None = None
+    """Hub data set id, or a parquet, jsonl or json file; MATH-500, or the built-in tasks for an embedded model."""
+    prompts_split: str | None = None
+    """Split of a hub data set: test where there is one, else the first."""
+    responses: str | None = None
+    """Ready responses (jsonl, json, parquet) instead of prompts."""
+    max_responses: int | None = None
+    """Analyse at most so many responses: 256 when they are sampled, all when they are given."""
+    samples_per_prompt: int = 1
+    """Responses sampled for each prompt."""
+    max_new_tokens: int = 1024
+    """At most so many tokens a response."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
+    template: str = "chat"
+    """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
+    lens: str = "policy"
+    """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
+    batch_size: int = 16
+    """Sequences run together; it does not change the result."""
+    dtype: str = "auto"
+    """auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16."""
+    device: str = "auto"
+    """auto (cuda, mps, cpu) or a torch device."""
+    seed: int = 0
+    """Seed of the sampling and of the bootstrap."""
+    keep_tokens: int = 8
+    """Keep the values of every token for the first so many responses."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Check each field by itself.
+
+        Raises:
+            UserError: a value out of range; the message states it and the rule.
+        """
+        for field, choices in _ONE_OF.items():
+            if getattr(self, field) not in choices:
+                raise UserError(f"{_flag(field)} is {getattr(self, field)!r}; needed is one of {', '.join(choices)}")
+        for field, low in (
+            ("max_responses", 1),
+            ("samples_per_prompt", 1),
+            ("max_new_tokens", 1),
+            ("temperature", 0),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("keep_tokens", 0),
+        ):
+            value = getattr(self, field)
+            if value is not None and not low <= value < float("inf"):
+                raise UserError(f"{_flag(field)} is {value}; needed is a number of at least {low}")
+        if self.prompts is not None and self.responses is not None:
+            raise UserError("both --prompts and --responses were given; give prompts to sample from, or ready responses")
+        if self.responses is not None and self.samples_per_prompt != 1:
+            raise UserError("--samples-per-prompt was given with --responses, from which nothing is sampled; leave it out")
+
+    @property
+    def slug(self) -> str:
+        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3``."""
+        path = Path(self.model)
+        parts = path.resolve().parts[-2:] if path.exists() else tuple(self.model.split("/"))
+        name = "--".join(p for p in parts if p not in {"/", ""})
+        name += f"@{self.revision}" if self.revision else ""
+        return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the numbers: all but where and in what portions the work is done.
+
+        Returns:
+            JSON-able fields.
+        """
+        fields = asdict(self)
+        for name in ("batch_size", "device"):
+            del fields[name]
+        return fields
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")

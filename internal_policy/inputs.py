@@ -1,0 +1,75 @@
+"""What is analysed: ready responses, or requests to sample them; read and checked before anything long begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.generation import Request, check_prompt_lengths
+from internal_policy.models import LanguageModel
+from internal_policy.prompts import MATH_500, TESTBED, read_prompts, render
+from internal_policy.responses import Response, check_responses, read_responses
+
+PromptSource = str | Sequence[str | Mapping[str, Any]]
+ResponseSource = str | Path | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is analysed: ready responses, or requests to sample them."""
+
+    requests: list[Request]
+    responses: list[Response]
+    reward: Callable[[str, str], bool] | None = None
+
+    def digest(self) -> str:
+        """A digest of all ids, so that a changed file of the same name is noticed."""
+        ids = [r.prompt_ids for r in self.requests] + [[r.prompt_length, *r.input_ids] for r in self.responses]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def gather_inputs(
+    config: AnalyzeConfig,
+    model: LanguageModel,
+    prompts: PromptSource | None = None,
+    responses: ResponseSource | None = None,
+) -> Inputs:
+    """Read and check what is to be analysed, before anything long begins.
+
+    Args:
+        config: the settings.
+        model: the model that will read it.
+        prompts: where the prompts come from; the default for this model where both are None.
+        responses: ready responses.
+
+    Returns:
+        Requests to sample, or responses.
+
+    Raises:
+        UserError: bad input.
+    """
+    if responses is not None:
+        ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
+        check_responses(ready, model.vocab_size, model.max_length)
+        return Inputs([], ready)
+    source = prompts if prompts is not None else TESTBED if config.model.startswith("testbed/") else MATH_500
+    wanted = config.max_responses or DEFAULT_RESPONSES
+    needed = -(-wanted // config.samples_per_prompt)
+    requests = [
+        Request(prompt, ids, number, sample_index)
+        for number, prompt in enumerate(read_prompts(source, split=config.prompts_split, limit=needed))
+        for ids in [render(prompt, config.template, model.tokenizer)]
+        for sample_index in range(config.samples_per_prompt)
+    ][:wanted]
+    check_prompt_lengths(requests, model)
+    reward = None
+    if source == TESTBED:
+        from internal_policy.testbed import tasks
+
+        reward = tasks.check
+    return Inputs(requests, [], reward)

@@ -1,0 +1,19 @@
+"""Load a causal LM and know its parts: the family table, the unembedding's projection."""
+
+from __future__ import annotations
+
+from internal_policy.models.families import FAMILIES, Family, family_of
+from internal_policy.models.loading import LanguageModel, check, choose_device, load, wrap
+from internal_policy.models.projection import Projection
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LanguageModel",
+    "Projection",
+    "check",
+    "choose_device",
+    "family_of",
+    "load",
+    "wrap",
+]

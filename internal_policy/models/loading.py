@@ -1,0 +1,287 @@
+"""Load a causal language model, by hub id, directory or embedded name, with one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from internal_policy import testbed
+from internal_policy.config import DTYPES
+from internal_policy.errors import UserError
+from internal_policy.models.families import Family, family_of
+from internal_policy.models.projection import Projection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer, its row of the family table and its projection."""
+
+    name: str
+    """What the user called it."""
+    revision: str | None
+    """The hub's commit, or the revision that the user named."""
+    model: nn.Module
+    """The transformers model, in evaluation mode."""
+    tokenizer: Any
+    """Its tokenizer."""
+    family: Family
+    """Where its parts are."""
+    projection: Projection
+    """E_u with the model's own transform of logits, and LN_final."""
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers; layer l of the paper is ``layers[l - 1]``."""
+        layers: nn.ModuleList = operator.attrgetter(self.family.layers)(self.model)
+        return layers
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder without the unembedding."""
+        backbone: nn.Module = operator.attrgetter(self.family.backbone)(self.model)
+        return backbone
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of E_u."""
+        return int(self.projection.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.projection.weight.dtype
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model has positions for."""
+        length = getattr(self.config, "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def fingerprint(self) -> str:
+        """A digest of the weights: names, shapes and a sample of each tensor. It tells checkpoints apart.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve ``auto`` to cuda, mps or cpu, and check that a named device is there.
+
+    Args:
+        device: ``auto`` or a torch device.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used here ({_first_line(error)}); use auto or cpu") from error
+    return chosen
+
+
+def wrap(model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LanguageModel:
+    """Describe a transformers model that is already in memory.
+
+    Args:
+        model: a causal LM of a supported family.
+        tokenizer: its tokenizer.
+        name: what to call it; its ``name_or_path`` where not given.
+        revision: the hub's commit, where known.
+
+    Returns:
+        The model with its parts found. The model itself is put in evaluation mode and not changed otherwise.
+
+    Raises:
+        UserError: unsupported family.
+    """
+    name = name or getattr(model, "name_or_path", "") or type(model).__name__
+    family = family_of(model.config.model_type, name)
+    head = operator.attrgetter(family.unembedding)(model)
+    softcap = getattr(model.config, family.logit_softcap) if family.logit_softcap else None
+    projection = Projection(
+        weight=head.weight.detach(),
+        bias=head.bias.detach() if head.bias is not None else None,
+        softcap=softcap,
+        final_norm=operator.attrgetter(family.final_norm)(model),
+    )
+    return LanguageModel(name, revision, model.eval(), tokenizer, family, projection)
+
+
+def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """Check that a name stands for a causal LM of a supported family, without loading its weights.
+
+    Args:
+        name: hub id, local directory, or an embedded model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        What transformers loads it from, and its configuration.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
+    """
+    from transformers import AutoConfig
+
+    where = _resolve(name, revision)
+    with _told_in_one_line(name, "its config.json"):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_other_architectures(config, name)
+    family_of(config.model_type, name)
+    return where, config
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal LM and its tokenizer from safetensors.
+
+    Args:
+        name: hub id, local directory, or an embedded model (``testbed/qwen3``, ``testbed/llama``).
+        revision: branch, tag or commit on the hub.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda, float32 elsewhere.
+        device: ``auto`` (cuda, mps, cpu) or a torch device.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        The model on its device, in evaluation mode.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = choose_device(device)
+    where, config = check(name, revision=revision, trust_remote_code=trust_remote_code)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        dtype = "auto" if target.type == "cuda" else "float32"
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _told_in_one_line(name, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    with _told_in_one_line(name, "its weights"):
+        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, use_safetensors=True, **options)
+        model = model.to(target)
+    return wrap(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
+
+
+def _resolve(name: str, revision: str | None) -> str:
+    """Turn an embedded name into its directory and check a local directory for what loading needs."""
+    if name.split("/")[0] == "testbed" and not Path(name).exists():
+        return str(testbed.path(name))
+    directory = Path(name)
+    if not directory.exists():
+        if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id")
+        return name
+    if not directory.is_dir():
+        raise UserError(f"{name}: is a file; give the directory that holds config.json and *.safetensors")
+    if revision is not None:
+        raise UserError(f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)")
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise UserError(
+                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is read. "
+                "Convert with model.save_pretrained(directory)"
+            )
+        raise UserError(f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)")
+    return str(directory)
+
+
+def _refuse_other_architectures(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {config.model_type} is an encoder-decoder model; needed is a decoder-only causal LM")
+    architectures = getattr(config, "architectures", None) or []
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal):
+        what = architectures[0] if architectures else config.model_type
+        raise UserError(f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM")
+
+
+@contextmanager
+def _told_in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise on a bad name, file or network into one line."""
+    from huggingface_hub import errors as hub
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"{name}: out of memory while loading {what}; use --dtype bfloat16 or a smaller model") from error
+    except SafetensorError as error:
+        raise UserError(f"{name}: broken safetensors file ({_first_line(error)}); download or save it again") from error
+    except (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, hub.HfHubHTTPError) as error:
+        raise UserError(f"{name}: cannot load {what}: {_explain(name, error)}") from error
+
+
+def _explain(name: str, error: BaseException) -> str:
+    text = _first_line(error)
+    if Path(name).exists():
+        return f"{text.rstrip('.')}; save the model again with save_pretrained"
+    lowered = str(error).lower()
+    if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
+        return "the repository has no safetensors weights (pickle only?); only safetensors is read"
+    if "gated" in lowered or "401" in lowered or "403" in lowered:
+        return "access is restricted; log in with `hf auth login` and accept the model's terms on the hub"
+    if "trust_remote_code" in lowered:
+        return "it needs code from its repository; read that code, then pass --trust-remote-code"
+    return f"no such model on the hub, or no network ({text.rstrip('.')}); check the name, or give a local directory"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,72 @@
+"""The projection of a state by the unembedding, with the model's own transform of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internal_policy.config import Lens
+from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropy
+
+
+@dataclass(frozen=True)
+class Projection:
+    """E_u and what the model does to the logits: soft cap, scale and bias belong to the projection."""
+
+    weight: Tensor
+    """[V, d] unembedding matrix E_u."""
+    bias: Tensor | None = None
+    """[V] bias of the unembedding."""
+    scale: float = 1.0
+    """Factor on the logits."""
+    softcap: float | None = None
+    """c in ``c * tanh(logits / c)``."""
+    final_norm: Callable[[Tensor], Tensor] = lambda states: states
+    """LN_final."""
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    """Bytes of working memory of an entropy."""
+
+    def entropy(self, states: Tensor) -> Tensor:
+        """Entropy of the policy of each state.
+
+        Args:
+            states: [N, d].
+
+        Returns:
+            [N] nats, float32. Source: arXiv 2512.19673v3, eq. 7.
+        """
+        return policy_entropy(
+            states.to(self.weight.device),
+            self.weight,
+            self.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            memory_budget=self.memory_budget,
+        )
+
+    def through(self, lens: Lens, states: Tensor) -> Tensor:
+        """Apply a lens: nothing for ``policy``, LN_final for ``logit-lens``.
+
+        Args:
+            lens: ``policy`` (arXiv 2512.19673v3, eqs. 5-6) or ``logit-lens``.
+            states: [N, d].
+
+        Returns:
+            [N, d] what E_u projects.
+        """
+        return states if lens == "policy" else self.final_norm(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits in the states' dtype, as the model computes them; for a few states only.
+
+        Args:
+            states: [N, d].
+
+        Returns:
+            [N, V].
+        """
+        logits = torch.nn.functional.linear(states.to(self.weight.device), self.weight, self.bias) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

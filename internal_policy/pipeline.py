@@ -1,0 +1,251 @@
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, target layer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from internal_policy import statistics, tables
+from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValues, reduce_responses, verify
+from internal_policy.config import AnalyzeConfig
+from internal_policy.errors import UserError
+from internal_policy.generation import Request, sample
+from internal_policy.inputs import Inputs, PromptSource, ResponseSource, gather_inputs
+from internal_policy.memory import halving
+from internal_policy.models import LanguageModel, load, wrap
+from internal_policy.progress import progress
+from internal_policy.prompts import Prompt
+from internal_policy.responses import Response
+from internal_policy.results import MANIFEST, Analysis, load_analysis
+from internal_policy.selection import select_layer
+from internal_policy.workspace import Arrays, Workspace, differences
+
+logger = logging.getLogger(__name__)
+
+_MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16, or another --device"
+_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
+
+
+def analyze(
+    model: Any = "testbed/qwen3",
+    *,
+    tokenizer: Any = None,
+    prompts: PromptSource | None = None,
+    responses: ResponseSource | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Analysis:
+    """Analyse the internal policies of one causal language model.
+
+    Args:
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model.
+        tokenizer: the tokenizer of a model given as an object.
+        prompts: hub data set id, parquet, jsonl or json file, or a list of texts or of records with a ``prompt``.
+        responses: ready responses instead: a jsonl, json or parquet file or a list of records (see ``read_responses``).
+        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
+            Without it nothing is written.
+        overwrite: start over where the output directory holds another analysis.
+        **options: the further fields of ``AnalyzeConfig``.
+
+    Returns:
+        The analysis, with its tables as DataFrames.
+
+    Raises:
+        UserError: bad input; the message says what to do.
+    """
+    known = {f.name for f in fields(AnalyzeConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    in_memory = not isinstance(model, (str, Path))
+    if in_memory and tokenizer is None:
+        raise UserError("a model object was given without its tokenizer; pass tokenizer=")
+    name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
+    config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    opened = wrap(model, tokenizer, name) if in_memory else None
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
+            return replace(_run(config, opened, prompts, responses, Path(scratch) / "run", False), path=None)
+    return _run(config, opened, prompts, responses, Path(output) / config.slug, overwrite)
+
+
+def _label(source: Any) -> str | None:
+    """What the settings call a source: its name, or how many records were given."""
+    if source is None or isinstance(source, str):
+        return source
+    return str(source) if isinstance(source, Path) else f"{len(source)} given"
+
+
+def _run(
+    config: AnalyzeConfig,
+    opened: LanguageModel | None,
+    prompts: PromptSource | None,
+    responses: ResponseSource | None,
+    directory: Path,
+    overwrite: bool,
+) -> Analysis:
+    finished = None if overwrite else _finished(config, directory)
+    workspace = Workspace(directory)
+    if finished is None:
+        workspace.prepare(overwrite)
+    started = time.perf_counter()
+    model = opened or load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    extractor = HookExtractor(model)
+    verify(extractor)
+    load_seconds = time.perf_counter() - started
+    inputs = gather_inputs(config, model, prompts, responses)
+    identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    if finished is not None:
+        if differing := differences(finished.config, identity):
+            raise UserError(_in_use(directory, differing))
+        workspace.close()
+        logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
+        return finished
+    if workspace.open(identity):
+        logger.warning("%s: going on with an unfinished analysis", directory)
+    sampled = _generate(config, model, inputs, workspace)
+    captured = _capture(config, extractor, sampled, workspace)
+    timings = {"load": round(load_seconds, 3)}
+    for stage in ("generate", "capture"):
+        timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
+    analysis = _assemble(config, model, sampled, captured, identity, timings)
+    analysis = replace(analysis, path=analysis.save(directory))
+    workspace.close()
+    return analysis
+
+
+def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
+    """The analysis that is already there; refused before the model is loaded where its settings differ."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    analysis = load_analysis(directory)
+    wanted = json.loads(json.dumps(config.decisive()))
+    if differing := differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
+        raise UserError(_in_use(directory, differing))
+    return analysis
+
+
+def _in_use(directory: Path, differing: str) -> str:
+    return (
+        f"{directory}: already holds an analysis with other settings ({differing}); choose another --output directory, "
+        "or add --overwrite to start over"
+    )
+
+
+def _batches(lengths: Sequence[int], size: int, done: set[int]) -> Iterator[list[int]]:
+    """Indices in batches of similar length, without those that are done; the longest first, to fail early."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), size):
+        if batch := [i for i in order[start : start + size] if i not in done]:
+            yield batch
+
+
+def _generate(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, workspace: Workspace) -> list[Response]:
+    if not inputs.requests:
+        return inputs.responses
+    found: dict[int, Response] = {}
+    for shard in workspace.shards("generate"):
+        found |= {int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)}
+
+    def run(requests: Sequence[Request]) -> list[Response]:
+        return sample(
+            model, requests, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed
+        )
+
+    lengths = [len(r.prompt_ids) for r in inputs.requests]
+    with progress("sampling responses", len(lengths), len(found)) as advance:
+        for batch in _batches(lengths, config.batch_size, set(found)):
+            started = time.perf_counter()
+            new = halving([inputs.requests[i] for i in batch], run, _MEMORY_ADVICE)
+            new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
+            lines = np.array([json.dumps(asdict(r)) for r in new])
+            seconds = np.array(time.perf_counter() - started)
+            workspace.write("generate", batch[0], {"index": np.array(batch), "json": lines, "seconds": seconds})
+            found |= dict(zip(batch, new, strict=True))
+            advance(len(batch))
+    return [found[i] for i in range(len(lengths))]
+
+
+def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], bool] | None) -> Response:
+    if reward is None or prompt.answer is None:
+        return response
+    return replace(response, reward=float(reward(response.response, prompt.answer)))
+
+
+def _capture(
+    config: AnalyzeConfig, extractor: Extractor, responses: list[Response], workspace: Workspace
+) -> list[Arrays]:
+    reducer = Reducer(extractor, config.lens)
+    done = {int(i) for shard in workspace.shards("capture") for i in shard["index"]}
+
+    def run(batch: Sequence[Response]) -> list[TokenValues]:
+        return reduce_responses(reducer, batch)
+
+    with progress("analysing responses", len(responses), len(done)) as advance:
+        for batch in _batches([len(r.input_ids) for r in responses], config.batch_size, done):
+            started = time.perf_counter()
+            values = halving([responses[i] for i in batch], run, _MEMORY_ADVICE)
+            kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
+            empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
+            arrays: Arrays = {
+                "index": np.array(batch),
+                "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
+                "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
+                "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
+                "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
+                "seconds": np.array(time.perf_counter() - started),
+            }
+            workspace.write("capture", batch[0], arrays)
+            advance(len(batch))
+    return list(workspace.shards("capture"))
+
+
+def _assemble(
+    config: AnalyzeConfig,
+    model: LanguageModel,
+    responses: list[Response],
+    captured: list[Arrays],
+    identity: dict[str, Any],
+    timings: dict[str, float],
+) -> Analysis:
+    per_response = tables.response_table(captured, responses)
+    layers = statistics.layer_table(per_response)
+    selection = select_layer(SimpleNamespace(layers=layers, responses=per_response), seed=config.seed)
+    return Analysis(
+        name=config.model if config.revision is None else f"{config.model}@{config.revision}",
+        model={
+            "id": config.model,
+            "revision": model.revision,
+            "family": model.family.name,
+            "layers": model.n_layers,
+            "vocabulary": model.vocab_size,
+            "hidden_size": int(model.projection.weight.shape[1]),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        config=identity,
+        layers=layers,
+        responses=per_response,
+        tokens=tables.token_table(captured, responses, config.keep_tokens),
+        sequences=tables.sequence_table(responses),
+        policy_entropy=statistics.policy_entropy(per_response),
+        selection=selection,
+        timings=timings,
+        versions={name: metadata.version(name) for name in _LIBRARIES},
+    )

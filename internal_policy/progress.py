@@ -1,0 +1,40 @@
+"""Progress bars with rate and remaining time; quiet where nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "-", style="cyan")
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error while something long runs.
+
+    Args:
+        description: what runs.
+        total: how many units in all.
+        done: how many were done before.
+
+    Yields:
+        A function to call with the number of units just done.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda units: bar.update(task, advance=units)

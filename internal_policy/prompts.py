@@ -1,0 +1,190 @@
+"""Prompts: where they come from, and the templates that turn them into what a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internal_policy import records
+from internal_policy.errors import UserError
+
+Chat = list[dict[str, str]]
+
+MATH_500 = "HuggingFaceH4/MATH-500"
+TESTBED = "testbed"
+TESTBED_PROBLEMS = 256
+TESTBED_SEED = 20_251_219
+
+TEXT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "final_answer")
+
+_STEP_BY_STEP = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to the model."""
+
+    content: str | Chat
+    """Text, or a chat."""
+    answer: str | None = None
+    """The reference answer, where known."""
+
+    @property
+    def problem(self) -> str:
+        """The bare question: the text, or what the user said last."""
+        if isinstance(self.content, str):
+            return self.content
+        said = [m["content"] for m in self.content if m["role"] == "user"]
+        return said[-1] if said else self.content[-1]["content"]
+
+    @property
+    def chat(self) -> Chat:
+        """The question as a chat."""
+        return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+
+
+def read_prompts(
+    source: str | Sequence[str | Mapping[str, Any]], *, split: str | None = None, limit: int | None = None
+) -> list[Prompt]:
+    """Read prompts from a file, the hub, the built-in tasks (``testbed``) or a list.
+
+    Args:
+        source: hub data set id, path of a parquet, jsonl or json file, ``testbed``, or a list of texts or records.
+        split: split of a hub data set.
+        limit: at most so many, from the start.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        UserError: unreadable, empty, or without a prompt column.
+    """
+    if not isinstance(source, str):
+        found = [_prompt(_record(item), f"prompt {i}") for i, item in enumerate(source, start=1)]
+        where = "the list of prompts"
+    elif source == TESTBED:
+        from internal_policy.testbed import tasks
+
+        problems = tasks.problems(max(limit or 0, TESTBED_PROBLEMS), seed=TESTBED_SEED)
+        found = [Prompt(p.prompt, p.answer) for p in problems[: limit or TESTBED_PROBLEMS]]
+        where = source
+    else:
+        where = source
+        path = Path(source)
+        is_file = path.exists() or path.suffix in records.SUFFIXES
+        rows = records.read_file(path) if is_file else records.read_hub(source, split)
+        found = [_prompt(row, f"{source}: record {i}") for i, row in enumerate(rows[:limit], start=1)]
+    if not found:
+        raise UserError(f"{where}: is empty; needed is at least one prompt")
+    return found[:limit]
+
+
+def _record(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"prompt": item} if isinstance(item, str) else item
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    column = next((c for c in TEXT_COLUMNS if row.get(c) is not None), None)
+    if column is None:
+        raise UserError(f"{where} has the columns {sorted(row)}; needed is one of {', '.join(TEXT_COLUMNS)}")
+    content = content_of(row[column], f"{where}, column {column!r}")
+    answer = next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None)
+    reward_model = row.get("reward_model")
+    if answer is None and isinstance(reward_model, Mapping):
+        answer = reward_model.get("ground_truth")
+    return Prompt(content, None if answer is None else str(answer))
+
+
+def content_of(value: Any, where: str) -> str | Chat:
+    """Check that a value is a text or a chat.
+
+    Args:
+        value: what the file holds.
+        where: its place, for the message.
+
+    Returns:
+        The text, or the chat with role and content only.
+
+    Raises:
+        UserError: neither, or empty.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where} is an empty text; needed is a question")
+        return value
+    if isinstance(value, list) and value:
+        good = all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+        if good:
+            return [{"role": m["role"], "content": m["content"]} for m in value]
+    raise UserError(f"{where} is neither a text nor a chat; needed is text or a list of {{role, content}}")
+
+
+def _im_chat(problem: str) -> str:
+    return (
+        f"<|im_start|>system\n{_STEP_BY_STEP}<|im_end|>\n"
+        f"<|im_start|>user\n{problem}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def _qwen3(problem: str) -> str:
+    return _im_chat(problem) + "<think>\n\n</think>\n\n"
+
+
+def _octothinker(problem: str) -> str:
+    return (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
+        "User: You must put your answer inside \\boxed{} and Your final answer will be extracted automatically by the "
+        f"\\boxed{{}} tag.\n{problem}\nAssistant:"
+    )
+
+
+NAMED_TEMPLATES: dict[str, Callable[[str], str]] = {
+    "qwen-math": _im_chat,
+    "qwen3": _qwen3,
+    "octothinker": _octothinker,
+}
+"""The paper's templates (arXiv 2512.19673v3, appendix A.5)."""
+
+TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
+
+
+def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
+    """Turn a prompt into the ids that the model reads.
+
+    ``chat`` applies the tokenizer's chat template and falls back to plain text where it has none; ``plain`` takes the
+    text as it is; the named templates build the paper's prompts from the bare question.
+
+    Args:
+        prompt: the question.
+        template: one of ``TEMPLATES``.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        UserError: unknown template, or a chat that the tokenizer's template refuses.
+    """
+    if template in NAMED_TEMPLATES:
+        ids: list[int] = tokenizer(NAMED_TEMPLATES[template](prompt.problem))["input_ids"]
+        return ids
+    if template not in TEMPLATES:
+        raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    if template == "chat" and getattr(tokenizer, "chat_template", None):
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = [m["role"] for m in prompt.chat]
+            raise UserError(f"the chat template refuses a chat with roles {roles} ({error}); try --template plain") from error
+        # The chat template writes the special tokens itself.
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer("\n\n".join(m["content"] for m in prompt.chat))["input_ids"])

@@ -1,0 +1,123 @@
+"""Read records (a list of dicts) from parquet, jsonl, json or the Hugging Face hub, with one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internal_policy.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """Read a parquet, jsonl or json file.
+
+    Args:
+        path: the file; json holds a list of objects, jsonl an object a line.
+
+    Returns:
+        One dict a record.
+
+    Raises:
+        UserError: missing, empty, not UTF-8, broken at line N, or of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
+    if path.suffix == ".parquet":
+        records = _read_parquet(path)
+    elif path.suffix == ".jsonl":
+        records = _read_jsonl(path)
+    elif path.suffix == ".json":
+        records = _read_json(path)
+    else:
+        raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} is unknown; needed is {', '.join(SUFFIXES)}")
+    if not records:
+        raise UserError(f"{path}: is empty; needed is at least one record")
+    return records
+
+
+def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
+    """Read a data set of the hub.
+
+    Args:
+        name: ``owner/name``.
+        split: which split; ``test`` where there is one, else the first, where not given.
+
+    Returns:
+        One dict a record.
+
+    Raises:
+        UserError: unknown data set or split, or no network.
+    """
+    import datasets
+
+    try:
+        if split is None:
+            splits = datasets.get_dataset_split_names(name)
+            split = "test" if "test" in splits else splits[0]
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(error).strip().splitlines()
+        raise UserError(
+            f"{name}: cannot load this data set ({text[0][:160] if text else type(error).__name__}); "
+            f"check the name and the network, or give a local {', '.join(SUFFIXES)} file"
+        ) from error
+    records = [dict(record) for record in dataset]
+    if not records:
+        raise UserError(f"{name}: split {split!r} is empty; choose another with --prompts-split")
+    return records
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        records: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:160]})") from error
+    return records
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: not UTF-8 at line {line} (byte {error.start}); save the file as UTF-8") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    records = []
+    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: broken JSON at line {number}: {error.msg}; needed is one object a line") from error
+        records.append(_object(record, f"{path}: line {number}"))
+    return records
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = _text(path)
+    if not text.strip():
+        return []
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
+    if not isinstance(value, list):
+        raise UserError(f"{path}: holds a JSON {type(value).__name__}; needed is a list of objects")
+    return [_object(record, f"{path}: item {number}") for number, record in enumerate(value, start=1)]
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} holds a {type(value).__name__}; needed is a JSON object")
+    return dict(value)

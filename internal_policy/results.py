@@ -1,0 +1,217 @@
+"""The result of an analysis, in memory and on disk.
+
+A directory holds one analysis of one checkpoint. ``analysis.json`` is written last: a directory without it is not an
+analysis, so nothing half-written is ever read as whole.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.errors import UserError
+from internal_policy.files import write_atomically, write_text
+from internal_policy.selection import Selection
+
+SCHEMA_VERSION = 1
+MANIFEST = "analysis.json"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Entropies of the internal policies of one checkpoint, with the target layer.
+
+    All entropies are in nats, all layers are counted from 1.
+    """
+
+    name: str
+    """The model's name."""
+    model: dict[str, Any]
+    """id, revision, family, layers L, vocabulary V, hidden size d, dtype, device, fingerprint of the weights."""
+    config: dict[str, Any]
+    """The settings that decide the numbers."""
+    layers: pd.DataFrame
+    """One row per layer and site (layer, attn, ffn): means over tokens with clustered standard errors."""
+    responses: pd.DataFrame
+    """One row per response, layer and site: the means of that response."""
+    tokens: pd.DataFrame
+    """One row per token, layer and site, for the responses that were kept token by token."""
+    sequences: pd.DataFrame
+    """What was analysed: prompt, response, input_ids, prompt_length, reward."""
+    policy_entropy: dict[str, float]
+    """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
+    selection: Selection
+    """Target layer, stages, and how sure they are."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds spent in each stage."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions."""
+    path: Path | None = None
+    """Where it is on disk."""
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return int(self.model["layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.model["vocabulary"])
+
+    @property
+    def lens(self) -> str:
+        """``policy`` or ``logit-lens``."""
+        return str(self.config["lens"])
+
+    @property
+    def boundary_layer(self) -> int | None:
+        """The target layer, from 1; None where the rule has no answer."""
+        return self.selection.boundary_layer
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """exploration, integration or convergence, for layers 1..L."""
+        return self.selection.stages
+
+    @property
+    def n_responses(self) -> int:
+        """Number of responses."""
+        return len(self.sequences)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of response tokens."""
+        return int(self.layers["n_tokens"].iloc[0])
+
+    def curve(self, site: str, value: str = "change") -> pd.Series:
+        """One column of ``layers`` for one site.
+
+        Args:
+            site: layer, attn or ffn.
+            value: a column: change, entropy_in, entropy_out, cosine, or one of their ``_stderr``.
+
+        Returns:
+            [L] values, indexed by layer from 1.
+        """
+        rows = self.layers[self.layers["site"] == site]
+        return rows.set_index("layer")[value]
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the analysis to a directory; the manifest last.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        write_atomically(target / "layers.csv", lambda p: self.layers.to_csv(p, index=False))
+        write_atomically(target / "responses.parquet", lambda p: self.responses.to_parquet(p, index=False))
+        write_atomically(target / "tokens.parquet", lambda p: self.tokens.to_parquet(p, index=False))
+        lines = (json.dumps(row, ensure_ascii=False) for row in self.sequences.to_dict("records"))
+        write_text(target / "responses.jsonl", "".join(line + "\n" for line in lines))
+        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``analysis.json`` holds.
+
+        Returns:
+            JSON-able fields; NaN is null.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "model": self.model,
+            "config": self.config,
+            "n_responses": self.n_responses,
+            "n_tokens": self.n_tokens,
+            "boundary_layer": self.boundary_layer,
+            "stages": list(self.stages),
+            "selection": self.selection.to_dict(),
+            "policy_entropy": {k: None if v != v else v for k, v in self.policy_entropy.items()},
+            "timings": self.timings,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Analysis:
+        """Read an analysis from disk.
+
+        Args:
+            directory: of one analysis, or one that holds a single analysis.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            UserError: no analysis there, unfinished, broken, or written by a newer version.
+        """
+        source = _find(Path(directory))
+        try:
+            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["schema_version"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
+                    "analyse again, or use the version of internal-policy that wrote it"
+                )
+            return cls(
+                name=manifest["name"],
+                model=manifest["model"],
+                config=manifest["config"],
+                layers=pd.read_csv(source / "layers.csv"),
+                responses=pd.read_parquet(source / "responses.parquet"),
+                tokens=pd.read_parquet(source / "tokens.parquet"),
+                sequences=_read_sequences(source / "responses.jsonl"),
+                policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
+                selection=Selection.from_dict(manifest["selection"]),
+                timings=manifest["timings"],
+                versions=manifest["versions"],
+                path=source,
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source}: broken analysis ({type(error).__name__}: {error}); analyse again") from error
+
+    def __repr__(self) -> str:
+        boundary = "none" if self.boundary_layer is None else self.boundary_layer
+        return (
+            f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
+            f"boundary layer {boundary})"
+        )
+
+
+def load_analysis(directory: str | Path) -> Analysis:
+    """Read an analysis from disk; see ``Analysis.load``.
+
+    Args:
+        directory: of one analysis, or one that holds a single analysis.
+
+    Returns:
+        The analysis.
+    """
+    return Analysis.load(directory)
+
+
+def _find(directory: Path) -> Path:
+    if (directory / MANIFEST).is_file():
+        return directory
+    inside = sorted(p.parent for p in directory.glob(f"*/{MANIFEST}"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(p.name for p in inside)
+        raise UserError(f"{directory}: holds {len(inside)} analyses ({names}); name one of them")
+    raise UserError(f"{directory}: no finished analysis here (no {MANIFEST}); run internal-policy analyze first")
+
+
+def _read_sequences(path: Path) -> pd.DataFrame:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return pd.DataFrame([json.loads(line) for line in lines if line])

@@ -1,0 +1,77 @@
+"""An analysis on the terminal: a table of layers with stage marks, the target layer, and where the files are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from internal_policy.results import Analysis
+
+_STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
+_STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
+
+
+def show(analysis: Analysis) -> None:
+    """Print an analysis on standard output.
+
+    Args:
+        analysis: the analysis.
+    """
+    console = Console()
+    console.print(layer_table(analysis))
+    entropy = analysis.policy_entropy
+    console.print(
+        f"policy entropy H(π_θ) {entropy['mean']:.4f} ± {entropy['stderr']:.4f} nats; "
+        f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}",
+        highlight=False,
+    )
+    rewards = analysis.sequences["reward"].dropna()
+    if len(rewards):
+        console.print(f"correct answers {100 * float(rewards.mean()):.1f}% of {len(rewards)}", highlight=False)
+    where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
+    console.print(f"[bold]boundary layer: {where}[/bold]  {analysis.selection.reason}", highlight=False)
+    if analysis.path is not None:
+        list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
+
+
+def layer_table(analysis: Analysis) -> Table:
+    """Lay out the layers, one row each, with means in nats and standard errors.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        A rich table.
+    """
+    table = Table(
+        title=f"{analysis.name}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, lens {analysis.lens}",
+        caption="means over tokens in nats ± standard errors clustered by prompt",
+    )
+    for heading in ("layer", "H layer", "ΔH layer", "ΔH ATTN", "ΔH FFN"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
+    sites = {site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in ("layer", "attn", "ffn")}
+    for layer, stage in enumerate(analysis.stages, start=1):
+        rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
+        mark = _STAGE_MARK[stage] + ("  ◀ boundary" if layer == analysis.boundary_layer else "")
+        table.add_row(
+            str(layer),
+            f"{rows[0]['entropy_out']:.3f}",
+            *(f"{row['change']:+.3f} ± {row['change_stderr']:.3f}" for row in rows),
+            f"[{_STAGE_STYLE[stage]}]{mark}[/]",
+        )
+    return table
+
+
+def list_files(what: str, paths: Sequence[Path]) -> None:
+    """Print where files are.
+
+    Args:
+        what: what the files are.
+        paths: the files, of one directory.
+    """
+    names = ", ".join(p.name for p in paths)
+    Console().print(f"{what}: {paths[0].parent}/ ({names})", highlight=False, soft_wrap=True)

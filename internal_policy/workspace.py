@@ -1,0 +1,133 @@
+"""Work in progress on disk: finished portions of an interrupted run, found again by the same command.
+
+``<output>/<slug>/work/`` holds ``run.json`` (what is being analysed) and a shard for each finished portion. Every file is
+renamed into place when whole, so whatever is there can be used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internal_policy.errors import UserError
+from internal_policy.files import write_atomically, write_text
+from internal_policy.results import MANIFEST
+
+_RUN = "run.json"
+Arrays = dict[str, NDArray[Any]]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name the settings that differ.
+
+    Args:
+        old: what is on disk.
+        new: what was asked for.
+
+    Returns:
+        ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
+    """
+    keys = sorted(old.keys() | new.keys())
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
+
+
+class Workspace:
+    """The portions of one run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.work = directory / "work"
+
+    def prepare(self, overwrite: bool) -> None:
+        """Make the directory, or refuse one that is not ours or not writable.
+
+        Args:
+            overwrite: delete what an earlier run left there.
+
+        Raises:
+            UserError: not writable, or in use for something else.
+        """
+        try:
+            if self.directory.exists() and not self.directory.is_dir():
+                raise UserError(f"{self.directory}: is a file; choose another --output directory")
+            if self.directory.is_dir():
+                known = self.work.is_dir() or (self.directory / MANIFEST).is_file()
+                if not known and any(self.directory.iterdir()):
+                    raise UserError(
+                        f"{self.directory}: is in use for something else (no {MANIFEST}, no unfinished analysis); "
+                        "choose another --output directory"
+                    )
+                if overwrite:
+                    # The manifest goes first: a kill in between leaves nothing that reads as an analysis.
+                    (self.directory / MANIFEST).unlink(missing_ok=True)
+                    shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True, exist_ok=True)
+            probe = self.work / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
+            ) from error
+
+    def open(self, identity: dict[str, Any]) -> bool:
+        """Begin a run, or take up the one that was interrupted.
+
+        Args:
+            identity: settings, weights and inputs that decide the numbers.
+
+        Returns:
+            True where an interrupted run is taken up.
+
+        Raises:
+            UserError: the interrupted run was of something else.
+        """
+        path = self.work / _RUN
+        if not path.is_file():
+            write_text(path, json.dumps(identity, indent=2))
+            return False
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+        if differing:
+            raise UserError(
+                f"{self.directory}: holds an unfinished analysis with other settings ({differing}); repeat its command "
+                "to go on, add --overwrite to start over, or choose another --output directory"
+            )
+        return True
+
+    def shards(self, kind: str) -> Iterator[Arrays]:
+        """Read the finished portions of a stage.
+
+        Args:
+            kind: the stage's name.
+
+        Yields:
+            The arrays of each portion.
+        """
+        for path in sorted(self.work.glob(f"{kind}-*.npz")):
+            with np.load(path, allow_pickle=False) as arrays:
+                yield dict(arrays)
+
+    def write(self, kind: str, first: int, arrays: Arrays) -> None:
+        """Write a finished portion.
+
+        Args:
+            kind: the stage's name.
+            first: the index of its first item, which no other portion has.
+            arrays: what to keep.
+        """
+
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as handle:
+                np.savez(handle, allow_pickle=False, **arrays)
+
+        write_atomically(self.work / f"{kind}-{first:07d}.npz", save)
+
+    def close(self) -> None:
+        """Drop the portions, once the analysis is whole."""
+        shutil.rmtree(self.work, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""Captured numbers against the definitions in float64; padding, batches, hooks and the proof of eq. 4."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from internal_policy import UserError, models
+from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks, verify
+from internal_policy.models.families import FAMILIES as TABLE
+from internal_policy.models.families import Family
+from internal_policy.responses import read_responses
+
+# float32 carries 24 bits: logits of size ~10 are off by ~1e-6 and an entropy by about as much; 1e-5 leaves room for sums.
+FLOAT32_NATS = 1e-5
+
+
+def captured(model, records, side="right", lens="policy"):
+    tokenizer = tiny_tokenizer()
+    wrapped = models.wrap(model, tokenizer)
+    responses = read_responses(records, tokenizer, "plain")
+    return reduce_responses(Reducer(HookExtractor(wrapped), lens), responses, side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side):
+    model = tiny_model(model_type, tied=tied, kv_heads=kv_heads)
+    records = ragged_responses()
+    ours = captured(model, records, side)
+    oracle = copy.deepcopy(model)
+    for record, values in zip(records, ours, strict=True):
+        rows, policy = reference(oracle, record)
+        assert values.layers.shape == (len(record["input_ids"]) - record["prompt_length"], 3, len(QUANTITIES))
+        for layer, row in enumerate(rows):
+            for q, name in enumerate(QUANTITIES):
+                np.testing.assert_allclose(values.layers[:, layer, q], row[name], rtol=0, atol=FLOAT32_NATS, err_msg=name)
+        np.testing.assert_allclose(values.policy, policy, rtol=0, atol=FLOAT32_NATS)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_policy_entropy_is_that_of_the_models_own_logits(model_type):
+    model = tiny_model(model_type)
+    records = ragged_responses()
+    for record, values in zip(records, captured(model, records), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([record["input_ids"]]), use_cache=False).logits[0]
+        own = torch.distributions.Categorical(logits=logits.double()).entropy()[record["prompt_length"] - 1 : -1]
+        np.testing.assert_allclose(values.policy[:, 1], own.numpy(), rtol=0, atol=FLOAT32_NATS)
+
+
+def test_logit_lens_applies_the_final_norm_and_ends_at_the_policy():
+    model = tiny_model("qwen3")
+    records = ragged_responses()
+    plain, lens = captured(model, records), captured(model, records, lens="logit-lens")
+    out = QUANTITIES.index("layer_out")
+    for a, b in zip(plain, lens, strict=True):
+        # Entropies of one and the same state differ only by the products' block shapes.
+        np.testing.assert_allclose(b.layers[:, -1, out], a.policy[:, 1], rtol=0, atol=FLOAT32_NATS)
+        np.testing.assert_allclose(b.policy, a.policy, rtol=0, atol=FLOAT32_NATS)
+        assert np.abs(a.layers[:, 0, out] - b.layers[:, 0, out]).max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_neither_batch_size_nor_padding_side_matters(model_type):
+    model = tiny_model(model_type)
+    records = ragged_responses(7)
+    alone = [captured(model, [r])[0] for r in records]
+    for side in ("left", "right"):
+        for one, together in zip(alone, captured(model, records, side), strict=True):
+            np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_hooks_are_gone_on_any_exit():
+    model = models.wrap(tiny_model("llama"), tiny_tokenizer())
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
+
+    def fail(states):
+        assert hooks() > 0
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"), residual_hooks(model, torch.arange(3), fail):
+        model.backbone(input_ids=torch.tensor([[2, 3, 4]]))
+    assert hooks() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_passes_the_proof_in_every_dtype(model_type, dtype):
+    model = tiny_model(model_type, tied=True).to(dtype)
+    verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
+
+
+def gemma2():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gemma2",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=61,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def test_another_family_is_one_row(monkeypatch):
+    row = Family(
+        "Gemma 2",
+        attention_write="post_attention_layernorm",
+        ffn_write="post_feedforward_layernorm",
+        logit_softcap="final_logit_softcapping",
+    )
+    monkeypatch.setitem(TABLE, "gemma2", row)
+    verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+
+
+def test_a_wrong_row_is_refused_by_eq_4(monkeypatch):
+    # Gemma 2 norms what its modules write: the raw outputs are not the writes.
+    monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", logit_softcap="final_logit_softcapping"))
+    with pytest.raises(UserError, match=r"eq\. 4 fails in layer 1"):
+        verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+
+
+def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
+    row = Family("Gemma 2", attention_write="post_attention_layernorm", ffn_write="post_feedforward_layernorm")
+    monkeypatch.setitem(TABLE, "gemma2", row)
+    with pytest.raises(UserError, match="does not give the model's own logits"):
+        verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+
+
+def test_non_finite_weights_are_refused_with_the_layer():
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"layer 2 \(ffn_write\)"):
+        verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
+
+
+def test_states_that_overflow_on_some_token_are_refused_with_the_layer():
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = float("inf")
+    with pytest.raises(UserError, match="in the states of layer 1"):
+        captured(model, [{"input_ids": [2, 3, 60, 4], "prompt_length": 2}])
