@@ -1,10 +1,10 @@
 """Internal policies of language models: entropies, target layer, figures (arXiv 2512.19673v3).
 
-    from internal_policy import analyze
+from internal_policy import analyze
 
-    analysis = analyze("testbed/qwen3")
-    analysis.layers            # DataFrame: entropies and entropy changes per layer and site, nats
-    analysis.boundary_layer    # the target layer, from 1, or None
+analysis = analyze("testbed/qwen3")
+analysis.layers            # DataFrame: entropies and entropy changes per layer and site, nats
+analysis.boundary_layer    # the target layer, from 1, or None
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -29,15 +28,8 @@ app = typer.Typer(
 )
 
 
-class LensChoice(str, Enum):
-    """The lens, as the command line spells it."""
-
-    POLICY = "policy"
-    LOGIT_LENS = "logit-lens"
-
-
 # typer carries a click of its own in some versions: this is the one name of its usage errors that holds in all.
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -50,7 +42,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -59,7 +53,9 @@ def _main(
 def analyze(
     model: Annotated[
         list[str],
-        typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."),
+        typer.Option(
+            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
+        ),
     ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     prompts: Annotated[
@@ -77,18 +73,23 @@ def analyze(
     max_responses: Annotated[
         int | None, typer.Option(help="At most so many responses. [default: 256 sampled, or all that are given]")
     ] = DEFAULTS.max_responses,
-    samples_per_prompt: Annotated[int, typer.Option(help="Responses sampled per prompt.")] = DEFAULTS.samples_per_prompt,
+    samples_per_prompt: Annotated[
+        int, typer.Option(help="Responses sampled per prompt.")
+    ] = DEFAULTS.samples_per_prompt,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a response.")] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
     template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
-    lens: Annotated[LensChoice, typer.Option(help="Without or with the final norm.")] = LensChoice(DEFAULTS.lens),
+    lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
     batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
     seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = DEFAULTS.seed,
-    keep_tokens: Annotated[int, typer.Option(help="Keep every token's values for so many responses.")] = DEFAULTS.keep_tokens,
+    keep_tokens: Annotated[
+        int, typer.Option(help="Keep every token's values for so many responses.")
+    ] = DEFAULTS.keep_tokens,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=f"Directory for results. [default: {DATA}, figures in {FIGURES}]")
+        Path | None,
+        typer.Option("--output", "-o", help=f"Directory for results. [default: {DATA}, figures in {FIGURES}]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
@@ -102,7 +103,7 @@ def analyze(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "template": template,
-        "lens": lens.value,
+        "lens": lens,
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device,
@@ -151,7 +152,9 @@ def _draw(analyses: list[Any], root: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         paths = drawing.save_all(analyses, directory)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another --output") from error
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
+        ) from error
     terminal.list_files("figures", paths)
 
 

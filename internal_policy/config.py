@@ -42,7 +42,7 @@ class AnalyzeConfig:
     """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
     template: str = "chat"
     """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
-    lens: str = "policy"
+    lens: Lens = "policy"
     """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
     batch_size: int = 16
     """Sequences run together; it does not change the result."""
@@ -79,9 +79,13 @@ class AnalyzeConfig:
             if value is not None and not low <= value < float("inf"):
                 raise UserError(f"{_flag(field)} is {value}; needed is a number of at least {low}")
         if self.prompts is not None and self.responses is not None:
-            raise UserError("both --prompts and --responses were given; give prompts to sample from, or ready responses")
+            raise UserError(
+                "both --prompts and --responses were given; give prompts to sample from, or ready responses"
+            )
         if self.responses is not None and self.samples_per_prompt != 1:
-            raise UserError("--samples-per-prompt was given with --responses, from which nothing is sampled; leave it out")
+            raise UserError(
+                "--samples-per-prompt was given with --responses, from which nothing is sampled; leave it out"
+            )
 
     @property
     def slug(self) -> str:

@@ -1,7 +1,7 @@
 """Sample responses from the final policy pi_theta: temperature, no truncation of the distribution.
 
-Each response has its own stream of random numbers, seeded by (seed, prompt, sample): what is drawn does not depend on
-the batch it is drawn in, so an interrupted run that goes on, or one with another batch size, samples the same responses.
+Each response has its own stream of random numbers, seeded by (seed, prompt, sample). What is drawn does not depend on
+the batch it is drawn in: an interrupted run that goes on, or one with another batch size, samples the same responses.
 """
 
 from __future__ import annotations
@@ -107,13 +107,16 @@ def sample(
     ids, mask = pad([r.prompt_ids for r in requests], "left")
     processors = LogitsProcessorList()
     if temperature > 0:
-        seeds = [int(np.random.SeedSequence((seed, r.prompt_index, r.sample_index)).generate_state(1)[0]) for r in requests]
+        seeds = [
+            int(np.random.SeedSequence((seed, r.prompt_index, r.sample_index)).generate_state(1)[0]) for r in requests
+        ]
         processors.append(RowSampler(seeds, temperature, model.device))
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max(limits), eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
     with _plain_generation_config(model.model):
-        out = model.model.generate(
+        generate: Any = model.model.generate
+        out = generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,

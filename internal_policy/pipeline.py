@@ -161,7 +161,9 @@ def _generate(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, works
         return inputs.responses
     found: dict[int, Response] = {}
     for shard in workspace.shards("generate"):
-        found |= {int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)}
+        found |= {
+            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
+        }
 
     def run(requests: Sequence[Request]) -> list[Response]:
         return sample(

@@ -117,7 +117,8 @@ def content_of(value: Any, where: str) -> str | Chat:
         return value
     if isinstance(value, list) and value:
         good = all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
         )
         if good:
             return [{"role": m["role"], "content": m["content"]} for m in value]
@@ -126,9 +127,7 @@ def content_of(value: Any, where: str) -> str | Chat:
 
 def _im_chat(problem: str) -> str:
     return (
-        f"<|im_start|>system\n{_STEP_BY_STEP}<|im_end|>\n"
-        f"<|im_start|>user\n{problem}<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        f"<|im_start|>system\n{_STEP_BY_STEP}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -139,7 +138,8 @@ def _qwen3(problem: str) -> str:
 def _octothinker(problem: str) -> str:
     return (
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-        "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with "
+        "the answer.\n"
         "User: You must put your answer inside \\boxed{} and Your final answer will be extracted automatically by the "
         f"\\boxed{{}} tag.\n{problem}\nAssistant:"
     )
@@ -184,7 +184,9 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
             text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             roles = [m["role"] for m in prompt.chat]
-            raise UserError(f"the chat template refuses a chat with roles {roles} ({error}); try --template plain") from error
+            raise UserError(
+                f"the chat template refuses a chat with roles {roles} ({error}); try --template plain"
+            ) from error
         # The chat template writes the special tokens itself.
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer("\n\n".join(m["content"] for m in prompt.chat))["input_ids"])

@@ -1,4 +1,4 @@
-"""Read records (a list of dicts) from parquet, jsonl, json or the Hugging Face hub, with one clear line for bad input."""
+"""Read records (dicts) from parquet, jsonl, json or the Hugging Face hub; one clear line for bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     elif path.suffix == ".json":
         records = _read_json(path)
     else:
-        raise UserError(f"{path}: format {path.suffix or 'without suffix'!r} is unknown; needed is {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"{path}: format {path.suffix or 'without suffix'!r} is unknown; needed is {', '.join(SUFFIXES)}"
+        )
     if not records:
         raise UserError(f"{path}: is empty; needed is at least one record")
     return records
@@ -99,7 +101,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: broken JSON at line {number}: {error.msg}; needed is one object a line") from error
+            raise UserError(
+                f"{path}: broken JSON at line {number}: {error.msg}; needed is one object a line"
+            ) from error
         records.append(_object(record, f"{path}: line {number}"))
     return records
 

@@ -1,7 +1,7 @@
 """Responses: a prompt's ids followed by a response's ids, with the place where the response begins.
 
-Convention for "response token t" (positions counted from 0): the state that PREDICTS it. For T ids whose first P are the
-prompt, the analysed states are those at positions P-1 .. T-2.
+Convention for "response token t" (positions counted from 0): the state that PREDICTS it. For T ids whose first P are
+the prompt, the analysed states are those at positions P-1 .. T-2.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _from_ids(row: Mapping[str, Any], tokenizer: Any, place: str) -> Response:
     ids, length = row["input_ids"], row["prompt_length"]
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise UserError(f"{place}: input_ids is not a list of integers")
+    if not ids:
+        raise UserError(f"{place} has no response tokens: input_ids is empty")
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= len(ids):
         raise UserError(f"{place}: prompt_length is {length!r}; needed is an integer from 1 to {len(ids) - 1}")
     if length == len(ids):
@@ -149,8 +151,8 @@ def check_responses(responses: Iterable[Response], vocab_size: int, max_length: 
             )
         if max_length is not None and len(response.input_ids) > max_length:
             raise UserError(
-                f"response {number} has {len(response.input_ids)} tokens, more than the model's context of {max_length}; "
-                "shorten or drop it"
+                f"response {number} has {len(response.input_ids)} tokens, more than the model's context of "
+                f"{max_length}; shorten or drop it"
             )
 
 

@@ -24,8 +24,8 @@ def response_table(captured: Sequence[Arrays], responses: Sequence[Response]) ->
         responses: all responses, in order.
 
     Returns:
-        Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of site
-        ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out).
+        Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of
+        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out).
     """
     order = np.argsort(np.concatenate([c["index"] for c in captured]))
     values = np.concatenate([c["layers"] for c in captured])[order]

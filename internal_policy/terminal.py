@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -48,19 +49,23 @@ def layer_table(analysis: Analysis) -> Table:
     """
     table = Table(
         title=f"{analysis.name}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, lens {analysis.lens}",
-        caption="means over tokens in nats ± standard errors clustered by prompt",
+        caption="means over tokens in nats ± standard errors clustered by prompt; ◀ boundary layer",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     for heading in ("layer", "H layer", "ΔH layer", "ΔH ATTN", "ΔH FFN"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    sites = {site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in ("layer", "attn", "ffn")}
+    sites = {
+        site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in ("layer", "attn", "ffn")
+    }
     for layer, stage in enumerate(analysis.stages, start=1):
         rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
-        mark = _STAGE_MARK[stage] + ("  ◀ boundary" if layer == analysis.boundary_layer else "")
+        mark = _STAGE_MARK[stage] + (" ◀" if layer == analysis.boundary_layer else "")
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
-            *(f"{row['change']:+.3f} ± {row['change_stderr']:.3f}" for row in rows),
+            *(f"{row['change']:+.3f}±{row['change_stderr']:.3f}" for row in rows),
             f"[{_STAGE_STYLE[stage]}]{mark}[/]",
         )
     return table

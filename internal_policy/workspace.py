@@ -1,7 +1,7 @@
 """Work in progress on disk: finished portions of an interrupted run, found again by the same command.
 
-``<output>/<slug>/work/`` holds ``run.json`` (what is being analysed) and a shard for each finished portion. Every file is
-renamed into place when whole, so whatever is there can be used.
+``<output>/<slug>/work/`` holds ``run.json`` (what is being analysed) and a shard for each finished portion. Every file
+is renamed into place when whole, so whatever is there can be used.
 """
 
 from __future__ import annotations
@@ -129,5 +129,7 @@ class Workspace:
         write_atomically(self.work / f"{kind}-{first:07d}.npz", save)
 
     def close(self) -> None:
-        """Drop the portions, once the analysis is whole."""
+        """Drop the portions, and what a killed run left unrenamed, once the analysis is whole."""
         shutil.rmtree(self.work, ignore_errors=True)
+        for left in self.directory.glob(".*.tmp"):
+            left.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from internal_policy.models.families import FAMILIES as TABLE
 from internal_policy.models.families import Family
 from internal_policy.responses import read_responses
 
-# float32 carries 24 bits: logits of size ~10 are off by ~1e-6 and an entropy by about as much; 1e-5 leaves room for sums.
+# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
 FLOAT32_NATS = 1e-5
 
 
@@ -41,7 +41,9 @@ def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side)
         assert values.layers.shape == (len(record["input_ids"]) - record["prompt_length"], 3, len(QUANTITIES))
         for layer, row in enumerate(rows):
             for q, name in enumerate(QUANTITIES):
-                np.testing.assert_allclose(values.layers[:, layer, q], row[name], rtol=0, atol=FLOAT32_NATS, err_msg=name)
+                np.testing.assert_allclose(
+                    values.layers[:, layer, q], row[name], rtol=0, atol=FLOAT32_NATS, err_msg=name
+                )
         np.testing.assert_allclose(values.policy, policy, rtol=0, atol=FLOAT32_NATS)
 
 

@@ -1,7 +1,7 @@
 """Capture with PyTorch hooks: the default backend.
 
-    with residual_hooks(model, positions, consume):
-        model.backbone(input_ids=..., attention_mask=...)
+with residual_hooks(model, positions, consume):
+model.backbone(input_ids=..., attention_mask=...)
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from internal_policy.models import LanguageModel
 
 
 @contextmanager
-def residual_hooks(
-    model: LanguageModel, positions: Tensor, consume: Callable[[LayerStates], None]
-) -> Iterator[None]:
+def residual_hooks(model: LanguageModel, positions: Tensor, consume: Callable[[LayerStates], None]) -> Iterator[None]:
     """Hand each layer's states to ``consume`` while the decoder runs; the hooks are gone on any exit.
 
     Args:

@@ -94,7 +94,7 @@ class Reducer:
         projection = self._model.projection
         device = projection.weight.device
         stacked = torch.cat([projection.through(self._lens, s).to(device) for s in states])
-        return list(projection.entropy(stacked).split(states[0].shape[0]))
+        return list(projection.entropy(stacked).chunk(len(states)))
 
     def _policy(self, final_states: Tensor, under_lens: Tensor) -> NDArray[np.float32]:
         projection = self._model.projection

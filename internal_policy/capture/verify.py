@@ -52,7 +52,9 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
 
     extractor.run(batch, check)
     if len(outputs) != model.n_layers:
-        raise UserError(f"{model.name}: {len(outputs)} of {model.n_layers} layers ran; the family's row does not fit it")
+        raise UserError(
+            f"{model.name}: {len(outputs)} of {model.n_layers} layers ran; the family's row does not fit it"
+        )
     _check_unembedding(model, batch, outputs[-1], bound)
 
 
@@ -83,7 +85,9 @@ def _check_unembedding(model: LanguageModel, batch: Batch, final_states: Tensor,
     own = model.model(input_ids=batch.input_ids.to(model.device), use_cache=False).logits.flatten(0, 1)
     ours = projection.logits(projection.final_norm(final_states))
     if not bool(torch.isfinite(own).all()):
-        raise UserError(f"{model.name}: NaN or inf in the logits; the unembedding is broken or overflows: try --dtype float32")
+        raise UserError(
+            f"{model.name}: NaN or inf in the logits; the unembedding is broken or overflows: try --dtype float32"
+        )
     error = _relative(ours.double().to(own.device), own.double())
     if error > bound:
         raise UserError(

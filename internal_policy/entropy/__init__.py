@@ -1,6 +1,6 @@
 """Entropies of internal policies, in nats.
 
-``policy_entropy`` is the exact streaming engine; ``definition.policy_entropy`` is the formula that it is tested against.
+``policy_entropy`` is the exact streaming engine; ``definition.policy_entropy`` is the formula it is tested against.
 """
 
 from __future__ import annotations

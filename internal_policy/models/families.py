@@ -1,8 +1,8 @@
 """Where the parts of a decoder live: one table, a row a family, keyed by ``config.model_type``.
 
 To support another family, add a row: the paths of its parts and, where they differ from the raw module outputs, of the
-modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``capture.verify`` then proves the
-row on every load, by eq. 4 and against the model's own logits.
+modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``capture.verify`` proves the row
+on every load, by eq. 4 and against the model's own logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load a causal language model, by hub id, directory or embedded name, with one clear line for what cannot be loaded."""
+"""Load a causal language model by hub id, directory or embedded name; one clear line for what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -221,22 +221,30 @@ def _resolve(name: str, revision: str | None) -> str:
     directory = Path(name)
     if not directory.exists():
         if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise UserError(f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id")
+            raise UserError(
+                f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id"
+            )
         return name
     if not directory.is_dir():
         raise UserError(f"{name}: is a file; give the directory that holds config.json and *.safetensors")
     if revision is not None:
-        raise UserError(f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only")
+        raise UserError(
+            f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only"
+        )
     if not (directory / "config.json").is_file():
-        raise UserError(f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)")
+        raise UserError(
+            f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)"
+        )
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         if pickles:
             raise UserError(
-                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is read. "
-                "Convert with model.save_pretrained(directory)"
+                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is "
+                "read. Convert with model.save_pretrained(directory)"
             )
-        raise UserError(f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)")
+        raise UserError(
+            f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
+        )
     return str(directory)
 
 
@@ -249,7 +257,9 @@ def _refuse_other_architectures(config: Any, name: str) -> None:
     causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal):
         what = architectures[0] if architectures else config.model_type
-        raise UserError(f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM")
+        raise UserError(
+            f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM"
+        )
 
 
 @contextmanager
@@ -261,7 +271,9 @@ def _told_in_one_line(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(f"{name}: out of memory while loading {what}; use --dtype bfloat16 or a smaller model") from error
+        raise UserError(
+            f"{name}: out of memory while loading {what}; use --dtype bfloat16 or a smaller model"
+        ) from error
     except SafetensorError as error:
         raise UserError(f"{name}: broken safetensors file ({_first_line(error)}); download or save it again") from error
     except (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, hub.HfHubHTTPError) as error:

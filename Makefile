@@ -1,0 +1,42 @@
+# make demo and make test start from nothing but Python 3.11+ and a package index; the other targets build on them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A plain build of this torch is small where the index has one; any torch of the range in pyproject.toml will do.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test slow check setup bench testbed clean
+
+demo: setup
+	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
+
+test: setup
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/benchmark_entropy.py
+
+testbed: setup
+	$(BIN)/python -m internal_policy.testbed.make
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python %d.%d found; needed is 3.11 or newer: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,258 @@
+"""Every bad input on the real command line: one clear line, exit code 2, nothing lost and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import ragged_responses, tiny_model, tiny_tokenizer
+
+COMMAND = [sys.executable, "-m", "internal_policy.cli"]
+
+
+def run(*arguments, cwd, code=2):
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def refused(*arguments, cwd):
+    """The one line that a refused command prints."""
+    done = run(*arguments, cwd=cwd)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not list(cwd.rglob("analysis.json"))
+    assert not list(cwd.rglob("*.tmp"))
+    return lines[0]
+
+
+def save(model, directory, tokenizer=None):
+    model.save_pretrained(directory)
+    (tokenizer or tiny_tokenizer()).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save(tiny_model("llama"), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def responses(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ragged_responses()))
+    return path
+
+
+def make_unloadable(kind, directory, model_dir):
+    directory.mkdir()
+    config = json.loads((model_dir / "config.json").read_text())
+    weights = {"w": torch.zeros(1)}
+    if kind == "no weights":
+        pass
+    elif kind == "no config":
+        save_file(weights, directory / "model.safetensors")
+        return
+    elif kind == "pickle":
+        torch.save(weights, directory / "pytorch_model.bin")
+    else:
+        save_file(weights, directory / "model.safetensors")
+    if kind == "broken weights":
+        (directory / "model.safetensors").write_bytes(b"not safetensors")
+    config |= {
+        "encoder": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "encoder-decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+        "family": {"model_type": "bloom", "architectures": ["BloomForCausalLM"]},
+        "unheard": {"model_type": "unheard-of", "architectures": ["UnheardForCausalLM"]},
+    }.get(kind, {})
+    (directory / "config.json").write_text(json.dumps(config) if kind != "broken config" else "{")
+    tiny_tokenizer().save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no weights", "no weights (*.safetensors)"),
+        ("no config", "no config.json"),
+        ("pickle", "pickle format only (pytorch_model.bin)"),
+        ("broken weights", "broken safetensors file"),
+        ("broken config", "cannot load its config.json"),
+        ("encoder", "BertForMaskedLM is not a causal LM"),
+        ("encoder-decoder", "is an encoder-decoder model"),
+        ("family", "unsupported family 'bloom'; supported: llama, mistral, qwen2, qwen3"),
+        ("unheard", "cannot load its config.json"),
+    ],
+)
+def test_models_that_cannot_be_loaded(tmp_path, model_dir, kind, message):
+    make_unloadable(kind, tmp_path / "bad", model_dir)
+    assert message in refused("analyze", "--model", "bad", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/no-such-model", "no such model on the hub, or no network"),
+        ("./nowhere", "no such directory"),
+        ("testbed/gpt5", "testbed/gpt5"),
+    ],
+)
+def test_models_that_are_not_there(tmp_path, name, message):
+    assert message in refused("analyze", "--model", name, cwd=tmp_path)
+
+
+def test_a_bad_model_is_told_before_a_good_one_is_analysed(tmp_path, model_dir, responses):
+    told = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
+    assert "./nowhere: no such directory" in told
+
+
+def test_nan_in_the_weights_names_the_layer(tmp_path, responses):
+    model = tiny_model("qwen3")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight[0] = float("nan")
+    save(model, tmp_path / "nan")
+    assert "NaN or inf in layer 3" in refused("analyze", "--model", "nan", "--responses", responses, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("--prompts", b"", "is empty"),
+        ("--prompts", b'{"text": "w2"}\n', "has the columns ['text']"),
+        ("--prompts", b'{"prompt": "w2"}\n{"prompt"\n', "broken JSON at line 2"),
+        ("--prompts", b'{"prompt": "\xe9"}\n', "not UTF-8 at line 1"),
+        ("--prompts", b'{"prompt": "' + b"w2 " * 64 + b'"}\n', "has 64 tokens and the model's context is 64"),
+        ("--responses", b"", "is empty"),
+        ("--responses", b'{"input_ids": [2, 3], "prompt_length": 1}\n{"input_ids"\n', "broken JSON at line 2"),
+        ("--responses", b'{"prompt": "w2", "response": ""}\n', "no response tokens"),
+        ("--responses", b'{"input_ids": [2, 3, 4], "prompt_length": 7}\n', "prompt_length is 7"),
+        ("--responses", b'{"input_ids": [2, 3, 61], "prompt_length": 1}\n', "id 61 is beyond the vocabulary of 61"),
+        (
+            "--responses",
+            json.dumps({"input_ids": [2] * 65, "prompt_length": 1}).encode(),
+            "65 tokens, more than the model's context of 64",
+        ),
+    ],
+)
+def test_bad_prompts_and_responses(tmp_path, model_dir, option, content, message):
+    (tmp_path / "given.jsonl").write_bytes(content)
+    assert message in refused("analyze", "--model", model_dir, option, "given.jsonl", cwd=tmp_path)
+
+
+def test_a_data_set_that_is_not_there(tmp_path, model_dir):
+    told = refused("analyze", "--model", model_dir, "--prompts", "nobody/no-such-data", cwd=tmp_path)
+    assert "nobody/no-such-data: cannot load this data set" in told
+    assert "no such file" in refused("analyze", "--model", model_dir, "--prompts", "missing.jsonl", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; needed is a number of at least 1"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--template", "qwen9"], "--template is 'qwen9'; needed is one of chat, plain"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--prompts", "a", "--responses", "b"], "both --prompts and --responses"),
+        (["--lens", "wide"], "'wide' is not one of"),
+        (["--no-such-option"], "No such option: --no-such-option"),
+    ],
+)
+def test_bad_settings(tmp_path, model_dir, arguments, message):
+    assert message in refused("analyze", "--model", model_dir, *arguments, cwd=tmp_path)
+
+
+def test_output_that_cannot_be_written(tmp_path, model_dir, responses):
+    (tmp_path / "taken").write_text("a file")
+    told = refused("analyze", "--model", model_dir, "--responses", responses, "--output", "taken", cwd=tmp_path)
+    assert "cannot be written" in told
+    assert "choose another --output" in told
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_output_in_use_for_something_else_is_left_alone(tmp_path, model_dir, responses):
+    arguments = ["analyze", "--model", model_dir, "--responses", responses, "--output", "out"]
+    slug = "--".join(model_dir.parts[-2:])
+    (tmp_path / "out" / slug).mkdir(parents=True)
+    (tmp_path / "out" / slug / "thesis.tex").write_text("years of work")
+    assert "in use for something else" in refused(*arguments, cwd=tmp_path)
+    assert "in use for something else" in refused(*arguments, "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "out" / slug / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, responses):
+    arguments = ["analyze", "--model", model_dir, "--responses", responses, "--output", "out"]
+    run(*arguments, cwd=tmp_path, code=0)
+    manifest = next(tmp_path.glob("out/*/analysis.json"))
+    before = manifest.read_bytes()
+
+    other = run(*arguments, "--lens", "logit-lens", cwd=tmp_path)
+    assert "already holds an analysis with other settings (lens policy -> logit-lens)" in other.stderr
+    assert "--overwrite" in other.stderr
+    assert manifest.read_bytes() == before
+
+    again = run(*arguments, cwd=tmp_path, code=0)
+    assert "already complete" in again.stderr
+    assert manifest.read_bytes() == before
+
+    responses.write_text(responses.read_text().splitlines()[0] + "\n")
+    assert "other settings (inputs" in run(*arguments, cwd=tmp_path).stderr
+    run(*arguments, "--overwrite", cwd=tmp_path, code=0)
+    assert json.loads(manifest.read_text())["n_responses"] == 1
+
+
+def test_figures_without_an_analysis(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no finished analysis here" in refused("figures", "empty", cwd=tmp_path)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = run("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path, code=1)
+    assert "Traceback" in done.stderr
+    assert "no such directory" in done.stderr
+
+
+LIMITED = """
+import re, resource, sys
+import torch, transformers, internal_policy.pipeline, transformers.models.qwen2.modeling_qwen2
+torch.zeros(64, 64) @ torch.zeros(64, 64)
+used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+limit = used + int(sys.argv.pop(1)) * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from internal_policy.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory through Linux's RLIMIT_DATA")
+@pytest.mark.parametrize(("mebibytes", "code"), [(700, 0), (170, 2)])
+def test_out_of_memory_retries_smaller_then_says_what_to_lower(tmp_path, mebibytes, code):
+    save(tiny_model("qwen2", layers=1, context=4096, intermediate_size=8192), tmp_path / "wide")
+    rows = [{"input_ids": [2 + i % 50 for i in range(2048)], "prompt_length": 1024} for _ in range(8)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    # One sequence needs 2 x 2048 x 8192 float32 in the FFN, 128 MiB and more; eight need 1 GiB.
+    arguments = ["analyze", "--model", "wide", "--responses", "long.jsonl", "--output", "out", "--keep-tokens", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(mebibytes), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "out of memory on a batch of 8; trying batches of 4" in done.stderr
+    if code == 0:
+        assert json.loads(next(tmp_path.glob("out/*/analysis.json")).read_text())["n_responses"] == 8
+    else:
+        assert "error: out of memory on a single sequence; lower --max-new-tokens" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,161 @@
+"""Reading prompts and responses: formats, templates, the place where a response begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import tiny_tokenizer
+
+from internal_policy import UserError
+from internal_policy.prompts import NAMED_TEMPLATES, Prompt, read_prompts, render
+from internal_policy.records import read_file
+from internal_policy.responses import from_jsonl, prompt_indices, read_responses, to_jsonl
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CHAT = "{% for m in messages %}{{ m.role }}-{{ m.content }} {% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant-{% endif %}"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
+def test_the_three_formats_read_alike(tmp_path, suffix):
+    rows = [
+        {"prompt": "one \u2028 two", "answer": "3"},
+        {"prompt": [{"role": "user", "content": "hi"}], "answer": None},
+    ]
+    path = tmp_path / f"prompts.{suffix}"
+    if suffix == "parquet":
+        pd.DataFrame(rows[:1]).to_parquet(path)
+        rows = rows[:1]
+    else:
+        text = json.dumps(rows) if suffix == "json" else "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+        path.write_text(text, encoding="utf-8")
+    prompts = read_prompts(str(path))
+    assert [p.content for p in prompts] == [r["prompt"] for r in rows]
+    assert prompts[0].answer == "3"
+
+
+@pytest.mark.parametrize("column", ["prompt", "problem", "question"])
+def test_prompt_columns_by_their_usual_names(column):
+    assert read_prompts([{column: "x", "other": 1}])[0].content == "x"
+
+
+@pytest.mark.parametrize("row", [{"answer": "a"}, {"final_answer": "a"}, {"reward_model": {"ground_truth": "a"}}])
+def test_answer_columns_by_their_usual_names(row):
+    assert read_prompts([{"prompt": "x", **row}])[0].answer == "a"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real benchmark prompts in ../shared/data")
+@pytest.mark.parametrize(
+    ("name", "rows"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
+)
+def test_real_benchmarks_are_read_whole(name, rows):
+    prompts = read_prompts(str(SHARED / f"{name}.parquet"))
+    assert len(prompts) == rows
+    assert all(p.answer and p.problem and p.chat[-1]["role"] == "user" for p in prompts)
+    assert all("put your final answer" not in p.problem for p in prompts)
+    for template in NAMED_TEMPLATES.values():
+        assert prompts[0].problem in template(prompts[0].problem)
+
+
+def test_chat_template_is_applied_once_and_without_extra_special_tokens():
+    tokenizer = tiny_tokenizer(chat_template=CHAT)
+    seen = []
+    real = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *a, **k: seen.append(real(*a, **k)) or seen[-1]
+    render(Prompt("w2 w3"), "chat", tokenizer)
+    assert seen == ["user-w2 w3 assistant-"]
+
+
+def test_without_a_chat_template_the_prompt_is_plain_text():
+    tokenizer = tiny_tokenizer()
+    chat = [{"role": "system", "content": "w2"}, {"role": "user", "content": "w3 w4"}]
+    assert render(Prompt(chat), "chat", tokenizer) == [2, 3, 4]
+    assert render(Prompt("w3 w4"), "plain", tokenizer) == [3, 4]
+
+
+def test_paper_templates():
+    text = {name: template("Q") for name, template in NAMED_TEMPLATES.items()}
+    step = "Please reason step by step, and put your final answer within \\boxed{}."
+    head = f"<|im_start|>system\n{step}<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert text["qwen-math"] == head
+    assert text["qwen3"] == head + "<think>\n\n</think>\n\n"
+    assert text["octothinker"].endswith("\nQ\nAssistant:")
+    assert "\\boxed{}" in text["octothinker"]
+
+
+def test_a_response_as_text_starts_exactly_after_its_prompt():
+    tokenizer = tiny_tokenizer()
+    (response,) = read_responses([{"prompt": "w2 w3", "response": "w4 w5 w6"}], tokenizer, "plain")
+    assert response.input_ids == [2, 3, 4, 5, 6]
+    assert (response.prompt_length, response.n_tokens) == (2, 3)
+
+
+def test_what_was_written_is_read_back():
+    tokenizer = tiny_tokenizer()
+    given = [{"prompt": "w2 w3", "response": "w4 \u2028"}, {"input_ids": [3, 4, 5], "prompt_length": 1, "reward": 1.0}]
+    responses = read_responses(given, tokenizer, "plain")
+    assert from_jsonl(to_jsonl(responses)) == responses
+
+
+def test_samples_of_one_prompt_share_its_index():
+    rows = [{"input_ids": ids, "prompt_length": 2} for ids in ([2, 3, 4], [2, 4, 4], [2, 3, 5], [2, 4, 6])]
+    assert prompt_indices(read_responses(rows, tiny_tokenizer(), "plain")) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.json", b"", "is empty"),
+        ("a.json", b"[]", "is empty"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', "broken JSON at line 2"),
+        ("a.json", b'[{"prompt": "x"},\n{]', "broken JSON at line 2"),
+        ("a.json", b'{"prompt": "x"}', "needed is a list of objects"),
+        ("a.jsonl", b'{"prompt": "x"}\n[1]\n', "line 2 holds a list"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "not UTF-8 at line 2"),
+        ("a.parquet", b"PAR1 but not really", "not a readable parquet"),
+        ("a.txt", b"x", "format '.txt' is unknown"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_file(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, r"columns \['text'\]; needed is one of prompt, problem, question"),
+        ({"prompt": " "}, "empty text"),
+        ({"prompt": 3}, "neither a text nor a chat"),
+        ({"prompt": [{"role": "user"}]}, "neither a text nor a chat"),
+    ],
+)
+def test_bad_prompts_are_told_in_one_line(row, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts([row])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "w2", "answer": "w3"}, "needed are prompt and response, or input_ids and prompt_length"),
+        ({"prompt": "w2", "response": " "}, "no response tokens"),
+        ({"prompt": "w2", "response": 5}, "needed is text"),
+        ({"input_ids": [1, 2], "prompt_length": 2}, "no response tokens"),
+        ({"input_ids": [1, 2], "prompt_length": 3}, "needed is an integer from 1 to 1"),
+        ({"input_ids": [1, 2], "prompt_length": 0}, "needed is an integer from 1 to 1"),
+        ({"input_ids": [1, 2], "prompt_length": "1"}, "needed is an integer from 1 to 1"),
+        ({"input_ids": [1, "2"], "prompt_length": 1}, "not a list of integers"),
+        ({"input_ids": [], "prompt_length": 1}, "no response tokens"),
+    ],
+)
+def test_bad_responses_are_told_in_one_line(row, message):
+    with pytest.raises(UserError, match=message):
+        read_responses([row], tiny_tokenizer(), "plain")
