@@ -1,0 +1,426 @@
+"""The paper's figures of an analysis (arXiv 2512.19673v3, figs. 2, 3 and 12), and the numbers in them as tables.
+
+    figure = entropy_flow([analysis])            # fig. 2; one panel a model
+    numbers = entropy_flow_data([analysis])      # exactly what it draws
+    plot_entropy_change(analysis, "ffn", ax=ax)  # one panel, on your own axes
+
+A `plot_*` function draws one panel for one model and returns its axes (`.figure` shows or saves it); the function
+without `plot_` lays one out for each model. Bands are +-1.96 standard errors. Nothing here needs a model or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from internal_policy import style
+
+if TYPE_CHECKING:
+    from internal_policy.results import Analysis
+
+ModuleSite = Literal["attn", "ffn"]
+
+Z_95 = 1.96
+"""Half-width of a 95% interval, standard errors."""
+
+LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
+SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
+SITE_MARKS: dict[ModuleSite, dict[str, Any]] = {
+    "attn": {"color": style.ATTENTION, "marker": "^", "linestyle": "-"},
+    "ffn": {"color": style.FEED_FORWARD, "marker": "s", "linestyle": (0, (4, 1.2))},
+}
+FLOW_POINTS = (
+    ("input", "layer", "entropy_in", -0.375),
+    ("ATTN", "attn", "entropy_out", -0.125),
+    ("FFN", "ffn", "entropy_out", 0.125),
+    ("output", "layer", "entropy_out", 0.375),
+)
+"""Point, site and column it is read from, and where it stands about its layer's tick, layers."""
+POLICY_LABEL, UNIFORM_LABEL = "policy $\\pi_\\theta$", "uniform, $\\ln V$"
+LEGEND_ORDER = ("input", "ATTN", "FFN", "output", *style.STAGE_COLOURS, "boundary layer", POLICY_LABEL, UNIFORM_LABEL)
+
+
+def entropy_flow_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 2.
+
+    Args:
+        analyses: One analysis for each panel.
+
+    Returns:
+        A row for each panel, layer and point (input, ATTN, FFN, output), then one for the `policy` and one for the
+        `uniform` distribution's ln V, which have no layer. `position` is the x coordinate; entropies are in nats.
+    """
+    return _stack(analyses, _flow_rows)
+
+
+def entropy_change_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 3.
+
+    Args:
+        analyses: One analysis for each column of panels.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the entropy change in nats, the layer's stage, and whether it
+        is the boundary layer.
+    """
+    return _stack(analyses, _change_rows)
+
+
+def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 12.
+
+    Args:
+        analyses: One analysis for each panel.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the cosine similarity of what the module writes with the
+        residual stream that it is added to.
+    """
+    return _stack(analyses, _cosine_rows)
+
+
+def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
+    """Draw one panel of fig. 2: each layer's entropies at its input, ATTN, FFN and output, in order.
+
+    Args:
+        analysis: The model's analysis.
+        ax: Where to draw; without it a figure of its own with a legend is made.
+
+    Returns:
+        The axes.
+    """
+    if ax is None:
+        return entropy_flow([analysis]).axes[0]
+    frame = entropy_flow_data([analysis])
+    with style.paper_style():
+        modules = frame[frame["point"].isin(["input", "ATTN", "FFN", "output"])].sort_values("position")
+        ax.plot(modules["position"], modules["entropy"], color=style.NEUTRAL, linewidth=0.4, alpha=0.6, zorder=1.5)
+        stream = modules[modules["point"].isin(["input", "output"])]
+        _line(ax, stream, "position", "entropy", color=style.STREAM, linewidth=0.8)
+        marks: dict[str, Any] = {"color": style.STREAM, "marker": "o", "linestyle": "none", "markeredgewidth": 0.4}
+        for point, fill in (("input", "white"), ("output", style.STREAM)):
+            rows = modules[modules["point"] == point]
+            marks |= {"markerfacecolor": fill, "markersize": _marker_size(rows), "label": point}
+            ax.plot(rows["position"], rows["entropy"], zorder=3, **marks)
+        for site, label in SITE_LABELS.items():
+            _line(ax, modules[modules["point"] == label], "position", "entropy", label=label, **SITE_MARKS[site])
+        policy = frame[frame["point"] == "policy"]
+        error = None if policy["stderr"].isna().all() else Z_95 * policy["stderr"]
+        marks = {"color": style.POLICY, "linestyle": "none", "marker": "*", "ms": 6, "mec": style.STREAM, "mew": 0.4}
+        ax.errorbar(policy["position"], policy["entropy"], error, label=POLICY_LABEL, **marks)
+        uniform = float(frame.loc[frame["point"] == "uniform", "entropy"].iloc[0])
+        ax.axhline(uniform, color=style.NEUTRAL, linewidth=0.6, linestyle=":", label=UNIFORM_LABEL, zorder=1)
+        gap = _policy_gap(analysis.n_layers)
+        style.set_layer_axis(ax, analysis.n_layers, (0.375 + gap / 4, 0.5 + gap))
+        low, high = ax.get_ylim()
+        # Zero is where a policy is certain; the room below keeps the marks there whole.
+        ax.set_ylim(min(low, -0.03 * high), high)
+        _label(ax, analysis, "Entropy (nats)")
+    return ax
+
+
+def plot_entropy_change(analysis: Analysis, site: ModuleSite = "ffn", ax: Axes | None = None) -> Axes:
+    """Draw one panel of fig. 3: the entropy change that a module makes, over the layers.
+
+    Args:
+        analysis: The model's analysis.
+        site: `attn` (eq. 12) or `ffn` (eq. 13); the stages, which eq. 13 defines, are shown for `ffn`.
+        ax: Where to draw; without it a figure of its own with a legend is made.
+
+    Returns:
+        The axes.
+    """
+    if ax is None:
+        figure, axes = style.panel_grid(1)
+        plot_entropy_change(analysis, site, axes[0][0])
+        _legend(figure, axes[0], entropy_change_data([analysis]))
+        return axes[0][0]
+    frame = entropy_change_data([analysis])
+    rows = frame[frame["site"] == site]
+    with style.paper_style():
+        _zero_line(ax)
+        _line(ax, rows, "layer", "change", label=SITE_LABELS[site], **SITE_MARKS[site])
+        style.set_layer_axis(ax, analysis.n_layers)
+        boundary = rows.loc[rows["boundary"], "layer"]
+        for layer in boundary:
+            ax.axvline(layer, color="0.25", linewidth=0.6, linestyle="-.", label="boundary layer", zorder=2)
+        if site == "ffn":
+            _shade_stages(ax, rows)
+            _name_boundary(ax, int(boundary.iloc[0]) if len(boundary) else None, analysis.n_layers)
+        _label(ax, analysis, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
+    return ax
+
+
+def plot_residual_cosine(analysis: Analysis, ax: Axes | None = None) -> Axes:
+    """Draw one panel of fig. 12: the cosine similarity of each module's write with the residual stream.
+
+    Args:
+        analysis: The model's analysis.
+        ax: Where to draw; without it a figure of its own with a legend is made.
+
+    Returns:
+        The axes.
+    """
+    if ax is None:
+        return residual_cosine([analysis]).axes[0]
+    frame = residual_cosine_data([analysis])
+    with style.paper_style():
+        _zero_line(ax)
+        for site, label in SITE_LABELS.items():
+            _line(ax, frame[frame["site"] == site], "layer", "cosine", label=label, **SITE_MARKS[site])
+        style.set_layer_axis(ax, analysis.n_layers)
+        _label(ax, analysis, "Cosine similarity")
+    return ax
+
+
+def entropy_flow(analyses: Sequence[Analysis], *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw fig. 2, a panel for each model.
+
+    Args:
+        analyses: One analysis for each panel.
+        axes: Where to draw, one for each analysis; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    return _one_row(analyses, plot_entropy_flow, entropy_flow_data, axes)
+
+
+def entropy_change(analyses: Sequence[Analysis], *, axes: Sequence[Sequence[Axes]] | None = None) -> Figure:
+    """Draw fig. 3, for each model the change that ATTN makes (top) and that FFN makes (bottom).
+
+    Args:
+        analyses: One analysis for each column of panels.
+        axes: Where to draw: the top panels and the bottom panels, one of each for each analysis; without it a figure
+            with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    _check(analyses)
+    if axes is not None:
+        for analysis, *pair in zip(analyses, *axes, strict=True):
+            for site, ax in zip(SITE_LABELS, pair, strict=True):
+                plot_entropy_change(analysis, site, ax)
+        return style.root_figure(axes[0][0])
+    figure, columns = style.panel_grid(len(analyses), n_stacked=2, panel_height=1.12)
+    n_columns = style.grid_shape(len(analyses))[1]
+    for panel, (analysis, column) in enumerate(zip(analyses, columns, strict=True)):
+        for site, ax in zip(SITE_LABELS, column, strict=True):
+            plot_entropy_change(analysis, site, ax)
+            ax.set_xlabel("")
+            if panel % n_columns:
+                ax.set_ylabel("")
+        column[0].tick_params(labelbottom=False)
+        column[1].set_title("")
+    with style.paper_style():
+        _set_titles([column[0] for column in columns], analyses)
+        figure.supxlabel("Layer")
+        figure.align_ylabels()
+    _legend(figure, [ax for column in columns for ax in column], entropy_change_data(analyses))
+    return figure
+
+
+def residual_cosine(analyses: Sequence[Analysis], *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw fig. 12, a panel for each model.
+
+    Args:
+        analyses: One analysis for each panel.
+        axes: Where to draw, one for each analysis; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    return _one_row(analyses, plot_residual_cosine, residual_cosine_data, axes)
+
+
+def save_all(analyses: Sequence[Analysis], directory: Path) -> list[Path]:
+    """Write figs. 2, 3 and 12 as PNG and PDF. The same analyses give the same bytes.
+
+    Args:
+        analyses: One analysis for each model.
+        directory: Where to write; made if it is missing.
+
+    Returns:
+        The paths written.
+    """
+    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
+    drawings = (entropy_flow(analyses), entropy_change(analyses), residual_cosine(analyses))
+    return [
+        p for stem, figure in zip(stems, drawings, strict=True) for p in style.save_figure(figure, directory / stem)
+    ]
+
+
+def _check(analyses: Sequence[Analysis]) -> None:
+    if not analyses:
+        raise ValueError("Got no analysis; a figure needs at least one.")
+
+
+def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of every analysis under one another, with the panel (from 1), model, lens and the band."""
+    _check(analyses)
+    parts = []
+    for panel, analysis in enumerate(analyses, start=1):
+        part = rows(analysis)
+        value = next(column for column in ("entropy", "change", "cosine") if column in part)
+        part["low"], part["high"] = part[value] - Z_95 * part["stderr"], part[value] + Z_95 * part["stderr"]
+        part.insert(0, "panel", panel)
+        part.insert(1, "model", analysis.name)
+        part.insert(2, "lens", analysis.lens)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _site_rows(analysis: Analysis, site: str, column: str, name: str) -> pd.DataFrame:
+    """Return a site's layers in order, with one of its statistics under `name` and the statistic's standard error."""
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    return pd.DataFrame(
+        {
+            "layer": rows["layer"].to_numpy(dtype="int64"),
+            "site": site,
+            name: rows[column].to_numpy(dtype=float),
+            "stderr": rows[f"{column}_stderr"].to_numpy(dtype=float),
+        }
+    )
+
+
+def _flow_rows(analysis: Analysis) -> pd.DataFrame:
+    parts = []
+    for point, site, column, offset in FLOW_POINTS:
+        part = _site_rows(analysis, site, column, "entropy").drop(columns="site")
+        part.insert(1, "point", point)
+        part.insert(2, "position", part["layer"] + offset)
+        parts.append(part)
+    frame = pd.concat(parts).sort_values("position", kind="stable").astype({"layer": "Int64"})
+    stderr = analysis.policy_entropy.get("stderr")
+    ends = pd.DataFrame(
+        {
+            "layer": pd.array([pd.NA, pd.NA], dtype="Int64"),
+            "point": ["policy", "uniform"],
+            "position": [analysis.n_layers + 0.5 + _policy_gap(analysis.n_layers) / 2, np.nan],
+            "entropy": [float(analysis.policy_entropy["mean"]), float(np.log(analysis.vocab_size))],
+            "stderr": [np.nan if stderr is None else float(stderr), np.nan],
+        }
+    )
+    return pd.concat([frame, ends], ignore_index=True)
+
+
+def _policy_gap(n_layers: int) -> float:
+    """Return the width of the strip after the last layer in which the policy stands, layers."""
+    return max(1.0, 0.07 * n_layers)
+
+
+def _change_rows(analysis: Analysis) -> pd.DataFrame:
+    frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
+    frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
+    frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    return frame
+
+
+def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
+    return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
+
+
+def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, **marks: Any) -> None:
+    """Draw a line with its band; a site that was not measured has neither, an unknown standard error no band."""
+    if rows.empty:
+        return
+    if rows["stderr"].notna().any():
+        ax.fill_between(rows[x], rows["low"], rows["high"], color=marks["color"], alpha=0.2, linewidth=0, zorder=2)
+    ax.plot(rows[x], rows[y], zorder=2.5, markersize=_marker_size(rows), **marks)
+
+
+def _marker_size(rows: pd.DataFrame) -> float:
+    """Return the markers' size, small enough that a deep model's stay apart, points."""
+    return float(np.clip(60 / max(1, rows["layer"].nunique()), 1.6, 2.6))
+
+
+def _zero_line(ax: Axes) -> None:
+    ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
+
+
+def _label(ax: Axes, analysis: Analysis, y_label: str) -> None:
+    _set_titles([ax], [analysis])
+    ax.set_xlabel("Layer")
+    ax.set_ylabel(y_label)
+
+
+def _set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis]) -> None:
+    """Title each panel with as much of the end of its model's name as tells the models apart, and its lens."""
+    parts = [analysis.name.strip("/").split("/") for analysis in analyses]
+    n_models = len({tuple(part) for part in parts})
+    depths = range(1, 1 + max(map(len, parts)))
+    depth = next(d for d in depths if len({tuple(part[-d:]) for part in parts}) == n_models)
+    for ax, part, analysis in zip(axes, parts, analyses, strict=True):
+        style.set_title(ax, "/".join(part[-depth:]), LENS_TITLES.get(analysis.lens, analysis.lens))
+
+
+def _shade_stages(ax: Axes, rows: pd.DataFrame) -> None:
+    for stage, run in groupby(zip(rows["stage"], rows["layer"], strict=True), key=lambda pair: pair[0]):
+        layers = [layer for _, layer in run]
+        ax.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=style.STAGE_COLOURS[stage], label=stage, lw=0, zorder=0)
+
+
+def _name_boundary(ax: Axes, boundary_layer: int | None, n_layers: int) -> None:
+    """Name the boundary layer beside its line, in room made for it above the data."""
+    note: dict[str, Any] = {"fontsize": 6.5, "fontfamily": ax.title.get_fontfamily()}
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.2 * (high - low))
+    if boundary_layer is None:
+        ax.text(0.5, 0.97, "no boundary layer", transform=ax.transAxes, ha="center", va="top", color="0.35", **note)
+        return
+    right = boundary_layer <= n_layers / 2
+    share = (n_layers + 0.5 - boundary_layer if right else boundary_layer - 0.5) / n_layers
+    text = f"boundary layer {boundary_layer}"
+    if style.text_width(text, note["fontsize"]) + 4 > share * style.panel_width(ax):
+        text = f"layer {boundary_layer}"
+    ax.annotate(
+        text,
+        (boundary_layer, 0.97),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(2 if right else -2, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        va="top",
+        **note,
+    )
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], frame: pd.DataFrame) -> None:
+    band = [Patch(color=style.NEUTRAL, alpha=0.35, linewidth=0, label="$\\pm 1.96$ s.e.")]
+    with style.paper_style():
+        style.figure_legend(figure, axes, LEGEND_ORDER, band if frame["stderr"].notna().any() else [])
+
+
+def _one_row(
+    analyses: Sequence[Analysis],
+    plot: Callable[[Analysis, Axes], Axes],
+    data: Callable[[Sequence[Analysis]], pd.DataFrame],
+    axes: Sequence[Axes] | None,
+) -> Figure:
+    """Draw one panel for each analysis, with the labels that all share and a legend if the figure is our own."""
+    _check(analyses)
+    if axes is not None:
+        for analysis, ax in zip(analyses, axes, strict=True):
+            plot(analysis, ax)
+        return style.root_figure(axes[0])
+    figure, columns = style.panel_grid(len(analyses))
+    panels = [column[0] for column in columns]
+    for analysis, ax in zip(analyses, panels, strict=True):
+        plot(analysis, ax)
+    with style.paper_style():
+        _set_titles(panels, analyses)
+        figure.supxlabel(panels[0].get_xlabel())
+        figure.supylabel(panels[0].get_ylabel())
+    for ax in panels:
+        ax.set(xlabel="", ylabel="")
+    _legend(figure, panels, data(analyses))
+    return figure

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from internal_policy import figures, style
+
+
+@dataclass(frozen=True)
+class FakeAnalysis:
+    name: str
+    layers: pd.DataFrame
+    n_layers: int
+    vocab_size: int
+    boundary_layer: int | None
+    stages: tuple[str, ...]
+    lens: str = "policy"
+    policy_entropy: dict = field(default_factory=lambda: {"mean": 0.31, "stderr": 0.04})
+
+
+def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):
+    """An analysis shaped as the paper reports: kind is "qwen" (three stages) or "llama" (late collapse)."""
+    rng = np.random.default_rng(seed)
+    top, depth = math.log(vocab_size), np.arange(1, n_layers + 1) / n_layers
+    if kind == "qwen":
+        state = top * (1 - depth**1.6) + 0.3
+        ffn = np.where(depth <= 1 / 6, 3 * (1 - 6 * depth) + 0.12, np.where(depth <= 26 / 36, 0.0, -9 * (depth - 0.7)))
+        attn = 0.6 + 1.2 * np.exp(-8 * depth)
+        stages = ["exploration" if d <= 1 / 6 else "integration" if d <= 26 / 36 else "convergence" for d in depth]
+    else:
+        state = top - np.maximum(0, np.arange(1, n_layers + 1) - (n_layers - 3)) / 3 * (top - 0.4) - 0.02
+        ffn = np.where(depth < 1, 0.1, -2.0)
+        attn = 0.1 * np.sin(7 * depth) + 0.05
+        stages = ["exploration" if d < 1 else "convergence" for d in depth]
+    scale = 0.05 * top / 12
+    ffn, attn = ffn + rng.normal(0, scale / 3, n_layers), attn + rng.normal(0, scale / 3, n_layers)
+    state = np.minimum(state, top - 0.005)
+    before = np.array([top - 0.01, *state[:-1]])
+    normed = np.maximum(0.8 * before, 0.4 - np.minimum(ffn, 0))
+    parts = []
+    for site, entropy_in, change, cosine in (
+        ("layer", before, state - before, np.full(n_layers, np.nan)),
+        ("attn", normed, attn, 0.3 * np.sin(5 * depth)),
+        ("ffn", normed, ffn, -0.4 + 0.7 * depth),
+    ):
+        table = pd.DataFrame({"layer": np.arange(1, n_layers + 1), "site": site})
+        out = np.clip(entropy_in + change, 0.05, top)
+        for column, values in (
+            ("entropy_in", entropy_in),
+            ("entropy_out", out),
+            ("change", change),
+            ("cosine", cosine),
+        ):
+            table[column], table[f"{column}_stderr"] = values, scale * stderr * (0.5 + rng.random(n_layers))
+        parts.append(table.assign(n_tokens=1000))
+    if boundary is None:
+        boundary = next((i for i, s in enumerate(stages) if s != "exploration"), 0) or None
+    return FakeAnalysis(
+        name,
+        pd.concat(parts, ignore_index=True),
+        n_layers,
+        vocab_size,
+        boundary or None,
+        tuple(stages),
+        lens,
+        {"mean": 0.31, "stderr": 0.04 * stderr},
+    )
+
+
+NAMES = (
+    ("Qwen/Qwen3-4B", 36, "qwen"),
+    ("meta-llama/Llama-3.2-3B-Instruct", 28, "llama"),
+    ("Qwen/Qwen3-14B", 40, "qwen"),
+    ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 28, "qwen"),
+    ("testbed/qwen3", 8, "qwen"),
+    ("testbed/llama", 12, "llama"),
+    ("OctoThinker/OctoThinker-3B-Long-Base", 28, "llama"),
+    ("Qwen/Qwen3-4B-Instruct-2507", 36, "qwen"),
+    ("meta-llama/Llama-3.1-8B-Instruct", 32, "llama"),
+    ("deepseek-ai/deepseek-math-7b-base", 30, "qwen"),
+    ("Qwen/Qwen2.5-Math-7B", 28, "qwen"),
+    ("OctoThinker/OctoThinker-8B-Long-Base", 32, "llama"),
+)
+
+
+def make_set(n_models):
+    return [make_analysis(*row, seed=seed) for seed, row in enumerate(NAMES[:n_models])]
+
+
+def lay_out(figure):
+    """Place everything as in the PNG, at half the cost of drawing it."""
+    with style.paper_style():
+        figure.set_dpi(mpl.rcParams["savefig.dpi"])
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.get_layout_engine().execute(figure)
+        # A legend places its entries only as it is drawn.
+        for legend in figure.legends:
+            legend.draw(renderer)
+
+
+def text_boxes(figure):
+    """Names, boxes [N, 4] in pixels (x0, y0, x1, y1) of every text that shows."""
+    lay_out(figure)
+    texts = [*figure.texts, *[t for legend in figure.legends for t in legend.get_texts()]]
+    texts += [text for text in (figure._supxlabel, figure._supylabel) if text is not None]
+    for ax in figure.axes:
+        texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        for k, axis in enumerate((ax.xaxis, ax.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            texts += [label for label in axis.get_majorticklabels() if low <= label.get_position()[k] <= high]
+    texts = list({id(t): t for t in texts if t.get_visible() and t.get_text()}.values())
+    return [t.get_text() for t in texts], np.array([t.get_window_extent().extents for t in texts])
+
+
+def assert_legible(figure):
+    names, boxes = text_boxes(figure)
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    shared = np.minimum(high, high.swapaxes(0, 1)) - np.maximum(low, low.swapaxes(0, 1))
+    clashes = [(names[i], names[j]) for i, j in np.argwhere((shared > 0.5).all(-1)) if i < j]
+    assert not clashes
+    outside = (boxes[:, :2] < -0.5).any(1) | (boxes[:, 2:] > np.array(figure.bbox.size) + 0.5).any(1)
+    assert not [name for name, out in zip(names, outside, strict=True) if out]
+    for ax in figure.axes:
+        assert not any(legend.get_window_extent().overlaps(ax.bbox) for legend in figure.legends)
+
+
+def drawn(ax, label):
+    line = next(line for line in ax.lines if line.get_label() == label)
+    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+
+
+def band(ax):
+    """Lower and upper edges [n] of the bands of a panel, in the order they were drawn."""
+    edges = []
+    for collection in ax.collections:
+        vertices = pd.DataFrame(collection.get_paths()[0].vertices, columns=["x", "y"]).groupby("x")["y"]
+        edges.append((vertices.min().to_numpy(), vertices.max().to_numpy()))
+    return edges
+
+
+DRAWINGS = (figures.entropy_flow, figures.entropy_change, figures.residual_cosine)
+
+
+def test_entropy_flow_draws_its_frame():
+    analyses = make_set(2)
+    frame = figures.entropy_flow_data(analyses)
+    for panel, ax in enumerate(figures.entropy_flow(analyses).axes, start=1):
+        rows = frame[frame["panel"] == panel]
+        for point in ("input", "ATTN", "FFN", "output"):
+            expected = rows[rows["point"] == point]
+            x, y = drawn(ax, point)
+            np.testing.assert_array_equal(x, expected["position"])
+            np.testing.assert_array_equal(y, expected["entropy"])
+        assert drawn(ax, figures.UNIFORM_LABEL)[1][0] == rows.set_index("point").loc["uniform", "entropy"]
+        (star,) = [c for c in ax.containers if c.get_label() == figures.POLICY_LABEL]
+        policy = rows.set_index("point").loc["policy"]
+        np.testing.assert_array_equal(star.lines[0].get_xydata(), [[policy["position"], policy["entropy"]]])
+        expected = rows[rows["point"] == "FFN"]
+        np.testing.assert_allclose(band(ax)[2], (expected["low"], expected["high"]))
+
+
+def test_entropy_flow_data_holds_the_analysis():
+    analysis = make_analysis("testbed/qwen3", 8, "qwen", vocab_size=46)
+    frame = figures.entropy_flow_data([analysis])
+    flow = frame[frame["layer"].notna()]
+    assert flow["position"].is_monotonic_increasing
+    assert list(flow["point"][:5]) == ["input", "ATTN", "FFN", "output", "input"]
+    assert list(flow["layer"]) == [layer for layer in range(1, 9) for _ in range(4)]
+    table = analysis.layers.set_index(["site", "layer"])
+    for point, site, column in (("input", "layer", "entropy_in"), ("FFN", "ffn", "entropy_out")):
+        np.testing.assert_array_equal(flow.loc[flow["point"] == point, "entropy"], table.loc[site, column])
+        np.testing.assert_array_equal(flow.loc[flow["point"] == point, "stderr"], table.loc[site, f"{column}_stderr"])
+    ends = frame.set_index("point")["entropy"]
+    assert ends["uniform"] == pytest.approx(math.log(46))
+    assert ends["policy"] == 0.31
+
+
+@pytest.mark.parametrize("site", ["attn", "ffn"])
+def test_entropy_change_draws_its_frame(site):
+    analyses = make_set(3)
+    frame = figures.entropy_change_data(analyses)
+    figure = figures.entropy_change(analyses)
+    for panel, ax in enumerate(figure.axes[("attn", "ffn").index(site) :: 2], start=1):
+        rows = frame[(frame["panel"] == panel) & (frame["site"] == site)]
+        x, y = drawn(ax, figures.SITE_LABELS[site])
+        np.testing.assert_array_equal(x, rows["layer"])
+        np.testing.assert_array_equal(y, rows["change"])
+        np.testing.assert_allclose(band(ax)[0], (rows["low"], rows["high"]))
+        boundary = analyses[panel - 1].boundary_layer
+        assert list(drawn(ax, "boundary layer")[0]) == [boundary, boundary]
+        assert rows.loc[rows["boundary"], "layer"].tolist() == [boundary]
+        shaded = {
+            stage: (patch.get_x() + 0.5, patch.get_x() + patch.get_width() - 0.5)
+            for patch in ax.patches
+            if (stage := patch.get_label())
+        }
+        stages = rows.groupby("stage")["layer"].agg(["min", "max"])
+        assert shaded == ({} if site == "attn" else {row.Index: (row.min, row.max) for row in stages.itertuples()})
+
+
+def test_residual_cosine_draws_its_frame():
+    analyses = make_set(2)
+    frame = figures.residual_cosine_data(analyses)
+    for panel, ax in enumerate(figures.residual_cosine(analyses).axes, start=1):
+        for site, label in figures.SITE_LABELS.items():
+            rows = frame[(frame["panel"] == panel) & (frame["site"] == site)]
+            x, y = drawn(ax, label)
+            np.testing.assert_array_equal(x, rows["layer"])
+            np.testing.assert_array_equal(y, rows["cosine"])
+
+
+def test_a_shuffled_table_draws_the_same():
+    analysis = make_analysis("m", 8, "qwen")
+    shuffled = FakeAnalysis(**{**vars(analysis), "layers": analysis.layers.sample(frac=1, random_state=0)})
+    for data in (figures.entropy_flow_data, figures.entropy_change_data, figures.residual_cosine_data):
+        pd.testing.assert_frame_equal(data([analysis]), data([shuffled]))
+
+
+def test_single_panels_draw_on_given_axes_or_their_own():
+    analysis = make_set(1)[0]
+    figure = mpl.figure.Figure()
+    axes = figure.subplots(2, 2)
+    assert figures.plot_entropy_flow(analysis, axes[0, 0]) is axes[0, 0]
+    assert figures.plot_entropy_change(analysis, "attn", axes[0, 1]) is axes[0, 1]
+    assert figures.plot_residual_cosine(analysis, axes[1, 0]) is axes[1, 0]
+    for plot in (figures.plot_entropy_flow, figures.plot_entropy_change, figures.plot_residual_cosine):
+        ax = plot(analysis)
+        assert ax.get_title() == "Qwen3-4B"
+        assert len(ax.figure.legends) == 1
+        assert_legible(ax.figure)
+
+
+def test_figures_draw_on_given_axes():
+    analyses = make_set(2)
+    figure = mpl.figure.Figure()
+    axes = figure.subplots(2, 2)
+    assert figures.entropy_change(analyses, axes=axes) is figure
+    assert [ax.get_title() for ax in axes[0]] == ["Qwen3-4B", "Llama-3.2-3B-Instruct"]
+    assert figures.entropy_flow(analyses, axes=figure.subplots(1, 2)) is figure
+    with pytest.raises(ValueError, match="shorter"):
+        figures.residual_cosine(analyses, axes=[axes[0, 0]])
+
+
+def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_pyplot(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import internal_policy.figures as f\n"
+        "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "from test_figures import make_analysis\n"
+        "f.save_all([make_analysis('testbed/qwen3', 8, 'qwen', 46)], Path(sys.argv[2]))\n"
+    )
+    here, there = tmp_path / "new" / "here", tmp_path / "there"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(there)]
+    other = subprocess.Popen(command, env=environment)
+    with mpl.rc_context({"font.size": 20, "axes.grid": True, "pdf.fonttype": 3, "savefig.bbox": "tight"}):
+        paths = figures.save_all([make_analysis("testbed/qwen3", 8, "qwen", 46)], here)
+    assert other.wait(timeout=120) == 0
+    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
+    assert paths == [here / f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")]
+    assert sorted(paths) == sorted(here.iterdir())
+    for path in paths:
+        assert path.read_bytes() == (there / path.name).read_bytes()
+    pdf = (here / "fig2_entropy_flow.pdf").read_bytes()
+    assert b"CreationDate" not in pdf
+    assert b"/Type3" not in pdf
+    assert b"/FontFile2" in pdf
+
+
+def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path):
+    first, second = (
+        style.save_figure(figures.residual_cosine(make_set(1)), tmp_path / name) for name in ("first", "second")
+    )
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    figure = figures.residual_cosine(make_set(1))
+    (tmp_path / "f.png").write_text("old")
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        style.save_figure(figure, tmp_path / "f")
+    assert [path.name for path in tmp_path.iterdir()] == ["f.png"]
+    assert (tmp_path / "f.png").read_text() == "old"
+
+
+def test_user_rc_params_are_unchanged():
+    with mpl.rc_context({"font.size": 17.0, "axes.spines.top": True}):
+        before = dict(mpl.rcParams)
+        figures.residual_cosine(make_set(1)).draw_without_rendering()
+        with pytest.raises(RuntimeError), style.paper_style():
+            raise RuntimeError
+        assert dict(mpl.rcParams) == before
+
+
+def test_grids_have_room_for_every_model():
+    shapes = {n: style.grid_shape(n) for n in range(1, 13)}
+    assert all(rows * columns >= n and columns <= 4 for n, (rows, columns) in shapes.items())
+    assert (shapes[1], shapes[3], shapes[5], shapes[6], shapes[8], shapes[12]) == (
+        (1, 1),
+        (1, 3),
+        (2, 3),
+        (2, 3),
+        (2, 4),
+        (3, 4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("draw", "n_models"),
+    [(figures.entropy_change, n) for n in (1, 2, 3, 5, 12)]
+    + [(figures.entropy_flow, 2), (figures.entropy_flow, 12), (figures.residual_cosine, 4)],
+)
+def test_no_text_overlaps(draw, n_models):
+    figure = draw(make_set(n_models))
+    assert len(figure.axes) == n_models * (2 if draw is figures.entropy_change else 1)
+    assert_legible(figure)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 8, 12, 28, 30, 32, 36, 40, 48, 61, 80, 126])
+@pytest.mark.parametrize("width", [1.2, 2.8, 6.0])
+def test_layer_ticks(n_layers, width):
+    figure = mpl.figure.Figure(figsize=(width, 1.0))
+    ax = figure.add_axes((0, 0.3, 1, 0.7))
+    with style.paper_style():
+        style.set_layer_axis(ax, n_layers)
+        figure.draw_without_rendering()
+        ticks = ax.get_xticks()
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert ticks[0] == 1
+    assert ticks[-1] == n_layers
+    assert (np.diff(ticks) > 0).all()
+    assert len(set(np.diff(ticks[1:-1]))) <= 1
+    assert all(left.x1 + 1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_boundary_label_stays_in_its_panel_and_above_the_data():
+    boundaries = (1, 7, 14, 28)
+    figure = figures.entropy_change([make_analysis("m", 28, "llama", boundary=boundary) for boundary in boundaries])
+    lay_out(figure)
+    for boundary, ax in zip(boundaries, figure.axes[1::2], strict=True):
+        (text,) = ax.texts
+        # There is room for the whole of it on neither side of the middle.
+        assert text.get_text() == (f"layer {boundary}" if boundary == 14 else f"boundary layer {boundary}")
+        box = text.get_window_extent()
+        assert ax.bbox.x0 <= box.x0
+        assert box.x1 <= ax.bbox.x1
+        assert box.y0 >= ax.transData.transform((0, ax.dataLim.y1))[1]
+
+
+def test_one_response_draws_no_band_and_no_legend_entry():
+    analysis = make_analysis("m", 8, "qwen", stderr=math.nan)
+    for draw in DRAWINGS:
+        figure = draw([analysis])
+        assert_legible(figure)
+        assert not any(ax.collections for ax in figure.axes)
+        assert not any("1.96" in text.get_text() for text in figure.legends[0].get_texts())
+    missing = FakeAnalysis(**{**vars(analysis), "policy_entropy": {"mean": 0.5, "stderr": None}})
+    assert figures.entropy_flow_data([missing])["stderr"].isna().all()
+
+
+@pytest.mark.parametrize("sites", [["layer"], ["layer", "ffn"]])
+def test_a_site_that_was_not_measured_is_left_out(sites):
+    analysis = make_analysis("m", 8, "qwen")
+    partial = FakeAnalysis(**{**vars(analysis), "layers": analysis.layers[analysis.layers["site"].isin(sites)]})
+    for draw in DRAWINGS:
+        figure = draw([partial])
+        labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert "ATTN" not in labels
+        assert ("FFN" in labels) == ("ffn" in sites)
+
+
+def test_no_boundary_layer_is_said():
+    analysis = FakeAnalysis(**{**vars(make_analysis("m", 8, "qwen")), "boundary_layer": None})
+    figure = figures.entropy_change([analysis])
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no boundary layer"]
+    assert not any(line.get_label() == "boundary layer" for ax in figure.axes for line in ax.lines)
+    assert not figures.entropy_change_data([analysis])["boundary"].any()
+
+
+def test_titles_name_the_lens_and_tell_models_apart():
+    row = ("Qwen/Qwen3-4B", 8, "qwen")
+    figure = figures.residual_cosine([make_analysis(*row), make_analysis(*row, lens="logit-lens")])
+    assert [ax.get_title() for ax in figure.axes] == ["Qwen3-4B", "Qwen3-4B\nlogit lens"]
+    runs = [make_analysis(f"runs/{run}/step-30", 8, "qwen") for run in ("grpo", "bupo")]
+    assert [ax.get_title() for ax in figures.entropy_change(runs).axes[::2]] == ["grpo/step-30", "bupo/step-30"]
+    awkward = [make_analysis(name, 8, "qwen") for name in ("a_$x$_%", "x" * 90, "Llama-" + "very-long-" * 12, "z" * 50)]
+    assert_legible(figures.entropy_flow(awkward))
+
+
+def test_no_analysis_is_refused():
+    for function in (*DRAWINGS, figures.entropy_flow_data):
+        with pytest.raises(ValueError, match="no analysis"):
+            function([])
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    assert figures.residual_cosine(make_set(1))._repr_png_().startswith(b"\x89PNG")
