@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,69 +22,40 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from internal_policy import style
+from internal_policy.figure_data import (
+    SITE_LABELS,
+    Z_95,
+    ModuleSite,
+    entropy_change_data,
+    entropy_flow_data,
+    policy_gap,
+    require_some,
+    residual_cosine_data,
+)
 
 if TYPE_CHECKING:
     from internal_policy.results import Analysis
 
-ModuleSite = Literal["attn", "ffn"]
-
-Z_95 = 1.96
-"""Half-width of a 95% interval, standard errors."""
+__all__ = [
+    "entropy_change",
+    "entropy_change_data",
+    "entropy_flow",
+    "entropy_flow_data",
+    "plot_entropy_change",
+    "plot_entropy_flow",
+    "plot_residual_cosine",
+    "residual_cosine",
+    "residual_cosine_data",
+    "save_all",
+]
 
 LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
-SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
 SITE_MARKS: dict[ModuleSite, dict[str, Any]] = {
     "attn": {"color": style.ATTENTION, "marker": "^", "linestyle": "-"},
     "ffn": {"color": style.FEED_FORWARD, "marker": "s", "linestyle": (0, (4, 1.2))},
 }
-FLOW_POINTS = (
-    ("input", "layer", "entropy_in", -0.375),
-    ("ATTN", "attn", "entropy_out", -0.125),
-    ("FFN", "ffn", "entropy_out", 0.125),
-    ("output", "layer", "entropy_out", 0.375),
-)
-"""Point, site and column it is read from, and where it stands about its layer's tick, layers."""
 POLICY_LABEL, UNIFORM_LABEL = "policy $\\pi_\\theta$", "uniform, $\\ln V$"
 LEGEND_ORDER = ("input", "ATTN", "FFN", "output", *style.STAGE_COLOURS, "boundary layer", POLICY_LABEL, UNIFORM_LABEL)
-
-
-def entropy_flow_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
-    """Return the numbers of fig. 2.
-
-    Args:
-        analyses: One analysis for each panel.
-
-    Returns:
-        A row for each panel, layer and point (input, ATTN, FFN, output), then one for the `policy` and one for the
-        `uniform` distribution's ln V, which have no layer. `position` is the x coordinate; entropies are in nats.
-    """
-    return _stack(analyses, _flow_rows)
-
-
-def entropy_change_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
-    """Return the numbers of fig. 3.
-
-    Args:
-        analyses: One analysis for each column of panels.
-
-    Returns:
-        A row for each panel, site (attn, ffn) and layer: the entropy change in nats, the layer's stage, and whether it
-        is the boundary layer.
-    """
-    return _stack(analyses, _change_rows)
-
-
-def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
-    """Return the numbers of fig. 12.
-
-    Args:
-        analyses: One analysis for each panel.
-
-    Returns:
-        A row for each panel, site (attn, ffn) and layer: the cosine similarity of what the module writes with the
-        residual stream that it is added to.
-    """
-    return _stack(analyses, _cosine_rows)
 
 
 def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
@@ -118,7 +89,7 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         ax.errorbar(policy["position"], policy["entropy"], error, label=POLICY_LABEL, **marks)
         uniform = float(frame.loc[frame["point"] == "uniform", "entropy"].iloc[0])
         ax.axhline(uniform, color=style.NEUTRAL, linewidth=0.6, linestyle=":", label=UNIFORM_LABEL, zorder=1)
-        gap = _policy_gap(analysis.n_layers)
+        gap = policy_gap(analysis.n_layers)
         style.set_layer_axis(ax, analysis.n_layers, (0.375 + gap / 4, 0.5 + gap))
         low, high = ax.get_ylim()
         # Zero is where a policy is certain; the room below keeps the marks there whole.
@@ -205,7 +176,7 @@ def entropy_change(analyses: Sequence[Analysis], *, axes: Sequence[Sequence[Axes
     Returns:
         The figure.
     """
-    _check(analyses)
+    require_some(analyses)
     if axes is not None:
         for analysis, *pair in zip(analyses, *axes, strict=True):
             for site, ax in zip(SITE_LABELS, pair, strict=True):
@@ -257,76 +228,6 @@ def save_all(analyses: Sequence[Analysis], directory: Path) -> list[Path]:
     return [
         p for stem, figure in zip(stems, drawings, strict=True) for p in style.save_figure(figure, directory / stem)
     ]
-
-
-def _check(analyses: Sequence[Analysis]) -> None:
-    if not analyses:
-        raise ValueError("Got no analysis; a figure needs at least one.")
-
-
-def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of every analysis under one another, with the panel (from 1), model, lens and the band."""
-    _check(analyses)
-    parts = []
-    for panel, analysis in enumerate(analyses, start=1):
-        part = rows(analysis)
-        value = next(column for column in ("entropy", "change", "cosine") if column in part)
-        part["low"], part["high"] = part[value] - Z_95 * part["stderr"], part[value] + Z_95 * part["stderr"]
-        part.insert(0, "panel", panel)
-        part.insert(1, "model", analysis.name)
-        part.insert(2, "lens", analysis.lens)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _site_rows(analysis: Analysis, site: str, column: str, name: str) -> pd.DataFrame:
-    """Return a site's layers in order, with one of its statistics under `name` and the statistic's standard error."""
-    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
-    return pd.DataFrame(
-        {
-            "layer": rows["layer"].to_numpy(dtype="int64"),
-            "site": site,
-            name: rows[column].to_numpy(dtype=float),
-            "stderr": rows[f"{column}_stderr"].to_numpy(dtype=float),
-        }
-    )
-
-
-def _flow_rows(analysis: Analysis) -> pd.DataFrame:
-    parts = []
-    for point, site, column, offset in FLOW_POINTS:
-        part = _site_rows(analysis, site, column, "entropy").drop(columns="site")
-        part.insert(1, "point", point)
-        part.insert(2, "position", part["layer"] + offset)
-        parts.append(part)
-    frame = pd.concat(parts).sort_values("position", kind="stable").astype({"layer": "Int64"})
-    stderr = analysis.policy_entropy.get("stderr")
-    ends = pd.DataFrame(
-        {
-            "layer": pd.array([pd.NA, pd.NA], dtype="Int64"),
-            "point": ["policy", "uniform"],
-            "position": [analysis.n_layers + 0.5 + _policy_gap(analysis.n_layers) / 2, np.nan],
-            "entropy": [float(analysis.policy_entropy["mean"]), float(np.log(analysis.vocab_size))],
-            "stderr": [np.nan if stderr is None else float(stderr), np.nan],
-        }
-    )
-    return pd.concat([frame, ends], ignore_index=True)
-
-
-def _policy_gap(n_layers: int) -> float:
-    """Return the width of the strip after the last layer in which the policy stands, layers."""
-    return max(1.0, 0.07 * n_layers)
-
-
-def _change_rows(analysis: Analysis) -> pd.DataFrame:
-    frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
-    frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
-    frame["boundary"] = frame["layer"] == analysis.boundary_layer
-    return frame
-
-
-def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
-    return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
 
 
 def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, **marks: Any) -> None:
@@ -407,7 +308,7 @@ def _one_row(
     axes: Sequence[Axes] | None,
 ) -> Figure:
     """Draw one panel for each analysis, with the labels that all share and a legend if the figure is our own."""
-    _check(analyses)
+    require_some(analyses)
     if axes is not None:
         for analysis, ax in zip(analyses, axes, strict=True):
             plot(analysis, ax)

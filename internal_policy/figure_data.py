@@ -1,0 +1,143 @@
+"""The numbers in the figures, as tidy tables: what `figures` draws and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from internal_policy.results import Analysis
+
+ModuleSite = Literal["attn", "ffn"]
+
+Z_95 = 1.96
+"""Half-width of a 95% interval, standard errors."""
+
+SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
+FLOW_POINTS = (
+    ("input", "layer", "entropy_in", -0.375),
+    ("ATTN", "attn", "entropy_out", -0.125),
+    ("FFN", "ffn", "entropy_out", 0.125),
+    ("output", "layer", "entropy_out", 0.375),
+)
+"""Point, site and column it is read from, and where it stands about its layer's tick, layers."""
+
+
+def entropy_flow_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 2.
+
+    Args:
+        analyses: One analysis for each panel.
+
+    Returns:
+        A row for each panel, layer and point (input, ATTN, FFN, output), then one for the `policy` and one for the
+        `uniform` distribution's ln V, which have no layer. `position` is the x coordinate; entropies are in nats.
+    """
+    return _stack(analyses, _flow_rows)
+
+
+def entropy_change_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 3.
+
+    Args:
+        analyses: One analysis for each column of panels.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the entropy change in nats, the layer's stage, and whether it
+        is the boundary layer.
+    """
+    return _stack(analyses, _change_rows)
+
+
+def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 12.
+
+    Args:
+        analyses: One analysis for each panel.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the cosine similarity of what the module writes with the
+        residual stream that it is added to.
+    """
+    return _stack(analyses, _cosine_rows)
+
+
+def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of every analysis under one another, with the panel (from 1), model, lens and the band."""
+    require_some(analyses)
+    parts = []
+    for panel, analysis in enumerate(analyses, start=1):
+        part = rows(analysis)
+        value = next(column for column in ("entropy", "change", "cosine") if column in part)
+        part["low"], part["high"] = part[value] - Z_95 * part["stderr"], part[value] + Z_95 * part["stderr"]
+        part.insert(0, "panel", panel)
+        part.insert(1, "model", analysis.name)
+        part.insert(2, "lens", analysis.lens)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _site_rows(analysis: Analysis, site: str, column: str, name: str) -> pd.DataFrame:
+    """Return a site's layers in order, with one of its statistics under `name` and the statistic's standard error."""
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    return pd.DataFrame(
+        {
+            "layer": rows["layer"].to_numpy(dtype="int64"),
+            "site": site,
+            name: rows[column].to_numpy(dtype=float),
+            "stderr": rows[f"{column}_stderr"].to_numpy(dtype=float),
+        }
+    )
+
+
+def _flow_rows(analysis: Analysis) -> pd.DataFrame:
+    parts = []
+    for point, site, column, offset in FLOW_POINTS:
+        part = _site_rows(analysis, site, column, "entropy").drop(columns="site")
+        part.insert(1, "point", point)
+        part.insert(2, "position", part["layer"] + offset)
+        parts.append(part)
+    frame = pd.concat(parts).sort_values("position", kind="stable").astype({"layer": "Int64"})
+    stderr = analysis.policy_entropy.get("stderr")
+    ends = pd.DataFrame(
+        {
+            "layer": pd.array([pd.NA, pd.NA], dtype="Int64"),
+            "point": ["policy", "uniform"],
+            "position": [analysis.n_layers + 0.5 + policy_gap(analysis.n_layers) / 2, np.nan],
+            "entropy": [float(analysis.policy_entropy["mean"]), float(np.log(analysis.vocab_size))],
+            "stderr": [np.nan if stderr is None else float(stderr), np.nan],
+        }
+    )
+    return pd.concat([frame, ends], ignore_index=True)
+
+
+def policy_gap(n_layers: int) -> float:
+    """Return the width of the strip after the last layer in which the policy stands, layers."""
+    return max(1.0, 0.07 * n_layers)
+
+
+def _change_rows(analysis: Analysis) -> pd.DataFrame:
+    frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
+    frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
+    frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    return frame
+
+
+def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
+    return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
+
+
+def require_some(analyses: Sequence[Analysis]) -> None:
+    """Refuse to draw nothing.
+
+    Args:
+        analyses: What is to be drawn.
+
+    Raises:
+        ValueError: There is no analysis.
+    """
+    if not analyses:
+        raise ValueError("Got no analysis; a figure needs at least one.")

@@ -1,0 +1,313 @@
+"""Means over tokens with standard errors that know which tokens belong together.
+
+The paper averages over all response tokens of all responses (arXiv 2512.19673v3, section 3.2). Tokens of one response
+are not independent, and neither are several responses to one prompt, so the uncertainty is clustered: a cluster (the
+prompt, or the response where each prompt was sampled once) is the unit that is drawn at random. A response's length is
+random too, which makes the token mean a ratio of two sums.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from internal_policy.errors import UserError
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+SITES = ("layer", "attn", "ffn")
+QUANTITIES = ("entropy_in", "entropy_out", "change", "cosine")
+_RESAMPLES_PER_CHUNK = 256
+
+
+def clustered_mean(
+    values: npt.ArrayLike, n_tokens: npt.ArrayLike, clusters: npt.ArrayLike | None = None
+) -> tuple[Floats, Floats]:
+    """Token mean of each column, with its cluster-robust standard error.
+
+    With cluster totals S_c = sum n_i v_i and N_c = sum n_i, the mean m = sum S_c / sum N_c is a ratio estimator; its
+    linearised variance is C/(C-1) * sum_c (S_c - m N_c)^2 / (sum N_c)^2 (Cochran, Sampling Techniques, section 6.3;
+    the same as the CR1 sandwich of a weighted regression on a constant).
+
+    Args:
+        values: per-response means over tokens, [G, K]; NaN where a response has no value in that column.
+        n_tokens: response tokens behind each mean, [G].
+        clusters: integer label of the cluster of each response, [G]; by default each response is its own.
+
+    Returns:
+        mean [K] and standard error [K], in the unit of `values`. A column with fewer than two clusters has a NaN
+        error, and one with no value at all a NaN mean.
+
+    Raises:
+        UserError: if the shapes disagree, a token count is negative or not finite, or a value is infinite.
+    """
+    sums, tokens = _cluster_totals(values, n_tokens, clusters)
+    totals = tokens.sum(axis=0)
+    mean = _divide(sums.sum(axis=0), totals)
+    count = np.count_nonzero(tokens, axis=0).astype(np.float64)
+    scatter = _divide(((sums - np.nan_to_num(mean) * tokens) ** 2).sum(axis=0), totals**2)
+    return mean, np.sqrt(scatter * _divide(count, count - 1))
+
+
+def confidence_interval(
+    values: npt.ArrayLike, n_tokens: npt.ArrayLike, clusters: npt.ArrayLike | None = None, level: float = 0.95
+) -> tuple[Floats, Floats]:
+    """Interval for the token mean of each column that keeps its level with some forty ragged, skewed clusters.
+
+    Mean +- t * stderr with C-1 degrees of freedom covers only 0.90 of the time where long responses are also the
+    uncertain ones, so three standard corrections go in, each of which vanishes for many equal clusters. A cluster's
+    residual is divided by (1 - its share of the tokens) (the delete-one jackknife); the degrees of freedom follow from
+    the residuals' fourth moment (Satterthwaite), at most C-1; and t goes through Hall's cubic for the residuals'
+    skewness (Hall 1992, J. R. Statist. Soc. B 54, 221-228), which makes the interval longer on one side.
+
+    Args:
+        values: per-response means over tokens, [G, K]; NaN where not defined.
+        n_tokens: response tokens behind each mean, [G].
+        clusters: integer label of the cluster of each response, [G]; by default each response is its own.
+        level: share of such intervals that should hold the true mean, between 0 and 1.
+
+    Returns:
+        lower and upper ends, [K] each, in the unit of `values`; NaN with fewer than two clusters.
+
+    Raises:
+        UserError: as `clustered_mean`, and if `level` is not between 0 and 1.
+    """
+    if not 0.0 < level < 1.0:
+        raise UserError(f"level is {level}; a confidence level lies between 0 and 1, such as 0.95")
+    sums, tokens = _cluster_totals(values, n_tokens, clusters)
+    totals = tokens.sum(axis=0)
+    mean = _divide(sums.sum(axis=0), totals)
+    count = np.count_nonzero(tokens, axis=0).astype(np.float64)
+    residuals = np.nan_to_num(_divide(sums - np.nan_to_num(mean) * tokens, totals - tokens))
+    square = (residuals**2).sum(axis=0)
+    stderr = np.where(count > 1, np.sqrt(square * (1 - 1 / np.maximum(count, 1))), np.nan)
+    skewness = np.nan_to_num(_divide((residuals**3).sum(axis=0), square**1.5))
+    spread = _divide((residuals**4).sum(axis=0), square**2) - 1 / np.maximum(count, 1)
+    degrees = np.where(spread * (count - 1) > 2, 2 / np.where(spread > 0, spread, 1.0), count - 1).astype(np.int64)
+    quantiles = {int(d): student_t_quantile((1 + level) / 2, int(d)) for d in np.unique(degrees)}
+    t = np.array([quantiles[int(d)] for d in degrees])
+    return mean - stderr * _hall(t, skewness), mean - stderr * _hall(-t, skewness)
+
+
+def bootstrap_means(
+    values: npt.ArrayLike,
+    n_tokens: npt.ArrayLike,
+    clusters: npt.ArrayLike | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Floats:
+    """Token means of data sets that are drawn again, whole clusters with replacement.
+
+    Args:
+        values: per-response means over tokens, [G, K]; NaN where not defined.
+        n_tokens: response tokens behind each mean, [G].
+        clusters: integer label of the cluster of each response, [G]; by default each response is its own.
+        resamples: number B of resamples.
+        seed: of the random generator; the same seed gives the same resamples.
+
+    Returns:
+        [B, K] means in the unit of `values`. A row draws all columns together, so their correlation is kept.
+
+    Raises:
+        UserError: as `clustered_mean`, and if `resamples` is below 1.
+    """
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}; at least 1 is needed")
+    sums, tokens = _cluster_totals(values, n_tokens, clusters)
+    n_clusters = sums.shape[0]
+    generator = np.random.default_rng(seed)
+    shares = np.full(n_clusters, 1.0 / n_clusters)
+    means = np.empty((resamples, sums.shape[1]))
+    for start in range(0, resamples, _RESAMPLES_PER_CHUNK):
+        stop = min(start + _RESAMPLES_PER_CHUNK, resamples)
+        draws = generator.multinomial(n_clusters, shares, size=stop - start).astype(np.float64)
+        means[start:stop] = _divide(draws @ sums, draws @ tokens)
+    return means
+
+
+def layer_table(responses: pd.DataFrame) -> pd.DataFrame:
+    """Mean and clustered standard error of every quantity, one row per layer and site.
+
+    Clusters are the prompts: samples of one prompt share its difficulty and its subject, so they are not independent.
+    Where each prompt was sampled once, that is the same as clustering by response.
+
+    Args:
+        responses: one row per response, layer and site, with the columns response, prompt, layer (1..L), site,
+            n_tokens, entropy_in, entropy_out, change (nats) and cosine; means over the tokens of the response.
+
+    Returns:
+        a row per layer (ascending) and site (layer, attn, ffn) with the columns layer, site, each quantity followed by
+        its `_stderr`, and n_tokens (the total). A site that was not measured has no rows.
+
+    Raises:
+        UserError: if a column is missing, or a response appears twice in one layer and site.
+    """
+    _require_columns(responses, ("response", "prompt", "layer", "site", "n_tokens", *QUANTITIES))
+    tables = []
+    for site in (site for site in SITES if (responses["site"] == site).any()):
+        table: dict[str, object] = {}
+        for quantity in QUANTITIES:
+            layers, values, tokens, prompts = _by_layer(responses, site, quantity)
+            mean, stderr = clustered_mean(values, tokens, prompts)
+            table |= {"layer": layers, "site": site, quantity: mean, f"{quantity}_stderr": stderr}
+        tables.append(pd.DataFrame(table | {"n_tokens": int(tokens.sum())}))
+    columns = ["layer", "site", *(name for q in QUANTITIES for name in (q, f"{q}_stderr")), "n_tokens"]
+    if not tables:
+        return pd.DataFrame(columns=columns)
+    return pd.concat(tables)[columns].sort_values("layer", kind="stable", ignore_index=True)
+
+
+def policy_entropy(responses: pd.DataFrame) -> dict[str, float]:
+    """Entropy of the language model policy pi_theta, and of the last layer's internal policy beside it.
+
+    Args:
+        responses: as for `layer_table`; the rows of site "policy" are read: entropy_out belongs to
+            softmax(LN_final(H^L) E_u^T) (arXiv 2512.19673v3, eq. 1), entropy_in to softmax(H^L E_u^T) (eq. 5).
+
+    Returns:
+        mean and stderr of the policy's entropy, final_state_mean and final_state_stderr without the norm; nats.
+
+    Raises:
+        UserError: if a column is missing or there is no "policy" row.
+    """
+    _require_columns(responses, ("prompt", "site", "n_tokens", "entropy_in", "entropy_out"))
+    rows = responses[responses["site"] == "policy"]
+    if rows.empty:
+        raise UserError("the responses have no row of site 'policy'; analyse them again to have the policy's entropy")
+    mean, stderr = clustered_mean(rows[["entropy_out", "entropy_in"]], rows["n_tokens"], rows["prompt"])
+    return {
+        "mean": float(mean[0]),
+        "stderr": float(stderr[0]),
+        "final_state_mean": float(mean[1]),
+        "final_state_stderr": float(stderr[1]),
+    }
+
+
+def change_curves(responses: pd.DataFrame, site: str = "ffn", *, resamples: int = 1000, seed: int = 0) -> Floats:
+    """Bootstrap resamples of the mean entropy change of each layer (arXiv 2512.19673v3, eqs. 11-13).
+
+    Args:
+        responses: as for `layer_table`; prompts are drawn whole, and all layers of a response together.
+        site: "layer", "attn" or "ffn".
+        resamples: number B of resamples.
+        seed: of the random generator.
+
+    Returns:
+        [B, L] mean changes in nats, columns in order of the layers.
+
+    Raises:
+        UserError: if a column is missing or the site has no rows.
+    """
+    _require_columns(responses, ("response", "prompt", "layer", "site", "n_tokens", "change"))
+    if not (responses["site"] == site).any():
+        raise UserError(f"the responses have no row of site {site!r}; sites are {', '.join(SITES)}")
+    _, values, tokens, prompts = _by_layer(responses, site, "change")
+    return bootstrap_means(values, tokens, prompts, resamples=resamples, seed=seed)
+
+
+@lru_cache(maxsize=1024)
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution.
+
+    The closed form for whole degrees of freedom (Abramowitz & Stegun 26.7.3-4) is inverted by bisection, which spares
+    a dependency on scipy.
+
+    Args:
+        probability: at least 0.5 and below 1.
+        degrees: degrees of freedom; NaN comes back below 1.
+
+    Returns:
+        the t below which that probability lies.
+    """
+    if degrees < 1:
+        return float("nan")
+    # beyond this the quantile differs from the normal one by less than 1e-3 of the standard error
+    degrees = min(degrees, 10_000)
+    low, high = 0.0, 1.0
+    while _student_t_cdf(high, degrees) < probability:
+        high *= 2.0
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        if _student_t_cdf(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2.0
+
+
+def _student_t_cdf(t: float, degrees: int) -> float:
+    theta = np.arctan(t / np.sqrt(degrees))
+    if degrees % 2:
+        k = np.arange(1, (degrees - 1) // 2)
+        factors = np.cumprod(np.concatenate([[1.0], 2 * k / (2 * k + 1) * np.cos(theta) ** 2]))
+        tail = np.sin(theta) * np.cos(theta) * factors.sum() if degrees > 1 else 0.0
+        inside = 2.0 / np.pi * (theta + tail)
+    else:
+        k = np.arange(1, degrees // 2)
+        inside = np.sin(theta) * np.cumprod(np.concatenate([[1.0], (2 * k - 1) / (2 * k) * np.cos(theta) ** 2])).sum()
+    return float(0.5 + inside / 2.0)
+
+
+def _cluster_totals(
+    values: npt.ArrayLike, n_tokens: npt.ArrayLike, clusters: npt.ArrayLike | None
+) -> tuple[Floats, Floats]:
+    """Sum of n_i v_i and of n_i per cluster and column, [C, K] each; a NaN value counts in neither."""
+    v = np.asarray(values, dtype=np.float64)
+    n = np.asarray(n_tokens, dtype=np.float64)
+    if v.ndim != 2 or v.shape[0] == 0 or n.shape != v.shape[:1]:
+        raise UserError(f"values {v.shape} and n_tokens {n.shape} must be [G, K] and [G] with at least one response")
+    if not np.all(np.isfinite(n)) or np.any(n < 0):
+        raise UserError("n_tokens holds a negative or non-finite count; each must be 0 or more")
+    if np.any(np.isinf(v)):
+        raise UserError("values holds an infinite mean; only NaN (not defined) is allowed beside finite numbers")
+    weights = np.where(np.isnan(v), 0.0, n[:, None])
+    products = weights * np.nan_to_num(v)
+    if clusters is None:
+        return products, weights
+    labels = np.asarray(clusters)
+    if labels.shape != n.shape:
+        raise UserError(f"clusters has shape {labels.shape}; it needs one label for each of the {n.size} responses")
+    unique, index = np.unique(labels, return_inverse=True)
+    sums = np.zeros((unique.size, v.shape[1]))
+    tokens = np.zeros_like(sums)
+    np.add.at(sums, index, products)
+    np.add.at(tokens, index, weights)
+    return sums, tokens
+
+
+def _hall(t: Floats, skewness: Floats) -> Floats:
+    """Inverse of Hall's transformation t + a t^2 + a^2 t^3 / 3 + skewness / 6 with a = skewness / 3."""
+    a = skewness / 3
+    shifted = t - skewness / 6
+    return np.where(np.abs(a) < 1e-9, shifted, np.cbrt(1 + 3 * a * shifted) - 1) / np.where(np.abs(a) < 1e-9, 1.0, a)
+
+
+def _divide(numerator: Floats, denominator: Floats) -> Floats:
+    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+
+
+def _require_columns(responses: pd.DataFrame, columns: tuple[str, ...]) -> None:
+    missing = [name for name in columns if name not in responses.columns]
+    if missing:
+        raise UserError(f"the responses lack the column(s) {', '.join(missing)}; needed are {', '.join(columns)}")
+
+
+def _by_layer(responses: pd.DataFrame, site: str, quantity: str) -> tuple[Ints, Floats, Floats, Ints]:
+    """Layers [L], values [G, L], tokens [G] and prompts [G] of one site and quantity."""
+    rows = responses[responses["site"] == site]
+    if rows.duplicated(["response", "layer"]).any():
+        raise UserError(f"a response appears twice in one layer at site {site!r}; each may appear once")
+    wide = rows.pivot_table(index="response", columns="layer", values=quantity, dropna=False)
+    first = rows.groupby("response")[["n_tokens", "prompt"]].first()
+    return (
+        wide.columns.to_numpy(dtype=np.int64),
+        wide.to_numpy(dtype=np.float64),
+        first["n_tokens"].to_numpy(dtype=np.float64),
+        first["prompt"].to_numpy(dtype=np.int64),
+    )

@@ -1,0 +1,268 @@
+"""Clustered means, intervals and bootstraps against formulas written out by hand and against simulated truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from internal_policy.errors import UserError
+from internal_policy.statistics import (
+    bootstrap_means,
+    change_curves,
+    clustered_mean,
+    confidence_interval,
+    layer_table,
+    policy_entropy,
+    student_t_quantile,
+)
+
+ROUNDING = 1e-12  # sums of a few hundred float64 numbers of order 1
+
+
+def ragged(n_responses: int = 60, n_columns: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(5, 400, n_responses)
+    return generator.gamma(2.0, 0.5, (n_responses, n_columns)), lengths
+
+
+def sandwich_by_loops(values: np.ndarray, lengths: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """CR1 sandwich of OLS on a constant, token by token as a regression package would see it (one column)."""
+    tokens = np.repeat(values, lengths)
+    groups = np.repeat(clusters, lengths)
+    mean = tokens.mean()
+    meat = sum((tokens[groups == c] - mean).sum() ** 2 for c in set(clusters.tolist()))
+    n_clusters = len(set(clusters.tolist()))
+    return mean, np.sqrt(n_clusters / (n_clusters - 1) * meat) / tokens.size
+
+
+def responses_frame(
+    changes: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, sites: tuple[str, ...] = ("layer", "attn", "ffn")
+) -> pd.DataFrame:
+    """One row per response, layer and site; `changes` is [G, L], each site adding its own offset."""
+    rows = []
+    for g, n in enumerate(lengths):
+        for layer in range(1, changes.shape[1] + 1):
+            for offset, site in enumerate(sites):
+                change = changes[g, layer - 1] + 10 * offset
+                cosine = np.nan if site == "layer" else 0.1
+                rows.append((g, prompts[g], layer, site, n, 1.0, 1.0 + change, change, cosine))
+        rows.append((g, prompts[g], changes.shape[1], "policy", n, 5.0 + g, 2.0 + g, np.nan, np.nan))
+    columns = ["response", "prompt", "layer", "site", "n_tokens", "entropy_in", "entropy_out", "change", "cosine"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_mean_and_error_of_two_responses_by_hand():
+    # m = (1*1 + 3*5)/4 = 4; residual sums 1*(1-4) = -3 and 3*(5-4) = 3; sqrt(2/1 * (9+9)) / 4 = 1.5
+    mean, stderr = clustered_mean([[1.0], [5.0]], [1, 3])
+    assert mean == pytest.approx([4.0], abs=ROUNDING)
+    assert stderr == pytest.approx([1.5], abs=ROUNDING)
+
+
+@pytest.mark.parametrize("per_prompt", [1, 4])
+def test_agrees_with_the_token_level_sandwich(per_prompt: int):
+    values, lengths = ragged()
+    clusters = np.arange(60) // per_prompt
+    mean, stderr = clustered_mean(values, lengths, clusters)
+    for column in range(values.shape[1]):
+        expected = sandwich_by_loops(values[:, column], lengths, clusters)
+        assert (mean[column], stderr[column]) == pytest.approx(expected, rel=1e-10)  # 10^4 float64 additions
+
+
+def test_equal_lengths_give_the_textbook_error():
+    values, _ = ragged()
+    _, stderr = clustered_mean(values, np.full(60, 7))
+    assert stderr == pytest.approx(values.std(axis=0, ddof=1) / np.sqrt(60), rel=ROUNDING * 100)
+
+
+def test_agrees_with_the_bootstrap():
+    values, lengths = ragged(n_responses=200)
+    mean, stderr = clustered_mean(values, lengths)
+    draws = bootstrap_means(values, lengths, resamples=4000)
+    # Monte Carlo error of a standard deviation from 4000 draws is 1.1%, the linearisation's own is O(1/200)
+    assert draws.std(axis=0) == pytest.approx(stderr, rel=0.06)
+    assert np.abs(draws.mean(axis=0) - mean) == pytest.approx(np.zeros(4), abs=0.15 * stderr.max())
+
+
+def test_samples_of_a_prompt_that_agree_widen_the_error():
+    generator = np.random.default_rng(1)
+    prompts = np.repeat(np.arange(15), 8)
+    values = (generator.gamma(2.0, 0.5, 15)[prompts] + 0.01 * generator.standard_normal(120))[:, None]
+    lengths = np.full(120, 50)
+    by_prompt = clustered_mean(values, lengths, prompts)[1][0]
+    by_response = clustered_mean(values, lengths)[1][0]
+    # eight copies carry the information of one, so the error grows by sqrt(8), but for the factor G/(G-1)
+    assert by_prompt / by_response == pytest.approx(np.sqrt(8), rel=0.05)
+
+
+def test_labels_need_not_be_consecutive_nor_sorted():
+    values, lengths = ragged(6)
+    _, expected = clustered_mean(values, lengths, [0, 1, 2, 0, 1, 2])
+    _, stderr = clustered_mean(values, lengths, [70, -3, 9, 70, -3, 9])
+    assert stderr == pytest.approx(expected, rel=ROUNDING * 100)
+
+
+def test_one_response_has_a_mean_and_no_error():
+    mean, stderr = clustered_mean([[2.0, np.nan]], [10])
+    low, high = confidence_interval([[2.0, np.nan]], [10])
+    assert mean[0] == 2.0
+    assert np.isnan(mean[1])
+    assert np.isnan([*stderr, *low, *high]).all()
+    assert bootstrap_means([[2.0]], [10], resamples=3).ravel().tolist() == [2.0, 2.0, 2.0]
+
+
+def test_nan_is_left_out_of_its_column_only():
+    values, lengths = ragged(12, 2)
+    values[::3, 1] = np.nan
+    kept = ~np.isnan(values[:, 1])
+    mean, stderr = clustered_mean(values, lengths)
+    alone = clustered_mean(values[kept, 1:], lengths[kept])
+    assert (mean[1], stderr[1]) == pytest.approx((alone[0][0], alone[1][0]), rel=ROUNDING * 100)
+    whole = clustered_mean(values[:, :1], lengths)
+    assert (mean[0], stderr[0]) == (whole[0][0], whole[1][0])
+
+
+def test_a_response_without_tokens_changes_nothing():
+    values, lengths = ragged(10, 1)
+    more = clustered_mean(np.vstack([values, [[99.0]]]), np.append(lengths, 0))
+    assert more == clustered_mean(values, lengths)
+
+
+def test_no_spread_gives_an_interval_of_no_width():
+    low, high = confidence_interval(np.full((5, 1), 3.0), [1, 2, 3, 4, 5])
+    assert (low[0], high[0]) == pytest.approx((3.0, 3.0), abs=ROUNDING)
+
+
+@pytest.mark.parametrize("n_clusters", [40, 100])
+@pytest.mark.parametrize("correlation", [-0.5, 0.0, 0.5])
+def test_95_percent_intervals_cover(n_clusters: int, correlation: float):
+    """Response entropies are lognormal, lengths lognormal and cut at 512 tokens, the two correlated.
+
+    A response's tokens share its level outright, the strongest correlation there can be.
+    """
+    n_data_sets = 1500
+
+    def draw(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(seed)
+        length, other = generator.standard_normal((2, count))
+        level = correlation * length + np.sqrt(1 - correlation**2) * other
+        return np.clip(np.round(200 * np.exp(0.6 * length)), 1, 512), np.exp(0.4 * level)
+
+    lengths, values = draw(2_000_000, seed=1)
+    truth = (lengths * values).sum() / lengths.sum()
+    hits = 0
+    lengths, values = (a.reshape(n_data_sets, n_clusters) for a in draw(n_data_sets * n_clusters, seed=2))
+    for n, v in zip(lengths, values, strict=True):
+        low, high = confidence_interval(v[:, None], n)
+        hits += low[0] <= truth <= high[0]
+    # the Monte Carlo error of a share of 1500 is 0.006
+    assert 0.93 <= hits / n_data_sets <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "expected"),  # printed tables of Student's t
+    [
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.3027),
+        (0.975, 5, 2.5706),
+        (0.975, 30, 2.0423),
+        (0.995, 10, 3.1693),
+        (0.9, 7, 1.4149),
+    ],
+)
+def test_student_t_quantiles(probability: float, degrees: int, expected: float):
+    assert student_t_quantile(probability, degrees) == pytest.approx(expected, abs=6e-5)
+
+
+def test_student_t_tends_to_the_normal():
+    assert student_t_quantile(0.975, 10**9) == pytest.approx(1.959964, abs=5e-4)
+
+
+def test_bootstrap_is_set_by_its_seed_and_keeps_columns_together():
+    values, lengths = ragged()
+    values[:, 1] = -values[:, 0]
+    first = bootstrap_means(values, lengths, resamples=600, seed=3)
+    assert np.array_equal(first, bootstrap_means(values, lengths, resamples=600, seed=3))
+    assert not np.array_equal(first, bootstrap_means(values, lengths, resamples=600, seed=4))
+    assert first[:, 1] == pytest.approx(-first[:, 0], abs=ROUNDING)
+    assert first.shape == (600, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "n_tokens", "clusters", "named"),
+    [
+        ([1.0, 2.0], [1, 1], None, "values"),
+        ([[1.0], [2.0]], [1], None, "n_tokens"),
+        ([[1.0], [2.0]], [1, -1], None, "negative"),
+        ([[1.0], [np.inf]], [1, 1], None, "infinite"),
+        ([[1.0], [2.0]], [1, 1], [0], "clusters"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(values, n_tokens, clusters, named):
+    with pytest.raises(UserError, match=named) as caught:
+        clustered_mean(values, n_tokens, clusters)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
+def test_level_is_a_share(level: float):
+    with pytest.raises(UserError, match="level"):
+        confidence_interval([[1.0], [2.0]], [1, 1], level=level)
+
+
+def test_layer_table_has_its_columns_order_and_numbers():
+    changes, lengths = ragged(12, 3)
+    prompts = np.arange(12) // 2
+    frame = responses_frame(changes, lengths, prompts)
+    table = layer_table(frame.sample(frac=1.0, random_state=0))
+    assert list(table.columns) == [
+        "layer", "site", "entropy_in", "entropy_in_stderr", "entropy_out", "entropy_out_stderr",
+        "change", "change_stderr", "cosine", "cosine_stderr", "n_tokens",
+    ]  # fmt: skip
+    assert table["layer"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert table["site"].tolist() == ["layer", "attn", "ffn"] * 3
+    mean, stderr = clustered_mean(changes, lengths, prompts)
+    ffn = table[table["site"] == "ffn"]
+    assert ffn["change"].to_numpy() == pytest.approx(mean + 20, rel=ROUNDING * 100)
+    assert ffn["change_stderr"].to_numpy() == pytest.approx(stderr, rel=1e-9)  # cancellation against the offset of 20
+    assert (table["n_tokens"] == lengths.sum()).all()
+    assert table.loc[table["site"] == "layer", "cosine"].isna().all()
+    assert table.loc[table["site"] == "attn", "cosine"].to_numpy() == pytest.approx([0.1] * 3, abs=ROUNDING)
+
+
+def test_layer_table_of_an_unmeasured_site_has_no_rows():
+    changes, lengths = ragged(4, 2)
+    frame = responses_frame(changes, lengths, np.arange(4), sites=("ffn",))
+    assert layer_table(frame)["site"].tolist() == ["ffn", "ffn"]
+    assert layer_table(frame[frame["site"] == "policy"]).empty
+
+
+def test_policy_entropy_reads_both_ends():
+    frame = responses_frame(np.zeros((2, 1)), np.array([1, 3]), np.arange(2))
+    # entropies 2, 3 weighed 1:3 -> 2.75; residual sums -0.75, 0.75 -> sqrt(2 * 2 * 0.5625) / 4
+    expected = {"mean": 2.75, "stderr": 0.375, "final_state_mean": 5.75, "final_state_stderr": 0.375}
+    assert policy_entropy(frame) == pytest.approx(expected, abs=ROUNDING)
+    with pytest.raises(UserError, match="policy"):
+        policy_entropy(frame[frame["site"] != "policy"])
+
+
+def test_change_curves_resample_prompts_and_keep_layers_together():
+    changes, lengths = ragged(40, 3)
+    changes[:, 2] = changes[:, 0]
+    prompts = np.arange(40) // 4
+    curves = change_curves(responses_frame(changes, lengths, prompts), resamples=4000, seed=1)
+    assert curves.shape == (4000, 3)
+    assert curves[:, 2] == pytest.approx(curves[:, 0], abs=1e-9)
+    _, stderr = clustered_mean(changes, lengths, prompts)
+    # ten clusters: the bootstrap leaves out the factor sqrt(10/9) = 1.05, and 4000 draws add 1%
+    assert curves.std(axis=0) == pytest.approx(stderr / np.sqrt(10 / 9), rel=0.06)
+
+
+def test_missing_columns_sites_and_duplicates_are_named():
+    frame = responses_frame(*ragged(3, 2), np.arange(3))
+    with pytest.raises(UserError, match="prompt"):
+        layer_table(frame.drop(columns="prompt"))
+    with pytest.raises(UserError, match="mlp"):
+        change_curves(frame, site="mlp")
+    with pytest.raises(UserError, match="twice"):
+        layer_table(pd.concat([frame, frame]))
