@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -72,11 +73,15 @@ def analyze(
         raise UserError("a model object was given without its tokenizer; pass tokenizer=")
     name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
-    opened = wrap(model, tokenizer, name) if in_memory else None
-    if output is None:
-        with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
+    with ExitStack() as stack:
+        opened = None
+        if in_memory:
+            stack.callback(model.train, model.training)
+            opened = wrap(model, tokenizer, name)
+        if output is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-"))
             return replace(_run(config, opened, prompts, responses, Path(scratch) / "run", False), path=None)
-    return _run(config, opened, prompts, responses, Path(output) / config.slug, overwrite)
+        return _run(config, opened, prompts, responses, Path(output) / config.slug, overwrite)
 
 
 def _label(source: Any) -> str | None:
