@@ -18,6 +18,7 @@ from internal_policy.prompts import TEMPLATES
 DATA = Path("data/analyses")
 FIGURES = Path("figures")
 DEFAULTS = AnalyzeConfig()
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="internal-policy",
@@ -172,9 +173,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)
     except UsageError as error:
         _fail(f"{error.format_message()} See internal-policy COMMAND --help")
     except (UserError, OSError) as error:
@@ -182,8 +181,10 @@ def main() -> None:
             raise
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         typer.echo("interrupted; the same command goes on where it stopped", err=True)
-        sys.exit(130)
+    sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:

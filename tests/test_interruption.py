@@ -64,10 +64,9 @@ def test_killed_at_random_moments_and_resumed(place):
 
     rng = random.Random(0)
     kills = 0
-    shards = 0
+    shards = []
     while kills < KILLS:
         process = analyze("killed")
-        begun = (place / "killed").exists()
         # The first kills fall anywhere, imports and loading included; then only after work has begun, so that most of
         # them interrupt sampling, capture or writing.
         if kills >= 3:
@@ -78,14 +77,15 @@ def test_killed_at_random_moments_and_resumed(place):
                 assert time.perf_counter() - mark < 120
             time.sleep(rng.uniform(0, 0.1))
         else:
-            time.sleep(rng.uniform(0, duration))
+            # A third of the time is imports and loading: no kill comes too late.
+            time.sleep(rng.uniform(0, duration / 3))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         kills += 1
-        if begun or (place / "killed").exists():
+        if (place / "killed").exists():
             whole_files_only(place / "killed")
-            shards = max(shards, len(list(place.glob("killed/*/work/*.npz"))))
-    assert shards > 0, "no kill interrupted the work itself"
+            shards.append(len(list(place.glob("killed/*/work/*.npz"))))
+    assert len(set(shards)) >= KILLS - 3, "too few kills interrupted the work itself"
     last = analyze("killed")
     assert last.wait() == 0, last.stderr.read()
 
@@ -101,7 +101,15 @@ def test_killed_at_random_moments_and_resumed(place):
 
 
 def test_an_interrupt_from_the_keyboard_is_told_in_one_line(place):
-    process = subprocess.Popen(command("out"), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("out"),
+        cwd=place,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control starts its background jobs, and so a CI its tests, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(place.glob("out/*/work/generate-*.npz")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
