@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from internal_policy import statistics, tables
 from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValues, reduce_responses, verify
@@ -34,6 +35,7 @@ from internal_policy.workspace import Arrays, Workspace, differences
 logger = logging.getLogger(__name__)
 
 _MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16, or another --device"
+_NARROW = 256
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -124,8 +126,9 @@ def _run(
         return finished
     if workspace.open(identity):
         logger.warning("%s: going on with an unfinished analysis", directory)
-    sampled = _generate(config, model, inputs, workspace)
-    captured = _capture(config, extractor, sampled, workspace)
+    with _threads_for(model):
+        sampled = _generate(config, model, inputs, workspace)
+        captured = _capture(config, extractor, sampled, workspace)
     timings = {"load": round(load_seconds, 3)}
     for stage in ("generate", "capture"):
         timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
@@ -133,6 +136,18 @@ def _run(
     analysis = replace(analysis, path=analysis.save(directory))
     workspace.close()
     return analysis
+
+
+@contextmanager
+def _threads_for(model: LanguageModel) -> Iterator[None]:
+    """Use one thread where the products are so small that handing them over costs more than it saves."""
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
