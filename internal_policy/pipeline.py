@@ -25,7 +25,7 @@ from internal_policy.generation import Request, sample
 from internal_policy.inputs import Inputs, PromptSource, ResponseSource, gather_inputs
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, load, wrap
-from internal_policy.progress import progress
+from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis, load_analysis
@@ -106,15 +106,16 @@ def _run(
     if finished is None:
         workspace.prepare(overwrite)
     started = time.perf_counter()
-    model = opened or load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    extractor = HookExtractor(model)
-    verify(extractor)
+    with status(f"loading {config.model}"):
+        model = opened or load(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        extractor = HookExtractor(model)
+        verify(extractor)
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}

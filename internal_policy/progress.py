@@ -16,6 +16,21 @@ class _RateColumn(ProgressColumn):
 
 
 @contextmanager
+def status(description: str) -> Iterator[None]:
+    """Show on standard error that something runs whose length is not known.
+
+    Args:
+        description: what runs.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(description):
+        yield
+
+
+@contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error while something long runs.
 
