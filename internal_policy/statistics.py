@@ -8,7 +8,6 @@ random too, which makes the token mean a ratio of two sums.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -77,6 +76,8 @@ def confidence_interval(
     Raises:
         UserError: as `clustered_mean`, and if `level` is not between 0 and 1.
     """
+    from scipy.stats import t as scipy_t
+
     if not 0.0 < level < 1.0:
         raise UserError(f"level is {level}; a confidence level lies between 0 and 1, such as 0.95")
     sums, tokens = _cluster_totals(values, n_tokens, clusters)
@@ -88,9 +89,8 @@ def confidence_interval(
     stderr = np.where(count > 1, np.sqrt(square * (1 - 1 / np.maximum(count, 1))), np.nan)
     skewness = np.nan_to_num(_divide((residuals**3).sum(axis=0), square**1.5))
     spread = _divide((residuals**4).sum(axis=0), square**2) - 1 / np.maximum(count, 1)
-    degrees = np.where(spread * (count - 1) > 2, 2 / np.where(spread > 0, spread, 1.0), count - 1).astype(np.int64)
-    quantiles = {int(d): student_t_quantile((1 + level) / 2, int(d)) for d in np.unique(degrees)}
-    t = np.array([quantiles[int(d)] for d in degrees])
+    degrees = np.where(spread * (count - 1) > 2, 2 / np.where(spread > 0, spread, 1.0), count - 1)
+    t: Floats = np.asarray(scipy_t.ppf((1 + level) / 2, degrees), dtype=np.float64)
     return mean - stderr * _hall(t, skewness), mean - stderr * _hall(-t, skewness)
 
 
@@ -209,49 +209,6 @@ def change_curves(responses: pd.DataFrame, site: str = "ffn", *, resamples: int 
         raise UserError(f"the responses have no row of site {site!r}; sites are {', '.join(SITES)}")
     _, values, tokens, prompts = _by_layer(responses, site, "change")
     return bootstrap_means(values, tokens, prompts, resamples=resamples, seed=seed)
-
-
-@lru_cache(maxsize=1024)
-def student_t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution.
-
-    The closed form for whole degrees of freedom (Abramowitz & Stegun 26.7.3-4) is inverted by bisection, which spares
-    a dependency on scipy.
-
-    Args:
-        probability: at least 0.5 and below 1.
-        degrees: degrees of freedom; NaN comes back below 1.
-
-    Returns:
-        the t below which that probability lies.
-    """
-    if degrees < 1:
-        return float("nan")
-    # beyond this the quantile differs from the normal one by less than 1e-3 of the standard error
-    degrees = min(degrees, 10_000)
-    low, high = 0.0, 1.0
-    while _student_t_cdf(high, degrees) < probability:
-        high *= 2.0
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        if _student_t_cdf(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2.0
-
-
-def _student_t_cdf(t: float, degrees: int) -> float:
-    theta = np.arctan(t / np.sqrt(degrees))
-    if degrees % 2:
-        k = np.arange(1, (degrees - 1) // 2)
-        factors = np.cumprod(np.concatenate([[1.0], 2 * k / (2 * k + 1) * np.cos(theta) ** 2]))
-        tail = np.sin(theta) * np.cos(theta) * factors.sum() if degrees > 1 else 0.0
-        inside = 2.0 / np.pi * (theta + tail)
-    else:
-        k = np.arange(1, degrees // 2)
-        inside = np.sin(theta) * np.cumprod(np.concatenate([[1.0], (2 * k - 1) / (2 * k) * np.cos(theta) ** 2])).sum()
-    return float(0.5 + inside / 2.0)
 
 
 def _cluster_totals(

@@ -14,7 +14,6 @@ from internal_policy.statistics import (
     confidence_interval,
     layer_table,
     policy_entropy,
-    student_t_quantile,
 )
 
 ROUNDING = 1e-12  # sums of a few hundred float64 numbers of order 1
@@ -157,25 +156,6 @@ def test_95_percent_intervals_cover(n_clusters: int, correlation: float):
         hits += low[0] <= truth <= high[0]
     # the Monte Carlo error of a share of 1500 is 0.006
     assert 0.93 <= hits / n_data_sets <= 0.97
-
-
-@pytest.mark.parametrize(
-    ("probability", "degrees", "expected"),  # printed tables of Student's t
-    [
-        (0.975, 1, 12.7062),
-        (0.975, 2, 4.3027),
-        (0.975, 5, 2.5706),
-        (0.975, 30, 2.0423),
-        (0.995, 10, 3.1693),
-        (0.9, 7, 1.4149),
-    ],
-)
-def test_student_t_quantiles(probability: float, degrees: int, expected: float):
-    assert student_t_quantile(probability, degrees) == pytest.approx(expected, abs=6e-5)
-
-
-def test_student_t_tends_to_the_normal():
-    assert student_t_quantile(0.975, 10**9) == pytest.approx(1.959964, abs=5e-4)
 
 
 def test_bootstrap_is_set_by_its_seed_and_keeps_columns_together():
