@@ -118,9 +118,11 @@ def analyze(
         AnalyzeConfig(model=name, prompts=prompts, responses=responses, **options)
     _quiet_libraries(debug)
     from internal_policy import models, pipeline, terminal
+    from internal_policy.progress import status
 
     for name in model:
-        models.check(name, revision=revision, trust_remote_code=trust_remote_code)
+        with status(f"looking up {name}"):
+            models.check(name, revision=revision, trust_remote_code=trust_remote_code)
     root = output or DATA
     analyses = []
     for name in model:
@@ -160,17 +162,22 @@ def _draw(analyses: list[Any], root: Path) -> None:
 
 
 def _quiet_libraries(debug: bool) -> None:
-    """Leave the terminal to our own progress and table; warnings of the libraries still show."""
+    """Leave the terminal to our own progress, table and one-line errors; --debug shows what the libraries say."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        return
     from transformers.utils import logging as transformers_logging
 
-    if not debug:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # The hub client warns at each of its retries; what comes of them is told in one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def main() -> None:
     """Run the command line: exit code 2 and one line for an error that the user can mend, 130 for an interrupt."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("internal_policy").addHandler(handler)
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,15 @@ from tiny import ragged_responses, tiny_model, tiny_tokenizer
 COMMAND = [sys.executable, "-m", "internal_policy.cli"]
 
 
-def run(*arguments, cwd, code=2):
+def run(*arguments, cwd, code=2, **environment):
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -107,6 +114,17 @@ def test_models_that_cannot_be_loaded(tmp_path, model_dir, kind, message):
 )
 def test_models_that_are_not_there(tmp_path, name, message):
     assert message in refused("analyze", "--model", name, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_no_network_is_one_line_too(tmp_path):
+    # A closed port of this machine stands for the hub; the client tries again for some twenty seconds.
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
+    assert done.stderr.startswith(
+        "error: nobody/no-such-model: cannot load its config.json: no such model on the hub, or no"
+    )
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_bad_model_is_told_before_a_good_one_is_analysed(tmp_path, model_dir, responses):

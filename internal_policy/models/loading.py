@@ -17,6 +17,7 @@ from torch import nn
 from internal_policy import testbed
 from internal_policy.config import DTYPES
 from internal_policy.errors import UserError
+from internal_policy.memory import is_out_of_memory
 from internal_policy.models.families import Family, family_of
 from internal_policy.models.projection import Projection
 
@@ -270,13 +271,14 @@ def _told_in_one_line(name: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise UserError(
-            f"{name}: out of memory while loading {what}; use --dtype bfloat16 or a smaller model"
-        ) from error
     except SafetensorError as error:
         raise UserError(f"{name}: broken safetensors file ({_first_line(error)}); download or save it again") from error
-    except (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, hub.HfHubHTTPError) as error:
+    except (
+        *(OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, MemoryError),
+        hub.HfHubHTTPError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{name}: out of memory on {what}; use --dtype bfloat16 or a smaller model") from error
         raise UserError(f"{name}: cannot load {what}: {_explain(name, error)}") from error
 
 
@@ -287,7 +289,7 @@ def _explain(name: str, error: BaseException) -> str:
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
         return "the repository has no safetensors weights (pickle only?); only safetensors is read"
-    if "gated" in lowered or "401" in lowered or "403" in lowered:
+    if any(sign in lowered for sign in ("gated repo", "401 client error", "403 client error")):
         return "access is restricted; log in with `hf auth login` and accept the model's terms on the hub"
     if "trust_remote_code" in lowered:
         return "it needs code from its repository; read that code, then pass --trust-remote-code"
