@@ -104,7 +104,7 @@ def _run(
     finished = None if overwrite else _finished(config, directory)
     workspace = Workspace(directory)
     if finished is None:
-        workspace.prepare(overwrite)
+        workspace.check(overwrite)
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         model = opened or load(
@@ -125,7 +125,7 @@ def _run(
         workspace.close()
         logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
         return finished
-    if workspace.open(identity):
+    if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished analysis", directory)
     with _threads_for(model):
         sampled = _generate(config, model, inputs, workspace)

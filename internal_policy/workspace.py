@@ -7,6 +7,7 @@ is renamed into place when whole, so whatever is there can be used.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,54 +45,55 @@ class Workspace:
         self.directory = directory
         self.work = directory / "work"
 
-    def prepare(self, overwrite: bool) -> None:
-        """Make the directory, or refuse one that is not ours or not writable.
+    def check(self, overwrite: bool) -> None:
+        """Refuse a directory that is not ours or not writable, before anything long begins; make nothing yet.
 
         Args:
-            overwrite: delete what an earlier run left there.
+            overwrite: what an earlier run left there may go.
 
         Raises:
             UserError: not writable, or in use for something else.
         """
-        try:
-            if self.directory.exists() and not self.directory.is_dir():
-                raise UserError(f"{self.directory}: is a file; choose another --output directory")
-            if self.directory.is_dir():
-                known = self.work.is_dir() or (self.directory / MANIFEST).is_file()
-                if not known and any(self.directory.iterdir()):
-                    raise UserError(
-                        f"{self.directory}: is in use for something else (no {MANIFEST}, no unfinished analysis); "
-                        "choose another --output directory"
-                    )
-                if overwrite:
-                    # The manifest goes first: a kill in between leaves nothing that reads as an analysis.
-                    (self.directory / MANIFEST).unlink(missing_ok=True)
-                    shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True, exist_ok=True)
-            probe = self.work / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
+        existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
             raise UserError(
-                f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
-            ) from error
+                f"{self.directory}: cannot be written ({existing} {what}); choose another --output directory"
+            )
+        ours = self.work.is_dir() or (self.directory / MANIFEST).is_file()
+        if self.directory.is_dir() and not ours and any(self.directory.iterdir()):
+            raise UserError(
+                f"{self.directory}: is in use for something else (no {MANIFEST}, no unfinished analysis); "
+                "choose another --output directory"
+            )
 
-    def open(self, identity: dict[str, Any]) -> bool:
+    def open(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Begin a run, or take up the one that was interrupted.
 
         Args:
             identity: settings, weights and inputs that decide the numbers.
+            overwrite: delete what an earlier run left there.
 
         Returns:
             True where an interrupted run is taken up.
 
         Raises:
-            UserError: the interrupted run was of something else.
+            UserError: not writable, or the interrupted run was of something else.
         """
         path = self.work / _RUN
-        if not path.is_file():
-            write_text(path, json.dumps(identity, indent=2))
-            return False
+        try:
+            if overwrite:
+                # The manifest goes first: a kill in between leaves nothing that reads as an analysis.
+                (self.directory / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not path.is_file():
+                write_text(path, json.dumps(identity, indent=2))
+                return False
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
+            ) from error
         differing = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
         if differing:
             raise UserError(

@@ -39,6 +39,7 @@ def refused(*arguments, cwd):
     assert done.stdout == ""
     assert not list(cwd.rglob("analysis.json"))
     assert not list(cwd.rglob("*.tmp"))
+    assert not list(cwd.rglob("work"))
     return lines[0]
 
 
