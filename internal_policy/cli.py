@@ -114,8 +114,14 @@ def analyze(
         "trust_remote_code": trust_remote_code,
     }
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
+    slugs: dict[str, str] = {}
     for name in model:
-        AnalyzeConfig(model=name, prompts=prompts, responses=responses, **options)
+        slug = AnalyzeConfig(model=name, prompts=prompts, responses=responses, **options).slug
+        if slugs.setdefault(slug, name) != name:
+            raise UserError(
+                f"{slugs[slug]} and {name} would both be written to {slug}; "
+                "analyse them one by one, each with its own --output"
+            )
     _quiet_libraries(debug)
     from internal_policy import models, pipeline, terminal
     from internal_policy.progress import status

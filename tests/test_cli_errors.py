@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,13 @@ def test_no_network_is_one_line_too(tmp_path):
 def test_a_bad_model_is_told_before_a_good_one_is_analysed(tmp_path, model_dir, responses):
     told = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
     assert "./nowhere: no such directory" in told
+
+
+def test_models_that_would_be_written_to_one_place(tmp_path, model_dir):
+    for run_name in ("a", "b"):
+        shutil.copytree(model_dir, tmp_path / run_name / "run" / "checkpoint-1")
+    told = refused("analyze", "--model", "a/run/checkpoint-1", "--model", "b/run/checkpoint-1", cwd=tmp_path)
+    assert "would both be written to run--checkpoint-1" in told
 
 
 def test_nan_in_the_weights_names_the_layer(tmp_path, responses):
