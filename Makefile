@@ -6,16 +6,16 @@ STAMP := $(VENV)/.installed
 # A plain build of this torch is small where the index has one; any torch of the range in pyproject.toml will do.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow check setup bench testbed clean
+.PHONY: demo test slow check setup bench testbed readme-figures clean
 
 demo: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto
 
 check: setup
 	$(BIN)/ruff check .
@@ -27,6 +27,12 @@ bench: setup
 
 testbed: setup
 	$(BIN)/python -m internal_policy.testbed.make
+
+# The pictures of the README, from an analysis of the embedded models.
+readme-figures: setup
+	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama --output build/readme --overwrite
+	mkdir -p figures/readme
+	cp build/readme/figures/*/fig2_entropy_flow.png build/readme/figures/*/fig3_entropy_change.png figures/readme/
 
 setup: $(STAMP)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -82,11 +82,12 @@ def test_figures_and_results_need_no_torch():
 
 def test_help_answers_at_once():
     def seconds():
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "internal_policy.cli", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of several: what the command costs, not what else the machine is doing.
+    # Processor time, and the best of several: what the command costs, not what else the machine is doing.
     assert min(seconds() for _ in range(5)) < 0.4
 
 
