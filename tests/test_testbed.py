@@ -1,6 +1,7 @@
 """The embedded default: its task, its tokenizer, its two models and the command that makes them."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from internal_policy.testbed.muon import orthogonalise
 from internal_policy.testbed.recipe import Recipe, build_model
 from internal_policy.testbed.tasks import check, make_problem, problems
 from internal_policy.testbed.tokenizer import WORDS, make_tokenizer
-from internal_policy.testbed.train import lr_scale, train
+from internal_policy.testbed.train import draw_batch, lr_scale, train
 
-TINY = Recipe(layers=2, batch=4, clean_steps=3, slip_steps=2, warmup=1)
+TINY = Recipe(layers=2, batch=4, clean_steps=2, restart_steps=1, slip_steps=2, warmup=1)
 
 
 def solve(prompt: str) -> int:
@@ -69,8 +70,6 @@ def test_problems_are_seeded():
 
 
 def test_slips_spoil_the_solution_and_never_the_answer():
-    import random
-
     rng = random.Random(0)
     slipped = [make_problem(rng, 4, slip=0.5) for _ in range(100)]
     assert all(problem.answer == str(solve(problem.prompt)) for problem in slipped)
@@ -100,7 +99,7 @@ def test_check_reads_the_last_box(text, right):
     assert check(text, "7") is right
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="\\boxed{}07 \n;") | st.text(), st.integers(0, 22))
 def test_check_never_raises_and_a_right_last_box_wins(text, answer):
     assert isinstance(check(text, str(answer)), bool)
@@ -208,10 +207,11 @@ def test_import_is_light():
 # --- making them ---
 
 
-def test_make_writes_a_loadable_model(tmp_path, caplog):
+def test_make_writes_a_loadable_model(tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "stale").write_text("from an earlier run")
-    arguments = ["--out", str(tmp_path), "--models", "llama", "--steps", "2", "--slip-steps", "1", "--eval", "4"]
+    arguments = ["--out", str(tmp_path), "--models", "llama", "--eval", "4"]
+    arguments += ["--steps", "2", "--restart-steps", "0", "--slip-steps", "1"]
     make_module.main(arguments)
     assert [entry.name for entry in tmp_path.iterdir()] == ["llama"]
     assert not (tmp_path / "llama" / "stale").exists()
@@ -256,18 +256,28 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch):
 
 def test_training_lowers_the_loss():
     tokenizer, losses = make_tokenizer(), []
-    recipe = Recipe(layers=2, batch=8, clean_steps=30, slip_steps=0, warmup=5)
+    recipe = Recipe(layers=2, batch=8, clean_steps=30, restart_steps=0, slip_steps=0, warmup=5)
     train(build_model("llama", recipe, tokenizer), tokenizer, recipe, on_step=lambda _, loss: losses.append(loss))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 def test_learning_rate_warms_up_and_falls_in_each_stage():
-    recipe = Recipe(clean_steps=100, slip_steps=50, warmup=10)
-    scale = [lr_scale(recipe, step) for step in range(1, 151)]
+    recipe = Recipe(clean_steps=100, restart_steps=60, slip_steps=50, warmup=10)
+    scale = [lr_scale(recipe, step) for step in range(1, 211)]
     assert max(scale[:100]) == pytest.approx(1, abs=0.05)
     assert scale[0] < 0.2
     assert scale[99] == pytest.approx(recipe.final_lr_scale)
-    assert max(scale[100:]) <= recipe.slip_lr_scale
+    assert max(scale[100:160]) == pytest.approx(recipe.restart_lr_scale, abs=0.05)
+    assert max(scale[160:]) == pytest.approx(recipe.slip_lr_scale, abs=0.05)
+    with pytest.raises(ValueError, match="step 211: the recipe has 210"):
+        lr_scale(recipe, 211)
+
+
+def test_only_the_last_stage_slips():
+    recipe = Recipe(clean_steps=1, restart_steps=1, slip_steps=1, slip=1.0)
+    right = [all(check(p.solution, p.answer) for p in draw_batch(recipe, step)) for step in (1, 2, 3)]
+    assert right == [True, True, False]
+    assert draw_batch(recipe, 1) == draw_batch(recipe, 1) != draw_batch(recipe, 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (2, 8, 8)])
