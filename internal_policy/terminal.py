@@ -49,7 +49,7 @@ def layer_table(analysis: Analysis) -> Table:
     """
     table = Table(
         title=f"{analysis.name}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, lens {analysis.lens}",
-        caption="means over tokens in nats ± standard errors clustered by prompt; ◀ boundary layer",
+        caption="means over tokens, nats ± standard error clustered by prompt; ◀ boundary",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )

@@ -18,6 +18,7 @@ from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_r
 from internal_policy.generation import Request, sample
 from internal_policy.models import load
 from internal_policy.prompts import read_prompts, render
+from internal_policy.testbed import measure
 
 # Trained weights give states some hundred times larger than random ones, and float32 logits as much coarser.
 EMBEDDED_NATS = 1e-4
@@ -62,6 +63,23 @@ def test_policy_entropy_is_that_of_the_models_own_logits(model, responses):
             logits = model.model(torch.tensor([response.input_ids]), use_cache=False).logits[0]
         own = torch.distributions.Categorical(logits=logits.double()).entropy()[response.prompt_length - 1 : -1]
         np.testing.assert_allclose(mine.policy[:, 1], own.numpy(), rtol=0, atol=EMBEDDED_NATS)
+
+
+def test_the_model_cards_own_measurement_agrees(model, responses):
+    # measure.py is a second implementation, one response at a time in float32, that shares no code with the capture.
+    pairs = [(r.input_ids[: r.prompt_length], r.input_ids[r.prompt_length :]) for r in responses]
+    card = measure.curves(model.model, pairs)
+    records = [{"input_ids": r.input_ids, "prompt_length": r.prompt_length} for r in responses]
+    analysis = analyze(model.model, tokenizer=model.tokenizer, responses=records)
+    for name, site, column in (
+        ("H_layer", "layer", "entropy_out"),
+        ("H_attn", "attn", "entropy_out"),
+        ("H_ffn", "ffn", "entropy_out"),
+        ("dH_attn", "attn", "change"),
+        ("dH_ffn", "ffn", "change"),
+    ):
+        # The card's numbers are rounded to four decimals.
+        np.testing.assert_allclose(analysis.curve(site, column), card[name], rtol=0, atol=EMBEDDED_NATS + 5e-5)
 
 
 def test_an_analysis_reads_sensibly(model):
