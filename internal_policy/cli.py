@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import os
 import sys
@@ -129,7 +131,7 @@ def analyze(
     for name in model:
         with status(f"looking up {name}"):
             models.check(name, revision=revision, trust_remote_code=trust_remote_code)
-    root = output or DATA
+    root = DATA if output is None else output.expanduser()
     analyses = []
     for name in model:
         analysis = pipeline.analyze(
@@ -149,14 +151,14 @@ def figures(
     """Redraw the figures of one or more analyses from disk, without a model."""
     from internal_policy.results import load_analysis
 
-    _draw([load_analysis(path) for path in analysis], output)
+    _draw([load_analysis(path) for path in analysis], output.expanduser())
 
 
 def _draw(analyses: list[Any], root: Path) -> None:
     from internal_policy import figures as drawing
     from internal_policy import terminal
 
-    directory = root / "--".join(dict.fromkeys(a.path.name for a in analyses))
+    directory = root / figure_name([(a.path.resolve().name, a.lens) for a in analyses])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         paths = drawing.save_all(analyses, directory)
@@ -167,6 +169,23 @@ def _draw(analyses: list[Any], root: Path) -> None:
     terminal.list_files("figures", paths)
 
 
+def figure_name(analyses: list[tuple[str, str]]) -> str:
+    """Name a directory for the figures of some analyses, short enough for any file system.
+
+    Args:
+        analyses: the directory's name and the lens of each.
+
+    Returns:
+        All names where they are few; else the first, how many more, and a digest of all.
+    """
+    names = list(dict.fromkeys(name if lens == "policy" else f"{name}-{lens}" for name, lens in analyses))
+    whole = "--".join(names)
+    if len(whole) <= 120:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
+
+
 def _quiet_libraries(debug: bool) -> None:
     """Leave the terminal to our own progress, table and one-line errors; --debug shows what the libraries say."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -175,12 +194,17 @@ def _quiet_libraries(debug: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     # The hub client warns at each of its retries; what comes of them is told in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def main() -> None:
     """Run the command line: exit code 2 and one line for an error that the user can mend, 130 for an interrupt."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a sign gets another one, not a crash after the work is done.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("internal_policy").addHandler(handler)
@@ -188,15 +212,23 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except UsageError as error:
-        _fail(f"{error.format_message()} See internal-policy COMMAND --help")
-    except (UserError, OSError) as error:
+        message = error.format_message()
+        # Without arguments the help is the answer, and there is no message.
+        sys.exit(2) if not message else _fail(f"{message} See internal-policy COMMAND --help")
+    except UserError as error:
         if debug:
             raise
         _fail(str(error))
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        typer.echo("interrupted; the same command goes on where it stopped", err=True)
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        typer.echo(f"interrupted; the same command{without} goes on where it stopped", err=True)
     sys.exit(code)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +17,7 @@ Lens = Literal["policy", "logit-lens"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_RESPONSES = 256
 
+_INTEGERS = ("max_responses", "samples_per_prompt", "max_new_tokens", "batch_size", "seed", "keep_tokens")
 _ONE_OF = {"lens": get_args(Lens), "template": TEMPLATES, "dtype": DTYPES}
 
 
@@ -63,6 +66,9 @@ class AnalyzeConfig:
         Raises:
             UserError: a value out of range; the message states it and the rule.
         """
+        for field in _INTEGERS:
+            object.__setattr__(self, field, _integer(field, getattr(self, field)))
+        object.__setattr__(self, "temperature", _number("temperature", self.temperature))
         for field, choices in _ONE_OF.items():
             if getattr(self, field) not in choices:
                 raise UserError(f"{_flag(field)} is {getattr(self, field)!r}; needed is one of {', '.join(choices)}")
@@ -82,10 +88,12 @@ class AnalyzeConfig:
             raise UserError(
                 "both --prompts and --responses were given; give prompts to sample from, or ready responses"
             )
-        if self.responses is not None and self.samples_per_prompt != 1:
-            raise UserError(
-                "--samples-per-prompt was given with --responses, from which nothing is sampled; leave it out"
-            )
+        if self.responses is not None:
+            for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature"):
+                if getattr(self, field) != type(self).__dataclass_fields__[field].default:
+                    raise UserError(
+                        f"{_flag(field)} was given with --responses, from which nothing is sampled; leave it out"
+                    )
 
     @property
     def slug(self) -> str:
@@ -97,15 +105,29 @@ class AnalyzeConfig:
         return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide the numbers: all but where and in what portions the work is done.
+        """The settings that decide the numbers beside weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields.
+            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt.
         """
         fields = asdict(self)
-        for name in ("batch_size", "device"):
+        for name in ("batch_size", "device", "model", "prompts", "responses"):
             del fields[name]
         return fields
+
+
+def _integer(field: str, value: Any) -> int | None:
+    if value is None and field == "max_responses":
+        return None
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{_flag(field)} is {value!r}; needed is a whole number")
+    return operator.index(value)
+
+
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UserError(f"{_flag(field)} is {value!r}; needed is a number")
+    return float(value)
 
 
 def _flag(field: str) -> str:

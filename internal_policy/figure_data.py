@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 ModuleSite = Literal["attn", "ffn"]
 
-Z_95 = 1.96
-"""Half-width of a 95% interval, standard errors."""
-
 SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
+_ERRORS = ("stderr", "low", "high")
 FLOW_POINTS = (
     ("input", "layer", "entropy_in", -0.375),
     ("ATTN", "attn", "entropy_out", -0.125),
@@ -66,13 +64,11 @@ def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
 
 
 def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of every analysis under one another, with the panel (from 1), model, lens and the band."""
+    """Return the rows of every analysis under one another, with the panel (from 1), model and lens."""
     require_some(analyses)
     parts = []
     for panel, analysis in enumerate(analyses, start=1):
         part = rows(analysis)
-        value = next(column for column in ("entropy", "change", "cosine") if column in part)
-        part["low"], part["high"] = part[value] - Z_95 * part["stderr"], part[value] + Z_95 * part["stderr"]
         part.insert(0, "panel", panel)
         part.insert(1, "model", analysis.name)
         part.insert(2, "lens", analysis.lens)
@@ -81,14 +77,14 @@ def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame
 
 
 def _site_rows(analysis: Analysis, site: str, column: str, name: str) -> pd.DataFrame:
-    """Return a site's layers in order, with one of its statistics under `name` and the statistic's standard error."""
+    """Return a site's layers in order, with one of its statistics under `name`, its standard error and 95% interval."""
     rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
     return pd.DataFrame(
         {
             "layer": rows["layer"].to_numpy(dtype="int64"),
             "site": site,
             name: rows[column].to_numpy(dtype=float),
-            "stderr": rows[f"{column}_stderr"].to_numpy(dtype=float),
+            **{end: rows[f"{column}_{end}"].to_numpy(dtype=float) for end in _ERRORS},
         }
     )
 
@@ -101,14 +97,14 @@ def _flow_rows(analysis: Analysis) -> pd.DataFrame:
         part.insert(2, "position", part["layer"] + offset)
         parts.append(part)
     frame = pd.concat(parts).sort_values("position", kind="stable").astype({"layer": "Int64"})
-    stderr = analysis.policy_entropy.get("stderr")
+    policy = analysis.policy_entropy
     ends = pd.DataFrame(
         {
             "layer": pd.array([pd.NA, pd.NA], dtype="Int64"),
             "point": ["policy", "uniform"],
             "position": [analysis.n_layers + 0.5 + policy_gap(analysis.n_layers) / 2, np.nan],
-            "entropy": [float(analysis.policy_entropy["mean"]), float(np.log(analysis.vocab_size))],
-            "stderr": [np.nan if stderr is None else float(stderr), np.nan],
+            "entropy": [float(policy["mean"]), float(np.log(analysis.vocab_size))],
+            **{end: [float(policy.get(end, np.nan)), np.nan] for end in _ERRORS},
         }
     )
     return pd.concat([frame, ends], ignore_index=True)

@@ -5,7 +5,7 @@
     plot_entropy_change(analysis, "ffn", ax=ax)  # one panel, on your own axes
 
 A `plot_*` function draws one panel for one model and returns its axes (`.figure` shows or saves it); the function
-without `plot_` lays one out for each model. Bands are +-1.96 standard errors. Nothing here needs a model or torch.
+without `plot_` lays one out for each model. Bands are 95% intervals. Nothing here needs a model or torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from matplotlib.patches import Patch
 from internal_policy import style
 from internal_policy.figure_data import (
     SITE_LABELS,
-    Z_95,
     ModuleSite,
     entropy_change_data,
     entropy_flow_data,
@@ -84,7 +83,8 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         for site, label in SITE_LABELS.items():
             _line(ax, modules[modules["point"] == label], "position", "entropy", label=label, **SITE_MARKS[site])
         policy = frame[frame["point"] == "policy"]
-        error = None if policy["stderr"].isna().all() else Z_95 * policy["stderr"]
+        ends = [policy["entropy"] - policy["low"], policy["high"] - policy["entropy"]]
+        error = None if policy["low"].isna().all() else ends
         marks = {"color": style.POLICY, "linestyle": "none", "marker": "*", "ms": 6, "mec": style.STREAM, "mew": 0.4}
         ax.errorbar(policy["position"], policy["entropy"], error, label=POLICY_LABEL, **marks)
         uniform = float(frame.loc[frame["point"] == "uniform", "entropy"].iloc[0])
@@ -234,7 +234,7 @@ def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, **marks: Any) -> None:
     """Draw a line with its band; a site that was not measured has neither, an unknown standard error no band."""
     if rows.empty:
         return
-    if rows["stderr"].notna().any():
+    if rows["low"].notna().any():
         ax.fill_between(rows[x], rows["low"], rows["high"], color=marks["color"], alpha=0.2, linewidth=0, zorder=2)
     ax.plot(rows[x], rows[y], zorder=2.5, markersize=_marker_size(rows), **marks)
 
@@ -296,9 +296,9 @@ def _name_boundary(ax: Axes, boundary_layer: int | None, n_layers: int) -> None:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes], frame: pd.DataFrame) -> None:
-    band = [Patch(color=style.NEUTRAL, alpha=0.35, linewidth=0, label="$\\pm 1.96$ s.e.")]
+    band = [Patch(color=style.NEUTRAL, alpha=0.35, linewidth=0, label="95% interval")]
     with style.paper_style():
-        style.figure_legend(figure, axes, LEGEND_ORDER, band if frame["stderr"].notna().any() else [])
+        style.figure_legend(figure, axes, LEGEND_ORDER, band if frame["low"].notna().any() else [])
 
 
 def _one_row(

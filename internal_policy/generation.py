@@ -1,7 +1,8 @@
 """Sample responses from the final policy pi_theta: temperature, no truncation of the distribution.
 
-Each response has its own stream of random numbers, seeded by (seed, prompt, sample). What is drawn does not depend on
-the batch it is drawn in: an interrupted run that goes on, or one with another batch size, samples the same responses.
+Each response has its own stream of random numbers, seeded by (seed, prompt, sample). An interrupted run that goes on
+samples the same responses; so does one with another batch size, as far as the dtype's rounding leaves the logits equal:
+in float32 practically always, in bfloat16 a near tie may now and then go the other way.
 """
 
 from __future__ import annotations
@@ -69,12 +70,17 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
         model: the model.
 
     Raises:
-        UserError: a prompt fills the context, or is empty.
+        UserError: a prompt fills the context, is empty, or has ids beyond the vocabulary.
     """
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:
             raise UserError(f"prompt {request.prompt_index + 1} has no tokens; needed is at least one")
+        if max(request.prompt_ids) >= model.vocab_size:
+            raise UserError(
+                f"prompt {request.prompt_index + 1}: id {max(request.prompt_ids)} is beyond the vocabulary of "
+                f"{model.vocab_size}; does this tokenizer belong to this model?"
+            )
         if model.max_length is not None and length >= model.max_length:
             raise UserError(
                 f"prompt {request.prompt_index + 1} has {length} tokens and the model's context is {model.max_length}; "

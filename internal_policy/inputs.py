@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.errors import UserError
 from internal_policy.generation import Request, check_prompt_lengths
 from internal_policy.models import LanguageModel
 from internal_policy.prompts import MATH_500, TESTBED, read_prompts, render
 from internal_policy.responses import Response, check_responses, read_responses
 
-PromptSource = str | Sequence[str | Mapping[str, Any]]
-ResponseSource = str | Path | Sequence[Mapping[str, Any]]
+Source = str | Path | Iterable[Any]
+"""A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
+
+
+def as_source(source: Source | None) -> str | list[Any] | None:
+    """Bring what a user may pass into one of two forms.
+
+    Args:
+        source: a name or path, or records.
+
+    Returns:
+        The name, or a list of records; None stays None.
+    """
+    if source is None or isinstance(source, (str, Path)):
+        return None if source is None else str(source)
+    if isinstance(source, pd.DataFrame):
+        rows = source.astype(object).where(source.notna(), None)
+        return list(rows.to_dict("records"))
+    return list(source)
 
 
 @dataclass(frozen=True)
@@ -33,11 +53,15 @@ class Inputs:
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
+def _is_local(source: str | list[Any]) -> bool:
+    return isinstance(source, list) or source == TESTBED or Path(source).exists()
+
+
 def gather_inputs(
     config: AnalyzeConfig,
     model: LanguageModel,
-    prompts: PromptSource | None = None,
-    responses: ResponseSource | None = None,
+    prompts: str | list[Any] | None = None,
+    responses: str | list[Any] | None = None,
 ) -> Inputs:
     """Read and check what is to be analysed, before anything long begins.
 
@@ -57,6 +81,10 @@ def gather_inputs(
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
         check_responses(ready, model.vocab_size, model.max_length)
         return Inputs([], ready)
+    if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
+        raise UserError(
+            f"--prompts-split {config.prompts_split} was given with a local file; splits are of hub data sets"
+        )
     source = prompts if prompts is not None else TESTBED if config.model.startswith("testbed/") else MATH_500
     wanted = config.max_responses or DEFAULT_RESPONSES
     needed = -(-wanted // config.samples_per_prompt)

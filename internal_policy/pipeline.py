@@ -22,7 +22,7 @@ from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValu
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.generation import Request, sample
-from internal_policy.inputs import Inputs, PromptSource, ResponseSource, gather_inputs
+from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.progress import progress, status
@@ -34,7 +34,7 @@ from internal_policy.workspace import Arrays, Workspace, differences
 
 logger = logging.getLogger(__name__)
 
-_MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16, or another --device"
+_MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
 _NARROW = 256
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
@@ -43,8 +43,8 @@ def analyze(
     model: Any = "testbed/qwen3",
     *,
     tokenizer: Any = None,
-    prompts: PromptSource | None = None,
-    responses: ResponseSource | None = None,
+    prompts: Source | None = None,
+    responses: Source | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -54,8 +54,10 @@ def analyze(
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model.
         tokenizer: the tokenizer of a model given as an object.
-        prompts: hub data set id, parquet, jsonl or json file, or a list of texts or of records with a ``prompt``.
-        responses: ready responses instead: a jsonl, json or parquet file or a list of records (see ``read_responses``).
+        prompts: hub data set id, parquet, jsonl or json file, or a list or DataFrame: texts, chats, or records with a
+            ``prompt``.
+        responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records (see
+            ``read_responses``); ``analysis.sequences`` is one.
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
@@ -71,40 +73,54 @@ def analyze(
     if unknown := sorted(options.keys() - known):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     in_memory = not isinstance(model, (str, Path))
-    if in_memory and tokenizer is None:
-        raise UserError("a model object was given without its tokenizer; pass tokenizer=")
+    if in_memory:
+        if tokenizer is None:
+            raise UserError("a model object was given without its tokenizer; pass tokenizer=")
+        if told := sorted(options.keys() & {"revision", "dtype", "device", "trust_remote_code"}):
+            raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
+    elif tokenizer is not None:
+        raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
+    prompts, responses = as_source(prompts), as_source(responses)
     name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.callback(model.train, model.training)
-            opened = wrap(model, tokenizer, name)
+            opened = stack.enter_context(_evaluating(model, tokenizer, name))
         if output is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-"))
             return replace(_run(config, opened, prompts, responses, Path(scratch) / "run", False), path=None)
-        return _run(config, opened, prompts, responses, Path(output) / config.slug, overwrite)
+        return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite)
 
 
-def _label(source: Any) -> str | None:
+@contextmanager
+def _evaluating(model: Any, tokenizer: Any, name: str) -> Iterator[LanguageModel]:
+    """Put the user's model in evaluation mode, and each of its modules back into its own on any exit."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, torch.nn.Module) else {}
+    try:
+        yield wrap(model, tokenizer, name)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _label(source: str | list[Any] | None) -> str | None:
     """What the settings call a source: its name, or how many records were given."""
-    if source is None or isinstance(source, str):
-        return source
-    return str(source) if isinstance(source, Path) else f"{len(source)} given"
+    return f"{len(source)} given" if isinstance(source, list) else source
 
 
 def _run(
     config: AnalyzeConfig,
     opened: LanguageModel | None,
-    prompts: PromptSource | None,
-    responses: ResponseSource | None,
+    prompts: str | list[Any] | None,
+    responses: str | list[Any] | None,
     directory: Path,
     overwrite: bool,
 ) -> Analysis:
     finished = None if overwrite else _finished(config, directory)
     workspace = Workspace(directory)
     if finished is None:
-        workspace.check(overwrite)
+        workspace.check()
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         model = opened or load(
@@ -119,8 +135,11 @@ def _run(
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    if inputs.requests:
+        # Each kind of device has random streams of its own.
+        identity["sampled_on"] = model.device.type
     if finished is not None:
-        if differing := differences(finished.config, identity):
+        if differing := differences({k: finished.config.get(k) for k in identity}, identity):
             raise UserError(_in_use(directory, differing))
         workspace.close()
         logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
@@ -133,7 +152,7 @@ def _run(
     timings = {"load": round(load_seconds, 3)}
     for stage in ("generate", "capture"):
         timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
-    analysis = _assemble(config, model, sampled, captured, identity, timings)
+    analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity}, timings)
     analysis = replace(analysis, path=analysis.save(directory))
     workspace.close()
     return analysis
@@ -244,7 +263,7 @@ def _assemble(
     model: LanguageModel,
     responses: list[Response],
     captured: list[Arrays],
-    identity: dict[str, Any],
+    settings: dict[str, Any],
     timings: dict[str, float],
 ) -> Analysis:
     per_response = tables.response_table(captured, responses)
@@ -262,7 +281,7 @@ def _assemble(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        config=identity,
+        config=settings,
         layers=layers,
         responses=per_response,
         tokens=tables.token_table(captured, responses, config.keep_tokens),

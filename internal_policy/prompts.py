@@ -46,9 +46,7 @@ class Prompt:
         return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
 
 
-def read_prompts(
-    source: str | Sequence[str | Mapping[str, Any]], *, split: str | None = None, limit: int | None = None
-) -> list[Prompt]:
+def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit: int | None = None) -> list[Prompt]:
     """Read prompts from a file, the hub, the built-in tasks (``testbed``) or a list.
 
     Args:
@@ -63,8 +61,10 @@ def read_prompts(
         UserError: unreadable, empty, or without a prompt column.
     """
     if not isinstance(source, str):
-        found = [_prompt(_record(item), f"prompt {i}") for i, item in enumerate(source, start=1)]
         where = "the list of prompts"
+        found = [
+            _prompt(_record(item, f"{where}: item {i}"), f"{where}: item {i}") for i, item in enumerate(source, start=1)
+        ]
     elif source == TESTBED:
         from internal_policy.testbed import tasks
 
@@ -82,14 +82,15 @@ def read_prompts(
     return found[:limit]
 
 
-def _record(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"prompt": item} if isinstance(item, str) else item
+def _record(item: Any, where: str) -> Mapping[str, Any]:
+    return {"prompt": item} if isinstance(item, (str, list)) else records.as_object(item, where)
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     column = next((c for c in TEXT_COLUMNS if row.get(c) is not None), None)
     if column is None:
-        raise UserError(f"{where} has the columns {sorted(row)}; needed is one of {', '.join(TEXT_COLUMNS)}")
+        present = sorted(key for key, value in row.items() if value is not None)
+        raise UserError(f"{where} has values for {present}; needed is one of {', '.join(TEXT_COLUMNS)}")
     content = content_of(row[column], f"{where}, column {column!r}")
     answer = next((row[c] for c in ANSWER_COLUMNS if row.get(c) is not None), None)
     reward_model = row.get("reward_model")
@@ -114,15 +115,37 @@ def content_of(value: Any, where: str) -> str | Chat:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{where} is an empty text; needed is a question")
-        return value
+        return whole_text(value, where)
     if isinstance(value, list) and value:
         good = all(
             isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in value
         )
         if good:
-            return [{"role": m["role"], "content": m["content"]} for m in value]
+            return [{"role": m["role"], "content": whole_text(m["content"], where)} for m in value]
     raise UserError(f"{where} is neither a text nor a chat; needed is text or a list of {{role, content}}")
+
+
+def whole_text(text: str, where: str) -> str:
+    """Refuse half a character, as a response cut in the middle of an emoji ends with.
+
+    Args:
+        text: what was read.
+        where: its place, for the message.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: it holds a lone surrogate, which no tokenizer and no file takes.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half a character at place {error.start + 1} (a lone surrogate); remove it"
+        ) from error
+    return text
 
 
 def _im_chat(problem: str) -> str:
@@ -178,11 +201,10 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
-        from jinja2.exceptions import TemplateError
-
         try:
             text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        # A template is a program of the checkpoint's: what it raises is not ours to list.
+        except Exception as error:
             roles = [m["role"] for m in prompt.chat]
             raise UserError(
                 f"the chat template refuses a chat with roles {roles} ({error}); try --template plain"

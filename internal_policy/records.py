@@ -24,6 +24,8 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: missing, empty, not UTF-8, broken at line N, or of another format.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give a {', '.join(SUFFIXES)} file or a hub data set id")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
     if path.suffix == ".parquet":
@@ -104,7 +106,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}: broken JSON at line {number}: {error.msg}; needed is one object a line"
             ) from error
-        records.append(_object(record, f"{path}: line {number}"))
+        records.append(as_object(record, f"{path}: line {number}"))
     return records
 
 
@@ -118,10 +120,22 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
     if not isinstance(value, list):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}; needed is a list of objects")
-    return [_object(record, f"{path}: item {number}") for number, record in enumerate(value, start=1)]
+    return [as_object(record, f"{path}: item {number}") for number, record in enumerate(value, start=1)]
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """Check that a value is a record.
+
+    Args:
+        value: what was read or given.
+        where: its place, for the message.
+
+    Returns:
+        The record as a dict.
+
+    Raises:
+        UserError: it is something else.
+    """
     if not isinstance(value, Mapping):
         raise UserError(f"{where} holds a {type(value).__name__}; needed is a JSON object")
     return dict(value)

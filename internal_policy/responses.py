@@ -6,9 +6,11 @@ the prompt, the analysed states are those at positions P-1 .. T-2.
 
 from __future__ import annotations
 
-import json
+import math
+import numbers
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from internal_policy import records
 from internal_policy.errors import UserError
-from internal_policy.prompts import Chat, Prompt, content_of, render
+from internal_policy.prompts import Chat, Prompt, content_of, render, whole_text
+
+_MAX_ID = 2**31
 
 
 @dataclass(frozen=True)
@@ -82,40 +86,47 @@ def read_responses(
     if isinstance(source, (str, Path)):
         rows, where = records.read_file(Path(source)), str(source)
     else:
-        rows, where = [dict(row) for row in source], "the list of responses"
+        where = "the list of responses"
+        rows = [records.as_object(row, f"{where}: item {i}") for i, row in enumerate(source, start=1)]
         if not rows:
-            raise UserError("the list of responses is empty; needed is at least one")
+            raise UserError(f"{where} is empty; needed is at least one")
     found = []
     for number, row in enumerate(rows[:limit], start=1):
         place = f"{where}: response {number}"
-        if "input_ids" in row and "prompt_length" in row:
+        present = {key for key, value in row.items() if value is not None}
+        if {"input_ids", "prompt_length"} <= present:
             found.append(_from_ids(row, tokenizer, place))
-        elif "prompt" in row and "response" in row:
+        elif {"prompt", "response"} <= present:
             found.append(_from_text(row, tokenizer, template, place))
         else:
             raise UserError(
-                f"{place} has the keys {sorted(row)}; needed are prompt and response, or input_ids and prompt_length"
+                f"{place} has values for {sorted(present)}; "
+                "needed are prompt and response, or input_ids and prompt_length"
             )
     return found
 
 
 def _from_ids(row: Mapping[str, Any], tokenizer: Any, place: str) -> Response:
-    ids, length = row["input_ids"], row["prompt_length"]
-    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UserError(f"{place}: input_ids is not a list of integers")
+    ids = _integers(row["input_ids"])
+    if ids is None or any(not 0 <= i < _MAX_ID for i in ids):
+        raise UserError(f"{place}: input_ids is not a list of token ids; needed are integers from 0 on")
     if not ids:
         raise UserError(f"{place} has no response tokens: input_ids is empty")
-    if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= len(ids):
-        raise UserError(f"{place}: prompt_length is {length!r}; needed is an integer from 1 to {len(ids) - 1}")
+    given = _integers([row["prompt_length"]])
+    if given is None or not 1 <= given[0] <= len(ids):
+        raise UserError(
+            f"{place}: prompt_length is {row['prompt_length']!r}; needed is an integer from 1 to {len(ids) - 1}"
+        )
+    length = given[0]
     if length == len(ids):
         raise UserError(f"{place} has no response tokens: prompt_length is {length} of {len(ids)} ids")
-    prompt = row.get("prompt")
+    prompt, text = row.get("prompt"), row.get("response")
     return Response(
-        prompt=tokenizer.decode(ids[:length]) if prompt is None else content_of(prompt, place),
-        response=str(row["response"]) if row.get("response") is not None else tokenizer.decode(ids[length:]),
+        prompt=tokenizer.decode(ids[:length]) if prompt is None else content_of(prompt, f"{place}, prompt"),
+        response=tokenizer.decode(ids[length:]) if text is None else whole_text(str(text), f"{place}, response"),
         input_ids=ids,
         prompt_length=length,
-        reward=row.get("reward"),
+        reward=_reward(row, place),
     )
 
 
@@ -124,10 +135,32 @@ def _from_text(row: Mapping[str, Any], tokenizer: Any, template: str, place: str
         raise UserError(f"{place}: response is a {type(row['response']).__name__}; needed is text")
     content = content_of(row["prompt"], f"{place}, prompt")
     prompt_ids = render(Prompt(content), template, tokenizer)
-    response_ids = list(tokenizer(row["response"], add_special_tokens=False)["input_ids"])
+    text = whole_text(row["response"], f"{place}, response")
+    response_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not response_ids:
-        raise UserError(f"{place} has no response tokens: the text is {row['response']!r}")
-    return Response(content, row["response"], prompt_ids + response_ids, len(prompt_ids), row.get("reward"))
+        raise UserError(f"{place} has no response tokens: the text is {text!r}")
+    return Response(content, text, prompt_ids + response_ids, len(prompt_ids), _reward(row, place))
+
+
+def _integers(values: Any) -> list[int] | None:
+    """Plain ints of a list, array or tensor of whole numbers; None for anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return None
+    found = []
+    for value in values:
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            return None
+        found.append(operator.index(number))
+    return found
+
+
+def _reward(row: Mapping[str, Any], place: str) -> float | None:
+    reward = row.get("reward")
+    if reward is None or (isinstance(reward, numbers.Real) and math.isfinite(reward)):
+        return None if reward is None else float(reward)
+    raise UserError(f"{place}: reward is {reward!r}; needed is a number, true, false or null")
 
 
 def check_responses(responses: Iterable[Response], vocab_size: int, max_length: int | None) -> None:
@@ -139,9 +172,11 @@ def check_responses(responses: Iterable[Response], vocab_size: int, max_length: 
         max_length: the model's context, where it has one.
 
     Raises:
-        UserError: ids beyond the vocabulary, or a sequence longer than the context.
+        UserError: a prompt without tokens, ids beyond the vocabulary, or a sequence longer than the context.
     """
     for number, response in enumerate(responses, start=1):
+        if response.prompt_length < 1:
+            raise UserError(f"response {number} has a prompt without tokens; needed is at least one, to predict from")
         low, high = min(response.input_ids), max(response.input_ids)
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
@@ -174,27 +209,3 @@ def pad(sequences: Sequence[Sequence[int]], side: Literal["left", "right"]) -> t
         ids[row, start : start + len(sequence)] = torch.tensor(sequence)
         mask[row, start : start + len(sequence)] = 1
     return ids, mask
-
-
-def to_jsonl(responses: Iterable[Response]) -> str:
-    """Write responses as jsonl, the form that ``read_responses`` reads.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        One JSON object a line.
-    """
-    return "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in responses)
-
-
-def from_jsonl(text: str) -> list[Response]:
-    """Read what ``to_jsonl`` wrote.
-
-    Args:
-        text: one JSON object a line.
-
-    Returns:
-        The responses.
-    """
-    return [Response(**json.loads(line)) for line in text.split("\n") if line]

@@ -19,6 +19,7 @@ from internal_policy.selection import Selection
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
+RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Analysis:
     name: str
     """The model's name."""
     model: dict[str, Any]
-    """id, revision, family, layers L, vocabulary V, hidden size d, dtype, device, fingerprint of the weights."""
+    """id, revision, family, layers L, vocabulary V, hidden size d, dtype, device."""
     config: dict[str, Any]
-    """The settings that decide the numbers."""
+    """The settings, with digests of weights and inputs."""
     layers: pd.DataFrame
     """One row per layer and site (layer, attn, ffn): means over tokens with clustered standard errors."""
     responses: pd.DataFrame

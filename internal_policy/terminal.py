@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from internal_policy.results import Analysis
@@ -25,15 +28,15 @@ def show(analysis: Analysis) -> None:
     console.print(layer_table(analysis))
     entropy = analysis.policy_entropy
     console.print(
-        f"policy entropy H(π_θ) {entropy['mean']:.4f} ± {entropy['stderr']:.4f} nats; "
+        f"policy entropy H(π_θ) {entropy['mean']:.4f}{_error(entropy['stderr'], 4)} nats; "
         f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}",
         highlight=False,
     )
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
-        console.print(f"correct answers {100 * float(rewards.mean()):.1f}% of {len(rewards)}", highlight=False)
+        console.print(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses", highlight=False)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
-    console.print(f"[bold]boundary layer: {where}[/bold]  {analysis.selection.reason}", highlight=False)
+    console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
     if analysis.path is not None:
         list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
 
@@ -48,7 +51,8 @@ def layer_table(analysis: Analysis) -> Table:
         A rich table.
     """
     table = Table(
-        title=f"{analysis.name}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, lens {analysis.lens}",
+        title=f"{escape(analysis.name)}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, "
+        f"lens {analysis.lens}",
         caption="means over tokens, nats ± standard error clustered by prompt; ◀ boundary",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -65,10 +69,15 @@ def layer_table(analysis: Analysis) -> Table:
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
-            *(f"{row['change']:+.3f}±{row['change_stderr']:.3f}" for row in rows),
+            *(f"{row['change']:+.3f}{_error(row['change_stderr'])}" for row in rows),
             f"[{_STAGE_STYLE[stage]}]{mark}[/]",
         )
     return table
+
+
+def _error(stderr: Any, digits: int = 3) -> str:
+    """A single prompt has no standard error."""
+    return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"
 
 
 def list_files(what: str, paths: Sequence[Path]) -> None:
@@ -79,4 +88,4 @@ def list_files(what: str, paths: Sequence[Path]) -> None:
         paths: the files, of one directory.
     """
     names = ", ".join(p.name for p in paths)
-    Console().print(f"{what}: {paths[0].parent}/ ({names})", highlight=False, soft_wrap=True)
+    Console().print(f"{what}: {paths[0].parent}/ ({names})", highlight=False, markup=False, soft_wrap=True)

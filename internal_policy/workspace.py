@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
-from internal_policy.results import MANIFEST
+from internal_policy.results import MANIFEST, RESULT_FILES
 
 _RUN = "run.json"
 Arrays = dict[str, NDArray[Any]]
@@ -45,11 +44,8 @@ class Workspace:
         self.directory = directory
         self.work = directory / "work"
 
-    def check(self, overwrite: bool) -> None:
+    def check(self) -> None:
         """Refuse a directory that is not ours or not writable, before anything long begins; make nothing yet.
-
-        Args:
-            overwrite: what an earlier run left there may go.
 
         Raises:
             UserError: not writable, or in use for something else.
@@ -60,10 +56,11 @@ class Workspace:
             raise UserError(
                 f"{self.directory}: cannot be written ({existing} {what}); choose another --output directory"
             )
-        ours = self.work.is_dir() or (self.directory / MANIFEST).is_file()
-        if self.directory.is_dir() and not ours and any(self.directory.iterdir()):
+        manifest = (self.directory / MANIFEST).is_file()
+        others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
+        if others:
             raise UserError(
-                f"{self.directory}: is in use for something else (no {MANIFEST}, no unfinished analysis); "
+                f"{self.directory}: is in use for something else (it holds {others[0].relative_to(self.directory)}); "
                 "choose another --output directory"
             )
 
@@ -85,7 +82,7 @@ class Workspace:
             if overwrite:
                 # The manifest goes first: a kill in between leaves nothing that reads as an analysis.
                 (self.directory / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(self.work, ignore_errors=True)
+                self.close()
             self.work.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
                 write_text(path, json.dumps(identity, indent=2))
@@ -94,7 +91,11 @@ class Workspace:
             raise UserError(
                 f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
             ) from error
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity)))
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: is broken; add --overwrite to start over") from error
+        differing = differences(old, json.loads(json.dumps(identity)))
         if differing:
             raise UserError(
                 f"{self.directory}: holds an unfinished analysis with other settings ({differing}); repeat its command "
@@ -131,7 +132,20 @@ class Workspace:
         write_atomically(self.work / f"{kind}-{first:07d}.npz", save)
 
     def close(self) -> None:
-        """Drop the portions, and what a killed run left unrenamed, once the analysis is whole."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        for left in self.directory.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        """Drop the portions, and what a killed run left unrenamed, once the analysis is whole; nothing else."""
+        for path in self._files():
+            if self._ours(path) and (path.parent == self.work or path.suffix == ".tmp"):
+                path.unlink(missing_ok=True)
+        if self.work.is_dir() and not any(self.work.iterdir()):
+            self.work.rmdir()
+
+    def _files(self) -> list[Path]:
+        return sorted(p for d in (self.directory, self.work) if d.is_dir() for p in d.iterdir() if p != self.work)
+
+    def _ours(self, path: Path) -> bool:
+        """Tell what a run writes before its manifest from what anybody else may have put there."""
+        if path.name.startswith(".") and path.suffix == ".tmp":
+            return True
+        if path.parent == self.work:
+            return path.name == _RUN or path.suffix == ".npz"
+        return path.name in RESULT_FILES

@@ -170,6 +170,57 @@ def test_the_users_model_is_left_as_it_was(tokenizer):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        PROMPTS,
+        (p for p in PROMPTS),
+        np.array(PROMPTS),
+        pd.Series(PROMPTS),
+        pd.DataFrame({"prompt": PROMPTS, "answer": None}),
+        [[{"role": "user", "content": p}] for p in PROMPTS],
+    ],
+    ids=["list", "generator", "array", "series", "frame", "chats"],
+)
+def test_prompts_in_any_container(model, tokenizer, source, tmp_path):
+    analysis = analyze(model, tokenizer=tokenizer, prompts=source, max_new_tokens=np.int64(3), seed=np.int64(1))
+    wanted = analyze(model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=3, seed=1)
+    assert analysis.sequences["input_ids"].tolist() == wanted.sequences["input_ids"].tolist()
+
+
+def test_paths_and_an_earlier_analysis_are_sources(model, tokenizer, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": p} for p in PROMPTS]))
+    first = analyze(model, tokenizer=tokenizer, prompts=tmp_path / "p.json", max_new_tokens=3)
+    first.save(tmp_path / "a")
+    for source in (first.sequences, tmp_path / "a" / "responses.jsonl"):
+        again = analyze(model, tokenizer=tokenizer, responses=source)
+        pd.testing.assert_frame_equal(again.layers, first.layers, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_responses": 2.5}, "--max-responses is 2.5; needed is a whole number"),
+        ({"temperature": None}, "--temperature is None; needed is a number"),
+        ({"dtype": "bfloat16"}, "dtype was given with a model object"),
+        ({"revision": "main"}, "revision was given with a model object"),
+        ({"prompts_split": "train"}, "--prompts-split train was given with a local file"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(model, tokenizer, options, message):
+    with pytest.raises(UserError, match=message):
+        analyze(model, tokenizer=tokenizer, prompts=PROMPTS, **options)
+
+
+def test_each_module_of_the_users_model_keeps_its_mode(tokenizer):
+    model = tiny_model("mistral").train()
+    model.model.layers[1].eval()
+    analyze(model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=2)
+    assert model.training
+    assert not model.model.layers[1].training
+    assert model.model.layers[0].mlp.training
+
+
 def test_misspelt_options_and_missing_tokenizer_are_told(model):
     with pytest.raises(UserError, match="unknown option 'max_tokens'"):
         analyze(model, tokenizer=tiny_tokenizer(), prompts=PROMPTS, max_tokens=3)

@@ -11,7 +11,7 @@ from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokeniz
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from internal_policy import UserError, models
-from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks, verify
+from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce, reduce_responses, residual_hooks, verify
 from internal_policy.models.families import FAMILIES as TABLE
 from internal_policy.models.families import Family
 from internal_policy.responses import read_responses
@@ -142,6 +142,33 @@ def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
     monkeypatch.setitem(TABLE, "gemma2", row)
     with pytest.raises(UserError, match="does not give the model's own logits"):
         verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
+    model = tiny_model("llama", mlp_bias=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.bias[5] = size
+        model.model.layers[2].mlp.down_proj.bias[5] = -size
+    verify(HookExtractor(models.wrap(model.to(dtype), tiny_tokenizer())))
+
+
+def test_positions_are_reduced_in_portions(monkeypatch):
+    whole = captured(tiny_model("qwen3"), ragged_responses(5))
+    monkeypatch.setattr(reduce, "_POSITIONS", 7)
+    parts = captured(tiny_model("qwen3"), ragged_responses(5))
+    for one, other in zip(whole, parts, strict=True):
+        # The same numbers up to float32 rounding of differently shaped products.
+        np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+        np.testing.assert_allclose(one.policy, other.policy, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_a_model_without_its_head_is_refused():
+    with pytest.raises(UserError, match="this LlamaModel has no model; needed is a causal LM with its head"):
+        models.wrap(tiny_model("llama").model, tiny_tokenizer())
+    with pytest.raises(UserError, match="got a int"):
+        models.wrap(42, tiny_tokenizer())
 
 
 def test_non_finite_weights_are_refused_with_the_layer():

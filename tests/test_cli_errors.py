@@ -31,8 +31,8 @@ def run(*arguments, cwd, code=2, **environment):
     return done
 
 
-def refused(*arguments, cwd):
-    """The one line that a refused command prints."""
+def refused(*arguments, cwd, began=False):
+    """The one line that a refused command prints; nothing is left behind, unless the work had begun."""
     done = run(*arguments, cwd=cwd)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -40,7 +40,7 @@ def refused(*arguments, cwd):
     assert done.stdout == ""
     assert not list(cwd.rglob("analysis.json"))
     assert not list(cwd.rglob("*.tmp"))
-    assert not list(cwd.rglob("work"))
+    assert began or not list(cwd.rglob("work"))
     return lines[0]
 
 
@@ -52,7 +52,8 @@ def save(model, directory, tokenizer=None):
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save(tiny_model("llama"), tmp_path_factory.mktemp("model"))
+    # The tokenizer knows more words than the model: ids beyond the vocabulary can come from text too.
+    return save(tiny_model("llama"), tmp_path_factory.mktemp("model"), tiny_tokenizer(vocab=100))
 
 
 @pytest.fixture
@@ -81,10 +82,16 @@ def make_unloadable(kind, directory, model_dir):
         "encoder": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         "encoder-decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
         "family": {"model_type": "bloom", "architectures": ["BloomForCausalLM"]},
+        "a layer too many": {"num_hidden_layers": 2},
+        "other shapes": {"intermediate_size": 40},
+        "impossible config": {"hidden_size": "wide"},
         "unheard": {"model_type": "unheard-of", "architectures": ["UnheardForCausalLM"]},
     }.get(kind, {})
     (directory / "config.json").write_text(json.dumps(config) if kind != "broken config" else "{")
-    tiny_tokenizer().save_pretrained(directory)
+    if kind in {"a layer too many", "other shapes", "no tokenizer"}:
+        shutil.copy(model_dir / "model.safetensors", directory)
+    if kind != "no tokenizer":
+        tiny_tokenizer().save_pretrained(directory)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,11 @@ def make_unloadable(kind, directory, model_dir):
         ("encoder-decoder", "is an encoder-decoder model"),
         ("family", "unsupported family 'bloom'; supported: llama, mistral, qwen2, qwen3"),
         ("unheard", "cannot load its config.json"),
+        ("weights missing", "the checkpoint lacks model.embed_tokens.weight and"),
+        ("a layer too many", "has weights that config.json leaves no room for: model.layers.2."),
+        ("other shapes", "has another shape for"),
+        ("impossible config", "cannot load its config.json"),
+        ("no tokenizer", "no tokenizer in this directory"),
     ],
 )
 def test_models_that_cannot_be_loaded(tmp_path, model_dir, kind, message):
@@ -111,7 +123,7 @@ def test_models_that_cannot_be_loaded(tmp_path, model_dir, kind, message):
     [
         ("nobody/no-such-model", "no such model on the hub, or no network"),
         ("./nowhere", "no such directory"),
-        ("testbed/gpt5", "testbed/gpt5"),
+        ("testbed/gpt5", "no testbed model is called 'testbed/gpt5'; there are testbed/qwen3 and testbed/llama"),
     ],
 )
 def test_models_that_are_not_there(tmp_path, name, message):
@@ -149,11 +161,26 @@ def test_nan_in_the_weights_names_the_layer(tmp_path, responses):
     assert "NaN or inf in layer 3" in refused("analyze", "--model", "nan", "--responses", responses, cwd=tmp_path)
 
 
+def test_states_that_overflow_name_the_layer(tmp_path):
+    model = tiny_model("qwen3", vocab=4000)
+    with torch.no_grad():
+        # The proof on load draws 24 tokens at random, and this one is not among them.
+        model.model.embed_tokens.weight[3999] = float("inf")
+    save(model, tmp_path / "inf", tiny_tokenizer())
+    (tmp_path / "given.jsonl").write_text(json.dumps({"input_ids": [2, 3999, 4, 5], "prompt_length": 1}))
+    told = refused("analyze", "--model", "inf", "--responses", "given.jsonl", cwd=tmp_path, began=True)
+    assert "NaN or inf in the states of layer 1" in told
+
+
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [
         ("--prompts", b"", "is empty"),
-        ("--prompts", b'{"text": "w2"}\n', "has the columns ['text']"),
+        ("--prompts", b'{"text": "w2"}\n', "has values for ['text']"),
+        ("--prompts", b'{"prompt": "w2 w80"}\n', "prompt 1: id 80 is beyond the vocabulary of 61"),
+        ("--responses", b'{"prompt": "w2", "answer": "w3"}\n', "needed are prompt and response"),
+        ("--responses", b'{"prompt": "w2", "response": "\xe9"}\n', "not UTF-8 at line 1"),
+        ("--responses", b'{"prompt": "w2", "response": "w3", "reward": "good"}\n', "reward is 'good'"),
         ("--prompts", b'{"prompt": "w2"}\n{"prompt"\n', "broken JSON at line 2"),
         ("--prompts", b'{"prompt": "\xe9"}\n', "not UTF-8 at line 1"),
         ("--prompts", b'{"prompt": "' + b"w2 " * 64 + b'"}\n', "has 64 tokens and the model's context is 64"),
@@ -192,6 +219,7 @@ def test_a_data_set_that_is_not_there(tmp_path, model_dir):
         (["--prompts", "a", "--responses", "b"], "both --prompts and --responses"),
         (["--lens", "wide"], "'wide' is not one of"),
         (["--no-such-option"], "No such option: --no-such-option"),
+        (["--responses", "r.jsonl", "--temperature", "0.5"], "--temperature was given with --responses"),
     ],
 )
 def test_bad_settings(tmp_path, model_dir, arguments, message):
@@ -211,9 +239,35 @@ def test_output_in_use_for_something_else_is_left_alone(tmp_path, model_dir, res
     slug = "--".join(model_dir.parts[-2:])
     (tmp_path / "out" / slug).mkdir(parents=True)
     (tmp_path / "out" / slug / "thesis.tex").write_text("years of work")
-    assert "in use for something else" in refused(*arguments, cwd=tmp_path)
-    assert "in use for something else" in refused(*arguments, "--overwrite", cwd=tmp_path)
+    assert "is in use for something else (it holds thesis.tex)" in refused(*arguments, cwd=tmp_path)
+    assert "is in use for something else" in refused(*arguments, "--overwrite", cwd=tmp_path)
     assert (tmp_path / "out" / slug / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_work_folder_of_the_users_is_left_alone(tmp_path, model_dir, responses):
+    notes = tmp_path / "out" / "--".join(model_dir.parts[-2:]) / "work" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    told = refused_beside(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
+    assert "is in use for something else (it holds work/notes.txt)" in told
+
+
+def refused_beside(path, *arguments, cwd):
+    before = path.read_bytes()
+    told = run(*arguments, cwd=cwd).stderr
+    assert path.read_bytes() == before
+    return told
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path, model_dir, responses):
+    done = run(
+        *("analyze", "--model", model_dir, "--responses", responses, "-o", "out"),
+        cwd=tmp_path,
+        code=0,
+        PYTHONIOENCODING="ascii",
+    )
+    assert "boundary layer" in done.stdout
+    assert list(tmp_path.rglob("fig3_entropy_change.pdf"))
 
 
 def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, responses):

@@ -62,7 +62,10 @@ def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="po
             ("change", change),
             ("cosine", cosine),
         ):
-            table[column], table[f"{column}_stderr"] = values, scale * stderr * (0.5 + rng.random(n_layers))
+            error = scale * stderr * (0.5 + rng.random(n_layers))
+            table[column], table[f"{column}_stderr"] = values, error
+            # Intervals are longer on one side.
+            table[f"{column}_low"], table[f"{column}_high"] = values - 1.8 * error, values + 2.2 * error
         parts.append(table.assign(n_tokens=1000))
     if boundary is None:
         boundary = next((i for i, s in enumerate(stages) if s != "exploration"), 0) or None
@@ -74,7 +77,7 @@ def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="po
         boundary or None,
         tuple(stages),
         lens,
-        {"mean": 0.31, "stderr": 0.04 * stderr},
+        {"mean": 0.31, "stderr": 0.04 * stderr, "low": 0.31 - 0.07 * stderr, "high": 0.31 + 0.09 * stderr},
     )
 
 
@@ -369,7 +372,7 @@ def test_one_response_draws_no_band_and_no_legend_entry():
         assert_legible(figure)
         assert not any(ax.collections for ax in figure.axes)
         assert not any("1.96" in text.get_text() for text in figure.legends[0].get_texts())
-    missing = FakeAnalysis(**{**vars(analysis), "policy_entropy": {"mean": 0.5, "stderr": None}})
+    missing = FakeAnalysis(**{**vars(analysis), "policy_entropy": {"mean": 0.5}})
     assert figures.entropy_flow_data([missing])["stderr"].isna().all()
 
 

@@ -107,6 +107,16 @@ def test_every_option_of_the_configuration_is_on_the_command_line():
         assert "--" + field.name.replace("_", "-") in text
 
 
+def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
+    from internal_policy.cli import figure_name
+
+    paper = [(f"some-organisation--some-model-{i}B-Instruct-2507", "policy") for i in range(12)]
+    assert figure_name(paper[:1]) == paper[0][0]
+    assert len(figure_name(paper)) < 255
+    assert figure_name(paper) != figure_name(paper[:11])
+    assert figure_name([("m", "policy"), ("m", "logit-lens")]) == "m--m-logit-lens"
+
+
 def test_every_public_name_can_be_had():
     import internal_policy
 

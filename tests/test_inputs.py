@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from tiny import tiny_tokenizer
 
 from internal_policy import UserError
 from internal_policy.prompts import NAMED_TEMPLATES, Prompt, read_prompts, render
 from internal_policy.records import read_file
-from internal_policy.responses import from_jsonl, prompt_indices, read_responses, to_jsonl
+from internal_policy.responses import check_responses, prompt_indices, read_responses
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHAT = "{% for m in messages %}{{ m.role }}-{{ m.content }} {% endfor %}"
@@ -93,11 +95,27 @@ def test_a_response_as_text_starts_exactly_after_its_prompt():
     assert (response.prompt_length, response.n_tokens) == (2, 3)
 
 
-def test_what_was_written_is_read_back():
-    tokenizer = tiny_tokenizer()
-    given = [{"prompt": "w2 w3", "response": "w4 \u2028"}, {"input_ids": [3, 4, 5], "prompt_length": 1, "reward": 1.0}]
-    responses = read_responses(given, tokenizer, "plain")
-    assert from_jsonl(to_jsonl(responses)) == responses
+@pytest.mark.parametrize("kind", [np.array, tuple, torch.tensor, lambda ids: [np.int64(i) for i in ids]])
+def test_ids_of_any_kind_of_integer(kind):
+    row = {"input_ids": kind([3, 4, 5]), "prompt_length": np.int64(1)}
+    (response,) = read_responses([row], tiny_tokenizer(), "plain")
+    assert response.input_ids == [3, 4, 5]
+    assert all(type(i) is int for i in [*response.input_ids, response.prompt_length])
+
+
+def test_null_columns_do_not_decide_the_kind_of_record():
+    rows = [
+        {"input_ids": None, "prompt_length": None, "prompt": "w2", "response": "w3"},
+        {"input_ids": [2, 3], "prompt_length": 1.0, "prompt": None, "response": None},
+    ]
+    assert [r.input_ids for r in read_responses(rows, tiny_tokenizer(), "plain")] == [[2, 3], [2, 3]]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    rows = [{"prompt": [{"role": "user", "content": ""}], "response": "w8 w9"}]
+    responses = read_responses(rows, tiny_tokenizer(), "plain")
+    with pytest.raises(UserError, match="response 1 has a prompt without tokens"):
+        check_responses(responses, 61, None)
 
 
 def test_samples_of_one_prompt_share_its_index():
@@ -131,10 +149,13 @@ def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, r"columns \['text'\]; needed is one of prompt, problem, question"),
+        ({"text": "x"}, r"values for \['text'\]; needed is one of prompt, problem, question"),
         ({"prompt": " "}, "empty text"),
         ({"prompt": 3}, "neither a text nor a chat"),
         ({"prompt": [{"role": "user"}]}, "neither a text nor a chat"),
+        ({"prompt": None, "answer": "x"}, r"values for \['answer'\]"),
+        ({"prompt": "half \ud83d"}, "half a character at place 6"),
+        (None, "holds a NoneType"),
     ],
 )
 def test_bad_prompts_are_told_in_one_line(row, message):
@@ -152,8 +173,14 @@ def test_bad_prompts_are_told_in_one_line(row, message):
         ({"input_ids": [1, 2], "prompt_length": 3}, "needed is an integer from 1 to 1"),
         ({"input_ids": [1, 2], "prompt_length": 0}, "needed is an integer from 1 to 1"),
         ({"input_ids": [1, 2], "prompt_length": "1"}, "needed is an integer from 1 to 1"),
-        ({"input_ids": [1, "2"], "prompt_length": 1}, "not a list of integers"),
+        ({"input_ids": [1, "2"], "prompt_length": 1}, "not a list of token ids"),
         ({"input_ids": [], "prompt_length": 1}, "no response tokens"),
+        ({"input_ids": [1, 10**30], "prompt_length": 1}, "not a list of token ids"),
+        ({"input_ids": [1, -2], "prompt_length": 1}, "not a list of token ids"),
+        ({"input_ids": [1, 2], "prompt_length": 1, "reward": "good"}, "reward is 'good'; needed is a number"),
+        ({"input_ids": [1, 2], "prompt_length": 1, "reward": float("nan")}, "reward is nan"),
+        ({"prompt": "w2", "response": "w3 \ud83d"}, "half a character"),
+        ("w2", "holds a str"),
     ],
 )
 def test_bad_responses_are_told_in_one_line(row, message):

@@ -8,6 +8,7 @@ import pytest
 
 from internal_policy.errors import UserError
 from internal_policy.statistics import (
+    QUANTITIES,
     bootstrap_means,
     change_curves,
     clustered_mean,
@@ -196,8 +197,10 @@ def test_layer_table_has_its_columns_order_and_numbers():
     frame = responses_frame(changes, lengths, prompts)
     table = layer_table(frame.sample(frac=1.0, random_state=0))
     assert list(table.columns) == [
-        "layer", "site", "entropy_in", "entropy_in_stderr", "entropy_out", "entropy_out_stderr",
-        "change", "change_stderr", "cosine", "cosine_stderr", "n_tokens",
+        "layer",
+        "site",
+        *(q + end for q in QUANTITIES for end in ("", "_stderr", "_low", "_high")),
+        "n_tokens",
     ]  # fmt: skip
     assert table["layer"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert table["site"].tolist() == ["layer", "attn", "ffn"] * 3
@@ -221,7 +224,10 @@ def test_policy_entropy_reads_both_ends():
     frame = responses_frame(np.zeros((2, 1)), np.array([1, 3]), np.arange(2))
     # entropies 2, 3 weighed 1:3 -> 2.75; residual sums -0.75, 0.75 -> sqrt(2 * 2 * 0.5625) / 4
     expected = {"mean": 2.75, "stderr": 0.375, "final_state_mean": 5.75, "final_state_stderr": 0.375}
-    assert policy_entropy(frame) == pytest.approx(expected, abs=ROUNDING)
+    found = policy_entropy(frame)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=ROUNDING)
+    low, high = confidence_interval(np.array([[2.0], [3.0]]), [1, 3])
+    assert (found["low"], found["high"]) == (low[0], high[0])
     with pytest.raises(UserError, match="policy"):
         policy_entropy(frame[frame["site"] != "policy"])
 

@@ -1,7 +1,9 @@
 """Capture with PyTorch hooks: the default backend.
 
-with residual_hooks(model, positions, consume):
-model.backbone(input_ids=..., attention_mask=...)
+Usage::
+
+    with residual_hooks(model, positions, consume):
+        model.backbone(input_ids=..., attention_mask=...)
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ QUANTITIES = (
 """What is kept of a layer: entropies in nats under the lens, and the cosines of each write with what it is added to."""
 
 
+_POSITIONS = 2048
+"""States are stacked and converted so many positions at a time, however many tokens a batch has."""
+
+
 @dataclass(frozen=True)
 class TokenValues:
     """The numbers of n analysed tokens."""
@@ -69,25 +73,34 @@ class Reducer:
 
         def consume(states: LayerStates) -> None:
             if not previous:
-                previous.append(self._entropies([states.residual_in])[0])
-            entropies = self._entropies(
-                [states.residual_out, states.attention_in, states.attention_write, states.ffn_in, states.ffn_write]
-            )
-            layer_out, attn_in, attn_out, ffn_in, ffn_out = entropies
-            before_attn = states.residual_in.float()
-            attn_write, ffn_write = states.attention_write.float(), states.ffn_write.float()
-            attn_cosine = cosine_similarity(attn_write, before_attn, dim=-1)
-            ffn_cosine = cosine_similarity(ffn_write, before_attn + attn_write, dim=-1)
-            columns = [previous[0], layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
-            row = torch.stack([c.to(layer_out.device) for c in columns], dim=-1).cpu().numpy()
+                first = [self._entropies([part])[0] for part in torch.split(states.residual_in, _POSITIONS)]
+                previous.append(torch.cat(first))
+            values = torch.cat([self._layer(part) for part in states.split(_POSITIONS)])
+            layer_out = values[:, 0]
+            row = torch.cat([previous[0].to(values.device)[:, None], values], dim=1).cpu().numpy()
             self._refuse_non_finite(row, states.layer)
             rows.append(row)
             previous[0] = layer_out
             if states.layer == self._model.n_layers:
-                policy.append(self._policy(states.residual_out, layer_out))
+                parts = zip(
+                    torch.split(states.residual_out, _POSITIONS), torch.split(layer_out, _POSITIONS), strict=True
+                )
+                policy.append(np.concatenate([self._policy(final, lens) for final, lens in parts]))
 
         self._extractor.run(batch, consume)
         return TokenValues(np.stack(rows, axis=1), policy[0])
+
+    def _layer(self, states: LayerStates) -> Tensor:
+        """All numbers of one layer but the first, which the layer below has computed: [n, len(QUANTITIES) - 1]."""
+        layer_out, attn_in, attn_out, ffn_in, ffn_out = self._entropies(
+            [states.residual_out, states.attention_in, states.attention_write, states.ffn_in, states.ffn_write]
+        )
+        before = states.residual_in.float()
+        attn_write, ffn_write = states.attention_write.float(), states.ffn_write.float()
+        attn_cosine = cosine_similarity(attn_write, before, dim=-1)
+        ffn_cosine = cosine_similarity(ffn_write, before + attn_write, dim=-1)
+        columns = [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
+        return torch.stack([c.to(layer_out.device) for c in columns], dim=-1)
 
     def _entropies(self, states: list[Tensor]) -> list[Tensor]:
         """Entropies of several [n, d] states in one pass over E_u."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +29,19 @@ class LayerStates:
     """F^l: what the FFN adds to the stream."""
     residual_out: Tensor
     """H^l."""
+
+    def split(self, size: int) -> Iterator[LayerStates]:
+        """Cut into portions of positions.
+
+        Args:
+            size: positions in a portion, the last one apart.
+
+        Yields:
+            The portions, in order; views, not copies.
+        """
+        tensors = {f.name: getattr(self, f.name).split(size) for f in fields(self) if f.name != "layer"}
+        for parts in zip(*tensors.values(), strict=True):
+            yield LayerStates(self.layer, **dict(zip(tensors, parts, strict=True)))
 
 
 @dataclass(frozen=True)

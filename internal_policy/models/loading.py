@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from internal_policy.memory import is_out_of_memory
 from internal_policy.models.families import Family, family_of
 from internal_policy.models.projection import Projection
 
-logger = logging.getLogger(__name__)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used here ({_first_line(error)}); use auto or cpu") from error
     return chosen
@@ -139,7 +138,19 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None, revision: str | No
         UserError: unsupported family.
     """
     name = name or getattr(model, "name_or_path", "") or type(model).__name__
+    if not hasattr(model, "config"):
+        raise UserError(f"got a {type(model).__name__}; needed is a transformers causal LM, or a name")
     family = family_of(model.config.model_type, name)
+    for part in (family.backbone, family.layers, family.final_norm, family.unembedding):
+        try:
+            operator.attrgetter(part)(model)
+        except AttributeError as error:
+            raise UserError(
+                f"{name}: this {type(model).__name__} has no {part}; needed is a causal LM with its head, "
+                "as AutoModelForCausalLM loads it"
+            ) from error
+    if len(operator.attrgetter(family.layers)(model)) == 0:
+        raise UserError(f"{name}: this model has no layers; needed is at least one")
     head = operator.attrgetter(family.unembedding)(model)
     softcap = getattr(model.config, family.logit_softcap) if family.logit_softcap else None
     projection = Projection(
@@ -210,7 +221,10 @@ def load(
     with _told_in_one_line(name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     with _told_in_one_line(name, "its weights"):
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, use_safetensors=True, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        _refuse_other_weights(report, family_of(config.model_type, name).layers, name)
         model = model.to(target)
     return wrap(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
 
@@ -218,6 +232,10 @@ def load(
 def _resolve(name: str, revision: str | None) -> str:
     """Turn an embedded name into its directory and check a local directory for what loading needs."""
     if name.split("/")[0] == "testbed" and not Path(name).exists():
+        if revision is not None:
+            raise UserError(
+                f"{name}: --revision {revision} was given with an embedded model; revisions exist on the hub only"
+            )
         return str(testbed.path(name))
     directory = Path(name)
     if not directory.exists():
@@ -236,6 +254,10 @@ def _resolve(name: str, revision: str | None) -> str:
         raise UserError(
             f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)"
         )
+    if not any((directory / f).is_file() for f in _TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: no tokenizer in this directory; save the model's own with tokenizer.save_pretrained(directory)"
+        )
     if not any(directory.glob("*.safetensors")):
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
         if pickles:
@@ -247,6 +269,23 @@ def _resolve(name: str, revision: str | None) -> str:
             f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
         )
     return str(directory)
+
+
+def _refuse_other_weights(report: Any, layers: str, name: str) -> None:
+    """Refuse a checkpoint that does not fill the model: what is missing would be random, and look like a result."""
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    # Some checkpoints carry buffers that are computed anew; a whole layer too many is another matter.
+    left_over = [k for k in unexpected if k.startswith(layers) and k.endswith(".weight")]
+    for what, keys in (
+        ("lacks", missing),
+        ("has another shape for", sorted(str(k) for k in report["mismatched_keys"])),
+        ("has weights that config.json leaves no room for:", left_over),
+    ):
+        if keys:
+            raise UserError(
+                f"{name}: the checkpoint {what} {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; "
+                "give a checkpoint whose config.json and weights belong together"
+            )
 
 
 def _refuse_other_architectures(config: Any, name: str) -> None:
@@ -271,11 +310,13 @@ def _told_in_one_line(name: str, what: str) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"{name}: broken safetensors file ({_first_line(error)}); download or save it again") from error
     except (
         *(OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, MemoryError),
-        hub.HfHubHTTPError,
+        *(hub.HfHubHTTPError, hub.StrictDataclassError),
     ) as error:
         if is_out_of_memory(error):
             raise UserError(f"{name}: out of memory on {what}; use --dtype bfloat16 or a smaller model") from error
@@ -283,9 +324,9 @@ def _told_in_one_line(name: str, what: str) -> Iterator[None]:
 
 
 def _explain(name: str, error: BaseException) -> str:
-    text = _first_line(error)
+    text = " ".join(str(error).split())[:200] or type(error).__name__
     if Path(name).exists():
-        return f"{text.rstrip('.')}; save the model again with save_pretrained"
+        return f"{text.rstrip('.:')}; mend this directory, or give another"
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
         return "the repository has no safetensors weights (pickle only?); only safetensors is read"
