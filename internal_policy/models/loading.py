@@ -222,7 +222,14 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     with _told_in_one_line(name, "its weights"):
         model, report = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            where,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Shapes that differ then stand in the report, which is read here, instead of on the terminal.
+            ignore_mismatched_sizes=True,
+            **options,
         )
         _refuse_other_weights(report, family_of(config.model_type, name).layers, name)
         model = model.to(target)
@@ -278,7 +285,7 @@ def _refuse_other_weights(report: Any, layers: str, name: str) -> None:
     left_over = [k for k in unexpected if k.startswith(layers) and k.endswith(".weight")]
     for what, keys in (
         ("lacks", missing),
-        ("has another shape for", sorted(str(k) for k in report["mismatched_keys"])),
+        ("has another shape for", sorted(str(key[0]) for key in report["mismatched_keys"])),
         ("has weights that config.json leaves no room for:", left_over),
     ):
         if keys:
