@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import ragged_responses, reference, tiny_model, tiny_tokenizer
 
-from internal_policy import UserError, analyze, load_analysis
+from internal_policy import UserError, analyze, load_analysis, pipeline
+from internal_policy.capture import reduce_responses
 from internal_policy.results import SCHEMA_VERSION
 
 PROMPTS = ["w2 w3 w4", "w5 w6", "w7 w8 w9 w10", "w11"]
@@ -150,6 +151,28 @@ def test_output_is_written_and_taken_up(model, tokenizer, tmp_path):
         analyze(model, **{**options, "max_new_tokens": 5})
     with pytest.raises(UserError, match="weights"):
         analyze(tiny_model("qwen3", seed=1), **options)
+
+
+def test_an_interrupted_run_goes_on_with_another_batch_size(model, tokenizer, tmp_path, monkeypatch):
+    options = {"tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 8, "samples_per_prompt": 3}
+    whole = analyze(model, **options)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return reduce_responses(*arguments)
+
+    monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(model, output=tmp_path, batch_size=2, **options)
+    assert not list(tmp_path.rglob("analysis.json"))
+    resumed = analyze(model, output=tmp_path, batch_size=5, **options)
+    # Two of the portions had been analysed before: 8 of the 12 responses were left, in two batches of five and less.
+    assert sum(len(responses) for _, responses in calls[3:]) == 8
+    pd.testing.assert_frame_equal(resumed.sequences, whole.sequences)
+    pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=False, rtol=0, atol=1e-5)
 
 
 def test_without_output_nothing_is_written(analysis, tmp_path, monkeypatch):
