@@ -79,7 +79,10 @@ def analyze(
     samples_per_prompt: Annotated[
         int, typer.Option(help="Responses sampled per prompt.")
     ] = DEFAULTS.samples_per_prompt,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a response.")] = DEFAULTS.max_new_tokens,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most so many tokens a response. [default: what the checkpoint says, else 1024]"),
+    ] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
     template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
     lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,

@@ -39,8 +39,8 @@ class AnalyzeConfig:
     """Analyse at most so many responses: 256 when they are sampled, all when they are given."""
     samples_per_prompt: int = 1
     """Responses sampled for each prompt."""
-    max_new_tokens: int = 1024
-    """At most so many tokens a response."""
+    max_new_tokens: int | None = None
+    """At most so many tokens a response: what the checkpoint's generation config says, else 1024."""
     temperature: float = 1.0
     """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
     template: str = "chat"
@@ -117,7 +117,7 @@ class AnalyzeConfig:
 
 
 def _integer(field: str, value: Any) -> int | None:
-    if value is None and field == "max_responses":
+    if value is None and field in ("max_responses", "max_new_tokens"):
         return None
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UserError(f"{_flag(field)} is {value!r}; needed is a whole number")

@@ -21,6 +21,8 @@ from internal_policy.models import LanguageModel
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response, pad
 
+DEFAULT_NEW_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class Request:
@@ -135,6 +137,20 @@ def sample(
         text = model.tokenizer.decode(answer, skip_special_tokens=True)
         responses.append(Response(request.prompt.content, text, request.prompt_ids + answer, len(request.prompt_ids)))
     return responses
+
+
+def response_limit(model: LanguageModel, wanted: int | None) -> int:
+    """The longest response to sample.
+
+    Args:
+        model: the model.
+        wanted: what the user said, if anything.
+
+    Returns:
+        That; else what the checkpoint's generation config says; else 1024.
+    """
+    own = getattr(getattr(model.model, "generation_config", None), "max_new_tokens", None)
+    return wanted or own or DEFAULT_NEW_TOKENS
 
 
 def end_ids(model: LanguageModel) -> list[int]:

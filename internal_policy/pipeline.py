@@ -21,7 +21,7 @@ from internal_policy import statistics, tables
 from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValues, reduce_responses, verify
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
-from internal_policy.generation import Request, sample
+from internal_policy.generation import Request, end_ids, response_limit, sample
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, load, wrap
@@ -41,8 +41,8 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 def analyze(
     model: Any = "testbed/qwen3",
-    *,
     tokenizer: Any = None,
+    *,
     prompts: Source | None = None,
     responses: Source | None = None,
     output: str | Path | None = None,
@@ -153,6 +153,10 @@ def _run(
     for stage in ("generate", "capture"):
         timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
     analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity}, timings)
+    if inputs.requests:
+        ends = set(end_ids(model))
+        cut = [r for r in sampled if r.input_ids[-1] not in ends]
+        analysis = replace(analysis, n_truncated=len(cut))
     analysis = replace(analysis, path=analysis.save(directory))
     workspace.close()
     return analysis
@@ -205,10 +209,10 @@ def _generate(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, works
             int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
         }
 
+    limit = response_limit(model, config.max_new_tokens)
+
     def run(requests: Sequence[Request]) -> list[Response]:
-        return sample(
-            model, requests, max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed
-        )
+        return sample(model, requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
 
     lengths = [len(r.prompt_ids) for r in inputs.requests]
     with progress("sampling responses", len(lengths), len(found)) as advance:

@@ -47,6 +47,8 @@ class Analysis:
     """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
     selection: Selection
     """Target layer, stages, and how sure they are."""
+    n_truncated: int | None = None
+    """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Analysis:
             "config": self.config,
             "n_responses": self.n_responses,
             "n_tokens": self.n_tokens,
+            "n_truncated": self.n_truncated,
             "boundary_layer": self.boundary_layer,
             "stages": list(self.stages),
             "selection": self.selection.to_dict(),
@@ -174,6 +177,7 @@ class Analysis:
                 sequences=_read_sequences(source / "responses.jsonl"),
                 policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
                 selection=Selection.from_dict(manifest["selection"]),
+                n_truncated=manifest["n_truncated"],
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,

@@ -144,10 +144,11 @@ def _select_from_analysis(analysis: HasLayers, resamples: int, seed: int) -> Sel
     errors = rows["change_stderr"].to_numpy(dtype=np.float64)
     if np.isnan(errors).any():
         return _selection(curve, np.zeros_like(curve), None, "the analysis has fewer than two prompts")
-    return _selection(curve, errors, change_curves(analysis.responses, resamples=resamples, seed=seed), "")
+    resampled = change_curves(analysis.responses, resamples=resamples, seed=seed)
+    return _selection(curve, errors, resampled, "", f" of {analysis.responses['prompt'].nunique()} prompts")
 
 
-def _selection(curve: Floats, stderr: Floats, resampled: Floats | None, no_confidence: str) -> Selection:
+def _selection(curve: Floats, stderr: Floats, resampled: Floats | None, no_confidence: str, of: str = "") -> Selection:
     stages, boundaries = _classify(curve[None], stderr)
     names = tuple(STAGES[stage] for stage in stages[0])
     answer = int(boundaries[0]) or None
@@ -170,7 +171,7 @@ def _selection(curve: Floats, stderr: Floats, resampled: Floats | None, no_confi
         runner_up=runner_up,
         runner_up_share=None if runner_up is None else shares[runner_up],
         candidates=candidates,
-        reason=f"{reason}; {confidence:.1%} of {len(resampled)} resamples agree",
+        reason=f"{reason}; {confidence:.1%} of {len(resampled)} resamples{of} agree on that",
     )
 
 

@@ -32,6 +32,12 @@ def show(analysis: Analysis) -> None:
         f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}",
         highlight=False,
     )
+    if analysis.n_truncated:
+        console.print(
+            f"{analysis.n_truncated} of {analysis.n_responses} responses reached the limit of tokens before they ended "
+            "(--max-new-tokens)",
+            highlight=False,
+        )
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
         console.print(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses", highlight=False)

@@ -153,6 +153,22 @@ def test_output_is_written_and_taken_up(model, tokenizer, tmp_path):
         analyze(tiny_model("qwen3", seed=1), **options)
 
 
+def test_responses_that_were_cut_are_counted(model, tokenizer, tmp_path):
+    analysis = analyze(model, tokenizer, prompts=PROMPTS * 5, max_new_tokens=30, output=tmp_path)
+    ended = [ids[-1] == tokenizer.eos_token_id for ids in analysis.sequences["input_ids"]]
+    assert 0 < sum(ended) < 20
+    assert analysis.n_truncated == 20 - sum(ended)
+    assert load_analysis(tmp_path).n_truncated == analysis.n_truncated
+    assert analyze(model, tokenizer, responses=analysis.sequences).n_truncated is None
+
+
+def test_the_checkpoints_own_limit_of_tokens_is_the_default(tokenizer):
+    model = tiny_model("llama")
+    model.generation_config.max_new_tokens = 3
+    lengths = analyze(model, tokenizer, prompts=PROMPTS).responses.query("site == 'policy'")["n_tokens"]
+    assert lengths.max() == 3
+
+
 def test_an_interrupted_run_goes_on_with_another_batch_size(model, tokenizer, tmp_path, monkeypatch):
     options = {"tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 8, "samples_per_prompt": 3}
     whole = analyze(model, **options)
