@@ -138,6 +138,7 @@ def _run(
     if inputs.requests:
         # Each kind of device has random streams of its own.
         identity["sampled_on"] = model.device.type
+        identity["token_limit"] = response_limit(model, config.max_new_tokens)
     if finished is not None:
         if differing := differences({k: finished.config.get(k) for k in identity}, identity):
             raise UserError(_in_use(directory, differing))

@@ -165,8 +165,9 @@ def test_responses_that_were_cut_are_counted(model, tokenizer, tmp_path):
 def test_the_checkpoints_own_limit_of_tokens_is_the_default(tokenizer):
     model = tiny_model("llama")
     model.generation_config.max_new_tokens = 3
-    lengths = analyze(model, tokenizer, prompts=PROMPTS).responses.query("site == 'policy'")["n_tokens"]
-    assert lengths.max() == 3
+    analysis = analyze(model, tokenizer, prompts=PROMPTS)
+    assert analysis.responses["n_tokens"].max() == 3
+    assert analysis.config["token_limit"] == 3
 
 
 def test_an_interrupted_run_goes_on_with_another_batch_size(model, tokenizer, tmp_path, monkeypatch):
