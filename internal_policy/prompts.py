@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Prompt:
     """Text, or a chat."""
     answer: str | None = None
     """The reference answer, where known."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The other columns of its record."""
 
     @property
     def problem(self) -> str:
@@ -96,7 +98,8 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     reward_model = row.get("reward_model")
     if answer is None and isinstance(reward_model, Mapping):
         answer = reward_model.get("ground_truth")
-    return Prompt(content, None if answer is None else str(answer))
+    others = {key: value for key, value in row.items() if key not in (column, *ANSWER_COLUMNS)}
+    return Prompt(content, None if answer is None else str(answer), others)
 
 
 def content_of(value: Any, where: str) -> str | Chat:

@@ -1,0 +1,43 @@
+"""Bottom-up Policy Optimization: align an internal policy first, then optimise the policy (arXiv 2512.19673v3).
+
+from internal_policy import bupo
+
+run = bupo.train("testbed/qwen3", layer=7, ipa_steps=10, max_steps=60)
+run.history      # DataFrame, a row a step, with its phase
+run.evaluation   # Avg@K and Pass@K of the trained model
+run.model_dir    # a directory that transformers loads
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.config import BuPOConfig
+    from internal_policy.bupo.forward import internal_forward
+    from internal_policy.bupo.results import Run, load_run
+    from internal_policy.bupo.trainer import BuPOTrainer
+    from internal_policy.bupo.training import train
+
+_HOME = {
+    "BuPOConfig": "config",
+    "BuPOTrainer": "trainer",
+    "Run": "results",
+    "internal_forward": "forward",
+    "load_run": "results",
+    "train": "training",
+}
+
+__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "load_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

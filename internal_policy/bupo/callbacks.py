@@ -1,0 +1,153 @@
+"""What watches the training: the first phase's learning rate, the dynamics on fixed responses, tables and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from transformers import TrainerCallback
+
+from internal_policy.bupo.dynamics import Dynamics, alignment_end
+from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, history_of, read_table, write_table
+from internal_policy.bupo.rewards import failures_of
+from internal_policy.bupo.words import ALIGNMENT, AUTO
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.trainer import BuPOTrainer
+
+
+class AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Gives the updates of the first phase their own learning rate; the schedule does not notice."""
+
+    def __init__(self, trainer: BuPOTrainer, factor: float) -> None:
+        self._trainer = trainer
+        self._factor = factor
+        self._rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Scale the rates for one update."""
+        groups = kwargs["optimizer"].param_groups
+        self._rates = [group["lr"] for group in groups] if self._trainer.in_alignment else []
+        for group, rate in zip(groups, self._rates, strict=False):
+            group["lr"] = rate * self._factor
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put them back."""
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
+            group["lr"] = rate
+
+
+class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Measures figure 5 on fixed responses, before the first step and then at chosen steps.
+
+    With ``ipa_steps="auto"`` it ends the first phase. What it decides depends on the stored measurements alone, so that
+    a resumed run decides the same.
+    """
+
+    def __init__(self, trainer: BuPOTrainer, dynamics: Dynamics, every: int, directory: Path) -> None:
+        self._trainer = trainer
+        self._dynamics = dynamics
+        self._every = every
+        self._directory = directory
+        self.rows: list[dict[str, Any]] = []
+        self.layers: list[pd.DataFrame] = []
+        self.reason: str | None = None
+        """Why the first phase was ended, where this did it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up the measurements of a resumed run, or make the first."""
+        step = self._step(state)
+        if step:
+            # A run that died after its last checkpoint measures the steps since then anew.
+            stored = read_table(self._directory / DYNAMICS)
+            if not stored.empty:
+                kept = stored[stored["step"] <= step]
+                self.rows = [{str(k): v for k, v in row.items()} for row in kept.to_dict("records")]
+            layers = read_table(self._directory / DYNAMICS_LAYERS)
+            if not layers.empty:
+                self.layers = [layers[layers["step"] <= step]]
+            self._decide()
+        if not self.rows:
+            self._measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure after the chosen steps."""
+        if state.global_step % self._trainer.args.updates_per_step:
+            return
+        step = self._step(state)
+        changed = self._trainer.args.ipa_steps == step
+        if step % self._every == 0 or changed or state.global_step == state.max_steps:
+            self._measure(state)
+
+    def _step(self, state: Any) -> int:
+        return int(state.global_step // self._trainer.args.updates_per_step)
+
+    def _measure(self, state: Any) -> None:
+        # Whether the step that led here was one of alignment; before the first, whether the next is.
+        batch_aligned = self._trainer.last_aligned if state.global_step else self._trainer.in_alignment
+        measured = self._dynamics.measure()
+        step = self._step(state)
+        after = "grpo" if self._trainer.args.method == "bupo" else self._trainer.args.method
+        row = measured.row()
+        self.rows.append({"step": step, "phase": ALIGNMENT if batch_aligned else after, **row})
+        self.layers.append(measured.layers.assign(step=step))
+        self._decide()
+        if state.global_step:
+            for name in ("kl_mean", "policy_kl", "perplexity", "change"):
+                self._trainer.log_metric(f"dynamics/{name}", row[name])
+        if state.is_world_process_zero:
+            self.write()
+
+    def _decide(self) -> None:
+        trainer = self._trainer
+        if trainer.args.ipa_steps != AUTO or trainer.alignment_ended:
+            return
+        self.reason = alignment_end([row for row in self.rows if row["phase"] == ALIGNMENT])
+        trainer.alignment_ended = self.reason is not None
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """What was measured.
+
+        Returns:
+            A row a measurement; a row a measurement and later layer.
+        """
+        layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
+        return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
+
+    def write(self) -> None:
+        """Write what was measured so far."""
+        rows, layers = self.tables()
+        write_table(self._directory / DYNAMICS, rows)
+        write_table(self._directory / DYNAMICS_LAYERS, layers)
+
+
+class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Writes the history while it grows, and moves the progress bar."""
+
+    def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None], factor: float) -> None:
+        self._trainer = trainer
+        self._directory = directory
+        self._advance = advance
+        self._factor = factor
+
+    def history(self) -> pd.DataFrame:
+        """The history so far.
+
+        Returns:
+            A row a step.
+        """
+        args = self._trainer.args
+        return history_of(self._trainer.state.log_history, args.updates_per_step, args.method, self._factor)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step when all its updates are done, and the rewards that failed in it."""
+        if state.global_step % self._trainer.args.updates_per_step == 0:
+            self._trainer.log_metric("reward_failures", float(sum(failures_of(self._trainer.reward_funcs).values())))
+            self._advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the table as it stands."""
+        if state.is_world_process_zero:
+            write_table(self._directory / HISTORY, self.history())

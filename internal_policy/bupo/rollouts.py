@@ -1,0 +1,336 @@
+"""What the trainer is fed with: processes, the stream of prompts, fixed responses, adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+
+from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.plan import Plan
+from internal_policy.bupo.words import AUTO
+from internal_policy.errors import UserError
+from internal_policy.files import write_text
+from internal_policy.generation import Request, check_prompt_lengths, sample
+from internal_policy.memory import halving
+from internal_policy.models import LanguageModel
+from internal_policy.progress import status
+from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render
+from internal_policy.responses import Response
+from internal_policy.results import Analysis
+
+PAPERS_PROMPTS = "zwhe99/DeepMath-103K"
+EXACT_SAMPLES = 4
+"""Samples a problem when embedded models are evaluated after training."""
+_STREAM_SEED = 3_000_000
+"""Added to the seed of a run for fresh problems: other problems than those of analysis and evaluation."""
+_ANALYSED = 128
+_DYNAMICS_MEASUREMENTS = 10
+_FIXED = "dynamics_responses.jsonl"
+_TRLS_COLUMNS = {"prompt", "answer", "completion", "completion_ids", "image", "images", "environment"}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The data-parallel processes of this run, as accelerate started them."""
+
+    state: PartialState
+    sharded: bool
+    """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
+
+    @property
+    def number(self) -> int:
+        """How many."""
+        return int(self.state.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        device: torch.device = self.state.device
+        return device
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the results."""
+        return bool(self.state.is_main_process)
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes are here."""
+        self.state.wait_for_everyone()
+
+    def broadcast(self, value: Any) -> Any:
+        """Hand the main process's value to all.
+
+        Args:
+            value: what the main process has; ignored elsewhere.
+
+        Returns:
+            The main process's value.
+        """
+        return broadcast_object_list([value])[0] if self.number > 1 else value
+
+
+def processes(options: Mapping[str, Any]) -> Processes:
+    """Find out how this run was launched.
+
+    Args:
+        options: the trainer's options.
+
+    Returns:
+        The processes.
+    """
+    cpu = bool(options.get("use_cpu")) or not torch.cuda.is_available()
+    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return Processes(PartialState(cpu=cpu), launched or bool(options.get("fsdp") or options.get("deepspeed")))
+
+
+def is_exact(model: str, source: str | list[Any] | None) -> bool:
+    """Tell whether the prompts are the embedded tasks, whose answers are checked exactly.
+
+    Args:
+        model: the model's name.
+        source: where the prompts come from.
+
+    Returns:
+        True for ``testbed``, and for an embedded model's default.
+    """
+    return source == TESTBED or (source is None and model.startswith("testbed/"))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The prompts in the order in which they are trained on, one for each group of rollouts of the whole run."""
+
+    prompts: list[Prompt]
+    """One a group."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of questions and answers in their order."""
+        told = [[p.content, p.answer] for p in self.prompts]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    def dataset(self, template: str, tokenizer: Any) -> Dataset:
+        """The stream in TRL's form.
+
+        Args:
+            template: how a prompt is put to the model.
+            tokenizer: the model's.
+
+        Returns:
+            Rows with ``prompt`` (a chat where the tokenizer has a template for it, else text), ``answer``, and the
+            other columns of the records.
+        """
+        rows = [{**p.columns, "prompt": _written(p, template, tokenizer), "answer": p.answer} for p in self.prompts]
+        columns = {"prompt", "answer"} | {c for p in self.prompts for c in p.columns} - _TRLS_COLUMNS
+        return Dataset.from_list([{c: row.get(c) for c in sorted(columns)} for row in rows])
+
+
+def _written(prompt: Prompt, template: str, tokenizer: Any) -> Any:
+    if template in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[template](prompt.problem)
+    if template == "chat" and getattr(tokenizer, "chat_template", None):
+        return prompt.chat
+    return "\n\n".join(m["content"] for m in prompt.chat)
+
+
+def stream(
+    name: str,
+    source: str | list[Any] | None,
+    plan: Plan,
+    config: BuPOConfig,
+    model: LanguageModel,
+    *,
+    needs_answer: bool,
+) -> Stream:
+    """Settle which prompts are trained on, in which order; the same for every method with the same seed.
+
+    Args:
+        name: the model's name.
+        source: where the prompts come from.
+        plan: the plan.
+        config: the trainer's configuration.
+        model: the model that will read them.
+        needs_answer: whether the reward compares with a reference answer.
+
+    Returns:
+        The stream: each pass over the prompts in an order of its own, as many as the run needs.
+
+    Raises:
+        UserError: unreadable, empty, without answers, or too long for the model.
+    """
+    groups = config.generation_batch_size // config.num_generations
+    micro_steps = config.max_steps * config.gradient_accumulation_steps
+    needed = groups * ceil(micro_steps / (config.steps_per_generation * config.num_iterations))
+    if is_exact(name, source):
+        from internal_policy.testbed import tasks
+
+        problems = tasks.problems(needed, seed=_STREAM_SEED + config.seed)
+        found = [Prompt(p.prompt, p.answer) for p in problems]
+    else:
+        found = read_prompts(source if source is not None else PAPERS_PROMPTS, split=plan.prompts_split)
+    if needs_answer:
+        without = next((i for i, p in enumerate(found, start=1) if not (p.answer or "").strip()), None)
+        if without is not None:
+            raise UserError(
+                f"prompt {without} has no answer; the reward compares with one: give each record an 'answer', or pass "
+                "another reward"
+            )
+    fitting = _fitting(found, plan, config, model)
+    if is_exact(name, source):
+        return Stream(fitting)
+    order: list[int] = []
+    while len(order) < needed:
+        rng = np.random.default_rng((config.seed, len(order) // len(fitting)))
+        order += rng.permutation(len(fitting)).tolist()
+    return Stream([fitting[i] for i in order[:needed]])
+
+
+def _fitting(found: list[Prompt], plan: Plan, config: BuPOConfig, model: LanguageModel) -> list[Prompt]:
+    requests = [Request(p, render(p, plan.template, model.tokenizer), i, 0) for i, p in enumerate(found)]
+    longest = plan.max_prompt_length
+    kept = [r for r in requests if len(r.prompt_ids) <= longest]
+    if not kept:
+        shortest = min(len(r.prompt_ids) for r in requests)
+        raise UserError(f"max_prompt_length is {longest} and the shortest prompt has {shortest} tokens; raise it")
+    check_prompt_lengths(kept, model)
+    room = max(len(r.prompt_ids) for r in kept) + config.max_completion_length
+    if model.max_length is not None and room > model.max_length:
+        raise UserError(
+            f"max_completion_length is {config.max_completion_length}, the longest prompt has "
+            f"{room - config.max_completion_length} tokens, and the model's context is {model.max_length}; "
+            "lower max_completion_length or max_prompt_length"
+        )
+    return [r.prompt for r in kept]
+
+
+def fixed_responses(
+    model: LanguageModel, prompts: Stream, plan: Plan, config: BuPOConfig, directory: Path, state: Processes
+) -> list[Response]:
+    """Sample the responses on which the dynamics are measured, once a run, from the policy as it was given.
+
+    Args:
+        model: the model before training.
+        prompts: the stream, whose first prompts are answered.
+        plan: the plan.
+        config: the trainer's configuration.
+        directory: the run's; the responses are kept there for a resumed run.
+        state: the processes.
+
+    Returns:
+        The responses; none where the dynamics are left out.
+    """
+    if not cadence(plan, config) or state.sharded:
+        return []
+    path = directory / _FIXED
+    found: list[Response] = []
+    if state.is_main_process:
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found = [Response(**json.loads(line)) for line in lines]
+        else:
+            with status("sampling the responses on which the dynamics are measured"):
+                found = _answers(model, prompts.prompts[: plan.dynamics_responses], plan, config)
+            write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in found))
+    shared: list[Response] = state.broadcast(found)
+    return shared
+
+
+def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: BuPOConfig) -> list[Response]:
+    requests = [Request(p, render(p, plan.template, model.tokenizer), i, 0) for i, p in enumerate(prompts)]
+    training = model.model.training
+    model.model.eval()
+    try:
+        found = halving(
+            requests,
+            lambda part: sample(
+                model, part, max_new_tokens=config.max_completion_length, temperature=1.0, seed=config.seed
+            ),
+            "lower max_completion_length",
+        )
+    finally:
+        model.model.train(training)
+    return [r for r in found if r.n_tokens > 0]
+
+
+def cadence(plan: Plan, config: BuPOConfig) -> int:
+    """Steps between two measurements of the dynamics.
+
+    Args:
+        plan: the plan.
+        config: the trainer's configuration.
+
+    Returns:
+        The number; 0 where nothing is measured.
+    """
+    if config.layer is None:
+        return 0
+    if plan.dynamics_every is not None:
+        return plan.dynamics_every
+    return 1 if config.ipa_steps == AUTO else max(1, plan.max_steps // _DYNAMICS_MEASUREMENTS)
+
+
+def analyse(
+    model: LanguageModel, prompts: Stream, plan: Plan, directory: Path, limit: int | None, seed: int
+) -> Analysis:
+    """Analyse the model's own step-0 responses to the prompts it will be trained on.
+
+    Args:
+        model: the model before training.
+        prompts: the stream.
+        plan: the plan.
+        directory: the run's; the analysis is kept there.
+        limit: tokens of a response.
+        seed: the run's seed.
+
+    Returns:
+        The analysis.
+
+    Source: arXiv 2512.19673v3, appendix A.6.
+    """
+    from internal_policy.pipeline import analyze
+
+    return analyze(
+        model.model,
+        model.tokenizer,
+        prompts=[{"prompt": p.content} for p in prompts.prompts[:_ANALYSED]],
+        max_responses=_ANALYSED,
+        max_new_tokens=limit,
+        template=plan.template,
+        seed=seed,
+        output=directory / "analysis",
+    )
+
+
+def lora(plan: Plan) -> Any:
+    """LoRA adapters on all linear modules of the layers.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        A peft configuration; None where all weights are trained.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    if not plan.lora_rank:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("lora_rank needs the package peft; install it with `pip install peft`") from error
+    return LoraConfig(
+        r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )

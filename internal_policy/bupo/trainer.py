@@ -1,0 +1,213 @@
+"""``BuPOTrainer``: ``trl.GRPOTrainer`` whose ratio is, in the first phase, that of an internal policy.
+
+TRL computes every log-probability in one method, through the state that the backbone hands to the head. While a batch
+of the first phase is worked on, that method meets a decoder that ends at layer l; everything else (sampling, rewards,
+clipping, schedules, logging, checkpoints) is TRL's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from internal_policy.bupo.advantages import leave_one_out, whitened
+from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.forward import check_layer, internal_forward
+from internal_policy.bupo.words import AUTO
+from internal_policy.errors import UserError
+from internal_policy.models import family_of
+
+_PHASE = "aligns"
+"""Key of a batch of rollouts that says which policy its log-probabilities are of."""
+
+
+class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
+    """GRPO, RLOO, REINFORCE++, or BuPO: internal policy alignment first, then GRPO.
+
+    The phase of a batch of rollouts is settled when it is sampled, from ``state.global_step``, and stays with it
+    through all its updates, so that old and new log-probabilities are always of the same policy.
+
+    Source: arXiv 2512.19673v3, eqs. 3, 9 and 10.
+    """
+
+    args: BuPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the trainer as ``trl.GRPOTrainer`` is made, with a ``BuPOConfig``.
+
+        Args:
+            *args: as TRL's.
+            **kwargs: as TRL's.
+
+        Raises:
+            UserError: a family without a row in the table, or a layer that the model does not have.
+        """
+        super().__init__(*args, **kwargs)
+        self._aligning = False
+        self._rewards: Tensor | None = None
+        self.last_aligned = False
+        """Whether the newest batch of rollouts belongs to the first phase."""
+        self.alignment_ended = False
+        """With ``ipa_steps="auto"``: set when the dynamics have ended the first phase."""
+        layers = operator.attrgetter(self._family.layers)(self.policy_module)
+        for layer in (self.args.layer, self.args.freeze_layers or None):
+            if layer is not None:
+                check_layer(layer, len(layers))
+        if self.args.aligns and self.aux_loss_enabled:
+            raise UserError(
+                "a mixture of experts with an internal policy: in the first phase the load-balancing loss would see "
+                "layers 1..l only; pass router_aux_loss_coef=0"
+            )
+        self._freeze(layers)
+
+    @property
+    def policy_module(self) -> nn.Module:
+        """The causal LM, without wrappers and adapters around it."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base
+
+    @property
+    def in_alignment(self) -> bool:
+        """Whether rollouts that are sampled now belong to the first phase (s_cur of eq. 10)."""
+        if not self.args.aligns:
+            return False
+        step = self.state.global_step // self.args.updates_per_step
+        if self.args.ipa_steps == AUTO:
+            return not self.alignment_ended and step < self.state.max_steps // self.args.updates_per_step // 2
+        return bool(step < int(self.args.ipa_steps))
+
+    @property
+    def _family(self) -> Any:
+        config: Any = self.policy_module.config
+        return family_of(config.model_type, getattr(config, "_name_or_path", "") or config.model_type)
+
+    def _freeze(self, layers: nn.ModuleList) -> None:
+        if not self.args.freeze_layers:
+            return
+        module: Any = self.policy_module
+        embedding = module.get_input_embeddings()
+        frozen: list[nn.Module] = list(layers)[: self.args.freeze_layers]
+        if embedding.weight is not module.get_output_embeddings().weight:
+            frozen.append(embedding)
+        for part in frozen:
+            part.requires_grad_(False)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make TRL's optimiser; layers above ``layer`` get ``upper_lr_scale`` times its learning rate."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.args.upper_lr_scale != 1.0:
+            above = operator.attrgetter(self._family.layers)(self.policy_module)[self.args.layer :]
+            upper = {id(p) for layer in above for p in layer.parameters()}
+            for group in list(optimizer.param_groups):
+                chosen = [p for p in group["params"] if id(p) in upper]
+                group["params"] = [p for p in group["params"] if id(p) not in upper]
+                scaled = {**group, "params": chosen, "lr": group["lr"] * self.args.upper_lr_scale}
+                if chosen:
+                    optimizer.add_param_group(scaled)
+        return optimizer
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Add a number to the log of the current step, and so to what ``report_to`` names.
+
+        Args:
+            name: its name.
+            value: its value; the mean is logged where there are several.
+        """
+        self._metrics["train"][name].append(value)
+
+    @contextmanager
+    def _policy(self, aligning: bool) -> Iterator[None]:
+        before, self._aligning = self._aligning, aligning
+        try:
+            yield
+        finally:
+            self._aligning = before
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._aligning:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self.args.layer is None:
+            raise UserError("an internal policy without layer; give the layer, from 1")
+        with internal_forward(self.policy_module, self.args.layer, site=self.args.site, lens=self.args.lens):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        per_function: Tensor = super()._calculate_rewards(*args, **kwargs)
+        unscored = per_function.isnan().all(dim=1)
+        total = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        self._rewards = total.masked_fill(unscored, torch.nan)
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        training = self.model.training
+        aligning = training and self.in_alignment
+        with self._policy(aligning):
+            batch = super()._generate_and_score_completions(inputs)
+        batch[_PHASE] = torch.tensor(aligning)
+        if training:
+            self.last_aligned = aligning
+            self.log_metric(_PHASE, float(aligning))
+            self._set_advantages(batch)
+            self._measure_policy_entropy(batch)
+        return batch
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        with self._policy(bool(inputs[_PHASE])):
+            loss: Tensor = super()._compute_loss(model, inputs)
+        return loss
+
+    def _set_advantages(self, batch: dict[str, Any]) -> None:
+        if self.args.method in ("bupo", "grpo"):
+            return
+        assert self._rewards is not None
+        if self.args.method == "rloo":
+            advantages = leave_one_out(self._rewards, self.num_generations)
+        else:
+            mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+            advantages = whitened(self._rewards, self.accelerator.gather(mask.sum(dim=1)))
+        local = len(batch["prompt_ids"])
+        start = self.accelerator.process_index * local
+        batch["advantages"] = advantages[start : start + local].to(batch["advantages"])
+
+    @torch.no_grad()
+    def _measure_policy_entropy(self, batch: dict[str, Any]) -> None:
+        """Log the entropy of pi_theta, which the update of the first phase does not compute."""
+        if not self.args.entropy_sequences:
+            return
+        n = len(batch["prompt_ids"])
+        wanted = min(n, -(-self.args.entropy_sequences // self.accelerator.num_processes))
+        # Responses to one prompt stand next to each other: take them from all over the batch.
+        rows = torch.linspace(0, n - 1, wanted, device=batch["prompt_ids"].device).round().long()
+        prompt_mask, mask = batch["prompt_mask"][rows], batch["completion_mask"][rows]
+        with self._policy(False), _evaluating(self.model):
+            _, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),
+                torch.cat([prompt_mask, mask], dim=1),
+                mask.size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                compute_entropy=True,
+            )
+        mask = mask * batch["tool_mask"][rows] if "tool_mask" in batch else mask
+        sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self.log_metric("policy_entropy", total / max(count, 1.0))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, so that a measurement draws no random numbers from the training's stream."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,69 @@
+"""The words of the trainer, and the paper's settings; importing them costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from internal_policy.errors import UserError
+
+METHODS = ("bupo", "grpo", "rloo", "reinforce++")
+AGGREGATIONS = ("sequence-mean", "token-mean")
+AUTO = "auto"
+VERIFIERS = ("math", "exact")
+"""Rewards by name; both compare with a reference answer."""
+ALIGNMENT = "ipa"
+"""The name of the first phase; the second is called by its method."""
+
+PAPER: dict[str, Any] = {
+    "max_steps": 300,
+    "prompts_per_step": 128,
+    "num_generations": 8,
+    "mini_batches": 4,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.01,
+    "epsilon": 0.2,
+    "beta": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_prompt_length": 1024,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
+    "qwen3-8b": {**PAPER, "ipa_steps": 20, "max_completion_length": 7168, "template": "qwen3"},
+    "llama": {**PAPER, "ipa_steps": 20, "max_completion_length": 3072, "template": "octothinker"},
+    "testbed": {
+        "max_steps": 60,
+        "ipa_steps": 10,
+        "prompts_per_step": 16,
+        "num_generations": 8,
+        "mini_batches": 2,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "epsilon": 0.2,
+        "max_completion_length": 44,
+    },
+}
+"""Settings by name: of arXiv 2512.19673v3 (tables 7-8, appendix A.5: 8 A100), and of the embedded models (CPU)."""
+
+# Counted in steps by `train`, in updates by TRL.
+STEP_OPTIONS = ("max_steps", "save_steps", "logging_steps", "eval_steps", "warmup_steps")
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Look a preset up.
+
+    Args:
+        name: one of ``PRESETS``.
+
+    Returns:
+        Its options of ``train``.
+
+    Raises:
+        UserError: no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset is {name!r}; needed is one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name])
