@@ -1,10 +1,12 @@
-"""Entropies of internal policies, in nats.
+"""Entropies, divergences and log-probabilities of policies, in nats.
 
-``policy_entropy`` is the exact streaming engine; ``definition.policy_entropy`` is the formula it is tested against.
+``policy_entropy``, ``policy_divergence`` and ``token_log_probs`` are exact and stream over the vocabulary; they are
+tested against the formulas of ``definition``.
 """
 
 from __future__ import annotations
 
+from internal_policy.entropy.divergence import policy_divergence, token_log_probs
 from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, policy_entropy
 
-__all__ = ["DEFAULT_MEMORY_BUDGET", "policy_entropy"]
+__all__ = ["DEFAULT_MEMORY_BUDGET", "policy_divergence", "policy_entropy", "token_log_probs"]

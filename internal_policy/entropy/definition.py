@@ -1,4 +1,4 @@
-"""The entropy of a policy as the paper defines it: the oracle that every faster form is tested against."""
+"""Policies as the paper defines them, in float64: the oracles that every faster form is tested against."""
 
 from __future__ import annotations
 
@@ -32,11 +32,72 @@ def policy_entropy(
 
     Source: arXiv 2512.19673v3, eq. 7.
     """
+    log_p = _log_policy(states, unembedding, bias, scale, softcap)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def policy_divergence(
+    p_states: Tensor,
+    q_states: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    r"""Divergence of two policies, written out in float64.
+
+    .. math:: KL(p, q) = \sum_j p_j (\log p_j - \log q_j)
+
+    Args:
+        p_states: [N, d] states of the policy over which the mean is taken.
+        q_states: [N, d] states of the other policy.
+        unembedding: [V, d] unembedding matrix E_u.
+        bias: [V] bias of the unembedding, where the model has one.
+        scale: factor on the logits, where the model has one.
+        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+
+    Returns:
+        [N] divergences in nats, float64.
+    """
+    log_p = _log_policy(p_states, unembedding, bias, scale, softcap)
+    log_q = _log_policy(q_states, unembedding, bias, scale, softcap)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def token_log_probs(
+    states: Tensor,
+    targets: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Log-probability that a policy gives to one token, written out in float64.
+
+    Args:
+        states: [N, d] states.
+        targets: [N] token ids.
+        unembedding: [V, d] unembedding matrix E_u.
+        bias: [V] bias of the unembedding, where the model has one.
+        scale: factor on the logits, where the model has one.
+        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+
+    Returns:
+        [N] log-probabilities in nats, float64.
+    """
+    return _log_policy(states, unembedding, bias, scale, softcap)[torch.arange(len(targets)), targets]
+
+
+def _log_policy(
+    states: Tensor, unembedding: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """[N, V] log-probabilities."""
     logits = states.double() @ unembedding.double().T
     if bias is not None:
         logits = logits + bias.double()
     logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    log_p = torch.log_softmax(logits, dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    return torch.log_softmax(logits, dim=-1)

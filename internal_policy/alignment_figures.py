@@ -1,0 +1,216 @@
+"""Fig. 5 of the paper (arXiv 2512.19673v3): what internal policy alignment does, on fixed responses.
+
+    alignment_dynamics(run).savefig("fig5.pdf")
+
+Nothing here needs a model or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from internal_policy import style
+from internal_policy.errors import UserError
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.results import Run
+
+SWITCH_LABEL = "end of alignment"
+SWITCH: dict[str, Any] = {"linewidth": 0.7, "linestyle": (0, (3, 2))}
+MEAN_LABEL, POLICY_LABEL = "mean of later layers", "policy $\\pi_\\theta$"
+MOST_STEPS = 16
+"""At most so many measurements are drawn over the layers; more than the eye can tell apart by colour."""
+
+_ROUND_STEPS = (1, 2, 2.5, 5, 10)
+
+
+def alignment_dynamics(run: Run, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw fig. 5: what training does to layer l, to the layers after it, and to pi_theta, on fixed responses.
+
+    (a) cosine of H^l with each later layer, a line a measurement (`MOST_STEPS` at most, half of them while pi^l is
+    aligned); (b) dH_Layer^l; (c) perplexity of pi_theta; (d) KL(pi^l || pi^m), a line a later layer m, and their mean.
+    There are no intervals: the responses are the same at every step, so that how much they differ says nothing about
+    how a curve moves. (c) and (d) have a logarithmic axis where they span more than a factor of twenty.
+
+    Args:
+        run: A run with measurements of its dynamics.
+        axes: Where to draw, for (a) to (d); without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: The run has no measurements.
+    """
+    if run.dynamics.empty:
+        raise UserError(f"{run.name}, {run.label}: no dynamics were measured in this run; there is no figure 5 of it")
+    figure = None
+    if axes is None:
+        figure, columns = style.panel_grid(2, n_stacked=2, panel_height=1.4)
+        axes = [columns[0][0], columns[1][0], columns[0][1], columns[1][1]]
+    similarity, change, perplexity, divergence = axes
+    table = run.dynamics.sort_values("step")
+    layer = int(table["layer"].iloc[0])
+    with style.paper_style():
+        _plot_similarity(similarity, run, layer)
+        _plot_steps(change, table, "change", rf"$\Delta H_{{\mathrm{{Layer}}}}^{{\,{layer}}}$ (nats)")
+        low, high = change.get_ylim()
+        if low < 0 < high:
+            change.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
+        _plot_steps(perplexity, table, "perplexity", r"Perplexity of $\pi_\theta$")
+        _log_where_wide(perplexity, table["perplexity"])
+        _plot_divergence(divergence, run, table, layer)
+        titles = ("(a) similarity to later layers", "(b) entropy change", "(c) perplexity", "(d) divergence")
+        for ax, title in zip(axes, titles, strict=True):
+            style.set_title(ax, title)
+        for ax in (change, perplexity, divergence):
+            mark_switch(ax, run, label=SWITCH_LABEL)
+        if figure is None:
+            return style.root_figure(similarity)
+        style.figure_legend(figure, axes, (MEAN_LABEL, POLICY_LABEL, SWITCH_LABEL))
+        for legend in figure.legends:
+            legend.set_title(f"{short_name(run.name)}: {run.label}")
+    return figure
+
+
+def short_name(name: str) -> str:
+    """Return the end of a model's name, which tells most."""
+    return name.strip("/").split("/")[-1]
+
+
+def last_alignment_step(run: Run) -> int | None:
+    """Return the last step of alignment, if there was one and training went on after it."""
+    steps = run.ipa_steps or 0
+    return steps if len(run.history) and 0 < steps < run.history["step"].max() else None
+
+
+def mark_switch(
+    ax: Axes, run: Run, *, after: float = 0.0, color: str = style.NEUTRAL, label: str | None = None
+) -> None:
+    """Draw the line where alignment ended.
+
+    Args:
+        ax: The panel, over the steps.
+        run: The run.
+        after: How far after the last step of alignment; measurements are taken after a step, rewards within it.
+        color: Of the line.
+        label: For the legend.
+    """
+    steps = last_alignment_step(run)
+    if steps is not None:
+        ax.axvline(steps + after, color=color, label=label, zorder=1.5, **SWITCH)
+
+
+def set_step_axis(ax: Axes) -> None:
+    """Give a panel whole steps, and round ticks on both axes."""
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=_ROUND_STEPS))
+
+
+def _plot_steps(ax: Axes, table: pd.DataFrame, column: str, y_label: str) -> None:
+    # Beyond so many the marks would hide the line.
+    marker = "o" if len(table) <= 60 else None
+    ax.plot(table["step"], table[column], color=style.STREAM, marker=marker, markersize=2, zorder=2.5)
+    ax.set(xlabel="Step", ylabel=y_label)
+    set_step_axis(ax)
+
+
+def _plot_similarity(ax: Axes, run: Run, layer: int) -> None:
+    table, switch = run.dynamics_layers, last_alignment_step(run)
+    ax.set(xlabel="Later layer $m$", ylabel=rf"Cosine of $H^{{{layer}}}$ and $H^m$")
+    if table.empty:
+        ax.text(0.5, 0.5, "no later layer", transform=ax.transAxes, ha="center", va="center", color=style.NEUTRAL)
+        ax.set(xticks=[], yticks=[])
+        return
+    steps, layers = np.unique(table["step"]), np.unique(table["layer"])
+    first, last = int(steps[0]), int(steps[-1])
+    norm = Normalize(first, max(last, first + 1))
+    chosen = _spread(steps, MOST_STEPS)
+    if switch is not None and first < switch < last:
+        # Alignment is short: on an even scale it would be one colour, and perhaps one line.
+        norm = TwoSlopeNorm(switch, first, last)
+        parts = (_spread(part, MOST_STEPS // 2) for part in (steps[steps <= switch], steps[steps > switch]))
+        chosen = np.concatenate(list(parts))
+    colours = _colours("viridis", 0.0, 0.92)
+    marker = "o" if len(layers) < 4 else None
+    for step in chosen:
+        rows = table[table["step"] == step].sort_values("layer")
+        ax.plot(rows["layer"], rows["cosine"], color=colours(norm(step)), marker=marker, linewidth=0.8)
+    ax.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    ax.xaxis.set_major_locator(_layer_ticks(layers))
+    ax.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=_ROUND_STEPS))
+    bar = _colour_bar(ax, norm, colours, "Step")
+    if isinstance(norm, TwoSlopeNorm):
+        bar.set_ticks([first, *([round((first + norm.vcenter) / 2)] * (norm.vcenter > 7)), norm.vcenter, last])
+        bar.ax.axhline(norm.vcenter, color="white", **SWITCH)
+    else:
+        bar.ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+
+
+def _plot_divergence(ax: Axes, run: Run, table: pd.DataFrame, layer: int) -> None:
+    later = run.dynamics_layers
+    ax.set(xlabel="Step", ylabel=rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi^m)$ (nats)")
+    if later.empty:
+        ax.set_ylabel(rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi_\theta)$ (nats)")
+    else:
+        layers = np.unique(later["layer"])
+        colours = _colours("YlOrBr", 0.25, 0.85)
+        norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, colours.N)
+        for m in layers:
+            rows = later[later["layer"] == m].sort_values("step")
+            ax.plot(rows["step"], rows["kl"], color=colours(norm(m)), linewidth=0.7)
+        bar = _colour_bar(ax, norm, colours, "Later layer $m$")
+        bar.ax.yaxis.set_major_locator(_layer_ticks(layers))
+        bar.ax.minorticks_off()
+    label = POLICY_LABEL if later.empty else MEAN_LABEL
+    ax.plot(table["step"], table["kl_mean"], color=style.STREAM, linewidth=1.4, label=label, zorder=3)
+    set_step_axis(ax)
+    _log_where_wide(ax, table["kl_mean"] if later.empty else later["kl"])
+
+
+def _spread(steps: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:
+    """At most so many steps, evenly chosen, with the first and the last."""
+    chosen: npt.NDArray[Any] = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), most)).round().astype(int))
+    spread: npt.NDArray[Any] = steps[chosen]
+    return spread
+
+
+def _layer_ticks(layers: npt.NDArray[Any]) -> Locator:
+    if len(layers) <= 6:
+        return FixedLocator(layers.tolist())
+    return MaxNLocator(7, integer=True, steps=[1, 2, 5, 10])
+
+
+def _colours(name: str, low: float, high: float) -> Colormap:
+    """A sequential colour map without the end that is lost on white paper."""
+    return LinearSegmentedColormap.from_list(f"{name}_part", mpl.colormaps[name](np.linspace(low, high, 256)))
+
+
+def _colour_bar(ax: Axes, norm: Normalize, colours: Colormap, label: str) -> Colorbar:
+    bar = style.root_figure(ax).colorbar(ScalarMappable(norm, colours), ax=ax, pad=0.02, aspect=14)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.6)
+    return bar
+
+
+def _log_where_wide(ax: Axes, values: pd.Series) -> None:
+    """A logarithmic axis for what spans more than a factor of twenty: a collapse would hide all that came before."""
+    finite = values[np.isfinite(values)]
+    span = finite.max() / finite.min() if len(finite) and finite.min() > 0 else 1.0
+    if span > 20:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())

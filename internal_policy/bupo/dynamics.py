@@ -1,0 +1,297 @@
+"""Training dynamics on fixed responses: the internal policy pi^l, the layers after it, and pi_theta.
+
+    watch = Dynamics(model, responses, layer=6)
+    history = [{"step": 0, **watch.measure().row()}]
+    ...                                     # some steps of training, then again
+    history.append({"step": 2, **watch.measure().row()})
+    reason = alignment_end(history)         # None, or why internal policy alignment should end here
+
+The responses stay the same, so what changes from one measurement to the next is the model alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from internal_policy.bupo.forward import SITES, Site
+from internal_policy.capture import Batch, HookExtractor, LayerStates
+from internal_policy.config import Lens
+from internal_policy.entropy import policy_divergence, token_log_probs
+from internal_policy.errors import UserError
+from internal_policy.models import LanguageModel
+from internal_policy.responses import Response, check_responses, pad, prompt_indices
+from internal_policy.statistics import clustered_mean
+
+_POSITIONS = 2048
+"""States are normed and compared so many positions at a time, however many tokens a batch has."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The state of a model in training: means over all tokens of the fixed responses, in nats but for the cosines."""
+
+    layer: int
+    """l, counted from 1."""
+    change: float
+    """dH_Layer^l = H(H^l) - H(H^{l-1}); arXiv 2512.19673v3, eq. 11. It is that of the layer for every site."""
+    entropy: float
+    """H(pi^l)."""
+    policy_entropy: float
+    """H(pi_theta)."""
+    log_perplexity: float
+    """Mean of -log pi_theta(token) over the response tokens."""
+    log_perplexity_stderr: float
+    """Its standard error, clustered by prompt; NaN with one prompt."""
+    perplexity: float
+    """exp(log_perplexity); arXiv 2512.19673v3, fig. 5c."""
+    kl_mean: float
+    """Mean of the divergences in ``layers``; ``policy_kl`` where no layer is later."""
+    policy_kl: float
+    """KL(pi^l || pi_theta)."""
+    layers: pd.DataFrame
+    """A row for each later layer m = l+1..L: layer, cosine of pi^l's state with H^m, kl = KL(pi^l || pi^m)."""
+
+    def row(self) -> dict[str, float]:
+        """Everything but the table of later layers.
+
+        Returns:
+            Numbers by name, for a row of a table.
+        """
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+
+
+class Dynamics:
+    """Measures a model in training, again and again, on the same responses.
+
+    The model is left as it was found: its modules' modes, its gradients and the random generators. Its weights are read
+    anew each time, also where an optimiser has put other tensors in their place.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        responses: Sequence[Response],
+        layer: int,
+        *,
+        site: Site = "layer",
+        lens: Lens = "policy",
+        batch_size: int = 16,
+        side: Literal["left", "right"] = "right",
+    ) -> None:
+        """Fix what is measured.
+
+        Args:
+            model: the model in training.
+            responses: what it is measured on; positions P-1 .. T-2 of each, as everywhere.
+            layer: l, counted from 1.
+            site: ``layer`` for pi^l = softmax(H^l E_u^T); ``attn``, ``ffn`` for the policy of A^l, F^l.
+            lens: ``logit-lens`` applies the final norm to every internal state before it is projected. Cosines are
+                those of the states themselves.
+            batch_size: sequences run together; it does not change the result.
+            side: where the padding goes; it changes nothing.
+
+        Raises:
+            UserError: no such layer or site, no responses, or responses that do not fit the model.
+        """
+        if not 1 <= layer <= model.n_layers:
+            raise UserError(f"layer is {layer}; {model.name} has layers 1 to {model.n_layers}")
+        if site not in SITES:
+            raise UserError(f"site is {site!r}; use one of {', '.join(SITES)}")
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; needed is at least 1")
+        if not responses:
+            raise UserError("there are no responses to measure the training on; needed is at least one")
+        check_responses(responses, model.vocab_size, model.max_length)
+        empty = next((i for i, r in enumerate(responses, start=1) if r.n_tokens < 1), None)
+        if empty is not None:
+            raise UserError(f"response {empty} has no response tokens; drop it")
+        self.model, self.layer, self.site, self.lens, self.side = model, layer, site, lens, side
+        # Sequences of about the same length together waste the least on padding.
+        self._responses = sorted(responses, key=lambda r: len(r.input_ids))
+        self._prompts = prompt_indices(self._responses)
+        self._batch_size = batch_size
+
+    def measure(self) -> Measurement:
+        """Run the model on the responses, without a trace.
+
+        Returns:
+            Means over all response tokens, in nats.
+
+        Raises:
+            UserError: NaN or inf in a state: the training has diverged.
+
+        Source: arXiv 2512.19673v3, eqs. 5-7 and 11; fig. 5 for cosine, perplexity and divergence.
+        """
+        model = _read_anew(self.model)
+        sums: defaultdict[tuple[str, int], float] = defaultdict(float)
+        losses: list[float] = []
+        with _evaluating(model.model):
+            for start in range(0, len(self._responses), self._batch_size):
+                batch = self._responses[start : start + self._batch_size]
+                for (name, layer), values in self._run(model, batch).items():
+                    sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
+                    if name == "loss":
+                        losses += [float(part.mean()) for part in torch.split(values, [r.n_tokens for r in batch])]
+        counts = [r.n_tokens for r in self._responses]
+        means = {key: total / sum(counts) for key, total in sums.items()}
+        _, stderr = clustered_mean(np.array(losses)[:, None], counts, self._prompts)
+        own, last = self.layer, model.n_layers
+        later = [{"layer": m, **{q: means[q, m] for q in ("cosine", "kl")}} for m in range(own + 1, last + 1)]
+        table = pd.DataFrame(later, columns=["layer", "cosine", "kl"]).astype(
+            {"layer": int, "cosine": float, "kl": float}
+        )
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(means["loss", last]))
+        return Measurement(
+            layer=own,
+            change=means["after", own] - means["before", own],
+            entropy=means["entropy", own],
+            policy_entropy=means["policy_entropy", last],
+            log_perplexity=means["loss", last],
+            log_perplexity_stderr=float(stderr[0]),
+            perplexity=perplexity,
+            kl_mean=float(table["kl"].mean()) if later else means["policy_kl", last],
+            policy_kl=means["policy_kl", last],
+            layers=table,
+        )
+
+    def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:
+        """Numbers of one batch by name and layer, [n] each on the CPU; one layer's states are held and no more."""
+        ids, mask = pad([r.input_ids for r in responses], self.side)
+        width = ids.shape[1]
+        starts = [width - len(r.input_ids) if self.side == "left" else 0 for r in responses]
+        spans = [torch.arange(r.prompt_length - 1, len(r.input_ids) - 1) for r in responses]
+        positions = torch.cat([span + row * width + starts[row] for row, span in enumerate(spans)])
+        head = model.projection
+        device = head.weight.device
+        targets = ids.flatten()[positions + 1].to(device)
+        options: dict[str, Any] = {name: getattr(head, name) for name in ("scale", "softcap", "memory_budget")}
+        values: dict[tuple[str, int], Tensor] = {}
+        held: list[Tensor] = []
+
+        def divergence(own: Tensor, other: Tensor) -> Tensor:
+            return policy_divergence(head.through(self.lens, own), other, head.weight, head.bias, **options)
+
+        def keep(name: str, layer: int, parts: Iterable[Tensor]) -> None:
+            values[name, layer] = torch.cat(list(parts)).cpu().double()
+
+        def consume(states: LayerStates) -> None:
+            layer, out = states.layer, states.residual_out.to(device)
+            if layer == self.layer:
+                own = {"layer": out, "attn": states.attention_write, "ffn": states.ffn_write}[self.site].to(device)
+                held.append(own)
+                for name, x in (("before", states.residual_in.to(device)), ("after", out), ("entropy", own)):
+                    keep(name, layer, (head.entropy(head.through(self.lens, part)) for part in _parts(x)))
+            pairs = [pair for x in held for pair in zip(_parts(x), _parts(out), strict=True)]
+            if layer > self.layer:
+                keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
+                keep("kl", layer, (divergence(a, head.through(self.lens, b)) for a, b in pairs))
+            if layer == model.n_layers:
+                normed = [head.final_norm(b) for _, b in pairs]
+                keep("policy_entropy", layer, map(head.entropy, normed))
+                keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
+                tokens = zip(normed, _parts(targets), strict=True)
+                keep("loss", layer, (-token_log_probs(b, t, head.weight, head.bias, **options) for b, t in tokens))
+
+        HookExtractor(model).run(Batch(ids, mask, positions), consume)
+        return values
+
+
+def alignment_end(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    kl_margin: float = 0.05,
+    perplexity_tolerance: float = 0.05,
+) -> str | None:
+    """Say whether internal policy alignment should end, by the measurements so far: ``ipa_steps="auto"``.
+
+    Too much alignment harms the model: the divergence between pi^l and the later layers falls and then rises, while the
+    perplexity of pi_theta degrades (arXiv 2512.19673v3, fig. 5). Either sign ends it:
+
+    - ``kl_mean`` has turned up: the last two measurements both exceed the lowest before them by more than
+      ``kl_margin`` of it (and by 0.001 nats, where it is about 0). One alone may be a step's noise: at layer 6 of
+      testbed/qwen3 it wanders by 4 to 5% and comes back. A divergence that rises from the start has its lowest there,
+      and ends the alignment just so.
+    - ``log_perplexity`` exceeds the first measurement's by more than ``perplexity_tolerance``. On responses that the
+      model sampled before training, this rise estimates KL(pi_before || pi_theta) per token, whatever the entropy it
+      started from; that is why the bound is absolute. Its standard error is not asked: both are measured on the same
+      tokens, so what the tokens happen to be cancels.
+
+    Args:
+        history: rows in order of training, the first from before it, with the keys step, kl_mean and log_perplexity,
+            as ``Measurement.row`` gives them; others are ignored.
+        kl_margin: relative rise of the divergence that counts.
+        perplexity_tolerance: rise of the log-perplexity that is borne, nats per token.
+
+    Returns:
+        The reason in a sentence, or None to go on.
+    """
+    if len(history) < 2:
+        return None
+    first, last = history[0], history[-1]
+    # Asked so that NaN, which is never within a bound, ends the alignment too.
+    if not last["log_perplexity"] <= first["log_perplexity"] + perplexity_tolerance:
+        rise = last["log_perplexity"] - first["log_perplexity"]
+        return (
+            f"log-perplexity on the fixed responses rose by {rise:.3f} nats per token to {last['log_perplexity']:.3f} "
+            f"at step {last['step']:.0f}; {perplexity_tolerance:g} is borne"
+        )
+    if len(history) < 3:
+        return None
+    lowest = min(history[:-2], key=lambda row: row["kl_mean"])
+    bound = lowest["kl_mean"] + max(kl_margin * lowest["kl_mean"], 1e-3)
+    if all(row["kl_mean"] > bound for row in history[-2:]):
+        return (
+            f"KL to later layers turned up at step {history[-2]['step']:.0f}: {last['kl_mean']:.3g} at step "
+            f"{last['step']:.0f} after a minimum of {lowest['kl_mean']:.3g} at step {lowest['step']:.0f}"
+        )
+    return None
+
+
+def _read_anew(model: LanguageModel) -> LanguageModel:
+    """Take E_u and LN_final from the model as it is now."""
+    head = operator.attrgetter(model.family.unembedding)(model.model)
+    projection = replace(
+        model.projection,
+        weight=head.weight.detach(),
+        bias=None if head.bias is None else head.bias.detach(),
+        final_norm=operator.attrgetter(model.family.final_norm)(model.model),
+    )
+    return replace(model, projection=projection)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients, and each of its modules back in its own on any exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, _POSITIONS)
+
+
+def _total(values: Tensor, complaint: str) -> float:
+    total = float(values.sum())
+    if not np.isfinite(total):
+        raise UserError(
+            f"{complaint}; the training has diverged: use a lower learning rate or fewer steps of alignment"
+        )
+    return total
