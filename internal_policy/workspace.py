@@ -1,6 +1,6 @@
 """Work in progress on disk: finished portions of an interrupted run, found again by the same command.
 
-``<output>/<slug>/work/`` holds ``run.json`` (what is being analysed) and a shard for each finished portion. Every file
+``<output>/<slug>/work/`` holds ``run.json`` (what is being worked on) and a shard for each finished portion. Every file
 is renamed into place when whole, so whatever is there can be used.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 class Workspace:
     """The portions of one run."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        manifest: str = MANIFEST,
+        result_files: Sequence[str] = RESULT_FILES,
+        what: str = "analysis",
+    ) -> None:
+        """Name the directory; nothing is made yet.
+
+        Args:
+            directory: of one result.
+            manifest: the file that a whole result has, written last.
+            result_files: all files of a result.
+            what: what messages call the result.
+        """
         self.directory = directory
         self.work = directory / "work"
+        self.manifest = manifest
+        self.result_files = result_files
+        self.what = what
 
     def check(self) -> None:
         """Refuse a directory that is not ours or not writable, before anything long begins; make nothing yet.
@@ -56,7 +74,7 @@ class Workspace:
             raise UserError(
                 f"{self.directory}: cannot be written ({existing} {what}); choose another --output directory"
             )
-        manifest = (self.directory / MANIFEST).is_file()
+        manifest = (self.directory / self.manifest).is_file()
         others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
         if others:
             raise UserError(
@@ -80,8 +98,8 @@ class Workspace:
         path = self.work / _RUN
         try:
             if overwrite:
-                # The manifest goes first: a kill in between leaves nothing that reads as an analysis.
-                (self.directory / MANIFEST).unlink(missing_ok=True)
+                # The manifest goes first: a kill in between leaves nothing that reads as a result.
+                (self.directory / self.manifest).unlink(missing_ok=True)
                 self.close()
             self.work.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
@@ -98,8 +116,8 @@ class Workspace:
         differing = differences(old, json.loads(json.dumps(identity)))
         if differing:
             raise UserError(
-                f"{self.directory}: holds an unfinished analysis with other settings ({differing}); repeat its command "
-                "to go on, add --overwrite to start over, or choose another --output directory"
+                f"{self.directory}: holds an unfinished {self.what} with other settings ({differing}); repeat its "
+                "command to go on, add --overwrite to start over, or choose another --output directory"
             )
         return True
 
@@ -132,7 +150,7 @@ class Workspace:
         write_atomically(self.work / f"{kind}-{first:07d}.npz", save)
 
     def close(self) -> None:
-        """Drop the portions, and what a killed run left unrenamed, once the analysis is whole; nothing else."""
+        """Drop the portions, and what a killed run left unrenamed, once the result is whole; nothing else."""
         for path in self._files():
             if self._ours(path) and (path.parent == self.work or path.suffix == ".tmp"):
                 path.unlink(missing_ok=True)
@@ -148,4 +166,4 @@ class Workspace:
             return True
         if path.parent == self.work:
             return path.name == _RUN or path.suffix == ".npz"
-        return path.name in RESULT_FILES
+        return path.name in self.result_files

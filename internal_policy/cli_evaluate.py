@@ -1,0 +1,183 @@
+"""The command `internal-policy evaluate`: Avg@K and Pass@K of models on benchmarks, compared and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from internal_policy.config import DTYPES
+from internal_policy.errors import UserError
+from internal_policy.evaluation.benchmarks import BENCHMARKS, label
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.prompts import TEMPLATES, TESTBED
+
+if TYPE_CHECKING:
+    from internal_policy.evaluation.results import Evaluation
+
+DATA = Path("data/evaluations")
+FIGURES = Path("figures")
+DEFAULTS = EvaluateConfig(model="testbed/qwen3", benchmark=TESTBED)
+
+
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
+        ),
+    ],
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(BENCHMARKS)}, a parquet, jsonl or json file, or a hub data set id; repeat for "
+            "several.",
+            show_default="math500; testbed for embedded models",
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Responses sampled per problem.", show_default="16; 32 for AIME; 1 at temperature 0"),
+    ] = None,
+    max_problems: Annotated[
+        int | None, typer.Option(help="At most so many problems.", show_default="all")
+    ] = DEFAULTS.max_problems,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(help="K of Pass@K; repeat for several.", show_default="1, 4, 16, 64, 256 up to --samples, and it"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most so many tokens a response.", show_default="what the checkpoint says, else 1024"),
+    ] = DEFAULTS.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
+    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
+    reward: Annotated[
+        str | None, typer.Option(help="math, exact, or module:function.", show_default="math; exact for testbed")
+    ] = DEFAULTS.reward,
+    batch_size: Annotated[int, typer.Option(help="Responses sampled together.")] = DEFAULTS.batch_size,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Directory of a stored evaluation of the same problems to compare with; repeat for several."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Evaluate one or more models on benchmarks: Avg@K, Pass@K, paired comparison, figures."""
+    options: dict[str, Any] = {
+        "samples": samples,
+        "max_problems": max_problems,
+        "k": tuple(k) if k else None,
+        "revision": revision,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "template": template,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "reward": reward,
+        "trust_remote_code": trust_remote_code,
+    }
+    embedded = all(name.startswith("testbed/") for name in model)
+    sources = list(dict.fromkeys(benchmark or [TESTBED if embedded else "math500"]))
+    names = list(dict.fromkeys(model))
+    # A bad setting is told before anything heavy is imported, a bad model before another one is evaluated.
+    slugs: dict[str, str] = {}
+    for name in names:
+        for source in sources:
+            slug = EvaluateConfig(model=name, benchmark=label(source), **options).slug
+            if slug in slugs:
+                raise UserError(
+                    f"{slugs[slug]} and {name} on {source} would both be written to {slug}; "
+                    "evaluate them one by one, each with its own --output"
+                )
+            slugs[slug] = f"{name} on {source}"
+    stored = _stored(against or [], sources, max_problems)
+    from internal_policy.cli import _quiet_libraries
+
+    _quiet_libraries(debug)
+    from internal_policy import models
+    from internal_policy.evaluation import terminal
+    from internal_policy.evaluation.run import evaluate as run
+    from internal_policy.progress import status
+
+    for name in names:
+        with status(f"looking up {name}"):
+            models.check(name, revision=revision, trust_remote_code=trust_remote_code)
+    root = DATA if output is None else output.expanduser()
+    done = []
+    for name in names:
+        for source in sources:
+            evaluation = run(name, source, output=root, overwrite=overwrite, **options)
+            terminal.show(evaluation)
+            done.append(evaluation)
+    _compare(done, stored)
+    # The same model may have been stored before it was trained further: a figure has each name once.
+    known = {(e.name, e.benchmark) for e in done}
+    drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
+    if len(drawn) > 1:
+        terminal.show_summary(drawn)
+    _draw(drawn, FIGURES if output is None else root / "figures")
+
+
+def _stored(directories: list[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
+    """The evaluations to compare with; refused before the work where none of the benchmarks has their problems."""
+    if not directories:
+        return []
+    from internal_policy.evaluation import benchmarks
+    from internal_policy.evaluation.results import load_evaluation
+
+    problems = {s: [(p.problem, p.answer or "") for p in benchmarks.read_benchmark(s, max_problems)] for s in sources}
+    digests = {benchmarks.digest(pairs) for pairs in problems.values()}
+    stored = [load_evaluation(path) for path in directories]
+    for evaluation in stored:
+        if evaluation.digest() not in digests:
+            asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
+            raise UserError(
+                f"{evaluation.path}: was evaluated on {evaluation.n_problems} problems of {evaluation.benchmark}, and "
+                f"asked for are {asked}; give the same --benchmark and --max-problems"
+            )
+    return stored
+
+
+def _compare(done: list[Evaluation], stored: list[Evaluation]) -> None:
+    """Print the first of two models less the second, and every model less each stored one, where problems agree."""
+    from internal_policy.evaluation import terminal
+    from internal_policy.evaluation.comparison import compare
+
+    names = list(dict.fromkeys(e.name for e in done))
+    pairs = [(a, b) for a in done for b in stored]
+    if len(names) == 2:
+        pairs += [(a, b) for a in done for b in done if (a.name, b.name) == tuple(names)]
+    for a, b in pairs:
+        if a.digest() == b.digest():
+            terminal.show_comparison(compare(a, b))
+
+
+def _draw(evaluations: list[Evaluation], root: Path) -> None:
+    from internal_policy import evaluation_figures, terminal
+    from internal_policy.cli import figure_name
+    from internal_policy.evaluation.benchmarks import slug
+
+    models = dict.fromkeys(slug(e.name) for e in evaluations)
+    benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)
+    directory = root / figure_name([(name, "policy") for name in (*models, *benchmarks)])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = evaluation_figures.save_all(evaluations, directory)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
+        ) from error
+    terminal.list_files("figures", paths)

@@ -1,0 +1,212 @@
+"""The result of an evaluation, in memory and on disk.
+
+A directory holds one evaluation: one checkpoint on one benchmark. ``evaluation.json`` is written last: a directory
+without it is not an evaluation, so nothing half-written is ever read as whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.errors import UserError
+from internal_policy.evaluation import benchmarks
+from internal_policy.files import write_atomically, write_text
+
+SCHEMA_VERSION = 1
+MANIFEST = "evaluation.json"
+RESULT_FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl", MANIFEST)
+_TEXTS = ("prompt", "answer")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How often one checkpoint solves the problems of one benchmark. All rates are 0 to 1."""
+
+    name: str
+    """The model's name."""
+    model: dict[str, Any]
+    """id, revision, family, dtype, device."""
+    benchmark: str
+    """The benchmark's name: ``math500``, a file's name, a hub id, ``given``."""
+    config: dict[str, Any]
+    """The settings, with digests of weights, problems and templated prompts."""
+    problems: pd.DataFrame
+    """A row a problem: problem (from 1), prompt (the bare question), answer, n, correct, mean_score, mean_length
+    (tokens), truncated (responses that reached the limit of tokens)."""
+    pass_at_k: pd.DataFrame
+    """A row for each K: k, value, low, high (95% interval over problems)."""
+    avg: dict[str, float]
+    """Avg@K with K = all samples: mean, stderr (clustered by problem), low, high (95% interval)."""
+    samples: pd.DataFrame
+    """A row a response: problem, sample (both from 1), response, score, n_tokens, truncated."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Comparisons that went wrong in the verifier: crashes, timeouts. Such responses have score 0."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds spent on loading, sampling and scoring."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions."""
+    path: Path | None = None
+    """Where it is on disk."""
+
+    @property
+    def n_problems(self) -> int:
+        """Number of problems."""
+        return len(self.problems)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of each problem: the K of Avg@K."""
+        return int(self.problems["n"].iloc[0])
+
+    @property
+    def n_truncated(self) -> int:
+        """Responses that reached the limit of tokens before they ended."""
+        return int(self.problems["truncated"].sum())
+
+    @property
+    def mean_score(self) -> float:
+        """Mean reward over all responses: above Avg@K where the reward gives parts of 1."""
+        return float(self.samples["score"].mean())
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of a response, tokens."""
+        return float(self.samples["n_tokens"].mean())
+
+    def digest(self) -> str:
+        """A digest of questions and answers, by which evaluations of the same problems know one another.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        return benchmarks.digest(list(zip(self.problems["prompt"], self.problems["answer"], strict=True)))
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the evaluation to a directory; the manifest last.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        for name, table in (("problems.csv", self.problems), ("pass_at_k.csv", self.pass_at_k)):
+            # A question may hold any line ending; in quotes it comes back as it was.
+            write = partial(table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            write_atomically(target / name, write)
+        lines = (json.dumps(row, ensure_ascii=False) for row in self.samples.to_dict("records"))
+        write_text(target / "samples.jsonl", "".join(line + "\n" for line in lines))
+        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``evaluation.json`` holds.
+
+        Returns:
+            JSON-able fields; NaN is null.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "config": self.config,
+            "n_problems": self.n_problems,
+            "n_samples": self.n_samples,
+            "n_truncated": self.n_truncated,
+            "avg": {k: None if v != v else v for k, v in self.avg.items()},
+            "pass_at_k": {str(int(k)): v for k, v in zip(self.pass_at_k["k"], self.pass_at_k["value"], strict=True)},
+            "mean_score": self.mean_score,
+            "mean_length": self.mean_length,
+            "failures": self.failures,
+            "timings": self.timings,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Evaluation:
+        """Read an evaluation from disk.
+
+        Args:
+            directory: of one evaluation, or one that holds a single evaluation, up to two levels below.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            UserError: no evaluation there, unfinished, broken, or written by a newer version.
+        """
+        source = _find(Path(directory).expanduser())
+        try:
+            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["schema_version"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
+                    "evaluate again, or use the version of internal-policy that wrote it"
+                )
+            # An answer such as 007, 1e3 or NA is a text.
+            problems = pd.read_csv(
+                source / "problems.csv", dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[]
+            )
+            return cls(
+                name=manifest["name"],
+                model=manifest["model"],
+                benchmark=manifest["benchmark"],
+                config=manifest["config"],
+                problems=problems,
+                pass_at_k=pd.read_csv(source / "pass_at_k.csv"),
+                avg={k: float("nan") if v is None else v for k, v in manifest["avg"].items()},
+                samples=_read_samples(source / "samples.jsonl"),
+                failures=manifest["failures"],
+                timings=manifest["timings"],
+                versions=manifest["versions"],
+                path=source,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}: broken evaluation ({type(error).__name__}: {error}); evaluate again") from error
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation({self.name!r} on {self.benchmark!r}, {self.n_problems} problems x {self.n_samples} samples, "
+            f"Avg@{self.n_samples} {self.avg['mean']:.4f})"
+        )
+
+
+def load_evaluation(directory: str | Path) -> Evaluation:
+    """Read an evaluation from disk; see ``Evaluation.load``.
+
+    Args:
+        directory: of one evaluation, or one that holds a single evaluation.
+
+    Returns:
+        The evaluation.
+    """
+    return Evaluation.load(directory)
+
+
+def _find(directory: Path) -> Path:
+    if (directory / MANIFEST).is_file():
+        return directory
+    inside = sorted(p.parent for depth in ("*", "*/*") for p in directory.glob(f"{depth}/{MANIFEST}"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(str(p.relative_to(directory)) for p in inside[:4])
+        more = f" and {len(inside) - 4} more" if len(inside) > 4 else ""
+        raise UserError(f"{directory}: holds {len(inside)} evaluations ({names}{more}); name one of them")
+    raise UserError(f"{directory}: no finished evaluation here (no {MANIFEST}); run internal-policy evaluate first")
+
+
+def _read_samples(path: Path) -> pd.DataFrame:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return pd.DataFrame([json.loads(line) for line in lines if line])

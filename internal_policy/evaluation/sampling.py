@@ -1,0 +1,130 @@
+"""Sample and score the responses, batch by batch; each finished batch is kept on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.scoring import Scorer
+from internal_policy.generation import Request, check_prompt_lengths, end_ids, sample
+from internal_policy.memory import halving
+from internal_policy.models import LanguageModel
+from internal_policy.progress import progress
+from internal_policy.prompts import Prompt, render
+from internal_policy.responses import Response
+from internal_policy.workspace import Workspace
+
+_MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"
+_NARROW = 256
+
+
+def to_requests(config: EvaluateConfig, model: LanguageModel, problems: Sequence[Prompt]) -> list[Request]:
+    """Template every problem, and ask for its samples.
+
+    Args:
+        config: the settings.
+        model: the model that will answer.
+        problems: the problems.
+
+    Returns:
+        n requests a problem, problem by problem.
+
+    Raises:
+        UserError: a prompt that the model cannot read.
+    """
+    requests = [
+        Request(prompt, ids, number, index)
+        for number, prompt in enumerate(problems)
+        for ids in [render(prompt, config.template, model.tokenizer)]
+        for index in range(config.n)
+    ]
+    check_prompt_lengths(requests, model)
+    return requests
+
+
+def sample_all(
+    config: EvaluateConfig,
+    model: LanguageModel,
+    requests: Sequence[Request],
+    limit: int,
+    scorer: Scorer,
+    workspace: Workspace,
+) -> list[dict[str, Any]]:
+    """Sample and score batch by batch, so that a reward that cannot be used is told after the first.
+
+    Args:
+        config: the settings.
+        model: the model.
+        requests: what to sample.
+        limit: at most so many tokens a response.
+        scorer: scores the responses.
+        workspace: keeps each finished batch, and has those of an interrupted run.
+
+    Returns:
+        A row a request, in order: problem, sample, response, score, n_tokens, truncated.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for shard in workspace.shards("sample"):
+        found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
+    ends = set(end_ids(model))
+
+    def run(part: Sequence[Request]) -> list[Response]:
+        return sample(model, part, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+
+    # Prompts of one length together, the longest first: what does not fit in memory is told early.
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+    with progress("sampling responses", len(requests), len(found)) as advance, _threads_for(model):
+        for start in range(0, len(order), config.batch_size):
+            batch = [i for i in order[start : start + config.batch_size] if i not in found]
+            if not batch:
+                continue
+            clock = [time.perf_counter()]
+            responses = halving([requests[i] for i in batch], run, _MEMORY_ADVICE)
+            clock.append(time.perf_counter())
+            scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
+            clock.append(time.perf_counter())
+            new = {i: _row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)}
+            workspace.write(
+                "sample",
+                batch[0],
+                {
+                    "index": np.array(batch),
+                    "json": np.array([json.dumps(row) for row in new.values()]),
+                    "failures": np.array(json.dumps(failures)),
+                    "sample_seconds": np.array(clock[1] - clock[0]),
+                    "score_seconds": np.array(clock[2] - clock[1]),
+                },
+            )
+            found |= new
+            advance(len(batch))
+    return [found[i] for i in range(len(requests))]
+
+
+def _row(request: Request, response: Response, score: float, ends: set[int]) -> dict[str, Any]:
+    return {
+        "problem": request.prompt_index + 1,
+        "sample": request.sample_index + 1,
+        "response": response.response,
+        "score": score,
+        "n_tokens": response.n_tokens,
+        "truncated": response.input_ids[-1] not in ends,
+    }
+
+
+@contextmanager
+def _threads_for(model: LanguageModel) -> Iterator[None]:
+    """Use one thread where the products are so small that handing them over costs more than it saves."""
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,81 @@
+"""Score responses with a reward, and count what went wrong in its verifier."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from internal_policy.errors import UserError
+from internal_policy.prompts import Prompt
+
+
+def reward_name(reward: Any, *, exact: bool) -> str:
+    """Name a reward, for the settings of an evaluation.
+
+    Args:
+        reward: a name, a function, or None for the verifier that suits the benchmark.
+        exact: whether that is the exact one.
+
+    Returns:
+        The name; that of a function with its module.
+    """
+    if isinstance(reward, (list, tuple)) and len(reward) == 1:
+        return reward_name(reward[0], exact=exact)
+    if reward is None:
+        return "exact" if exact else "math"
+    if isinstance(reward, str):
+        return reward
+    name = getattr(reward, "__qualname__", None) or getattr(reward, "__name__", None) or type(reward).__qualname__
+    return f"{getattr(reward, '__module__', type(reward).__module__)}.{name}"
+
+
+class Scorer:
+    """One reward, from 0 to 1; a response is correct where it is 1."""
+
+    def __init__(self, reward: Any, *, exact: bool) -> None:
+        """Find the reward.
+
+        Args:
+            reward: what `bupo.rewards.as_rewards` takes; None for the verifier.
+            exact: verify by the exact answer of the embedded tasks.
+
+        Raises:
+            UserError: no such reward, or several: what is correct must be one thing.
+        """
+        from internal_policy.bupo import rewards
+
+        found = rewards.as_rewards(reward, exact=exact)
+        if len(found) != 1:
+            raise UserError(f"{len(found)} rewards were given; an evaluation needs one, which says what is correct")
+        self._rewards = found
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], dict[str, int]]:
+        """Score one batch.
+
+        Args:
+            prompts: the problem of each response, with its answer.
+            texts: the responses.
+
+        Returns:
+            A score a response, and how often the verifier failed, by kind.
+
+        Raises:
+            UserError: a score that is not from 0 to 1.
+        """
+        from internal_policy.bupo import rewards
+
+        before = self._failures()
+        answers = [prompt.answer or "" for prompt in prompts]
+        asked = [prompt.content for prompt in prompts]
+        scores = [float(s) for s in rewards.score(self._rewards[0], list(texts), answers, asked)]
+        if len(scores) != len(texts):
+            raise UserError(f"the reward gave {len(scores)} scores for {len(texts)} responses; needed is one for each")
+        if bad := [s for s in scores if not 0.0 <= s <= 1.0]:
+            raise UserError(f"the reward gave {bad[0]}; needed for an evaluation is a score from 0 to 1 (correct is 1)")
+        return scores, dict(self._failures() - before)
+
+    def _failures(self) -> Counter[str]:
+        from internal_policy.bupo import rewards
+
+        return Counter(rewards.failures_of(self._rewards))

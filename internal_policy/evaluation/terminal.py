@@ -1,0 +1,145 @@
+"""Evaluations and comparisons on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from internal_policy.evaluation.benchmarks import title
+from internal_policy.evaluation.comparison import Comparison
+from internal_policy.evaluation.results import Evaluation
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print an evaluation on standard output.
+
+    Args:
+        evaluation: the evaluation.
+    """
+    console = Console()
+    console.print(rate_table(evaluation))
+    total = evaluation.n_problems * evaluation.n_samples
+    console.print(f"mean length {evaluation.mean_length:.1f} tokens", highlight=False)
+    if evaluation.n_truncated:
+        console.print(
+            f"{evaluation.n_truncated} of {total} responses reached the limit of tokens before they ended "
+            "(--max-new-tokens)",
+            highlight=False,
+        )
+    if evaluation.failures:
+        told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
+        console.print(f"the verifier failed on some responses, which count as wrong: {told}", highlight=False)
+    if evaluation.path is not None:
+        names = ", ".join(sorted(p.name for p in evaluation.path.iterdir() if p.is_file()))
+        console.print(f"evaluation: {evaluation.path}/ ({names})", highlight=False, markup=False, soft_wrap=True)
+
+
+def rate_table(evaluation: Evaluation) -> Table:
+    """Lay out Avg@K and Pass@K, in percent with 95% intervals.
+
+    Args:
+        evaluation: the evaluation.
+
+    Returns:
+        A rich table.
+    """
+    table = Table(
+        title=f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: {evaluation.n_problems} problems x "
+        f"{evaluation.n_samples} samples",
+        caption="percent, with 95% intervals over problems",
+        box=box.SIMPLE_HEAD,
+        min_width=64,
+        pad_edge=False,
+    )
+    for heading in ("", "%", "95% interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    avg = evaluation.avg
+    table.add_row(f"Avg@{evaluation.n_samples}", f"{100 * avg['mean']:.2f}", _span(avg["low"], avg["high"]))
+    for row in evaluation.pass_at_k.to_dict("records"):
+        table.add_row(f"Pass@{row['k']}", f"{100 * row['value']:.2f}", _span(row["low"], row["high"]))
+    return table
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print a comparison on standard output.
+
+    Args:
+        comparison: the comparison.
+    """
+    console = Console()
+    console.print(difference_table(comparison))
+    c = comparison
+    console.print(
+        f"{escape(c.first)} is better on {c.n_better} of {c.n_problems} problems, worse on {c.n_worse}, equal on "
+        f"{c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)",
+        highlight=False,
+    )
+    if c.differing:
+        told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
+        console.print(f"[yellow]settings differ too: {escape(told)}[/yellow]", highlight=False)
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Lay out the differences, in percentage points with 95% intervals.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A rich table.
+    """
+    table = Table(
+        title=f"{escape(comparison.first)} less {escape(comparison.second)} on {escape(title(comparison.benchmark))}",
+        caption="percentage points, paired by problem, with 95% intervals",
+        box=box.SIMPLE_HEAD,
+        min_width=64,
+        pad_edge=False,
+    )
+    for heading in ("", "difference", "95% interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("Avg@K", f"{100 * comparison.difference:+.2f}", _span(comparison.low, comparison.high, "+"))
+    for row in comparison.pass_at_k.to_dict("records"):
+        table.add_row(f"Pass@{row['k']}", f"{100 * row['difference']:+.2f}", _span(row["low"], row["high"], "+"))
+    return table
+
+
+def show_summary(evaluations: Sequence[Evaluation]) -> None:
+    """Print Avg@K of several models and benchmarks, a row a model.
+
+    Args:
+        evaluations: the evaluations.
+    """
+    benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
+    table = Table(title="Avg@K, percent ± standard error", box=box.SIMPLE_HEAD, min_width=64, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for name in benchmarks:
+        table.add_column(escape(title(name)), justify="right", no_wrap=True)
+    if len(benchmarks) > 1:
+        table.add_column("average", justify="right", no_wrap=True)
+    for model in dict.fromkeys(e.name for e in evaluations):
+        own = {e.benchmark: e.avg for e in evaluations if e.name == model}
+        cells = [f"{100 * own[b]['mean']:.2f}{_error(own[b]['stderr'])}" for b in benchmarks]
+        if len(benchmarks) > 1:
+            mean = sum(a["mean"] for a in own.values()) / len(own)
+            stderr = math.sqrt(sum(a["stderr"] ** 2 for a in own.values())) / len(own)
+            cells.append(f"{100 * mean:.2f}{_error(stderr)}")
+        table.add_row(escape(model), *cells)
+    Console().print(table)
+
+
+def _span(low: float, high: float, sign: str = "") -> str:
+    """A single problem has no interval."""
+    return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
+
+
+def _error(stderr: float) -> str:
+    return "" if math.isnan(stderr) else f"±{100 * stderr:.2f}"
+
+
+def _p(p: float) -> str:
+    return "not defined" if math.isnan(p) else "below 0.0001" if p < 1e-4 else f"{p:.2g}"
