@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 # A plain build of this torch is small where the index has one; any torch of the range in pyproject.toml will do.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow check setup bench testbed readme-figures clean
+.PHONY: demo test slow check setup bench experiment testbed readme-figures clean
 
 demo: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
+	$(BIN)/python benchmarks/bupo_experiment.py --short
 
 test: setup
 	$(BIN)/python -m pytest -n auto
@@ -24,6 +25,11 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/benchmark_entropy.py
+	$(BIN)/python benchmarks/benchmark_update.py
+
+# GRPO against BuPO on the embedded models: data/experiments and figures/experiments. Hours; resumable.
+experiment: setup
+	$(BIN)/python benchmarks/bupo_experiment.py
 
 testbed: setup
 	$(BIN)/python -m internal_policy.testbed.make

@@ -1,10 +1,11 @@
-"""Internal policies of language models: entropies, target layer, figures (arXiv 2512.19673v3).
+"""Internal policies of language models: entropies, target layer, training, figures (arXiv 2512.19673v3).
 
-from internal_policy import analyze
+from internal_policy import analyze, bupo
 
 analysis = analyze("testbed/qwen3")
 analysis.layers            # DataFrame: entropies and entropy changes per layer and site, nats
 analysis.boundary_layer    # the target layer, from 1, or None
+bupo.train("testbed/qwen3", layer=analysis)
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internal_policy import bupo
     from internal_policy.config import AnalyzeConfig
     from internal_policy.errors import UserError
+    from internal_policy.evaluation import Evaluation, evaluate, load_evaluation
     from internal_policy.pipeline import analyze
     from internal_policy.results import Analysis, load_analysis
     from internal_policy.selection import Selection, select_layer
@@ -24,18 +27,35 @@ __version__ = "0.1.0"
 _HOME = {
     "Analysis": "results",
     "AnalyzeConfig": "config",
+    "Evaluation": "evaluation",
     "Selection": "selection",
     "UserError": "errors",
     "analyze": "pipeline",
+    "evaluate": "evaluation",
     "load_analysis": "results",
+    "load_evaluation": "evaluation",
     "select_layer": "selection",
 }
 
-__all__ = ["Analysis", "AnalyzeConfig", "Selection", "UserError", "analyze", "load_analysis", "select_layer"]
+__all__ = [
+    "Analysis",
+    "AnalyzeConfig",
+    "Evaluation",
+    "Selection",
+    "UserError",
+    "analyze",
+    "bupo",
+    "evaluate",
+    "load_analysis",
+    "load_evaluation",
+    "select_layer",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that ``import internal_policy`` costs nothing."""
+    if name == "bupo":
+        return import_module(f"{__name__}.bupo")
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,10 +23,13 @@ LAYERS = [
     {"prompts", "selection"},
     {"config", "results", "style"},
     {"models", "workspace", "figure_data"},
-    {"responses", "figures", "terminal"},
-    {"capture", "generation"},
+    {"responses", "figures", "terminal", "alignment_figures"},
+    {"capture", "generation", "training_figures", "evaluation_figures"},
     {"inputs", "tables"},
     {"pipeline"},
+    # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
+    {"bupo", "evaluation"},
+    {"cli_train", "cli_evaluate"},
     {"cli"},
 ]
 HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")

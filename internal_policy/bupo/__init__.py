@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.errors import UserError
+
 if TYPE_CHECKING:
     from internal_policy.bupo.config import BuPOConfig
     from internal_policy.bupo.forward import internal_forward
@@ -29,13 +31,22 @@ _HOME = {
     "train": "training",
 }
 
+_EXTRA = ("accelerate", "peft", "trl")
+
 __all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "load_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        try:
+            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRA:
+                raise
+            raise UserError(
+                f"training needs the package {error.name}; install it with pip install 'internal-policy[train]'"
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -131,6 +131,7 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         self._directory = directory
         self._advance = advance
         self._factor = factor
+        self._failures = 0
 
     def history(self) -> pd.DataFrame:
         """The history so far.
@@ -144,7 +145,9 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step when all its updates are done, and the rewards that failed in it."""
         if state.global_step % self._trainer.args.updates_per_step == 0:
-            self._trainer.log_metric("reward_failures", float(sum(failures_of(self._trainer.reward_funcs).values())))
+            failures = sum(failures_of(self._trainer.reward_funcs).values())
+            self._trainer.log_metric("reward_failures", float(failures - self._failures))
+            self._failures = failures
             self._advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

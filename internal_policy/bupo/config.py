@@ -14,6 +14,8 @@ from internal_policy.config import Lens
 from internal_policy.errors import UserError
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
+# TRL refuses another one only in the first update.
+_TRLS_LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 
 _WRONG_IN_PHASE_ONE = {
     "beta": (0.0, "the KL penalty would compare log-probabilities of pi^l with those of the reference's final policy"),
@@ -79,6 +81,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             raise UserError(
                 f"both aggregation={self.aggregation!r} and loss_type={self.loss_type!r} were given; give one of them"
             )
+        one_of("loss_type", self.loss_type, _TRLS_LOSS_TYPES)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.aligns:

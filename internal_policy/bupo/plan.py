@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from trl.import_utils import is_vllm_available
 
 from internal_policy.bupo.config import BuPOConfig, one_of
 from internal_policy.bupo.words import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
@@ -17,6 +22,11 @@ _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 _LARGEST_BATCH = {"cpu": 64, "cuda": 4}
 _CHECKPOINTS_IN_A_RUN = 10
+_AT_LEAST = {
+    "num_generations": 2,
+    **dict.fromkeys(("max_completion_length", "num_iterations", "per_device_train_batch_size", *_TRLS_BATCH), 1),
+    **dict.fromkeys(("seed", "learning_rate", "ipa_learning_rate", "freeze_layers", "upper_lr_scale"), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Plan:
     benchmark: str | None = None
     """Evaluate start and result on it: a benchmark's name, file or hub id; the embedded tasks for embedded models."""
     eval_samples: int | None = None
-    """Samples a problem of the benchmark; 4 for the embedded tasks, else the benchmark's own number."""
+    """Samples a problem of the benchmark: 4 for the embedded tasks, else the benchmark's own; 0 leaves it out."""
     eval_problems: int | None = None
     """At most so many problems."""
 
@@ -93,6 +103,7 @@ def split(model: str, words: Mapping[str, Any], options: Mapping[str, Any]) -> t
     _settle_alignment(merged, given, defaults)
     plan = Plan(**{name: merged.pop(name) for name in list(merged) if name in ours})
     _check(plan)
+    _check_values(merged)
     return plan, merged
 
 
@@ -122,11 +133,47 @@ def _check(plan: Plan) -> None:
     one_of("dtype", plan.dtype, DTYPES)
     for name, low in (
         *(("prompts_per_step", 1), ("mini_batches", 1), ("max_prompt_length", 1), ("lora_rank", 0)),
-        *(("dynamics_every", 0), ("dynamics_responses", 1), ("eval_samples", 1), ("eval_problems", 1)),
+        *(("dynamics_every", 0), ("dynamics_responses", 1), ("eval_samples", 0), ("eval_problems", 1)),
     ):
         value = getattr(plan, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise UserError(f"{name} is {value!r}; needed is a whole number of at least {low}")
+
+
+def _check_values(options: Mapping[str, Any]) -> None:
+    """Check the trainer's numbers and switches: a dataclass takes anything, and TRL would fall over it much later."""
+    hints = get_type_hints(BuPOConfig)
+    for name, value in options.items():
+        kinds = set(get_args(hints[name])) or {hints[name]}
+        if value is None and type(None) in kinds:
+            continue
+        kinds.discard(type(None))
+        told = f"{name} is {value!r}; needed is"
+        if kinds == {bool} and not isinstance(value, bool):
+            raise UserError(f"{told} true or false")
+        if kinds == {int} and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise UserError(f"{told} a whole number")
+        if kinds == {float} and (
+            isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
+        ):
+            raise UserError(f"{told} a number")
+        if name in _AT_LEAST and value < _AT_LEAST[name]:
+            raise UserError(f"{told} at least {_AT_LEAST[name]}")
+        if name in ("temperature", "top_p") and (value <= 0 or (name == "top_p" and value > 1)):
+            raise UserError(f"{told} a number above 0" + (", at most 1" if name == "top_p" else ""))
+
+
+def _check_installed(config: BuPOConfig) -> None:
+    get_reporting_integration_callbacks(config.report_to)
+    if missing := sorted({"tensorboard", "wandb", "trackio", "mlflow"} & {*config.report_to} - {*_reporters()}):
+        raise UserError(f"report_to={missing[0]!r} needs a package of that name; install it, or leave report_to out")
+    if config.use_vllm and not is_vllm_available():
+        raise UserError("use_vllm=True needs the package vllm; install it with `pip install trl[vllm]`")
+
+
+def _reporters() -> list[str]:
+    found: list[str] = get_available_reporting_integrations()
+    return found
 
 
 def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes: int, device: str) -> BuPOConfig:
@@ -164,12 +211,21 @@ def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes
     try:
         probe = BuPOConfig(output_dir=output_dir, **settled)
         factor = probe.updates_per_step
-        # Shares of the run (below 1) stay shares.
-        scaled = {n: v * factor if isinstance(v, int) or v >= 1 else v for n, v in counted.items()}
-        return BuPOConfig(output_dir=output_dir, **settled, **scaled)
+        scaled = {name: _updates(name, value, plan.max_steps, factor) for name, value in counted.items()}
+        config = BuPOConfig(output_dir=output_dir, **settled, **scaled)
+        _check_installed(config)
+        return config
     except (ValueError, TypeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"the trainer refuses its options: {text[:300]}") from error
+
+
+def _updates(name: str, value: Any, max_steps: int, factor: int) -> Any:
+    """Steps, or a share of the run where below 1, in updates."""
+    if isinstance(value, int) or value >= 1:
+        return value * factor
+    # A checkpoint between two updates of a step would be of no use: the rollouts are not in it.
+    return value if name == "warmup_steps" else max(1, round(value * max_steps)) * factor
 
 
 def _batch(plan: Plan, options: Mapping[str, Any], processes: int, device: str) -> dict[str, int]:

@@ -135,7 +135,8 @@ def read_table(path: Path) -> pd.DataFrame:
         Its rows; none where it is not there or has no columns.
     """
     try:
-        return pd.read_csv(path)
+        # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
+        return pd.read_csv(path, float_precision="round_trip")
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ _STREAM_SEED = 3_000_000
 """Added to the seed of a run for fresh problems: other problems than those of analysis and evaluation."""
 _ANALYSED = 128
 _DYNAMICS_MEASUREMENTS = 10
-_FIXED = "dynamics_responses.jsonl"
+_PATIENCE = 24 * 3600
+FIXED = "dynamics_responses.jsonl"
+"""File of the responses that the dynamics are measured on."""
+ANALYSIS = "analysis"
+"""Directory of the analysis that chose the layer."""
 _TRLS_COLUMNS = {"prompt", "answer", "completion", "completion_ids", "image", "images", "environment"}
 
 
@@ -92,7 +97,11 @@ def processes(options: Mapping[str, Any]) -> Processes:
     """
     cpu = bool(options.get("use_cpu")) or not torch.cuda.is_available()
     launched = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
-    return Processes(PartialState(cpu=cpu), launched or bool(options.get("fsdp") or options.get("deepspeed")))
+    # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
+    timeout = timedelta(seconds=float(options.get("ddp_timeout") or _PATIENCE))
+    return Processes(
+        PartialState(cpu=cpu, timeout=timeout), launched or bool(options.get("fsdp") or options.get("deepspeed"))
+    )
 
 
 def is_exact(model: str, source: str | list[Any] | None) -> bool:
@@ -233,7 +242,7 @@ def fixed_responses(
     """
     if not cadence(plan, config) or state.sharded:
         return []
-    path = directory / _FIXED
+    path = directory / FIXED
     found: list[Response] = []
     if state.is_main_process:
         if path.is_file():
@@ -309,7 +318,7 @@ def analyse(
         max_new_tokens=limit,
         template=plan.template,
         seed=seed,
-        output=directory / "analysis",
+        output=directory / ANALYSIS,
     )
 
 

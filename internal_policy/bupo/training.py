@@ -22,13 +22,25 @@ from internal_policy.bupo.callbacks import AlignmentRate, Chronicle, DynamicsWat
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
-from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, MODEL, Run, load_run
+from internal_policy.bupo.results import (
+    CHECKPOINTS,
+    DYNAMICS,
+    DYNAMICS_LAYERS,
+    EVALUATIONS,
+    HISTORY,
+    MANIFEST,
+    MODEL,
+    Run,
+    load_run,
+)
 from internal_policy.bupo.rewards import as_rewards, failures_of
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.words import AUTO, VERIFIERS
 from internal_policy.errors import UserError
+from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.files import write_text
 from internal_policy.inputs import Source, as_source
+from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.progress import progress, status
 from internal_policy.results import Analysis
@@ -38,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 DATA = Path("data/runs")
 _SETTINGS = "settings.json"
+_ADAPTER = "adapter"
 _STATE = "trainer_state.json"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "trl", "accelerate", "datasets")
 
@@ -91,7 +104,7 @@ def train(
     name, given_model = _name_of(model, tokenizer, options)
     words = {"method": method, "ipa_steps": ipa_steps, "max_steps": max_steps}
     plan, trainer_options = planning.split(name, words, options)
-    seed = int(trainer_options.get("seed", 0))
+    seed = trainer_options.get("seed", 0)
     trainer_options["seed"] = seed
     steps = trainer_options["ipa_steps"]
     wanted_layer = (layer if layer is not None else AUTO) if trainer_options["method"] == "bupo" and steps else layer
@@ -152,6 +165,11 @@ class _Session:
             )
         choice.check(model)
         config = self._config(choice.layer, state, probe=True)
+        if config.freeze_layers > model.n_layers:
+            raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
+        if self._evaluates(exact) and self.plan.benchmark is not None:
+            # Read here for its errors, before anything is written.
+            read_benchmark(self.plan.benchmark, self.plan.eval_problems)
         stream = rollouts.stream(
             self.name,
             source,
@@ -163,7 +181,9 @@ class _Session:
         settings = self._settings(choice, model, stream, peft_config, rewards)
         if not overwrite and (self.directory / MANIFEST).is_file():
             return self._finished(settings)
-        resumed = self._open(settings, overwrite, state.is_main_process)
+        # The main process changes the directory only when all others have checked it.
+        state.wait_for_everyone()
+        resumed = self._open(settings, config.updates_per_step, overwrite, state.is_main_process)
         state.wait_for_everyone()
         timings = {}
         if not state.sharded:
@@ -190,7 +210,15 @@ class _Session:
         )
         with ExitStack() as stack:
             chronicle, watch = self._watch(stack, trainer, model, choice, watched)
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"out of memory in training; lower per_device_train_batch_size (now "
+                    f"{config.per_device_train_batch_size}) or max_completion_length, and start over with --overwrite"
+                ) from error
         timings["training"] = round(time.perf_counter() - started, 3)
         history = chronicle.history()
         dynamics, layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
@@ -275,7 +303,7 @@ class _Session:
         logger.warning("%s: already complete; nothing to train (--overwrite starts over)", self.directory)
         return run
 
-    def _open(self, settings: dict[str, Any], overwrite: bool, main: bool) -> Path | None:
+    def _open(self, settings: dict[str, Any], updates_per_step: int, overwrite: bool, main: bool) -> Path | None:
         """Begin the run, or find the checkpoint from which it goes on."""
         stored = self.directory / _SETTINGS
         if stored.is_file() and not overwrite:
@@ -288,16 +316,23 @@ class _Session:
                     f"{self.directory}: holds an unfinished run with other settings ({differing}); repeat its command, "
                     "choose another --output directory, or add --overwrite to start over"
                 )
-            checkpoint = last_checkpoint(self.directory / CHECKPOINTS)
+            checkpoint = last_checkpoint(self.directory / CHECKPOINTS, updates_per_step)
             if checkpoint is not None:
                 logger.warning("%s: going on from %s", self.directory, checkpoint.name)
             return checkpoint
         if main:
-            if overwrite and self.directory.is_dir():
-                shutil.rmtree(self.directory)
+            if overwrite:
+                self._clear()
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(stored, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return None
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote, the manifest first; nothing else that is there."""
+        for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, rollouts.FIXED, _SETTINGS):
+            (self.directory / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", _ADAPTER, rollouts.ANALYSIS):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _analyse(self, model: LanguageModel, stream: rollouts.Stream, state: rollouts.Processes) -> LayerChoice:
         found = None
@@ -345,7 +380,7 @@ class _Session:
         target, temporary = self.directory / MODEL, self.directory / f".{MODEL}.tmp"
         unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(unwrapped, "merge_and_unload"):
-            trainer.save_model(str(self.directory / "adapter"))
+            trainer.save_model(str(self.directory / _ADAPTER))
             if trainer.is_world_process_zero():
                 unwrapped.merge_and_unload().save_pretrained(temporary)
         else:
@@ -356,7 +391,7 @@ class _Session:
             temporary.rename(target)
 
     def _evaluates(self, exact: bool) -> bool:
-        return self.plan.benchmark is not None or exact
+        return self.plan.eval_samples != 0 and (self.plan.benchmark is not None or exact)
 
     def _evaluate(
         self,
@@ -404,22 +439,26 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     return differences(*flat)
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end.
+def last_checkpoint(directory: Path, updates_per_step: int = 1) -> Path | None:
+    """Find the newest checkpoint from which a run can go on as if it had not stopped.
 
     Args:
         directory: where the trainer puts them.
+        updates_per_step: updates on a batch of rollouts.
 
     Returns:
         It, or None. The trainer's state is the last file of a checkpoint: without it the checkpoint is half-written.
+        One from between two updates of a step is passed over, for the rollouts of that step are not in it.
     """
     found = []
     for checkpoint in directory.glob("checkpoint-*"):
         try:
             state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), checkpoint))
+            update = int(state["global_step"])
         except (OSError, ValueError, KeyError):
             continue
+        if update % updates_per_step == 0:
+            found.append((update, checkpoint))
     return max(found)[1] if found else None
 
 
