@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,9 +11,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from internal_policy import __version__
+from internal_policy.cli_evaluate import evaluate
+from internal_policy.cli_train import train
 from internal_policy.config import DTYPES, AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
+from internal_policy.shell import figure_name, quiet_libraries
 
 DATA = Path("data/analyses")
 FIGURES = Path("figures")
@@ -27,6 +28,8 @@ app = typer.Typer(
     help="Internal policies of language models: entropies, target layer, figures (arXiv 2512.19673v3).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # As markup "[default: ...]" would be taken for a style, and not be shown.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -127,7 +130,7 @@ def analyze(
                 f"{slugs[slug]} and {name} would both be written to {slug}; "
                 "analyse them one by one, each with its own --output"
             )
-    _quiet_libraries(debug)
+    quiet_libraries(debug)
     from internal_policy import models, pipeline, terminal
     from internal_policy.progress import status
 
@@ -145,16 +148,48 @@ def analyze(
     _draw(analyses, FIGURES if output is None else root / "figures")
 
 
+app.command()(train)
+app.command()(evaluate)
+
+
 @app.command()
 def figures(
-    analysis: Annotated[list[Path], typer.Argument(help="Directories that analyze wrote; one panel each.")],
+    directories: Annotated[list[Path], typer.Argument(help="What analyze, train or evaluate wrote, also mixed.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for figures.")] = FIGURES,
     debug: DebugOption = False,
 ) -> None:
-    """Redraw the figures of one or more analyses from disk, without a model."""
+    """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
+    from internal_policy import cli_evaluate, cli_train
+    from internal_policy.bupo.results import load_run
+    from internal_policy.evaluation.results import load_evaluation
     from internal_policy.results import load_analysis
 
-    _draw([load_analysis(path) for path in analysis], output.expanduser())
+    kinds = [(_kind(path), path) for path in map(Path.expanduser, directories)]
+    # All are read before any is drawn, so that a bad one is told at once.
+    analyses = [load_analysis(path) for kind, path in kinds if kind == "analysis"]
+    runs = [load_run(path) for kind, path in kinds if kind == "run"]
+    evaluations = [load_evaluation(path) for kind, path in kinds if kind == "evaluation"]
+    root = output.expanduser()
+    if analyses:
+        _draw(analyses, root)
+    if runs:
+        cli_train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
+    if evaluations:
+        cli_evaluate._draw(evaluations, root)
+
+
+def _kind(directory: Path) -> str:
+    """Tell what a directory holds; a run holds evaluations, and perhaps an analysis, of its own."""
+    if any((directory / name).exists() for name in ("run.json", "checkpoints")):
+        return "run"
+    # An analysis and an evaluation may be named by a directory above them.
+    for kind, depths in (("analysis", ("", "*/")), ("evaluation", ("", "*/", "*/*/"))):
+        if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
+            return kind
+    raise UserError(
+        f"{directory}: no finished analysis here, nor a training run or an evaluation (no analysis.json, run.json or "
+        "evaluation.json); run internal-policy analyze, train or evaluate first"
+    )
 
 
 def _draw(analyses: list[Any], root: Path) -> None:
@@ -170,36 +205,6 @@ def _draw(analyses: list[Any], root: Path) -> None:
             f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
         ) from error
     terminal.list_files("figures", paths)
-
-
-def figure_name(analyses: list[tuple[str, str]]) -> str:
-    """Name a directory for the figures of some analyses, short enough for any file system.
-
-    Args:
-        analyses: the directory's name and the lens of each.
-
-    Returns:
-        All names where they are few; else the first, how many more, and a digest of all.
-    """
-    names = list(dict.fromkeys(name if lens == "policy" else f"{name}-{lens}" for name, lens in analyses))
-    whole = "--".join(names)
-    if len(whole) <= 120:
-        return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
-
-
-def _quiet_libraries(debug: bool) -> None:
-    """Leave the terminal to our own progress, table and one-line errors; --debug shows what the libraries say."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if debug:
-        return
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # The hub client warns at each of its retries; what comes of them is told in one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def main() -> None:

@@ -104,9 +104,9 @@ def evaluate(
                 )
             slugs[slug] = f"{name} on {source}"
     stored = _stored(against or [], sources, max_problems)
-    from internal_policy.cli import _quiet_libraries
+    from internal_policy.shell import quiet_libraries
 
-    _quiet_libraries(debug)
+    quiet_libraries(debug)
     from internal_policy import models
     from internal_policy.evaluation import terminal
     from internal_policy.evaluation.run import evaluate as run
@@ -167,8 +167,8 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> None:
 
 def _draw(evaluations: list[Evaluation], root: Path) -> None:
     from internal_policy import evaluation_figures, terminal
-    from internal_policy.cli import figure_name
     from internal_policy.evaluation.benchmarks import slug
+    from internal_policy.shell import figure_name
 
     models = dict.fromkeys(slug(e.name) for e in evaluations)
     benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)

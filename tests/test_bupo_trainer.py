@@ -216,9 +216,13 @@ def test_no_layer_above_l_runs_in_an_update_of_the_first_phase(tmp_path):
 def test_the_model_is_whole_again_on_any_exit():
     model = tiny_model("llama", layers=LAYERS)
     layers, norm = model.model.layers, model.model.norm
-    with pytest.raises(ZeroDivisionError), internal_forward(model, 2, site="ffn"):
+
+    def fail():
         assert len(model.model.layers) == 2
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), internal_forward(model, 2, site="ffn"):
+        fail()
     assert model.model.layers is layers
     assert model.model.norm is norm
     assert not any(m._forward_hooks for m in model.modules())
@@ -247,7 +251,9 @@ def test_after_the_switch_it_is_trls_own_trainer_bit_for_bit(tmp_path, mini_batc
     theirs.train(resume_from_checkpoint=str(switch))
     mine, other = weights(ours.model), weights(theirs.model)
     assert all(torch.equal(mine[name], other[name]) for name in other)
-    losses = [[h["loss"] for h in t.state.log_history if "loss" in h and h["step"] > mini_batches] for t in (ours, theirs)]
+    losses = [
+        [h["loss"] for h in t.state.log_history if "loss" in h and h["step"] > mini_batches] for t in (ours, theirs)
+    ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2 * mini_batches
 
@@ -307,9 +313,7 @@ def test_old_and_new_log_probabilities_are_always_of_one_policy(tmp_path, iterat
 
 
 def test_a_batch_keeps_its_phase_where_the_switch_falls_between_its_updates(tmp_path):
-    trainer = make_trainer(
-        tmp_path, kind=Recorder, method="bupo", layer=2, ipa_steps=1, max_steps=6, num_iterations=3
-    )
+    trainer = make_trainer(tmp_path, kind=Recorder, method="bupo", layer=2, ipa_steps=1, max_steps=6, num_iterations=3)
     # As if the phase were counted in updates: the switch then falls inside the first batch of rollouts.
     type(trainer).in_alignment = property(lambda self: self.state.global_step < 2)
     try:
@@ -334,7 +338,9 @@ def test_the_loss_is_the_clipped_surrogate_of_the_internal_ratio(tmp_path, aggre
     ids, mask, keep = left_padded(rows=4)
     completion_mask = mask[:, -keep:].clone()
     completion_mask[0, -2:] = 0
-    old, _ = by_hooks(trainer.model, ids, torch.cat([mask[:, :-keep], completion_mask], 1), keep, 2, "layer", "policy", 1.0)
+    old, _ = by_hooks(
+        trainer.model, ids, torch.cat([mask[:, :-keep], completion_mask], 1), keep, 2, "layer", "policy", 1.0
+    )
     old = (old + 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)).float()
     advantages = torch.tensor([1.0, -1.0, 0.5, -2.0])
     batch = {
@@ -350,7 +356,9 @@ def test_the_loss_is_the_clipped_surrogate_of_the_internal_ratio(tmp_path, aggre
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     loss = trainer._compute_loss(trainer.model, batch)
-    new, _ = by_hooks(trainer.model, ids, torch.cat([mask[:, :-keep], completion_mask], 1), keep, 2, "layer", "policy", 1.0)
+    new, _ = by_hooks(
+        trainer.model, ids, torch.cat([mask[:, :-keep], completion_mask], 1), keep, 2, "layer", "policy", 1.0
+    )
     ratio = (new - old).exp()
     surrogate = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
     kept = completion_mask

@@ -18,17 +18,17 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors"},
+    {"errors", "shell"},
     {"files", "memory", "progress", "records", "entropy", "testbed", "statistics"},
     {"prompts", "selection"},
     {"config", "results", "style"},
     {"models", "workspace", "figure_data"},
     {"responses", "figures", "terminal", "alignment_figures"},
-    {"capture", "generation", "training_figures", "evaluation_figures"},
+    {"capture", "generation", "training_figures"},
     {"inputs", "tables"},
     {"pipeline"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
-    {"bupo", "evaluation"},
+    {"bupo", "evaluation", "evaluation_figures"},
     {"cli_train", "cli_evaluate"},
     {"cli"},
 ]
@@ -111,7 +111,7 @@ def test_every_option_of_the_configuration_is_on_the_command_line():
 
 
 def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
-    from internal_policy.cli import figure_name
+    from internal_policy.shell import figure_name
 
     paper = [(f"some-organisation--some-model-{i}B-Instruct-2507", "policy") for i in range(12)]
     assert figure_name(paper[:1]) == paper[0][0]

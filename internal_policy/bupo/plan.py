@@ -113,8 +113,11 @@ def _settle_alignment(merged: dict[str, Any], given: Mapping[str, Any], defaults
     steps = merged.get("max_steps", Plan.max_steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"max_steps is {steps!r}; needed is a number of steps of at least 1")
+    ipa = merged["ipa_steps"]
+    if isinstance(ipa, str) and ipa != AUTO and ipa.strip().isdigit():
+        merged["ipa_steps"] = int(ipa)
     if merged["method"] != "bupo":
-        if given.get("ipa_steps"):
+        if "ipa_steps" in given and merged["ipa_steps"] != 0:
             raise UserError(
                 f"ipa_steps={given['ipa_steps']} with method={merged['method']!r}; only bupo has a first phase"
             )
@@ -122,8 +125,6 @@ def _settle_alignment(merged: dict[str, Any], given: Mapping[str, Any], defaults
     elif "ipa_steps" not in given:
         merged["ipa_steps"] = max(1, round(steps * defaults["ipa_steps"] / defaults["max_steps"]))
     ipa = merged["ipa_steps"]
-    if isinstance(ipa, str) and ipa != AUTO and ipa.isdigit():
-        merged["ipa_steps"] = ipa = int(ipa)
     if not isinstance(ipa, (int, str)) or (isinstance(ipa, int) and not 0 <= ipa <= steps) or isinstance(ipa, bool):
         raise UserError(f"ipa_steps is {ipa!r} and the run has {steps} steps; needed is 0 to {steps}, or auto")
 
@@ -268,5 +269,5 @@ def slug(model: str, revision: str | None, method: str, layer: Any, ipa_steps: A
     Returns:
         ``testbed--qwen3--bupo-l7-s10-seed0``.
     """
-    first = f"-l{layer if isinstance(layer, int) else 'auto'}-s{ipa_steps}" if method == "bupo" else ""
+    first = f"-l{layer if hasattr(layer, '__index__') else 'auto'}-s{ipa_steps}" if method == "bupo" else ""
     return f"{AnalyzeConfig(model=model, revision=revision).slug}--{method.replace('+', 'p')}{first}-seed{seed}"

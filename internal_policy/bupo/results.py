@@ -29,6 +29,7 @@ DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,20 @@
-"""What the trainer is fed with: processes, the stream of prompts, fixed responses, adapters."""
+"""What the trainer is fed with: the stream of prompts, fixed responses, adapters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.plan import Plan
+from internal_policy.bupo.processes import Processes
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
@@ -38,70 +33,11 @@ _STREAM_SEED = 3_000_000
 """Added to the seed of a run for fresh problems: other problems than those of analysis and evaluation."""
 _ANALYSED = 128
 _DYNAMICS_MEASUREMENTS = 10
-_PATIENCE = 24 * 3600
 FIXED = "dynamics_responses.jsonl"
 """File of the responses that the dynamics are measured on."""
 ANALYSIS = "analysis"
 """Directory of the analysis that chose the layer."""
 _TRLS_COLUMNS = {"prompt", "answer", "completion", "completion_ids", "image", "images", "environment"}
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The data-parallel processes of this run, as accelerate started them."""
-
-    state: PartialState
-    sharded: bool
-    """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
-
-    @property
-    def number(self) -> int:
-        """How many."""
-        return int(self.state.num_processes)
-
-    @property
-    def device(self) -> torch.device:
-        """This process's device."""
-        device: torch.device = self.state.device
-        return device
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process writes the results."""
-        return bool(self.state.is_main_process)
-
-    def wait_for_everyone(self) -> None:
-        """Wait until all processes are here."""
-        self.state.wait_for_everyone()
-
-    def broadcast(self, value: Any) -> Any:
-        """Hand the main process's value to all.
-
-        Args:
-            value: what the main process has; ignored elsewhere.
-
-        Returns:
-            The main process's value.
-        """
-        return broadcast_object_list([value])[0] if self.number > 1 else value
-
-
-def processes(options: Mapping[str, Any]) -> Processes:
-    """Find out how this run was launched.
-
-    Args:
-        options: the trainer's options.
-
-    Returns:
-        The processes.
-    """
-    cpu = bool(options.get("use_cpu")) or not torch.cuda.is_available()
-    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
-    # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
-    timeout = timedelta(seconds=float(options.get("ddp_timeout") or _PATIENCE))
-    return Processes(
-        PartialState(cpu=cpu, timeout=timeout), launched or bool(options.get("fsdp") or options.get("deepspeed"))
-    )
 
 
 def is_exact(model: str, source: str | list[Any] | None) -> bool:

@@ -1,0 +1,296 @@
+"""The command `internal-policy train`: the words of `bupo.train` as options, a summary and the figures of the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, METHODS, PRESETS, VERIFIERS
+from internal_policy.config import DTYPES, Lens
+from internal_policy.errors import UserError
+from internal_policy.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.results import Run
+
+DATA = Path("data/runs")
+FIGURES = Path("figures")
+
+# Spelt out once more, because where it is defined torch is imported.
+Site = Literal["layer", "attn", "ffn"]
+
+_WORDS = {"method": METHODS, "preset": (*PRESETS,), "aggregation": AGGREGATIONS, "template": TEMPLATES, "dtype": DTYPES}
+_FROM_PYTHON_ONLY = ("tokenizer", "peft_config", "callbacks")
+
+
+def train(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama.")
+    ] = "testbed/qwen3",
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub data set id, or a parquet, jsonl or json file, with answers. [default: zwhe99/DeepMath-103K; "
+            "fresh problems of testbed for an embedded model]"
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Layer whose policy is optimised first, from 1; auto: the model's own responses are analysed; or the "
+            "directory of an analysis. [default: auto]"
+        ),
+    ] = None,
+    ipa_steps: Annotated[
+        str | None,
+        typer.Option(help="Steps of that first phase, or auto. [default: the preset's share of the run, else 20/300]"),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: bupo]")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(VERIFIERS)}, or module:function. [default: math; exact for testbed]"),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps in all, each a batch of rollouts with all updates on it. [default: preset's]"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help=f"Directory of the run. [default: {DATA}/<model>--<method>...]"),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"Settings by name: {', '.join(PRESETS)}. [default: testbed for an embedded model]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything. [default: 0]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: preset's, else 1e-6]")] = None,
+    ipa_learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the first phase. [default: --learning-rate]")
+    ] = None,
+    prompts_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Prompts in a batch of rollouts. [default: preset's, else 128]")
+    ] = None,
+    num_generations: Annotated[
+        int | None, typer.Option(min=2, help="Responses sampled to each prompt. [default: 8]")
+    ] = None,
+    mini_batches: Annotated[
+        int | None, typer.Option(min=1, help="Updates on a batch of rollouts. [default: preset's, else 4]")
+    ] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="At most so many tokens a response.")] = None,
+    max_prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of more tokens are left out. [default: 1024]")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help=f"One of {', '.join(TEMPLATES)}. [default: chat]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature. [default: 1.0]")] = None,
+    site: Annotated[Site | None, typer.Option(help="Whose policy of the layer comes first. [default: layer]")] = None,
+    lens: Annotated[Lens | None, typer.Option(help="Without or with the final norm. [default: policy]")] = None,
+    aggregation: Annotated[
+        str | None, typer.Option(help=f"Mean of the loss: {' or '.join(AGGREGATIONS)}. [default: {AGGREGATIONS[0]}]")
+    ] = None,
+    freeze_layers: Annotated[
+        int | None, typer.Option(min=0, help="No update of layers 1..n and of an untied embedding. [default: 0]")
+    ] = None,
+    upper_lr_scale: Annotated[
+        float | None, typer.Option(help="Factor on the learning rate of layers above --layer. [default: 1]")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="Train LoRA adapters of this rank (needs peft). [default: all weights]")
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Evaluate start and result on it. [default: the embedded tasks for testbed]")
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(min=0, help="Responses sampled per problem; 0 leaves it out.")
+    ] = None,
+    eval_problems: Annotated[int | None, typer.Option(min=1, help="At most so many problems of it.")] = None,
+    dynamics_every: Annotated[
+        int | None, typer.Option(min=0, help="Measure figure 5 every so many steps; 0 never. [default: 10 times]")
+    ] = None,
+    dynamics_responses: Annotated[
+        int | None, typer.Option(min=1, help="Fixed responses that it is measured on. [default: 32]")
+    ] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="wandb, tensorboard and what else transformers knows.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the weights: one of {', '.join(DTYPES)}.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
+    prompts_split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value: any other option of BuPOConfig and trl.GRPOConfig; repeat for more."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
+    # What was not given is left to the preset.
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("set_", "debug")}
+    options = _with_settings(given, set_ or [])
+    _check(options)
+    from internal_policy.shell import quiet_libraries
+
+    quiet_libraries(debug)
+    from internal_policy.bupo.training import train as run_training
+
+    run = run_training(**options)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        show(run)
+        draw([run], FIGURES / run.path.resolve().name if output is None else run.path / "figures")
+
+
+def _with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    options = dict(given)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--set is {setting!r}; needed is name=value, as in --set epsilon_high=0.28")
+        if name in _FROM_PYTHON_ONLY:
+            raise UserError(f"--set {name} takes an object, which a command cannot give; call bupo.train from Python")
+        # A switch that is off was not given.
+        if options.get(name) not in (None, False):
+            raise UserError(f"{name} was given twice; leave out {setting!r} or what else gives it")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse what can be told without the libraries, whose import takes seconds."""
+    for name, choices in _WORDS.items():
+        if name in options and options[name] not in choices:
+            raise UserError(f"{_flag(name)} is {options[name]!r}; needed is one of {', '.join(choices)}")
+    steps = str(options.get("ipa_steps", AUTO)).strip()
+    if steps != AUTO and not steps.isdigit():
+        raise UserError(f"--ipa-steps is {steps}; needed is a number of steps of at least 0, or auto")
+    total = options.get("max_steps")
+    if steps != AUTO and isinstance(total, int) and int(steps) > total:
+        raise UserError(f"--ipa-steps is {steps} and --max-steps {total}; needed is at most --max-steps, or auto")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def show(run: Run) -> None:
+    """Print a run on standard output.
+
+    Args:
+        run: the run.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from internal_policy import terminal
+
+    console = Console()
+    phases = Table(
+        title=f"{escape(run.name)}: {escape(run.label)}",
+        caption="first and last step of each phase; rewards are means over its rollouts",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("phase", "steps", "reward", "H(π_θ), nats", "tokens"):
+        phases.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
+    for phase, rows in _phases(run):
+        ends = rows.iloc[[0, -1]]
+        spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
+        phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
+    console.print(phases)
+    if run.layer is not None:
+        console.print(f"[bold]layer {run.layer}[/bold]: {escape(run.layer_reason)}", highlight=False)
+        console.print(
+            f"internal policy alignment ended after {run.ipa_steps} steps: {escape(run.ipa_reason)}", highlight=False
+        )
+    _show_evaluation(run, console)
+    if failed := ", ".join(f"{n} {kind}" for kind, n in run.failures.items() if n):
+        console.print(
+            f"[yellow]the reward failed on some responses, which count as 0: {failed}[/yellow]", highlight=False
+        )
+    console.print(f"model: {run.model_dir}/", highlight=False, markup=False, soft_wrap=True)
+    terminal.list_files("run", sorted(p for p in run.path.iterdir() if p.is_file() and not p.name.startswith(".")))
+
+
+def _phases(run: Run) -> list[tuple[str, Any]]:
+    if run.history.empty:
+        return []
+    return [(str(name), rows) for name, rows in run.history.groupby("phase", sort=False)]
+
+
+def _pair(ends: Any, column: str, digits: int) -> str:
+    if column not in ends:
+        return "-"
+    first, last = ends[column]
+    return f"{first:.{digits}f} → {last:.{digits}f}"
+
+
+def _show_evaluation(run: Run, console: Any) -> None:
+    start, trained = run.evaluation_start, run.evaluation
+    if start is None or trained is None:
+        return
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from internal_policy.evaluation import compare
+    from internal_policy.evaluation.benchmarks import title
+
+    change = compare(trained, start)
+    table = Table(
+        title=f"{escape(title(trained.benchmark))}: {trained.n_problems} problems x {trained.n_samples} samples",
+        caption="percent, with 95% intervals over problems; the difference is paired by problem",
+        box=box.SIMPLE_HEAD,
+        min_width=64,
+        pad_edge=False,
+    )
+    for heading in ("", f"Avg@{trained.n_samples}", "95% interval"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, avg in (("start", start.avg), ("trained", trained.avg)):
+        table.add_row(name, f"{100 * avg['mean']:.2f}", _span(avg["low"], avg["high"]))
+    table.add_row("difference", f"{100 * change.difference:+.2f}", _span(change.low, change.high, "+"))
+    console.print(table)
+    p = change.p_permutation
+    console.print(
+        f"better on {change.n_better} problems, worse on {change.n_worse}, equal on {change.n_equal}; "
+        f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)",
+        highlight=False,
+    )
+
+
+def _span(low: float, high: float, sign: str = "") -> str:
+    """A single problem has no interval."""
+    return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
+
+
+def draw(runs: list[Run], directory: Path) -> None:
+    """Draw figures 4, 5 and 7, and tell where they are.
+
+    Args:
+        runs: the runs.
+        directory: made where it does not exist.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from internal_policy import terminal, training_figures
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = training_figures.save_run_figures(runs, directory)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
+        ) from error
+    terminal.list_files("figures", paths)
