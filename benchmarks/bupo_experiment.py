@@ -11,8 +11,7 @@ held-out problems with the same random streams. Runs are kept in ``build/bupo_ex
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from internal_policy.alignment_figures import alignment_dynamics
 from internal_policy.bupo.results import write_table
 from internal_policy.errors import UserError
 from internal_policy.evaluation import Evaluation, compare, evaluate
+from internal_policy.shell import quiet_libraries
 from internal_policy.style import save_figure
 from internal_policy.training_figures import policy_entropy_curves, training_curves
 
@@ -238,9 +238,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
     parser.add_argument("--only", default="", help="only the jobs whose name contains this")
     asked = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet_libraries(debug=False)
+    # What is there already is told by its line of results.
+    logging.getLogger("internal_policy").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)
     setting, todo, problems = dict(SETTING), jobs(), PROBLEMS
     root, data, figures = Path("build/bupo_experiment"), Path("data/experiments/bupo"), Path("figures/experiments/bupo")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from internal_policy.bupo.forward import check_layer, internal_forward
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.models import family_of
+
+_CITATION = """@article{tan2025bottomup,
+    title   = {{Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies}},
+    author  = {Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and Zhao, Chengfeng and Lu, Qiunan and
+               Liang, Tian and Zhao, Jun and Liu, Kang},
+    journal = {arXiv preprint arXiv:2512.19673},
+    year    = {2025},
+}"""
 
 _PHASE = "aligns"
 """Key of a batch of rollouts that says which policy its log-probabilities are of."""
@@ -37,6 +45,15 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     """
 
     args: BuPOConfig
+
+    # What TRL writes into the model card of a checkpoint.
+    _name = "BuPO"
+    _tag_names = ("trl", "bupo")
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
+        "id": "2512.19673",
+        "citation": _CITATION,
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make the trainer as ``trl.GRPOTrainer`` is made, with a ``BuPOConfig``.

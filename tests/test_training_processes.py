@@ -1,0 +1,190 @@
+"""Two processes on the CPU (gloo) do what one does with the same batch, and only one of them writes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+
+from internal_policy import bupo
+
+SWITCH, STEPS, UPDATES = 2, 4, 2
+
+
+def in_a_process(rank, port, out, aggregation):
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    updates(out, rank, 2, aggregation)
+
+
+def both(out, aggregation):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # As torchrun does it, with one import for both.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["internal_policy.bupo.training"])
+    ranks = [context.Process(target=in_a_process, args=(rank, port, out, aggregation)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def rollouts(prompts, trainer):
+    """Completions that depend on nothing but the prompt and the place in its group."""
+    tokenizer = trainer.processing_class
+    seen, completions = {}, []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, -1) + 1
+        rng = torch.Generator().manual_seed(hash_of(prompt) + seen[prompt])
+        length = int(torch.randint(3, 9, (), generator=rng))
+        completions.append(torch.randint(2, 61, (length,), generator=rng).tolist())
+    return {
+        "prompt_ids": [tokenizer(p)["input_ids"] for p in prompts],
+        "completion_ids": completions,
+        "logprobs": None,
+    }
+
+
+def hash_of(prompt):
+    return sum(1000 * (i + 1) * int(w[1:]) for i, w in enumerate(prompt.split()))
+
+
+def high_words(completions, **_):
+    return [sum(int(w[1:]) > 30 for w in c.split()) / 8 for c in completions]
+
+
+def updates(out, rank, processes, aggregation):
+    """The trainer on 16 rollouts a step; with two processes each takes eight of them in two parts."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step in (SWITCH * UPDATES, STEPS * UPDATES):
+                torch.save(model.state_dict(), Path(out) / f"{processes}-{rank}-{state.global_step}.pt")
+
+    trainer = bupo.BuPOTrainer(
+        model=tiny_model("qwen3", layers=4),
+        reward_funcs=high_words,
+        args=bupo.BuPOConfig(
+            output_dir=str(out),
+            **{"layer": 2, "ipa_steps": SWITCH, "max_steps": STEPS * UPDATES, "num_generations": 4},
+            # The updates of a step all see the whole batch, which TRL deals out to mini-batches by chance.
+            num_iterations=UPDATES,
+            **{"per_device_train_batch_size": 16 if processes == 1 else 4, "steps_per_generation": processes},
+            **{"gradient_accumulation_steps": processes, "aggregation": aggregation},
+            # Adam's first steps are the signs of gradients, of which rounding turns those near zero.
+            **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "linear", "shuffle_dataset": False},
+            **{"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True},
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in range(2, 2 + 4 * STEPS)]),
+        processing_class=tiny_tokenizer(),
+        callbacks=[Keep()],
+        rollout_func=rollouts,
+    )
+    assert trainer.accelerator.num_processes == processes
+    trainer.train()
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", pytest.param("token-mean", marks=pytest.mark.slow)])
+def test_two_processes_make_the_updates_of_one(tmp_path, aggregation):
+    both(tmp_path, aggregation)
+    updates(tmp_path, 0, 1, aggregation)
+    start = tiny_model("qwen3", layers=4).state_dict()
+    before = start
+    for update in (SWITCH * UPDATES, STEPS * UPDATES):
+        one, two, other = (torch.load(tmp_path / f"{n}-{r}-{update}.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
+        for name in one:
+            assert torch.equal(two[name], other[name])
+            # The same sums of float32 in another order: a few times 2^-24 of weights up to 1.
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        above = [n for n in one if n.startswith(("model.layers.2", "model.layers.3", "model.norm"))]
+        assert all(torch.equal(two[n], start[n]) == (update == SWITCH * UPDATES) for n in above)
+        assert max(float((two[n] - before[n]).abs().max()) for n in one) > 1e-3
+        before = one
+    assert max(float((two[n] - start[n]).abs().max()) for n in above) > 1e-3
+
+
+TRAIN_SCRIPT = """
+import json, os, signal, sys
+out, rank = os.path.abspath(sys.argv[1]), os.environ["RANK"]
+written = []
+
+def watch(event, args):
+    path = os.path.abspath(os.fsdecode(args[0])) if args and isinstance(args[0], (str, bytes, os.PathLike)) else ""
+    if path.startswith(out):
+        if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+            written.append(path)
+        elif event in ("os.mkdir", "os.rename", "os.remove", "shutil.rmtree"):
+            written.append(path)
+
+sys.addaudithook(watch)
+import torch
+from transformers import TrainerCallback
+from internal_policy import bupo
+
+class Die(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 3 and rank == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+save = torch.save
+
+def seen(thing, path, *args, **kwargs):
+    written.append(os.path.abspath(path))
+    save(thing, path, *args, **kwargs)
+
+# It opens its files out of Python's sight.
+torch.save = seen
+
+run = bupo.train(
+    "testbed/qwen3", layer="auto", ipa_steps=1, max_steps=2, prompts_per_step=8, num_generations=4, mini_batches=2,
+    max_completion_length=44, save_steps=1, eval_problems=4, eval_samples=2, dynamics_responses=4, output=out,
+    callbacks=[Die()] if len(sys.argv) > 2 else [],
+)
+with open(f"rank-{rank}.json", "w") as handle:
+    json.dump({"layer": run.layer, "written": written, "phases": list(run.history["phase"])}, handle)
+"""
+
+
+@pytest.mark.slow
+def test_train_with_two_processes(tmp_path):
+    (tmp_path / "script.py").write_text(TRAIN_SCRIPT)
+
+    def launch(*args):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+        return subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+
+    done = launch("out")
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["layer"] == second["layer"]
+    assert first["written"]
+    # Each process keeps the state of its own random generators, and may be the first to need the folder.
+    assert {p.name for p in map(Path, first["written"])} >= {"run.json", "optimizer.pt", "rng_state_0.pth"}
+    assert {p.name for p in map(Path, second["written"]) if p.suffix} == {"rng_state_1.pth"}
+    run = bupo.load_run(tmp_path / "out")
+    assert list(run.history["phase"]) == ["ipa", "grpo"]
+    assert list(run.dynamics["step"]) == [0, 1, 2]
+    assert run.evaluation is not None
+
+    # Each process goes on with its own random numbers.
+    assert "SIGKILL" in launch("killed", "die").stderr
+    assert not (tmp_path / "killed" / "run.json").exists()
+    done = launch("killed")
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
