@@ -175,7 +175,7 @@ def figures(
     if runs:
         cli_train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
     if evaluations:
-        cli_evaluate._draw(evaluations, root)
+        cli_evaluate.draw(evaluations, root)
 
 
 def _kind(directory: Path) -> str:

@@ -128,7 +128,7 @@ def evaluate(
     drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
     if len(drawn) > 1:
         terminal.show_summary(drawn)
-    _draw(drawn, FIGURES if output is None else root / "figures")
+    draw(drawn, FIGURES if output is None else root / "figures")
 
 
 def _stored(directories: list[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
@@ -165,7 +165,16 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> None:
             terminal.show_comparison(compare(a, b))
 
 
-def _draw(evaluations: list[Evaluation], root: Path) -> None:
+def draw(evaluations: list[Evaluation], root: Path) -> None:
+    """Draw figures 6 and 15, and list the files.
+
+    Args:
+        evaluations: what is drawn.
+        root: below it a directory named by models and benchmarks is written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from internal_policy import evaluation_figures, terminal
     from internal_policy.evaluation.benchmarks import slug
     from internal_policy.shell import figure_name

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, METHODS, PRESETS, VERIFIERS
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
@@ -17,7 +17,6 @@ from internal_policy.prompts import TEMPLATES
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
 
-DATA = Path("data/runs")
 FIGURES = Path("figures")
 
 # Spelt out once more, because where it is defined torch is imported.

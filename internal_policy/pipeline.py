@@ -24,7 +24,7 @@ from internal_policy.errors import UserError
 from internal_policy.generation import Request, end_ids, response_limit, sample
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, load, wrap
+from internal_policy.models import LanguageModel, evaluating, load, wrap
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
@@ -86,22 +86,12 @@ def analyze(
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            opened = stack.enter_context(_evaluating(model, tokenizer, name))
+            stack.enter_context(evaluating(model))
+            opened = wrap(model, tokenizer, name)
         if output is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-"))
             return replace(_run(config, opened, prompts, responses, Path(scratch) / "run", False), path=None)
         return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite)
-
-
-@contextmanager
-def _evaluating(model: Any, tokenizer: Any, name: str) -> Iterator[LanguageModel]:
-    """Put the user's model in evaluation mode, and each of its modules back into its own on any exit."""
-    modes = {module: module.training for module in model.modules()} if isinstance(model, torch.nn.Module) else {}
-    try:
-        yield wrap(model, tokenizer, name)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _label(source: str | list[Any] | None) -> str | None:

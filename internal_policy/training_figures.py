@@ -4,8 +4,8 @@
     numbers = training_curves_data([bupo_run])         # exactly what it draws
     alignment_dynamics(bupo_run).savefig("fig5.pdf")   # fig. 5, for one run
 
-Runs of one model with one label are seeds: their mean is drawn, with its 95% interval from three seeds on. Nothing
-here needs a model or torch.
+Runs of one model that differ in nothing but their seed are averaged, with the mean's 95% interval from three seeds on.
+Nothing here needs a model or torch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def training_curves_data(
     """Return the numbers of figs. 4 and 7.
 
     Args:
-        runs: The runs; those of one model and label are seeds.
+        runs: The runs; those of one model that differ in nothing else are seeds.
         quantities: Columns of the runs' histories.
         smooth: Steps of a centred moving mean, taken in each run before the mean over seeds; 1 leaves them as they are.
 
@@ -81,6 +81,7 @@ def training_curves_data(
         raise UserError(f"smooth is {smooth}; needed is a number of steps from 1")
     from scipy.stats import t as scipy_t
 
+    runs = _distinguished(runs)
     parts = []
     for (name, label), seeds in _groups(runs).items():
         for quantity in quantities:
@@ -102,7 +103,7 @@ def training_curves(runs: Sequence[Run], *, smooth: int = 1, axes: Sequence[Axes
     A dashed line in a run's colour marks where its internal policy alignment ended.
 
     Args:
-        runs: The runs; those of one model and label are seeds.
+        runs: The runs; those of one model that differ in nothing else are seeds.
         smooth: Steps of a centred moving mean; 1 draws every step as it is.
         axes: Where to draw, three for each model; without it a figure with a legend is made.
 
@@ -119,7 +120,7 @@ def policy_entropy_curves(runs: Sequence[Run], *, smooth: int = 1, axes: Sequenc
     """Draw fig. 7: the entropy of pi_theta against the step, a panel for each model.
 
     Args:
-        runs: The runs; those of one model and label are seeds.
+        runs: The runs; those of one model that differ in nothing else are seeds.
         smooth: Steps of a centred moving mean; 1 draws every step as it is.
         axes: Where to draw, one for each model; without it a figure with a legend is made.
 
@@ -159,6 +160,29 @@ def save_run_figures(runs: Sequence[Run], directory: Path, *, smooth: int = 1) -
     return [path for stem, draw in drawings.items() for path in style.save_figure(draw(), directory / stem)]
 
 
+class _Drawn:
+    """A run under the label that tells it from the others in the figure."""
+
+    def __init__(self, run: Run, label: str) -> None:
+        self._run = run
+        self.label = label
+        self.setting: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+
+def _distinguished(runs: Sequence[Run]) -> list[Any]:
+    """Add to a label the settings in which runs differ that would share it: only seeds may be averaged."""
+    drawn = []
+    for run in runs:
+        alike = [other.setting for other in runs if (other.name, other.label) == (run.name, run.label)]
+        keys = sorted({k for setting in alike for k in setting if any(o.get(k) != setting[k] for o in alike)})
+        told = "".join(f", {key} {run.setting.get(key)}" for key in keys)
+        drawn.append(_Drawn(run, run.label + told))
+    return drawn
+
+
 def _groups(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -175,6 +199,7 @@ def _smoothed(history: pd.DataFrame, quantity: str, smooth: int) -> pd.Series:
 
 
 def _curves(runs: Sequence[Run], quantities: dict[str, str], smooth: int, axes: Sequence[Axes] | None) -> Figure:
+    runs = _distinguished(runs)
     frame = training_curves_data(runs, tuple(quantities), smooth=smooth)
     models = list(dict.fromkeys(run.name for run in runs))
     labels = list(dict.fromkeys(run.label for run in runs))

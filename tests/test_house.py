@@ -139,6 +139,19 @@ def test_the_readmes_python_runs(number, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
 
 
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("document", "number"),
+    [(document.name, number) for document in DOCUMENTS for number in range(len(python_blocks(document)))],
+)
+def test_the_documents_python_runs(document, number, tmp_path):
+    code = python_blocks(ROOT / "docs" / document)[number]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -38,6 +38,7 @@ class FakeRun:
     history: pd.DataFrame
     dynamics: pd.DataFrame = field(default_factory=pd.DataFrame)
     dynamics_layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    setting: dict = field(default_factory=dict)
 
 
 def make_run(
@@ -308,3 +309,12 @@ def test_figures_are_named_by_their_runs_and_seeds_overwrite_nothing(tmp_path, m
     dynamics = "fig5_alignment_qwen3-bupo-layer-6-10-steps"
     names = ("fig4_training", "fig7_policy_entropy", dynamics, f"{dynamics}_2")
     assert save_run_figures([make_run(), make_run(seed=1), grpo()], tmp_path) == [tmp_path / name for name in names]
+
+
+def test_only_runs_that_differ_in_nothing_but_their_seed_are_averaged():
+    alike = [replace(make_run(seed=seed), setting={"learning_rate": 1e-6}) for seed in range(2)]
+    other = replace(make_run(seed=2), setting={"learning_rate": 1e-5})
+    frame = training_curves_data([*alike, other])
+    told = frame.groupby("label")["seeds"].max()
+    assert told.to_dict() == {f"{BUPO}, learning_rate 1e-06": 2, f"{BUPO}, learning_rate 1e-05": 1}
+    assert set(training_curves_data(alike)["label"]) == {BUPO}

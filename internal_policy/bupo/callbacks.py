@@ -1,42 +1,31 @@
-"""What watches the training: the first phase's learning rate, the dynamics on fixed responses, tables and progress."""
+"""What watches the training: the dynamics on fixed responses, tables and progress."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from transformers import TrainerCallback
 
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
-from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, history_of, read_table, write_table
+from internal_policy.bupo.results import (
+    DYNAMICS,
+    DYNAMICS_LAYERS,
+    FAILURES,
+    HISTORY,
+    history_of,
+    read_table,
+    write_table,
+)
 from internal_policy.bupo.rewards import failures_of
-from internal_policy.bupo.words import ALIGNMENT, AUTO
+from internal_policy.bupo.words import ALIGNMENT, AUTO, after_alignment
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
-
-
-class AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Gives the updates of the first phase their own learning rate; the schedule does not notice."""
-
-    def __init__(self, trainer: BuPOTrainer, factor: float) -> None:
-        self._trainer = trainer
-        self._factor = factor
-        self._rates: list[float] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Scale the rates for one update."""
-        groups = kwargs["optimizer"].param_groups
-        self._rates = [group["lr"] for group in groups] if self._trainer.in_alignment else []
-        for group, rate in zip(groups, self._rates, strict=False):
-            group["lr"] = rate * self._factor
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put them back."""
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
-            group["lr"] = rate
 
 
 class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
@@ -89,9 +78,9 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         batch_aligned = self._trainer.last_aligned if state.global_step else self._trainer.in_alignment
         measured = self._dynamics.measure()
         step = self._step(state)
-        after = "grpo" if self._trainer.args.method == "bupo" else self._trainer.args.method
         row = measured.row()
-        self.rows.append({"step": step, "phase": ALIGNMENT if batch_aligned else after, **row})
+        phase = ALIGNMENT if batch_aligned else after_alignment(self._trainer.args.method)
+        self.rows.append({"step": step, "phase": phase, **row})
         self.layers.append(measured.layers.assign(step=step))
         self._decide()
         if state.global_step:
@@ -126,12 +115,11 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
 class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Writes the history while it grows, and moves the progress bar."""
 
-    def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None], factor: float) -> None:
+    def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None]) -> None:
         self._trainer = trainer
         self._directory = directory
         self._advance = advance
-        self._factor = factor
-        self._failures = 0
+        self._failures: dict[str, int] = {}
 
     def history(self) -> pd.DataFrame:
         """The history so far.
@@ -140,14 +128,30 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
             A row a step.
         """
         args = self._trainer.args
-        return history_of(self._trainer.state.log_history, args.updates_per_step, args.method, self._factor)
+        return history_of(self._trainer.state.log_history, args.updates_per_step, args.method, args.alignment_rate)
+
+    def failures(self) -> dict[str, int]:
+        """Rewards that failed in the whole run, over all processes.
+
+        Returns:
+            How many, by kind.
+        """
+        total: Counter[str] = Counter()
+        for entry in self._trainer.state.log_history:
+            kinds = {k.removeprefix(FAILURES): int(v) for k, v in entry.items() if k.startswith(FAILURES)}
+            total.update(kinds)
+        return dict(total)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step when all its updates are done, and the rewards that failed in it."""
         if state.global_step % self._trainer.args.updates_per_step == 0:
-            failures = sum(failures_of(self._trainer.reward_funcs).values())
-            self._trainer.log_metric("reward_failures", float(failures - self._failures))
-            self._failures = failures
+            # Each process scores its own share of the rollouts.
+            total = failures_of(self._trainer.reward_funcs)
+            since = torch.tensor([float(total[kind] - self._failures.get(kind, 0)) for kind in sorted(total)])
+            everywhere = self._trainer.accelerator.reduce(since.to(self._trainer.accelerator.device), reduction="sum")
+            for kind, number in zip(sorted(total), everywhere.tolist(), strict=True):
+                self._trainer.log_metric(FAILURES + kind, number)
+            self._failures = dict(total)
             self._advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -98,6 +98,13 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
         return self.method == "bupo" and self.ipa_steps != 0
 
     @property
+    def alignment_rate(self) -> float:
+        """Learning rate of the first phase, as a multiple of the second's."""
+        if not self.aligns or self.ipa_learning_rate is None:
+            return 1.0
+        return float(self.ipa_learning_rate / self.learning_rate)
+
+    @property
     def updates_per_step(self) -> int:
         """Optimiser updates on one batch of rollouts."""
         per_rollout = self.steps_per_generation * self.num_iterations
@@ -140,6 +147,28 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             one_of("ipa_steps", self.ipa_steps, (AUTO,), "a number of steps or auto")
         elif isinstance(self.ipa_steps, bool) or self.ipa_steps < 0:
             raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps of at least 0, or auto")
+        if self.ipa_learning_rate is not None and (self.ipa_learning_rate < 0 or not self.learning_rate > 0):
+            raise UserError(
+                f"ipa_learning_rate is {self.ipa_learning_rate} and learning_rate {self.learning_rate}; needed are a "
+                "rate of at least 0 and, as it follows the same schedule, a learning_rate above 0"
+            )
+        if self.ipa_learning_rate is not None and self.deepspeed_plugin is not None:
+            raise UserError(
+                "ipa_learning_rate under DeepSpeed: its engine steps before the rate of the first phase can be set; "
+                "leave it out, or use DDP or FSDP"
+            )
+        if self.aligns and self.layer is not None and self.freeze_layers >= self.layer:
+            raise UserError(
+                f"freeze_layers is {self.freeze_layers} and layer {self.layer}: the first phase would have nothing to "
+                "train below the head; freeze fewer layers, or use method='grpo' (the baseline of appendix B.2)"
+            )
+        if self.method in ("rloo", "reinforce++"):
+            for name, usual in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
+                if getattr(self, name) != usual:
+                    raise UserError(
+                        f"{name}={getattr(self, name)!r} with method={self.method!r}, whose advantages have a scale of "
+                        "their own; leave it out"
+                    )
         if self.method != "bupo" and self.ipa_steps != 0:
             raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
         per_rollout = self.steps_per_generation * self.num_iterations

@@ -106,7 +106,12 @@ class RunDirectory:
                 before = json.loads(stored.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{stored}: cannot be read ({error}); add --overwrite to start over") from error
-            if differing := _differing(before, settings):
+            differing = _differing(before, settings)
+            if differing and last_checkpoint(self.path / CHECKPOINTS) is None:
+                # Nothing was trained yet, so nothing is lost by starting anew.
+                self._begin(settings, main, clear=True)
+                return None
+            if differing:
                 raise UserError(
                     f"{self.path}: holds an unfinished run with other settings ({differing}); repeat its command, "
                     "choose another --output directory, or add --overwrite to start over"
@@ -115,16 +120,23 @@ class RunDirectory:
             if checkpoint is not None:
                 logger.warning("%s: going on from %s", self.path, checkpoint.name)
             return checkpoint
-        if main:
-            if overwrite:
-                self._clear()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(stored, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        self._begin(settings, main, clear=overwrite)
         return None
 
+    def _begin(self, settings: dict[str, Any], main: bool, *, clear: bool) -> None:
+        if not main:
+            return
+        if clear:
+            self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / _SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
     def _clear(self) -> None:
-        """Remove what an earlier run wrote, the manifest first; nothing else that is there."""
-        for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED, _SETTINGS):
+        """Remove what an earlier run wrote, the manifest first; nothing else that is there.
+
+        The settings stay until they are replaced: they say whose directory it is, should this be interrupted.
+        """
+        for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED):
             (self.path / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -145,6 +157,11 @@ class RunDirectory:
         else:
             trainer.save_model(str(temporary))
         if trainer.is_world_process_zero():
+            if not any(temporary.glob("*.safetensors")):
+                raise UserError(
+                    f"{temporary}: the launcher's configuration wrote no whole weights; use FULL_STATE_DICT (FSDP) or "
+                    "zero3_save_16bit_model (DeepSpeed). The checkpoints are kept: the same command goes on from there"
+                )
             tokenizer.save_pretrained(temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from internal_policy.bupo.forward import SITES, Site
@@ -29,7 +28,7 @@ from internal_policy.capture import Batch, HookExtractor, LayerStates
 from internal_policy.config import Lens
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.errors import UserError
-from internal_policy.models import LanguageModel
+from internal_policy.models import LanguageModel, evaluating
 from internal_policy.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.statistics import clustered_mean
 
@@ -136,7 +135,7 @@ class Dynamics:
         model = _read_anew(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
-        with _evaluating(model.model):
+        with evaluating(model.model), torch.no_grad():
             for start in range(0, len(self._responses), self._batch_size):
                 batch = self._responses[start : start + self._batch_size]
                 for (name, layer), values in self._run(model, batch).items():
@@ -269,19 +268,6 @@ def _read_anew(model: LanguageModel) -> LanguageModel:
         final_norm=operator.attrgetter(model.family.final_norm)(model.model),
     )
     return replace(model, projection=projection)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients, and each of its modules back in its own on any exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:

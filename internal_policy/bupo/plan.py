@@ -20,6 +20,18 @@ from internal_policy.prompts import TEMPLATES
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
+_ROW_A_STEP = "the history has a row a step"
+_OWN_DATA = "evaluate with benchmark=, before and after the training"
+_SETTLED = {
+    **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step"), _ROW_A_STEP),
+    **dict.fromkeys(("eval_strategy", "do_eval", "eval_steps", "eval_on_start", "load_best_model_at_end"), _OWN_DATA),
+    "shuffle_dataset": "the order of the prompts follows from the seed, so that a resumed run sees the same",
+    "num_train_epochs": "the run has max_steps steps, over as many passes through the prompts as that takes",
+    "disable_tqdm": "progress is shown where standard error is a terminal",
+    "model_init_kwargs": "the words of `train` say how the model is loaded (dtype, revision, attn_implementation)",
+    "resume_from_checkpoint": "a run is taken up by the same call with the same output",
+}
+"""Options of transformers that `train` settles, and why."""
 _LARGEST_BATCH = {"cpu": 64, "cuda": 4}
 _CHECKPOINTS_IN_A_RUN = 10
 _AT_LEAST = {
@@ -49,6 +61,8 @@ class Plan:
     """Longer prompts (in tokens) are left out."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
+    attn_implementation: str | None = None
+    """transformers' attention: eager, sdpa, flash_attention_2, a kernel of the hub; its own choice where not given."""
     dtype: str = "auto"
     """dtype of the weights: float32 for auto; bf16 mixed precision is another option."""
     trust_remote_code: bool = False
@@ -85,6 +99,8 @@ def split(model: str, words: Mapping[str, Any], options: Mapping[str, Any]) -> t
     ours = {f.name for f in fields(Plan)}
     trainers = {f.name for f in fields(BuPOConfig) if f.init} - {"output_dir", "trust_remote_code", "model_init_kwargs"}
     for name in given:
+        if name in _SETTLED:
+            raise UserError(f"{name} cannot be chosen: {_SETTLED[name]}")
         if name not in ours | trainers:
             near = difflib.get_close_matches(name, sorted(ours | trainers), n=1)
             hint = f"; did you mean {near[0]}?" if near else "; known are those of `train`, BuPOConfig and GRPOConfig"
@@ -194,14 +210,15 @@ def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes
         UserError: batch sizes that do not divide, or a value that TRL refuses.
     """
     settled = dict(options)
-    if settled.get("use_vllm") and settled.get("ipa_steps"):
+    if settled.get("use_vllm"):
+        # Not with an internal policy, and the methods are to be compared on the same terms.
         settled.setdefault("vllm_importance_sampling_correction", False)
     if not any(name in settled for name in _TRLS_BATCH):
         settled.update(_batch(plan, settled, processes, device))
     counted = {name: settled.pop(name) for name in STEP_OPTIONS if name in settled}
     counted["max_steps"] = plan.max_steps
     counted.setdefault("save_steps", max(1, plan.max_steps // _CHECKPOINTS_IN_A_RUN))
-    counted.setdefault("logging_steps", 1)
+    counted["logging_steps"] = 1
     settled.setdefault("save_total_limit", 2)
     settled.setdefault("report_to", "none")
     settled.setdefault("gradient_checkpointing", device == "cuda")

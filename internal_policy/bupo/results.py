@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.bupo.words import ALIGNMENT
+from internal_policy.bupo.words import ALIGNMENT, AUTO, after_alignment
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
 
@@ -89,11 +89,25 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What figures call it: runs of one label differ in their seed only."""
-        if self.method != "bupo" or not self.ipa_steps:
-            return {"grpo": "GRPO", "bupo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[self.method]
-        site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[str(self.config["trainer"]["site"])]
-        return f"BuPO, {site} {self.layer}, {self.ipa_steps} steps"
+        """What figures call it."""
+        trainer = self.config["trainer"]
+        if self.method != "bupo" or self.layer is None:
+            parts = [{"grpo": "GRPO", "bupo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[self.method]]
+        else:
+            site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[str(trainer["site"])]
+            asked = trainer["ipa_steps"]
+            steps = asked if asked == AUTO else f"{self.ipa_steps} step{'s' if self.ipa_steps != 1 else ''}"
+            parts = ["BuPO", f"{site} {self.layer}", steps]
+        parts += [text.format(trainer[name]) for name, text in _TOLD.items() if trainer.get(name) not in _USUAL[name]]
+        if self.config["plan"].get("lora_rank"):
+            parts.append(f"LoRA {self.config['plan']['lora_rank']}")
+        return ", ".join(parts)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What was asked for, seed and prompts apart: runs that agree in it differ in their seed only."""
+        flat = {**self.config, **self.config["plan"], **self.config["trainer"]}
+        return {key: value for key, value in flat.items() if key not in _NO_SETTING}
 
     def save(self) -> None:
         """Write tables and manifest; the manifest last."""
@@ -110,9 +124,35 @@ class Run:
         write_text(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+# What a label says beside method, layer and steps, and the values that go without saying.
+_TOLD = {
+    "lens": "{}",
+    "ipa_learning_rate": "first at {:g}",
+    "freeze_layers": "layers 1-{} frozen",
+    "upper_lr_scale": "{:g}x above",
+    "aggregation": "{}",
+}
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "lens": (None, "policy"),
+    "ipa_learning_rate": (None,),
+    "freeze_layers": (None, 0),
+    "upper_lr_scale": (None, 1.0),
+    "aggregation": (None, "sequence-mean"),
+}
+_NO_SETTING = {
+    *("plan", "trainer", "seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps"),
+    *("save_total_limit", "report_to", "entropy_sequences"),
+}
+
 _PLAIN = (
     *("name", "method", "layer", "layer_reason", "ipa_steps", "ipa_reason", "config", "failures", "timings"),
     *("versions", "evaluation_paths"),
+)
+
+
+# Before pandas 3.1 the default may miss a float's last digit; from then on it does not, and the choice is deprecated.
+_EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
 )
 
 
@@ -137,7 +177,8 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     try:
         # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
-        return pd.read_csv(path, float_precision="round_trip")
+        table: pd.DataFrame = pd.read_csv(path, **_EXACT)
+        return table
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
 
@@ -189,7 +230,6 @@ def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, al
     Returns:
         A row a step.
     """
-    after = "grpo" if method == "bupo" else method
     rows = []
     for entry in log:
         if "reward" not in entry:
@@ -198,13 +238,15 @@ def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, al
         rates = entry.get("learning_rate")
         row: dict[str, Any] = {
             "step": entry["step"] // updates_per_step,
-            "phase": ALIGNMENT if aligns else after,
+            "phase": ALIGNMENT if aligns else after_alignment(method),
             **{name: entry.get(source) for name, source in _COLUMNS.items()},
             "learning_rate": None if rates is None else rates * (alignment_lr if aligns else 1.0),
         }
         if entry.get("step_time") is not None:
             row["seconds"] = entry["step_time"] * updates_per_step
         row.update({key: value for key, value in entry.items() if key.startswith("rewards/") and "/mean" in key})
+        failed = [value for key, value in entry.items() if key.startswith(FAILURES)]
+        row["reward_failures"] = int(sum(failed)) if failed else None
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -220,5 +262,6 @@ _COLUMNS = {
     "groups_without_signal": "frac_reward_zero_std",
     "grad_norm": "grad_norm",
     "loss": "loss",
-    "reward_failures": "reward_failures",
 }
+FAILURES = "reward_failures/"
+"""Before the kinds of failures in the trainer's log."""

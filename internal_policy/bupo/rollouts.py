@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 from datasets import Dataset
 
 from internal_policy.bupo.config import BuPOConfig
@@ -20,7 +21,7 @@ from internal_policy.errors import UserError
 from internal_policy.files import write_text
 from internal_policy.generation import Request, check_prompt_lengths, sample
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel
+from internal_policy.models import LanguageModel, evaluating
 from internal_policy.progress import status
 from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render
 from internal_policy.responses import Response
@@ -37,7 +38,11 @@ FIXED = "dynamics_responses.jsonl"
 """File of the responses that the dynamics are measured on."""
 ANALYSIS = "analysis"
 """Directory of the analysis that chose the layer."""
-_TRLS_COLUMNS = {"prompt", "answer", "completion", "completion_ids", "image", "images", "environment"}
+_TRLS_COLUMNS = {
+    *("prompt", "prompts", "answer", "completion", "completions", "completion_ids", "image", "images", "environment"),
+    *("environments", "trainer_state", "log_extra", "log_metric"),
+}
+"""Columns under these names would meet TRL's own, or the arguments that it hands to reward functions."""
 
 
 def is_exact(model: str, source: str | list[Any] | None) -> bool:
@@ -77,9 +82,23 @@ class Stream:
             Rows with ``prompt`` (a chat where the tokenizer has a template for it, else text), ``answer``, and the
             other columns of the records.
         """
-        rows = [{**p.columns, "prompt": _written(p, template, tokenizer), "answer": p.answer} for p in self.prompts]
-        columns = {"prompt", "answer"} | {c for p in self.prompts for c in p.columns} - _TRLS_COLUMNS
-        return Dataset.from_list([{c: row.get(c) for c in sorted(columns)} for row in rows])
+        others = sorted({c for p in self.prompts for c in p.columns} - _TRLS_COLUMNS)
+        return Dataset.from_dict(
+            {
+                "prompt": [_written(p, template, tokenizer) for p in self.prompts],
+                "answer": [p.answer for p in self.prompts],
+                **{c: _of_one_type([p.columns.get(c) for p in self.prompts]) for c in others},
+            }
+        )
+
+
+def _of_one_type(values: list[Any]) -> list[Any]:
+    """A column that arrow cannot hold, such as one of numbers and words, becomes text."""
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+        return [None if value is None else str(value) for value in values]
+    return values
 
 
 def _written(prompt: Prompt, template: str, tokenizer: Any) -> Any:
@@ -194,9 +213,7 @@ def fixed_responses(
 
 def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: BuPOConfig) -> list[Response]:
     requests = [Request(p, render(p, plan.template, model.tokenizer), i, 0) for i, p in enumerate(prompts)]
-    training = model.model.training
-    model.model.eval()
-    try:
+    with evaluating(model.model):
         found = halving(
             requests,
             lambda part: sample(
@@ -204,8 +221,6 @@ def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: Bu
             ),
             "lower max_completion_length",
         )
-    finally:
-        model.model.train(training)
     return [r for r in found if r.n_tokens > 0]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,22 +16,23 @@ import pandas as pd
 
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo import rollouts
-from internal_policy.bupo.callbacks import AlignmentRate, Chronicle, DynamicsWatch
+from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
 from internal_policy.bupo.processes import Processes, processes
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
-from internal_policy.bupo.rewards import as_rewards, failures_of
+from internal_policy.bupo.rewards import as_rewards
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.bupo.words import AUTO, VERIFIERS
+from internal_policy.bupo.words import ALIGNMENT, AUTO, VERIFIERS
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.progress import progress, status
+from internal_policy.prompts import TESTBED
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Session:
             The run.
 
         Raises:
-            UserError: bad input; nothing was written, or what was written is taken up by the mended call.
+            UserError: bad input; what was written before it was noticed is taken up or replaced by the mended call.
         """
         state = processes(self.options)
         directory = RunDirectory(self.directory)
@@ -79,6 +81,7 @@ class Session:
         exact = rollouts.is_exact(self.name, source)
         rewards = as_rewards(reward, exact=exact)
         choice = choose_layer(self.layer)
+        peft_config = peft_config or rollouts.lora(self.plan)
         with status(f"loading {self.name}"):
             model = opened or load(
                 self.name,
@@ -86,25 +89,14 @@ class Session:
                 dtype=self.plan.dtype,
                 device="cpu",
                 trust_remote_code=self.plan.trust_remote_code,
+                attn_implementation=self.plan.attn_implementation,
             )
         choice.check(model)
         config = self._config(choice.layer, state, probe=True)
-        if config.ipa_steps == AUTO and (state.sharded or not rollouts.cadence(self.plan, config)):
-            why = "FSDP or DeepSpeed spreads the weights" if state.sharded else "dynamics_every is 0"
-            raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
-        if config.freeze_layers > model.n_layers:
-            raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
-        if self._evaluates(exact) and self.plan.benchmark is not None:
-            # Read here for its errors, before anything is written.
-            read_benchmark(self.plan.benchmark, self.plan.eval_problems)
-        stream = rollouts.stream(
-            self.name,
-            source,
-            self.plan,
-            config,
-            model,
-            needs_answer=reward is None or (isinstance(reward, str) and reward in VERIFIERS),
-        )
+        self._refuse(config, model, state, exact, peft_config)
+        named = reward if isinstance(reward, (list, tuple)) else [reward]
+        compares = any(one is None or (isinstance(one, str) and one in VERIFIERS) for one in named)
+        stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compares)
         settings = self._settings(choice, model, stream, peft_config, rewards)
         if not overwrite and (self.directory / MANIFEST).is_file():
             return directory.finished(settings)
@@ -112,69 +104,83 @@ class Session:
         state.wait_for_everyone()
         resumed = directory.open(settings, config.updates_per_step, overwrite, state.is_main_process)
         state.wait_for_everyone()
-        timings = {}
         if not state.sharded:
             model.model.to(state.device)
+        timings = {"evaluation": 0.0}
         if choice.layer is None and self.layer is not None:
             started = time.perf_counter()
             choice = self._analyse(model, stream, state)
             timings["analysis"] = round(time.perf_counter() - started, 3)
         config = self._config(choice.layer, state)
-        timings["evaluation"] = 0.0
         paths: dict[str, str] = {}
         if self._evaluates(exact):
-            self._evaluate(model, "start", self.name, exact, reward, state, paths, timings)
+            paths["start"] = self._evaluate(model, self.name, exact, state, timings)
         watched = rollouts.fixed_responses(model, stream, self.plan, config, self.directory, state)
-        started = time.perf_counter()
-        trainer = BuPOTrainer(
-            model=model.model,
-            reward_funcs=rewards,
-            args=config,
-            train_dataset=stream.dataset(self.plan.template, model.tokenizer),
-            processing_class=model.tokenizer,
-            peft_config=peft_config or rollouts.lora(self.plan),
-            callbacks=callbacks,
-        )
-        with ExitStack() as stack:
+        with _told_in_one_line(config, refusals=(ValueError, TypeError)):
+            trainer = BuPOTrainer(
+                model=model.model,
+                reward_funcs=rewards,
+                args=config,
+                train_dataset=stream.dataset(self.plan.template, model.tokenizer),
+                processing_class=model.tokenizer,
+                peft_config=peft_config,
+                callbacks=callbacks,
+            )
+        with _told_in_one_line(config), ExitStack() as stack:
             chronicle, watch = self._watch(stack, trainer, model, choice, watched)
-            try:
-                trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"out of memory in training; lower per_device_train_batch_size (now "
-                    f"{config.per_device_train_batch_size}) or max_completion_length, and start over with --overwrite"
-                ) from error
-        timings["training"] = round(time.perf_counter() - started, 3)
-        history = chronicle.history()
-        dynamics, layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         directory.save_model(trainer, model.tokenizer)
-        taken = int((history["phase"] == "ipa").sum()) if len(history) else 0
+        history = chronicle.history()
+        timings["training"] = round(float(history["seconds"].sum()), 3)
+        dynamics, layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
         run = Run(
             name=self.name,
             method=config.method,
             layer=choice.layer if config.aligns else None,
             layer_reason=choice.reason if config.aligns else "",
-            ipa_steps=taken,
+            ipa_steps=int((history["phase"] == ALIGNMENT).sum()),
             ipa_reason=_ipa_reason(config, watch),
             config=settings,
             history=history,
             dynamics=dynamics,
             dynamics_layers=layers,
             path=self.directory,
-            failures=dict(failures_of(rewards)),
+            failures=chronicle.failures(),
             timings=timings,
-            versions=_versions(),
+            versions={name: metadata.version(name) for name in _LIBRARIES},
             evaluation_paths=paths,
         )
         if self._evaluates(exact):
-            trained = wrap(trainer.policy_module, model.tokenizer, self.name)
-            self._evaluate(trained, "trained", f"{self.name} {run.label}", exact, reward, state, paths, timings)
+            # Without accelerate's mixed precision around it: both ends of the comparison are computed alike.
+            bare: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+            trained = wrap(bare, model.tokenizer, f"{self.name} {run.label}")
+            paths["trained"] = self._evaluate(trained, trained.name, exact, state, timings)
         if state.is_main_process:
             run.save()
         state.wait_for_everyone()
         return run
+
+    def _refuse(
+        self, config: BuPOConfig, model: LanguageModel, state: Processes, exact: bool, peft_config: Any
+    ) -> None:
+        """Refuse, before anything is written, what the trainer would fall over later, or do silently wrong."""
+        if config.ipa_steps == AUTO and (state.sharded or not rollouts.cadence(self.plan, config)):
+            why = "FSDP or DeepSpeed spreads the weights" if state.sharded else "dynamics_every is 0"
+            raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
+        if config.freeze_layers > model.n_layers:
+            raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
+        if config.sync_ref_model and not config.beta:
+            raise UserError("sync_ref_model=True without a reference model; give beta, or leave it out")
+        if peft_config is not None and not hasattr(peft_config, "peft_type"):
+            raise UserError(f"peft_config is a {type(peft_config).__name__}; needed is one of peft, such as LoraConfig")
+        if peft_config is not None and state.sharded:
+            raise UserError(
+                "adapters under FSDP or DeepSpeed are not supported: they cannot be merged into the model that is "
+                "written at the end; use DDP, or train all weights"
+            )
+        if self._evaluates(exact) and self.plan.benchmark is not None:
+            read_benchmark(self.plan.benchmark, self.plan.eval_problems)
 
     def _config(self, layer: int | None, state: Processes, probe: bool = False) -> BuPOConfig:
         options = {**self.options, "layer": layer}
@@ -227,19 +233,14 @@ class Session:
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "RichProgressCallback"):
                 trainer.remove_callback(callback)
-        factor = (
-            (config.ipa_learning_rate or config.learning_rate) / config.learning_rate if config.learning_rate else 1.0
-        )
         watch = None
         if responses:
             live = replace(model, model=trainer.policy_module)
             dynamics = Dynamics(live, responses, choice.layer or 1, site=config.site, lens=config.lens)
             watch = DynamicsWatch(trainer, dynamics, rollouts.cadence(self.plan, config), self.directory)
             trainer.add_callback(watch)
-        if factor != 1.0:
-            trainer.add_callback(AlignmentRate(trainer, factor))
         advance = stack.enter_context(progress(f"training {self.name}", self.plan.max_steps))
-        chronicle = Chronicle(trainer, self.directory, advance, factor)
+        chronicle = Chronicle(trainer, self.directory, advance)
         trainer.add_callback(chronicle)
         return chronicle, watch
 
@@ -247,36 +248,45 @@ class Session:
         return self.plan.eval_samples != 0 and (self.plan.benchmark is not None or exact)
 
     def _evaluate(
-        self,
-        model: LanguageModel,
-        which: str,
-        name: str,
-        exact: bool,
-        reward: Any,
-        state: Processes,
-        paths: dict[str, str],
-        timings: dict[str, float],
-    ) -> None:
-        """Evaluate on the main process; the same problems and random streams before and after."""
+        self, model: LanguageModel, name: str, exact: bool, state: Processes, timings: dict[str, float]
+    ) -> str:
+        """Evaluate on the main process, by the benchmark's own verifier: a shaped reward is no measure of accuracy."""
         started = time.perf_counter()
-        if state.is_main_process and not state.sharded:
+        found = None
+        if state.is_main_process:
             from internal_policy.evaluation import evaluate
 
             done = evaluate(
                 replace(model, name=name),
-                self.plan.benchmark,
+                self.plan.benchmark if self.plan.benchmark is not None else TESTBED,
                 samples=self.plan.eval_samples or (rollouts.EXACT_SAMPLES if exact else None),
                 max_problems=self.plan.eval_problems,
                 template=self.plan.template,
                 max_new_tokens=self.options.get("max_completion_length"),
-                reward=reward if self.plan.benchmark is not None else None,
                 seed=self.options["seed"],
                 output=self.directory / EVALUATIONS,
             )
             assert done.path is not None
-            paths[which] = str(done.path.relative_to(self.directory))
+            found = str(done.path.relative_to(self.directory))
+        where: str = state.broadcast(found)
         timings["evaluation"] = round(timings["evaluation"] + time.perf_counter() - started, 3)
-        state.wait_for_everyone()
+        return where
+
+
+@contextmanager
+def _told_in_one_line(config: BuPOConfig, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn what TRL refuses, and running out of memory, into one line."""
+    try:
+        yield
+    except refusals as error:
+        raise UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300]}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory in training; lower per_device_train_batch_size (now {config.per_device_train_batch_size}) "
+            "or max_completion_length, and start over with --overwrite"
+        ) from error
 
 
 def _ipa_reason(config: BuPOConfig, watch: DynamicsWatch | None) -> str:
@@ -285,7 +295,3 @@ def _ipa_reason(config: BuPOConfig, watch: DynamicsWatch | None) -> str:
     if config.ipa_steps != AUTO:
         return "as it was asked for"
     return (watch.reason if watch else None) or "half of the run was over"
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _LIBRARIES}

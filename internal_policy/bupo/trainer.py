@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from internal_policy.bupo.advantages import leave_one_out, whitened
@@ -21,7 +22,7 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.forward import check_layer, internal_forward
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
-from internal_policy.models import family_of
+from internal_policy.models import evaluating, family_of
 
 _CITATION = """@article{tan2025bottomup,
     title   = {{Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies}},
@@ -82,6 +83,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                 "layers 1..l only; pass router_aux_loss_coef=0"
             )
         self._freeze(layers)
+        if self.args.alignment_rate != 1.0:
+            self.add_callback(_AlignmentRate(self))
 
     @property
     def policy_module(self) -> nn.Module:
@@ -193,6 +196,11 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         local = len(batch["prompt_ids"])
         start = self.accelerator.process_index * local
         batch["advantages"] = advantages[start : start + local].to(batch["advantages"])
+        # What TRL noted for the table of completions are GRPO's.
+        noted = self._logs["advantages"]
+        for _ in range(min(len(noted), len(advantages))):
+            noted.pop()
+        noted.extend(advantages.tolist())
 
     @torch.no_grad()
     def _measure_policy_entropy(self, batch: dict[str, Any]) -> None:
@@ -204,7 +212,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         # Responses to one prompt stand next to each other: take them from all over the batch.
         rows = torch.linspace(0, n - 1, wanted, device=batch["prompt_ids"].device).round().long()
         prompt_mask, mask = batch["prompt_mask"][rows], batch["completion_mask"][rows]
-        with self._policy(False), _evaluating(self.model):
+        # Without dropout, so that a measurement draws no random numbers from the training's stream.
+        with self._policy(False), evaluating(self.model):
             _, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),
@@ -219,12 +228,21 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         self.log_metric("policy_entropy", total / max(count, 1.0))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, so that a measurement draws no random numbers from the training's stream."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+class _AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Gives the updates of the first phase their own learning rate; the schedule does not notice."""
+
+    def __init__(self, trainer: BuPOTrainer) -> None:
+        self._trainer = trainer
+        self._rates: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Scale the rates for one update."""
+        groups = kwargs["optimizer"].param_groups
+        self._rates = [group["lr"] for group in groups] if self._trainer.last_aligned else []
+        for group, rate in zip(groups, self._rates, strict=False):
+            group["lr"] = rate * self._trainer.args.alignment_rate
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put them back."""
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
+            group["lr"] = rate

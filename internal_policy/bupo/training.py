@@ -9,13 +9,11 @@ from typing import Any
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
-from internal_policy.bupo.words import AUTO
+from internal_policy.bupo.words import AUTO, DATA
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, wrap
 from internal_policy.results import Analysis
-
-DATA = Path("data/runs")
 
 
 def train(
@@ -77,7 +75,7 @@ def train(
     directory = (
         Path(output).expanduser()
         if output is not None
-        else DATA / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
+        else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
     )
     session = Session(name, plan, trainer_options, directory, wanted_layer)
     return session.run(given_model, prompts, reward, overwrite, peft_config, callbacks or [])

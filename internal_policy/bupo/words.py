@@ -6,6 +6,8 @@ from typing import Any
 
 from internal_policy.errors import UserError
 
+DATA = "data/runs"
+"""Where runs go when no output is given."""
 METHODS = ("bupo", "grpo", "rloo", "reinforce++")
 AGGREGATIONS = ("sequence-mean", "token-mean")
 AUTO = "auto"
@@ -13,6 +15,19 @@ VERIFIERS = ("math", "exact")
 """Rewards by name; both compare with a reference answer."""
 ALIGNMENT = "ipa"
 """The name of the first phase; the second is called by its method."""
+
+
+def after_alignment(method: str) -> str:
+    """Name the second phase.
+
+    Args:
+        method: the run's method.
+
+    Returns:
+        ``grpo`` for bupo, else the method.
+    """
+    return "grpo" if method == "bupo" else method
+
 
 PAPER: dict[str, Any] = {
     "max_steps": 300,
@@ -49,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings by name: of arXiv 2512.19673v3 (tables 7-8, appendix A.5: 8 A100), and of the embedded models (CPU)."""
 
 # Counted in steps by `train`, in updates by TRL.
-STEP_OPTIONS = ("max_steps", "save_steps", "logging_steps", "eval_steps", "warmup_steps")
+STEP_OPTIONS = ("max_steps", "save_steps", "warmup_steps")
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from internal_policy.statistics import Floats
 _FLIPS = 10_000
 _FLIPS_PER_CHUNK = 500
 _EXACT = 13
-_SETTINGS = ("template", "temperature", "token_limit", "dtype", "reward", "samples")
+_SETTINGS = ("template", "temperature", "token_limit", "reward", "samples")
+_ON = ("dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
     mean, stderr = statistics.clustered_mean(d[:, None], np.ones(len(d)))
     low, high = metrics.difference_interval(d[:, None])
     differing = {
-        name: (a.config.get(name), b.config.get(name)) for name in _SETTINGS if a.config.get(name) != b.config.get(name)
+        **{n: (a.config.get(n), b.config.get(n)) for n in _SETTINGS if a.config.get(n) != b.config.get(n)},
+        # What the weights were in and ran on, not what was asked for: "auto" means another thing on another machine.
+        **{n: (a.model.get(n), b.model.get(n)) for n in _ON if a.model.get(n) != b.model.get(n)},
     }
     return Comparison(
         first=a.name,

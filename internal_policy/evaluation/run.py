@@ -8,8 +8,8 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import response_limit
 from internal_policy.inputs import Source, as_source
-from internal_policy.models import LanguageModel, load
+from internal_policy.models import LanguageModel, evaluating, load
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
 from internal_policy.workspace import Workspace, differences
@@ -118,7 +118,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     scorer = Scorer(reward, exact=source == TESTBED)
-    with _evaluating(opened):
+    with evaluating(opened.model if opened is not None else None):
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
@@ -132,19 +132,6 @@ def default_benchmark() -> str:
         ``math500``.
     """
     return next(name for name, b in benchmarks.BENCHMARKS.items() if b.source == MATH_500)
-
-
-@contextmanager
-def _evaluating(model: LanguageModel | None) -> Iterator[None]:
-    """Put a model in evaluation mode, and each of its modules back into its own on any exit."""
-    modes = {module: module.training for module in model.model.modules()} if model is not None else {}
-    try:
-        if model is not None:
-            model.model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _run(
@@ -180,6 +167,7 @@ def _run(
         "inputs": hashlib.sha256(json.dumps([r.prompt_ids for r in requests]).encode()).hexdigest()[:16],
         # Each kind of device has random streams of its own.
         "sampled_on": model.device.type,
+        "sampled_in": str(model.dtype).removeprefix("torch."),
         "token_limit": limit,
     }
     if finished is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from internal_policy.models.families import FAMILIES, Family, family_of
 from internal_policy.models.loading import LanguageModel, check, choose_device, load, wrap
+from internal_policy.models.modes import evaluating
 from internal_policy.models.projection import Projection
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Projection",
     "check",
     "choose_device",
+    "evaluating",
     "family_of",
     "load",
     "wrap",

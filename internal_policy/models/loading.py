@@ -193,6 +193,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> LanguageModel:
     """Load a causal LM and its tokenizer from safetensors.
 
@@ -202,6 +203,7 @@ def load(
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda, float32 elsewhere.
         device: ``auto`` (cuda, mps, cpu) or a torch device.
         trust_remote_code: run code that comes with the checkpoint.
+        attn_implementation: transformers' attention; its own choice where not given.
 
     Returns:
         The model on its device, in evaluation mode.
@@ -229,6 +231,7 @@ def load(
             output_loading_info=True,
             # Shapes that differ then stand in the report, which is read here, instead of on the terminal.
             ignore_mismatched_sizes=True,
+            attn_implementation=attn_implementation,
             **options,
         )
         _refuse_other_weights(report, family_of(config.model_type, name).layers, name)
