@@ -43,7 +43,7 @@ SETTING: dict[str, Any] = {
 }
 ALIGNMENT_STEPS = 3
 SEEDS = range(5)
-FEWER_SEEDS = range(2)
+FEWER_SEEDS = range(3)
 PROBLEMS, SAMPLES = 512, 2
 
 
@@ -84,10 +84,11 @@ def jobs() -> list[Job]:
             first = Job("main", model, "bupo", boundary, ALIGNMENT_STEPS, seed=seed)
             found += [Job("main", model, seed=seed), first]
             if seed in FEWER_SEEDS:
-                found += [replace(first, part="steps", ipa_steps=n) for n in (1, 6)]
+                found += [replace(first, part="steps", ipa_steps=n) for n in (1, 6, 15)]
                 found += [replace(first, part="layers", layer=n) for n in (2, 4, 8)]
+                found += [replace(first, part="rate", ipa_learning_rate=rate) for rate in (1e-5, 3e-4)]
             if seed == 0:
-                found += [replace(first, part="rate", ipa_learning_rate=rate) for rate in (1e-5, 3e-4, 1e-3)]
+                found.append(replace(first, part="rate", ipa_learning_rate=1e-3))
                 found.append(replace(first, part="lens", lens="logit-lens"))
                 found += [replace(first, part="site", site=site) for site in ("attn", "ffn")]
     # The main comparison comes before the sweeps' further seeds.
@@ -177,7 +178,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         runs: ``runs.csv``.
 
     Returns:
-        A row a setting: lift with 95% t-interval over seeds, difference from GRPO paired by seed with the same.
+        A row a setting: lift with 95% t-interval over seeds, difference from GRPO paired by seed with the same. They
+        speak of these problems and this start, which all runs share.
     """
     setting = ["part", "model", "method", "layer", "ipa_steps", "ipa_learning_rate", "site", "lens"]
     grpo = runs[runs["method"] == "grpo"].set_index(["model", "seed"])["lift"]
@@ -223,8 +225,8 @@ def draw(done: Sequence[tuple[Job, bupo.Run]], directory: Path) -> list[Path]:
         if not runs:
             continue
         short = model.split("/")[1]
-        written += save_figure(training_curves(runs), directory / f"fig4_training_{short}")
-        written += save_figure(policy_entropy_curves(runs), directory / f"fig7_entropy_{short}")
+        written += save_figure(training_curves(runs, smooth=5), directory / f"fig4_training_{short}")
+        written += save_figure(policy_entropy_curves(runs, smooth=5), directory / f"fig7_entropy_{short}")
         for run in runs:
             if len(run.dynamics):
                 written += save_figure(alignment_dynamics(run), directory / f"fig5_dynamics_{short}")
@@ -251,29 +253,35 @@ def main() -> None:
             Job("main", "testbed/qwen3", "bupo", BOUNDARY["testbed/qwen3"], 1),
         ]
         root, data, figures = (Path("build/bupo_short") / name for name in ("runs", "data", "figures"))
-    data.mkdir(parents=True, exist_ok=True)
+    order = {job.name: place for place, job in enumerate(todo)}
+    # What is there already is read first, so that the tables never lose a run that has been made.
+    todo.sort(key=lambda job: not (root / job.name / "run.json").is_file())
     todo = [job for job in todo if asked.only in job.name]
     starts: dict[str, Evaluation] = {}
     rows, histories, done = [], [], []
     for number, job in enumerate(todo, start=1):
+        fresh = not (root / job.name / "run.json").is_file()
         if job.model not in starts:
             starts[job.model] = measured(job.model, root / "start", problems)
         try:
             run, end = run_job(job, root, setting, problems)
         except UserError as error:
             raise SystemExit(f"{job.name}: {error}") from error
-        rows.append(row_of(job, run, starts[job.model], end))
+        rows.append({"run": job.name, **row_of(job, run, starts[job.model], end)})
         histories.append(run.history.assign(run=job.name, model=job.model, method=job.method, seed=job.seed))
         done.append((job, run))
-        write_table(data / "runs.csv", pd.DataFrame(rows))
-        write_table(data / "summary.csv", summary(pd.DataFrame(rows)))
-        write_table(data / "histories.csv", pd.concat(histories, ignore_index=True))
         told = rows[-1]
         print(
             f"[{number}/{len(todo)}] {job.name}: {told['accuracy_start']:.3f} -> {told['accuracy']:.3f} "
             f"({told['lift']:+.3f}, 95% {told['lift_low']:+.3f} to {told['lift_high']:+.3f}), {told['seconds']:.0f} s",
             flush=True,
         )
+        if (fresh or number == len(todo)) and not asked.only:
+            data.mkdir(parents=True, exist_ok=True)
+            table = pd.DataFrame(rows).sort_values("run", key=lambda names: names.map(order), ignore_index=True)
+            write_table(data / "runs.csv", table)
+            write_table(data / "summary.csv", summary(table))
+            write_table(data / "histories.csv", pd.concat(histories, ignore_index=True).round(5))
     for path in draw(done, figures):
         print(path)
     print(summary(pd.DataFrame(rows)).to_string(index=False))

@@ -135,7 +135,10 @@ def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
         ({"seed": 1.5}, "seed is 1.5; needed is a whole number"),
         ({"num_generations": 1}, "num_generations is 1; needed is at least 2"),
         ({"max_completion_length": 0}, "max_completion_length is 0; needed is at least 1"),
-        ({"freeze_layers": 9}, f"freeze_layers is 9 and the model has {LAYERS} layers"),
+        (
+            {"freeze_layers": 9, "method": "grpo", "ipa_steps": 0},
+            f"freeze_layers is 9 and the model has {LAYERS} layers",
+        ),
         ({"optim": "sgdd"}, "the trainer refuses its options: sgdd is not a valid"),
         ({"report_to": "paper"}, "the trainer refuses its options: paper is not supported"),
         ({"prompts_per_step": 3, "num_generations": 5, "mini_batches": 2}, "do not divide into 2 mini-batches"),
@@ -221,7 +224,7 @@ def test_prompts_that_cannot_be_trained_on(tmp_path, content, message):
         (lambda prompts, completions, **_: ["good"] * len(completions), "returned a str; needed is a finite number"),
         (lambda prompts, completions, **_: [1 / 0], "fails on every sample: ZeroDivisionError: division by zero"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "function",
 )
 def test_rewards_that_are_none(tmp_path, reward, message):
     # What a function returns is only known when the training has begun; mended, the same command goes on.

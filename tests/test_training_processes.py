@@ -20,20 +20,21 @@ from internal_policy import bupo
 SWITCH, STEPS, UPDATES = 2, 4, 2
 
 
-def in_a_process(rank, port, out, aggregation):
+def in_a_process(rank, port, out, kinds):
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
-    updates(out, rank, 2, aggregation)
+    for kind in kinds:
+        updates(out, rank, 2, kind)
 
 
-def both(out, aggregation):
+def both(out, kinds):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # As torchrun does it, with one import for both.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["internal_policy.bupo.training"])
-    ranks = [context.Process(target=in_a_process, args=(rank, port, out, aggregation)) for rank in (0, 1)]
+    ranks = [context.Process(target=in_a_process, args=(rank, port, out, kinds)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -65,48 +66,94 @@ def high_words(completions, **_):
     return [sum(int(w[1:]) > 30 for w in c.split()) / 8 for c in completions]
 
 
-def updates(out, rank, processes, aggregation):
+class Recorder(bupo.BuPOTrainer):
+    """Keeps the advantages of every batch of rollouts, in the order of the rollouts."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        self.__dict__.setdefault("advantages", []).append(batch["advantages"].clone())
+        return batch
+
+
+# Two passes over all rollouts, by either mean; mini-batches as `train` makes them; and the other advantages.
+KINDS = {
+    "sequence-mean": {"aggregation": "sequence-mean"},
+    "token-mean": {"aggregation": "token-mean"},
+    "mini-batches": {},
+    "rloo": {"method": "rloo", "ipa_steps": 0, "layer": None},
+    "reinforce++": {"method": "reinforce++", "ipa_steps": 0, "layer": None},
+}
+
+
+def updates(out, rank, processes, kind):
     """The trainer on 16 rollouts a step; with two processes each takes eight of them in two parts."""
     from datasets import Dataset
     from transformers import TrainerCallback
+    from trl.trainer import grpo_trainer
+
+    options = KINDS[kind]
+    dealt = kind == "mini-batches"
+    batches = {"steps_per_generation": processes, "num_iterations": UPDATES, "gradient_accumulation_steps": processes}
+    # One process takes 16 rollouts at once, each of two takes its eight in two parts of four.
+    size = 16 if processes == 1 else 4
+    if dealt:
+        # Of 16 rollouts each update sees eight, four of them in either process.
+        batches = {"steps_per_generation": UPDATES, "num_iterations": 1, "gradient_accumulation_steps": 1}
+        size = 8 // processes
+    prompts = list(range(2, 2 + 4 * STEPS))
+    if dealt and processes == 1:
+        # Two processes have two prompts of a step each, and the first of either is in the first mini-batch.
+        prompts = [p for start in prompts[::4] for p in (start, start + 2, start + 1, start + 3)]
+    # By chance TRL deals otherwise with one process than with two.
+    shuffle = grpo_trainer.shuffle_sequence_dict
+    grpo_trainer.shuffle_sequence_dict = (lambda batch: batch) if dealt else shuffle
 
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, model, **_):
             if state.global_step in (SWITCH * UPDATES, STEPS * UPDATES):
-                torch.save(model.state_dict(), Path(out) / f"{processes}-{rank}-{state.global_step}.pt")
+                torch.save(model.state_dict(), Path(out) / f"{kind}-{processes}-{rank}-{state.global_step}.pt")
 
-    trainer = bupo.BuPOTrainer(
+    trainer = Recorder(
         model=tiny_model("qwen3", layers=4),
         reward_funcs=high_words,
         args=bupo.BuPOConfig(
             output_dir=str(out),
-            **{"layer": 2, "ipa_steps": SWITCH, "max_steps": STEPS * UPDATES, "num_generations": 4},
-            # The updates of a step all see the whole batch, which TRL deals out to mini-batches by chance.
-            num_iterations=UPDATES,
-            **{"per_device_train_batch_size": 16 if processes == 1 else 4, "steps_per_generation": processes},
-            **{"gradient_accumulation_steps": processes, "aggregation": aggregation},
+            **{"max_steps": STEPS * UPDATES, "num_generations": 4, "per_device_train_batch_size": size},
+            **{"layer": 2, "ipa_steps": SWITCH, **batches, **options},
             # Adam's first steps are the signs of gradients, of which rounding turns those near zero.
             **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "linear", "shuffle_dataset": False},
             **{"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True},
             gradient_checkpointing=False,
         ),
-        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in range(2, 2 + 4 * STEPS)]),
+        train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in prompts]),
         processing_class=tiny_tokenizer(),
         callbacks=[Keep()],
         rollout_func=rollouts,
     )
     assert trainer.accelerator.num_processes == processes
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        grpo_trainer.shuffle_sequence_dict = shuffle
+    torch.save(torch.stack(trainer.advantages), Path(out) / f"{kind}-{processes}-{rank}-advantages.pt")
 
 
-@pytest.mark.parametrize("aggregation", ["sequence-mean", pytest.param("token-mean", marks=pytest.mark.slow)])
-def test_two_processes_make_the_updates_of_one(tmp_path, aggregation):
-    both(tmp_path, aggregation)
-    updates(tmp_path, 0, 1, aggregation)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What one process and two end with, for every kind; two processes are started once for all of them."""
+    out = tmp_path_factory.mktemp("processes")
+    both(out, list(KINDS))
+    for kind in KINDS:
+        updates(out, 0, 1, kind)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["sequence-mean", "token-mean", "mini-batches"])
+def test_two_processes_make_the_updates_of_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
     before = start
     for update in (SWITCH * UPDATES, STEPS * UPDATES):
-        one, two, other = (torch.load(tmp_path / f"{n}-{r}-{update}.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
+        one, two, other = (torch.load(trained / f"{kind}-{n}-{r}-{update}.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
         for name in one:
             assert torch.equal(two[name], other[name])
             # The same sums of float32 in another order: a few times 2^-24 of weights up to 1.
@@ -116,6 +163,16 @@ def test_two_processes_make_the_updates_of_one(tmp_path, aggregation):
         assert max(float((two[n] - before[n]).abs().max()) for n in one) > 1e-3
         before = one
     assert max(float((two[n] - start[n]).abs().max()) for n in above) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rloo", "reinforce++"])
+def test_two_processes_have_the_advantages_of_one(trained, kind):
+    one, first, second = (torch.load(trained / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
+    two = torch.cat([first, second], dim=1)
+    assert one.shape == two.shape == (STEPS, 16)
+    # Rewards are exact eighths; the sums over 16 of them are taken in another order.
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+    assert one.abs().amax(dim=1).min() > 0.1
 
 
 TRAIN_SCRIPT = """

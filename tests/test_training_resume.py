@@ -182,6 +182,19 @@ def test_killed_at_each_moment(place, straight, options):
         assert_same(straight(**options), train(place, output, **options))
 
 
+@pytest.mark.parametrize("update", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_rates_of_their_own_are_taken_up_too(place, straight, update):
+    """In either phase: the optimiser has more groups than TRL's, and the first phase's rate is in no checkpoint."""
+    rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}
+    killed(place, f"rates-{update}", "on_step_end", update, **rates)
+    run = straight(**rates)
+    assert_same(run, train(place, f"rates-{update}", **rates))
+    # The schedule falls to 0 in a line, and a step is logged at its last update.
+    assert run.history["learning_rate"].tolist() == pytest.approx(
+        [7 / 8 * 5e-3, 5 / 8 * 5e-3, 3 / 8 * 2e-3, 1 / 8 * 2e-3]
+    )
+
+
 @pytest.mark.slow
 def test_adapters_are_taken_up_too(place, straight):
     killed(place, "lora", "on_step_end", 5, lora_rank=2)

@@ -28,6 +28,7 @@ __all__ = [
     "MathVerifier",
     "as_rewards",
     "boxed_answer",
+    "compare",
     "failures_of",
     "score",
 ]
@@ -179,6 +180,18 @@ def failures_of(rewards: Iterable[Any]) -> dict[str, int]:
     """
     counts = [f for f in (getattr(r, "failures", None) for r in rewards) if isinstance(f, Failures)]
     return {"crashes": sum(f.crashes for f in counts), "timeouts": sum(f.timeouts for f in counts)}
+
+
+def compare(rewards: Iterable[Any]) -> bool:
+    """Say whether a reward of `as_rewards` compares with reference answers.
+
+    Args:
+        rewards: Reward functions.
+
+    Returns:
+        True where one of them is a built-in verifier.
+    """
+    return any(isinstance(getattr(r, "reward", r), (MathReward, ExactReward)) for r in rewards)
 
 
 def score(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 from datasets import Dataset
 
 from internal_policy.bupo.config import BuPOConfig
@@ -93,11 +92,12 @@ class Stream:
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:
-    """A column that arrow cannot hold, such as one of numbers and words, becomes text."""
+    """A column that a data set cannot hold, such as one of numbers and words, becomes text."""
     try:
-        pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
-        return [None if value is None else str(value) for value in values]
+        Dataset.from_dict({"column": values})
+    except (ValueError, TypeError, NotImplementedError, OverflowError):
+        # Half a character, as JSON may hold it, is in no text that can be written.
+        return [None if value is None else str(value).encode(errors="replace").decode() for value in values]
     return values
 
 

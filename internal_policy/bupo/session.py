@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -23,9 +24,9 @@ from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
 from internal_policy.bupo.processes import Processes, processes
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
-from internal_policy.bupo.rewards import as_rewards
+from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.bupo.words import ALIGNMENT, AUTO, VERIFIERS
+from internal_policy.bupo.words import ALIGNMENT, AUTO
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
@@ -92,11 +93,11 @@ class Session:
                 attn_implementation=self.plan.attn_implementation,
             )
         choice.check(model)
-        config = self._config(choice.layer, state, probe=True)
+        # A layer that the analysis has yet to find may be any; everything else can be checked already.
+        open_layer = model.n_layers if self.layer is not None else None
+        config = self._config(choice.layer or open_layer, state)
         self._refuse(config, model, state, exact, peft_config)
-        named = reward if isinstance(reward, (list, tuple)) else [reward]
-        compares = any(one is None or (isinstance(one, str) and one in VERIFIERS) for one in named)
-        stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compares)
+        stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
         settings = self._settings(choice, model, stream, peft_config, rewards)
         if not overwrite and (self.directory / MANIFEST).is_file():
             return directory.finished(settings)
@@ -123,7 +124,8 @@ class Session:
                 args=config,
                 train_dataset=stream.dataset(self.plan.template, model.tokenizer),
                 processing_class=model.tokenizer,
-                peft_config=peft_config,
+                # It is filled in, and the caller's shall serve for further calls.
+                peft_config=copy.deepcopy(peft_config),
                 callbacks=callbacks,
             )
         with _told_in_one_line(config), ExitStack() as stack:
@@ -182,11 +184,8 @@ class Session:
         if self._evaluates(exact) and self.plan.benchmark is not None:
             read_benchmark(self.plan.benchmark, self.plan.eval_problems)
 
-    def _config(self, layer: int | None, state: Processes, probe: bool = False) -> BuPOConfig:
+    def _config(self, layer: int | None, state: Processes) -> BuPOConfig:
         options = {**self.options, "layer": layer}
-        if probe and layer is None:
-            # The layer is not known before the analysis; everything else can be checked already.
-            options["layer"] = 1
         where = str(self.directory / CHECKPOINTS)
         return planning.configure(self.plan, options, where, state.number, state.device.type)
 
@@ -201,7 +200,7 @@ class Session:
             "prompts": stream.digest,
             "layer": choice.layer or (str(self.layer) if self.layer is not None else None),
             "rewards": [getattr(r, "__name__", type(r).__name__) for r in rewards],
-            "peft": str(peft_config) if peft_config is not None else None,
+            "peft": _told_alike(peft_config) if peft_config is not None else None,
             "plan": fields,
             "trainer": {"site": "layer", "lens": "policy", **self.options},
         }
@@ -287,6 +286,15 @@ def _told_in_one_line(config: BuPOConfig, refusals: tuple[type[Exception], ...] 
             f"out of memory in training; lower per_device_train_batch_size (now {config.per_device_train_batch_size}) "
             "or max_completion_length, and start over with --overwrite"
         ) from error
+
+
+def _told_alike(peft_config: Any) -> str:
+    """The same text for the same adapters in every process: the order of a set is not."""
+    told = copy.copy(peft_config)
+    for name, value in vars(peft_config).items():
+        if isinstance(value, (set, frozenset)):
+            setattr(told, name, sorted(value))
+    return str(told)
 
 
 def _ipa_reason(config: BuPOConfig, watch: DynamicsWatch | None) -> str:

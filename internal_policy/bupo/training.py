@@ -88,7 +88,7 @@ def _name_of(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> tuple[st
         return str(model), None
     if tokenizer is None:
         raise UserError("a model object was given without its tokenizer; pass tokenizer=")
-    if told := sorted(options.keys() & {"revision", "dtype", "trust_remote_code"}):
+    if told := sorted(options.keys() & {"revision", "dtype", "trust_remote_code", "attn_implementation"}):
         raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
     opened = wrap(model, tokenizer)
     return opened.name, opened
