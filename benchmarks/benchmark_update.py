@@ -36,6 +36,10 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
+LIMIT = 0.45
+"""Most that an update at a quarter of the layers may take, as a share of a full one."""
+
+
 def build(shape: str) -> Any:
     """Make a model.
 
@@ -89,6 +93,7 @@ def main() -> None:
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     print(f"{asked.sequences} sequences of {asked.prompt} + {asked.completion} tokens, medians of {asked.repeats}")
     tokenizer = load("testbed/qwen3").tokenizer
+    slowest = 0.0
     for shape in SHAPES:
         full_layers = build(shape).config.num_hidden_layers
         for layer in (full_layers // 4, full_layers // 2):
@@ -136,6 +141,10 @@ def main() -> None:
                 f"{shape}: l = {layer} of {full_layers}: internal {statistics.median(internal):.3f} s, "
                 f"full {statistics.median(full):.3f} s, ratio {ratio:.3f}"
             )
+            if layer == full_layers // 4:
+                slowest = max(slowest, ratio)
+    if slowest > LIMIT:
+        raise SystemExit(f"at a quarter of the layers an update takes {slowest:.3f} of a full one; needed is {LIMIT}")
 
 
 if __name__ == "__main__":

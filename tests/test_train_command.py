@@ -37,7 +37,7 @@ def test_a_run_from_end_to_end(finished):
     assert done.stderr == ""
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv"}
-    drawn = {"fig4_training", "fig5_alignment_qwen3-bupo-layer-2-1-steps", "fig7_policy_entropy"}
+    drawn = {"fig4_training", "fig5_alignment_qwen3-bupo-layer-2-1-step", "fig7_policy_entropy"}
     assert named | {f"figures/{stem}.{kind}" for stem in drawn for kind in ("pdf", "png")} <= files
     found = load_run(out)
     assert list(found.history["phase"]) == ["ipa", "grpo"]

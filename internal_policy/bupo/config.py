@@ -157,7 +157,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 "ipa_learning_rate under DeepSpeed: its engine steps before the rate of the first phase can be set; "
                 "leave it out, or use DDP or FSDP"
             )
-        if self.aligns and self.layer is not None and self.freeze_layers >= self.layer:
+        if self.aligns and self.layer is not None and self.freeze_layers and self.freeze_layers >= self.layer:
             raise UserError(
                 f"freeze_layers is {self.freeze_layers} and layer {self.layer}: the first phase would have nothing to "
                 "train below the head; freeze fewer layers, or use method='grpo' (the baseline of appendix B.2)"
