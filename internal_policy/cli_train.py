@@ -237,6 +237,8 @@ def _pair(ends: Any, column: str, digits: int) -> str:
 
 def _show_evaluation(run: Run, console: Any) -> None:
     start, trained = run.evaluation_start, run.evaluation
+    if trained is None:
+        console.print("not evaluated; --benchmark evaluates start and result, `internal-policy evaluate` any model")
     if start is None or trained is None:
         return
     from rich import box

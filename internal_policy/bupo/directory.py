@@ -118,7 +118,8 @@ class RunDirectory:
                 )
             checkpoint = last_checkpoint(self.path / CHECKPOINTS, updates_per_step)
             if checkpoint is not None:
-                logger.warning("%s: going on from %s", self.path, checkpoint.name)
+                step = int(checkpoint.name.rpartition("-")[2]) // updates_per_step
+                logger.warning("%s: going on after step %d", self.path, step)
             return checkpoint
         self._begin(settings, main, clear=overwrite)
         return None

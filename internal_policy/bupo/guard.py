@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import math
 import numbers
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 from internal_policy.bupo.verifier import Failures
 from internal_policy.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Guarded:
@@ -98,6 +101,12 @@ class Guarded:
         for i, result in enumerate(results):
             fine = not isinstance(result, Exception)
             values += _checked(result, 1, self.__name__, first=i) if fine else [0.0]
+        if errors and not self.own_failures.crashes:
+            logger.warning(
+                "reward function %r fails on some samples, which count as 0; the first: %s",
+                self.__name__,
+                one_line(errors[0]),
+            )
         self._has_worked = True
         self.own_failures.checked += len(results)
         self.own_failures.crashes += len(errors)

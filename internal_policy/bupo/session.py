@@ -181,6 +181,12 @@ class Session:
                 "adapters under FSDP or DeepSpeed are not supported: they cannot be merged into the model that is "
                 "written at the end; use DDP, or train all weights"
             )
+        asked = next((n for n in ("eval_problems", "eval_samples") if getattr(self.plan, n)), None)
+        if asked and not self._evaluates(exact):
+            raise UserError(
+                f"{asked} was given, and there is nothing to evaluate on: prompts of your own are trained on only; "
+                "give benchmark, or leave it out"
+            )
         if self._evaluates(exact) and self.plan.benchmark is not None:
             read_benchmark(self.plan.benchmark, self.plan.eval_problems)
 

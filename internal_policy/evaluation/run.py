@@ -211,7 +211,7 @@ def _in_use(directory: Path, differing: str) -> str:
 def _with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path, workspace: Workspace) -> Evaluation:
     """What is there already, with Pass@K for the K that are asked for now: they need no new samples."""
     workspace.close()
-    logger.warning("%s: already complete; nothing to sample (--overwrite starts over)", directory)
+    logger.warning("%s: this evaluation is complete; nothing to sample", directory)
     if tuple(finished.pass_at_k["k"]) == config.ks:
         return finished
     table = metrics.pass_table(finished.problems, config.ks)
