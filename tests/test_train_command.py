@@ -131,7 +131,9 @@ def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, c
     arguments = [*SHORT, "--reward", "shortness:shorter", "--method", "grpo", "--output", "out"]
     arguments[arguments.index("--ipa-steps") + 1] = "0"
     code, out, err = command(monkeypatch, capsys, *arguments, "--set", "mask-truncated-completions=true")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("reward function 'shorter' fails on some samples, which count as 0; the first: ValueError: ")
+    assert err.count("\n") == 1
     found = load_run(tmp_path / "out")
     assert (found.method, found.layer, found.label) == ("grpo", None, "GRPO")
     assert found.config["rewards"] == ["shorter"]

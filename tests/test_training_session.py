@@ -266,6 +266,7 @@ def test_failures_are_those_of_the_whole_run_where_it_was_interrupted(place, fai
         ({"freeze_layers": 8, "layer": "auto"}, "freeze_layers is 8 and layer"),
         ({"method": "grpo", "ipa_steps": 0, "layer": None, "upper_lr_scale": 0.1}, "the layer above which it holds"),
         ({"sync_ref_model": True}, "sync_ref_model=True without a reference model"),
+        ({"eval_samples": 2, "prompts": PROMPTS}, "eval_samples was given, and there is nothing to evaluate on"),
         ({"peft_config": {"r": 4}}, "peft_config is a dict; needed is one of peft, such as LoraConfig"),
         ({"reward": ["math", high_words], "prompts": PROMPTS}, "prompt 1 has no answer; the reward compares with one"),
         ({"reward": [high_words, ["math"]], "prompts": PROMPTS}, "prompt 1 has no answer"),

@@ -182,7 +182,7 @@ class Session:
                 "written at the end; use DDP, or train all weights"
             )
         asked = next((n for n in ("eval_problems", "eval_samples") if getattr(self.plan, n)), None)
-        if asked and not self._evaluates(exact):
+        if asked and self.plan.eval_samples != 0 and not self._evaluates(exact):
             raise UserError(
                 f"{asked} was given, and there is nothing to evaluate on: prompts of your own are trained on only; "
                 "give benchmark, or leave it out"
