@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
 
 FIGURES = Path("figures")
-
-# Spelt out once more, because where it is defined torch is imported.
-Site = Literal["layer", "attn", "ffn"]
 
 _WORDS = {"method": METHODS, "preset": (*PRESETS,), "aggregation": AGGREGATIONS, "template": TEMPLATES, "dtype": DTYPES}
 _FROM_PYTHON_ONLY = ("tokenizer", "peft_config", "callbacks")

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
 from internal_policy import statistics, tables
 from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValues, reduce_responses, verify
@@ -24,18 +23,17 @@ from internal_policy.errors import UserError
 from internal_policy.generation import Request, end_ids, response_limit, sample
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, load, wrap
+from internal_policy.models import LanguageModel, evaluating, fitting_threads, load, wrap
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis, load_analysis
 from internal_policy.selection import select_layer
-from internal_policy.workspace import Arrays, Workspace, differences
+from internal_policy.workspace import Arrays, Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
 
 _MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
-_NARROW = 256
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -131,13 +129,13 @@ def _run(
         identity["token_limit"] = response_limit(model, config.max_new_tokens)
     if finished is not None:
         if differing := differences({k: finished.config.get(k) for k in identity}, identity):
-            raise UserError(_in_use(directory, differing))
+            raise in_use(directory, "an analysis", differing)
         workspace.close()
         logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
         return finished
     if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished analysis", directory)
-    with _threads_for(model):
+    with fitting_threads(model):
         sampled = _generate(config, model, inputs, workspace)
         captured = _capture(config, extractor, sampled, workspace)
     timings = {"load": round(load_seconds, 3)}
@@ -153,18 +151,6 @@ def _run(
     return analysis
 
 
-@contextmanager
-def _threads_for(model: LanguageModel) -> Iterator[None]:
-    """Use one thread where the products are so small that handing them over costs more than it saves."""
-    threads = torch.get_num_threads()
-    if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     """The analysis that is already there; refused before the model is loaded where its settings differ."""
     if not (directory / MANIFEST).is_file():
@@ -172,15 +158,8 @@ def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     analysis = load_analysis(directory)
     wanted = json.loads(json.dumps(config.decisive()))
     if differing := differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
-        raise UserError(_in_use(directory, differing))
+        raise in_use(directory, "an analysis", differing)
     return analysis
-
-
-def _in_use(directory: Path, differing: str) -> str:
-    return (
-        f"{directory}: already holds an analysis with other settings ({differing}); choose another --output directory, "
-        "or add --overwrite to start over"
-    )
 
 
 def _batches(lengths: Sequence[int], size: int, done: set[int]) -> Iterator[list[int]]:

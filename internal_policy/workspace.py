@@ -37,6 +37,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
 
 
+def in_use(directory: Path, what: str, differing: str) -> UserError:
+    """Make the error for a directory that holds a finished result of other settings.
+
+    Args:
+        directory: the directory.
+        what: ``an analysis``, ``a run``.
+        differing: what `differences` found.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UserError(
+        f"{directory}: already holds {what} with other settings ({differing}); choose another --output directory, "
+        "or add --overwrite to start over"
+    )
+
+
 class Workspace:
     """The portions of one run."""
 

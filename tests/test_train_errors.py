@@ -8,7 +8,6 @@ import os
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import get_args
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from test_cli_errors import make_unloadable, run
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
-from internal_policy import UserError, analyze, bupo, cli, cli_train, select_layer
+from internal_policy import UserError, analyze, bupo, cli, select_layer
 from internal_policy.bupo import plan as planning
-from internal_policy.bupo.forward import SITES
 
 MODEL = "testbed/qwen3"
 LAYERS = 8
@@ -354,10 +352,6 @@ def test_a_reward_that_breaks_the_training(tmp_path, monkeypatch, capsys):
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: reward function 'reward' returned 1 numbers; needed is a list of 16")
     assert not (tmp_path / "out" / "run.json").exists()
-
-
-def test_the_words_of_the_command_are_those_of_the_trainer():
-    assert get_args(cli_train.Site) == SITES
 
 
 def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):

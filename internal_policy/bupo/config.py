@@ -8,8 +8,7 @@ from typing import Any, get_args
 import torch
 from trl import GRPOConfig
 
-from internal_policy.bupo.forward import SITES, Site
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, METHODS
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, METHODS, SITES, Site
 from internal_policy.config import Lens
 from internal_policy.errors import UserError
 

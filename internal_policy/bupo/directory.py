@@ -24,7 +24,7 @@ from internal_policy.bupo.results import (
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
-from internal_policy.workspace import differences
+from internal_policy.workspace import differences, in_use
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
@@ -78,10 +78,7 @@ class RunDirectory:
         """
         run = load_run(self.path)
         if differing := _differing(run.config, settings):
-            raise UserError(
-                f"{self.path}: already holds a run with other settings ({differing}); choose another --output "
-                "directory, or add --overwrite to start over"
-            )
+            raise in_use(self.path, "a run", differing)
         logger.warning("%s: already complete; nothing to train (--overwrite starts over)", self.path)
         return run
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.forward import SITES, Site
+from internal_policy.bupo.words import SITES, Site
 from internal_policy.capture import Batch, HookExtractor, LayerStates
 from internal_policy.config import Lens
 from internal_policy.entropy import policy_divergence, token_log_probs

@@ -11,17 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
+from internal_policy.bupo.words import Site
 from internal_policy.config import Lens
 from internal_policy.errors import UserError
 from internal_policy.models import family_of
-
-Site = Literal["layer", "attn", "ffn"]
-"""What is projected: H^l (arXiv 2512.19673v3, eq. 5), or what the attention or the FFN of layer l writes (eq. 6)."""
-SITES = get_args(Site)
 
 
 class _Last(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from internal_policy.errors import UserError
 
 DATA = "data/runs"
 """Where runs go when no output is given."""
+Site = Literal["layer", "attn", "ffn"]
+"""What is projected: H^l (arXiv 2512.19673v3, eq. 5), or what the attention or the FFN of layer l writes (eq. 6)."""
+SITES = get_args(Site)
 METHODS = ("bupo", "grpo", "rloo", "reinforce++")
 AGGREGATIONS = ("sequence-mean", "token-mean")
 AUTO = "auto"

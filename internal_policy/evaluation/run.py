@@ -29,7 +29,7 @@ from internal_policy.inputs import Source, as_source
 from internal_policy.models import LanguageModel, evaluating, load
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
-from internal_policy.workspace import Workspace, differences
+from internal_policy.workspace import Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _run(
     }
     if finished is not None:
         if differing := differences({key: finished.config.get(key) for key in identity}, identity):
-            raise UserError(_in_use(directory, differing))
+            raise in_use(directory, "an evaluation", differing)
         return _with_ks(finished, config, directory, workspace)
     if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished evaluation", directory)
@@ -197,15 +197,8 @@ def _finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
     evaluation = load_evaluation(directory)
     wanted = json.loads(json.dumps(config.decisive()))
     if differing := differences({key: v for key, v in evaluation.config.items() if key in wanted}, wanted):
-        raise UserError(_in_use(directory, differing))
+        raise in_use(directory, "an evaluation", differing)
     return evaluation
-
-
-def _in_use(directory: Path, differing: str) -> str:
-    return (
-        f"{directory}: already holds an evaluation with other settings ({differing}); choose another --output "
-        "directory, or add --overwrite to start over"
-    )
 
 
 def _with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path, workspace: Workspace) -> Evaluation:

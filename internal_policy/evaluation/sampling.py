@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.generation import Request, check_prompt_lengths, end_ids, sample
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel
+from internal_policy.models import LanguageModel, fitting_threads
 from internal_policy.progress import progress
 from internal_policy.prompts import Prompt, render
 from internal_policy.responses import Response
 from internal_policy.workspace import Workspace
 
 _MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"
-_NARROW = 256
 
 
 def to_requests(config: EvaluateConfig, model: LanguageModel, problems: Sequence[Prompt]) -> list[Request]:
@@ -80,7 +77,7 @@ def sample_all(
 
     # Prompts of one length together, the longest first: what does not fit in memory is told early.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-    with progress("sampling responses", len(requests), len(found)) as advance, _threads_for(model):
+    with progress("sampling responses", len(requests), len(found)) as advance, fitting_threads(model):
         for start in range(0, len(order), config.batch_size):
             batch = [i for i in order[start : start + config.batch_size] if i not in found]
             if not batch:
@@ -116,15 +113,3 @@ def _row(request: Request, response: Response, score: float, ends: set[int]) -> 
         "n_tokens": response.n_tokens,
         "truncated": response.input_ids[-1] not in ends,
     }
-
-
-@contextmanager
-def _threads_for(model: LanguageModel) -> Iterator[None]:
-    """Use one thread where the products are so small that handing them over costs more than it saves."""
-    threads = torch.get_num_threads()
-    if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

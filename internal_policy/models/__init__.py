@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from internal_policy.models.families import FAMILIES, Family, family_of
 from internal_policy.models.loading import LanguageModel, check, choose_device, load, wrap
-from internal_policy.models.modes import evaluating
+from internal_policy.models.modes import evaluating, fitting_threads
 from internal_policy.models.projection import Projection
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "choose_device",
     "evaluating",
     "family_of",
+    "fitting_threads",
     "load",
     "wrap",
 ]

@@ -1,4 +1,4 @@
-"""Evaluation mode, and back."""
+"""How a model runs for a while: in evaluation mode, on threads that suit its size; and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from internal_policy.models.loading import LanguageModel
+
+_NARROW = 256
 
 
 @contextmanager
@@ -24,3 +29,19 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def fitting_threads(model: LanguageModel) -> Iterator[None]:
+    """Use one thread where the products are so small that handing them over costs more than it saves.
+
+    Args:
+        model: the model that will run.
+    """
+    threads = torch.get_num_threads()
+    if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
