@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from internal_policy import statistics, tables
-from internal_policy.capture import Extractor, HookExtractor, Reducer, TokenValues, reduce_responses, verify
+from internal_policy.capture import Extractor, Reducer, TokenValues, prove, reduce_responses
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.generation import Request, end_ids, response_limit, sample
@@ -118,8 +118,8 @@ def _run(
             device=config.device,
             trust_remote_code=config.trust_remote_code,
         )
-        extractor = HookExtractor(model)
-        verify(extractor)
+        extractor = prove(model)
+        model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.forward import internal_forward
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.capture import Batch, HookExtractor
+from internal_policy.capture import residual_hooks
 from internal_policy.errors import UserError
 from internal_policy.models import wrap
 
@@ -90,7 +90,8 @@ def by_hooks(model, ids, mask, keep, layer, site, lens, temperature):
     states = {}
     rows, length = ids.shape
     positions = torch.arange(rows * length)
-    HookExtractor(language_model).run(Batch(ids, mask, positions), lambda s: states.setdefault(s.layer, s))
+    with torch.no_grad(), residual_hooks(language_model, positions, lambda s: states.setdefault(s.layer, s)):
+        language_model.backbone(**language_model.forward_arguments(ids, mask))
     found = {"layer": "residual_out", "attn": "attention_write", "ffn": "ffn_write"}[site]
     state = getattr(states[layer], found)
     if lens == "logit-lens":

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from internal_policy import UserError, models
 from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce, reduce_responses, residual_hooks, verify
@@ -102,46 +101,20 @@ def test_every_family_passes_the_proof_in_every_dtype(model_type, dtype):
     verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
 
 
-def gemma2():
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "gemma2",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=61,
-        final_logit_softcapping=2.0,
-        initializer_range=0.3,
-    )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-def test_another_family_is_one_row(monkeypatch):
-    row = Family(
-        "Gemma 2",
-        attention_write="post_attention_layernorm",
-        ffn_write="post_feedforward_layernorm",
-        logit_softcap="final_logit_softcapping",
-    )
-    monkeypatch.setitem(TABLE, "gemma2", row)
-    verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+POST_NORMS = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}
 
 
 def test_a_wrong_row_is_refused_by_eq_4(monkeypatch):
     # Gemma 2 norms what its modules write: the raw outputs are not the writes.
     monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", logit_softcap="final_logit_softcapping"))
     with pytest.raises(UserError, match=r"eq\. 4 fails in layer 1"):
-        verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+        verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
 
 
 def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
-    row = Family("Gemma 2", attention_write="post_attention_layernorm", ffn_write="post_feedforward_layernorm")
-    monkeypatch.setitem(TABLE, "gemma2", row)
+    monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", **POST_NORMS))
     with pytest.raises(UserError, match="does not give the model's own logits"):
-        verify(HookExtractor(models.wrap(gemma2(), tiny_tokenizer())))
+        verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

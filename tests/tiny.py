@@ -12,31 +12,86 @@ from internal_policy.entropy import definition
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 61
 
+_MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+_GPT = {"n_embd": 32, "n_inner": 48, "n_head": 4}
+OWN = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**_MOE, "num_experts": 4},
+    "phi": {"partial_rotary_factor": 0.5},
+    "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0, "sliding_window": 8},
+    "gemma3_text": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+    "olmo3": {"sliding_window": 8},
+    "granite": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "embedding_multiplier": 6.0},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 8},
+    "deepseek_v3": {
+        **_MOE,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 4},
+}
+"""What a configuration needs beside the common sizes, so that every part that makes the family differ is at work."""
 
-def tiny_model(model_type, *, tied=False, layers=3, kv_heads=2, seed=0, vocab=VOCAB, context=64, **config):
+
+def tiny_model(
+    model_type, *, tied=False, layers=3, kv_heads=2, seed=0, vocab=VOCAB, context=64, attention=None, **config
+):
     """A randomly initialised model of a real architecture, with weights large enough to make the policies differ."""
+    own = OWN.get(model_type, {})
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 8,
+        "max_position_embeddings": context,
+    }
+    if "n_embd" in own:
+        sizes = {"n_layer": layers, "n_positions": context}
+    if model_type in ("deepseek_v3", "gpt_neox"):
+        del sizes["head_dim"]
+    if model_type == "deepseek_v3":
+        sizes["num_key_value_heads"] = 4
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             model_type,
             **{
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": layers,
-                "num_attention_heads": 4,
-                "num_key_value_heads": kv_heads,
-                "head_dim": 8,
+                **sizes,
                 "vocab_size": vocab,
-                "max_position_embeddings": context,
                 "tie_word_embeddings": tied,
                 "initializer_range": 0.15,
                 "pad_token_id": None,
                 "bos_token_id": 0,
                 "eos_token_id": 1,
+                **own,
                 **config,
             },
-        )
-    ).eval()
+        ),
+        **({"attn_implementation": attention} if attention else {}),
+    )
+    return _shaken(model).eval()
+
+
+def _shaken(model):
+    """Biases and norm weights away from where they begin: a part that is left out must show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
 
 
 def tiny_tokenizer(vocab=VOCAB, chat_template=None):

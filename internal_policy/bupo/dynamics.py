@@ -11,7 +11,6 @@ The responses stay the same, so what changes from one measurement to the next is
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from internal_policy.bupo.words import SITES, Site
-from internal_policy.capture import Batch, HookExtractor, LayerStates
+from internal_policy.capture import LayerStates, residual_hooks
 from internal_policy.config import Lens
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.errors import UserError
-from internal_policy.models import LanguageModel, evaluating
+from internal_policy.models import LanguageModel, evaluating, projection_of
 from internal_policy.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.statistics import clustered_mean
 
@@ -203,7 +202,8 @@ class Dynamics:
                 tokens = zip(normed, _parts(targets), strict=True)
                 keep("loss", layer, (-token_log_probs(b, t, head.weight, head.bias, **options) for b, t in tokens))
 
-        HookExtractor(model).run(Batch(ids, mask, positions), consume)
+        with torch.no_grad(), residual_hooks(model, positions, consume):
+            model.backbone(**model.forward_arguments(ids, mask))
         return values
 
 
@@ -260,14 +260,8 @@ def alignment_end(
 
 def _read_anew(model: LanguageModel) -> LanguageModel:
     """Take E_u and LN_final from the model as it is now."""
-    head = operator.attrgetter(model.family.unembedding)(model.model)
-    projection = replace(
-        model.projection,
-        weight=head.weight.detach(),
-        bias=None if head.bias is None else head.bias.detach(),
-        final_norm=operator.attrgetter(model.family.final_norm)(model.model),
-    )
-    return replace(model, projection=projection)
+    fresh = projection_of(model.model, model.family)
+    return replace(model, projection=replace(fresh, memory_budget=model.projection.memory_budget))
 
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:

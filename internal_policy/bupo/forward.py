@@ -56,8 +56,7 @@ def internal_forward(model: nn.Module, layer: int, *, site: Site = "layer", lens
 
     Source: arXiv 2512.19673v3, eqs. 5, 6 and 9.
     """
-    config: Any = model.config
-    family = family_of(config.model_type, config.model_type)
+    family = family_of(model, type(model).__name__)
     layers = operator.attrgetter(family.layers)(model)
     check_layer(layer, len(layers))
     norm = operator.attrgetter(family.final_norm)(model)

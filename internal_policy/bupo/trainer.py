@@ -105,8 +105,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
 
     @property
     def _family(self) -> Any:
-        config: Any = self.policy_module.config
-        return family_of(config.model_type, getattr(config, "_name_or_path", "") or config.model_type)
+        module: Any = self.policy_module
+        return family_of(module, getattr(module.config, "_name_or_path", "") or module.config.model_type)
 
     def _freeze(self, layers: nn.ModuleList) -> None:
         if not self.args.freeze_layers:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from internal_policy.capture.hooks import HookExtractor, residual_hooks
 from internal_policy.capture.reduce import QUANTITIES, Reducer, TokenValues, reduce_responses
-from internal_policy.capture.states import Batch, Extractor, LayerStates
-from internal_policy.capture.verify import verify
+from internal_policy.capture.states import Batch, Extractor, LayerReduction, LayerStates, LogitReduction
+from internal_policy.capture.verify import prove, verify
 
 __all__ = [
     "QUANTITIES",
     "Batch",
     "Extractor",
     "HookExtractor",
+    "LayerReduction",
     "LayerStates",
+    "LogitReduction",
     "Reducer",
     "TokenValues",
+    "prove",
     "reduce_responses",
     "residual_hooks",
     "verify",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.capture.states import Batch, LayerStates
+from internal_policy.capture.states import Batch, LayerReduction, LayerStates, LogitReduction
 from internal_policy.models import LanguageModel
 
 
@@ -40,44 +40,68 @@ def _hook_layer(
     model: LanguageModel, layer: int, module: nn.Module, positions: Tensor, consume: Callable[[LayerStates], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     family = model.family
-    attention: nn.Module = operator.attrgetter(family.attention)(module)
-    ffn: nn.Module = operator.attrgetter(family.ffn)(module)
-    attention_write: nn.Module = operator.attrgetter(family.attention_write or family.attention)(module)
-    ffn_write: nn.Module = operator.attrgetter(family.ffn_write or family.ffn)(module)
+    attention, attention_write, ffn, ffn_write = (
+        operator.attrgetter(path)(module)
+        for path in (
+            family.attention,
+            family.attention_write or family.attention,
+            family.ffn,
+            family.ffn_write or family.ffn,
+        )
+    )
+    multiplier = model.write_multiplier
     held: dict[str, Tensor] = {}
-
-    def pick(states: Tensor) -> Tensor:
-        return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
 
     def keep_input(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            held[name] = pick(_first_tensor(args) if args else kwargs["hidden_states"])
+            held[name] = pick(first_tensor(args) if args else kwargs["hidden_states"], positions)
 
         return hook
 
-    def keep_output(name: str) -> Callable[..., None]:
+    def keep_write(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            held[name] = pick(_first_tensor(output))
+            write = pick(first_tensor(output), positions)
+            held[name] = write if multiplier == 1.0 else write * multiplier
 
         return hook
 
     def hand_over(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states = LayerStates(layer=layer, residual_out=pick(_first_tensor(output)), **held)
+        states = LayerStates(layer=layer, residual_out=pick(first_tensor(output), positions), **held)
         held.clear()
         consume(states)
 
     return [
         module.register_forward_pre_hook(keep_input("residual_in"), with_kwargs=True),
         attention.register_forward_pre_hook(keep_input("attention_in"), with_kwargs=True),
-        attention_write.register_forward_hook(keep_output("attention_write")),
+        attention_write.register_forward_hook(keep_write("attention_write")),
         ffn.register_forward_pre_hook(keep_input("ffn_in"), with_kwargs=True),
-        ffn_write.register_forward_hook(keep_output("ffn_write")),
+        ffn_write.register_forward_hook(keep_write("ffn_write")),
         module.register_forward_hook(hand_over),
     ]
 
 
-def _first_tensor(value: Any) -> Tensor:
-    """Attention modules return tuples, MLPs and most layers a tensor."""
+def pick(states: Tensor, positions: Tensor) -> Tensor:
+    """Take the wanted positions out of a batch.
+
+    Args:
+        states: [B, T, d], or [B * T, d] as some mixtures of experts have it.
+        positions: [n] flat indices into B * T.
+
+    Returns:
+        [n, d].
+    """
+    return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
+
+
+def first_tensor(value: Any) -> Tensor:
+    """Take the states out of what a module receives or returns: attention modules return tuples, MLPs a tensor.
+
+    Args:
+        value: a tensor, or a tuple that begins with one.
+
+    Returns:
+        The tensor.
+    """
     tensor: Tensor = value if isinstance(value, Tensor) else value[0]
     return tensor
 
@@ -89,15 +113,28 @@ class HookExtractor:
         self.model = model
 
     @torch.no_grad()
-    def run(self, batch: Batch, consume: Callable[[LayerStates], None]) -> None:
+    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
 
         Positions are counted over real tokens, so that padding on either side changes nothing.
         """
-        device = self.model.device
-        mask = batch.attention_mask.to(device)
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with residual_hooks(self.model, batch.positions, consume):
-            self.model.backbone(
-                input_ids=batch.input_ids.to(device), attention_mask=mask, position_ids=position_ids, use_cache=False
-            )
+        reduced: list[Tensor] = []
+        projection = self.model.projection
+        with residual_hooks(self.model, batch.positions, lambda states: reduced.append(reduce(states, projection))):
+            self.model.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
+        return reduced
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:
+        """Run the whole model once; see ``Extractor.logits``."""
+        last: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            last.append(pick(first_tensor(output), batch.positions))
+
+        handle = self.model.layers[-1].register_forward_hook(keep)
+        try:
+            own = self.model.model(**self.model.forward_arguments(batch.input_ids, batch.attention_mask)).logits
+        finally:
+            handle.remove()
+        return reduce(pick(own, batch.positions), last[0], self.model.projection)

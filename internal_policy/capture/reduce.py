@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from internal_policy.capture.states import Batch, Extractor, LayerStates
 from internal_policy.config import Lens
 from internal_policy.errors import UserError
+from internal_policy.models import Projection
 from internal_policy.responses import Response, pad
 
 QUANTITIES = (
@@ -45,10 +47,9 @@ class TokenValues:
 
 
 class Reducer:
-    """Projects and reduces the states of each layer; holds [n, L] numbers and no states."""
+    """Runs a backend and arranges what it reduced; holds [n, L] numbers and no states."""
 
     def __init__(self, extractor: Extractor, lens: Lens) -> None:
-        self._model = extractor.model
         self._extractor = extractor
         self._lens = lens
 
@@ -66,66 +67,75 @@ class Reducer:
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
         """
+        model = self._extractor.model
+        reduce = partial(reduce_layer, lens=self._lens, n_layers=model.n_layers, parallel=model.parallel)
+        reduced = [values.cpu().numpy() for values in self._extractor.run(batch, reduce)]
+        n_columns = len(QUANTITIES) - 1
+        # H(H^{l-1}) is the previous layer's H(H^l): each distinct state is projected once.
+        before = reduced[0][:, n_columns]
         rows: list[NDArray[np.float32]] = []
-        policy: list[NDArray[np.float32]] = []
-        # One number is carried from layer to layer: H(H^{l-1}) is the previous layer's H(H^l).
-        previous: list[Tensor] = []
-
-        def consume(states: LayerStates) -> None:
-            if not previous:
-                first = [self._entropies([part])[0] for part in torch.split(states.residual_in, _POSITIONS)]
-                previous.append(torch.cat(first))
-            values = torch.cat([self._layer(part) for part in states.split(_POSITIONS)])
-            layer_out = values[:, 0]
-            row = torch.cat([previous[0].to(values.device)[:, None], values], dim=1).cpu().numpy()
-            self._refuse_non_finite(row, states.layer)
-            rows.append(row)
-            previous[0] = layer_out
-            if states.layer == self._model.n_layers:
-                parts = zip(
-                    torch.split(states.residual_out, _POSITIONS), torch.split(layer_out, _POSITIONS), strict=True
-                )
-                policy.append(np.concatenate([self._policy(final, lens) for final, lens in parts]))
-
-        self._extractor.run(batch, consume)
-        return TokenValues(np.stack(rows, axis=1), policy[0])
-
-    def _layer(self, states: LayerStates) -> Tensor:
-        """All numbers of one layer but the first, which the layer below has computed: [n, len(QUANTITIES) - 1]."""
-        layer_out, attn_in, attn_out, ffn_in, ffn_out = self._entropies(
-            [states.residual_out, states.attention_in, states.attention_write, states.ffn_in, states.ffn_write]
-        )
-        before = states.residual_in.float()
-        attn_write, ffn_write = states.attention_write.float(), states.ffn_write.float()
-        attn_cosine = cosine_similarity(attn_write, before, dim=-1)
-        ffn_cosine = cosine_similarity(ffn_write, before + attn_write, dim=-1)
-        columns = [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
-        return torch.stack([c.to(layer_out.device) for c in columns], dim=-1)
-
-    def _entropies(self, states: list[Tensor]) -> list[Tensor]:
-        """Entropies of several [n, d] states in one pass over E_u."""
-        projection = self._model.projection
-        device = projection.weight.device
-        stacked = torch.cat([projection.through(self._lens, s).to(device) for s in states])
-        return list(projection.entropy(stacked).chunk(len(states)))
-
-    def _policy(self, final_states: Tensor, under_lens: Tensor) -> NDArray[np.float32]:
-        projection = self._model.projection
-        if self._lens == "policy":
-            raw, normed = under_lens, projection.entropy(projection.final_norm(final_states))
-        else:
-            raw, normed = projection.entropy(final_states), under_lens
-        values: NDArray[np.float32] = torch.stack([raw, normed], dim=-1).cpu().numpy()
-        return values
+        for layer, values in enumerate(reduced, start=1):
+            rows.append(np.concatenate([before[:, None], values[:, :n_columns]], axis=1))
+            self._refuse_non_finite(rows[-1], layer)
+            before = values[:, 0]
+        return TokenValues(np.stack(rows, axis=1), reduced[-1][:, -2:])
 
     def _refuse_non_finite(self, row: NDArray[np.float32], layer: int) -> None:
         finite = np.isfinite(row).all(axis=0)
         if not finite.all():
             quantity = QUANTITIES[int(np.argmin(finite))]
             raise UserError(
-                f"{self._model.name}: NaN or inf in the states of layer {layer} ({quantity}); "
+                f"{self._extractor.model.name}: NaN or inf in the states of layer {layer} ({quantity}); "
                 "they overflow in this dtype or the weights are broken: try --dtype float32 or bfloat16"
             )
+
+
+def reduce_layer(states: LayerStates, projection: Projection, *, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
+    """Reduce one layer; it needs nothing but its arguments, so that it can run on another machine.
+
+    Args:
+        states: the layer's states at n positions.
+        projection: E_u and LN_final.
+        lens: ``policy`` or ``logit-lens``.
+        n_layers: L.
+        parallel: whether the FFN's write is added to H^{l-1}, beside the attention's.
+
+    Returns:
+        [n, 7] QUANTITIES but the first, float32; layer 1 adds a column with the first, H(H^0); layer L adds the
+        entropies of H^L without the final norm and of pi_theta.
+    """
+    return torch.cat([_reduce(part, projection, lens, n_layers, parallel) for part in states.split(_POSITIONS)])
+
+
+def _reduce(states: LayerStates, projection: Projection, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
+    wanted = [
+        states.residual_out,
+        states.attention_in,
+        states.attention_write,
+        states.ffn_in,
+        states.ffn_write,
+        *([states.residual_in] if states.layer == 1 else []),
+    ]
+    layer_out, attn_in, attn_out, ffn_in, ffn_out, *layer_in = _entropies(projection, lens, wanted)
+    before = states.residual_in.float()
+    attn_write, ffn_write = states.attention_write.float(), states.ffn_write.float()
+    attn_cosine = cosine_similarity(attn_write, before, dim=-1)
+    ffn_cosine = cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1)
+    columns = [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine, *layer_in]
+    if states.layer == n_layers:
+        final = states.residual_out
+        if lens == "policy":
+            columns += [layer_out, projection.entropy(projection.final_norm(final))]
+        else:
+            columns += [projection.entropy(final), layer_out]
+    return torch.stack([c.to(layer_out.device) for c in columns], dim=-1)
+
+
+def _entropies(projection: Projection, lens: Lens, states: list[Tensor]) -> list[Tensor]:
+    """Entropies of several [n, d] states in one pass over E_u."""
+    device = projection.weight.device
+    stacked = torch.cat([projection.through(lens, s).to(device) for s in states])
+    return list(projection.entropy(stacked).chunk(len(states)))
 
 
 def reduce_responses(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from internal_policy.models import LanguageModel
+from internal_policy.models import LanguageModel, Projection
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerStates:
     attention_write: Tensor
     """A^l: what the attention adds to the stream."""
     ffn_in: Tensor
-    """LN_mid(H(2l-1)): what the FFN receives."""
+    """What the FFN receives: LN_mid(H(2l-1)); in a parallel block the norm of H^{l-1} that it is given."""
     ffn_write: Tensor
     """F^l: what the FFN adds to the stream."""
     residual_out: Tensor
@@ -56,16 +56,42 @@ class Batch:
     """[n] flat indices into B * T of the analysed states."""
 
 
+LayerReduction: TypeAlias = Callable[[LayerStates, Projection], Tensor]
+"""What is made of one layer's states, where they are: a function of them and of the model's projection only."""
+
+LogitReduction: TypeAlias = Callable[[Tensor, Tensor, Projection], Tensor]
+"""What is made of the model's own logits [n, V] and of H^L [n, d]."""
+
+
 class Extractor(Protocol):
-    """A backend: it runs the model on a batch and hands each layer's states over as the forward pass makes them."""
+    """A backend: it runs the model on a batch and reduces each layer's states as the forward pass makes them.
+
+    States never leave the place where they are made: what travels, from a remote machine too, is what a reduction
+    returns.
+    """
 
     model: LanguageModel
 
-    def run(self, batch: Batch, consume: Callable[[LayerStates], None]) -> None:
-        """Run the decoder once; ``consume`` is called for layers 1..L in order.
+    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
+        """Run the decoder once, without the unembedding.
 
         Args:
             batch: what to run, and the positions whose states are wanted.
-            consume: reduces the states of one layer; they are freed when it returns.
+            reduce: called for layers 1..L in order; the states are freed when it returns.
+
+        Returns:
+            What ``reduce`` made of each layer, in order.
+        """
+        ...
+
+    def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:
+        """Run the whole model once, for a few positions only.
+
+        Args:
+            batch: what to run, and the positions whose logits are wanted.
+            reduce: called with the model's own logits and H^L.
+
+        Returns:
+            What ``reduce`` made of them.
         """
         ...

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from internal_policy.models.families import FAMILIES, Family, family_of
-from internal_policy.models.loading import LanguageModel, check, choose_device, load, wrap
+from internal_policy.models.families import FAMILIES, Family
+from internal_policy.models.loading import (
+    LanguageModel,
+    check,
+    choose_device,
+    family_of,
+    load,
+    projection_of,
+    unknown_family,
+    wrap,
+)
 from internal_policy.models.modes import evaluating, fitting_threads
 from internal_policy.models.projection import Projection
 
@@ -18,5 +27,7 @@ __all__ = [
     "family_of",
     "fitting_threads",
     "load",
+    "projection_of",
+    "unknown_family",
     "wrap",
 ]

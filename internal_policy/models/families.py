@@ -2,14 +2,14 @@
 
 To support another family, add a row: the paths of its parts and, where they differ from the raw module outputs, of the
 modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``capture.verify`` proves the row
-on every load, by eq. 4 and against the model's own logits.
+on every load, by eq. 4 and against the model's own logits. A model type without a row is tried by structure
+(``models.structure``) and used where a row found so passes that proof.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from internal_policy.errors import UserError
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,40 +29,80 @@ class Family:
     attention: str = "self_attn"
     """The attention module: its input is LN_in(H(2l-2)), normed, as it receives it."""
     ffn: str = "mlp"
-    """The feed-forward module: its input is LN_mid(H(2l-1)), normed, as it receives it."""
+    """The feed-forward module or mixture of experts: its input is LN_mid(H(2l-1)), normed, as it receives it."""
     attention_write: str | None = None
     """The module whose output is A^l, where a post-norm follows the attention; the attention itself otherwise."""
     ffn_write: str | None = None
     """The module whose output is F^l, where a post-norm follows the FFN; the FFN itself otherwise."""
+    write_multiplier: str | None = None
+    """The config field with the factor on both writes."""
+    parallel: bool | str = False
+    """Whether attention and FFN both start from H^{l-1} and there is no H_mid; or the config field that says so."""
+    pre_norm: bool = True
+    """Whether the modules receive a normed state; without, they receive the residual stream itself."""
     logit_softcap: str | None = None
     """The config field with c of the final ``c * tanh(logits / c)``."""
+    logit_scale: str | None = None
+    """The config field with a factor on the logits."""
+    logit_divisor: str | None = None
+    """The config field with a divisor of the logits."""
+    guessed: bool = False
+    """Whether the row was found by structure and not written down."""
 
+    def is_parallel(self, config: Any) -> bool:
+        """Tell a parallel block from a sequential one.
+
+        Args:
+            config: the model's configuration.
+
+        Returns:
+            True where the FFN does not see what the attention of its layer wrote.
+        """
+        return bool(getattr(config, self.parallel)) if isinstance(self.parallel, str) else self.parallel
+
+
+_POST_NORMS: dict[str, Any] = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}
+_GEMMA: dict[str, Any] = {**_POST_NORMS, "logit_softcap": "final_logit_softcapping"}
+_GRANITE: dict[str, Any] = {"write_multiplier": "residual_multiplier", "logit_divisor": "logits_scaling"}
+_GPT: dict[str, Any] = {
+    "backbone": "transformer",
+    "layers": "transformer.h",
+    "final_norm": "transformer.ln_f",
+    "attention": "attn",
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
+    "mixtral": Family("Mixtral"),
     "qwen2": Family("Qwen2"),
+    "qwen2_moe": Family("Qwen2-MoE"),
     "qwen3": Family("Qwen3"),
+    "qwen3_moe": Family("Qwen3-MoE"),
+    "phi": Family("Phi", final_norm="model.final_layernorm", parallel=True),
+    "phi3": Family("Phi-3"),
+    "gemma": Family("Gemma"),
+    "gemma2": Family("Gemma 2", **_GEMMA),
+    "gemma3_text": Family("Gemma 3", **_GEMMA),
+    "olmo": Family("OLMo"),
+    "olmo2": Family("OLMo 2", **_POST_NORMS, pre_norm=False),
+    "olmo3": Family("OLMo 3", **_POST_NORMS, pre_norm=False),
+    "glm": Family("GLM"),
+    "glm4": Family("GLM4", attention_write="post_self_attn_layernorm", ffn_write="post_mlp_layernorm"),
+    "granite": Family("Granite", **_GRANITE),
+    "cohere": Family("Cohere", parallel=True, logit_scale="logit_scale"),
+    "cohere2": Family("Cohere 2", parallel=True, logit_scale="logit_scale"),
+    "smollm3": Family("SmolLM3"),
+    "deepseek_v3": Family("DeepSeek-V3"),
+    "gpt_oss": Family("GPT-OSS"),
+    "gpt2": Family("GPT-2", **_GPT),
+    "gpt_neox": Family(
+        "GPT-NeoX",
+        backbone="gpt_neox",
+        layers="gpt_neox.layers",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        parallel="use_parallel_residual",
+    ),
+    "gptj": Family("GPT-J", **_GPT, parallel=True),
 }
-
-
-def family_of(model_type: str, name: str) -> Family:
-    """Look a family up.
-
-    Args:
-        model_type: ``config.model_type``.
-        name: the model's name, for the message.
-
-    Returns:
-        The family's row.
-
-    Raises:
-        UserError: no row for this model type.
-    """
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(
-            f"{name}: unsupported family {model_type!r}; supported: {known}. "
-            "To add it, write one row in internal_policy/models/families.py"
-        )
-    return FAMILIES[model_type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internal_policy import testbed
 from internal_policy.config import DTYPES
 from internal_policy.errors import UserError
 from internal_policy.memory import is_out_of_memory
-from internal_policy.models.families import Family, family_of
+from internal_policy.models.families import FAMILIES, Family
 from internal_policy.models.projection import Projection
+from internal_policy.models.structure import candidates
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -78,6 +80,33 @@ class LanguageModel:
         return self.projection.weight.dtype
 
     @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN of a layer both start from H^{l-1}, so that there is no H_mid."""
+        return self.family.is_parallel(self.config)
+
+    @property
+    def write_multiplier(self) -> float:
+        """What the model multiplies both writes by before it adds them."""
+        field = self.family.write_multiplier
+        return float(getattr(self.config, field)) if field else 1.0
+
+    def forward_arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """Arguments of a forward pass of the decoder, or of the whole model, without a cache.
+
+        Args:
+            input_ids: [B, T] ids.
+            attention_mask: [B, T] 1 for tokens, 0 for padding on either side.
+
+        Returns:
+            What to call the module with; positions are counted over real tokens, where the model takes positions.
+        """
+        mask = attention_mask.to(self.device)
+        arguments = {"input_ids": input_ids.to(self.device), "attention_mask": mask, "use_cache": False}
+        if "position_ids" in inspect.signature(self.backbone.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return arguments
+
+    @property
     def max_length(self) -> int | None:
         """The longest sequence that the model has positions for."""
         length = getattr(self.config, "max_position_embeddings", None)
@@ -122,25 +151,28 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def wrap(model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LanguageModel:
+def wrap(
+    model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None, family: Family | None = None
+) -> LanguageModel:
     """Describe a transformers model that is already in memory.
 
     Args:
-        model: a causal LM of a supported family.
+        model: a causal LM.
         tokenizer: its tokenizer.
         name: what to call it; its ``name_or_path`` where not given.
         revision: the hub's commit, where known.
+        family: where its parts are; its row of the table, or what its structure says, where not given.
 
     Returns:
         The model with its parts found. The model itself is put in evaluation mode and not changed otherwise.
 
     Raises:
-        UserError: unsupported family.
+        UserError: not a causal LM, or parts that cannot be found.
     """
     name = name or getattr(model, "name_or_path", "") or type(model).__name__
     if not hasattr(model, "config"):
         raise UserError(f"got a {type(model).__name__}; needed is a transformers causal LM, or a name")
-    family = family_of(model.config.model_type, name)
+    family = family or family_of(model, name)
     for part in (family.backbone, family.layers, family.final_norm, family.unembedding):
         try:
             operator.attrgetter(part)(model)
@@ -151,19 +183,73 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None, revision: str | No
             ) from error
     if len(operator.attrgetter(family.layers)(model)) == 0:
         raise UserError(f"{name}: this model has no layers; needed is at least one")
+    return LanguageModel(name, revision, model.eval(), tokenizer, family, projection_of(model, family))
+
+
+def family_of(model: Any, name: str) -> Family:
+    """Find where the parts of a model are.
+
+    Args:
+        model: a transformers causal LM.
+        name: its name, for the message.
+
+    Returns:
+        Its row of the table; for a model type without one, the likeliest row by its structure, marked as guessed.
+
+    Raises:
+        UserError: no row, and no structure that is known.
+    """
+    model_type = model.config.model_type
+    family = FAMILIES.get(model_type) or next(candidates(model), None)
+    if family is None:
+        raise unknown_family(name, model_type, "has no parts of a decoder under names that are known")
+    return family
+
+
+def unknown_family(name: str, model_type: str, why: str) -> UserError:
+    """Say that a model has no row and none could be found.
+
+    Args:
+        name: the model's name.
+        model_type: its ``config.model_type``.
+        why: what was tried.
+
+    Returns:
+        The error.
+    """
+    return UserError(
+        f"{name}: family {model_type!r} is not in the table (internal-policy models prints it) and {why}; "
+        "to add it, write one row in internal_policy/models/families.py"
+    )
+
+
+def projection_of(model: Any, family: Family) -> Projection:
+    """Read E_u, the model's own transform of its logits and LN_final from a model as it is now.
+
+    Args:
+        model: a transformers causal LM.
+        family: where its parts are.
+
+    Returns:
+        The projection.
+    """
     head = operator.attrgetter(family.unembedding)(model)
-    softcap = getattr(model.config, family.logit_softcap) if family.logit_softcap else None
-    projection = Projection(
+    scale = 1.0
+    if family.logit_scale:
+        scale *= float(getattr(model.config, family.logit_scale))
+    if family.logit_divisor:
+        scale /= float(getattr(model.config, family.logit_divisor))
+    return Projection(
         weight=head.weight.detach(),
-        bias=head.bias.detach() if head.bias is not None else None,
-        softcap=softcap,
+        bias=head.bias.detach() if getattr(head, "bias", None) is not None else None,
+        scale=scale,
+        softcap=getattr(model.config, family.logit_softcap) if family.logit_softcap else None,
         final_norm=operator.attrgetter(family.final_norm)(model),
     )
-    return LanguageModel(name, revision, model.eval(), tokenizer, family, projection)
 
 
 def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
-    """Check that a name stands for a causal LM of a supported family, without loading its weights.
+    """Check that a name stands for a causal LM, without loading its weights.
 
     Args:
         name: hub id, local directory, or an embedded model.
@@ -182,7 +268,6 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
     with _told_in_one_line(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_other_architectures(config, name)
-    family_of(config.model_type, name)
     return where, config
 
 
@@ -234,7 +319,7 @@ def load(
             attn_implementation=attn_implementation,
             **options,
         )
-        _refuse_other_weights(report, family_of(config.model_type, name).layers, name)
+        _refuse_other_weights(report, family_of(model, name).layers, name)
         model = model.to(target)
     return wrap(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
 
