@@ -11,16 +11,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from internal_policy import __version__
+from internal_policy.cli_analyze import FIGURES, analyze
 from internal_policy.cli_evaluate import evaluate
+from internal_policy.cli_models import models
 from internal_policy.cli_train import train
-from internal_policy.config import DTYPES, AnalyzeConfig, Lens
 from internal_policy.errors import UserError
-from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, quiet_libraries
+from internal_policy.shell import figure_name
 
-DATA = Path("data/analyses")
-FIGURES = Path("figures")
-DEFAULTS = AnalyzeConfig()
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -55,101 +52,10 @@ def _main(
     pass
 
 
-@app.command()
-def analyze(
-    model: Annotated[
-        list[str],
-        typer.Option(
-            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
-        ),
-    ],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub data set id, or a parquet, jsonl or json file. [default: MATH-500; testbed for an embedded model]"
-        ),
-    ] = None,
-    prompts_split: Annotated[
-        str | None, typer.Option(help="Split of a hub data set. [default: test if there is one, else the first]")
-    ] = None,
-    responses: Annotated[
-        str | None, typer.Option(help="Ready responses (jsonl, json, parquet) to analyse instead of sampling.")
-    ] = None,
-    max_responses: Annotated[
-        int | None, typer.Option(help="At most so many responses. [default: 256 sampled, or all that are given]")
-    ] = DEFAULTS.max_responses,
-    samples_per_prompt: Annotated[
-        int, typer.Option(help="Responses sampled per prompt.")
-    ] = DEFAULTS.samples_per_prompt,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="At most so many tokens a response. [default: what the checkpoint says, else 1024]"),
-    ] = DEFAULTS.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
-    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
-    lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
-    batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = DEFAULTS.seed,
-    keep_tokens: Annotated[
-        int, typer.Option(help="Keep every token's values for so many responses.")
-    ] = DEFAULTS.keep_tokens,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help=f"Directory for results. [default: {DATA}, figures in {FIGURES}]"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
-    options: dict[str, Any] = {
-        "prompts_split": prompts_split,
-        "max_responses": max_responses,
-        "samples_per_prompt": samples_per_prompt,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "template": template,
-        "lens": lens,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "keep_tokens": keep_tokens,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
-    slugs: dict[str, str] = {}
-    for name in model:
-        slug = AnalyzeConfig(model=name, prompts=prompts, responses=responses, **options).slug
-        if slugs.setdefault(slug, name) != name:
-            raise UserError(
-                f"{slugs[slug]} and {name} would both be written to {slug}; "
-                "analyse them one by one, each with its own --output"
-            )
-    quiet_libraries(debug)
-    from internal_policy import models, pipeline, terminal
-    from internal_policy.progress import status
-
-    for name in model:
-        with status(f"looking up {name}"):
-            models.check(name, revision=revision, trust_remote_code=trust_remote_code)
-    root = DATA if output is None else output.expanduser()
-    analyses = []
-    for name in model:
-        analysis = pipeline.analyze(
-            name, prompts=prompts, responses=responses, output=root, overwrite=overwrite, **options
-        )
-        terminal.show(analysis)
-        analyses.append(analysis)
-    _draw(analyses, FIGURES if output is None else root / "figures")
-
-
+app.command()(analyze)
 app.command()(train)
 app.command()(evaluate)
+app.command()(models)
 
 
 @app.command()
@@ -159,7 +65,7 @@ def figures(
     debug: DebugOption = False,
 ) -> None:
     """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
-    from internal_policy import cli_evaluate, cli_train
+    from internal_policy import cli_analyze, cli_evaluate, cli_train
     from internal_policy.bupo.results import load_run
     from internal_policy.evaluation.results import load_evaluation
     from internal_policy.results import load_analysis
@@ -171,7 +77,7 @@ def figures(
     evaluations = [load_evaluation(path) for kind, path in kinds if kind == "evaluation"]
     root = output.expanduser()
     if analyses:
-        _draw(analyses, root)
+        cli_analyze.draw(analyses, root)
     if runs:
         cli_train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
     if evaluations:
@@ -190,21 +96,6 @@ def _kind(directory: Path) -> str:
         f"{directory}: no finished analysis here, nor a training run or an evaluation (no analysis.json, run.json or "
         "evaluation.json); run internal-policy analyze, train or evaluate first"
     )
-
-
-def _draw(analyses: list[Any], root: Path) -> None:
-    from internal_policy import figures as drawing
-    from internal_policy import terminal
-
-    directory = root / figure_name([(a.path.resolve().name, a.lens) for a in analyses])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = drawing.save_all(analyses, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
-    terminal.list_files("figures", paths)
 
 
 def main() -> None:

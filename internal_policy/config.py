@@ -14,11 +14,15 @@ from internal_policy.prompts import TEMPLATES
 Lens = Literal["policy", "logit-lens"]
 """``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
 
+BACKENDS = ("hooks", "transformer-lens", "nnsight")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The ways in which accelerate shares a model out among the devices of a machine."""
+QUANTIZATIONS = ("8bit", "4bit")
 DEFAULT_RESPONSES = 256
 
 _INTEGERS = ("max_responses", "samples_per_prompt", "max_new_tokens", "batch_size", "seed", "keep_tokens")
-_ONE_OF = {"lens": get_args(Lens), "template": TEMPLATES, "dtype": DTYPES}
+_ONE_OF = {"lens": get_args(Lens), "template": TEMPLATES, "dtype": DTYPES, "backend": BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,21 @@ class AnalyzeConfig:
     """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
     lens: Lens = "policy"
     """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
+    backend: str = "hooks"
+    """hooks, transformer-lens or nnsight: what captures the states. They agree to float32 rounding."""
+    remote: bool | str = False
+    """Run the model on NDIF through nnsight, with the key in NDIF_API_KEY; in Python also a host's address, or "local",
+    which does here what NDIF would do there."""
     batch_size: int = 16
     """Sequences run together; it does not change the result."""
     dtype: str = "auto"
     """auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16."""
     device: str = "auto"
     """auto (cuda, mps, cpu) or a torch device."""
+    device_map: str | None = None
+    """Share the layers out among several devices: auto, balanced, balanced_low_0 or sequential, as accelerate does."""
+    quantization: str | None = None
+    """8bit or 4bit: quantise the layers' weights while loading, by bitsandbytes."""
     seed: int = 0
     """Seed of the sampling and of the bootstrap."""
     keep_tokens: int = 8
@@ -88,6 +101,9 @@ class AnalyzeConfig:
             raise UserError(
                 "both --prompts and --responses were given; give prompts to sample from, or ready responses"
             )
+        if self.remote and self.backend != "nnsight":
+            raise UserError(f"--remote was given with --backend {self.backend}; needed is --backend nnsight")
+        self._check_placement()
         if self.responses is not None:
             for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature"):
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
@@ -95,11 +111,29 @@ class AnalyzeConfig:
                         f"{_flag(field)} was given with --responses, from which nothing is sampled; leave it out"
                     )
 
+    def _check_placement(self) -> None:
+        for field, choices in (("device_map", DEVICE_MAPS), ("quantization", QUANTIZATIONS)):
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if value not in choices:
+                raise UserError(f"{_flag(field)} is {value!r}; needed is one of {', '.join(choices)}")
+            if self.backend != "hooks":
+                raise UserError(
+                    f"{_flag(field)} was given with --backend {self.backend}, which knows neither several devices nor "
+                    "quantised weights; leave one of them out"
+                )
+        if self.device_map is not None and self.device != "auto":
+            raise UserError(
+                f"--device {self.device} was given with --device-map {self.device_map}, which places the model itself; "
+                "leave one of them out"
+            )
+
     @property
     def slug(self) -> str:
-        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3``."""
+        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3``, ``run--checkpoint-5``."""
         path = Path(self.model)
-        parts = path.resolve().parts[-2:] if path.exists() else tuple(self.model.split("/"))
+        parts = _last_parts(path.resolve()) if path.exists() else tuple(self.model.split("/"))
         name = "--".join(p for p in parts if p not in {"/", ""})
         name += f"@{self.revision}" if self.revision else ""
         return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
@@ -111,9 +145,14 @@ class AnalyzeConfig:
             JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt.
         """
         fields = asdict(self)
-        for name in ("batch_size", "device", "model", "prompts", "responses"):
+        for name in ("batch_size", "device", "device_map", "model", "prompts", "responses"):
             del fields[name]
         return fields
+
+
+def _last_parts(path: Path) -> tuple[str, ...]:
+    """As many last parts of a directory's path as name it: ``checkpoints/checkpoint-5`` is in every run."""
+    return path.parts[-3:] if path.parent.name == "checkpoints" else path.parts[-2:]
 
 
 def _integer(field: str, value: Any) -> int | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from importlib import metadata
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from internal_policy import statistics, tables
-from internal_policy.capture import Extractor, Reducer, TokenValues, prove, reduce_responses
+from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.generation import Request, end_ids, response_limit, sample
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads, load, wrap
+from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
@@ -34,6 +35,8 @@ from internal_policy.workspace import Arrays, Workspace, differences, in_use
 logger = logging.getLogger(__name__)
 
 _MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
+_LOADING = {"revision", "dtype", "device", "device_map", "quantization", "trust_remote_code"}
+"""What is settled when a model is loaded."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -45,13 +48,17 @@ def analyze(
     responses: Source | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    alone: bool = False,
     **options: Any,
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
+    Under ``accelerate launch`` or torchrun the processes share the responses out, and each returns the whole analysis.
+
     Args:
-        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model.
-        tokenizer: the tokenizer of a model given as an object.
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
+            ``transformer_lens`` TransformerBridge, or an ``nnsight`` model.
+        tokenizer: the tokenizer of a transformers model given as an object; the others bring theirs.
         prompts: hub data set id, parquet, jsonl or json file, or a list or DataFrame: texts, chats, or records with a
             ``prompt``.
         responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records (see
@@ -59,6 +66,7 @@ def analyze(
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
+        alone: analyse in this process, without the others that a launcher started.
         **options: the further fields of ``AnalyzeConfig``.
 
     Returns:
@@ -71,25 +79,30 @@ def analyze(
     if unknown := sorted(options.keys() - known):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     in_memory = not isinstance(model, (str, Path))
-    if in_memory:
-        if tokenizer is None:
-            raise UserError("a model object was given without its tokenizer; pass tokenizer=")
-        if told := sorted(options.keys() & {"revision", "dtype", "device", "trust_remote_code"}):
-            raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
-    elif tokenizer is not None:
+    if in_memory and (told := sorted(options.keys() & _LOADING)):
+        raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
+    if not in_memory and tokenizer is not None:
         raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
     prompts, responses = as_source(prompts), as_source(responses)
-    name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
+    name = backends.name_of(model) if in_memory else str(model)
+    if in_memory and (library := backends.library_of(model)):
+        options = {"backend": library, **options}
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    state = Processes() if alone else launched()
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.enter_context(evaluating(model))
-            opened = wrap(model, tokenizer, name)
-        if output is None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-"))
-            return replace(_run(config, opened, prompts, responses, Path(scratch) / "run", False), path=None)
-        return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite)
+            stack.enter_context(evaluating(backends.module_of(model)))
+            opened = backends.adopt(model, tokenizer, name, config)
+        if output is not None:
+            return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite, state)
+        scratch: list[str] = []
+        if state.is_main_process:
+            scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))
+        directory = Path(state.broadcast(scratch[:1])[0]) / "run"
+        analysis = replace(_run(config, opened, prompts, responses, directory, False, state), path=None)
+        state.wait_for_everyone()
+        return analysis
 
 
 def _label(source: str | list[Any] | None) -> str | None:
@@ -99,11 +112,12 @@ def _label(source: str | list[Any] | None) -> str | None:
 
 def _run(
     config: AnalyzeConfig,
-    opened: LanguageModel | None,
+    opened: backends.Opener | None,
     prompts: str | list[Any] | None,
     responses: str | list[Any] | None,
     directory: Path,
     overwrite: bool,
+    state: Processes,
 ) -> Analysis:
     finished = None if overwrite else _finished(config, directory)
     workspace = Workspace(directory)
@@ -111,15 +125,8 @@ def _run(
         workspace.check()
     started = time.perf_counter()
     with status(f"loading {config.model}"):
-        model = opened or load(
-            config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )
-        extractor = prove(model)
-        model = extractor.model
+        extractor = (opened or backends.opener(config, state.device if state.number > 1 else None))()
+    model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
@@ -130,25 +137,31 @@ def _run(
     if finished is not None:
         if differing := differences({k: finished.config.get(k) for k in identity}, identity):
             raise in_use(directory, "an analysis", differing)
-        workspace.close()
-        logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
+        state.on_main(workspace.close)
+        if state.is_main_process:
+            logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
         return finished
-    if workspace.open(identity, overwrite):
+    # The main process changes the directory only when all others have looked at it.
+    if state.on_main(lambda: workspace.open(identity, overwrite)) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
     with fitting_threads(model):
-        sampled = _generate(config, model, inputs, workspace)
-        captured = _capture(config, extractor, sampled, workspace)
-    timings = {"load": round(load_seconds, 3)}
-    for stage in ("generate", "capture"):
-        timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
-    analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity}, timings)
-    if inputs.requests:
-        ends = set(end_ids(model))
-        cut = [r for r in sampled if r.input_ids[-1] not in ends]
-        analysis = replace(analysis, n_truncated=len(cut))
-    analysis = replace(analysis, path=analysis.save(directory))
-    workspace.close()
-    return analysis
+        sampled = _generate(config, extractor, inputs, workspace, state)
+        captured = _capture(config, extractor, sampled, workspace, state)
+
+    def assemble() -> None:
+        timings = {"load": round(load_seconds, 3)}
+        for stage in ("generate", "capture"):
+            timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
+        analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity}, timings)
+        if inputs.requests:
+            ends = set(end_ids(model))
+            cut = [r for r in sampled if r.input_ids[-1] not in ends]
+            analysis = replace(analysis, n_truncated=len(cut))
+        analysis.save(directory)
+        workspace.close()
+
+    state.on_main(assemble)
+    return load_analysis(directory)
 
 
 def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
@@ -162,40 +175,64 @@ def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     return analysis
 
 
-def _batches(lengths: Sequence[int], size: int, done: set[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, without those that are done; the longest first, to fail early."""
+def _batches(lengths: Sequence[int], size: int, state: Processes) -> list[list[int]]:
+    """This process's batches of similar length, the longest first, to fail early.
+
+    Who has which is settled without regard to what is done: a process that looks a little later sees more of it.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), size):
-        if batch := [i for i in order[start : start + size] if i not in done]:
-            yield batch
+    return [order[start : start + size] for start in range(0, len(order), size)][state.rank :: state.number]
 
 
-def _generate(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, workspace: Workspace) -> list[Response]:
+def _left(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
+    return [left for batch in batches if (left := [i for i in batch if i not in done])]
+
+
+def _require_all(found: int, wanted: int, workspace: Workspace) -> None:
+    if found < wanted:
+        raise UserError(
+            f"{workspace.directory}: {found} of {wanted} responses are there after all processes have finished; needed "
+            "is an --output directory that all of them share"
+        )
+
+
+def _generate(
+    config: AnalyzeConfig, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
+) -> list[Response]:
     if not inputs.requests:
         return inputs.responses
-    found: dict[int, Response] = {}
-    for shard in workspace.shards("generate"):
-        found |= {
-            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
-        }
-
+    model = extractor.model
+    found = _sampled(workspace)
     limit = response_limit(model, config.max_new_tokens)
 
     def run(requests: Sequence[Request]) -> list[Response]:
         return sample(model, requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
 
-    lengths = [len(r.prompt_ids) for r in inputs.requests]
-    with progress("sampling responses", len(lengths), len(found)) as advance:
-        for batch in _batches(lengths, config.batch_size, set(found)):
+    batches = _batches([len(r.prompt_ids) for r in inputs.requests], config.batch_size, state)
+    mine = [i for batch in batches for i in batch]
+    with progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance:
+        for batch in _left(batches, set(found)):
             started = time.perf_counter()
             new = halving([inputs.requests[i] for i in batch], run, _MEMORY_ADVICE)
             new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
             lines = np.array([json.dumps(asdict(r)) for r in new])
             seconds = np.array(time.perf_counter() - started)
             workspace.write("generate", batch[0], {"index": np.array(batch), "json": lines, "seconds": seconds})
-            found |= dict(zip(batch, new, strict=True))
             advance(len(batch))
-    return [found[i] for i in range(len(lengths))]
+    state.wait_for_everyone()
+    found = _sampled(workspace)
+    _require_all(len(found), len(inputs.requests), workspace)
+    return [found[i] for i in range(len(found))]
+
+
+def _sampled(workspace: Workspace) -> dict[int, Response]:
+    """The responses that are on disk, by their number."""
+    found: dict[int, Response] = {}
+    for shard in workspace.shards("generate"):
+        found |= {
+            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
+        }
+    return found
 
 
 def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], bool] | None) -> Response:
@@ -205,7 +242,7 @@ def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], b
 
 
 def _capture(
-    config: AnalyzeConfig, extractor: Extractor, responses: list[Response], workspace: Workspace
+    config: AnalyzeConfig, extractor: Extractor, responses: list[Response], workspace: Workspace, state: Processes
 ) -> list[Arrays]:
     reducer = Reducer(extractor, config.lens)
     done = {int(i) for shard in workspace.shards("capture") for i in shard["index"]}
@@ -213,8 +250,10 @@ def _capture(
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    with progress("analysing responses", len(responses), len(done)) as advance:
-        for batch in _batches([len(r.input_ids) for r in responses], config.batch_size, done):
+    batches = _batches([len(r.input_ids) for r in responses], config.batch_size, state)
+    mine = {i for batch in batches for i in batch}
+    with progress("analysing responses", len(mine), len(done & mine)) as advance:
+        for batch in _left(batches, done):
             started = time.perf_counter()
             values = halving([responses[i] for i in batch], run, _MEMORY_ADVICE)
             kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
@@ -229,7 +268,10 @@ def _capture(
             }
             workspace.write("capture", batch[0], arrays)
             advance(len(batch))
-    return list(workspace.shards("capture"))
+    state.wait_for_everyone()
+    captured = list(workspace.shards("capture"))
+    _require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
+    return captured
 
 
 def _assemble(

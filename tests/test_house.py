@@ -19,7 +19,7 @@ PACKAGE = ROOT / "internal_policy"
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
     {"errors", "shell"},
-    {"files", "memory", "progress", "records", "entropy", "testbed", "statistics"},
+    {"files", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
     {"prompts", "selection"},
     {"config", "results", "style"},
     {"models", "workspace", "figure_data"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"pipeline"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
     {"bupo", "evaluation", "evaluation_figures"},
-    {"cli_train", "cli_evaluate"},
+    {"cli_train", "cli_evaluate", "cli_models"},
     {"cli"},
 ]
 HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")

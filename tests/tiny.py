@@ -62,6 +62,9 @@ def tiny_model(
         sizes = {"n_layer": layers, "n_positions": context}
     if model_type in ("deepseek_v3", "gpt_neox"):
         del sizes["head_dim"]
+    if model_type == "gpt_neox":
+        # A real one has no such field, and transformer-lens believes any that is there.
+        del sizes["num_key_value_heads"]
     if model_type == "deepseek_v3":
         sizes["num_key_value_heads"] = 4
     torch.manual_seed(seed)

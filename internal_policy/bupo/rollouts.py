@@ -14,13 +14,13 @@ from datasets import Dataset
 
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.plan import Plan
-from internal_policy.bupo.processes import Processes
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
 from internal_policy.generation import Request, check_prompt_lengths, sample
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating
+from internal_policy.processes import Processes
 from internal_policy.progress import status
 from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render
 from internal_policy.responses import Response
@@ -270,6 +270,8 @@ def analyse(
         template=plan.template,
         seed=seed,
         output=directory / ANALYSIS,
+        # The main process does this while the others wait.
+        alone=True,
     )
 
 

@@ -22,7 +22,6 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
-from internal_policy.bupo.processes import Processes, processes
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
@@ -32,6 +31,7 @@ from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
+from internal_policy.processes import Processes, processes
 from internal_policy.progress import progress, status
 from internal_policy.prompts import TESTBED
 

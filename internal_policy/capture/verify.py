@@ -7,15 +7,20 @@ give the model's own logits. A model that fails is refused.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from internal_policy.capture.hooks import HookExtractor
+from internal_policy.capture.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.capture.states import Batch, Extractor, LayerStates
 from internal_policy.errors import UserError
+from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
 from internal_policy.models.structure import candidates
 
@@ -28,6 +33,11 @@ _SKETCHES = 2
 
 class NotProved(UserError):
     """A row of the family table that does not fit the model."""
+
+    def __init__(self, model: LanguageModel, why: str) -> None:
+        row = f"the row {model.family.name!r} in models/families.py does not fit this model"
+        super().__init__(f"{model.name}: {why}; {row}")
+        self.why = why
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -68,11 +78,14 @@ def prove(
         try:
             verify(HookExtractor(tried), seed)
         except NotProved as error:
-            why = f"no structure that was tried fits ({str(error).removeprefix(f'{model.name}: ')})"
+            why = f"no structure that was tried fits ({error.why})"
             continue
-        except (AttributeError, KeyError, TypeError, IndexError) as error:
-            why = f"no structure that was tried fits ({type(error).__name__}: {error})"
+        except (AttributeError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            why = f"no structure that was tried fits ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
             continue
+        tried = replace(tried, family=replace(family, parallel=not _ffn_sees_attention(tried)))
         logger.warning(
             "%s: family %r is not in the table; its parts were found by structure (%s; %s, %s) and eq. 4 holds for "
             "them. What its modules receive was not proved: compare with its modelling code before publishing dH",
@@ -104,7 +117,7 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
     bound = tolerance(model.dtype)
     layers = [values.cpu() for values in extractor.run(batch, partial(_layer_errors, seed=seed))]
     if len(layers) != model.n_layers:
-        raise NotProved(f"{model.name}: {len(layers)} of {model.n_layers} layers ran; the family's row does not fit it")
+        raise NotProved(model, f"{len(layers)} of {model.n_layers} layers ran")
     below: Tensor | None = None
     for layer, values in enumerate(layers, start=1):
         finite, error, sketch_in, sketch_out = torch.split(values, [len(_CHECKED), 1, _SKETCHES, _SKETCHES], dim=1)
@@ -115,14 +128,16 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
             )
         if float(error.max()) > bound:
             raise NotProved(
-                f"{model.name}: eq. 4 fails in layer {layer}: H^l differs from H^(l-1) + A^l + F^l by "
-                f"{float(error.max()):.1e} (at most {bound:.1e}); {_does_not_fit(model)}"
+                model,
+                f"eq. 4 fails in layer {layer}: H^l differs from H^(l-1) + A^l + F^l by {float(error.max()):.1e} "
+                f"(at most {bound:.1e})",
             )
         # The same numbers, perhaps on another device, where a float64 product may round another way.
         if below is not None and not torch.allclose(below, sketch_in, rtol=1e-9, atol=0.0):
             raise NotProved(
-                f"{model.name}: layer {layer} does not start from the output of layer {layer - 1}; "
-                "the model changes the residual stream between layers, which no family here does"
+                model,
+                f"layer {layer} does not start from the output of layer {layer - 1}: the model changes the residual "
+                "stream between layers, which no family here does",
             )
         below = sketch_out
     error, finite = extractor.logits(batch, _logit_errors).cpu().unbind(dim=1)
@@ -132,13 +147,35 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
         )
     if float(error.max()) > bound:
         raise NotProved(
-            f"{model.name}: the unembedding does not give the model's own logits (relative difference "
-            f"{float(error.max()):.1e}, at most {bound:.1e}); {_does_not_fit(model)}"
+            model,
+            f"the unembedding does not give the model's own logits (relative difference {float(error.max()):.1e}, at "
+            f"most {bound:.1e})",
         )
 
 
-def _does_not_fit(model: LanguageModel) -> str:
-    return f"the row {model.family.name!r} in models/families.py does not fit this model"
+@torch.no_grad()
+def _ffn_sees_attention(model: LanguageModel) -> bool:
+    """Whether the FFN of layer 1 receives something else when its attention writes nothing."""
+    ids = torch.arange(min(_LENGTH, model.vocab_size))[None]
+    arguments = model.forward_arguments(ids, torch.ones_like(ids))
+    seen: list[Tensor] = []
+
+    def write_nothing(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nothing = torch.zeros_like(first_tensor(output))
+        return nothing if isinstance(output, Tensor) else (nothing, *output[1:])
+
+    def see(states: LayerStates) -> None:
+        if states.layer == 1:
+            seen.append(states.ffn_in)
+
+    path = model.family.attention_write or model.family.attention
+    module: nn.Module = operator.attrgetter(path)(model.layers[0])
+    for silent in (False, True):
+        with residual_hooks(model, torch.arange(ids.numel()), see), ExitStack() as stack:
+            if silent:
+                stack.callback(module.register_forward_hook(write_nothing).remove)
+            model.backbone(**arguments)
+    return not torch.equal(*seen)
 
 
 def _layer_errors(states: LayerStates, projection: Projection, *, seed: int) -> Tensor:

@@ -1,0 +1,154 @@
+"""The ways to capture states, and how each opens a model: hooks, transformer-lens and nnsight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from internal_policy.capture.hooks import HookExtractor
+from internal_policy.capture.states import Extractor
+from internal_policy.capture.verify import prove, verify
+from internal_policy.errors import UserError
+from internal_policy.models import LanguageModel, load, wrap
+
+if TYPE_CHECKING:
+    from internal_policy.config import AnalyzeConfig
+
+Opener: TypeAlias = Callable[[], Extractor]
+"""Loads a model and proves it."""
+
+
+def opener(config: AnalyzeConfig, device: torch.device | None = None) -> Opener:
+    """Say how a model is opened that is given by its name.
+
+    Args:
+        config: the settings, with the backend.
+        device: this process's device, where several processes have one each.
+
+    Returns:
+        What loads the model, proves eq. 4 through the backend, and gives the backend.
+    """
+
+    def open_model() -> Extractor:
+        if config.remote:
+            from internal_policy.capture import nnsight_backend
+
+            remote = nnsight_backend.from_hub(
+                config.model,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                remote=config.remote,
+            )
+            verify(remote)
+            return remote
+        # A bare "cuda" is the first one in every process.
+        own = device is not None and config.device in ("auto", "cuda")
+        model = load(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=str(device) if own else config.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return prove(model, _from_model(config.backend))
+
+    return open_model
+
+
+def adopt(value: Any, tokenizer: Any, name: str, config: AnalyzeConfig) -> Opener:
+    """Say how a model is opened that is in memory already.
+
+    Args:
+        value: a transformers model, a TransformerBridge, or an nnsight model.
+        tokenizer: its tokenizer; a bridge and an nnsight model may bring their own.
+        name: what to call it.
+        config: the settings, with the backend.
+
+    Returns:
+        What proves eq. 4 through the backend, and gives the backend.
+
+    Raises:
+        UserError: a transformers model without its tokenizer, or a backend that is not the object's own.
+    """
+    own = library_of(value)
+    if own is not None and config.backend != own:
+        raise UserError(f"backend {config.backend!r} was given with a model of {own}, which is its own; leave it out")
+    if own is None and tokenizer is None:
+        raise UserError("a model object was given without its tokenizer; pass tokenizer=")
+
+    def open_model() -> Extractor:
+        if own is None:
+            return prove(wrap(value, tokenizer, name), _from_model(config.backend))
+        if own == "transformer-lens":
+            from internal_policy.capture import transformer_lens
+
+            bridged = transformer_lens.from_bridge(value, tokenizer, name)
+            return prove(bridged.model, partial(transformer_lens.TransformerLensExtractor, bridge=value))
+        from internal_policy.capture import nnsight_backend
+
+        extractor = nnsight_backend.from_nnsight(value, tokenizer, name, remote=config.remote)
+        verify(extractor)
+        return extractor
+
+    return open_model
+
+
+def name_of(value: Any) -> str:
+    """Name a model that is in memory.
+
+    Args:
+        value: a transformers model, a TransformerBridge, or an nnsight model.
+
+    Returns:
+        What it was loaded from; its class where it does not say.
+    """
+    module = module_of(value)
+    config = getattr(module, "config", None)
+    name = getattr(module, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(module).__name__
+    return str(name)
+
+
+def module_of(value: Any) -> Any:
+    """Find the transformers model inside an object.
+
+    Args:
+        value: a transformers model, a TransformerBridge, or an nnsight model.
+
+    Returns:
+        The module; the object itself where it is one.
+    """
+    own = library_of(value)
+    if own == "transformer-lens":
+        return value.original_model
+    return value._module if own == "nnsight" else value
+
+
+def library_of(value: Any) -> str | None:
+    """Tell whose object a model is.
+
+    Args:
+        value: a transformers model, a TransformerBridge, or an nnsight model.
+
+    Returns:
+        The name of the backend that captures from it; None for a transformers model.
+    """
+    from internal_policy.capture import nnsight_backend, transformer_lens
+
+    if transformer_lens.is_bridge(value):
+        return "transformer-lens"
+    return "nnsight" if nnsight_backend.is_nnsight(value) else None
+
+
+def _from_model(backend: str) -> Callable[[LanguageModel], Extractor]:
+    if backend == "transformer-lens":
+        from internal_policy.capture import transformer_lens
+
+        return transformer_lens.from_model
+    if backend == "nnsight":
+        from internal_policy.capture import nnsight_backend
+
+        return nnsight_backend.from_model
+    return HookExtractor

@@ -1,0 +1,158 @@
+"""What runs inside an nnsight trace: beside the model, be it here or on an NDIF server.
+
+A server gets these functions as source, without this package. So they carry no decorators, define no classes and
+reach weights through modules only: a server may run them in another process than the model, where calling a module
+works and reading its weight does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internal_policy.capture.hooks import first_tensor, pick
+
+_COLUMNS = 1024
+
+
+def reduce_layers(
+    root: Any,
+    row: dict[str, Any],
+    positions: Tensor,
+    reduce: Callable[[Any, Any], Tensor],
+    make_states: Callable[..., Any],
+    projection: Any,
+) -> list[Tensor]:
+    """Reduce the states of layers 1..L while the forward pass makes them.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts, ``multiplier`` of the writes.
+        positions: [n] flat indices into B * T.
+        reduce: what to make of one layer.
+        make_states: builds ``LayerStates``.
+        projection: E_u and LN_final.
+
+    Returns:
+        What ``reduce`` made of each layer.
+    """
+    values = []
+    for layer, block in enumerate(root.get(row["layers"]), start=1):
+        # Locations must be read in the order in which the forward pass comes by.
+        read = {
+            "residual_in": received(block),
+            "attention_in": received(block.get(row["attention"])),
+            "attention_write": first_tensor(block.get(row["attention_write"]).output),
+            "ffn_in": received(block.get(row["ffn"])),
+            "ffn_write": first_tensor(block.get(row["ffn_write"]).output),
+            "residual_out": first_tensor(block.output),
+        }
+        with torch.no_grad():
+            states = {name: pick(tensor, positions) for name, tensor in read.items()}
+            del read
+            if row["multiplier"] != 1.0:
+                for name in ("attention_write", "ffn_write"):
+                    states[name] = states[name] * row["multiplier"]
+            values.append(reduce(make_states(layer=layer, **states), projection))
+    return values
+
+
+def reduce_logits(
+    root: Any, row: dict[str, Any], positions: Tensor, reduce: Callable[[Tensor, Tensor, Any], Tensor], projection: Any
+) -> Tensor:
+    """Reduce the model's own logits and H^L.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts.
+        positions: [n] flat indices into B * T.
+        reduce: what to make of them.
+        projection: E_u and LN_final.
+
+    Returns:
+        What ``reduce`` made of them.
+    """
+    last = first_tensor(root.get(row["layers"])[-1].output)
+    own = root.output.logits
+    with torch.no_grad():
+        return reduce(pick(own, positions), pick(last, positions), projection)
+
+
+def received(module: Any) -> Tensor:
+    """Read the states that a module receives.
+
+    Args:
+        module: its envoy.
+
+    Returns:
+        [B, T, d].
+    """
+    arguments, named = module.inputs
+    return first_tensor(arguments) if arguments else named["hidden_states"]
+
+
+def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[..., Any]) -> Any:
+    """Build the projection from the modules beside which this runs.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts; ``vocabulary``, ``width``, ``dtype``, ``biased`` and ``transform`` of the unembedding.
+        make_projection: builds ``Projection``.
+
+    Returns:
+        The projection.
+    """
+    head = root.get(row["unembedding"])
+    with torch.no_grad():
+        weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+        if weight is None or weight.is_meta or tuple(weight.shape) != (row["vocabulary"], row["width"]):
+            here = "cpu" if weight is None or weight.is_meta else weight.device
+            weight, bias = weight_by_calls(head, row, here)
+        return make_projection(
+            weight=weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            final_norm=root.get(row["final_norm"]),
+            **row["transform"],
+        )
+
+
+def weight_by_calls(
+    head: Callable[[Tensor], Tensor], row: dict[str, Any], device: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Read E_u where only calls of its module work: the identity matrix, projected, is its transpose.
+
+    Args:
+        head: the unembedding module.
+        row: ``width``, ``dtype`` and ``biased``.
+        device: where its inputs go.
+
+    Returns:
+        E_u [V, d] and its bias [V], where it has one.
+    """
+    dtype = getattr(torch, row["dtype"])
+    bias = head(torch.zeros(1, row["width"], dtype=dtype, device=device))[0] if row["biased"] else None
+    rows = []
+    for first in range(0, row["width"], _COLUMNS):
+        unit = torch.zeros(min(_COLUMNS, row["width"] - first), row["width"], dtype=dtype, device=device)
+        unit[:, first : first + len(unit)].fill_diagonal_(1)
+        projected = head(unit)
+        rows.append(projected if bias is None else projected - bias)
+    return torch.cat(rows).T, bias
+
+
+def split_states(states: Any, size: int) -> Iterator[Any]:
+    """Cut states into portions, as ``LayerStates.split`` does, with nothing that ``dataclass`` wrote.
+
+    Args:
+        states: the states of a layer.
+        size: positions in a portion.
+
+    Yields:
+        The portions.
+    """
+    tensors = {name: value.split(size) for name, value in vars(states).items() if name != "layer"}
+    for parts in zip(*tensors.values(), strict=True):
+        yield type(states)(layer=states.layer, **dict(zip(tensors, parts, strict=True)))

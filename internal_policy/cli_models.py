@@ -1,0 +1,59 @@
+"""``internal-policy models``: the table of families."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print every field, for scripts.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Print the families of models that are known, and where their parts are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from internal_policy.models.families import FAMILIES
+
+    if as_json:
+        typer.echo(json.dumps({model_type: asdict(family) for model_type, family in FAMILIES.items()}, indent=2))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (
+        "family",
+        "model_type",
+        "layers",
+        "A^l is the output of",
+        "F^l is the output of",
+        "block",
+        "logits",
+    ):
+        table.add_column(heading, overflow="fold")
+    for model_type, family in FAMILIES.items():
+        factor = f" x {family.write_multiplier}" if family.write_multiplier else ""
+        block = "parallel" if family.parallel is True else "sequential"
+        if isinstance(family.parallel, str):
+            block = f"parallel if {family.parallel}"
+        table.add_row(
+            family.name,
+            model_type,
+            family.layers,
+            (family.attention_write or family.attention) + factor,
+            (family.ffn_write or family.ffn) + factor,
+            block + ("" if family.pre_norm else ", no norm before modules"),
+            ", ".join(filter(None, (family.logit_softcap, family.logit_scale, family.logit_divisor))) or "-",
+        )
+    # A pipe has no width of its own, and a table that is cut is of no use in one.
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
+    console.print(
+        "Any other causal LM is tried by structure: it is used where eq. 4 holds for what was found, and refused "
+        "otherwise. Every model is proved on every load.",
+        highlight=False,
+    )
