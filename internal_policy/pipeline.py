@@ -20,7 +20,7 @@ from internal_policy import statistics, tables
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
-from internal_policy.generation import Request, end_ids, response_limit, sample
+from internal_policy.generation import Request, end_ids, response_limit
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
@@ -201,12 +201,13 @@ def _generate(
 ) -> list[Response]:
     if not inputs.requests:
         return inputs.responses
-    model = extractor.model
     found = _sampled(workspace)
-    limit = response_limit(model, config.max_new_tokens)
+    limit = response_limit(extractor.model, config.max_new_tokens)
+
+    draw = backends.sampler(extractor, config)
 
     def run(requests: Sequence[Request]) -> list[Response]:
-        return sample(model, requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        return draw(requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
 
     batches = _batches([len(r.prompt_ids) for r in inputs.requests], config.batch_size, state)
     mine = [i for batch in batches for i in batch]
@@ -295,7 +296,7 @@ def _assemble(
             "vocabulary": model.vocab_size,
             "hidden_size": int(model.projection.weight.shape[1]),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "device": "ndif" if config.remote else str(model.device),
         },
         config=settings,
         layers=layers,

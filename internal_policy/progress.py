@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from internal_policy.shell import is_main_process
+
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -23,7 +25,7 @@ def status(description: str) -> Iterator[None]:
         description: what runs.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and is_main_process()):
         yield
         return
     with console.status(description):
@@ -50,6 +52,8 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not (console.is_terminal and is_main_process()), transient=True
+    ) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda units: bar.update(task, advance=units)

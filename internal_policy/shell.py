@@ -49,3 +49,12 @@ def quiet_libraries(debug: bool) -> None:
     transformers_logging.set_verbosity_error()
     # The hub client warns at each of its retries; what comes of them is told in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks to the user: the only one, or the first of those that a launcher started.
+
+    Returns:
+        False in the others.
+    """
+    return int(os.environ.get("RANK", "0")) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
@@ -12,10 +12,13 @@ from internal_policy.capture.hooks import HookExtractor
 from internal_policy.capture.states import Extractor
 from internal_policy.capture.verify import prove, verify
 from internal_policy.errors import UserError
+from internal_policy.generation import sample
 from internal_policy.models import LanguageModel, load, wrap
 
 if TYPE_CHECKING:
+    from internal_policy.capture.nnsight_backend import NnsightExtractor
     from internal_policy.config import AnalyzeConfig
+    from internal_policy.responses import Response
 
 Opener: TypeAlias = Callable[[], Extractor]
 """Loads a model and proves it."""
@@ -94,6 +97,24 @@ def adopt(value: Any, tokenizer: Any, name: str, config: AnalyzeConfig) -> Opene
         return extractor
 
     return open_model
+
+
+def sampler(extractor: Extractor, config: AnalyzeConfig) -> Callable[..., list[Response]]:
+    """Say what samples responses: the model here, or where it runs.
+
+    Args:
+        extractor: the backend.
+        config: the settings.
+
+    Returns:
+        ``generation.sample``, or what does the same on a server, without its first argument.
+    """
+    if config.remote:
+        from internal_policy.capture.nnsight_sampling import remote_sample
+
+        # What opens a remote model is this backend.
+        return partial(remote_sample, cast("NnsightExtractor", extractor))
+    return partial(sample, extractor.model)
 
 
 def name_of(value: Any) -> str:

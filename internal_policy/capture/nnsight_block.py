@@ -7,7 +7,7 @@ works and reading its weight does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from internal_policy.capture.hooks import first_tensor, pick
 
 _COLUMNS = 1024
+_CHOSEN = 1e4
 
 
 def reduce_layers(
@@ -81,6 +82,28 @@ def reduce_logits(
         return reduce(pick(own, positions), pick(last, positions), projection)
 
 
+def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor], Tensor] | None) -> None:
+    """Choose the next token of each sequence, and leave greedy search nothing else to take.
+
+    Args:
+        root: the nnsight model, at a step of generation.
+        row: path of the unembedding; ``transform`` of the logits.
+        sampler: adds noise to [B, V] logits on cpu; none for the most probable token.
+    """
+    head = root.get(row["unembedding"])
+    projected = head.output
+    with torch.no_grad():
+        scores = projected[:, -1] * row["transform"]["scale"]
+        softcap = row["transform"]["softcap"]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.float().cpu()
+        chosen = (scores if sampler is None else sampler(None, scores)).argmax(dim=-1).to(projected.device)
+        decided = torch.zeros_like(projected)
+        decided[:, -1].scatter_(1, chosen[:, None], _CHOSEN)
+    head.output = decided
+
+
 def received(module: Any) -> Tensor:
     """Read the states that a module receives.
 
@@ -119,9 +142,7 @@ def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[.
         )
 
 
-def weight_by_calls(
-    head: Callable[[Tensor], Tensor], row: dict[str, Any], device: Any
-) -> tuple[Tensor, Tensor | None]:
+def weight_by_calls(head: Callable[[Tensor], Tensor], row: dict[str, Any], device: Any) -> tuple[Tensor, Tensor | None]:
     """Read E_u where only calls of its module work: the identity matrix, projected, is its transpose.
 
     Args:
@@ -141,18 +162,3 @@ def weight_by_calls(
         projected = head(unit)
         rows.append(projected if bias is None else projected - bias)
     return torch.cat(rows).T, bias
-
-
-def split_states(states: Any, size: int) -> Iterator[Any]:
-    """Cut states into portions, as ``LayerStates.split`` does, with nothing that ``dataclass`` wrote.
-
-    Args:
-        states: the states of a layer.
-        size: positions in a portion.
-
-    Yields:
-        The portions.
-    """
-    tensors = {name: value.split(size) for name, value in vars(states).items() if name != "layer"}
-    for parts in zip(*tensors.values(), strict=True):
-        yield type(states)(layer=states.layer, **dict(zip(tensors, parts, strict=True)))

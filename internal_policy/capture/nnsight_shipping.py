@@ -7,11 +7,11 @@ that ``dataclass`` writes, and functions behind a decorator.
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
 
 PACKAGE = __name__.split(".")[0]
 
@@ -19,9 +19,7 @@ PACKAGE = __name__.split(".")[0]
 @contextmanager
 def by_value() -> Iterator[None]:
     """Send this package's functions and classes whole instead of by name; as before on any exit."""
-    import cloudpickle
-
-    package = __import__(PACKAGE)
+    cloudpickle, package = importlib.import_module("cloudpickle"), importlib.import_module(PACKAGE)
     known = PACKAGE in cloudpickle.list_registry_pickle_by_value()
     if not known:
         cloudpickle.register_pickle_by_value(package)
@@ -32,12 +30,11 @@ def by_value() -> Iterator[None]:
             cloudpickle.unregister_pickle_by_value(package)
 
 
-def plain(cls: type, **methods: Callable[..., Any]) -> type:
+def plain(cls: type) -> type:
     """Rewrite a dataclass as a class that can be built from source on any version of Python.
 
     Args:
         cls: the dataclass.
-        **methods: what to use instead of its own methods of these names.
 
     Returns:
         A class with the methods of ``cls`` whose fields are all given by keyword.
@@ -47,7 +44,7 @@ def plain(cls: type, **methods: Callable[..., Any]) -> type:
         for name, member in vars(cls).items()
         if inspect.isfunction(member) and not (name.startswith("__") and name.endswith("__"))
     }
-    return type(cls.__name__, (), {**own, **methods, "__init__": _take_fields})
+    return type(cls.__name__, (), {**own, "__init__": _take_fields})
 
 
 def _take_fields(self: object, **fields: object) -> None:
