@@ -15,40 +15,68 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from internal_policy import bupo
+    from internal_policy.comparison import AnalysisComparison, compare
     from internal_policy.config import AnalyzeConfig
+    from internal_policy.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.errors import UserError
     from internal_policy.evaluation import Evaluation, evaluate, load_evaluation
+    from internal_policy.inspection.look import inspect
+    from internal_policy.inspection.results import Inspection, load_inspection
     from internal_policy.pipeline import analyze
     from internal_policy.results import Analysis, load_analysis
     from internal_policy.selection import Selection, select_layer
+    from internal_policy.studies import Study, study
+    from internal_policy.sweeps import sweep
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Analysis": "results",
+    "AnalysisComparison": "comparison",
     "AnalyzeConfig": "config",
+    "Convergence": "convergence",
     "Evaluation": "evaluation",
+    "Inspection": "inspection.results",
     "Selection": "selection",
+    "Study": "studies",
     "UserError": "errors",
     "analyze": "pipeline",
+    "compare": "comparison",
+    "convergence_table": "convergence",
     "evaluate": "evaluation",
+    "inspect": "inspection.look",
     "load_analysis": "results",
     "load_evaluation": "evaluation",
+    "load_inspection": "inspection.results",
+    "measure_convergence": "convergence",
     "select_layer": "selection",
+    "study": "studies",
+    "sweep": "sweeps",
 }
 
 __all__ = [
     "Analysis",
+    "AnalysisComparison",
     "AnalyzeConfig",
+    "Convergence",
     "Evaluation",
+    "Inspection",
     "Selection",
+    "Study",
     "UserError",
     "analyze",
     "bupo",
+    "compare",
+    "convergence_table",
     "evaluate",
+    "inspect",
     "load_analysis",
     "load_evaluation",
+    "load_inspection",
+    "measure_convergence",
     "select_layer",
+    "study",
+    "sweep",
 ]
 
 

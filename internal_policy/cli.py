@@ -12,7 +12,9 @@ import typer
 
 from internal_policy import __version__
 from internal_policy.cli_analyze import FIGURES, analyze
+from internal_policy.cli_compare import compare
 from internal_policy.cli_evaluate import evaluate
+from internal_policy.cli_inspect import inspect
 from internal_policy.cli_models import models
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
@@ -52,22 +54,28 @@ def _main(
     pass
 
 
-app.command()(analyze)
+# What a shell makes of an unquoted --checkpoints glob arrives as extra words.
+app.command(context_settings={"allow_extra_args": True})(analyze)
 app.command()(train)
 app.command()(evaluate)
+app.command()(compare)
+app.command()(inspect)
 app.command()(models)
 
 
 @app.command()
 def figures(
-    directories: Annotated[list[Path], typer.Argument(help="What analyze, train or evaluate wrote, also mixed.")],
+    directories: Annotated[
+        list[Path], typer.Argument(help="What analyze, train, evaluate or inspect wrote, also mixed.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for figures.")] = FIGURES,
     debug: DebugOption = False,
 ) -> None:
     """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
-    from internal_policy import cli_analyze, cli_evaluate, cli_train
+    from internal_policy import cli_analyze, cli_evaluate, cli_inspect, cli_train
     from internal_policy.bupo.results import load_run
     from internal_policy.evaluation.results import load_evaluation
+    from internal_policy.inspection.results import load_inspection
     from internal_policy.results import load_analysis
 
     kinds = [(_kind(path), path) for path in map(Path.expanduser, directories)]
@@ -75,6 +83,7 @@ def figures(
     analyses = [load_analysis(path) for kind, path in kinds if kind == "analysis"]
     runs = [load_run(path) for kind, path in kinds if kind == "run"]
     evaluations = [load_evaluation(path) for kind, path in kinds if kind == "evaluation"]
+    looks = [load_inspection(path) for kind, path in kinds if kind == "inspection"]
     root = output.expanduser()
     if analyses:
         cli_analyze.draw(analyses, root)
@@ -82,6 +91,8 @@ def figures(
         cli_train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
     if evaluations:
         cli_evaluate.draw(evaluations, root)
+    for look in looks:
+        cli_inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
 
 
 def _kind(directory: Path) -> str:
@@ -89,7 +100,7 @@ def _kind(directory: Path) -> str:
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
         return "run"
     # An analysis and an evaluation may be named by a directory above them.
-    for kind, depths in (("analysis", ("", "*/")), ("evaluation", ("", "*/", "*/*/"))):
+    for kind, depths in (("analysis", ("", "*/")), ("evaluation", ("", "*/", "*/*/")), ("inspection", ("", "*/"))):
         if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
             return kind
     raise UserError(

@@ -20,16 +20,22 @@ PACKAGE = ROOT / "internal_policy"
 LAYERS = [
     {"errors", "shell"},
     {"files", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
-    {"prompts", "selection"},
+    {"prompts", "selection", "study_models"},
     {"config", "results", "style"},
-    {"models", "workspace", "figure_data"},
-    {"responses", "figures", "terminal", "alignment_figures"},
+    {"models", "workspace", "figure_data", "convergence", "comparison_sources"},
+    {"comparison_items", "checkpoints"},
+    {"comparison_tables"},
+    {"comparison", "comparison_figure_data"},
+    {"comparison_marks", "comparison_terminal"},
+    {"responses", "figures", "terminal", "alignment_figures", "comparison_figures", "summary"},
     {"capture", "generation", "training_figures"},
-    {"inputs", "tables"},
+    {"inputs", "tables", "inspection"},
     {"pipeline"},
+    {"sweeps"},
+    {"studies"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
     {"bupo", "evaluation", "evaluation_figures"},
-    {"cli_train", "cli_evaluate", "cli_models"},
+    {"cli_analyze", "cli_train", "cli_evaluate", "cli_compare", "cli_models", "cli_inspect"},
     {"cli"},
 ]
 HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")

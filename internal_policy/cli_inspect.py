@@ -1,0 +1,130 @@
+"""The command `internal-policy inspect`: what every internal policy says at every token of one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from internal_policy.config import DTYPES, AnalyzeConfig, Lens
+from internal_policy.errors import UserError
+from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
+from internal_policy.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from internal_policy.inspection.results import Inspection
+
+DATA = Path("data/inspections")
+FIGURES = Path("figures")
+DEFAULTS = AnalyzeConfig()
+TOP_K = 5
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked.")],
+    response: Annotated[
+        str | None, typer.Option(help="What is answered.", show_default="sampled from the model")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Sample at most so many tokens; 0 looks at the prompt only.", show_default=str(DEFAULT_NEW_TOKENS)
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Show the tokens FIRST:LAST, from 1; 5: from the 5th on, : all.")
+    ] = None,
+    last: Annotated[int | None, typer.Option(help="Show so many tokens at the end.", show_default=str(LAST))] = None,
+    site: Annotated[Site, typer.Option(help="Which policies the terminal shows; all are drawn.")] = "layer",
+    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
+    lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
+    top_k: Annotated[int, typer.Option(help="Tokens of each policy that the table keeps.")] = TOP_K,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Look into one prompt: entropy and top token of every internal policy at every token, as a heat map."""
+    options: dict[str, Any] = {
+        "template": template,
+        "lens": lens,
+        "temperature": temperature,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    # A bad setting is told before anything heavy is imported.
+    config = AnalyzeConfig(model=model, **options)
+    check_settings(prompt, response, max_new_tokens, top_k, temperature)
+    check_choice(tokens, last)
+    from internal_policy.shell import figure_name, quiet_libraries
+
+    quiet_libraries(debug)
+    from internal_policy.inspection import look as looking
+    from internal_policy.inspection import results
+    from internal_policy.inspection.terminal import show
+    from internal_policy.terminal import list_files
+    from internal_policy.workspace import Workspace
+
+    name = figure_name([(config.slug, lens)])
+    root = DATA if output is None else output.expanduser()
+    directory = root / name
+    figures = (FIGURES if output is None else root / "figures") / name
+    Workspace(
+        directory,
+        manifest=results.MANIFEST,
+        result_files=results.RESULT_FILES,
+        what="inspection",
+    ).check()
+    look = looking.inspect(
+        model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
+    )
+    # Nothing is written where what was asked for is not there.
+    look.positions(tokens, last)
+    show(look, site, tokens=tokens, last=last)
+    try:
+        look.save(directory)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    list_files("inspection", [directory / file for file in results.RESULT_FILES])
+    draw(look, figures, tokens=tokens, last=last)
+
+
+def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: int | None = None) -> None:
+    """Draw the heat maps, and list the files.
+
+    Args:
+        look: what is drawn.
+        directory: where; made where it does not exist.
+        tokens: which tokens, from 1.
+        last: so many at the end; 24 where neither is given.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from internal_policy.inspection import figure
+    from internal_policy.terminal import list_files
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = figure.save_all(look, directory, tokens=tokens, last=last)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    list_files("figures", paths)
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another --output")

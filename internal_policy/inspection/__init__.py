@@ -1,0 +1,1 @@
+"""Look into one prompt: entropies and top tokens of every internal policy, layer by token."""

@@ -1,0 +1,235 @@
+"""Look into one prompt: what every internal policy says at every token (arXiv 2512.19673v3, eqs. 5-7).
+
+look = inspect("testbed/qwen3", prompt="3+4=?;")
+look.values        # DataFrame: entropy, top tokens, rank of the true next token, per position, layer and site
+look.tokens        # DataFrame: the tokens, and which are the prompt's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from internal_policy.capture import Batch, Extractor, prove
+from internal_policy.config import AnalyzeConfig, Lens
+from internal_policy.errors import UserError
+from internal_policy.generation import Request, sample
+from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
+from internal_policy.inspection.results import Inspection
+from internal_policy.inspection.settings import SITES, check_settings
+from internal_policy.inspection.text import texts_of
+from internal_policy.memory import halving
+from internal_policy.models import LanguageModel, evaluating, fitting_threads, load, wrap
+from internal_policy.progress import status
+from internal_policy.prompts import Chat, Prompt, render
+
+_ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
+_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
+_KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
+_LOADING = ("revision", "dtype", "device", "trust_remote_code")
+
+
+def inspect(
+    model: Any = "testbed/qwen3",
+    tokenizer: Any = None,
+    *,
+    prompt: str | Chat,
+    response: str | None = None,
+    max_new_tokens: int | None = None,
+    template: str = "chat",
+    lens: Lens = "policy",
+    top_k: int = 5,
+    temperature: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Look into one prompt, and into a response to it.
+
+    Args:
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model.
+        tokenizer: the tokenizer of a model given as an object.
+        prompt: text, or a chat.
+        response: what was answered; sampled where not given.
+        max_new_tokens: at most so many sampled tokens: 32 unless a response is given; 0 looks at the prompt only.
+        template: how the prompt is templated: chat, plain, qwen-math, qwen3, octothinker.
+        lens: ``policy`` projects states as they are; ``logit-lens`` applies the final norm first.
+        top_k: how many tokens of each policy to keep.
+        temperature: of the sampling; 0 takes the most probable token. Policies are always those of temperature 1.
+        seed: of the sampling.
+        dtype: auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16.
+        device: auto (cuda, mps, cpu) or a torch device.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        The inspection; entropies in nats.
+
+    Raises:
+        UserError: bad input; the message says what to do.
+    """
+    loading: dict[str, Any] = dict(zip(_LOADING, (revision, dtype, device, trust_remote_code), strict=True))
+    in_memory = not isinstance(model, (str, Path))
+    if in_memory and tokenizer is None:
+        raise UserError("a model object was given without its tokenizer; pass tokenizer=")
+    if in_memory and (told := [k for k, v in loading.items() if v not in (None, "auto", False)]):
+        raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
+    if not in_memory and tokenizer is not None:
+        raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
+    name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
+    config = AnalyzeConfig(
+        model=name, template=template, lens=lens, temperature=temperature, seed=seed, **({} if in_memory else loading)
+    )
+    content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
+    with ExitStack() as stack:
+        if in_memory:
+            stack.enter_context(evaluating(model))
+        with status(f"loading {name}"):
+            extractor = prove(wrap(model, tokenizer, name) if in_memory else load(name, **loading))
+        stack.enter_context(fitting_threads(extractor.model))
+        ids, length = _sequence(extractor.model, config, content, response, limit)
+        with status(f"looking at {len(ids)} tokens"):
+            return _look(extractor, config, ids, length, top_k, limit)
+
+
+def _sequence(
+    model: LanguageModel, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
+) -> tuple[list[int], int]:
+    """The ids of prompt and response, and how many are the prompt's."""
+    prompt = Prompt(content)
+    ids = render(prompt, config.template, model.tokenizer)
+    _check_ids(model, ids, "the prompt", room=limit > 0)
+    if response is not None:
+        answer = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+        if not answer:
+            raise UserError(f"the response {response!r} has no tokens; needed is at least one")
+        _check_ids(model, ids + answer, "prompt and response together", room=False)
+        return ids + answer, len(ids)
+    if limit == 0:
+        return ids, len(ids)
+
+    def run(requests: Sequence[Request]) -> list[list[int]]:
+        sampled = sample(model, requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        return [r.input_ids for r in sampled]
+
+    with status("sampling a response"):
+        return halving([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
+
+
+def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -> None:
+    if not ids:
+        raise UserError(f"{what} has no tokens; needed is at least one")
+    if max(ids) >= model.vocab_size:
+        raise UserError(
+            f"{what}: id {max(ids)} is beyond the vocabulary of {model.vocab_size}; does this tokenizer belong to this "
+            "model?"
+        )
+    if model.max_length is not None and len(ids) + room > model.max_length:
+        advice = "shorten it" + (", or give --max-new-tokens 0" if room and len(ids) == model.max_length else "")
+        raise UserError(f"{what}: {len(ids)} tokens, and the model's context is {model.max_length}; {advice}")
+
+
+def _look(
+    extractor: Extractor, config: AnalyzeConfig, ids: list[int], length: int, top_k: int, limit: int
+) -> Inspection:
+    model = extractor.model
+    top_k = min(top_k, model.vocab_size)
+    n = len(ids)
+    row = torch.tensor([ids])
+    reduce = partial(
+        look_at_layer,
+        next_ids=torch.tensor([*ids[1:], 0]),
+        lens=config.lens,
+        n_layers=model.n_layers,
+        top_k=top_k,
+    )
+
+    def run(batches: Sequence[Batch]) -> list[list[NDArray[np.float32]]]:
+        return [[values.cpu().numpy() for values in extractor.run(batch, reduce)] for batch in batches]
+
+    layers = halving([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
+    values = _value_table(layers, ids, top_k, model)
+    texts = texts_of(model.tokenizer, [*ids, *pd.unique(values[_columns(top_k, "id")].to_numpy().ravel())])
+    named = {f"top{k}_token": values[f"top{k}_id"].map(texts) for k in range(1, top_k + 1)}
+    values = pd.concat([values, pd.DataFrame(named)], axis=1)[[*_KEYS, *_columns(top_k, "id", "token", "probability")]]
+    tokens = pd.DataFrame(
+        {
+            "position": np.arange(1, n + 1),
+            "part": np.where(np.arange(n) < length, "prompt", "response"),
+            "id": ids,
+            "token": [texts[i] for i in ids],
+        }
+    )
+    return Inspection(
+        name=config.model if config.revision is None else f"{config.model}@{config.revision}",
+        model={
+            "id": config.model,
+            "revision": model.revision,
+            "family": model.family.name,
+            "layers": model.n_layers,
+            "vocabulary": model.vocab_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        config={
+            "lens": config.lens,
+            "template": config.template,
+            "top_k": top_k,
+            **({"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed} if limit else {}),
+            "weights": model.fingerprint(),
+        },
+        tokens=tokens,
+        values=values,
+        versions={library: metadata.version(library) for library in _LIBRARIES},
+    )
+
+
+def _columns(top_k: int, *parts: str) -> list[str]:
+    return [f"top{k}_{part}" for k in range(1, top_k + 1) for part in parts]
+
+
+def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, model: LanguageModel) -> pd.DataFrame:
+    """Long form of what ``look_at_layer`` gives of each layer, [S, n, 3 + 2 top_k]."""
+    n = len(ids)
+    best, probable = slice(N_SCALARS, N_SCALARS + top_k), slice(N_SCALARS + top_k, None)
+    frames = []
+    for layer, found in enumerate(layers, start=1):
+        sites = [*(FIRST_SITES if layer == 1 else SITES), *(LAST_SITES if layer == len(layers) else ())]
+        for site, columns in zip(sites, found, strict=True):
+            at, called = (0, "layer") if site == "embedding" else (layer, site)
+            if not np.isfinite(columns).all():
+                raise UserError(
+                    f"{model.name}: NaN or inf in the states of layer {at} ({called}); they overflow in this dtype or "
+                    "the weights are broken: try --dtype float32 or bfloat16"
+                )
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "position": np.arange(1, n + 1),
+                        "layer": at,
+                        "site": called,
+                        "entropy": columns[:, 0],
+                        # Nothing came after the last token.
+                        "next_id": pd.array([*ids[1:], pd.NA], dtype="Int64"),
+                        "next_rank": pd.array([*columns[:-1, 1].astype(np.int64), pd.NA], dtype="Int64"),
+                        "next_probability": np.append(columns[:-1, 2], np.float32(np.nan)),
+                        **dict(zip(_columns(top_k, "id"), columns[:, best].T.astype(np.int64), strict=True)),
+                        **dict(zip(_columns(top_k, "probability"), columns[:, probable].T, strict=True)),
+                    }
+                )
+            )
+    order = {site: i for i, site in enumerate((*SITES, *LAST_SITES))}
+    table = pd.concat(frames, ignore_index=True)
+    places = table["site"].map(order)
+    return table.loc[np.lexsort((places, table["layer"], table["position"]))].reset_index(drop=True)

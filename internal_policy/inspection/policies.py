@@ -1,0 +1,121 @@
+"""What is kept of a layer's internal policies at each token: entropy, the most probable tokens, and the true next one.
+
+One pass over blocks of the vocabulary: a running maximum and two sums give the entropy (see ``entropy.streaming``), and
+each block's best are merged with the best so far. No array of [tokens, V] exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from internal_policy.capture import LayerStates
+from internal_policy.config import Lens
+from internal_policy.entropy.streaming import block_sizes
+from internal_policy.inspection.settings import SITES
+from internal_policy.models import Projection
+
+FIRST_SITES = (*SITES, "embedding")
+"""Layer 1 adds the policy of H^0."""
+LAST_SITES = ("policy",)
+"""Layer L adds the final policy."""
+N_SCALARS = 3
+"""Columns before the ids: entropy, rank and probability of the next token."""
+
+
+def look_at_layer(
+    states: LayerStates, projection: Projection, *, next_ids: Tensor, lens: Lens, n_layers: int, top_k: int
+) -> Tensor:
+    """Reduce one layer; it needs nothing but its arguments.
+
+    Args:
+        states: the layer's states at n positions.
+        projection: E_u and LN_final.
+        next_ids: [n] the token that really came next at each position; any id where none did.
+        lens: ``policy`` or ``logit-lens``.
+        n_layers: L.
+        top_k: how many tokens to keep.
+
+    Returns:
+        [S, n, 3 + 2 top_k] float32, with S = 3 policies (layer, attn, ffn); layer 1 adds that of H^0, layer L that of
+        pi_theta. Columns as ``look`` has them.
+
+    Source: arXiv 2512.19673v3, eqs. 5-7.
+    """
+    device = projection.weight.device
+    wanted = [states.residual_out, states.attention_write, states.ffn_write]
+    if states.layer == 1:
+        wanted.append(states.residual_in)
+    seen = [projection.through(lens, s).to(device) for s in wanted]
+    if states.layer == n_layers:
+        seen.append(projection.final_norm(states.residual_out).to(device))
+    flat = look(torch.cat(seen), projection, next_ids.to(device).repeat(len(seen)), top_k)
+    return flat.view(len(seen), -1, flat.shape[1]).float()
+
+
+@torch.no_grad()
+def look(states: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Tensor:
+    """Entropy, top tokens and the next token's place, for the policies of some states.
+
+    Products and sums run in float32 (float64 where an operand is float64), whatever the operands' dtype.
+
+    Args:
+        states: [N, d], as E_u projects them, on its device.
+        projection: E_u with bias, scale and soft cap.
+        next_ids: [N] the tokens to rank.
+        top_k: how many tokens to keep; at most V.
+
+    Returns:
+        [N, 3 + 2 top_k]: entropy (nats), rank (from 1) and probability of the next token, the ids of the most probable
+        tokens, their probabilities. Ids are exact, as float32 holds whole numbers up to 2^24.
+    """
+    weight = projection.weight
+    dtype = torch.float64 if torch.float64 in (states.dtype, weight.dtype) else torch.float32
+    size, _ = block_sizes(weight.shape[1], weight.shape[0], projection.memory_budget, weight.device, dtype.itemsize)
+    portions = zip(torch.split(states, size), torch.split(next_ids, size), strict=True)
+    return torch.cat([_look(x.to(dtype), projection, ids[:, None], top_k) for x, ids in portions])
+
+
+def _look(x: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Tensor:
+    weight, dtype = projection.weight, x.dtype
+    vocab, d = weight.shape
+    _, width = block_sizes(d, vocab, projection.memory_budget, weight.device, dtype.itemsize)
+    of_next = _transform((x * weight[next_ids[:, 0]].to(dtype)).sum(1, keepdim=True), projection, next_ids)
+    above = torch.zeros_like(next_ids)
+    best, best_ids = x.new_empty(len(x), 0), next_ids.new_empty(len(x), 0)
+    m = x.new_full((len(x), 1), -torch.inf)
+    s, t = torch.zeros_like(m), torch.zeros_like(m)
+    for first in range(0, vocab, width):
+        last = min(first + width, vocab)
+        z = _transform(x @ weight[first:last].to(dtype).T, projection, slice(first, last))
+        own = z.gather(1, (next_ids - first).clamp(0, last - first - 1))
+        # The next token's own logit may be rounded another way here, and must not count as above itself.
+        counted = (next_ids >= first) & (next_ids < last) & (own > of_next)
+        above += (z > of_next).sum(1, keepdim=True) - counted.long()
+        here, here_ids = z.topk(min(top_k, last - first), dim=1)
+        merged, merged_ids = torch.cat([best, here], 1), torch.cat([best_ids, here_ids + first], 1)
+        best, places = merged.topk(min(top_k, merged.shape[1]), dim=1)
+        best_ids = merged_ids.gather(1, places)
+        m_new = best[:, :1]
+        if first > 0:
+            delta = m - m_new
+            t, s = (t + delta * s) * delta.exp(), s * delta.exp()
+        m = m_new
+        p = z.sub_(m).exp()
+        s, t = s + p.sum(1, keepdim=True), t + z.mul_(p).sum(1, keepdim=True)
+    probabilities = (best - m).exp() / s
+    entropy, probability, rank = s.log() - t / s, (of_next - m).exp() / s, 1 + above
+    # Near ties: a token among the best has one rank and one probability.
+    found, place = (best_ids == next_ids).max(1, keepdim=True)
+    rank = torch.where(found, place + 1, rank)
+    probability = torch.where(found, probabilities.gather(1, place), probability)
+    return torch.cat([entropy, rank.to(dtype), probability, best_ids.to(dtype), probabilities], 1)
+
+
+def _transform(z: Tensor, projection: Projection, ids: slice | Tensor) -> Tensor:
+    """What the model makes of the products: bias, scale, soft cap; ids of the columns, or [n, 1] of each row."""
+    if projection.bias is not None:
+        z = z + projection.bias[ids].to(z.dtype)
+    if projection.scale != 1.0:
+        z = z * projection.scale
+    return z if projection.softcap is None else projection.softcap * torch.tanh(z / projection.softcap)

@@ -1,0 +1,194 @@
+"""The internal policies of one sequence, token by token, in memory and on disk. Nothing here needs torch.
+
+``inspection.json`` is written last: a directory without it is not an inspection.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.errors import UserError
+from internal_policy.files import write_atomically, write_text
+from internal_policy.inspection.settings import Span, check_choice
+
+SCHEMA_VERSION = 1
+MANIFEST = "inspection.json"
+RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What every internal policy says at every token of one sequence. Entropies in nats, layers counted from 1."""
+
+    name: str
+    """The model's name."""
+    model: dict[str, Any]
+    """id, revision, family, layers L, vocabulary V, dtype, device."""
+    config: dict[str, Any]
+    """Lens, template, top_k; how the response was sampled, where it was; a digest of the weights."""
+    tokens: pd.DataFrame
+    """A row per token: position (from 1), part (prompt or response), id, token (its text, as it can be shown)."""
+    values: pd.DataFrame
+    """A row per position, layer and site. ``layer``, ``attn``, ``ffn``: the policies of H^l, A^l, F^l, and ``layer`` at
+    layer 0 that of H^0, the embedding; ``policy`` at layer L: pi_theta. They predict the token after ``position``.
+    Columns: entropy (nats); next_id, next_rank (from 1), next_probability of the token that really came next, empty at
+    the last position; top1_id, top1_token, top1_probability, top2_..."""
+    path: Path | None = None
+    """Where it is on disk."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions."""
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return int(self.model["layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.model["vocabulary"])
+
+    @property
+    def n_tokens(self) -> int:
+        """T: tokens of prompt and response."""
+        return len(self.tokens)
+
+    @property
+    def prompt_length(self) -> int:
+        """P: tokens of the prompt."""
+        return int((self.tokens["part"] == "prompt").sum())
+
+    @property
+    def lens(self) -> str:
+        """``policy`` or ``logit-lens``."""
+        return str(self.config["lens"])
+
+    @property
+    def top_k(self) -> int:
+        """How many tokens of each policy are kept."""
+        return int(self.config["top_k"])
+
+    def positions(self, tokens: Span | None = None, last: int | None = None) -> range:
+        """Choose tokens.
+
+        Args:
+            tokens: which ones; not together with ``last``.
+            last: so many at the end; 24 where neither is given.
+
+        Returns:
+            Positions, from 1.
+
+        Raises:
+            UserError: both, or a span without a token.
+        """
+        n, choice = self.n_tokens, check_choice(tokens, last)
+        if isinstance(choice, int):
+            return range(max(1, n - choice + 1), n + 1)
+        first, end = 1 if choice[0] is None else choice[0], n if choice[1] is None else choice[1]
+        if not 1 <= first <= min(end, n):
+            raise UserError(f"--tokens is {first}:{end} of {n} tokens; needed are places from 1, the lower one first")
+        return range(first, min(end, n) + 1)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the inspection to a directory; the manifest last.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        write_atomically(target / "values.parquet", partial(self.values.to_parquet, index=False))
+        write_atomically(target / "tokens.csv", partial(self.tokens.to_csv, index=False))
+        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``inspection.json`` holds.
+
+        Returns:
+            JSON-able fields.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "model": self.model,
+            "config": self.config,
+            "n_tokens": self.n_tokens,
+            "prompt_length": self.prompt_length,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Inspection:
+        """Read an inspection from disk.
+
+        Args:
+            directory: of one inspection, or one that holds a single inspection.
+
+        Returns:
+            The inspection.
+
+        Raises:
+            UserError: no inspection there, broken, or written by a newer version.
+        """
+        source = _find(Path(directory).expanduser())
+        try:
+            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["schema_version"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
+                    "inspect again, or use the version of internal-policy that wrote it"
+                )
+            # A token such as NA or 007 is a text.
+            tokens = pd.read_csv(source / "tokens.csv", dtype={"token": str}, keep_default_na=False, na_values=[])
+            return cls(
+                name=manifest["name"],
+                model=manifest["model"],
+                config=manifest["config"],
+                tokens=tokens,
+                values=pd.read_parquet(source / "values.parquet"),
+                versions=manifest["versions"],
+                path=source,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}: broken inspection ({type(error).__name__}: {error}); inspect again") from error
+
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.name!r}, {self.prompt_length} tokens of a prompt and "
+            f"{self.n_tokens - self.prompt_length} of a response, {self.n_layers} layers, lens {self.lens})"
+        )
+
+
+def load_inspection(directory: str | Path) -> Inspection:
+    """Read an inspection from disk; see ``Inspection.load``.
+
+    Args:
+        directory: of one inspection, or one that holds a single inspection.
+
+    Returns:
+        The inspection.
+    """
+    return Inspection.load(directory)
+
+
+def _find(directory: Path) -> Path:
+    if (directory / MANIFEST).is_file():
+        return directory
+    inside = sorted(p.parent for p in directory.glob(f"*/{MANIFEST}"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(p.name for p in inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
+        raise UserError(f"{directory}: holds {len(inside)} inspections ({names}); name one of them")
+    raise UserError(f"{directory}: no finished inspection here (no {MANIFEST}); run internal-policy inspect first")

@@ -1,0 +1,80 @@
+"""Token ids as short texts that can be shown: no white space that cannot be seen, no byte marks, no control characters.
+
+A space is ``·``, a line break ``⏎``, a tab ``⇥``; four or more of one are ``·×4``. Bytes that are no whole character
+are ``<E4B8>``, characters that cannot be seen ``<U+200D>``, and ids without a text ``#151700``.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+_MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"})
+_SPACE, _BYTE = "▁", re.compile(r"<0x([0-9A-F]{2})>")
+_RUN = re.compile(f"([{''.join(_MARKS.values())}])\\1{{3,}}")
+_HALVES = re.compile("[\udc80-\udcff]+")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level BPE (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """Write tokens so that each can be told from another at a glance.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        ids: token ids, with or without repetition; those beyond the tokenizer's vocabulary too.
+
+    Returns:
+        The text of each id.
+    """
+    return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
+
+
+def _text(tokenizer: Any, token_id: int) -> str:
+    """What a token adds to a text; bytes that are no whole character as lone surrogates, nothing where it has none."""
+    try:
+        piece = tokenizer.convert_ids_to_tokens(token_id)
+    # Tokenizers differ in what they raise, or return, for the rows that pad the unembedding.
+    except (IndexError, KeyError, OverflowError, ValueError):
+        return ""
+    if isinstance(piece, bytes):
+        return piece.decode("utf-8", "surrogateescape")
+    if not piece:
+        return ""
+    if byte := _BYTE.fullmatch(piece):
+        return bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape")
+    text = str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if "\ufffd" in text and all(character in _BYTES for character in piece):
+        return bytes(_BYTES[character] for character in piece).decode("utf-8", "surrogateescape")
+    if piece.startswith(_SPACE):
+        # Decoders drop the space that a text begins with, and a single token is a text to them.
+        rest = piece.lstrip(_SPACE)
+        return " " * (len(piece) - len(rest)) + text.lstrip(" ")
+    return text or str(piece)
+
+
+def visible(text: str) -> str:
+    """Write a text so that all of it can be seen, on one line.
+
+    Args:
+        text: any text; bytes that are no whole character as lone surrogates, as ``surrogateescape`` makes them.
+
+    Returns:
+        The text with marks; empty where it is empty.
+    """
+    text = _HALVES.sub(lambda m: f"<{m[0].encode('utf-8', 'surrogateescape').hex().upper()}>", text)
+    shown = "".join(_MARKS.get(c) or (f"<U+{ord(c):04X}>" if unicodedata.category(c) in _UNSEEN else c) for c in text)
+    # A mark that belongs on a letter would go onto whatever stands before the cell.
+    shown = f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
+    return _RUN.sub(lambda m: f"{m[1]}×{len(m[0])}", shown)
