@@ -131,7 +131,7 @@ class AnalyzeConfig:
 
     @property
     def slug(self) -> str:
-        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3``, ``run--checkpoint-5``."""
+        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``run--checkpoints--checkpoint-5``."""
         path = Path(self.model)
         parts = _last_parts(path.resolve()) if path.exists() else tuple(self.model.split("/"))
         name = "--".join(p for p in parts if p not in {"/", ""})

@@ -41,7 +41,7 @@ def quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|peft|torch)(\.|$)")
-    for library in ("trl", "accelerate", "datasets"):
+    for library in ("trl", "accelerate", "bitsandbytes", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

@@ -259,13 +259,17 @@ def _require_columns(responses: pd.DataFrame, columns: tuple[str, ...]) -> None:
 def _by_layer(responses: pd.DataFrame, site: str, quantity: str) -> tuple[Ints, Floats, Floats, Ints]:
     """Layers [L], values [G, L], tokens [G] and prompts [G] of one site and quantity."""
     rows = responses[responses["site"] == site]
-    if rows.duplicated(["response", "layer"]).any():
+    # Placed by hand: a pivot table for each quantity took most of the time of a small analysis.
+    names, first, response = np.unique(rows["response"].to_numpy(), return_index=True, return_inverse=True)
+    layers, layer = np.unique(rows["layer"].to_numpy(dtype=np.int64), return_inverse=True)
+    cells = response * layers.size + layer
+    if np.unique(cells).size < cells.size:
         raise UserError(f"a response appears twice in one layer at site {site!r}; each may appear once")
-    wide = rows.pivot_table(index="response", columns="layer", values=quantity, dropna=False)
-    first = rows.groupby("response")[["n_tokens", "prompt"]].first()
+    wide = np.full(names.size * layers.size, np.nan)
+    wide[cells] = rows[quantity].to_numpy(dtype=np.float64)
     return (
-        wide.columns.to_numpy(dtype=np.int64),
-        wide.to_numpy(dtype=np.float64),
-        first["n_tokens"].to_numpy(dtype=np.float64),
-        first["prompt"].to_numpy(dtype=np.int64),
+        layers,
+        wide.reshape(names.size, layers.size),
+        rows["n_tokens"].to_numpy(dtype=np.float64)[first],
+        rows["prompt"].to_numpy(dtype=np.int64)[first],
     )

@@ -47,6 +47,11 @@ def opener(config: AnalyzeConfig, device: torch.device | None = None) -> Opener:
             )
             verify(remote)
             return remote
+        if device is not None and config.device_map is not None:
+            raise UserError(
+                f"--device-map {config.device_map} was given to several processes, each of which has a device of its "
+                "own; start one process, or leave --device-map out"
+            )
         # A bare "cuda" is the first one in every process.
         own = device is not None and config.device in ("auto", "cuda")
         model = load(
@@ -55,6 +60,8 @@ def opener(config: AnalyzeConfig, device: torch.device | None = None) -> Opener:
             dtype=config.dtype,
             device=str(device) if own else config.device,
             trust_remote_code=config.trust_remote_code,
+            device_map=config.device_map,
+            quantization=config.quantization,
         )
         return prove(model, _from_model(config.backend))
 

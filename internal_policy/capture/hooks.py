@@ -66,9 +66,11 @@ def _hook_layer(
         return hook
 
     def hand_over(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states = LayerStates(layer=layer, residual_out=pick(first_tensor(output), positions), **held)
+        out = pick(first_tensor(output), positions)
+        # The first layer on a device receives the stream from the device before.
+        here = {name: state.to(out.device) for name, state in held.items()}
         held.clear()
-        consume(states)
+        consume(LayerStates(layer=layer, residual_out=out, **here))
 
     return [
         module.register_forward_pre_hook(keep_input("residual_in"), with_kwargs=True),

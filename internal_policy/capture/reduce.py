@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from internal_policy.capture.states import Batch, Extractor, LayerStates
 from internal_policy.config import Lens
 from internal_policy.errors import UserError
-from internal_policy.models import Projection
+from internal_policy.models import LanguageModel, Projection, context
 from internal_policy.responses import Response, pad
 
 QUANTITIES = (
@@ -53,6 +53,11 @@ class Reducer:
         self._extractor = extractor
         self._lens = lens
 
+    @property
+    def model(self) -> LanguageModel:
+        """The model that runs."""
+        return self._extractor.model
+
     def __call__(self, batch: Batch) -> TokenValues:
         """Run one batch.
 
@@ -67,7 +72,7 @@ class Reducer:
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
         """
-        model = self._extractor.model
+        model = self.model
         reduce = partial(reduce_layer, lens=self._lens, n_layers=model.n_layers, parallel=model.parallel)
         reduced = [values.cpu().numpy() for values in self._extractor.run(batch, reduce)]
         n_columns = len(QUANTITIES) - 1
@@ -85,7 +90,7 @@ class Reducer:
         if not finite.all():
             quantity = QUANTITIES[int(np.argmin(finite))]
             raise UserError(
-                f"{self._extractor.model.name}: NaN or inf in the states of layer {layer} ({quantity}); "
+                f"{self.model.name}: NaN or inf in the states of layer {layer} ({quantity}); "
                 "they overflow in this dtype or the weights are broken: try --dtype float32 or bfloat16"
             )
 
@@ -125,7 +130,7 @@ def _reduce(states: LayerStates, projection: Projection, lens: Lens, n_layers: i
     if states.layer == n_layers:
         final = states.residual_out
         if lens == "policy":
-            columns += [layer_out, projection.entropy(projection.final_norm(final))]
+            columns += [layer_out, projection.entropy(projection.normed(final))]
         else:
             columns += [projection.entropy(final), layer_out]
     return torch.stack([c.to(layer_out.device) for c in columns], dim=-1)
@@ -141,7 +146,7 @@ def _entropies(projection: Projection, lens: Lens, states: list[Tensor]) -> list
 def reduce_responses(
     reducer: Reducer, responses: Sequence[Response], side: Literal["left", "right"] = "right"
 ) -> list[TokenValues]:
-    """Analyse some responses in one forward pass.
+    """Analyse some responses in one forward pass, or in two where a long one would change what a short one gives.
 
     Args:
         reducer: capture and reduction.
@@ -151,6 +156,15 @@ def reduce_responses(
     Returns:
         The numbers of each response's tokens, [n_i, ...], in order.
     """
+    values: dict[int, TokenValues] = {}
+    for group in context.groups([len(r.input_ids) for r in responses], reducer.model.length_switch):
+        values |= zip(group, _reduce_together(reducer, [responses[i] for i in group], side), strict=True)
+    return [values[i] for i in range(len(responses))]
+
+
+def _reduce_together(
+    reducer: Reducer, responses: Sequence[Response], side: Literal["left", "right"]
+) -> list[TokenValues]:
     ids, mask = pad([r.input_ids for r in responses], side)
     width = ids.shape[1]
     positions = []

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from internal_policy.models.families import FAMILIES, Family
-from internal_policy.models.loading import (
-    LanguageModel,
-    check,
-    choose_device,
-    family_of,
-    load,
-    projection_of,
-    unknown_family,
-    wrap,
-)
+from internal_policy.models.language_model import LanguageModel, family_of, unknown_family, wrap
+from internal_policy.models.loading import load
+from internal_policy.models.lookup import check, choose_device
 from internal_policy.models.modes import evaluating, fitting_threads
 from internal_policy.models.projection import Projection
+from internal_policy.models.unembedding import projection_of
 
 __all__ = [
     "FAMILIES",

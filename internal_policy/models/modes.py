@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from internal_policy.models.loading import LanguageModel
+from internal_policy.models.language_model import LanguageModel
 
 _NARROW = 256
 

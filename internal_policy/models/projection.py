@@ -55,9 +55,20 @@ class Projection:
             states: [N, d].
 
         Returns:
-            [N, d] what E_u projects.
+            [N, d] what E_u projects, in the states' dtype: the norm is the model's own module.
         """
-        return states if lens == "policy" else self.final_norm(states)
+        return states if lens == "policy" else self.normed(states)
+
+    def normed(self, states: Tensor) -> Tensor:
+        """Apply LN_final, where its weights are.
+
+        Args:
+            states: [N, d].
+
+        Returns:
+            [N, d] on the device of E_u, which tied weights keep beside the input embedding.
+        """
+        return self.final_norm(states).to(self.weight.device)
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits in the states' dtype, as the model computes them; for a few states only.

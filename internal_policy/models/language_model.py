@@ -1,0 +1,211 @@
+"""A causal language model with its parts found: what every other part of the package works on."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internal_policy.errors import UserError
+from internal_policy.models import context, placement, quantization
+from internal_policy.models.families import FAMILIES, Family
+from internal_policy.models.projection import Projection
+from internal_policy.models.structure import candidates
+from internal_policy.models.unembedding import projection_of
+
+_MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer, its row of the family table and its projection."""
+
+    name: str
+    """What the user called it."""
+    revision: str | None
+    """The hub's commit, or the revision that the user named."""
+    model: nn.Module
+    """The transformers model, in evaluation mode."""
+    tokenizer: Any
+    """Its tokenizer."""
+    family: Family
+    """Where its parts are."""
+    projection: Projection
+    """E_u with the model's own transform of logits, and LN_final."""
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers; layer l of the paper is ``layers[l - 1]``."""
+        layers: nn.ModuleList = operator.attrgetter(self.family.layers)(self.model)
+        return layers
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder without the unembedding."""
+        backbone: nn.Module = operator.attrgetter(self.family.backbone)(self.model)
+        return backbone
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of E_u."""
+        return int(self.projection.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        return placement.input_device(self.model)
+
+    @property
+    def placement(self) -> str:
+        """The devices that hold weights, in order of the decoder, such as ``cpu`` or ``cuda:0, cuda:1, cpu, disk``."""
+        return placement.describe(self.model)
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantised, such as ``bitsandbytes 4-bit (nf4)``; None where they are not."""
+        return quantization.describe(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype that the model computes its states in: that of its weights, but for quantised ones."""
+        found = [p.dtype for p in self.model.parameters() if p.dtype in _MODEL_DTYPES]
+        return max([*found, self.projection.weight.dtype], key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN of a layer both start from H^{l-1}, so that there is no H_mid."""
+        return self.family.is_parallel(self.config)
+
+    @property
+    def write_multiplier(self) -> float:
+        """What the model multiplies both writes by before it adds them."""
+        field = self.family.write_multiplier
+        return float(getattr(self.config, field)) if field else 1.0
+
+    def forward_arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """Arguments of a forward pass of the decoder, or of the whole model, without a cache.
+
+        Args:
+            input_ids: [B, T] ids.
+            attention_mask: [B, T] 1 for tokens, 0 for padding on either side.
+
+        Returns:
+            What to call the module with; positions are counted over real tokens, where the model takes positions.
+        """
+        mask = attention_mask.to(self.device)
+        arguments = {"input_ids": input_ids.to(self.device), "attention_mask": mask, "use_cache": False}
+        if "position_ids" in inspect.signature(self.backbone.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return arguments
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model has positions for."""
+        return context.limit(self.config)
+
+    @property
+    def length_switch(self) -> int | None:
+        """The length beyond which a whole batch runs with other position frequencies; see ``context.switch``."""
+        return context.switch(self.config)
+
+    def fingerprint(self) -> str:
+        """A digest of the weights: names, shapes and a sample of each tensor. It tells checkpoints apart.
+
+        Returns:
+            16 hexadecimal digits; the same wherever the weights are.
+        """
+        digest = hashlib.sha256()
+        for name, stored in self.model.state_dict().items():
+            tensor = placement.resident(self.model, name, stored)
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def wrap(
+    model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None, family: Family | None = None
+) -> LanguageModel:
+    """Describe a transformers model that is already in memory.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        name: what to call it; its ``name_or_path`` where not given.
+        revision: the hub's commit, where known.
+        family: where its parts are; its row of the table, or what its structure says, where not given.
+
+    Returns:
+        The model with its parts found. The model itself is put in evaluation mode and not changed otherwise.
+
+    Raises:
+        UserError: not a causal LM, or parts that cannot be found.
+    """
+    name = name or getattr(model, "name_or_path", "") or type(model).__name__
+    if not hasattr(model, "config"):
+        raise UserError(f"got a {type(model).__name__}; needed is a transformers causal LM, or a name")
+    family = family or family_of(model, name)
+    for part in (family.backbone, family.layers, family.final_norm, family.unembedding):
+        try:
+            operator.attrgetter(part)(model)
+        except AttributeError as error:
+            raise UserError(
+                f"{name}: this {type(model).__name__} has no {part}; needed is a causal LM with its head, "
+                "as AutoModelForCausalLM loads it"
+            ) from error
+    if len(operator.attrgetter(family.layers)(model)) == 0:
+        raise UserError(f"{name}: this model has no layers; needed is at least one")
+    return LanguageModel(name, revision, model.eval(), tokenizer, family, projection_of(model, family))
+
+
+def family_of(model: Any, name: str) -> Family:
+    """Find where the parts of a model are.
+
+    Args:
+        model: a transformers causal LM.
+        name: its name, for the message.
+
+    Returns:
+        Its row of the table; for a model type without one, the likeliest row by its structure, marked as guessed.
+
+    Raises:
+        UserError: no row, and no structure that is known.
+    """
+    model_type = model.config.model_type
+    family = FAMILIES.get(model_type) or next(candidates(model), None)
+    if family is None:
+        raise unknown_family(name, model_type, "has no parts of a decoder under names that are known")
+    return family
+
+
+def unknown_family(name: str, model_type: str, why: str) -> UserError:
+    """Say that a model has no row and none could be found.
+
+    Args:
+        name: the model's name.
+        model_type: its ``config.model_type``.
+        why: what was tried.
+
+    Returns:
+        The error.
+    """
+    return UserError(
+        f"{name}: family {model_type!r} is not in the table (internal-policy models prints it) and {why}; "
+        "to add it, write one row in internal_policy/models/families.py"
+    )

@@ -1,0 +1,183 @@
+"""What a name stands for, before any weights are read; one clear line for what cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub
+
+from internal_policy import testbed
+from internal_policy.errors import UserError
+from internal_policy.memory import is_out_of_memory
+
+WEIGHTS = "its weights"
+"""What is loaded when everything else about the checkpoint is known."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve ``auto`` to cuda, mps or cpu, and check that a named device is there.
+
+    Args:
+        device: ``auto`` or a torch device.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
+    return chosen
+
+
+def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """Check that a name stands for a causal LM, without loading its weights.
+
+    Args:
+        name: hub id, local directory, or an embedded model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        What transformers loads it from, and its configuration.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
+    """
+    from transformers import AutoConfig
+
+    where = _resolve(name, revision)
+    with told_in_one_line(name, "its config.json"):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    _refuse_other_architectures(config, name)
+    return where, config
+
+
+def _resolve(name: str, revision: str | None) -> str:
+    """Turn an embedded name into its directory and check a local directory for what loading needs."""
+    if name.split("/")[0] == "testbed" and not Path(name).exists():
+        if revision is not None:
+            raise UserError(
+                f"{name}: --revision {revision} was given with an embedded model; revisions exist on the hub only"
+            )
+        return str(testbed.path(name))
+    directory = Path(name)
+    if not directory.exists():
+        if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id"
+            )
+        return name
+    if not directory.is_dir():
+        raise UserError(f"{name}: is a file; give the directory that holds config.json and *.safetensors")
+    if revision is not None:
+        raise UserError(
+            f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only"
+        )
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)"
+        )
+    if not any((directory / f).is_file() for f in _TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: no tokenizer in this directory; save the model's own with tokenizer.save_pretrained(directory)"
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise UserError(
+                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is "
+                "read. Convert with model.save_pretrained(directory)"
+            )
+        raise UserError(
+            f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
+        )
+    return str(directory)
+
+
+def _refuse_other_architectures(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {config.model_type} is an encoder-decoder model; needed is a decoder-only causal LM")
+    architectures = getattr(config, "architectures", None) or []
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal):
+        what = architectures[0] if architectures else config.model_type
+        raise UserError(
+            f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM"
+        )
+
+
+@contextmanager
+def told_in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise on a bad name, file or network into one line.
+
+    Args:
+        name: the model's name.
+        what: what is being loaded.
+
+    Raises:
+        UserError: in place of what was raised.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(f"{name}: broken safetensors file ({first_line(error)}); download or save it again") from error
+    except (
+        *(OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError, MemoryError),
+        *(hub.HfHubHTTPError, hub.StrictDataclassError),
+    ) as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{name}: out of memory on {what}; use --dtype bfloat16 or a smaller model") from error
+        raise UserError(f"{name}: cannot load {what}: {_explain(name, what, error)}") from error
+
+
+def _explain(name: str, what: str, error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ImportError):
+        return f"{text.rstrip('.')}; install what is missing, then repeat this"
+    if Path(name).exists():
+        return f"{text.rstrip('.:')}; mend this directory, or give another"
+    lowered = str(error).lower()
+    if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
+        return "the repository has no safetensors weights (pickle only?); only safetensors is read"
+    if any(sign in lowered for sign in ("gated repo", "401 client error", "403 client error")):
+        return "access is restricted; log in with `hf auth login` and accept the model's terms on the hub"
+    if "trust_remote_code" in lowered:
+        return "it needs code from its repository; read that code, then pass --trust-remote-code"
+    if what == WEIGHTS and not isinstance(error, (OSError, hub.HfHubHTTPError)):
+        # Its configuration has been read: the model exists, and what fails is how it was to be loaded.
+        return f"{text.rstrip('.:')}; change how it is loaded, or give another checkpoint"
+    return f"no such model on the hub, or no network ({text.rstrip('.')}); check the name, or give a local directory"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says.
+
+    Args:
+        error: the exception.
+
+    Returns:
+        At most 200 characters; its type where it says nothing.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,71 @@
+"""Quantised weights, as transformers loads them: what was asked for, and what a checkpoint brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from internal_policy.config import QUANTIZATIONS
+from internal_policy.errors import UserError
+
+
+def check_quantization(quantization: str | None, config: Any, name: str) -> None:
+    """Refuse a quantisation that does not exist, or of a checkpoint that is quantised already.
+
+    Args:
+        quantization: ``8bit``, ``4bit`` or None.
+        config: the checkpoint's configuration.
+        name: the model's name.
+
+    Raises:
+        UserError: what does not fit.
+    """
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"--quantization is {quantization!r}; needed is one of {', '.join(QUANTIZATIONS)}")
+    if (own := describe(config)) is not None:
+        raise UserError(
+            f"{name}: --quantization {quantization} was given with a checkpoint that is quantised already ({own}); "
+            "leave it out, and it is loaded as it is"
+        )
+
+
+def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
+    """The transformers configuration of a quantisation.
+
+    Args:
+        quantization: ``8bit`` (LLM.int8) or ``4bit`` (nf4).
+        dtype: what the model computes in.
+
+    Returns:
+        A ``BitsAndBytesConfig``; the unembedding and the norms are left as they are.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def describe(config: Any) -> str | None:
+    """Name the quantisation that a configuration speaks of.
+
+    Args:
+        config: of a checkpoint, or of a model in memory.
+
+    Returns:
+        The method with its bits, such as ``bitsandbytes 8-bit`` or ``gptq 4-bit``; None where the weights are not
+        quantised.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, Mapping) else found.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method") or "bitsandbytes"))
+    if settings.get("load_in_4bit"):
+        return f"{method} 4-bit ({settings.get('bnb_4bit_quant_type', 'fp4')})"
+    bits = 8 if settings.get("load_in_8bit") else settings.get("bits") or settings.get("w_bit")
+    return f"{method} {bits}-bit" if isinstance(bits, int) else method

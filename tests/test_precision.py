@@ -1,0 +1,471 @@
+"""Other precisions, quantised weights, several devices, long contexts: the numbers stay those of the definitions."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from simulated import DEVICE, Devices, OnDevice
+from tiny import OWN, ragged_responses, tiny_model, tiny_tokenizer
+
+from internal_policy import AnalyzeConfig, UserError, analyze, models, testbed
+from internal_policy.bupo.dynamics import Dynamics
+from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks, verify
+from internal_policy.entropy import definition
+from internal_policy.models import context, unembedding
+from internal_policy.models.families import FAMILIES as TABLE
+from internal_policy.responses import read_responses
+
+# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
+# bfloat16 carries 8: were anything summed in it, the entropies would be off by 1e-2.
+FLOAT32_NATS = 1e-5
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def wrapped(model):
+    return models.wrap(model, tiny_tokenizer())
+
+
+def captured(model, records, side="right", lens="policy"):
+    model = model if isinstance(model, models.LanguageModel) else wrapped(model)
+    return reduce_responses(
+        Reducer(HookExtractor(model), lens), read_responses(records, model.tokenizer, "plain"), side
+    )
+
+
+def states_of(model, record):
+    """What the layers hand over for one sequence, and where its response tokens are predicted."""
+    ids = torch.tensor([record["input_ids"]])
+    positions = torch.arange(record["prompt_length"] - 1, ids.shape[1] - 1)
+    found = []
+    with torch.no_grad(), residual_hooks(model, positions, found.append):
+        model.backbone(**model.forward_arguments(ids, torch.ones_like(ids)))
+    return found
+
+
+def from_the_same_states(model, states, lens):
+    """Every quantity of a layer in float64 from states in the model's dtype; [n, len(QUANTITIES)]."""
+    head = model.projection
+
+    @torch.no_grad()
+    def entropy(x, normed):
+        x = head.final_norm(x) if normed else x
+        bias = None if head.bias is None else head.bias.double()
+        return definition.policy_entropy(x.double(), head.weight.double(), bias, scale=head.scale, softcap=head.softcap)
+
+    def cosine(a, b):
+        return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+    before, attn, ffn = (x.double() for x in (states.residual_in, states.attention_write, states.ffn_write))
+    sites = (states.residual_in, states.residual_out, states.attention_in, states.attention_write)
+    values = [entropy(x, lens == "logit-lens") for x in (*sites, states.ffn_in, states.ffn_write)]
+    values.insert(4, cosine(attn, before))
+    values.append(cosine(ffn, before if model.parallel else before + attn))
+    return torch.stack(values, dim=-1).numpy(), entropy(states.residual_out, True).numpy()
+
+
+def check_against_the_same_states(model, records, lens="policy"):
+    for record in records:
+        (ours,) = captured(model, [record], lens=lens)
+        for layer, states in enumerate(states_of(model, record)):
+            values, policy = from_the_same_states(model, states, lens)
+            for q, name in enumerate(QUANTITIES):
+                np.testing.assert_allclose(
+                    ours.layers[:, layer, q], values[:, q], rtol=0, atol=FLOAT32_NATS, err_msg=f"{name} {layer + 1}"
+                )
+        np.testing.assert_allclose(ours.policy[:, 1], policy, rtol=0, atol=FLOAT32_NATS)
+
+
+QUICK = ("llama", "gemma2", "granite", "cohere")
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in TABLE if name not in QUICK]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("model_type", [*QUICK, *REST])
+def test_numbers_of_16_bit_states_are_exact_to_float32(model_type, dtype):
+    model = wrapped(tiny_model(model_type).to(dtype))
+    assert model.dtype == dtype
+    verify(HookExtractor(model))
+    records = ragged_responses(3)
+    assert {t.dtype for s in states_of(model, records[0]) for t in (s.residual_out, s.ffn_write)} == {dtype}
+    check_against_the_same_states(model, records)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_lens_norms_16_bit_states_as_the_model_does(dtype):
+    check_against_the_same_states(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_states_are_those_of_the_models_own_forward_pass(dtype):
+    model = wrapped(tiny_model("qwen3").to(dtype))
+    record = ragged_responses(1)[0]
+    with torch.no_grad():
+        out = model.model(torch.tensor([record["input_ids"]]), output_hidden_states=True, use_cache=False)
+    at = slice(record["prompt_length"] - 1, -1)
+    for states, hidden in zip(states_of(model, record), out.hidden_states, strict=False):
+        assert torch.equal(states.residual_in, hidden[0, at])
+
+
+def test_a_stream_that_overflows_float16_is_refused_and_bfloat16_holds_it():
+    model = tiny_model("llama", mlp_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            # Two of them fit below the 65504 of float16, three do not.
+            layer.mlp.down_proj.bias[5] = 3e4
+    captured(copy.deepcopy(model).bfloat16(), ragged_responses(1))
+    with pytest.raises(UserError, match=r"layer 3 .*overflow in this dtype"):
+        verify(HookExtractor(wrapped(model.half())))
+
+
+# Attention over a window, and families that mix it with full attention.
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "phi3": {"sliding_window": 8, "pad_token_id": 0},
+    **{name: {**OWN[name], "layer_types": MIXED} for name in ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")},
+}
+
+
+def long_records(lengths, seed=3):
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(2, 61, size=n).tolist(), "prompt_length": 3} for n in lengths]
+
+
+def own_entropies(model, record):
+    """Entropy of the model's own logits for one sequence alone, without a mask or a position from this package."""
+    with torch.no_grad():
+        logits = model(torch.tensor([record["input_ids"]]), use_cache=False).logits[0]
+    return torch.distributions.Categorical(logits=logits.double()).entropy()[record["prompt_length"] - 1 : -1].numpy()
+
+
+def check_batches_against_alone(model, records):
+    for side in ("left", "right"):
+        for record, values in zip(records, captured(model, records, side), strict=True):
+            (alone,) = captured(model, [record])
+            np.testing.assert_allclose(values.layers, alone.layers, rtol=0, atol=FLOAT32_NATS)
+            np.testing.assert_allclose(values.policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS)
+
+
+@pytest.mark.parametrize("model_type", WINDOWS)
+def test_windows_shorter_than_the_sequence(model_type):
+    model, records = tiny_model(model_type, **WINDOWS[model_type]), long_records([31, 6, 19])
+    check_batches_against_alone(model, records)
+    # The window is at work: with a wider one the numbers differ.
+    wide = tiny_model(model_type, **{**WINDOWS[model_type], "sliding_window": 64})
+    assert np.abs(captured(wide, records)[0].policy - captured(model, records)[0].policy).max() > 0.01
+
+
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 16}
+SCALED = {
+    "llama3": ("llama", {**ROPE, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    "yarn": ("qwen3", {**ROPE, "factor": 4.0}),
+    "linear": ("llama", {"rope_theta": 10000.0, "factor": 4.0}),
+    "dynamic": ("llama", {"rope_theta": 10000.0, "factor": 4.0}),
+    "longrope": ("phi3", {**ROPE, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 5.0], "factor": 4.0}),
+}
+
+
+def scaled_model(rope_type, **config):
+    model_type, rope = SCALED[rope_type]
+    own = {"pad_token_id": 0, "original_max_position_embeddings": 16} if model_type == "phi3" else {}
+    return tiny_model(model_type, rope_parameters={"rope_type": rope_type, **rope}, **own, **config)
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_scaled_positions_give_what_the_model_gives_alone(rope_type):
+    # YaRN's checkpoints often leave the context at the length before stretching.
+    model = scaled_model(rope_type, context=16 if rope_type == "yarn" else 64)
+    # Sequences on either side of the original context, and just at it.
+    check_batches_against_alone(model, long_records([40, 9, 16, 17, 12]))
+    plain = tiny_model(SCALED[rope_type][0], **({"pad_token_id": 0} if rope_type == "longrope" else {}))
+    if rope_type != "dynamic":  # which changes nothing within max_position_embeddings
+        (record,) = long_records([40])
+        assert np.abs(own_entropies(model, record) - own_entropies(plain, record)).max() > 0.001
+
+
+def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencies():
+    model = wrapped(scaled_model("longrope"))
+    responses = read_responses(long_records([40, 9, 16, 17, 12]), model.tokenizer, "plain")
+    one, all_together = (Dynamics(model, responses, 1, batch_size=n).measure() for n in (1, 5))
+    assert one.kl_mean == pytest.approx(all_together.kl_mean, abs=FLOAT32_NATS)
+    assert one.log_perplexity == pytest.approx(all_together.log_perplexity, abs=FLOAT32_NATS)
+
+
+def test_the_longest_sequence_is_what_the_positions_are_stretched_to():
+    assert context.limit(scaled_model("yarn", context=16).config) == 64
+    assert context.limit(scaled_model("yarn", context=64).config) == 64
+    assert context.limit(scaled_model("dynamic", context=16).config) == 16
+    assert context.limit(scaled_model("longrope").config) == 64
+    assert context.limit(tiny_model("gpt2").config) == 64
+    assert context.limit(tiny_model("gemma3_text").config) == 64
+    assert context.switch(scaled_model("longrope").config) == 16
+    assert context.switch(scaled_model("yarn").config) is None
+
+
+def device_map(n_layers, where):
+    """The first layer and the embedding on the first device, the rest on the second; the head beside the embedding."""
+    first, second = where
+    rest = {f"model.layers.{i}": first if i == 0 else second for i in range(n_layers)}
+    return {"model.embed_tokens": first, "lm_head": first, "model.rotary_emb": first, **rest, "model.norm": second}
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return models.load("testbed/qwen3")
+
+
+@pytest.fixture(scope="module")
+def arithmetic(embedded):
+    rng = np.random.default_rng(0)
+    draw = [rng.integers(3, embedded.vocab_size, size=n).tolist() for n in (9, 14, 11)]
+    return [{"input_ids": ids, "prompt_length": 4} for ids in draw]
+
+
+@pytest.mark.parametrize("where", [("cpu", "cpu"), ("cpu", "disk"), ("disk", "cpu"), ("disk", "disk")])
+def test_weights_that_wait_on_the_disk_give_the_same_numbers(where, embedded, arithmetic):
+    placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, where))
+    assert placed.placement == ", ".join(dict.fromkeys(where))
+    assert placed.device == torch.device("cpu")
+    assert placed.fingerprint() == embedded.fingerprint()
+    assert placed.projection.weight.device == torch.device("cpu")
+    verify(HookExtractor(placed))
+    for one, other in zip(captured(embedded, arithmetic), captured(placed, arithmetic), strict=True):
+        # The same products of the same numbers.
+        np.testing.assert_array_equal(one.layers, other.layers)
+        np.testing.assert_array_equal(one.policy, other.policy)
+
+
+@pytest.mark.parametrize(("tied", "lens"), [(True, "policy"), (False, "logit-lens")])
+def test_layers_on_two_devices(tied, lens, monkeypatch):
+    from accelerate import dispatch_model
+
+    monkeypatch.setattr(unembedding, "_DENSE", (*unembedding._DENSE, OnDevice))
+    whole = wrapped(tiny_model("qwen3", tied=tied, attention="eager"))
+    records = ragged_responses(3)
+    responses = read_responses(records, whole.tokenizer, "plain")
+    expected, watched = captured(whole, records, lens=lens), Dynamics(whole, responses, 1, lens=lens).measure()
+    first, second = torch.device(DEVICE, 0), torch.device(DEVICE, 1)
+    plan = device_map(3, (first, second)) | ({} if tied else {"lm_head": second})
+    with Devices() as devices:
+        split = wrapped(dispatch_model(copy.deepcopy(whole.model), plan))
+        assert (split.device, split.placement) == (first, f"{DEVICE}:0, {DEVICE}:1")
+        assert split.projection.weight.device == (first if tied else second)
+        assert split.fingerprint() == whole.fingerprint()
+        verify(HookExtractor(split))
+        for one, other in zip(expected, captured(split, records, lens=lens), strict=True):
+            np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+            np.testing.assert_allclose(one.policy, other.policy, rtol=0, atol=FLOAT32_NATS)
+        found = Dynamics(split, responses, 1, lens=lens).measure()
+        assert found.row() == pytest.approx(watched.row(), abs=FLOAT32_NATS, nan_ok=True)
+        # Both devices worked, and nothing met a tensor of the other.
+        assert all(devices.operations[f"{DEVICE}:{i}"] > 100 for i in (0, 1))
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.ones(2, device=first) + torch.ones(2, device=second)
+
+
+def test_layers_and_the_unembedding_that_wait_on_the_cpu(monkeypatch):
+    from accelerate import dispatch_model
+
+    monkeypatch.setattr(unembedding, "_DENSE", (*unembedding._DENSE, OnDevice))
+    whole = wrapped(tiny_model("cohere", attention="eager"))
+    expected = captured(whole, ragged_responses(3))
+    first = torch.device(DEVICE, 0)
+    with Devices():
+        split = wrapped(dispatch_model(copy.deepcopy(whole.model), device_map(3, (first, "cpu")) | {"lm_head": "cpu"}))
+        assert (split.device, split.placement) == (first, f"{DEVICE}:0, cpu")
+        assert split.model.lm_head.weight.is_meta
+        # What every layer needs is fetched once.
+        assert split.projection.weight.device == first
+        assert split.fingerprint() == whole.fingerprint()
+        verify(HookExtractor(split))
+        for one, other in zip(expected, captured(split, ragged_responses(3)), strict=True):
+            np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("second", ["cpu", "disk", 1])
+def test_layers_on_a_real_gpu_and_elsewhere(second, embedded, arithmetic):
+    if second == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, (0, second)), dtype="float32")
+    verify(HookExtractor(placed))
+    assert placed.fingerprint() == embedded.fingerprint()
+    for one, other in zip(captured(embedded, arithmetic), captured(placed, arithmetic), strict=True):
+        # Another device adds in another order; eight layers carry that on.
+        np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=20 * FLOAT32_NATS)
+
+
+@pytest.mark.slow
+def test_an_analysis_samples_and_measures_the_same_wherever_the_weights_are(embedded):
+    placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, ("disk", "cpu")))
+    one, other = (analyze(m.model, m.tokenizer, prompts=["1+2="], max_responses=2) for m in (embedded, placed))
+    assert one.sequences["input_ids"].tolist() == other.sequences["input_ids"].tolist()
+    np.testing.assert_array_equal(one.layers["entropy_out"], other.layers["entropy_out"])
+
+
+BITS = ["4bit", pytest.param("8bit", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BITS)
+def quantised(request):
+    pytest.importorskip("bitsandbytes")
+    return models.load("testbed/qwen3", quantization=request.param)
+
+
+def test_quantised_weights_give_the_states_that_the_model_computes(quantised, embedded, arithmetic):
+    model = quantised
+    four = "4-bit" in model.quantization
+    assert model.quantization == f"bitsandbytes {'4-bit (nf4)' if four else '8-bit'}"
+    assert embedded.quantization is None
+    assert model.dtype == model.projection.weight.dtype == torch.float32
+    before = model.fingerprint()
+    verify(HookExtractor(model))
+    check_against_the_same_states(model, arithmetic)
+    assert model.fingerprint() == before != embedded.fingerprint()
+    for record, values, plain in zip(
+        arithmetic, captured(model, arithmetic), captured(embedded, arithmetic), strict=True
+    ):
+        if four:  # which quantises nothing but weights: a batch changes nothing
+            own = own_entropies(model.model, record)
+            np.testing.assert_allclose(values.policy[:, 1], own, rtol=0, atol=FLOAT32_NATS)
+        assert np.abs(values.layers - plain.layers).max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_bfloat16_passes_the_proof(bits, arithmetic):
+    pytest.importorskip("bitsandbytes")
+    model = models.load("testbed/llama", quantization=bits, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    verify(HookExtractor(model))
+    check_against_the_same_states(model, arithmetic)
+
+
+def test_a_quantised_checkpoint_is_loaded_as_it_is(quantised, arithmetic, tmp_path):
+    saved = tmp_path / "model"
+    quantised.model.save_pretrained(saved)
+    quantised.tokenizer.save_pretrained(saved)
+    again = models.load(str(saved))
+    assert (again.quantization, again.fingerprint()) == (quantised.quantization, quantised.fingerprint())
+    for one, other in zip(captured(quantised, arithmetic), captured(again, arithmetic), strict=True):
+        np.testing.assert_array_equal(one.layers, other.layers)
+    with pytest.raises(UserError, match=r"--quantization 4bit was given with .*[48]-bit.*leave it out"):
+        models.load(str(saved), quantization="4bit")
+    with pytest.raises(UserError, match=r"--dtype bfloat16 .*computes in float32; leave --dtype out"):
+        models.load(str(saved), dtype="bfloat16")
+
+
+def save_tiny(directory, model_type="llama", **config):
+    tiny_model(model_type, **config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_unembedding_is_read_or_refused(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    # A head that is left out by another name is not left out.
+    quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["none"])
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny(tmp_path / "m"), quantization_config=quantization, device_map={"": "cpu"}, dtype="float32"
+    )
+    if bits == 8:
+        # LLM.int8 rounds the states themselves to 8 bits.
+        with pytest.raises(UserError, match="lm_head also quantises the states that it receives"):
+            wrapped(model)
+        return
+    found = wrapped(model)
+    assert model.lm_head.weight.dtype == torch.uint8
+    assert tuple(found.projection.weight.shape) == (61, 32)
+    verify(HookExtractor(found))
+    record = ragged_responses(1)[0]
+    np.testing.assert_allclose(
+        captured(found, [record])[0].policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers makes it bfloat16 where there is no GPU")
+def test_an_fp8_checkpoint_is_what_transformers_makes_of_it(tmp_path):
+    from safetensors.torch import save_file
+
+    directory = tmp_path / "model"
+    save_tiny(directory)
+    state = {}
+    for name, weight in tiny_model("llama").bfloat16().state_dict().items():
+        state[name] = weight.contiguous()
+        if weight.ndim == 2 and "layers" in name:
+            state[f"{name}_scale_inv"] = scale = (weight.abs().max() / 448).float().reshape(1, 1)
+            state[name] = (weight / scale).to(torch.float8_e4m3fn)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    own = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": own, "dtype": "bfloat16"}))
+    model = models.load(str(directory))
+    assert (model.dtype, model.quantization) == (torch.bfloat16, None)
+    verify(HookExtractor(model))
+    check_against_the_same_states(model, ragged_responses(2))
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "said"),
+    [
+        ("optimum", {"quant_method": "gptq", "bits": 4, "group_size": 32}, r"optimum.*pip install optimum"),
+        ("gptqmodel", {"quant_method": "awq", "bits": 4, "group_size": 32}, r"gptqmodel.*pip install gptqmodel"),
+        ("compressed_tensors", {"quant_method": "compressed-tensors"}, r"pip install compressed-tensors"),
+    ],
+)
+def test_a_missing_package_is_told_with_its_pip_command(package, settings, said, tmp_path):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    directory = tmp_path / "model"
+    shutil.copytree(testbed.path("testbed/qwen3"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(UserError, match=said) as caught:
+        models.load(str(directory))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_bitsandbytes_its_pip_command_is_told(monkeypatch):
+    from transformers.quantizers import quantizer_bnb_4bit
+
+    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r"pip install -U bitsandbytes.*install what is missing"):
+        models.load("testbed/qwen3", quantization="4bit")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device_map": "auto", "device": "cpu"}, "--device cpu was given with --device-map"),
+        ({"device_map": "cuda"}, "--device-map is 'cuda'; needed is one of auto, balanced"),
+        ({"quantization": "2bit"}, "--quantization is '2bit'; needed is one of 8bit, 4bit"),
+        ({"device_map": 3}, "device_map is a int"),
+        ({"device_map": {"model.layers.0": "cpu", "model": "disk"}}, "lm_head.weight; change how it is loaded"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        models.load("testbed/qwen3", **options)
+    if isinstance(next(iter(options.values())), str):
+        with pytest.raises(UserError, match=said):
+            AnalyzeConfig(**options)
+
+
+def test_the_settings_that_decide_the_numbers_hold_the_quantisation_and_not_the_placement():
+    assert "device_map" not in AnalyzeConfig(device_map="auto").decisive()
+    assert AnalyzeConfig(quantization="4bit").decisive()["quantization"] == "4bit"
+    with pytest.raises(UserError, match="--quantization was given with --backend transformer-lens"):
+        AnalyzeConfig(quantization="8bit", backend="transformer-lens")
