@@ -1,0 +1,299 @@
+"""The command `internal-policy analyze`: models, sweeps over checkpoints, and the cross-model study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, QUANTIZATIONS, AnalyzeConfig, Lens
+from internal_policy.errors import UserError
+from internal_policy.prompts import TEMPLATES
+from internal_policy.shell import figure_name, is_main_process, quiet_libraries
+from internal_policy.study_models import STUDIES, Preset
+
+if TYPE_CHECKING:
+    from internal_policy.results import Analysis
+    from internal_policy.studies import Study
+
+DATA = Path("data/analyses")
+STUDY_DATA = Path("data/studies")
+FIGURES = Path("figures")
+DEFAULTS = AnalyzeConfig()
+
+
+def analyze(
+    context: typer.Context,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
+        ),
+    ] = None,
+    revision: Annotated[
+        list[str] | None,
+        typer.Option(help="Branch, tag or commit on the hub; repeat to sweep over several of one model."),
+    ] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Sweep over a training run's directory, a checkpoint, or a quoted glob such as 'RUN/checkpoint-*'; "
+            "repeat for several. With --model the model that the training began with comes first."
+        ),
+    ] = None,
+    own_responses: Annotated[
+        bool,
+        typer.Option(
+            "--own-responses", help="In a sweep let each checkpoint sample its own, not read the first one's responses."
+        ),
+    ] = False,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="Cross-model study: paper (twelve models), small (0.6B-1.7B), testbed (embedded, no network)."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub data set id, or a parquet, jsonl or json file. [default: MATH-500; testbed for an embedded model]"
+        ),
+    ] = None,
+    prompts_split: Annotated[
+        str | None, typer.Option(help="Split of a hub data set. [default: test if there is one, else the first]")
+    ] = None,
+    responses: Annotated[
+        str | None,
+        typer.Option(
+            help="Ready responses (jsonl, json, parquet), or an analysis' directory, to analyse instead of sampling."
+        ),
+    ] = None,
+    max_responses: Annotated[
+        int | None, typer.Option(help="At most so many responses. [default: 256 sampled, or all that are given]")
+    ] = DEFAULTS.max_responses,
+    samples_per_prompt: Annotated[
+        int, typer.Option(help="Responses sampled per prompt.")
+    ] = DEFAULTS.samples_per_prompt,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most so many tokens a response. [default: what the checkpoint says, else 1024]"),
+    ] = DEFAULTS.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(TEMPLATES)}. [default: {DEFAULTS.template}; a preset has each model's own]"
+        ),
+    ] = None,
+    lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
+    backend: Annotated[
+        str, typer.Option(help=f"What captures the states: one of {', '.join(BACKENDS)}.")
+    ] = DEFAULTS.backend,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Run the model on NDIF (--backend nnsight; the key in NDIF_API_KEY).")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
+    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    device_map: Annotated[
+        str | None, typer.Option(help=f"Share the layers out among several devices: one of {', '.join(DEVICE_MAPS)}.")
+    ] = DEFAULTS.device_map,
+    quantization: Annotated[
+        str | None, typer.Option(help=f"Quantise the layers' weights while loading: one of {', '.join(QUANTIZATIONS)}.")
+    ] = DEFAULTS.quantization,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = DEFAULTS.seed,
+    keep_tokens: Annotated[
+        int, typer.Option(help="Keep every token's values for so many responses.")
+    ] = DEFAULTS.keep_tokens,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=f"Directory for results. [default: {DATA}, of a preset {STUDY_DATA}/NAME; figures in {FIGURES}]",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
+    options: dict[str, Any] = {
+        "prompts_split": prompts_split,
+        "max_responses": max_responses,
+        "samples_per_prompt": samples_per_prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "lens": lens,
+        "backend": backend,
+        "remote": remote,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "quantization": quantization,
+        "seed": seed,
+        "keep_tokens": keep_tokens,
+        "trust_remote_code": trust_remote_code,
+    }
+    names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
+    if context.args and not patterns:
+        raise typer.BadParameter(f"Got unexpected extra argument ({context.args[0]}).")
+    # A shell that was given no quotes has turned the glob into many words.
+    patterns += context.args
+    swept = bool(patterns) or len(revisions) > 1
+    if own_responses and not swept:
+        raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
+    if preset is not None:
+        told = {"model": names, "revision": revisions, "checkpoints": patterns, "template": template}
+        if other := next((name for name, value in (*told.items(), ("responses", responses)) if value), None):
+            raise UserError(f"both --preset and --{other} were given; a preset has its models and their templates")
+        _study(preset, prompts, output, overwrite, debug, options)
+        return
+    options["template"] = DEFAULTS.template if template is None else template
+    if responses is not None and (found := Path(responses).expanduser() / "responses.jsonl").is_file():
+        responses = str(found)
+    sources = {"prompts": prompts, "responses": responses}
+    if swept:
+        if len(names) > 1:
+            raise UserError(f"got {len(names)} models in a sweep; a sweep is over the checkpoints of one")
+        start = names[0] if names else None
+        options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses}
+        _sweep(start, output, overwrite, debug, {**sources, **options})
+        return
+    if not names:
+        raise UserError("nothing to analyse; give --model, --checkpoints or --preset")
+    _models(names, output, overwrite, debug, {**sources, **options, "revision": revisions[0] if revisions else None})
+
+
+def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
+    # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
+    configs = [AnalyzeConfig(model=name, **options) for name in names]
+    if len(configs) > 1:
+        from internal_policy.checkpoints import refuse_one_place
+
+        refuse_one_place(configs)
+    quiet_libraries(debug)
+    from internal_policy import models, pipeline, terminal
+    from internal_policy.progress import status
+
+    for config in configs:
+        with status(f"looking up {config.model}"):
+            models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    root = DATA if output is None else output.expanduser()
+    analyses = []
+    for name in names:
+        analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
+        if is_main_process():
+            terminal.show(analysis)
+        analyses.append(analysis)
+    if is_main_process():
+        draw(analyses, FIGURES if output is None else root / "figures")
+
+
+def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
+    own = {"revisions", "checkpoints", "own_responses"}
+    AnalyzeConfig(**{name: value for name, value in options.items() if name not in own})
+    from internal_policy.checkpoints import targets
+
+    # What is not there is told before torch is imported.
+    targets(start, options["revisions"], options["checkpoints"])
+    quiet_libraries(debug)
+    from internal_policy import summary
+    from internal_policy.sweeps import sweep
+
+    root = DATA if output is None else output.expanduser()
+    each = summary.show_line if is_main_process() else None
+    analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
+    if not is_main_process():
+        return
+    figures = FIGURES if output is None else root / "figures"
+    if len(analyses) > 1:
+        _compare(analyses, figures)
+    else:
+        draw(analyses, figures)
+
+
+def _study(
+    preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
+) -> None:
+    AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
+    quiet_libraries(debug)
+    from internal_policy import summary, terminal
+    from internal_policy.studies import study
+
+    root = STUDY_DATA / preset if output is None else output.expanduser()
+    each = summary.show_line if is_main_process() else None
+    done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
+    if not is_main_process():
+        return
+    summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)
+    directory = (FIGURES if output is None else root / "figures") / f"study-{preset}"
+    terminal.list_files("figures", _written(directory, lambda: done.save(directory)))
+    if done.failures:
+        _tell_failures(done)
+
+
+def _compare(analyses: list[Analysis], root: Path) -> None:
+    from internal_policy import figures, terminal
+    from internal_policy.comparison import figures as comparison_figures
+    from internal_policy.comparison import terminal as comparison_terminal
+    from internal_policy.comparison.analyses import compare
+
+    directory = root / _sweep_name(analyses)
+    comparison = compare(analyses)
+    comparison_terminal.show_comparison(comparison)
+
+    def write() -> list[Path]:
+        comparison.save(directory)
+        return [
+            *figures.save_all(analyses, directory),
+            *comparison_figures.save_all_comparisons(comparison, directory),
+            *sorted(directory.glob("*.csv")),
+            directory / "comparison.json",
+        ]
+
+    terminal.list_files("figures and comparison", _written(directory, write))
+
+
+def _sweep_name(analyses: list[Analysis]) -> str:
+    """The ends name a sweep, for all of a hundred checkpoints would be no name."""
+    names = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
+    return f"sweep-{figure_name([(name, analyses[0].lens) for name in names])}"
+
+
+def _tell_failures(done: Study) -> NoReturn:
+    n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
+    reasons = "; ".join(f"{name}: {why}" for name, why in done.failures.items())
+    raise UserError(
+        f"{n} of {all_of_them} models failed, and the figures show the others ({reasons}). "
+        "The same command without --overwrite tries these again and keeps what is finished"
+    )
+
+
+def draw(analyses: Sequence[Analysis], root: Path) -> None:
+    """Draw figures 2, 3 and 12, and list the files.
+
+    Args:
+        analyses: what is drawn.
+        root: below it a directory named by the analyses is written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from internal_policy import figures, terminal
+
+    directory = root / figure_name([(a.path.resolve().name if a.path else a.name, a.lens) for a in analyses])
+    terminal.list_files("figures", _written(directory, lambda: figures.save_all(analyses, directory)))
+
+
+def _written(directory: Path, write: Callable[[], list[Path]]) -> list[Path]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return write()
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
+        ) from error

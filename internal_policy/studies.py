@@ -1,0 +1,235 @@
+"""A cross-model study: the models of a preset analysed one after the other, and figures 2, 3, 12, 13, 14 of them.
+
+    done = study("testbed", output="data/studies/testbed")
+    done.convergence                   # progressive or abrupt, a row a model
+    done.save("figures/study-testbed")
+
+One model is in memory at a time. A model that fails does not stop the others; the same call tries it again, and reads
+what is finished without loading a model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from internal_policy import figures, models, style
+from internal_policy.comparison import figures as comparison_figures
+from internal_policy.comparison.analyses import AnalysisComparison, compare
+from internal_policy.comparison.convergence import convergence_table
+from internal_policy.comparison.sources import unique_labels
+from internal_policy.config import AnalyzeConfig
+from internal_policy.errors import UserError
+from internal_policy.files import write_atomically
+from internal_policy.pipeline import analyze
+from internal_policy.processes import launched
+from internal_policy.progress import status
+from internal_policy.results import MANIFEST, Analysis, load_analysis
+from internal_policy.study_models import STUDIES, Group, StudyModel
+from internal_policy.summary import summary_table
+from internal_policy.sweeps import refuse_unknown, release, start_over
+from internal_policy.workspace import differences
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What came of a preset's models."""
+
+    models: tuple[StudyModel, ...]
+    """The rows of the preset that were analysed."""
+    analyses: tuple[Analysis, ...]
+    """One analysis for each of them."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why, for each model that could not be analysed."""
+
+    def group(self, name: Group) -> list[Analysis]:
+        """The analyses of one pair of figures.
+
+        Args:
+            name: main (figures 2 and 3) or more (figures 13 and 14).
+
+        Returns:
+            They, in the preset's order.
+        """
+        return [a for model, a in zip(self.models, self.analyses, strict=True) if model.group == name]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """What tables and figures call the models."""
+        return unique_labels(self.analyses)
+
+    @cached_property
+    def comparison(self) -> AnalysisComparison | None:
+        """The models side by side by relative depth; None of a single one."""
+        return compare(self.analyses, labels=self.labels) if len(self.analyses) > 1 else None
+
+    @cached_property
+    def convergence(self) -> pd.DataFrame:
+        """How the entropy falls, a row a model; see ``convergence_table``."""
+        if self.comparison is not None:
+            return self.comparison.convergence
+        return convergence_table(self.analyses, labels=self.labels)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """What each model's analysis found, a row a model; see ``summary_table``."""
+        return summary_table(self.analyses, self.labels)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the figures as PNG and PDF and the tables as CSV. The same analyses give the same bytes.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The paths written. Without a model for it there is no figure.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        main, more = self.group("main"), self.group("more")
+        drawings: dict[str, Callable[[], Figure] | None] = {
+            "fig2_entropy_flow": partial(figures.entropy_flow, main) if main else None,
+            "fig3_entropy_change": partial(figures.entropy_change, main) if main else None,
+            "fig12_residual_cosine": partial(figures.residual_cosine, self.analyses),
+            "fig13_entropy_flow": partial(figures.entropy_flow, more) if more else None,
+            "fig14_entropy_change": partial(figures.entropy_change, more) if more else None,
+            "depth_overlay": None,
+            "convergence": None,
+        }
+        tables = {"models": self.table, "convergence": self.convergence}
+        if self.comparison is not None:
+            tables["layers"] = self.comparison.layers
+            drawings["depth_overlay"] = partial(comparison_figures.depth_overlay, self.comparison)
+            drawings["convergence"] = partial(comparison_figures.entropy_fall, self.comparison)
+        else:
+            (target / "layers.csv").unlink(missing_ok=True)
+        paths = []
+        for stem, draw in drawings.items():
+            if draw is not None:
+                paths += style.save_figure(draw(), target / stem)
+            else:
+                # What an earlier study left under this name is of other models.
+                for kind in ("png", "pdf"):
+                    (target / f"{stem}.{kind}").unlink(missing_ok=True)
+        for name, table in tables.items():
+            write_atomically(target / f"{name}.csv", partial(table.to_csv, index=False))
+            paths.append(target / f"{name}.csv")
+        return paths
+
+
+def study(
+    preset: str | Sequence[StudyModel] = "testbed",
+    *,
+    prompts: str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    each: Callable[[Analysis], object] | None = None,
+    **options: Any,
+) -> Study:
+    """Analyse the models of a preset, each on its own responses, as the paper does.
+
+    Args:
+        preset: paper, small, testbed, or rows of your own.
+        prompts: as for ``analyze``; the default of each model where not given.
+        output: directory for the analyses, one below it for each model; nothing is written without it.
+        overwrite: start all over.
+        each: called with each analysis when it is done.
+        **options: the further fields of ``AnalyzeConfig`` but ``template``, which the preset has.
+
+    Returns:
+        The analyses, and why the others failed.
+
+    Raises:
+        UserError: bad settings, told before the first model, or not one model that could be analysed. Under a launcher
+            of several processes any failure.
+    """
+    rows = _rows(preset)
+    if told := sorted(options.keys() & {"template", "revision", "responses"}):
+        raise UserError(f"{told[0]} was given with a preset, which settles it for each model; leave it out")
+    refuse_unknown(options)
+    prompts = None if prompts is None else str(prompts)
+    configs = [AnalyzeConfig(model=row.model, prompts=prompts, template=row.template, **options) for row in rows]
+    directories = [None if output is None else Path(output).expanduser() / config.slug for config in configs]
+    if overwrite:
+        start_over([directory for directory in directories if directory is not None])
+    stored = [_stored(config, directory) for config, directory in zip(configs, directories, strict=True)]
+    failures: dict[str, str] = {}
+    for row, before in zip(rows, stored, strict=True):
+        if before is None:
+            _attempt(row.model, failures, partial(_look_up, row.model, bool(options.get("trust_remote_code", False))))
+    done: list[tuple[StudyModel, Analysis]] = []
+    for row, before in zip(rows, stored, strict=True):
+        if row.model in failures:
+            continue
+        run = partial(analyze, row.model, prompts=prompts, output=output, template=row.template, **options)
+        analysis = before if before is not None else _attempt(row.model, failures, run)
+        release()
+        if analysis is None:
+            continue
+        done.append((row, analysis))
+        if each is not None:
+            each(analysis)
+    if not done:
+        name, why = next(iter(failures.items()))
+        raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
+    return Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
+
+
+def _rows(preset: str | Sequence[StudyModel]) -> tuple[StudyModel, ...]:
+    if not isinstance(preset, str):
+        return tuple(preset)
+    found = {str(name): rows for name, rows in STUDIES.items()}.get(preset)
+    if found is None:
+        raise UserError(f"--preset is {preset!r}; needed is one of {', '.join(STUDIES)}")
+    return found
+
+
+def _stored(config: AnalyzeConfig, directory: Path | None) -> Analysis | None:
+    """The finished analysis of these settings and prompts, read without its model; a file may hold others by now."""
+    if directory is None or not (directory / MANIFEST).is_file():
+        return None
+    try:
+        analysis = load_analysis(directory)
+    except UserError:
+        # In its turn, and without stopping the others, `analyze` says what is wrong with it.
+        return None
+    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts}
+    is_file = config.prompts is not None and Path(config.prompts).exists()
+    if is_file or differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
+        return None
+    return analysis
+
+
+def _look_up(model: str, trust_remote_code: bool) -> None:
+    with status(f"looking up {model}"):
+        models.check(model, trust_remote_code=trust_remote_code)
+
+
+def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> Result | None:
+    try:
+        return do()
+    except UserError as error:
+        if launched().number > 1:
+            # It may be this process's own, and the others wait for it; all of them end, as the launcher sees to.
+            raise
+        failures[model] = str(error).removeprefix(f"{model}: ")
+    # Hours of other models are not to be lost to what one checkpoint's code or one driver raises.
+    except Exception as error:
+        if launched().number > 1:
+            raise
+        failures[model] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        logger.debug("%s", model, exc_info=error)
+    logger.warning("%s: failed, going on with the others (%s)", model, failures[model])
+    return None

@@ -1,0 +1,179 @@
+"""Checkpoints of one training, analysed one after the other on the same responses.
+
+    analyses = sweep(checkpoints="runs/x", output="data/analyses")
+    analyses = sweep("Qwen/Qwen3-4B", revisions=["step-100", "step-200"])
+    compare(analyses)
+
+One checkpoint is in memory at a time. What is written is taken up again by the same call.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internal_policy import models
+from internal_policy.checkpoints import Target, refuse_one_place, targets
+from internal_policy.config import AnalyzeConfig
+from internal_policy.errors import UserError
+from internal_policy.inputs import Source, as_source
+from internal_policy.models.lookup import told_in_one_line
+from internal_policy.pipeline import analyze
+from internal_policy.processes import launched
+from internal_policy.progress import status
+from internal_policy.results import MANIFEST, Analysis
+from internal_policy.workspace import Workspace
+
+_OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature")
+"""Settings that have no meaning where responses are given; max_responses has chosen them already."""
+
+
+def sweep(
+    model: str | None = None,
+    *,
+    revisions: str | Sequence[str] = (),
+    checkpoints: str | Path | Iterable[str | Path] = (),
+    own_responses: bool = False,
+    prompts: Source | None = None,
+    responses: Source | Analysis | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    each: Callable[[Analysis], object] | None = None,
+    **options: Any,
+) -> list[Analysis]:
+    """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
+
+    Args:
+        model: the hub model whose revisions are meant; with `checkpoints` the model that their training began with,
+            which is then analysed first.
+        revisions: branches, tags or commits, in the order in which they are to stand.
+        checkpoints: directories, globs, or a training run's directory; taken in natural order.
+        own_responses: let each checkpoint sample responses of its own.
+        prompts: as for ``analyze``; the first checkpoint answers them.
+        responses: as for ``analyze``, or an earlier analysis, whose responses are taken; every checkpoint reads these.
+        output: directory for results, one directory below it for each checkpoint; nothing is written without it.
+        overwrite: start all over.
+        each: called with each analysis when it is done.
+        **options: the further fields of ``AnalyzeConfig``.
+
+    Returns:
+        One analysis for each checkpoint, in order.
+
+    Raises:
+        UserError: bad input, told before the first checkpoint is analysed wherever it can be known.
+    """
+    found = targets(model, revisions, checkpoints)
+    if own_responses and responses is not None:
+        raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
+    prompts, given = as_source(prompts), as_source(_sequences(responses))
+    refuse_unknown(options)
+    sources: dict[str, Any] = {"prompts": prompts, "responses": given}
+    sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
+    configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
+    refuse_one_place(configs)
+    trust = bool(options.get("trust_remote_code", False))
+    places = [_look_up(target, trust) for target in found]
+    if not own_responses:
+        _require_one_vocabulary(found, places, trust)
+    if overwrite and output is not None:
+        start_over([Path(output).expanduser() / config.slug for config in configs])
+    analyses: list[Analysis] = []
+    for target in found:
+        wanted = dict(options)
+        source = given
+        if analyses and not own_responses:
+            source = as_source(analyses[0].sequences)
+            wanted = {name: value for name, value in options.items() if name not in _OF_SAMPLING}
+        analysis = analyze(
+            target.model,
+            prompts=None if source is not None else prompts,
+            responses=source,
+            output=output,
+            revision=target.revision,
+            **wanted,
+        )
+        analyses.append(analysis)
+        release()
+        if each is not None:
+            each(analysis)
+    return analyses
+
+
+def release() -> None:
+    """Give back what a model held that is no longer used, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuse options that are no setting of an analysis.
+
+    Args:
+        options: by name.
+
+    Raises:
+        UserError: one is unknown; the message lists the known ones.
+    """
+    known = {f.name for f in fields(AnalyzeConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def start_over(directories: Iterable[Path]) -> None:
+    """Drop all results that are to be made anew, at once: an interrupted sweep then holds none of before.
+
+    Args:
+        directories: one for each analysis.
+
+    Raises:
+        UserError: one of them is not writable, or in use for something else.
+    """
+    workspaces = [Workspace(directory) for directory in directories]
+
+    def drop() -> None:
+        for workspace in workspaces:
+            workspace.check()
+        for workspace in workspaces:
+            (workspace.directory / MANIFEST).unlink(missing_ok=True)
+            workspace.close()
+
+    launched().on_main(drop)
+
+
+def _sequences(responses: Source | Analysis | None) -> Source | None:
+    return responses.sequences if isinstance(responses, Analysis) else responses
+
+
+def _look_up(target: Target, trust_remote_code: bool) -> str:
+    with status(f"looking up {target}"):
+        return models.check(target.model, revision=target.revision, trust_remote_code=trust_remote_code)[0]
+
+
+def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trust_remote_code: bool) -> None:
+    """Refuse checkpoints among which an id stands for different tokens: the same ids would be other responses."""
+    if len(found) < 2:
+        return
+    first: dict[str, int] = {}
+    for target, where in zip(found, places, strict=True):
+        vocabulary = _vocabulary(target, where, trust_remote_code)
+        first = first or vocabulary
+        if vocabulary != first:
+            token = min(vocabulary.items() ^ first.items(), key=lambda item: item[1])[0]
+            raise UserError(
+                f"{target}: another tokenizer than {found[0]} (they differ in {token!r}), so the same ids would be "
+                "other responses; add --own-responses, or sweep over checkpoints of one training"
+            )
+
+
+def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    with told_in_one_line(str(target), "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
+    return dict(tokenizer.get_vocab())
