@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +19,7 @@ from internal_policy.cli_inspect import inspect
 from internal_policy.cli_models import models
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
-from internal_policy.shell import figure_name
+from internal_policy.shell import figure_name, is_main_process
 
 INTERRUPTED = 130
 
@@ -117,7 +118,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("internal_policy").addHandler(handler)
+    if is_main_process():
+        logging.getLogger("internal_policy").addHandler(handler)
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
@@ -143,7 +145,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    # Of several processes each says what stopped it: it need not be what stopped the others.
+    which = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    typer.echo(f"error{which}: {message}", err=True)
     sys.exit(2)
 
 

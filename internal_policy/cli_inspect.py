@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.config import DTYPES, AnalyzeConfig, Lens
+from internal_policy.config import BACKENDS, DTYPES, AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
 from internal_policy.prompts import TEMPLATES
@@ -47,6 +47,16 @@ def inspect(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
     device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: spread the model over all devices, and over memory and disk.")
+    ] = DEFAULTS.device_map,
+    quantization: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: quantise the weights on loading (bitsandbytes).")
+    ] = DEFAULTS.quantization,
+    backend: Annotated[str, typer.Option(help=f"What captures the states: {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
+    remote: Annotated[
+        bool, typer.Option("--remote", help="Run the model on NDIF (--backend nnsight; the key in NDIF_API_KEY).")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
     output: Annotated[
         Path | None,
@@ -63,6 +73,10 @@ def inspect(
         "seed": seed,
         "dtype": dtype,
         "device": device,
+        "device_map": device_map,
+        "quantization": quantization,
+        "backend": backend,
+        "remote": remote,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }

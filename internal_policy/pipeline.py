@@ -35,8 +35,6 @@ from internal_policy.workspace import Arrays, Workspace, differences, in_use
 logger = logging.getLogger(__name__)
 
 _MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
-_LOADING = {"revision", "dtype", "device", "device_map", "quantization", "trust_remote_code"}
-"""What is settled when a model is loaded."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -78,11 +76,7 @@ def analyze(
     known = {f.name for f in fields(AnalyzeConfig)}
     if unknown := sorted(options.keys() - known):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    in_memory = not isinstance(model, (str, Path))
-    if in_memory and (told := sorted(options.keys() & _LOADING)):
-        raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
-    if not in_memory and tokenizer is not None:
-        raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
+    in_memory = backends.is_object(model, tokenizer, options)
     prompts, responses = as_source(prompts), as_source(responses)
     name = backends.name_of(model) if in_memory else str(model)
     if in_memory and (library := backends.library_of(model)):

@@ -279,6 +279,17 @@ def saved(tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize("given", [{"backend": "transformer-lens"}, {"backend": "nnsight", "remote": "local"}])
+def test_every_backend_shows_the_same(given):
+    model = tiny_model("qwen3", attention="eager")
+    hooks, other = (inspect(model, tiny_tokenizer(), prompt="w3 w4 w5", max_new_tokens=4, **k) for k in ({}, given))
+    numbers = ["entropy", "next_probability", "top1_probability"]
+    # Float32: the same products in another order.
+    np.testing.assert_allclose(other.values[numbers], hooks.values[numbers], rtol=0, atol=1e-5)
+    assert other.tokens.equals(hooks.tokens)
+    assert other.values["top1_id"].equals(hooks.values["top1_id"])
+
+
 def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_path, monkeypatch, capsys):
     asked = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
     run(*asked, monkeypatch=monkeypatch, cwd=tmp_path)

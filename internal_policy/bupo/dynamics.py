@@ -12,7 +12,7 @@ The responses stay the same, so what changes from one measurement to the next is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from internal_policy.capture import LayerStates, residual_hooks
 from internal_policy.config import Lens
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.errors import UserError
-from internal_policy.models import LanguageModel, evaluating, projection_of
+from internal_policy.models import LanguageModel, context, evaluating, projection_of
 from internal_policy.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.statistics import clustered_mean
 
@@ -135,8 +135,7 @@ class Dynamics:
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
         with evaluating(model.model), torch.no_grad():
-            for start in range(0, len(self._responses), self._batch_size):
-                batch = self._responses[start : start + self._batch_size]
+            for batch in self._batches(context.switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
                     sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
                     if name == "loss":
@@ -163,6 +162,13 @@ class Dynamics:
             policy_kl=means["policy_kl", last],
             layers=table,
         )
+
+    def _batches(self, switch: int | None) -> Iterator[list[Response]]:
+        """The responses in order of length; those on either side of LongRoPE's switch never run together."""
+        for start in range(0, len(self._responses), self._batch_size):
+            batch = self._responses[start : start + self._batch_size]
+            for group in context.groups([len(r.input_ids) for r in batch], switch):
+                yield [batch[i] for i in group]
 
     def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:
         """Numbers of one batch by name and layer, [n] each on the CPU; one layer's states are held and no more."""
@@ -196,7 +202,7 @@ class Dynamics:
                 keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
                 keep("kl", layer, (divergence(a, head.through(self.lens, b)) for a, b in pairs))
             if layer == model.n_layers:
-                normed = [head.final_norm(b) for _, b in pairs]
+                normed = [head.normed(b) for _, b in pairs]
                 keep("policy_entropy", layer, map(head.entropy, normed))
                 keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
                 tokens = zip(normed, _parts(targets), strict=True)

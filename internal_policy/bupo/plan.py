@@ -219,6 +219,8 @@ def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes
     counted["max_steps"] = plan.max_steps
     counted.setdefault("save_steps", max(1, plan.max_steps // _CHECKPOINTS_IN_A_RUN))
     counted["logging_steps"] = 1
+    # In TRL a mixture of experts has a load-balancing loss of its own; eq. 10 has none, in either phase.
+    settled.setdefault("router_aux_loss_coef", 0.0)
     settled.setdefault("save_total_limit", 2)
     settled.setdefault("report_to", "none")
     settled.setdefault("gradient_checkpointing", device == "cuda")

@@ -19,7 +19,7 @@ from internal_policy.errors import UserError
 from internal_policy.files import write_text
 from internal_policy.generation import Request, check_prompt_lengths, sample
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating
+from internal_policy.models import LanguageModel, context, evaluating
 from internal_policy.processes import Processes
 from internal_policy.progress import status
 from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render
@@ -175,6 +175,14 @@ def _fitting(found: list[Prompt], plan: Plan, config: BuPOConfig, model: Languag
             f"max_completion_length is {config.max_completion_length}, the longest prompt has "
             f"{room - config.max_completion_length} tokens, and the model's context is {model.max_length}; "
             "lower max_completion_length or max_prompt_length"
+        )
+    switch = context.switch(model.config)
+    if switch is not None and room > switch:
+        raise UserError(
+            f"max_completion_length is {config.max_completion_length}, the longest prompt has "
+            f"{room - config.max_completion_length} tokens, and beyond {switch} tokens LongRoPE computes "
+            "every sequence of a batch with other positions, so that the ratio compares two models; lower "
+            "max_completion_length or max_prompt_length"
         )
     return [r.prompt for r in kept]
 

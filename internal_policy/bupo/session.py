@@ -22,6 +22,7 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
+from internal_policy.bupo.proof import check_experts, proved
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
@@ -92,6 +93,7 @@ class Session:
                 trust_remote_code=self.plan.trust_remote_code,
                 attn_implementation=self.plan.attn_implementation,
             )
+        model = proved(model)
         choice.check(model)
         # A layer that the analysis has yet to find may be any; everything else can be checked already.
         open_layer = model.n_layers if self.layer is not None else None
@@ -126,6 +128,7 @@ class Session:
                 processing_class=model.tokenizer,
                 # It is filled in, and the caller's shall serve for further calls.
                 peft_config=copy.deepcopy(peft_config),
+                family=model.family,
                 callbacks=callbacks,
             )
         with _told_in_one_line(config), ExitStack() as stack:
@@ -156,7 +159,7 @@ class Session:
             # Without accelerate's mixed precision around it: both ends of the comparison are computed alike.
             bare: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
             bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-            trained = wrap(bare, model.tokenizer, f"{self.name} {run.label}")
+            trained = wrap(bare, model.tokenizer, f"{self.name} {run.label}", family=model.family)
             paths["trained"] = self._evaluate(trained, trained.name, exact, state, timings)
         if state.is_main_process:
             run.save()
@@ -170,6 +173,7 @@ class Session:
         if config.ipa_steps == AUTO and (state.sharded or not rollouts.cadence(self.plan, config)):
             why = "FSDP or DeepSpeed spreads the weights" if state.sharded else "dynamics_every is 0"
             raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
+        check_experts(config, model.config)
         if config.freeze_layers > model.n_layers:
             raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
         if config.sync_ref_model and not config.beta:

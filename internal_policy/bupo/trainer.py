@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,11 @@ from trl import GRPOTrainer
 
 from internal_policy.bupo.advantages import leave_one_out, whitened
 from internal_policy.bupo.config import BuPOConfig
-from internal_policy.bupo.forward import check_layer, internal_forward
+from internal_policy.bupo.forward import check_layer, counted_positions, internal_forward
+from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
-from internal_policy.models import evaluating, family_of
+from internal_policy.models import Family, evaluating
 
 _CITATION = """@article{tan2025bottomup,
     title   = {{Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies}},
@@ -56,15 +57,17 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         "citation": _CITATION,
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, family: Family | None = None, **kwargs: Any) -> None:
         """Make the trainer as ``trl.GRPOTrainer`` is made, with a ``BuPOConfig``.
 
         Args:
             *args: as TRL's.
+            family: where the model's parts are, proved already; it is proved here where not given.
             **kwargs: as TRL's.
 
         Raises:
-            UserError: a family without a row in the table, or a layer that the model does not have.
+            UserError: a model whose parts cannot be found or proved, a layer that it does not have, or logits that TRL
+                computes in another way than the model.
         """
         super().__init__(*args, **kwargs)
         self._aligning = False
@@ -73,23 +76,27 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         """Whether the newest batch of rollouts belongs to the first phase."""
         self.alignment_ended = False
         """With ``ipa_steps="auto"``: set when the dynamics have ended the first phase."""
-        layers = operator.attrgetter(self._family.layers)(self.policy_module)
-        for layer in (self.args.layer, self.args.freeze_layers or None):
-            if layer is not None:
-                check_layer(layer, len(layers))
-        if self.args.aligns and self.aux_loss_enabled:
-            raise UserError(
-                "a mixture of experts with an internal policy: in the first phase the load-balancing loss would see "
-                "layers 1..l only; pass router_aux_loss_coef=0"
-            )
-        self._freeze(layers)
+        check_experts(self.args, self.policy_module.config)
+        named = [layer for layer in (self.args.layer, self.args.freeze_layers or None) if layer is not None]
+        self._family = family
+        if named:
+            self._family = family or prove_family(self.policy_module, self.processing_class)
+        for layer in named:
+            check_layer(layer, len(self._layers))
+        check_head(self.policy_module, self.temperature)
+        self._counts_positions = shift_matters(self.policy_module)
+        warn_of_dropout(self.policy_module)
+        self._freeze()
         if self.args.alignment_rate != 1.0:
             self.add_callback(_AlignmentRate(self))
 
     @property
     def policy_module(self) -> nn.Module:
         """The causal LM, without wrappers and adapters around it."""
-        model: Any = self.accelerator.unwrap_model(self.model)
+        return self._bare(self.model)
+
+    def _bare(self, model: Any) -> nn.Module:
+        model = self.accelerator.unwrap_model(model)
         base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
         return base
 
@@ -104,19 +111,19 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return bool(step < int(self.args.ipa_steps))
 
     @property
-    def _family(self) -> Any:
-        module: Any = self.policy_module
-        return family_of(module, getattr(module.config, "_name_or_path", "") or module.config.model_type)
+    def _layers(self) -> nn.ModuleList:
+        assert self._family is not None
+        layers: nn.ModuleList = operator.attrgetter(self._family.layers)(self.policy_module)
+        return layers
 
-    def _freeze(self, layers: nn.ModuleList) -> None:
+    def _freeze(self) -> None:
         if not self.args.freeze_layers:
             return
         module: Any = self.policy_module
-        embedding = module.get_input_embeddings()
-        frozen: list[nn.Module] = list(layers)[: self.args.freeze_layers]
-        if embedding.weight is not module.get_output_embeddings().weight:
-            frozen.append(embedding)
-        for part in frozen:
+        tied = module.get_output_embeddings().weight
+        # Learned positions are part of the embedding too.
+        embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight is not tied]
+        for part in [*list(self._layers)[: self.args.freeze_layers], *embeddings]:
             part.requires_grad_(False)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -124,7 +131,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.args.upper_lr_scale != 1.0:
-            above = operator.attrgetter(self._family.layers)(self.policy_module)[self.args.layer :]
+            above = self._layers[self.args.layer :]
             upper = {id(p) for layer in above for p in layer.parameters()}
             for group in list(optimizer.param_groups):
                 chosen = [p for p in group["params"] if id(p) in upper]
@@ -152,11 +159,15 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             self._aligning = before
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._aligning:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self.args.layer is None:
-            raise UserError("an internal policy without layer; give the layer, from 1")
-        with internal_forward(self.policy_module, self.args.layer, site=self.args.site, lens=self.args.lens):
+        with ExitStack() as stack:
+            if self._counts_positions:
+                # The reference model comes this way too.
+                stack.enter_context(counted_positions(self._bare(model)))
+            if self._aligning:
+                if self.args.layer is None:
+                    raise UserError("an internal policy without layer; give the layer, from 1")
+                options: dict[str, Any] = {"site": self.args.site, "lens": self.args.lens, "family": self._family}
+                stack.enter_context(internal_forward(self.policy_module, self.args.layer, **options))
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from internal_policy.capture.nnsight_backend import NnsightExtractor
     from internal_policy.config import AnalyzeConfig
     from internal_policy.responses import Response
+
+_LOADING = {"revision", "dtype", "device", "device_map", "quantization", "trust_remote_code"}
+"""What is settled when a model is loaded."""
 
 Opener: TypeAlias = Callable[[], Extractor]
 """Loads a model and proves it."""
@@ -63,9 +67,32 @@ def opener(config: AnalyzeConfig, device: torch.device | None = None) -> Opener:
             device_map=config.device_map,
             quantization=config.quantization,
         )
-        return prove(model, _from_model(config.backend))
+        return prove(model, _from_model(config))
 
     return open_model
+
+
+def is_object(model: Any, tokenizer: Any, told: Iterable[str]) -> bool:
+    """Check that what goes with a model suits how it was given: an object is as it is, a name brings its tokenizer.
+
+    Args:
+        model: a name, a path, or an object.
+        tokenizer: the tokenizer that was given, if any.
+        told: names of the options that were given.
+
+    Returns:
+        Whether the model is an object in memory.
+
+    Raises:
+        UserError: options of loading with an object, or a tokenizer with a name.
+    """
+    if isinstance(model, (str, Path)):
+        if tokenizer is not None:
+            raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
+        return False
+    if settled := sorted(_LOADING.intersection(told)):
+        raise UserError(f"{settled[0]} was given with a model object, which is taken as it is; set it when loading")
+    return True
 
 
 def adopt(value: Any, tokenizer: Any, name: str, config: AnalyzeConfig) -> Opener:
@@ -91,7 +118,7 @@ def adopt(value: Any, tokenizer: Any, name: str, config: AnalyzeConfig) -> Opene
 
     def open_model() -> Extractor:
         if own is None:
-            return prove(wrap(value, tokenizer, name), _from_model(config.backend))
+            return prove(wrap(value, tokenizer, name), _from_model(config))
         if own == "transformer-lens":
             from internal_policy.capture import transformer_lens
 
@@ -170,13 +197,13 @@ def library_of(value: Any) -> str | None:
     return "nnsight" if nnsight_backend.is_nnsight(value) else None
 
 
-def _from_model(backend: str) -> Callable[[LanguageModel], Extractor]:
-    if backend == "transformer-lens":
+def _from_model(config: AnalyzeConfig) -> Callable[[LanguageModel], Extractor]:
+    if config.backend == "transformer-lens":
         from internal_policy.capture import transformer_lens
 
         return transformer_lens.from_model
-    if backend == "nnsight":
+    if config.backend == "nnsight":
         from internal_policy.capture import nnsight_backend
 
-        return nnsight_backend.from_model
+        return partial(nnsight_backend.from_model, remote=config.remote)
     return HookExtractor

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,22 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from internal_policy.capture import Batch, Extractor, prove
+from internal_policy.capture import Batch, Extractor, backends
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
-from internal_policy.generation import Request, sample
+from internal_policy.generation import Request
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
 from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads, load, wrap
+from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
 
 _ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
 _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
-_LOADING = ("revision", "dtype", "device", "trust_remote_code")
 
 
 def inspect(
@@ -52,14 +50,19 @@ def inspect(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
+    quantization: str | None = None,
+    backend: str | None = None,
+    remote: bool | str = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
     """Look into one prompt, and into a response to it.
 
     Args:
-        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model.
-        tokenizer: the tokenizer of a model given as an object.
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
+            ``transformer_lens`` TransformerBridge, or an ``nnsight`` model.
+        tokenizer: the tokenizer of a transformers model given as an object; the others bring theirs.
         prompt: text, or a chat.
         response: what was answered; sampled where not given.
         max_new_tokens: at most so many sampled tokens: 32 unless a response is given; 0 looks at the prompt only.
@@ -70,6 +73,10 @@ def inspect(
         seed: of the sampling.
         dtype: auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16.
         device: auto (cuda, mps, cpu) or a torch device.
+        device_map: ``auto`` spreads the model over all devices.
+        quantization: ``8bit`` or ``4bit``.
+        backend: ``hooks`` (the default), ``transformer-lens`` or ``nnsight``.
+        remote: run the model on NDIF, with ``backend="nnsight"``.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the checkpoint.
 
@@ -79,35 +86,45 @@ def inspect(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    loading: dict[str, Any] = dict(zip(_LOADING, (revision, dtype, device, trust_remote_code), strict=True))
-    in_memory = not isinstance(model, (str, Path))
-    if in_memory and tokenizer is None:
-        raise UserError("a model object was given without its tokenizer; pass tokenizer=")
-    if in_memory and (told := [k for k, v in loading.items() if v not in (None, "auto", False)]):
-        raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
-    if not in_memory and tokenizer is not None:
-        raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
-    name = (getattr(model, "name_or_path", "") or type(model).__name__) if in_memory else str(model)
+    loading: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "quantization": quantization,
+        "trust_remote_code": trust_remote_code,
+    }
+    in_memory = backends.is_object(model, tokenizer, [k for k, v in loading.items() if v not in (None, "auto", False)])
+    name = backends.name_of(model) if in_memory else str(model)
+    own = backends.library_of(model) if in_memory else None
     config = AnalyzeConfig(
-        model=name, template=template, lens=lens, temperature=temperature, seed=seed, **({} if in_memory else loading)
+        model=name,
+        template=template,
+        lens=lens,
+        temperature=temperature,
+        seed=seed,
+        backend=backend or own or "hooks",
+        remote=remote,
+        **({} if in_memory else loading),
     )
     content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
+    opened = backends.adopt(model, tokenizer, name, config) if in_memory else backends.opener(config)
     with ExitStack() as stack:
         if in_memory:
-            stack.enter_context(evaluating(model))
+            stack.enter_context(evaluating(backends.module_of(model)))
         with status(f"loading {name}"):
-            extractor = prove(wrap(model, tokenizer, name) if in_memory else load(name, **loading))
+            extractor = opened()
         stack.enter_context(fitting_threads(extractor.model))
-        ids, length = _sequence(extractor.model, config, content, response, limit)
+        ids, length = _sequence(extractor, config, content, response, limit)
         with status(f"looking at {len(ids)} tokens"):
             return _look(extractor, config, ids, length, top_k, limit)
 
 
 def _sequence(
-    model: LanguageModel, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
+    extractor: Extractor, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
 ) -> tuple[list[int], int]:
     """The ids of prompt and response, and how many are the prompt's."""
-    prompt = Prompt(content)
+    model, prompt = extractor.model, Prompt(content)
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
     if response is not None:
@@ -119,8 +136,10 @@ def _sequence(
     if limit == 0:
         return ids, len(ids)
 
+    draw = backends.sampler(extractor, config)
+
     def run(requests: Sequence[Request]) -> list[list[int]]:
-        sampled = sample(model, requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        sampled = draw(requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
         return [r.input_ids for r in sampled]
 
     with status("sampling a response"):

@@ -60,6 +60,17 @@ class Family:
         """
         return bool(getattr(config, self.parallel)) if isinstance(self.parallel, str) else self.parallel
 
+    def multiplier(self, config: Any) -> float:
+        """Read what a model multiplies both writes by before it adds them.
+
+        Args:
+            config: the model's configuration.
+
+        Returns:
+            The factor; 1 for most.
+        """
+        return float(getattr(config, self.write_multiplier)) if self.write_multiplier else 1.0
+
 
 _POST_NORMS: dict[str, Any] = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}
 _GEMMA: dict[str, Any] = {**_POST_NORMS, "logit_softcap": "final_logit_softcapping"}

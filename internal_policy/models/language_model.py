@@ -94,8 +94,7 @@ class LanguageModel:
     @property
     def write_multiplier(self) -> float:
         """What the model multiplies both writes by before it adds them."""
-        field = self.family.write_multiplier
-        return float(getattr(self.config, field)) if field else 1.0
+        return self.family.multiplier(self.config)
 
     def forward_arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         """Arguments of a forward pass of the decoder, or of the whole model, without a cache.

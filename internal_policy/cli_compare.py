@@ -1,0 +1,121 @@
+"""The command `internal-policy compare`: checkpoints or models side by side, from disk, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internal_policy.errors import UserError
+
+if TYPE_CHECKING:
+    from internal_policy.comparison.analyses import AnalysisComparison
+    from internal_policy.results import Analysis
+
+DATA = Path("data/comparisons")
+FIGURES = Path("figures")
+
+
+def compare(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="What analyze wrote; one that holds several analyses stands for all, in natural order."),
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What the others are compared with: a label, or a place from 1.", show_default="the first analysis"
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="What to call an analysis; once for each, in their order.", show_default="from the names"),
+    ] = None,
+    step: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Which step of a training an analysis is of; once for each, in their order.",
+            show_default="from names such as checkpoint-40, else the order",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
+    from internal_policy.comparison import terminal
+    from internal_policy.comparison.analyses import compare as run
+    from internal_policy.comparison.sources import gather, unique_labels
+
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; needed is a whole number of at least 0")
+    analyses = gather(directories)
+    origin: int | str = 0
+    if baseline is not None and analyses:
+        origin = _place(baseline, unique_labels(analyses, label))
+    comparison = run(analyses, baseline=origin, labels=label, steps=step, seed=seed)
+    root = DATA if output is None else output.expanduser()
+    if json:
+        typer.echo(as_json(comparison))
+    else:
+        terminal.show_comparison(comparison)
+    names = _names(analyses, comparison.labels)
+    _write(comparison, names, root, FIGURES if output is None else root / "figures", quiet=json)
+
+
+def as_json(comparison: AnalysisComparison) -> str:
+    """The comparison as one JSON object.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        The manifest, and each table as a list of its rows; what is not defined is null.
+    """
+    import json as writer
+
+    from internal_policy.comparison.analyses import TABLES
+
+    tables = {name: writer.loads(getattr(comparison, name).to_json(orient="records")) for name in TABLES}
+    return writer.dumps({**comparison.manifest(), "tables": tables}, ensure_ascii=False, allow_nan=False)
+
+
+def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures: Path, *, quiet: bool) -> None:
+    """Write the tables and the figures, each below a directory named by the analyses, and list the files."""
+    from internal_policy import terminal
+    from internal_policy.comparison.figures import save_all_comparisons
+    from internal_policy.shell import figure_name
+
+    name = "compare--" + figure_name([(each, comparison.lens) for each in names])
+    try:
+        tables = comparison.save(root / name)
+        drawn = save_all_comparisons(comparison, figures / name)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror or error}); choose another --output") from error
+    if not quiet:
+        terminal.list_files("comparison", sorted(tables.iterdir()))
+        terminal.list_files("figures", drawn)
+
+
+def _names(analyses: list[Analysis], labels: tuple[str, ...]) -> list[str]:
+    """Names for a path: the analyses' directories, as everywhere, or the labels where these are not enough."""
+    directories = [a.path.resolve().name if a.path is not None else a.name for a in analyses]
+    if len(set(directories)) == len(directories):
+        return directories
+    return ["".join(c if c.isalnum() or c in "-_.@" else "-" for c in label) for label in labels]
+
+
+def _place(baseline: str, labels: list[str]) -> int | str:
+    """A label where it is one, else a place that is counted from 1."""
+    if baseline in labels or not baseline.isdigit():
+        return baseline
+    if not 1 <= int(baseline) <= len(labels):
+        raise UserError(
+            f"--baseline is {baseline}; needed is a place from 1 to {len(labels)}, or one of {', '.join(labels)}"
+        )
+    return int(baseline) - 1
