@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ class Processes:
     """How many."""
     rank: int = 0
     """Which of them this is, from 0."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """This process's device, where there are several."""
     sharded: bool = False
     """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""

@@ -283,11 +283,12 @@ def saved(tmp_path_factory):
 def test_every_backend_shows_the_same(given):
     model = tiny_model("qwen3", attention="eager")
     hooks, other = (inspect(model, tiny_tokenizer(), prompt="w3 w4 w5", max_new_tokens=4, **k) for k in ({}, given))
+    one, two = hooks.values, other.values  # noqa: PD011
     numbers = ["entropy", "next_probability", "top1_probability"]
     # Float32: the same products in another order.
-    np.testing.assert_allclose(other.values[numbers], hooks.values[numbers], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(two[numbers], one[numbers], rtol=0, atol=1e-5)
     assert other.tokens.equals(hooks.tokens)
-    assert other.values["top1_id"].equals(hooks.values["top1_id"])
+    assert two["top1_id"].equals(one["top1_id"])
 
 
 def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_path, monkeypatch, capsys):
