@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from internal_policy import bupo
-    from internal_policy.comparison import AnalysisComparison, compare
+    from internal_policy.comparison.analyses import AnalysisComparison, compare
+    from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.config import AnalyzeConfig
-    from internal_policy.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.errors import UserError
     from internal_policy.evaluation import Evaluation, evaluate, load_evaluation
     from internal_policy.inspection.look import inspect
@@ -32,23 +32,23 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Analysis": "results",
-    "AnalysisComparison": "comparison",
+    "AnalysisComparison": "comparison.analyses",
     "AnalyzeConfig": "config",
-    "Convergence": "convergence",
+    "Convergence": "comparison.convergence",
     "Evaluation": "evaluation",
     "Inspection": "inspection.results",
     "Selection": "selection",
     "Study": "studies",
     "UserError": "errors",
     "analyze": "pipeline",
-    "compare": "comparison",
-    "convergence_table": "convergence",
+    "compare": "comparison.analyses",
+    "convergence_table": "comparison.convergence",
     "evaluate": "evaluation",
     "inspect": "inspection.look",
     "load_analysis": "results",
     "load_evaluation": "evaluation",
     "load_inspection": "inspection.results",
-    "measure_convergence": "convergence",
+    "measure_convergence": "comparison.convergence",
     "select_layer": "selection",
     "study": "studies",
     "sweep": "sweeps",

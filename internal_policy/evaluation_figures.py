@@ -258,13 +258,7 @@ def _fitted(names: Sequence[str], ax: Axes) -> dict[str, str]:
     with style.paper_style():
         size = 7.5
         room = figure.bbox.width / figure.dpi * style.POINTS_PER_INCH - _LEGEND_SIGN * size
-        cut = {}
-        for name in names:
-            kept, n = name, len(name) // 2
-            while style.text_width(kept, size) > room and n > 2:
-                n -= 1
-                kept = f"{name[:n]}…{name[-n:]}"
-            cut[name] = kept
+        cut = {name: style.cut(name, room, size) for name in names}
     if len(set(cut.values())) < len(names):
         return {name: f"({i}) {cut[name]}" for i, name in enumerate(names, start=1)}
     return cut

@@ -225,7 +225,7 @@ def set_title(ax: Axes, name: str, note: str = "") -> None:
     widest = max(text_width(line, font) for line in lines)
     size = font.get_size_in_points()
     font.set_size(max(SMALLEST, size * min(1.0, room / widest)))
-    lines = [_cut(line, room, font) for line in lines]
+    lines = [cut(line, room, font) for line in lines]
     # A name is not a formula, whatever characters it has.
     ax.set_title(
         "\n".join([*lines, note] if note else lines),
@@ -242,8 +242,17 @@ def _break_in_two(name: str, font: FontProperties) -> list[str]:
     return min(halves, key=lambda pair: max(text_width(line, font) for line in pair), default=[name])
 
 
-def _cut(line: str, room: float, font: FontProperties) -> str:
-    """Take out the middle of a line that has no room; a checkpoint's name tells most at its ends."""
+def cut(line: str, room: float, font: FontProperties | float) -> str:
+    """Take out the middle of a line that has no room; a checkpoint's name tells most at its ends.
+
+    Args:
+        line: The text.
+        room: Its room, points.
+        font: Its font, or its size in the style's own, points.
+
+    Returns:
+        The text, or its ends: two characters of each at least.
+    """
     kept = line
     for n in range(len(line) // 2, 1, -1):
         if text_width(kept, font) <= room:

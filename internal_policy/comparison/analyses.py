@@ -1,0 +1,247 @@
+"""Several analyses compared: checkpoints of one training, or different models.
+
+    comparison = compare("data/analyses/a", "data/analyses/b")
+    comparison.differences     # per layer and site, less the baseline, with 95% intervals
+    comparison.trends          # slope over the steps, largest move and where
+    comparison.convergence     # progressive or abrupt, as numbers
+
+What cannot be compared is refused (another lens) or marked: `paired` says whether both are of the same responses,
+`same_vocabulary` whether nats mean the same share of ln V. Layers are counted from 1, entropies are in nats.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.comparison import tables
+from internal_policy.comparison.convergence import convergence_table, measure_convergence
+from internal_policy.comparison.items import Item, paired
+from internal_policy.comparison.sources import StepsFrom, baseline_index, gather, training_steps, unique_labels
+from internal_policy.errors import UserError
+from internal_policy.files import write_atomically, write_text
+from internal_policy.results import Analysis
+
+SCHEMA_VERSION = 1
+MANIFEST = "comparison.json"
+TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
+_SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens")
+_MODEL = ("dtype", "device")
+_MIN_TREND = 3
+
+
+@dataclass(frozen=True)
+class AnalysisComparison:
+    """Several analyses, each less the baseline, and how they move over the steps."""
+
+    labels: tuple[str, ...]
+    """What each analysis is called, in the order given."""
+    baseline: str
+    """The label of the analysis that the others are compared with."""
+    lens: str
+    """The lens of all of them."""
+    steps: tuple[float, ...]
+    """Which step of a training each is of."""
+    steps_from: StepsFrom
+    """Where the steps come from: given, name (checkpoint-40, step_40), or order (from 0)."""
+    paired: dict[str, bool]
+    """Whether each analysis is of the same sequences as the baseline."""
+    differing: dict[str, dict[str, tuple[Any, Any]]]
+    """Settings that differ, beside model and responses: of the analysis, of the baseline."""
+    notes: tuple[str, ...]
+    """What could not be compared, and why."""
+    layers: pd.DataFrame
+    """A row per analysis, layer and site: every mean with its standard error and 95% interval."""
+    differences: pd.DataFrame
+    """A row per analysis, layer, site and quantity, less the baseline; only where the numbers of layers agree."""
+    depths: pd.DataFrame
+    """A row per analysis, relative depth and quantity, less the baseline; entropies are interpolated between layers."""
+    boundaries: pd.DataFrame
+    """A row per analysis: boundary layer and stages, and how far they moved."""
+    stages: pd.DataFrame
+    """A row per analysis and layer: its stage and the baseline's."""
+    trends: pd.DataFrame
+    """A row per layer, site and quantity: slope over the steps, total move, largest move and where."""
+    convergence: pd.DataFrame
+    """A row per analysis: how far, how deep in and how abruptly the entropy falls."""
+    fall: pd.DataFrame
+    """A row per analysis and layer 1..L: entropy of the layer policy, and the share of the total drop so far."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """Model, directory and digests of each analysis."""
+
+    def save(self, directory: str | Path) -> Path:
+        """Write every table as CSV, and the manifest last.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The directory.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        for name in TABLES:
+            write_atomically(target / f"{name}.csv", partial(getattr(self, name).to_csv, index=False))
+        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``comparison.json`` holds.
+
+        Returns:
+            JSON-able fields.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "baseline": self.baseline,
+            "lens": self.lens,
+            "steps_from": self.steps_from,
+            "analyses": [
+                {"label": label, "step": step, "paired": self.paired[label], **source}
+                for label, step, source in zip(self.labels, self.steps, self.sources, strict=True)
+            ],
+            "differing": {
+                label: {name: list(pair) for name, pair in settings.items()}
+                for label, settings in self.differing.items()
+            },
+            "notes": list(self.notes),
+            "tables": [f"{name}.csv" for name in TABLES],
+        }
+
+    def __repr__(self) -> str:
+        n = len(self.labels)
+        names = ", ".join(label[-40:] for label in self.labels[:3]) + (f" and {n - 3} more" if n > 3 else "")
+        pairs = f"{sum(self.paired.values()) - 1} of {n - 1} paired with it"
+        return f"AnalysisComparison({names}; baseline {self.baseline[-40:]!r}, {pairs}; lens {self.lens})"
+
+
+def compare(
+    *analyses: Analysis | str | Path | Iterable[Any],
+    baseline: int | str = 0,
+    labels: Sequence[str] | None = None,
+    steps: Sequence[float] | None = None,
+    seed: int = 0,
+) -> AnalysisComparison:
+    """Compare two or more analyses layer by layer, by relative depth, and over the steps of a training.
+
+    Args:
+        analyses: analyses, directories of analyses (one that holds several stands for all, in natural order), or lists
+            of them.
+        baseline: what the others are compared with: a label, or a place from 0.
+        labels: what to call each; as much of each name as tells them apart where not given.
+        steps: which step of a training each is of; read from names such as checkpoint-40 where not given, else the
+            order.
+        seed: of the bootstrap behind the intervals of the convergence measures.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
+    """
+    found = gather(analyses)
+    if len(found) < 2:
+        raise UserError(f"got {len(found)} analysis to compare; needed are at least two")
+    names = unique_labels(found, labels)
+    _require_one_lens(found, names)
+    numbers, steps_from = training_steps(found, steps)
+    items = [Item(name, step, a) for name, step, a in zip(names, numbers, found, strict=True)]
+    origin = items[baseline_index(baseline, names)]
+    pairs = {item.label: item is origin or paired(item, origin) for item in items}
+    measured = [measure_convergence(item.analysis, seed=seed) for item in items]
+    no_trend = _no_trend(items)
+    if no_trend is None:
+        trends = tables.trend_rows(items).assign(steps_from=steps_from)
+    else:
+        trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from"])
+    notes = [*_notes(items, origin, pairs), *([no_trend] if no_trend else [])]
+    if not no_trend and steps_from == "order":
+        notes.append("no steps were given and the names have none: trends are over the order, from 0")
+    return AnalysisComparison(
+        labels=tuple(names),
+        baseline=origin.label,
+        lens=origin.analysis.lens,
+        steps=tuple(numbers),
+        steps_from=steps_from,
+        paired=pairs,
+        differing={item.label: d for item in items if (d := _differing(item.analysis, origin.analysis))},
+        notes=tuple(notes),
+        layers=tables.layer_rows(items),
+        differences=tables.difference_rows(items, origin),
+        depths=tables.depth_rows(items, origin),
+        boundaries=tables.boundary_rows(items, origin),
+        stages=tables.stage_rows(items, origin),
+        trends=trends,
+        convergence=convergence_table(measured, labels=names),
+        fall=pd.concat(
+            [m.curve.assign(label=name) for m, name in zip(measured, names, strict=True)], ignore_index=True
+        )[["label", *measured[0].curve.columns]],
+        sources=tuple(
+            {
+                "model": item.analysis.name,
+                "path": None if item.analysis.path is None else str(item.analysis.path),
+                "weights": item.analysis.config.get("weights"),
+                "inputs": item.analysis.config.get("inputs"),
+            }
+            for item in items
+        ),
+    )
+
+
+def _require_one_lens(analyses: Sequence[Analysis], names: Sequence[str]) -> None:
+    for analysis, name in zip(analyses, names, strict=True):
+        if analysis.lens != analyses[0].lens:
+            raise UserError(
+                f"{names[0]} was analysed with the lens {analyses[0].lens} and {name} with {analysis.lens}, whose "
+                "entropies are of other policies; analyse both with the same --lens"
+            )
+
+
+def _differing(analysis: Analysis, baseline: Analysis) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ; what was asked for of the sampling matters only where both sampled."""
+    a, b = analysis.config, baseline.config
+    sampled = a.get("responses") is None and b.get("responses") is None
+    found = {n: (a.get(n), b.get(n)) for n in _SETTINGS if sampled and a.get(n) != b.get(n)}
+    return found | {
+        n: (analysis.model.get(n), baseline.model.get(n))
+        for n in _MODEL
+        if analysis.model.get(n) != baseline.model.get(n)
+    }
+
+
+def _notes(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) -> list[str]:
+    notes = []
+    origin = baseline.analysis
+    for item in items:
+        a = item.analysis
+        if not pairs[item.label]:
+            notes.append(f"{item.label} is of other responses than {baseline.label}: unpaired")
+        if a.n_layers != origin.n_layers:
+            notes.append(
+                f"{item.label} has {a.n_layers} layers and {baseline.label} {origin.n_layers}: no differences per "
+                "layer, only by relative depth"
+            )
+        if a.vocab_size != origin.vocab_size:
+            notes.append(
+                f"{item.label} has {a.vocab_size} tokens and {baseline.label} {origin.vocab_size}: in nats a larger "
+                "vocabulary has more entropy; entropy_share is in units of ln V"
+            )
+    return notes
+
+
+def _no_trend(items: Sequence[Item]) -> str | None:
+    """Why there is no trend, if there is none."""
+    if len(items) < _MIN_TREND:
+        return f"{len(items)} analyses: a trend needs at least {_MIN_TREND} checkpoints"
+    if len({item.analysis.n_layers for item in items}) > 1:
+        return "the numbers of layers differ: no trends per layer"
+    if len({item.step for item in items}) < len(items):
+        return "two analyses are of the same step: no trends"
+    return None

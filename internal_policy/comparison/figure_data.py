@@ -1,0 +1,123 @@
+"""The numbers in the figures of a comparison, as tidy tables: what `figures` draws and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from internal_policy.errors import UserError
+
+if TYPE_CHECKING:
+    from internal_policy.comparison.analyses import AnalysisComparison
+
+MAPS = {"entropy": ("layer", "entropy_out"), "attn": ("attn", "change"), "ffn": ("ffn", "change")}
+"""Site and column of what is shown per layer and checkpoint."""
+
+
+def in_order(comparison: AnalysisComparison) -> list[str]:
+    """Labels in the order of the steps.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        The labels.
+    """
+    pairs = zip(comparison.steps, comparison.labels, strict=True)
+    return [label for _, label in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def same_depth(comparison: AnalysisComparison) -> bool:
+    """Whether all analyses have the same number of layers.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        True where they have.
+    """
+    return len(set(comparison.boundaries["n_layers"])) == 1
+
+
+def step_data(comparison: AnalysisComparison) -> pd.DataFrame:
+    """Return the numbers of the heat maps and of the lines over the steps.
+
+    Args:
+        comparison: analyses with the same number of layers.
+
+    Returns:
+        A row for each map, analysis (in order of the steps) and layer: map, label, step, layer, value, low, high, nats.
+        The maps are entropy (of each layer's output), attn and ffn (the change that the module makes), and difference
+        (of the entropy from the baseline's, with its interval).
+
+    Raises:
+        UserError: the numbers of layers differ.
+    """
+    if not same_depth(comparison):
+        raise UserError("the models have different numbers of layers; draw them by relative depth")
+    rank = {label: i for i, label in enumerate(in_order(comparison))}
+    columns = ["map", "label", "step", "layer", "value", "low", "high"]
+    parts = []
+    for name, (site, column) in MAPS.items():
+        rows = comparison.layers[comparison.layers["site"] == site]
+        ends = {column: "value", f"{column}_low": "low", f"{column}_high": "high"}
+        parts.append(rows.rename(columns=ends).assign(map=name)[columns])
+    rows = comparison.differences
+    rows = rows[(rows["site"] == "layer") & (rows["quantity"] == "entropy_out")]
+    own = parts[0][parts[0]["label"] == comparison.baseline].assign(map="difference", value=0.0, low=0.0, high=0.0)
+    parts += [own, rows.assign(map="difference", value=rows["difference"])[columns]]
+    frame = pd.concat(parts, ignore_index=True)
+    order = pd.DataFrame({"m": frame["map"].map({m: i for i, m in enumerate([*MAPS, "difference"])})})
+    order["l"], order["layer"] = frame["label"].map(rank), frame["layer"]
+    return frame.loc[order.sort_values(["m", "l", "layer"]).index].reset_index(drop=True)
+
+
+def depth_data(comparison: AnalysisComparison) -> pd.DataFrame:
+    """Return the numbers of the overlay by relative depth.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A row for each unit (nats, and share of ln V), analysis and layer 0..L: unit, label, layer, relative_depth,
+        value, low, high (95% interval), boundary (whether it is the boundary layer).
+    """
+    parts = []
+    boundary = comparison.boundaries.set_index("label")["boundary_layer"]
+    stream = comparison.layers[comparison.layers["site"] == "layer"]
+    for label, rows in stream.groupby("label", sort=False):
+        rows = rows.sort_values("layer")
+        ends = ("", "_low", "_high")
+        numbers = np.array([[rows[f"entropy_in{e}"].iloc[0], *rows[f"entropy_out{e}"]] for e in ends], dtype=float)
+        layers = np.arange(numbers.shape[1])
+        # The share and the entropy of one row give ln V.
+        log_vocabulary = float(rows["entropy_out"].iloc[0] / rows["entropy_share"].iloc[0])
+        own = boundary[label]
+        for unit, scale in (("nats", 1.0), ("share", log_vocabulary)):
+            value, low, high = numbers / scale
+            part = pd.DataFrame({"unit": unit, "label": label, "layer": layers, "value": value, "low": low})
+            part["high"], part["boundary"] = high, layers == (-1 if pd.isna(own) else int(own))
+            part.insert(3, "relative_depth", layers / layers[-1])
+            parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def difference_data(comparison: AnalysisComparison) -> pd.DataFrame:
+    """Return the numbers of the differences per layer.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A row for each map (as `step_data`, without difference), analysis but the baseline, and layer: map, label, step,
+        layer, difference, low, high (95% interval), paired.
+    """
+    rows = comparison.differences
+    parts = [
+        rows[(rows["site"] == site) & (rows["quantity"] == column)].assign(map=name)
+        for name, (site, column) in MAPS.items()
+    ]
+    columns = ["map", "label", "step", "layer", "difference", "low", "high", "paired"]
+    return pd.concat(parts, ignore_index=True)[columns]

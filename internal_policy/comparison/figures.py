@@ -1,0 +1,288 @@
+"""Figures of a comparison: what moves over the checkpoints, and models side by side by relative depth.
+
+    figure = heat_maps(comparison)         # layer by checkpoint
+    figure = layer_lines(comparison)       # a line a layer over the steps
+    figure = depth_overlay(comparison)     # models by relative depth, in nats and as a share of ln V
+    figure = entropy_fall(comparison)      # progressive or abrupt: share of the total drop
+    figure = layer_differences(comparison) # each analysis less the baseline
+
+The numbers are in `figure_data`. Bands are 95% intervals. Nothing here needs a model or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from internal_policy import style
+from internal_policy.comparison import marks as drawing
+from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, same_depth, step_data
+
+if TYPE_CHECKING:
+    from internal_policy.comparison.analyses import AnalysisComparison
+
+TITLES = {
+    "entropy": r"$H_{\mathrm{Layer}}^{\,l}$",
+    "attn": r"$\Delta H_{\mathrm{ATTN}}^{\,l}$",
+    "ffn": r"$\Delta H_{\mathrm{FFN}}^{\,l}$",
+    "difference": r"$H_{\mathrm{Layer}}^{\,l}$ less the baseline",
+}
+"""What each map of `step_data` is called."""
+BOUNDARY: dict[str, Any] = {
+    **{"marker": "D", "linestyle": "none", "markersize": 3, "markeredgecolor": "white"},
+    **{"markeredgewidth": 0.4, "zorder": 4},
+}
+"""How a boundary layer is marked."""
+
+
+def heat_maps(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw layer by checkpoint: entropy, the changes that the modules make, and the difference from the baseline.
+
+    Args:
+        comparison: Analyses with the same number of layers.
+        axes: Where to draw, four panels; without it a figure of its own is made.
+
+    Returns:
+        The figure.
+    """
+    frame = step_data(comparison)
+    labels = in_order(comparison)
+    panels = drawing.grid(2, (1, 1), max(1.2, 0.065 * len(labels) + 0.45)) if axes is None else list(axes)
+    names = drawing.row_names(comparison)
+    with style.paper_style():
+        for place, ((name, title), ax) in enumerate(zip(TITLES.items(), panels, strict=True)):
+            table = frame[frame["map"] == name].pivot_table(index="label", columns="layer", values="value")
+            values = table.loc[labels].to_numpy(dtype=float)
+            named = axes is not None or place % 2 == 0
+            drawing.heat_map(ax, values, names, centred=name != "entropy", named=named)
+            ax.set_title(f"{title} (nats)", pad=6)
+            if axes is not None or place >= 2:
+                ax.set_xlabel("Layer")
+    return style.root_figure(panels[0])
+
+
+def layer_lines(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw each layer's entropy, and the changes that its modules make, over the steps; a line a layer.
+
+    Args:
+        comparison: Analyses with the same number of layers.
+        axes: Where to draw, three panels; without it a figure with a colour bar is made.
+
+    Returns:
+        The figure.
+    """
+    frame = step_data(comparison)
+    n_layers = int(frame["layer"].max())
+    panels = drawing.grid(1, (1, 1, 1), 1.9) if axes is None else list(axes)
+    colours = drawing.layer_colours(n_layers)
+    with style.paper_style():
+        for name, ax in zip(("entropy", "attn", "ffn"), panels, strict=True):
+            rows = frame[frame["map"] == name]
+            if name != "entropy":
+                ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
+            for layer, line in rows.groupby("layer"):
+                size = 2.0 if n_layers <= drawing.MOST_NAMED and len(line) <= drawing.MOST_NAMED else 0.0
+                marks: dict[str, Any] = {"color": colours(int(str(layer)) - 1), "marker": "o", "markersize": size}
+                ax.plot(line["step"], line["value"], linewidth=0.9, **marks)
+            ax.set_title(TITLES[name])
+            ax.set_xlabel("Step" if comparison.steps_from != "order" else "Analysis, in order from 0")
+            if comparison.steps_from == "order":
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[0].set_ylabel("nats")
+        if axes is None:
+            drawing.layer_bar(panels, colours)
+    return style.root_figure(panels[0])
+
+
+def depth_overlay(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw the entropy of the residual stream by relative depth, in nats and as a share of ln V; boundaries marked.
+
+    Args:
+        comparison: The comparison.
+        axes: Where to draw, two panels; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    frame = depth_data(comparison)
+    panels = drawing.grid(1, (1, 1), 1.9) if axes is None else list(axes)
+    marks = drawing.series(comparison)
+    few = len(marks) <= drawing.MOST_NAMED
+    with style.paper_style():
+        for unit, title, ax in zip(("nats", "share"), ("Entropy (nats)", r"Entropy / $\ln V$"), panels, strict=True):
+            rows = frame[frame["unit"] == unit]
+            for label, mark in marks.items():
+                line = rows[rows["label"] == label]
+                drawing.line(ax, line, "relative_depth", "value", mark, bands=few)
+                at = line[line["boundary"]]
+                ax.plot(
+                    at["relative_depth"], at["value"], "D", color=mark["color"], ms=3, mec="white", mew=0.4, zorder=4
+                )
+            ax.set_ylabel(title)
+            drawing.depth_axis(ax)
+            ax.set_ylim(bottom=-0.03 * ax.get_ylim()[1])
+        if axes is None:
+            sign = Line2D([], [], color=style.NEUTRAL, label="boundary layer", **BOUNDARY)
+            drawing.key(comparison, panels, marks, [sign] if frame["boundary"].any() else [], frame)
+    return style.root_figure(panels[0])
+
+
+def entropy_fall(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw how much of the total drop has fallen by relative depth, half-drop marks, and the last three layers' share.
+
+    Args:
+        comparison: The comparison.
+        axes: Where to draw, two panels; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    panels = drawing.grid(1, (3, 1), 1.9) if axes is None else list(axes)
+    marks = drawing.series(comparison)
+    table = {str(row["label"]): row for row in comparison.convergence.to_dict("records")}
+    few = len(marks) <= drawing.MOST_NAMED
+    with style.paper_style():
+        ax, last = panels
+        ax.axhline(0.5, color=style.NEUTRAL, linewidth=0.5, linestyle=":", zorder=1)
+        # An even fall starts at layer 1, whose depth depends on how many there are: of the fewest, and of the most.
+        depths = {int(row["n_layers"]) for row in table.values()} - {1}
+        for n_layers in sorted({min(depths, default=2), max(depths, default=2)}):
+            ax.plot([1 / n_layers, 1], [0, 1], color=style.NEUTRAL, linewidth=0.6, zorder=1)
+        for place, (label, mark) in enumerate(marks.items()):
+            rows = comparison.fall[comparison.fall["label"] == label]
+            drawing.line(ax, rows, "relative_depth", "fallen", mark, bands=few)
+            row = table[label]
+            _point(ax, float(row["half_drop_depth"]), 0.5, row, "half_drop_depth", mark, horizontal=True)
+            _point(last, place, float(row["last_three_share"]), row, "last_three_share", mark, horizontal=False)
+            last.plot([place - 0.3, place + 0.3], [row["even_share"]] * 2, color=style.NEUTRAL, linewidth=0.6)
+        ax.set_ylabel("Share of the drop so far")
+        drawing.depth_axis(ax)
+        last.set_title("Last three layers' share")
+        last.set_xlim(-0.7, len(marks) - 0.3)
+        last.set_xticks([])
+        # Both are shares of the same drop.
+        ends = [end for panel in panels for end in panel.get_ylim()]
+        for panel in panels:
+            panel.set_ylim(min(-0.03, *ends), max(1.03, *ends))
+        if axes is None:
+            half = Line2D([], [], color=style.NEUTRAL, marker="o", linestyle="none", markersize=3.5, label="half drop")
+            even = Line2D([], [], color=style.NEUTRAL, linewidth=0.6, label="even fall")
+            drawing.key(comparison, panels, marks, [half, even], comparison.fall)
+    return style.root_figure(panels[0])
+
+
+def layer_differences(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw each analysis less the baseline, per layer: entropy, and the changes that the modules make.
+
+    Args:
+        comparison: A comparison in which some analysis has as many layers as the baseline.
+        axes: Where to draw, three panels; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    frame = difference_data(comparison)
+    panels = drawing.grid(1, (1, 1, 1), 1.9) if axes is None else list(axes)
+    marks = {k: v for k, v in drawing.series(comparison).items() if (frame["label"] == k).any()}
+    few = len(marks) <= drawing.MOST_NAMED
+    with style.paper_style():
+        for name, ax in zip(("entropy", "attn", "ffn"), panels, strict=True):
+            ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
+            rows = frame[frame["map"] == name]
+            for label, mark in marks.items():
+                drawing.line(
+                    ax,
+                    rows[rows["label"] == label],
+                    "layer",
+                    "difference",
+                    mark,
+                    bands=few,
+                )
+            style.set_layer_axis(ax, int(frame["layer"].max()))
+            ax.set_title(TITLES[name])
+            ax.set_xlabel("Layer")
+        panels[0].set_ylabel(_difference_label(comparison, frame, "nats, "), linespacing=0.9)
+        if axes is None:
+            drawing.key(comparison, panels, marks, [], frame)
+    return style.root_figure(panels[0])
+
+
+def depth_differences(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
+    """Draw each analysis less the baseline by relative depth, in nats and as a share of ln V.
+
+    Args:
+        comparison: The comparison.
+        axes: Where to draw, two panels; without it a figure with a legend is made.
+
+    Returns:
+        The figure.
+    """
+    frame = comparison.depths
+    panels = drawing.grid(1, (1, 1), 1.9) if axes is None else list(axes)
+    marks = {k: v for k, v in drawing.series(comparison).items() if k != comparison.baseline}
+    titles = {"entropy": "Entropy (nats)", "entropy_share": r"Entropy / $\ln V$"}
+    few = len(marks) <= drawing.MOST_NAMED
+    with style.paper_style():
+        for (quantity, title), ax in zip(titles.items(), panels, strict=True):
+            ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
+            rows = frame[frame["quantity"] == quantity]
+            for label, mark in marks.items():
+                line = rows[rows["label"] == label]
+                drawing.line(ax, line, "relative_depth", "difference", mark, bands=few)
+            ax.set_title(title)
+            drawing.depth_axis(ax)
+        panels[0].set_ylabel(_difference_label(comparison, frame), linespacing=0.9)
+        if axes is None:
+            drawing.key(comparison, panels, marks, [], frame)
+    return style.root_figure(panels[0])
+
+
+def save_all_comparisons(comparison: AnalysisComparison, directory: Path) -> list[Path]:
+    """Write every figure that the comparison has the numbers for, as PNG and PDF. The same numbers, the same bytes.
+
+    Args:
+        comparison: The comparison.
+        directory: Where to write; made if it is missing.
+
+    Returns:
+        The paths written.
+    """
+    drawings = {"depth_overlay": depth_overlay, "entropy_fall": entropy_fall}
+    if same_depth(comparison):
+        drawings |= {"heat_maps": heat_maps}
+        # A line from one model to another would mean nothing.
+        if len(set(comparison.steps)) == len(comparison.steps) and (
+            comparison.steps_from != "order" or len(comparison.labels) > 2
+        ):
+            drawings |= {"layer_lines": layer_lines}
+    else:
+        drawings |= {"depth_differences": depth_differences}
+    if not comparison.differences.empty:
+        drawings |= {"layer_differences": layer_differences}
+    stems = {f"compare_{name}": draw for name, draw in drawings.items()}
+    return [p for stem, draw in stems.items() for p in style.save_figure(draw(comparison), directory / stem)]
+
+
+def _point(
+    ax: Axes, x: float, y: float, row: dict[Hashable, Any], name: str, mark: dict[str, Any], *, horizontal: bool
+) -> None:
+    """Mark a measure with its interval along one axis."""
+    value = float(row[name])
+    ends = [[value - float(row[f"{name}_low"])], [float(row[f"{name}_high"]) - value]]
+    reach: dict[str, Any] = {} if pd.isna(ends[0][0]) else {"xerr" if horizontal else "yerr": ends}
+    marks: dict[str, Any] = {"color": mark["color"], "marker": "o", "markersize": 3.5, "linestyle": "none"}
+    ax.errorbar(x, y, **reach, **marks, markeredgecolor="white", markeredgewidth=0.4, elinewidth=0.8, zorder=4)
+
+
+def _difference_label(comparison: AnalysisComparison, frame: pd.DataFrame, unit: str = "") -> str:
+    """Name the baseline, and how the differences are had."""
+    how = "paired" if frame["paired"].all() else "unpaired" if not frame["paired"].any() else "partly paired"
+    name = style.cut(comparison.baseline, 70.0, 8.0)
+    return f"Less {name}\n({unit}{how})".replace("$", r"\$")

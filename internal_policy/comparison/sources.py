@@ -1,0 +1,159 @@
+"""What is compared: analyses from objects and directories, what to call each, and which step of a training it is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from internal_policy.errors import UserError
+from internal_policy.results import MANIFEST, Analysis, load_analysis
+
+StepsFrom = Literal["given", "name", "order"]
+
+_STEP = re.compile(r"(?:^|[^a-z0-9])(?:checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
+
+
+def gather(sources: Iterable[Any]) -> list[Analysis]:
+    """Load what is not loaded yet; a directory that holds several analyses stands for all of them, in natural order.
+
+    Args:
+        sources: analyses, directories, or lists of them.
+
+    Returns:
+        The analyses.
+
+    Raises:
+        UserError: a directory without an analysis, or something else than an analysis or a path.
+    """
+    found: list[Analysis] = []
+    for source in sources:
+        if isinstance(source, Analysis):
+            found.append(source)
+        elif isinstance(source, (str, Path)):
+            found += [load_analysis(path) for path in _inside(Path(source).expanduser())]
+        elif isinstance(source, Iterable):
+            found += gather(source)
+        else:
+            raise UserError(
+                f"got a {type(source).__name__} to compare; needed are analyses or directories that analyze wrote"
+            )
+    return found
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts checkpoint-5 before checkpoint-10.
+
+    Args:
+        text: a name.
+
+    Returns:
+        Its runs of digits as numbers, the rest as text.
+    """
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
+
+
+def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:
+    """What to call each analysis.
+
+    Args:
+        analyses: the analyses.
+        labels: what the user calls them.
+
+    Returns:
+        The labels; without any as much of the end of each model's name as tells them apart, or else of the directory's,
+        or else numbered.
+
+    Raises:
+        UserError: not one label for each, or two the same.
+    """
+    if labels is not None:
+        told = [str(label) for label in labels]
+        if len(told) != len(analyses):
+            raise UserError(f"got {len(told)} labels for {len(analyses)} analyses; give one for each, in their order")
+        if twice := next((label for label in told if told.count(label) > 1), None):
+            raise UserError(f"the label {twice!r} was given twice; give each analysis one of its own")
+        return told
+    names = [a.name.strip("/").split("/") for a in analyses]
+    paths = [list(a.path.resolve().parts[1:]) if a.path is not None else a.name.split("/") for a in analyses]
+    for parts in (names, paths):
+        for depth in range(1, 1 + max(map(len, parts), default=0)):
+            tails = ["/".join(part[-depth:]) for part in parts]
+            if len(set(tails)) == len(tails):
+                return tails
+    tails = ["/".join(name[-1:]) for name in names]
+    return [f"{tail} ({tails[: i + 1].count(tail)})" for i, tail in enumerate(tails)]
+
+
+def training_steps(analyses: Sequence[Analysis], steps: Sequence[float] | None = None) -> tuple[list[float], StepsFrom]:
+    """Which step of a training each analysis is of.
+
+    Args:
+        analyses: the analyses.
+        steps: what the user says.
+
+    Returns:
+        The steps, and where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where the
+        first may have none and is then step 0; else their order, from 0.
+
+    Raises:
+        UserError: not one finite step for each.
+    """
+    if steps is not None:
+        if len(steps) != len(analyses):
+            raise UserError(f"got {len(steps)} steps for {len(analyses)} analyses; give one for each, in their order")
+        given = [float(step) for step in steps]
+        if not all(map(math.isfinite, given)):
+            raise UserError(f"the steps are {', '.join(map(str, given))}; needed are finite numbers")
+        return given, "given"
+    named = [_step_of(a) for a in analyses]
+    if named and named[0] is None and all(step is not None and step > 0 for step in named[1:]) and len(named) > 1:
+        # The model that a training started from bears no step.
+        named[0] = 0.0
+    if all(step is not None for step in named):
+        return [step for step in named if step is not None], "name"
+    return [float(i) for i in range(len(analyses))], "order"
+
+
+def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
+    """Find the analysis that the others are compared with.
+
+    Args:
+        baseline: its label, or its place from 0.
+        labels: the labels.
+
+    Returns:
+        Its place.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(baseline, str):
+        if baseline in labels:
+            return list(labels).index(baseline)
+        raise UserError(f"no analysis is called {baseline!r}; the baseline is one of {', '.join(labels)}")
+    if not -len(labels) <= baseline < len(labels):
+        raise UserError(f"baseline is {baseline}; there are {len(labels)} analyses, from 0 to {len(labels) - 1}")
+    return baseline % len(labels)
+
+
+def _inside(directory: Path) -> list[Path]:
+    """The analyses that a directory holds; itself where it is one, or where nothing is found, for the message."""
+    if (directory / MANIFEST).is_file():
+        return [directory]
+    for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
+        if found := [path.parent for path in directory.glob(pattern)]:
+            return sorted(found, key=lambda path: natural_key(str(path.relative_to(directory))))
+    return [directory]
+
+
+def _step_of(analysis: Analysis) -> float | None:
+    """The step at the end of the first of its names that has one."""
+    names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
+    directory = analysis.path.name if analysis.path is not None else None
+    for name in (*names, directory):
+        if name and (match := _STEP.search(str(name).rstrip("/"))):
+            return float(match[1])
+    return None

@@ -1,0 +1,174 @@
+"""A comparison of analyses on the terminal: one row an analysis, what differs most, and what moves most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from internal_policy.comparison.analyses import AnalysisComparison
+
+_SITES = (("H layer", "layer", "entropy_out"), ("ΔH ATTN", "attn", "change"), ("ΔH FFN", "ffn", "change"))
+_MOST_NOTES = 6
+
+
+def show_comparison(comparison: AnalysisComparison) -> None:
+    """Print a comparison on standard output.
+
+    Args:
+        comparison: the comparison.
+    """
+    console = Console()
+    console.print(summary_table(comparison))
+    if not comparison.differences.empty:
+        console.print(difference_table(comparison))
+    if not comparison.trends.empty:
+        console.print(trend_table(comparison))
+    for label, settings in comparison.differing.items():
+        told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in settings.items())
+        console.print(f"[yellow]{escape(label)}: settings differ too: {escape(told)}[/yellow]", highlight=False)
+    for note in comparison.notes[:_MOST_NOTES]:
+        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+    if len(comparison.notes) > _MOST_NOTES:
+        console.print(f"and {len(comparison.notes) - _MOST_NOTES} more notes, in comparison.json", highlight=False)
+
+
+def summary_table(comparison: AnalysisComparison) -> Table:
+    """Lay out boundary layer and convergence, one row an analysis.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A rich table.
+    """
+    caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
+    if not all(comparison.paired.values()):
+        caption += "\n≠ other responses than the baseline"
+    table = Table(
+        title=f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("analysis", overflow="fold")
+    stepped = comparison.steps_from != "order"
+    headings = ("boundary", "move", "drop", "half", "last 3", "reading")
+    for heading in (*(("step",) if stepped else ()), "L", *headings):
+        table.add_column(heading, justify="left" if heading == "reading" else "right", no_wrap=True)
+    rows = zip(comparison.boundaries.to_dict("records"), comparison.convergence.to_dict("records"), strict=True)
+    for place, measures in rows:
+        label = str(place["label"])
+        mark = "" if comparison.paired[label] else " ≠"
+        table.add_row(
+            escape(label) + mark,
+            *((f"{place['step']:g}",) if stepped else ()),
+            str(place["n_layers"]),
+            _layer(place["boundary_layer"]),
+            "" if label == comparison.baseline else _move(place),
+            f"{measures['total_drop']:.2f}",
+            _number(measures["half_drop_depth"], ".2f"),
+            _number(measures["last_three_share"], ".0%"),
+            str(measures["reading"]),
+        )
+    return table
+
+
+def difference_table(comparison: AnalysisComparison) -> Table:
+    """Lay out where each analysis differs most from the baseline.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A rich table.
+    """
+    table = Table(
+        title=f"largest difference from {escape(comparison.baseline)}, nats",
+        caption="layer: difference ± standard error",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("analysis", overflow="fold")
+    for heading, _, _ in _SITES:
+        table.add_column(heading, justify="right", no_wrap=True)
+    frame = comparison.differences
+    for label in dict.fromkeys(frame["label"]):
+        cells = []
+        for _, site, quantity in _SITES:
+            rows = frame[(frame["label"] == label) & (frame["site"] == site) & (frame["quantity"] == quantity)]
+            cells.append(_largest(rows) if len(rows) else "-")
+        table.add_row(escape(str(label)), *cells)
+    return table
+
+
+def trend_table(comparison: AnalysisComparison) -> Table:
+    """Lay out which layer moves most over the steps.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A rich table.
+    """
+    unit = "analyses" if comparison.steps_from == "order" else "steps"
+    table = Table(
+        title=f"over {len(comparison.labels)} {'analyses' if unit == 'analyses' else 'checkpoints'}, nats",
+        caption=f"steepest slope per 100 {unit} ± standard error, largest move between two neighbours",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("", "layer", "slope", "layer", "largest move", unit):
+        table.add_column(heading, justify="right", no_wrap=True)
+    frame = comparison.trends
+    for name, site, quantity in _SITES:
+        rows = frame[(frame["site"] == site) & (frame["quantity"] == quantity)]
+        if rows.empty:
+            continue
+        steep, largest = _greatest(rows, "slope"), _greatest(rows, "largest_move")
+        table.add_row(
+            name,
+            str(steep["layer"]),
+            f"{100 * steep['slope']:+.3f}{_error(100 * steep['stderr'])}",
+            str(largest["layer"]),
+            f"{largest['largest_move']:+.3f}",
+            f"{largest['from_step']:g} to {largest['to_step']:g}",
+        )
+    return table
+
+
+def _greatest(rows: pd.DataFrame, column: str) -> dict[Hashable, Any]:
+    """The row whose value is furthest from zero."""
+    found: dict[Hashable, Any] = max(rows.to_dict("records"), key=lambda row: abs(row[column]))
+    return found
+
+
+def _largest(rows: pd.DataFrame) -> str:
+    row = _greatest(rows, "difference")
+    return f"{row['layer']}: {row['difference']:+.3f}{_error(row['stderr'])}"
+
+
+def _layer(value: Any) -> str:
+    return "none" if pd.isna(value) else str(value)
+
+
+def _move(row: dict[Hashable, Any]) -> str:
+    """In layers where these are comparable, else in relative depth."""
+    if not pd.isna(row["move"]):
+        return f"{row['move']:+d}" if row["move"] else "0"
+    return _number(row["depth_move"], "+.2f") + (" L" if not pd.isna(row["depth_move"]) else "")
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _error(stderr: float, form: str = ".3f") -> str:
+    """A single prompt has no standard error."""
+    return "" if math.isnan(stderr) else f"±{stderr:{form}}"
