@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,7 +18,7 @@ from internal_policy.cli_inspect import inspect
 from internal_policy.cli_models import models
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
-from internal_policy.shell import figure_name, is_main_process
+from internal_policy.shell import figure_name, is_main_process, rank
 
 INTERRUPTED = 130
 
@@ -146,7 +145,7 @@ def main() -> None:
 
 def _fail(message: str) -> NoReturn:
     # Of several processes each says what stopped it: it need not be what stopped the others.
-    which = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    which = "" if is_main_process() else f" (process {rank()})"
     typer.echo(f"error{which}: {message}", err=True)
     sys.exit(2)
 

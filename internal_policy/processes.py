@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from internal_policy.errors import UserError
+from internal_policy.shell import world_size
 
 _PATIENCE = 24 * 3600
 
@@ -106,7 +107,7 @@ def launched() -> Processes:
     Returns:
         The processes; a single one where nothing launched more.
     """
-    return _started(False, _PATIENCE, False) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+    return _started(False, _PATIENCE, False) if world_size() > 1 else Processes()
 
 
 def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:

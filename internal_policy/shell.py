@@ -51,10 +51,32 @@ def quiet_libraries(debug: bool) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def rank() -> int:
+    """Tell which process this is, of those that accelerate, torchrun or MPI started.
+
+    Returns:
+        From 0; 0 where there is one only.
+    """
+    return _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK") or 0
+
+
+def world_size() -> int:
+    """Tell how many processes accelerate, torchrun or MPI started.
+
+    Returns:
+        Their number, at least 1.
+    """
+    return _launched("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") or 1
+
+
+def _launched(*names: str) -> int | None:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
+
+
 def is_main_process() -> bool:
     """Whether this process speaks to the user: the only one, or the first of those that a launcher started.
 
     Returns:
         False in the others.
     """
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
