@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -115,13 +117,10 @@ def main() -> None:
         # A terminal that cannot show a sign gets another one, not a crash after the work is done.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    if is_main_process():
-        logging.getLogger("internal_policy").addHandler(handler)
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        with _notices():
+            code = app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message()
         # Without arguments the help is the answer, and there is no message.
@@ -141,6 +140,19 @@ def main() -> None:
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
         typer.echo(f"interrupted; the same command{without} goes on where it stopped", err=True)
     sys.exit(code)
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Show what the package logs on standard error, once however many processes there are."""
+    handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("internal_policy")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _fail(message: str) -> NoReturn:

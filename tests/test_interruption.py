@@ -51,6 +51,7 @@ def whole_files_only(directory):
         load_analysis(directory)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(place):
     def analyze(output):
         return subprocess.Popen(

@@ -141,7 +141,7 @@ def test_killed_and_resumed(place, straight, event, update):
 
 def test_an_alignment_that_its_dynamics_ended_stays_ended(place, straight):
     """At this rate the perplexity ends it after the first step; without that it would last two."""
-    auto = {"ipa_steps": "auto", "learning_rate": 1e-2}
+    auto = {"ipa_steps": "auto", "learning_rate": 3e-2}
     killed(place, "auto", "on_step_end", 3, **auto)
     run = straight(**auto)
     assert run.ipa_steps == 1
