@@ -123,8 +123,11 @@ def main() -> None:
             code = app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message()
-        # Without arguments the help is the answer, and there is no message.
-        sys.exit(2) if not message else _fail(f"{message} See internal-policy COMMAND --help")
+        # Without arguments the help is the answer: printed already, or the message, as this version of typer has it.
+        if not message or message.lstrip().startswith("Usage:"):
+            typer.echo(message, err=True)
+            sys.exit(2)
+        _fail(f"{message} See internal-policy COMMAND --help")
     except UserError as error:
         if debug:
             raise

@@ -108,11 +108,12 @@ def inspect(
     )
     # Nothing is written where what was asked for is not there.
     look.positions(tokens, last)
-    show(look, site, tokens=tokens, last=last)
     try:
         look.save(directory)
     except OSError as error:
         raise _unwritable(directory, error) from error
+    # Shown when it is safe: a pager that is left early ends the command.
+    show(look, site, tokens=tokens, last=last)
     list_files("inspection", [directory / file for file in results.RESULT_FILES])
     draw(look, figures, tokens=tokens, last=last)
 

@@ -92,8 +92,8 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         gap = policy_gap(analysis.n_layers)
         style.set_layer_axis(ax, analysis.n_layers, (0.375 + gap / 4, 0.5 + gap))
         low, high = ax.get_ylim()
-        # Zero is where a policy is certain; the room below keeps the marks there whole.
-        ax.set_ylim(min(low, -0.03 * high), high)
+        # Zero is where a policy is certain and ln V where it knows nothing; room beyond keeps the marks there whole.
+        ax.set_ylim(min(low, -0.03 * high), max(high, 1.04 * uniform))
         _label(ax, analysis, "Entropy (nats)")
     return ax
 

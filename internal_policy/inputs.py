@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from internal_policy import testbed
 from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.generation import Request, check_prompt_lengths
 from internal_policy.models import LanguageModel
 from internal_policy.prompts import MATH_500, TESTBED, read_prompts, render
 from internal_policy.responses import Response, check_responses, read_responses
+
+logger = logging.getLogger(__name__)
+
+_MANY_UNKNOWN = 0.05
+"""Share of unknown tokens from which on a text is not in the tokenizer's language."""
 
 Source = str | Path | Iterable[Any]
 """A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
@@ -57,6 +65,31 @@ def _is_local(source: str | list[Any]) -> bool:
     return isinstance(source, list) or source == TESTBED or Path(source).exists()
 
 
+def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
+    """Whether the model is an embedded one, or was trained from one and reads no other text."""
+    if config.model.startswith("testbed/"):
+        return True
+    words: dict[str, int] = json.loads((testbed.path("testbed/qwen3") / "tokenizer.json").read_text(encoding="utf-8"))[
+        "model"
+    ]["vocab"]
+    own: dict[str, int] = model.tokenizer.get_vocab()
+    return own == words
+
+
+def _tell_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
+    """Say so where much of the text is in words that the tokenizer does not have."""
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    ids = np.concatenate([np.asarray(s) for s in sequences])
+    share = float((ids == unknown).mean())
+    if share > _MANY_UNKNOWN:
+        logger.warning(
+            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, and the numbers say little",
+            *(100 * share, model.tokenizer.unk_token, model.name),
+        )
+
+
 def gather_inputs(
     config: AnalyzeConfig,
     model: LanguageModel,
@@ -80,12 +113,13 @@ def gather_inputs(
     if responses is not None:
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
         check_responses(ready, model.vocab_size, model.max_length)
+        _tell_unknown(model, (r.input_ids for r in ready))
         return Inputs([], ready)
     if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
         raise UserError(
             f"--prompts-split {config.prompts_split} was given with a local file; splits are of hub data sets"
         )
-    source = prompts if prompts is not None else TESTBED if config.model.startswith("testbed/") else MATH_500
+    source = prompts if prompts is not None else TESTBED if _is_embedded(config, model) else MATH_500
     wanted = config.max_responses or DEFAULT_RESPONSES
     needed = -(-wanted // config.samples_per_prompt)
     requests = [
@@ -95,6 +129,7 @@ def gather_inputs(
         for sample_index in range(config.samples_per_prompt)
     ][:wanted]
     check_prompt_lengths(requests, model)
+    _tell_unknown(model, (r.prompt_ids for r in requests))
     reward = None
     if source == TESTBED:
         from internal_policy.testbed import tasks

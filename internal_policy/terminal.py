@@ -14,6 +14,7 @@ from rich.table import Table
 
 from internal_policy.results import Analysis
 
+_FEW_PROMPTS = 12
 _STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
 _STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
 
@@ -43,6 +44,11 @@ def show(analysis: Analysis) -> None:
         console.print(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses", highlight=False)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
+    if (prompts := analysis.responses["prompt"].nunique()) < _FEW_PROMPTS:
+        console.print(
+            f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 prompts on",
+            highlight=False,
+        )
     if analysis.path is not None:
         list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
 

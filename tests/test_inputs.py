@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from internal_policy import UserError
+from internal_policy import UserError, analyze, models
 from internal_policy.prompts import NAMED_TEMPLATES, Prompt, read_prompts, render
 from internal_policy.records import read_file
 from internal_policy.responses import check_responses, prompt_indices, read_responses
@@ -186,3 +186,19 @@ def test_bad_prompts_are_told_in_one_line(row, message):
 def test_bad_responses_are_told_in_one_line(row, message):
     with pytest.raises(UserError, match=message):
         read_responses([row], tiny_tokenizer(), "plain")
+
+
+def test_a_model_trained_from_an_embedded_one_gets_its_tasks(tmp_path):
+    loaded = models.load("testbed/llama")
+    loaded.model.save_pretrained(tmp_path / "trained")
+    loaded.tokenizer.save_pretrained(tmp_path / "trained")
+    analysis = analyze(str(tmp_path / "trained"), max_responses=2)
+    assert analysis.sequences["reward"].notna().all()
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told(caplog):
+    analyze("testbed/llama", prompts=["Where does the river begin ?"], max_responses=1)
+    assert "of the tokens are <unk>: the tokenizer of testbed/llama does not know this text" in caplog.text
+    caplog.clear()
+    analyze("testbed/llama", max_responses=2)
+    assert caplog.text == ""
