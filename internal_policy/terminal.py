@@ -46,7 +46,7 @@ def show(analysis: Analysis) -> None:
     console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
     if (prompts := analysis.responses["prompt"].nunique()) < _FEW_PROMPTS:
         console.print(
-            f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 prompts on",
+            f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on",
             highlight=False,
         )
     if analysis.path is not None:

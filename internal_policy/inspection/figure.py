@@ -225,8 +225,11 @@ def _panel(
     ax.add_collection(PolyCollection(list(inner), facecolors="none", edgecolors=ink[hit].tolist(), linewidths=0.8))
     size = _type_size(cell)
     for column, line, text, token_id, colour in zip(x, y, own["top1_token"], own["top1_id"], ink, strict=True):
-        shown = fit(drawable(text, int(token_id)), 0.88 * cell, size)
-        label = ax.text(column, line, shown, color=colour, font=font(size), parse_math=False, clip_on=True)
+        whole, room = drawable(text, int(token_id)), 0.88 * cell
+        # A little too long is written smaller; what is longer still is cut.
+        points = max(style.SMALLEST, size * min(1.0, room / max(style.text_width(whole, font(size)), 1e-9)))
+        shown = fit(whole, room, points)
+        label = ax.text(column, line, shown, color=colour, font=font(points), parse_math=False, clip_on=True)
         label.set(horizontalalignment="center", verticalalignment="center_baseline")
         label.set_in_layout(False)
     ax.set_xlim(-0.5, len(places) - 0.5)
@@ -238,7 +241,8 @@ def _panel(
     _token_labels(ax, own, inspection, cell, ends)
     first, end = int(places[0]), int(places[-1])
     start = inspection.prompt_length - first + 0.5
-    if 0 < start < len(places):
+    # At the right edge there is no response to begin.
+    if 0 < start < len(places) - 0.5:
         # White beside black shows on dark cells and on light ones.
         ax.axvline(start, color="white", linewidth=2.6)
         ax.axvline(start, color="black", linewidth=1.0)
@@ -246,7 +250,8 @@ def _panel(
     span = f"tokens {first} to {end} of {inspection.n_tokens}" if end > first else f"token {first}"
     state = STATES[site].replace("^", "$^") + "$"
     name = inspection.name.replace("$", r"\$")
-    title = f"{name}, {TITLES[site]} policies (of {state[0]}{state[1:]}{note}), {span}"
+    kind = "layer" if site == "layer" else TITLES[site]
+    title = f"{name}, {kind} policies (of {state[0]}{state[1:]}{note}), {span}"
     ax.set_title(title if ends[0] else f"{TITLES[site]} policies", fontsize=8.0)
 
 
@@ -267,7 +272,7 @@ def _token_labels(ax: Axes, own: pd.DataFrame, inspection: Inspection, cell: flo
 
     if ends[1]:
         undrawn = any(drawable(text, 0) != text for text in (*own["top1_token"], *own["token"], *own["next_token"]))
-        note = "; #1: an id whose token no font here has" if undrawn else ""
+        note = "; #…: the id of a token that no font here has" if undrawn else ""
         write(ax, read, f"token read (grey: prompt); cells: the top token, framed where it came next{note}")
     else:
         ax.set_xticks([])
