@@ -20,7 +20,7 @@ FIGURES = Path("figures")
 def compare(
     directories: Annotated[
         list[Path],
-        typer.Argument(help="What analyze wrote; one that holds several analyses stands for all, in natural order."),
+        typer.Argument(help="What analyze wrote; one that holds several analyses stands for all."),
     ],
     baseline: Annotated[
         str | None,
@@ -36,7 +36,7 @@ def compare(
         list[float] | None,
         typer.Option(
             help="Which step of a training an analysis is of; once for each, in their order.",
-            show_default="from names such as checkpoint-40, else the order",
+            show_default="from names such as checkpoint-40",
         ),
     ] = None,
     output: Annotated[
@@ -50,15 +50,15 @@ def compare(
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
     from internal_policy.comparison import terminal
     from internal_policy.comparison.analyses import compare as run
-    from internal_policy.comparison.sources import gather, unique_labels
+    from internal_policy.comparison.sources import arrange, gather
 
     if seed < 0:
         raise UserError(f"--seed is {seed}; needed is a whole number of at least 0")
-    analyses = gather(directories)
-    origin: int | str = 0
-    if baseline is not None and analyses:
-        origin = _place(baseline, unique_labels(analyses, label))
-    comparison = run(analyses, baseline=origin, labels=label, steps=step, seed=seed)
+    found = gather(directories)
+    # The baseline is counted in the order that is shown.
+    analyses, labels, *_ = arrange(found, label, step)
+    origin = 0 if baseline is None else _place(baseline, labels)
+    comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
     root = DATA if output is None else output.expanduser()
     if json:
         typer.echo(as_json(comparison))

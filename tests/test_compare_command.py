@@ -63,6 +63,27 @@ def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn):
     assert [a["step"] for a in manifest["analyses"]] == [0.0, 10.0, 20.0]
 
 
+def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path, undrawn):
+    start = make(progressive(6), "testbed/qwen3", prompts=4, seed=9).save(tmp_path / "start")
+    after = [place / "analyses" / f"run--checkpoint-{k}" for k in (10, 20)]
+    out = compared(*after, start, after[0], "-o", tmp_path)
+    assert "baseline qwen3" in " ".join(out.split())
+    assert "no trends: two analyses are of the same step" in " ".join(out.split())
+    assert "are the same analysis" in " ".join(out.split())
+    out = compared(*after, start, "-o", tmp_path, "--baseline", "2", "--label", "x", "--label", "y", "--label", "s")
+    # The second of those that are shown.
+    assert "baseline x" in out
+    assert out.index("\n s ") < out.index("\n x ") < out.index("\n y ")
+
+
+def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, undrawn):
+    for name in "abc":
+        make(progressive(4), f"m/{name}", prompts=4).save(tmp_path / "in" / name)
+    out = " ".join(compared(tmp_path / "in", "-o", tmp_path / "out").split())
+    assert "no steps, so no trends: a, b, c have none in the name" in out
+    assert "per 100" not in out
+
+
 def test_options_and_json(place, tmp_path, undrawn):
     labels = [part for label in ("x", "y", "z", "w") for part in ("--label", label)]
     steps = [part for step in (1, 2, 3, 4) for part in ("--step", step)]

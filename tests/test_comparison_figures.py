@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from shapes import abrupt, make, progressive, training
 
 from internal_policy import UserError, compare, style
-from internal_policy.comparison import figures
+from internal_policy.comparison import figures, marks
 from internal_policy.comparison.figure_data import depth_data, difference_data, step_data
 
 LONG = "an-organisation-with-a-long-name/" + "a-model-with-an-even-longer-name-" * 3 + "{}"
@@ -158,8 +158,12 @@ def test_heat_maps_show_the_numbers_and_diverge_from_zero():
         low, high = mesh.get_clim()
         assert (low == 0.0) if name == "entropy" else (low == -high)
     assert [t.get_text() for t in maps[0].get_yticklabels()] == [f"step {k}" for k in (0, 10, 20, 30, 40)]
-    baseline = frame[(frame["map"] == "difference") & (frame["label"] == "checkpoint-0")]
+    baseline = frame[(frame["map"] == "entropy_difference") & (frame["label"] == "checkpoint-0")]
     assert (baseline["value"] == 0).all()
+    raw = frame[(frame["map"] == "ffn") & (frame["label"] == "checkpoint-40")]["value"].to_numpy()
+    start = frame[(frame["map"] == "ffn") & (frame["label"] == "checkpoint-0")]["value"].to_numpy()
+    shown = frame[(frame["map"] == "ffn_difference") & (frame["label"] == "checkpoint-40")]["value"]
+    np.testing.assert_allclose(shown, raw - start, rtol=1e-9, atol=1e-12)
 
 
 def test_lines_draw_the_numbers_of_their_tables():
@@ -205,7 +209,7 @@ def test_an_even_fall_starts_at_layer_one():
 def test_a_users_own_axes_are_drawn_on():
     found = comparison("five checkpoints")
     for draw, n in (
-        *((figures.heat_maps, 4), (figures.layer_lines, 3), (figures.layer_differences, 3)),
+        *((figures.heat_maps, 6), (figures.layer_lines, 3), (figures.layer_differences, 3)),
         *((figures.depth_overlay, 2), (figures.entropy_fall, 2), (figures.depth_differences, 2)),
     ):
         figure = Figure()
@@ -226,6 +230,37 @@ def test_the_same_comparison_gives_the_same_bytes(tmp_path):
     one, two = (style.save_figure(figures.heat_maps(found), tmp_path / name / "maps") for name in "ab")
     assert {p.suffix for p in one} == {".png", ".pdf"}
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+@cache
+def fourteen():
+    return compare([make(progressive(6), f"m/{k}", prompts=2, noise=0.1, seed=k) for k in range(14)])
+
+
+def test_many_analyses_have_the_numbers_of_the_table_in_every_figure():
+    found = fourteen()
+    for draw, first in ((figures.layer_differences, 2), (figures.depth_overlay, 1)):
+        bar = draw(found).axes[-1]
+        assert bar.get_ylabel() == "Analysis (as in boundaries.csv)"
+        assert int(bar.get_yticklabels()[0].get_text()) == first
+    assert list(found.boundaries["analysis"]) == list(range(1, 15))
+
+
+def test_shades_are_for_steps_and_colours_for_models():
+    trained = training(3, 6, prompts=2)
+    models = [make(progressive(6), n, prompts=2) for n in "abc"]
+    mixed = [make(progressive(6), f"checkpoint-{n}", prompts=2, hidden_size=n) for n in (1, 2, 3)]
+    for analyses, shaded in ((trained, True), (models, False), (mixed, False)):
+        colours = [mark["color"] for mark in marks.series(compare(analyses)).values()]
+        assert all(isinstance(colour, tuple) == shaded for colour in colours)
+
+
+def test_the_users_labels_name_the_rows_and_are_cut_at_the_front():
+    found = compare(training(3, 6, prompts=2), labels=["x", "y", "z"])
+    assert marks.row_names(found) == ["x", "y", "z"]
+    assert marks.cut_front("short", 100.0, 7.0) == "short"
+    assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).endswith("heckpoint-100")
+    assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).startswith("…")
 
 
 def test_a_long_name_keeps_its_ends():

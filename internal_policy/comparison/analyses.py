@@ -20,10 +20,11 @@ from typing import Any
 
 import pandas as pd
 
+from internal_policy.comparison import notes as telling
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
 from internal_policy.comparison.items import Item, paired
-from internal_policy.comparison.sources import StepsFrom, baseline_index, gather, training_steps, unique_labels
+from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
 from internal_policy.results import Analysis
@@ -31,9 +32,6 @@ from internal_policy.results import Analysis
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
 TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
-_SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens")
-_MODEL = ("dtype", "device")
-_MIN_TREND = 3
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,15 @@ class AnalysisComparison:
     """Several analyses, each less the baseline, and how they move over the steps."""
 
     labels: tuple[str, ...]
-    """What each analysis is called, in the order given."""
+    """What each analysis is called, in the order given; the model that a training started from is first."""
     baseline: str
     """The label of the analysis that the others are compared with."""
     lens: str
     """The lens of all of them."""
     steps: tuple[float, ...]
-    """Which step of a training each is of."""
+    """Which step of a training each is of; the places from 0 where no steps are known."""
     steps_from: StepsFrom
-    """Where the steps come from: given, name (checkpoint-40, step_40), or order (from 0)."""
+    """Where the steps come from: given, name (checkpoint-40, step_40), or order: none are known."""
     paired: dict[str, bool]
     """Whether each analysis is of the same sequences as the baseline."""
     differing: dict[str, dict[str, tuple[Any, Any]]]
@@ -63,17 +61,23 @@ class AnalysisComparison:
     depths: pd.DataFrame
     """A row per analysis, relative depth and quantity, less the baseline; entropies are interpolated between layers."""
     boundaries: pd.DataFrame
-    """A row per analysis: boundary layer and stages, and how far they moved."""
+    """A row per analysis: its number in the figures, boundary layer and stages, and how far they moved."""
     stages: pd.DataFrame
     """A row per analysis and layer: its stage and the baseline's."""
     trends: pd.DataFrame
-    """A row per layer, site and quantity: slope over the steps, total move, largest move and where."""
+    """A row per layer, site and quantity: slope over the steps, total move, largest move and where; else empty."""
     convergence: pd.DataFrame
     """A row per analysis: how far, how deep in and how abruptly the entropy falls."""
     fall: pd.DataFrame
     """A row per analysis and layer 1..L: entropy of the layer policy, and the share of the total drop so far."""
     sources: tuple[dict[str, Any], ...] = ()
     """Model, directory and digests of each analysis."""
+    no_trends: str | None = None
+    """Why there are no trends; None where there are some."""
+    one_architecture: bool = True
+    """Whether model family, layers, vocabulary and hidden size are the same for all."""
+    labels_given: bool = False
+    """Whether the labels are the user's own."""
 
     def save(self, directory: str | Path) -> Path:
         """Write every table as CSV, and the manifest last.
@@ -119,7 +123,8 @@ class AnalysisComparison:
         n = len(self.labels)
         names = ", ".join(label[-40:] for label in self.labels[:3]) + (f" and {n - 3} more" if n > 3 else "")
         pairs = f"{sum(self.paired.values()) - 1} of {n - 1} paired with it"
-        return f"AnalysisComparison({names}; baseline {self.baseline[-40:]!r}, {pairs}; lens {self.lens})"
+        lacking = f"; {self.no_trends}" if self.no_trends else ""
+        return f"AnalysisComparison({names}; baseline {self.baseline[-40:]!r}, {pairs}; lens {self.lens}{lacking})"
 
 
 def compare(
@@ -132,12 +137,13 @@ def compare(
     """Compare two or more analyses layer by layer, by relative depth, and over the steps of a training.
 
     Args:
-        analyses: analyses, directories of analyses (one that holds several stands for all, in natural order), or lists
-            of them.
-        baseline: what the others are compared with: a label, or a place from 0.
+        analyses: analyses, directories of analyses (one that holds several stands for all, in the order of their steps
+            or else of their names), or lists of them. Where all names but one tell a step, that one is the start of
+            the training and comes first, unless steps are given.
+        baseline: what the others are compared with: a label, or a place from 0 in the order of the comparison.
         labels: what to call each; as much of each name as tells them apart where not given.
-        steps: which step of a training each is of; read from names such as checkpoint-40 where not given, else the
-            order.
+        steps: which step of a training each is of; read from names such as checkpoint-40 where not given. Without
+            steps, or with models of several architectures, there are no trends.
         seed: of the bootstrap behind the intervals of the convergence measures.
 
     Returns:
@@ -149,21 +155,18 @@ def compare(
     found = gather(analyses)
     if len(found) < 2:
         raise UserError(f"got {len(found)} analysis to compare; needed are at least two")
-    names = unique_labels(found, labels)
+    found, names, numbers, steps_from = arrange(found, labels, steps)
     _require_one_lens(found, names)
-    numbers, steps_from = training_steps(found, steps)
     items = [Item(name, step, a) for name, step, a in zip(names, numbers, found, strict=True)]
     origin = items[baseline_index(baseline, names)]
     pairs = {item.label: item is origin or paired(item, origin) for item in items}
     measured = [measure_convergence(item.analysis, seed=seed) for item in items]
-    no_trend = _no_trend(items)
+    no_trend = telling.no_trends(items, steps_from)
     if no_trend is None:
         trends = tables.trend_rows(items).assign(steps_from=steps_from)
     else:
         trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from"])
-    notes = [*_notes(items, origin, pairs), *([no_trend] if no_trend else [])]
-    if not no_trend and steps_from == "order":
-        notes.append("no steps were given and the names have none: trends are over the order, from 0")
+    notes = [*telling.doubles(items), *([no_trend] if no_trend else []), *telling.incomparable(items, origin, pairs)]
     return AnalysisComparison(
         labels=tuple(names),
         baseline=origin.label,
@@ -171,7 +174,9 @@ def compare(
         steps=tuple(numbers),
         steps_from=steps_from,
         paired=pairs,
-        differing={item.label: d for item in items if (d := _differing(item.analysis, origin.analysis))},
+        differing={
+            item.label: d for item in items if (d := telling.differing_settings(item.analysis, origin.analysis))
+        },
         notes=tuple(notes),
         layers=tables.layer_rows(items),
         differences=tables.difference_rows(items, origin),
@@ -192,6 +197,9 @@ def compare(
             }
             for item in items
         ),
+        no_trends=no_trend,
+        one_architecture=not architecture_differences(found),
+        labels_given=labels is not None,
     )
 
 
@@ -202,46 +210,3 @@ def _require_one_lens(analyses: Sequence[Analysis], names: Sequence[str]) -> Non
                 f"{names[0]} was analysed with the lens {analyses[0].lens} and {name} with {analysis.lens}, whose "
                 "entropies are of other policies; analyse both with the same --lens"
             )
-
-
-def _differing(analysis: Analysis, baseline: Analysis) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ; what was asked for of the sampling matters only where both sampled."""
-    a, b = analysis.config, baseline.config
-    sampled = a.get("responses") is None and b.get("responses") is None
-    found = {n: (a.get(n), b.get(n)) for n in _SETTINGS if sampled and a.get(n) != b.get(n)}
-    return found | {
-        n: (analysis.model.get(n), baseline.model.get(n))
-        for n in _MODEL
-        if analysis.model.get(n) != baseline.model.get(n)
-    }
-
-
-def _notes(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) -> list[str]:
-    notes = []
-    origin = baseline.analysis
-    for item in items:
-        a = item.analysis
-        if not pairs[item.label]:
-            notes.append(f"{item.label} is of other responses than {baseline.label}: unpaired")
-        if a.n_layers != origin.n_layers:
-            notes.append(
-                f"{item.label} has {a.n_layers} layers and {baseline.label} {origin.n_layers}: no differences per "
-                "layer, only by relative depth"
-            )
-        if a.vocab_size != origin.vocab_size:
-            notes.append(
-                f"{item.label} has {a.vocab_size} tokens and {baseline.label} {origin.vocab_size}: in nats a larger "
-                "vocabulary has more entropy; entropy_share is in units of ln V"
-            )
-    return notes
-
-
-def _no_trend(items: Sequence[Item]) -> str | None:
-    """Why there is no trend, if there is none."""
-    if len(items) < _MIN_TREND:
-        return f"{len(items)} analyses: a trend needs at least {_MIN_TREND} checkpoints"
-    if len({item.analysis.n_layers for item in items}) > 1:
-        return "the numbers of layers differ: no trends per layer"
-    if len({item.step for item in items}) < len(items):
-        return "two analyses are of the same step: no trends"
-    return None

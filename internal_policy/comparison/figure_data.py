@@ -16,8 +16,21 @@ MAPS = {"entropy": ("layer", "entropy_out"), "attn": ("attn", "change"), "ffn": 
 """Site and column of what is shown per layer and checkpoint."""
 
 
+def steps_known(comparison: AnalysisComparison) -> bool:
+    """Whether the analyses stand in a row: of one architecture, each at a step of its own.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        True where a line from one to the next means something.
+    """
+    distinct = len(set(comparison.steps)) == len(comparison.steps)
+    return comparison.steps_from != "order" and distinct and comparison.one_architecture
+
+
 def in_order(comparison: AnalysisComparison) -> list[str]:
-    """Labels in the order of the steps.
+    """Labels in the order of the steps where these are known.
 
     Args:
         comparison: the comparison.
@@ -25,6 +38,8 @@ def in_order(comparison: AnalysisComparison) -> list[str]:
     Returns:
         The labels.
     """
+    if not steps_known(comparison):
+        return list(comparison.labels)
     pairs = zip(comparison.steps, comparison.labels, strict=True)
     return [label for _, label in sorted(pairs, key=lambda pair: pair[0])]
 
@@ -49,8 +64,8 @@ def step_data(comparison: AnalysisComparison) -> pd.DataFrame:
 
     Returns:
         A row for each map, analysis (in order of the steps) and layer: map, label, step, layer, value, low, high, nats.
-        The maps are entropy (of each layer's output), attn and ffn (the change that the module makes), and difference
-        (of the entropy from the baseline's, with its interval).
+        The maps are entropy (of each layer's output), attn and ffn (the change that the module makes), and
+        entropy_difference, attn_difference and ffn_difference (each less the baseline's, with its interval).
 
     Raises:
         UserError: the numbers of layers differ.
@@ -64,12 +79,15 @@ def step_data(comparison: AnalysisComparison) -> pd.DataFrame:
         rows = comparison.layers[comparison.layers["site"] == site]
         ends = {column: "value", f"{column}_low": "low", f"{column}_high": "high"}
         parts.append(rows.rename(columns=ends).assign(map=name)[columns])
-    rows = comparison.differences
-    rows = rows[(rows["site"] == "layer") & (rows["quantity"] == "entropy_out")]
-    own = parts[0][parts[0]["label"] == comparison.baseline].assign(map="difference", value=0.0, low=0.0, high=0.0)
-    parts += [own, rows.assign(map="difference", value=rows["difference"])[columns]]
+    differences = comparison.differences
+    for (name, (site, column)), raw in zip(MAPS.items(), list(parts), strict=True):
+        told = {"map": f"{name}_difference"}
+        rows = differences[(differences["site"] == site) & (differences["quantity"] == column)]
+        parts.append(raw[raw["label"] == comparison.baseline].assign(**told, value=0.0, low=0.0, high=0.0))
+        parts.append(rows.assign(**told, value=rows["difference"])[columns])
     frame = pd.concat(parts, ignore_index=True)
-    order = pd.DataFrame({"m": frame["map"].map({m: i for i, m in enumerate([*MAPS, "difference"])})})
+    maps = [*MAPS, *(f"{name}_difference" for name in MAPS)]
+    order = pd.DataFrame({"m": frame["map"].map({m: i for i, m in enumerate(maps)})})
     order["l"], order["layer"] = frame["label"].map(rank), frame["layer"]
     return frame.loc[order.sort_values(["m", "l", "layer"]).index].reset_index(drop=True)
 
@@ -111,7 +129,7 @@ def difference_data(comparison: AnalysisComparison) -> pd.DataFrame:
         comparison: the comparison.
 
     Returns:
-        A row for each map (as `step_data`, without difference), analysis but the baseline, and layer: map, label, step,
+        A row for each map (entropy, attn, ffn), analysis but the baseline, and layer: map, label, step,
         layer, difference, low, high (95% interval), paired.
     """
     rows = comparison.differences

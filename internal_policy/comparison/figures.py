@@ -23,7 +23,14 @@ from matplotlib.ticker import MaxNLocator
 
 from internal_policy import style
 from internal_policy.comparison import marks as drawing
-from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, same_depth, step_data
+from internal_policy.comparison.figure_data import (
+    depth_data,
+    difference_data,
+    in_order,
+    same_depth,
+    step_data,
+    steps_known,
+)
 
 if TYPE_CHECKING:
     from internal_policy.comparison.analyses import AnalysisComparison
@@ -32,7 +39,9 @@ TITLES = {
     "entropy": r"$H_{\mathrm{Layer}}^{\,l}$",
     "attn": r"$\Delta H_{\mathrm{ATTN}}^{\,l}$",
     "ffn": r"$\Delta H_{\mathrm{FFN}}^{\,l}$",
-    "difference": r"$H_{\mathrm{Layer}}^{\,l}$ less the baseline",
+    "entropy_difference": r"$H_{\mathrm{Layer}}^{\,l}$, difference",
+    "attn_difference": r"$\Delta H_{\mathrm{ATTN}}^{\,l}$, difference",
+    "ffn_difference": r"$\Delta H_{\mathrm{FFN}}^{\,l}$, difference",
 }
 """What each map of `step_data` is called."""
 BOUNDARY: dict[str, Any] = {
@@ -43,28 +52,31 @@ BOUNDARY: dict[str, Any] = {
 
 
 def heat_maps(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = None) -> Figure:
-    """Draw layer by checkpoint: entropy, the changes that the modules make, and the difference from the baseline.
+    """Draw layer by checkpoint: entropy and the changes that the modules make, and below each less the baseline.
 
     Args:
         comparison: Analyses with the same number of layers.
-        axes: Where to draw, four panels; without it a figure of its own is made.
+        axes: Where to draw, six panels; without it a figure of its own is made.
 
     Returns:
         The figure.
     """
     frame = step_data(comparison)
     labels = in_order(comparison)
-    panels = drawing.grid(2, (1, 1), max(1.2, 0.065 * len(labels) + 0.45)) if axes is None else list(axes)
+    panels = drawing.grid(2, (1, 1, 1), max(1.2, 0.065 * len(labels) + 0.45)) if axes is None else list(axes)
     names = drawing.row_names(comparison)
     with style.paper_style():
         for place, ((name, title), ax) in enumerate(zip(TITLES.items(), panels, strict=True)):
             table = frame[frame["map"] == name].pivot_table(index="label", columns="layer", values="value")
             values = table.loc[labels].to_numpy(dtype=float)
-            named = axes is not None or place % 2 == 0
+            named = axes is not None or place % 3 == 0
             drawing.heat_map(ax, values, names, centred=name != "entropy", named=named)
             ax.set_title(f"{title} (nats)", pad=6)
-            if axes is not None or place >= 2:
+            if axes is not None or place >= 3:
                 ax.set_xlabel("Layer")
+        base = style.cut(comparison.baseline, 70.0, 8.0).replace("$", r"\$")
+        for ax in panels[3:] if axes is not None else panels[3:4]:
+            ax.set_ylabel(f"Less {base}")
     return style.root_figure(panels[0])
 
 
@@ -82,6 +94,7 @@ def layer_lines(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None =
     n_layers = int(frame["layer"].max())
     panels = drawing.grid(1, (1, 1, 1), 1.9) if axes is None else list(axes)
     colours = drawing.layer_colours(n_layers)
+    stepped = comparison.steps_from != "order"
     with style.paper_style():
         for name, ax in zip(("entropy", "attn", "ffn"), panels, strict=True):
             rows = frame[frame["map"] == name]
@@ -90,10 +103,11 @@ def layer_lines(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None =
             for layer, line in rows.groupby("layer"):
                 size = 2.0 if n_layers <= drawing.MOST_NAMED and len(line) <= drawing.MOST_NAMED else 0.0
                 marks: dict[str, Any] = {"color": colours(int(str(layer)) - 1), "marker": "o", "markersize": size}
-                ax.plot(line["step"], line["value"], linewidth=0.9, **marks)
+                # Without steps these are places, which are counted from 1.
+                ax.plot(line["step"] + (not stepped), line["value"], linewidth=0.9, **marks)
             ax.set_title(TITLES[name])
-            ax.set_xlabel("Step" if comparison.steps_from != "order" else "Analysis, in order from 0")
-            if comparison.steps_from == "order":
+            ax.set_xlabel("Step" if stepped else "Analysis, in order")
+            if not stepped:
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].set_ylabel("nats")
         if axes is None:
@@ -166,13 +180,13 @@ def entropy_fall(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None 
         drawing.depth_axis(ax)
         last.set_title("Last three layers' share")
         last.set_xlim(-0.7, len(marks) - 0.3)
-        last.set_xticks([])
-        # Both are shares of the same drop.
-        ends = [end for panel in panels for end in panel.get_ylim()]
-        for panel in panels:
-            panel.set_ylim(min(-0.03, *ends), max(1.03, *ends))
+        longer = drawing.series_axis(last, comparison, marks)
+        # The right panel has a scale of its own, on which the intervals can be seen.
+        ax.set_ylim(min(-0.03, ax.get_ylim()[0]), max(1.03, ax.get_ylim()[1]))
         if axes is None:
-            half = Line2D([], [], color=style.NEUTRAL, marker="o", linestyle="none", markersize=3.5, label="half drop")
+            figure = style.root_figure(ax)
+            figure.set_figheight(figure.get_figheight() + longer)
+            half = Line2D([], [], color=style.NEUTRAL, marker="o", linestyle="none", markersize=2.2, label="half drop")
             even = Line2D([], [], color=style.NEUTRAL, linewidth=0.6, label="even fall")
             drawing.key(comparison, panels, marks, [half, even], comparison.fall)
     return style.root_figure(panels[0])
@@ -258,9 +272,7 @@ def save_all_comparisons(comparison: AnalysisComparison, directory: Path) -> lis
     if same_depth(comparison):
         drawings |= {"heat_maps": heat_maps}
         # A line from one model to another would mean nothing.
-        if len(set(comparison.steps)) == len(comparison.steps) and (
-            comparison.steps_from != "order" or len(comparison.labels) > 2
-        ):
+        if steps_known(comparison):
             drawings |= {"layer_lines": layer_lines}
     else:
         drawings |= {"depth_differences": depth_differences}
@@ -277,8 +289,8 @@ def _point(
     value = float(row[name])
     ends = [[value - float(row[f"{name}_low"])], [float(row[f"{name}_high"]) - value]]
     reach: dict[str, Any] = {} if pd.isna(ends[0][0]) else {"xerr" if horizontal else "yerr": ends}
-    marks: dict[str, Any] = {"color": mark["color"], "marker": "o", "markersize": 3.5, "linestyle": "none"}
-    ax.errorbar(x, y, **reach, **marks, markeredgecolor="white", markeredgewidth=0.4, elinewidth=0.8, zorder=4)
+    marks: dict[str, Any] = {"color": mark["color"], "marker": "o", "markersize": 2.2, "linestyle": "none"}
+    ax.errorbar(x, y, **reach, **marks, elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4)
 
 
 def _difference_label(comparison: AnalysisComparison, frame: pd.DataFrame, unit: str = "") -> str:

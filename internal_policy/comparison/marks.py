@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from internal_policy import style
-from internal_policy.comparison.figure_data import in_order
+from internal_policy.comparison.figure_data import in_order, steps_known
 from internal_policy.statistics import Floats
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _SMALL = 6.5
 _ROW_NAME_ROOM = 80.0
+_TICK_NAME_ROOM = 60.0
+_TICK_ROOM = 18.0
 _KEY_SIGN = 4.5
 _MOST_TICKS = 9
 _FEW = 4
@@ -65,7 +67,7 @@ def series(comparison: AnalysisComparison) -> dict[str, dict[str, Any]]:
     """
     labels = in_order(comparison)
     n = len(labels)
-    if comparison.steps_from != "order" or n > MOST_NAMED:
+    if steps_known(comparison) or n > MOST_NAMED:
         return {label: {"color": colour, "linestyle": "-"} for label, colour in zip(labels, _shades(n), strict=True)}
     return {
         label: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
@@ -127,13 +129,13 @@ def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, n
     # The last checkpoint is the one that is asked for most.
     if ticks[-1] != n_rows - 1:
         ticks = [i for i in ticks if n_rows - 1 - i >= every] + [n_rows - 1]
-    texts = [style.cut(names[i], _ROW_NAME_ROOM, _SMALL) for i in ticks] if named else []
+    texts = [cut_front(names[i], _ROW_NAME_ROOM, _SMALL) for i in ticks] if named else []
     ax.set_yticks(ticks, texts if named else [""] * len(ticks), fontsize=_SMALL, parse_math=False)
     ax.spines[["top", "right"]].set_visible(True)
 
 
 def row_names(comparison: AnalysisComparison) -> list[str]:
-    """Name the analyses by their steps where these say which is which.
+    """Name the analyses by the user's labels, or by their steps where these say which is which.
 
     Args:
         comparison: The comparison.
@@ -142,10 +144,54 @@ def row_names(comparison: AnalysisComparison) -> list[str]:
         Names in order of the steps.
     """
     labels = in_order(comparison)
-    steps = dict(zip(comparison.labels, comparison.steps, strict=True))
-    if comparison.steps_from == "order" or len(set(steps.values())) < len(steps):
+    if comparison.labels_given or not steps_known(comparison):
         return labels
+    steps = dict(zip(comparison.labels, comparison.steps, strict=True))
     return [f"step {steps[label]:g}" for label in labels]
+
+
+def cut_front(text: str, room: float, size: float) -> str:
+    """Take out the beginning of a name that has no room: models of one family differ at the end.
+
+    Args:
+        text: The name.
+        room: Its room, points.
+        size: Of the style's own font, points.
+
+    Returns:
+        The name, or its end.
+    """
+    if style.text_width(text, size) <= room:
+        return text
+    ends = (f"…{text[i:]}" for i in range(1, len(text)))
+    return next((end for end in ends if style.text_width(end, size) <= room), text[-1:])
+
+
+def series_axis(ax: Axes, comparison: AnalysisComparison, marks: Mapping[str, Mapping[str, Any]]) -> float:
+    """Name the places 0, 1, ... of an axis along which each analysis has one; in the colours of their lines.
+
+    Args:
+        ax: The panel.
+        comparison: The comparison.
+        marks: The lines, by label.
+
+    Returns:
+        By how much a figure should be higher for the names, inches.
+    """
+    names = dict(zip(in_order(comparison), row_names(comparison), strict=True))
+    if len(marks) > MOST_NAMED or (steps_known(comparison) and not comparison.labels_given):
+        names, title = _short_names(comparison)
+        ax.set_xlabel(title.split(" (")[0])
+    every = ceil(len(marks) / MOST_NAMED)
+    places = list(range(0, len(marks), every))
+    labels = list(marks)
+    texts = [cut_front(names[labels[i]], _TICK_NAME_ROOM, _SMALL) for i in places]
+    ax.set_xticks(places, texts, rotation=90, fontsize=_SMALL, parse_math=False)
+    for tick, place in zip(ax.get_xticklabels(), places, strict=True):
+        tick.set_color(marks[labels[place]]["color"])
+    # The names take no room from the panel: a figure of its own grows by what a tick has not got already.
+    extra = max(style.text_width(text, _SMALL) for text in texts) - _TICK_ROOM
+    return max(0.0, extra) / style.POINTS_PER_INCH
 
 
 def layer_colours(n_layers: int) -> ListedColormap:
@@ -192,14 +238,12 @@ def key(
     figure = style.root_figure(panels[0])
     extra = list(signs)
     if len(marks) > MOST_NAMED:
-        names = dict(zip(in_order(comparison), row_names(comparison), strict=True))
-        steps = [names[label].removeprefix("step ") for label in marks]
+        names, title = _short_names(comparison)
         every = ceil(len(marks) / _MOST_TICKS)
         places = list(range(0, len(marks), every))
-        ordinal = comparison.steps_from == "order"
-        texts = [f"{i}" if ordinal else style.cut(steps[i], 40.0, _SMALL) for i in places]
+        texts = [names[list(marks)[i]] for i in places]
         shades = ListedColormap([mark["color"] for mark in marks.values()])
-        _bar(panels, shades, places, texts, "Analysis, from 0" if ordinal else "Step")
+        _bar(panels, shades, places, texts, title)
         if extra:
             style.figure_legend(figure, [], [], extra)
         return
@@ -209,7 +253,8 @@ def key(
     room = figure.bbox.width / figure.dpi * style.POINTS_PER_INCH / n_columns - _KEY_SIGN * size
     texts = [style.cut(label, room, size) for label in marks]
     if len(set(texts)) < len(texts):
-        texts = [f"({i}) {text}" for i, text in enumerate(texts, start=1)]
+        numbers = {label: i for i, label in enumerate(comparison.labels, start=1)}
+        texts = [f"({numbers[label]}) {text}" for label, text in zip(marks, texts, strict=True)]
     # A name is not a formula, and one that begins with an underscore is no secret.
     texts = [f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$") for text in texts]
     lines: list[Artist] = [Line2D([], [], label=text, **mark) for text, mark in zip(texts, marks.values(), strict=True)]
@@ -219,6 +264,14 @@ def key(
     (legend,) = figure.legends
     rows = ceil((len(lines) + len(extra)) / getattr(legend, "_ncols", n_columns))
     figure.set_figheight(figure.get_figheight() + max(0, rows - _ROWS_FREE) * 1.6 * size / style.POINTS_PER_INCH)
+
+
+def _short_names(comparison: AnalysisComparison) -> tuple[dict[str, str], str]:
+    """For each label its step, or else its number in the tables; and what that is."""
+    if steps_known(comparison):
+        return {k: f"{step:g}" for k, step in zip(comparison.labels, comparison.steps, strict=True)}, "Step"
+    numbers = {label: f"{i}" for i, label in enumerate(comparison.labels, start=1)}
+    return numbers, "Analysis (as in boundaries.csv)"
 
 
 def _shades(n: int) -> list[tuple[float, ...]]:

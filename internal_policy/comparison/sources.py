@@ -13,11 +13,17 @@ from internal_policy.results import MANIFEST, Analysis, load_analysis
 
 StepsFrom = Literal["given", "name", "order"]
 
+_ARCHITECTURE = {
+    **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
+    "hidden_size": "hidden sizes",
+}
 _STEP = re.compile(r"(?:^|[^a-z0-9])(?:checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
 
 
 def gather(sources: Iterable[Any]) -> list[Analysis]:
-    """Load what is not loaded yet; a directory that holds several analyses stands for all of them, in natural order.
+    """Load what is not loaded yet; a directory that holds several analyses stands for all of them.
+
+    These are in the order of their steps where the names tell each one's own, else in natural order.
 
     Args:
         sources: analyses, directories, or lists of them.
@@ -33,7 +39,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
         if isinstance(source, Analysis):
             found.append(source)
         elif isinstance(source, (str, Path)):
-            found += [load_analysis(path) for path in _inside(Path(source).expanduser())]
+            found += _by_step([load_analysis(path) for path in _inside(Path(source).expanduser())])
         elif isinstance(source, Iterable):
             found += gather(source)
         else:
@@ -95,8 +101,9 @@ def training_steps(analyses: Sequence[Analysis], steps: Sequence[float] | None =
         steps: what the user says.
 
     Returns:
-        The steps, and where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where the
-        first may have none and is then step 0; else their order, from 0.
+        The steps, and where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where one
+        of the same architecture may have none and is then the start, step 0; else order: none are known, and the
+        places from 0 stand in.
 
     Raises:
         UserError: not one finite step for each.
@@ -109,12 +116,67 @@ def training_steps(analyses: Sequence[Analysis], steps: Sequence[float] | None =
             raise UserError(f"the steps are {', '.join(map(str, given))}; needed are finite numbers")
         return given, "given"
     named = [_step_of(a) for a in analyses]
-    if named and named[0] is None and all(step is not None and step > 0 for step in named[1:]) and len(named) > 1:
+    known = [step for step in named if step is not None]
+    alike = not architecture_differences(analyses)
+    if len(known) == len(named) - 1 and min(known, default=0.0) > 0 and alike:
         # The model that a training started from bears no step.
-        named[0] = 0.0
-    if all(step is not None for step in named):
-        return [step for step in named if step is not None], "name"
+        return [0.0 if step is None else step for step in named], "name"
+    if len(known) == len(named):
+        return known, "name"
     return [float(i) for i in range(len(analyses))], "order"
+
+
+def without_step(analyses: Sequence[Analysis]) -> list[int]:
+    """Find the analyses whose names tell no step.
+
+    Args:
+        analyses: the analyses.
+
+    Returns:
+        Their places, from 0.
+    """
+    return [i for i, analysis in enumerate(analyses) if _step_of(analysis) is None]
+
+
+def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
+    """Tell whether the analyses could be of one training.
+
+    Args:
+        analyses: the analyses.
+
+    Returns:
+        What differs, with its values: family, layers, vocabulary or hidden size; what an analysis does not tell is
+        left out.
+    """
+    found = []
+    for key, told in _ARCHITECTURE.items():
+        values = list(dict.fromkeys(v for a in analyses if (v := a.model.get(key)) is not None))
+        if len(values) > 1:
+            found.append(f"{told} {', '.join(map(str, values))}")
+    return found
+
+
+def arrange(
+    analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
+) -> tuple[list[Analysis], list[str], list[float], StepsFrom]:
+    """Name the analyses, find their steps, and put the model that the training started from first.
+
+    Args:
+        analyses: the analyses.
+        labels: what the user calls them, in this order.
+        steps: what the user says, in this order; the order then stays.
+
+    Returns:
+        The analyses, their labels, their steps, and where the steps come from.
+
+    Raises:
+        UserError: labels or steps that do not fit.
+    """
+    names = unique_labels(analyses, labels)
+    numbers, steps_from = training_steps(analyses, steps)
+    start = without_step(analyses) if steps_from == "name" else []
+    order = [*start, *(i for i in range(len(analyses)) if i not in start)]
+    return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from
 
 
 def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
@@ -147,6 +209,14 @@ def _inside(directory: Path) -> list[Path]:
         if found := [path.parent for path in directory.glob(pattern)]:
             return sorted(found, key=lambda path: natural_key(str(path.relative_to(directory))))
     return [directory]
+
+
+def _by_step(analyses: list[Analysis]) -> list[Analysis]:
+    """In the order of the steps where these are known; two runs side by side stay apart."""
+    steps, steps_from = training_steps(analyses)
+    if steps_from == "order" or len(set(steps)) < len(steps):
+        return analyses
+    return [analyses[i] for i in sorted(range(len(steps)), key=steps.__getitem__)]
 
 
 def _step_of(analysis: Analysis) -> float | None:

@@ -150,12 +150,12 @@ def boundary_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
         baseline: one of them.
 
     Returns:
-        A row per analysis: label, step, n_layers, boundary_layer, relative_depth, confidence, runner_up,
-        last_exploration, first_integration and first_convergence layer, the number of layers of each stage, move (in
-        layers; empty where the numbers of layers differ) and depth_move (in relative depth).
+        A row per analysis: analysis (its number, from 1), label, step, n_layers, boundary_layer, relative_depth,
+        confidence, runner_up, last_exploration, first_integration and first_convergence layer, the number of layers of
+        each stage, move (in layers; empty where the numbers of layers differ) and depth_move (in relative depth).
     """
     rows, origin = [], baseline.analysis
-    for item in items:
+    for number, item in enumerate(items, start=1):
         a, stages = item.analysis, item.analysis.stages
         layers = {s: [layer for layer, stage in enumerate(stages, start=1) if stage == s] for s in STAGES}
         mine, theirs = a.boundary_layer, origin.boundary_layer
@@ -165,6 +165,7 @@ def boundary_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
             move = mine - theirs if a.n_layers == origin.n_layers else None
         rows.append(
             {
+                "analysis": number,
                 "label": item.label,
                 "step": item.step,
                 "n_layers": a.n_layers,

@@ -31,7 +31,7 @@ def show_comparison(comparison: AnalysisComparison) -> None:
     if not comparison.trends.empty:
         console.print(trend_table(comparison))
     for label, settings in comparison.differing.items():
-        told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in settings.items())
+        told = ", ".join(f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items())
         console.print(f"[yellow]{escape(label)}: settings differ too: {escape(told)}[/yellow]", highlight=False)
     for note in comparison.notes[:_MOST_NOTES]:
         console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
@@ -117,14 +117,13 @@ def trend_table(comparison: AnalysisComparison) -> Table:
     Returns:
         A rich table.
     """
-    unit = "analyses" if comparison.steps_from == "order" else "steps"
     table = Table(
-        title=f"over {len(comparison.labels)} {'analyses' if unit == 'analyses' else 'checkpoints'}, nats",
-        caption=f"steepest slope per 100 {unit} ± standard error, largest move between two neighbours",
+        title=f"over {len(comparison.labels)} checkpoints, nats",
+        caption="steepest slope per 100 steps ± standard error, largest move between two neighbours",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for heading in ("", "layer", "slope", "layer", "largest move", unit):
+    for heading in ("", "layer", "slope", "layer", "largest move", "steps"):
         table.add_column(heading, justify="right", no_wrap=True)
     frame = comparison.trends
     for name, site, quantity in _SITES:
@@ -152,6 +151,10 @@ def _greatest(rows: pd.DataFrame, column: str) -> dict[Hashable, Any]:
 def _largest(rows: pd.DataFrame) -> str:
     row = _greatest(rows, "difference")
     return f"{row['layer']}: {row['difference']:+.3f}{_error(row['stderr'])}"
+
+
+def _setting(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _layer(value: Any) -> str:
