@@ -200,12 +200,15 @@ def _stored(config: AnalyzeConfig, directory: Path | None) -> Analysis | None:
     """The finished analysis of these settings and prompts, read without its model; a file may hold others by now."""
     if directory is None or not (directory / MANIFEST).is_file():
         return None
+    # Weights on this disk may have changed since: `analyze` loads them and compares their digest.
+    if Path(config.model).exists() or config.model.startswith("testbed/"):
+        return None
     try:
         analysis = load_analysis(directory)
     except UserError:
         # In its turn, and without stopping the others, `analyze` says what is wrong with it.
         return None
-    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts}
+    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
     is_file = config.prompts is not None and Path(config.prompts).exists()
     if is_file or differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
         return None

@@ -73,10 +73,11 @@ def prove(
         verify(extractor, seed)
         return extractor
     why = "has no parts of a decoder under names that are known"
+    found: list[tuple[float, LanguageModel]] = []
     for family in candidates(model.model):
         tried = wrap(model.model, model.tokenizer, model.name, model.revision, family)
         try:
-            verify(HookExtractor(tried), seed)
+            found.append((verify(HookExtractor(tried), seed), tried))
         except NotProved as error:
             why = f"no structure that was tried fits ({error.why})"
             continue
@@ -85,6 +86,10 @@ def prove(
                 raise
             why = f"no structure that was tried fits ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
             continue
+    if found:
+        # In 16 bits a wrong write that is small beside the stream passes too: the right one errs least.
+        tried = min(found, key=lambda pair: pair[0])[1]
+        family = tried.family
         tried = replace(tried, family=replace(family, parallel=not _ffn_sees_attention(tried)))
         logger.warning(
             "%s: family %r is not in the table; its parts were found by structure (%s; %s, %s) and eq. 4 holds for "
@@ -99,12 +104,15 @@ def prove(
     raise unknown_family(model.name, model.family.name, why)
 
 
-def verify(extractor: Extractor, seed: int = 0) -> None:
+def verify(extractor: Extractor, seed: int = 0) -> float:
     """Check eq. 4 and the unembedding numerically on random tokens.
 
     Args:
         extractor: the backend with its model.
         seed: seed of the random tokens.
+
+    Returns:
+        The mean relative error of eq. 4 over layers and tokens.
 
     Raises:
         UserError: what does not hold, and at which layer.
@@ -119,6 +127,7 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
     if len(layers) != model.n_layers:
         raise NotProved(model, f"{len(layers)} of {model.n_layers} layers ran")
     below: Tensor | None = None
+    errors: list[float] = []
     for layer, values in enumerate(layers, start=1):
         finite, error, sketch_in, sketch_out = torch.split(values, [len(_CHECKED), 1, _SKETCHES, _SKETCHES], dim=1)
         if not bool(finite.all()):
@@ -140,6 +149,7 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
                 "stream between layers, which no family here does",
             )
         below = sketch_out
+        errors.append(float(error.mean()))
     error, finite = extractor.logits(batch, _logit_errors).cpu().unbind(dim=1)
     if not bool(finite.all()):
         raise UserError(
@@ -151,6 +161,7 @@ def verify(extractor: Extractor, seed: int = 0) -> None:
             f"the unembedding does not give the model's own logits (relative difference {float(error.max()):.1e}, at "
             f"most {bound:.1e})",
         )
+    return sum(errors) / len(errors)
 
 
 @torch.no_grad()
