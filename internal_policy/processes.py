@@ -114,5 +114,11 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
     from accelerate import PartialState
 
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"} or not torch.cuda.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
+    try:
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{world_size()} processes are announced and cannot meet ({str(error).splitlines()[0][:150]}); "
+            "start with accelerate launch or torchrun, or unset WORLD_SIZE"
+        ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)

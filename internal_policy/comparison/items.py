@@ -113,29 +113,48 @@ def paired(first: Item, second: Item) -> bool:
     return len(a) == len(b) and all(a[i] == b[j] for i, j in zip(first.order, second.order, strict=True))
 
 
-def combine(items: Sequence[Item], values: Sequence[Floats], weights: Sequence[float], same: bool) -> dict[str, Floats]:
+def grouped(items: Sequence[Item]) -> list[list[int]]:
+    """Sort analyses by what they are of.
+
+    Args:
+        items: the analyses.
+
+    Returns:
+        Their places, those of the same sequences together.
+    """
+    groups: list[list[int]] = []
+    for place, item in enumerate(items):
+        group = next((g for g in groups if paired(items[g[0]], item)), None)
+        if group is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    return groups
+
+
+def combine(
+    items: Sequence[Item], values: Sequence[Floats], weights: Sequence[float], groups: Sequence[Sequence[int]]
+) -> dict[str, Floats]:
     """Mean, standard error and 95% interval of a weighted sum over analyses.
 
     Args:
         items: the analyses.
         values: of each, its responses' means, [G, K].
         weights: of each; +1 and -1 for a difference.
-        same: whether all are of the same sequences.
+        groups: places of analyses of the same sequences, from ``grouped``: exact within a group, independent between.
 
     Returns:
         value, stderr, low, high, [K] each.
     """
-    tokens, prompts = items[0].tokens_and_prompts
-    if same:
-        sums = np.sum([w * v for w, v in zip(weights, values, strict=True)], axis=0)
-        mean, stderr = clustered_mean(sums, tokens, prompts)
-        low, high = confidence_interval(sums, tokens, prompts)
-        return {"value": mean, "stderr": stderr, "low": low, "high": high}
     total = np.zeros((4, values[0].shape[1]))
-    for item, v, w in zip(items, values, weights, strict=True):
-        mean, stderr = clustered_mean(v, *item.tokens_and_prompts)
-        low, high = confidence_interval(v, *item.tokens_and_prompts)
-        below, above = (mean - low, high - mean) if w > 0 else (high - mean, mean - low)
-        total += np.stack([w * mean, (w * stderr) ** 2, (w * below) ** 2, (w * above) ** 2])
+    for group in groups:
+        # An analysis without weight must not lend its errors.
+        sums = [weights[i] * values[i] for i in group if weights[i] != 0.0]
+        if not sums:
+            continue
+        tokens, prompts = items[group[0]].tokens_and_prompts
+        mean, stderr = clustered_mean(np.sum(sums, axis=0), tokens, prompts)
+        low, high = confidence_interval(np.sum(sums, axis=0), tokens, prompts)
+        total += np.stack([mean, stderr**2, (mean - low) ** 2, (high - mean) ** 2])
     mean, (stderr, below, above) = total[0], np.sqrt(total[1:])
     return {"value": mean, "stderr": stderr, "low": mean - below, "high": mean + above}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from internal_policy.comparison.items import DEPTHS, QUANTITIES, Item, combine, paired
+from internal_policy.comparison.items import DEPTHS, QUANTITIES, Item, combine, grouped, paired
 from internal_policy.selection import STAGES
 from internal_policy.statistics import SITES, Floats, clustered_mean
 
@@ -120,7 +120,7 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
     centred = steps - steps.mean()
     slopes, total = centred / (centred**2).sum(), np.zeros(len(steps))
     total[0], total[-1] = -1.0, 1.0
-    same = all(paired(item, ordered[0]) for item in ordered[1:])
+    groups = grouped(ordered)
     layers = np.arange(1, ordered[0].analysis.n_layers + 1)
     parts = []
     for site in SITES:
@@ -128,7 +128,7 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
             values = [v for item in ordered if (v := item.values(site, quantity)) is not None]
             if len(values) < len(ordered):
                 continue
-            slope, move = (combine(ordered, values, w.tolist(), same) for w in (slopes, total))
+            slope, move = (combine(ordered, values, w.tolist(), groups) for w in (slopes, total))
             means = [clustered_mean(v, *item.tokens_and_prompts)[0] for v, item in zip(values, ordered, strict=True)]
             moves = np.diff(means, axis=0)
             largest = np.abs(moves).argmax(axis=0)
@@ -136,7 +136,7 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
                 **{"layer": layers, "site": site, "quantity": quantity, "slope": slope.pop("value"), **slope},
                 **{"total_move": move["value"], "total_low": move["low"], "total_high": move["high"]},
                 **{"largest_move": moves[largest, layers - 1], "from_step": steps[largest]},
-                **{"to_step": steps[largest + 1], "paired": same, "n_checkpoints": len(ordered)},
+                **{"to_step": steps[largest + 1], "paired": len(groups) == 1, "n_checkpoints": len(ordered)},
             }
             parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
@@ -212,7 +212,7 @@ def stage_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
 def _difference(
     item: Item, baseline: Item, mine: Floats, theirs: Floats, same: bool, keys: dict[str, Any]
 ) -> pd.DataFrame:
-    found = combine((item, baseline), (mine, theirs), (1.0, -1.0), same)
+    found = combine((item, baseline), (mine, theirs), (1.0, -1.0), [[0, 1]] if same else [[0], [1]])
     return pd.DataFrame(
         {
             "label": item.label,
