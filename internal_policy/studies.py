@@ -5,7 +5,7 @@
     done.save("figures/study-testbed")
 
 One model is in memory at a time. A model that fails does not stop the others; the same call tries it again, and reads
-what is finished without loading a model.
+what is finished of hub models without loading them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from internal_policy import figures, models, style
+from internal_policy.checkpoints import refuse_one_place
 from internal_policy.comparison import figures as comparison_figures
 from internal_policy.comparison.analyses import AnalysisComparison, compare
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.sources import unique_labels
-from internal_policy.config import AnalyzeConfig
+from internal_policy.config import AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
+from internal_policy.models.identity import commit_now
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
 from internal_policy.results import MANIFEST, Analysis, load_analysis
 from internal_policy.study_models import STUDIES, Group, StudyModel
 from internal_policy.summary import summary_table
-from internal_policy.sweeps import refuse_unknown, release, start_over
-from internal_policy.workspace import differences
+from internal_policy.sweeps import release, start_over
+from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +164,15 @@ def study(
     prompts = None if prompts is None else str(prompts)
     configs = [AnalyzeConfig(model=row.model, prompts=prompts, template=row.template, **options) for row in rows]
     directories = [None if output is None else Path(output).expanduser() / config.slug for config in configs]
+    if output is not None:
+        _refuse_one_place(configs)
     if overwrite:
         start_over([directory for directory in directories if directory is not None])
-    stored = [_stored(config, directory) for config, directory in zip(configs, directories, strict=True)]
+    taken = launched().on_main(lambda: _taken(configs, directories))
+    stored = [
+        load_analysis(directory) if directory is not None and known else None
+        for directory, known in zip(directories, taken, strict=True)
+    ]
     failures: dict[str, str] = {}
     for row, before in zip(rows, stored, strict=True):
         if before is None:
@@ -196,23 +204,51 @@ def _rows(preset: str | Sequence[StudyModel]) -> tuple[StudyModel, ...]:
     return found
 
 
-def _stored(config: AnalyzeConfig, directory: Path | None) -> Analysis | None:
-    """The finished analysis of these settings and prompts, read without its model; a file may hold others by now."""
+def _refuse_one_place(configs: Sequence[AnalyzeConfig]) -> None:
+    refuse_one_place(configs)
+    taken: dict[str, AnalyzeConfig] = {}
+    for config in configs:
+        before = taken.setdefault(config.slug, config)
+        if before is not config:
+            raise UserError(
+                f"{config.model} stands in two rows (templates {before.template} and {config.template}), which would "
+                f"both be written to {config.slug}; make them two studies, each with its own --output"
+            )
+
+
+def _taken(configs: Sequence[AnalyzeConfig], directories: Sequence[Path | None]) -> list[bool]:
+    """Which analyses are finished and need no model; directories that cannot be written to are told here."""
+    for directory in directories:
+        # A finished analysis is read, or `analyze` says what is wrong with it.
+        if directory is not None and not (directory / MANIFEST).is_file():
+            Workspace(directory).check()
+    return [_is_finished(config, directory) for config, directory in zip(configs, directories, strict=True)]
+
+
+def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
+    """Whether an analysis of these settings, prompts and weights is there, and that is known without its model."""
     if directory is None or not (directory / MANIFEST).is_file():
-        return None
-    # Weights on this disk may have changed since: `analyze` loads them and compares their digest.
-    if Path(config.model).exists() or config.model.startswith("testbed/"):
-        return None
+        return False
+    # Weights on this disk may have changed since: `analyze` loads them and compares their digest. A file may hold other
+    # prompts by now.
+    here = config.model.startswith("testbed/") or Path(config.model).exists()
+    if here or (config.prompts is not None and Path(config.prompts).exists()):
+        return False
     try:
         analysis = load_analysis(directory)
     except UserError:
         # In its turn, and without stopping the others, `analyze` says what is wrong with it.
-        return None
+        return False
     wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
-    is_file = config.prompts is not None and Path(config.prompts).exists()
-    if is_file or differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
-        return None
-    return analysis
+    if analysis.config.get("hooked") or differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
+        return False
+    commit = analysis.model.get("revision")
+    if commit is None:
+        return True
+    with status(f"looking up {config.model}"):
+        now = commit_now(config.model)
+    # Where nobody can say, what is finished stands.
+    return now is None or now == commit
 
 
 def _look_up(model: str, trust_remote_code: bool) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from internal_policy import UserError, analyze, cli, convergence_table, load_analysis, studies, study
+from internal_policy.models.identity import commit_now
 from internal_policy.prompts import TEMPLATES
 from internal_policy.studies import Study
 from internal_policy.study_models import STUDIES, StudyModel
@@ -71,17 +75,106 @@ def test_the_tables_say_what_the_analyses_say(done):
     pd.testing.assert_frame_equal(done.convergence, convergence_table(done.analyses, labels=["qwen3", "llama"]))
 
 
-def test_what_is_finished_is_read_without_its_model(done, root, monkeypatch):
-    def refused(*arguments, **options):
-        raise AssertionError("a model was looked up or loaded")
+def refused(*arguments, **options):
+    raise AssertionError("a model was looked up or loaded")
 
+
+@pytest.fixture(scope="module")
+def of_the_hub(done, tmp_path_factory):
+    """A finished analysis of a model that only the hub has."""
+    directory = tmp_path_factory.mktemp("hub")
+    analysis = done.analyses[1]
+    model = {**analysis.model, "id": "org/name", "revision": "0" * 40}
+    config = {**analysis.config, "model": "org/name", "template": "chat"}
+    replace(analysis, name="org/name", model=model, config=config).save(directory / "org--name")
+    return directory, (StudyModel("org/name", "chat", "main"),)
+
+
+def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_the_hub, tmp_path, monkeypatch):
+    directory, rows = of_the_hub
     monkeypatch.setattr(studies, "analyze", refused)
     monkeypatch.setattr(studies.models, "check", refused)
-    again = study("testbed", output=root, **QUICK)
-    pd.testing.assert_frame_equal(again.analyses[0].layers, done.analyses[0].layers, check_exact=True)
+    for commit in ("0" * 40, None):
+        monkeypatch.setattr(studies, "commit_now", lambda name, commit=commit: commit)
+        again = study(rows, output=directory, **QUICK)
+        pd.testing.assert_frame_equal(again.analyses[0].layers, done.analyses[1].layers, check_exact=True)
     # The same prompts from a file may be others by now.
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
-        study("testbed", output=root, prompts=__file__, **QUICK)
+        study(rows, output=directory, prompts=__file__, **QUICK)
+    # So may models on this disk: embedded ones, and what a name stands for here.
+    with pytest.raises(UserError, match="AssertionError: a model was looked up"):
+        study("testbed", output=root, **QUICK)
+    with monkeypatch.context() as here:
+        (tmp_path / "org" / "name").mkdir(parents=True)
+        here.chdir(tmp_path)
+        with pytest.raises(UserError, match="AssertionError: a model was looked up"):
+            study(rows, output=directory, **QUICK)
+    # And the same name another model.
+    monkeypatch.setattr(studies, "commit_now", lambda name: "1" * 40)
+    with pytest.raises(UserError, match="AssertionError: a model was looked up"):
+        study(rows, output=directory, **QUICK)
+
+
+def test_the_commit_of_now_is_the_hubs_or_else_the_caches(tmp_path, monkeypatch):
+    (tmp_path / "models--org--name" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("2" * 40)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("2" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    seen = SimpleNamespace(sha="3" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, **options: seen)
+    assert commit_now("org/name") == "3" * 40
+
+    def offline(self, name, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    assert commit_now("org/name") == "2" * 40
+    assert commit_now("org/other") is None
+    assert commit_now("no such name") is None
+
+
+def test_what_is_finished_of_this_disk_is_compared_with_its_weights(tmp_path):
+    model = tiny_model("llama")
+    place = tmp_path / "model"
+
+    def save():
+        model.save_pretrained(place)
+        tiny_tokenizer().save_pretrained(place)
+
+    save()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w2 w3 w4"}\n')
+    options = {"prompts": prompts, "output": tmp_path / "out", "max_new_tokens": 3}
+    rows = (StudyModel(str(place), "plain", "main"),)
+    first = study(rows, **options).analyses[0]
+    files = sorted((p.name, p.stat().st_mtime_ns) for p in first.path.iterdir())
+    again = study(rows, **options).analyses[0]
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in again.path.iterdir()) == files
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] += 1e-3
+    save()
+    with pytest.raises(UserError, match=r"already holds an analysis with other settings \(weights \w+ -> \w+\)"):
+        study(rows, **options)
+
+
+def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies.models, "check", refused)
+    monkeypatch.setattr(studies, "commit_now", refused)
+    rows = tuple(StudyModel("testbed/qwen3", template, "main") for template in ("chat", "plain"))
+    with pytest.raises(UserError, match=r"testbed/qwen3 stands in two rows \(templates chat and plain\)"):
+        study(rows, output=tmp_path)
+    rows = tuple(StudyModel(f"org/a{sign}b", "chat", "main") for sign in ":+")
+    with pytest.raises(UserError, match=r"org/a:b and org/a\+b would both be written to org--a-b"):
+        study(rows, output=tmp_path)
+    taken = tmp_path / "testbed--llama"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"testbed--llama: is in use for something else \(it holds thesis.tex\)"):
+        study("testbed", output=tmp_path, **QUICK)
+    assert [p.name for p in tmp_path.rglob("*")] == ["testbed--llama", "thesis.tex"]
+    with pytest.raises(UserError, match="cannot be written"):
+        study("testbed", output=taken / "thesis.tex", **QUICK)
 
 
 def test_other_settings_are_not_taken_for_finished(done, root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import operator
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.errors import UserError
-from internal_policy.models import context, placement, quantization
+from internal_policy.models import context, identity, placement, quantization
 from internal_policy.models.families import FAMILIES, Family
 from internal_policy.models.projection import Projection
 from internal_policy.models.structure import candidates
 from internal_policy.models.unembedding import projection_of
+from internal_policy.progress import status
 
 _MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -123,19 +123,15 @@ class LanguageModel:
         return context.switch(self.config)
 
     def fingerprint(self) -> str:
-        """A digest of the weights: names, shapes and a sample of each tensor. It tells checkpoints apart.
+        """A digest of what the numbers come from: every bit of every weight, the configuration, the classes.
+
+        It reads the whole model, of which it holds a few tensors at a time: seconds for some gigabytes.
 
         Returns:
             16 hexadecimal digits; the same wherever the weights are.
         """
-        digest = hashlib.sha256()
-        for name, stored in self.model.state_dict().items():
-            tensor = placement.resident(self.model, name, stored)
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        with status(f"reading all weights of {self.name}"):
+            return identity.digest(self.model)
 
 
 def wrap(

@@ -8,32 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.config import DEVICE_MAPS
 from internal_policy.errors import UserError
-
-
-def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
-    """Refuse a device map that is none, or that contradicts the device.
-
-    Args:
-        device_map: one of ``DEVICE_MAPS``, a dict from module paths to devices, or None.
-        device: ``auto`` or a torch device.
-
-    Raises:
-        UserError: what contradicts.
-    """
-    if device_map is None:
-        return
-    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-        raise UserError(
-            f"--device-map is {device_map!r}; needed is one of {', '.join(DEVICE_MAPS)} (one device is --device)"
-        )
-    if not isinstance(device_map, (str, dict)):
-        raise UserError(f"device_map is a {type(device_map).__name__}; needed is a name or a dict")
-    if device != "auto":
-        raise UserError(
-            f"--device {device} was given with --device-map, which places the model itself; leave one of them out"
-        )
 
 
 def input_device(model: Any) -> torch.device:
