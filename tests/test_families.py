@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -139,11 +140,58 @@ def test_a_sequential_gpt_neox_has_a_middle(monkeypatch):
     assert_is(captured(model, [record])[0], *oracle(model, "gpt_neox", record))
 
 
+def beside_a_large_stream(model_type, dtype, *, times, tied=False):
+    """A model whose embeddings are so many times larger, so that what its layers write is small beside the stream."""
+    model = tiny_model(model_type, tied=tied)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(times)
+    if hasattr(model.config, "num_experts_per_tok"):
+        # The grouped product of experts knows no float64.
+        model.set_experts_implementation("eager")
+    return models.wrap(model.to(dtype), tiny_tokenizer())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", TABLE)
 def test_every_row_passes_the_proof_in_every_dtype(model_type, tied):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        verify(HookExtractor(models.wrap(tiny_model(model_type, tied=tied).to(dtype), tiny_tokenizer())))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for times in (1, 50):
+            # Right writes leave less than the rounding bound, of which the root mean square over elements is a third.
+            assert verify(HookExtractor(beside_a_large_stream(model_type, dtype, times=times, tied=tied))) < 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model_type", "wrong"),
+    [
+        ("gemma2", {"attention_write": None, "ffn_write": None}),
+        ("gemma2", {"attention_write": None}),
+        ("gemma3_text", {"ffn_write": None}),
+        ("glm4", {"attention_write": None}),
+        ("granite", {"write_multiplier": None}),
+    ],
+)
+def test_a_wrong_write_that_is_small_beside_the_stream_is_refused_in_16_bits(model_type, wrong, dtype):
+    right = beside_a_large_stream(model_type, dtype, times=300)
+    verify(HookExtractor(right))
+    ids = torch.arange(2, 26)[None]
+    seen = []
+    with torch.no_grad(), residual_hooks(right, torch.arange(24), seen.append):
+        right.backbone(**right.forward_arguments(ids, torch.ones_like(ids)))
+    for states in seen:
+        for write in (states.attention_write, states.ffn_write):
+            assert write.double().norm() < 0.05 * states.residual_in.double().norm()
+    with pytest.raises(UserError, match=r"eq\. 4 fails in layer 1: .* times what rounding explains"):
+        verify(HookExtractor(dataclasses.replace(right, family=dataclasses.replace(right.family, **wrong))))
+
+
+@pytest.mark.parametrize(("times", "off"), [(1, 1.02), (20, 1.02), (300, 1.1)])
+def test_a_factor_that_is_a_little_off_is_refused_in_bfloat16(times, off):
+    described = beside_a_large_stream("granite", torch.bfloat16, times=times)
+    # The layers hold the factor that they were built with.
+    described.config.residual_multiplier *= off
+    with pytest.raises(UserError, match=r"eq\. 4 fails in layer"):
+        verify(HookExtractor(described))
 
 
 @pytest.mark.parametrize("model_type", TABLE)
