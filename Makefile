@@ -27,9 +27,11 @@ bench: setup
 	$(BIN)/python benchmarks/benchmark_entropy.py
 	$(BIN)/python benchmarks/benchmark_update.py
 
-# GRPO against BuPO on the embedded models: data/experiments and figures/experiments. Hours; resumable.
+# GRPO against BuPO on the embedded models, and the checkpoints of one BuPO training compared: data/experiments and
+# figures/experiments. Hours; resumable.
 experiment: setup
 	$(BIN)/python benchmarks/bupo_experiment.py
+	$(BIN)/python benchmarks/checkpoint_sweep.py
 
 testbed: setup
 	$(BIN)/python -m internal_policy.testbed.make
