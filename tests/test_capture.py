@@ -127,6 +127,18 @@ def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
     verify(HookExtractor(models.wrap(model.to(dtype), tiny_tokenizer())))
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])
+def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch):
+    model = tiny_model(model_type, layers=6)
+    together = captured(model, ragged_responses())
+    monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
+    for least in (1, 4):
+        monkeypatch.setattr(reduce, "_LEAST_LAYERS", least)
+        for one, other in zip(captured(model, ragged_responses()), together, strict=True):
+            # The running sum begins elsewhere, so that its last bits differ.
+            np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+
+
 def test_positions_are_reduced_in_portions(monkeypatch):
     whole = captured(tiny_model("qwen3"), ragged_responses(5))
     monkeypatch.setattr(reduce, "_POSITIONS", 7)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internal_policy.entropy import definition, policy_entropy
+from internal_policy.entropy import definition, policy_entropies, policy_entropy
 from internal_policy.entropy.streaming import block_sizes
 
 # float32 logits of size ~10 are rounded at ~1e-6; sums over the vocabulary average that out.
@@ -76,6 +76,28 @@ def test_extremes():
     assert policy_entropy(late, unembedding, memory_budget=30_000).item() == pytest.approx(own.item(), abs=1e-6)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 20),
+    layers=st.integers(1, 5),
+    options=st.sampled_from([{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": 3.0, "softcap": 2.0}]),
+    with_bias=st.booleans(),
+    budget=st.sampled_from([5_000, 50_000, 10**8]),
+)
+def test_running_sums_are_the_policies_of_the_summed_states(n, layers, options, with_bias, budget):
+    states, unembedding = random((2 * layers + 1) * n, vocab=97, scale=2)
+    bias = torch.randn(97) if with_bias else None
+    parts = list(states.view(2 * layers + 1, n, 24))
+    sums = [[0, 1, 2], *([2 * layer - 1, 2 * layer] for layer in range(2, layers + 1))]
+    ours = policy_entropies(parts, unembedding, bias, sums=sums, memory_budget=budget, **options)
+    stream = parts[0].double()
+    wanted = [definition.policy_entropy(part, unembedding, bias, **options) for part in parts]
+    for layer in range(1, layers + 1):
+        stream = stream + parts[2 * layer - 1] + parts[2 * layer]
+        wanted.append(definition.policy_entropy(stream, unembedding, bias, **options))
+    torch.testing.assert_close(ours.double(), torch.stack(wanted), rtol=0, atol=FLOAT32_NATS)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
     states, unembedding = random()
@@ -89,6 +111,8 @@ def test_shapes_that_do_not_fit_are_told():
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 6))
     with pytest.raises(ValueError, match=r"needed \[5\]"):
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="needed are equal shapes"):
+        policy_entropies([torch.zeros(3, 4), torch.zeros(2, 4)], torch.zeros(5, 4))
     with pytest.raises(ValueError, match="needs at least"):
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 4), memory_budget=10)
 

@@ -86,10 +86,10 @@ def test_modules_that_run_in_another_order_are_told_in_one_line(remote):
 def test_states_are_freed_layer_by_layer():
     alive = []
 
-    def reduce(states, projection):
+    def reduce(group, projection):
         assert not any(ref() is not None for ref in alive)
-        alive.append(weakref.ref(states.residual_out))
-        return states.residual_out.mean(dim=-1)
+        alive.append(weakref.ref(group[0].residual_out))
+        return group[0].residual_out.mean(dim=-1)
 
     assert len(backend.from_model(wrapped("llama")).run(batch(), reduce)) == len(alive) == 3
 

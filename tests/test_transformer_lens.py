@@ -71,9 +71,9 @@ def test_agreement_with_the_hooks(model_type, side):
 def test_the_numbers_come_from_the_bridge():
     model = wrapped("llama")
     extractor = from_model(model)
-    plain = extractor.run(batch(), lambda states, projection: states.residual_out)
+    plain = extractor.run(batch(), lambda group, projection: group[0].residual_out)
     with extractor.bridge.hooks(fwd_hooks=[("blocks.1.attn.hook_out", lambda states, hook: torch.zeros_like(states))]):
-        ablated = extractor.run(batch(), lambda states, projection: states.residual_out)
+        ablated = extractor.run(batch(), lambda group, projection: group[0].residual_out)
     assert torch.equal(ablated[0], plain[0])
     assert not torch.allclose(ablated[1], plain[1])
 
@@ -177,7 +177,7 @@ def test_hooks_and_patterns_are_gone_on_any_exit():
     with pytest.raises(RuntimeError, match="stop here"):
         extractor.run(batch(), fail)
     assert hooks_on(extractor.bridge) == 0
-    extractor.run(batch(), lambda states, projection: states.residual_out)
+    extractor.run(batch(), lambda group, projection: group[0].residual_out)
     extractor.logits(batch(), lambda own, last, projection: own)
     assert hooks_on(extractor.bridge) == 0
     assert all(block.attn._pattern is None for block in extractor.bridge.blocks)
@@ -188,7 +188,7 @@ def test_each_layer_is_reduced_before_the_next_one_runs():
     order = []
     hooks = [(f"blocks.{i}.hook_in", lambda states, hook: order.append(hook.name)) for i in range(3)]
     with extractor.bridge.hooks(fwd_hooks=hooks):
-        extractor.run(batch(), lambda states, projection: order.append(states.layer))
+        extractor.run(batch(), lambda group, projection: order.append(group[0].layer))
     assert order == ["blocks.0.hook_in", 1, "blocks.1.hook_in", 2, "blocks.2.hook_in", 3]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -13,7 +14,7 @@ from internal_policy.capture.hooks import HookExtractor
 from internal_policy.capture.states import Extractor
 from internal_policy.capture.verify import prove, verify
 from internal_policy.errors import UserError
-from internal_policy.generation import sample
+from internal_policy.generation import Request, VllmSampler, sample
 from internal_policy.models import LanguageModel, load, wrap
 
 if TYPE_CHECKING:
@@ -149,6 +150,31 @@ def sampler(extractor: Extractor, config: AnalyzeConfig) -> Callable[..., list[R
         # What opens a remote model is this backend.
         return partial(remote_sample, cast("NnsightExtractor", extractor))
     return partial(sample, extractor.model)
+
+
+@contextmanager
+def sampling(
+    extractor: Extractor, config: AnalyzeConfig, requests: Sequence[Request], max_new_tokens: int
+) -> Iterator[Callable[..., list[Response]]]:
+    """Hold what samples responses for as long as there are some to sample: an engine gives its memory back after.
+
+    Args:
+        extractor: the backend.
+        config: the settings, with the generator.
+        requests: all that will be sampled.
+        max_new_tokens: at most so many tokens a response.
+
+    Yields:
+        What `sampler` returns, or what does the same by vLLM.
+
+    Raises:
+        UserError: vLLM is asked for and the model is not where it samples.
+    """
+    if config.generator == "vllm":
+        with VllmSampler(extractor.model, requests, max_new_tokens, config.trust_remote_code) as draw:
+            yield draw
+    else:
+        yield sampler(extractor, config)
 
 
 def name_of(value: Any) -> str:

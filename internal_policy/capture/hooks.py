@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.capture.states import Batch, LayerReduction, LayerStates, LogitReduction
+from internal_policy.capture.states import Batch, LayerGroups, LayerReduction, LayerStates, LogitReduction
 from internal_policy.models import LanguageModel
 
 
@@ -40,15 +40,7 @@ def _hook_layer(
     model: LanguageModel, layer: int, module: nn.Module, positions: Tensor, consume: Callable[[LayerStates], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     family = model.family
-    attention, attention_write, ffn, ffn_write = (
-        operator.attrgetter(path)(module)
-        for path in (
-            family.attention,
-            family.attention_write or family.attention,
-            family.ffn,
-            family.ffn_write or family.ffn,
-        )
-    )
+    attention, attention_write, ffn, ffn_write = (operator.attrgetter(path)(module) for path in family.sites())
     multiplier = model.write_multiplier
     held: dict[str, Tensor] = {}
 
@@ -115,16 +107,15 @@ class HookExtractor:
         self.model = model
 
     @torch.no_grad()
-    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
+    def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
 
         Positions are counted over real tokens, so that padding on either side changes nothing.
         """
-        reduced: list[Tensor] = []
-        projection = self.model.projection
-        with residual_hooks(self.model, batch.positions, lambda states: reduced.append(reduce(states, projection))):
+        groups = LayerGroups(reduce, self.model.projection, self.model.n_layers, at_once)
+        with residual_hooks(self.model, batch.positions, groups.take):
             self.model.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
-        return reduced
+        return groups.reduced
 
     @torch.no_grad()
     def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:

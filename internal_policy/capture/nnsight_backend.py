@@ -78,13 +78,13 @@ class NnsightExtractor:
                 f"{model.name}: a {type(root).__name__} cannot run remotely; needed is an nnsight.TransformersModel"
             )
 
-    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
+    def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``."""
         save = self.nnsight.save
         walk, positions, row = reduce_layers, batch.positions, self.row()
         reduced: list[Tensor] = []
         with self.ready() as (root, where, project, states), root.trace(**self._arguments(batch), **where) as tracer:
-            reduced = save(walk(root, row, positions, reduce, states, project(root, row)))
+            reduced = save(walk(root, row, positions, reduce, at_once, states, project(root, row)))
             tracer.stop()
         return reduced
 
@@ -129,14 +129,15 @@ class NnsightExtractor:
             Paths of its parts, factors, and the shape of the unembedding.
         """
         family, projection = self.model.family, self.model.projection
+        attention, attention_write, ffn, ffn_write = family.sites()
         return {
             "layers": family.layers,
             "final_norm": family.final_norm,
             "unembedding": family.unembedding,
-            "attention": family.attention,
-            "ffn": family.ffn,
-            "attention_write": family.attention_write or family.attention,
-            "ffn_write": family.ffn_write or family.ffn,
+            "attention": attention,
+            "attention_write": attention_write,
+            "ffn": ffn,
+            "ffn_write": ffn_write,
             "multiplier": self.model.write_multiplier,
             "vocabulary": self.model.vocab_size,
             "width": int(projection.weight.shape[1]),

@@ -24,6 +24,7 @@ def reduce_layers(
     row: dict[str, Any],
     positions: Tensor,
     reduce: Callable[[Any, Any], Tensor],
+    at_once: int,
     make_states: Callable[..., Any],
     projection: Any,
 ) -> list[Tensor]:
@@ -33,15 +34,18 @@ def reduce_layers(
         root: the nnsight model.
         row: paths of the parts, ``multiplier`` of the writes.
         positions: [n] flat indices into B * T.
-        reduce: what to make of one layer.
+        reduce: what to make of a group of layers.
+        at_once: layers in a group.
         make_states: builds ``LayerStates``.
         projection: E_u and LN_final.
 
     Returns:
-        What ``reduce`` made of each layer.
+        What ``reduce`` made of each group.
     """
-    values = []
-    for layer, block in enumerate(root.get(row["layers"]), start=1):
+    blocks = root.get(row["layers"])
+    values: list[Tensor] = []
+    group: list[Any] = []
+    for layer, block in enumerate(blocks, start=1):
         # Locations must be read in the order in which the forward pass comes by.
         read = {
             "residual_in": received(block),
@@ -57,7 +61,14 @@ def reduce_layers(
             if row["multiplier"] != 1.0:
                 for name in ("attention_write", "ffn_write"):
                     states[name] = states[name] * row["multiplier"]
-            values.append(reduce(make_states(layer=layer, **states), projection))
+            if group:
+                # One copy of what one layer gave and the next received.
+                states["residual_in"] = group[-1].residual_out.to(states["residual_out"].device)
+            group.append(make_states(layer=layer, **states))
+            del states
+            if len(group) == at_once or layer == len(blocks):
+                values.append(reduce(group, projection))
+                group = []
     return values
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
+from internal_policy.models.lookup import shorten
 
 KEY = "NDIF_API_KEY"
 
@@ -134,21 +135,21 @@ def told_in_one_line(name: str) -> Iterator[None]:
         lines = [line for line in str(error).strip().splitlines() if line.strip()] or [kind]
         if kind.endswith("OutOfOrderError"):
             raise UserError(
-                f"{name}: this model runs its modules in an order that nnsight cannot follow ({lines[0][:200]}); "
+                f"{name}: this model runs its modules in an order that nnsight cannot follow ({shorten(lines[0])}); "
                 "use --backend hooks"
             ) from error
         if any(sign in str(error).lower() for sign in ("api key", "401 unauthorized", "403 forbidden")):
-            raise UserError(f"{name}: NDIF does not take this key ({lines[-1].strip()[:200]}); check {KEY}") from error
+            raise UserError(f"{name}: NDIF does not take this key ({shorten(lines[-1])}); check {KEY}") from error
         if kind.endswith("RemoteError"):
             if "out of memory" in str(error).lower():
                 raise torch.OutOfMemoryError(lines[-1]) from error
             raise UserError(
-                f"{name}: NDIF refused or failed: {lines[-1].strip()[:300]}; "
+                f"{name}: NDIF refused or failed: {shorten(lines[-1], 300)}; "
                 "see https://nnsight.net/status/ for the models that it hosts, or leave --remote out"
             ) from error
         if isinstance(error, OSError) or kind.startswith(("httpx.", "websocket.", "huggingface_hub.")):
             raise UserError(
-                f"{name}: no connection to NDIF or the hub ({lines[0].strip()[:200]}); check the name and the network"
+                f"{name}: no connection to NDIF or the hub ({shorten(lines[0])}); check the name and the network"
             ) from error
         raise
 

@@ -32,8 +32,13 @@ QUANTITIES = (
 """What is kept of a layer: entropies in nats under the lens, and the cosines of each write with what it is added to."""
 
 
+_MODULES = ("attention_in", "attention_write", "ffn_in", "ffn_write")
 _POSITIONS = 2048
-"""States are stacked and converted so many positions at a time, however many tokens a batch has."""
+"""States are converted so many positions at a time, however many tokens a batch has."""
+_STATES_BUDGET = 128 * 2**20
+"""Bytes of states that may wait for one another."""
+_LEAST_LAYERS = 4
+"""So many layers are reduced together even beyond the budget, where that saves products."""
 
 
 @dataclass(frozen=True)
@@ -73,78 +78,104 @@ class Reducer:
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
         """
         model = self.model
-        reduce = partial(reduce_layer, lens=self._lens, n_layers=model.n_layers, parallel=model.parallel)
-        reduced = [values.cpu().numpy() for values in self._extractor.run(batch, reduce)]
-        n_columns = len(QUANTITIES) - 1
+        reduce = partial(reduce_layers, lens=self._lens, n_layers=model.n_layers, parallel=model.parallel)
+        at_once = layers_at_once(model, self._lens, len(batch.positions))
+        columns = np.concatenate([part.cpu().numpy() for part in self._extractor.run(batch, reduce, at_once)], axis=1)
+        layers = columns[:, 1:-2].reshape(len(columns), model.n_layers, len(QUANTITIES) - 1)
         # H(H^{l-1}) is the previous layer's H(H^l): each distinct state is projected once.
-        before = reduced[0][:, n_columns]
-        rows: list[NDArray[np.float32]] = []
-        for layer, values in enumerate(reduced, start=1):
-            rows.append(np.concatenate([before[:, None], values[:, :n_columns]], axis=1))
-            self._refuse_non_finite(rows[-1], layer)
-            before = values[:, 0]
-        return TokenValues(np.stack(rows, axis=1), reduced[-1][:, -2:])
+        before = np.concatenate([columns[:, None, :1], layers[:, :-1, :1]], axis=1)
+        values = TokenValues(np.concatenate([before, layers], axis=2), columns[:, -2:])
+        self._refuse_non_finite(values.layers)
+        return values
 
-    def _refuse_non_finite(self, row: NDArray[np.float32], layer: int) -> None:
-        finite = np.isfinite(row).all(axis=0)
+    def _refuse_non_finite(self, values: NDArray[np.float32]) -> None:
+        finite = np.isfinite(values).all(axis=0)
         if not finite.all():
-            quantity = QUANTITIES[int(np.argmin(finite))]
+            layer, quantity = np.unravel_index(int(np.argmin(finite)), finite.shape)
             raise UserError(
-                f"{self.model.name}: NaN or inf in the states of layer {layer} ({quantity}); "
+                f"{self.model.name}: NaN or inf in the states of layer {layer + 1} ({QUANTITIES[quantity]}); "
                 "they overflow in this dtype or the weights are broken: try --dtype float32 or bfloat16"
             )
 
 
-def reduce_layer(states: LayerStates, projection: Projection, *, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
-    """Reduce one layer; it needs nothing but its arguments, so that it can run on another machine.
+def layers_at_once(model: LanguageModel, lens: Lens, n_positions: int) -> int:
+    """How many layers to reduce together: the more, the fewer products and the larger.
 
     Args:
-        states: the layer's states at n positions.
+        model: the model.
+        lens: ``policy`` or ``logit-lens``.
+        n_positions: n.
+
+    Returns:
+        As many layers as have their states in a fixed budget; more where the alternative is a fifth product a layer.
+    """
+    of_a_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
+    least = _LEAST_LAYERS if lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize else 1
+    return min(model.n_layers, max(least, _STATES_BUDGET // max(1, of_a_layer)))
+
+
+def reduce_layers(
+    group: Sequence[LayerStates], projection: Projection, *, lens: Lens, n_layers: int, parallel: bool
+) -> Tensor:
+    """Reduce consecutive layers; it needs nothing but its arguments, so that it can run on another machine.
+
+    Args:
+        group: the states of k layers at n positions.
         projection: E_u and LN_final.
         lens: ``policy`` or ``logit-lens``.
         n_layers: L.
         parallel: whether the FFN's write is added to H^{l-1}, beside the attention's.
 
     Returns:
-        [n, 7] QUANTITIES but the first, float32; layer 1 adds a column with the first, H(H^0); layer L adds the
-        entropies of H^L without the final norm and of pi_theta.
+        [n, 7 k] QUANTITIES but the first, layer by layer, float32; before those of layer 1 a column with the first,
+        H(H^0); after those of layer L the entropies of H^L without the final norm and of pi_theta.
     """
-    return torch.cat([_reduce(part, projection, lens, n_layers, parallel) for part in states.split(_POSITIONS)])
+    portions = zip(*(states.split(_POSITIONS) for states in group), strict=True)
+    return torch.cat([_reduce(part, projection, lens, n_layers, parallel) for part in portions])
 
 
-def _reduce(states: LayerStates, projection: Projection, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
-    wanted = [
-        states.residual_out,
-        states.attention_in,
-        states.attention_write,
-        states.ffn_in,
-        states.ffn_write,
-        *([states.residual_in] if states.layer == 1 else []),
-    ]
-    layer_out, attn_in, attn_out, ffn_in, ffn_out, *layer_in = _entropies(projection, lens, wanted)
-    before = states.residual_in.float()
-    attn_write, ffn_write = states.attention_write.float(), states.ffn_write.float()
-    attn_cosine = cosine_similarity(attn_write, before, dim=-1)
-    ffn_cosine = cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1)
-    columns = [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine, *layer_in]
-    if states.layer == n_layers:
-        final = states.residual_out
-        if lens == "policy":
-            columns += [layer_out, projection.entropy(projection.normed(final))]
+def _reduce(group: Sequence[LayerStates], projection: Projection, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
+    # Eq. 4 gives the logits of H^l from those of the writes. A stream of 16 bits is rounded after each addition, so
+    # that its states are not quite the sums; and a lens with a norm is not linear.
+    summed = lens == "policy" and all(s.residual_out.dtype.itemsize >= torch.float32.itemsize for s in group)
+    first, last = group[0], group[-1]
+    states: dict[tuple[int, str], Tensor] = {}
+    sums: dict[tuple[int, str], list[int]] = {}
+    if summed or first.layer == 1:
+        states[first.layer, "residual_in"] = first.residual_in
+    for s in group:
+        states |= {(s.layer, name): getattr(s, name) for name in _MODULES}
+        if summed:
+            start = [] if sums else [0]
+            sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
         else:
-            columns += [projection.entropy(final), layer_out]
-    return torch.stack([c.to(layer_out.device) for c in columns], dim=-1)
-
-
-def _entropies(projection: Projection, lens: Lens, states: list[Tensor]) -> list[Tensor]:
-    """Entropies of several [n, d] states in one pass over E_u."""
-    device = projection.weight.device
-    stacked = torch.cat([projection.through(lens, s).to(device) for s in states])
-    return list(projection.entropy(stacked).chunk(len(states)))
+            states[s.layer, "residual_out"] = s.residual_out
+    projected = [projection.through(lens, state) for state in states.values()]
+    if last.layer == n_layers:
+        # What the lens leaves out: the policy with the final norm, or the layer without it.
+        other = projection.normed(last.residual_out) if lens == "policy" else last.residual_out
+        states[n_layers, "other"] = other
+        projected.append(other)
+    found = dict(zip([*states, *sums], projection.entropies(projected, list(sums.values())), strict=True))
+    columns = [found[1, "residual_in"]] if first.layer == 1 else []
+    for s in group:
+        layer_out, attn_in, attn_out, ffn_in, ffn_out = (found[s.layer, name] for name in ("residual_out", *_MODULES))
+        before = s.residual_in.float()
+        attn_write, ffn_write = s.attention_write.float(), s.ffn_write.float()
+        attn_cosine = cosine_similarity(attn_write, before, dim=-1)
+        ffn_cosine = cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1)
+        columns += [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
+    if last.layer == n_layers:
+        own, other = found[n_layers, "residual_out"], found[n_layers, "other"]
+        columns += [own, other] if lens == "policy" else [other, own]
+    return torch.stack([c.to(columns[0].device) for c in columns], dim=-1)
 
 
 def reduce_responses(
-    reducer: Reducer, responses: Sequence[Response], side: Literal["left", "right"] = "right"
+    reducer: Reducer,
+    responses: Sequence[Response],
+    side: Literal["left", "right"] = "right",
+    tokens: Sequence[NDArray[np.int64]] | None = None,
 ) -> list[TokenValues]:
     """Analyse some responses in one forward pass, or in two where a long one would change what a short one gives.
 
@@ -152,25 +183,31 @@ def reduce_responses(
         reducer: capture and reduction.
         responses: the batch.
         side: where the padding goes; it changes nothing.
+        tokens: which tokens of each response, from 0; all of them by default.
 
     Returns:
         The numbers of each response's tokens, [n_i, ...], in order.
     """
+    chosen = [np.arange(r.n_tokens) for r in responses] if tokens is None else tokens
     values: dict[int, TokenValues] = {}
     for group in context.groups([len(r.input_ids) for r in responses], reducer.model.length_switch):
-        values |= zip(group, _reduce_together(reducer, [responses[i] for i in group], side), strict=True)
+        found = _reduce_together(reducer, [responses[i] for i in group], side, [chosen[i] for i in group])
+        values |= zip(group, found, strict=True)
     return [values[i] for i in range(len(responses))]
 
 
 def _reduce_together(
-    reducer: Reducer, responses: Sequence[Response], side: Literal["left", "right"]
+    reducer: Reducer,
+    responses: Sequence[Response],
+    side: Literal["left", "right"],
+    tokens: Sequence[NDArray[np.int64]],
 ) -> list[TokenValues]:
     ids, mask = pad([r.input_ids for r in responses], side)
     width = ids.shape[1]
     positions = []
-    for row, response in enumerate(responses):
+    for row, (response, chosen) in enumerate(zip(responses, tokens, strict=True)):
         start = row * width + (width - len(response.input_ids) if side == "left" else 0)
-        positions.append(np.arange(start + response.prompt_length - 1, start + len(response.input_ids) - 1))
+        positions.append(start + response.prompt_length - 1 + chosen)
     values = reducer(Batch(ids, mask, torch.from_numpy(np.concatenate(positions))))
     ends = np.cumsum([len(p) for p in positions])[:-1]
     parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)

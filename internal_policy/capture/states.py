@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
@@ -57,11 +57,45 @@ class Batch:
     """[n] flat indices into B * T of the analysed states."""
 
 
-LayerReduction: TypeAlias = Callable[[LayerStates, Projection], Tensor]
-"""What is made of one layer's states, where they are: a function of them and of the model's projection only."""
+LayerReduction: TypeAlias = Callable[[Sequence[LayerStates], Projection], Tensor]
+"""What is made of a few consecutive layers' states, where they are: a function of them and of the projection only."""
 
 LogitReduction: TypeAlias = Callable[[Tensor, Tensor, Projection], Tensor]
 """What is made of the model's own logits [n, V] and of H^L [n, d]."""
+
+
+class LayerGroups:
+    """Collects the states of consecutive layers, and reduces and frees them group by group."""
+
+    def __init__(self, reduce: LayerReduction, projection: Projection, n_layers: int, at_once: int) -> None:
+        """Take a reduction.
+
+        Args:
+            reduce: what to make of a group.
+            projection: E_u and LN_final.
+            n_layers: L; the group of layer L is reduced however few it holds.
+            at_once: layers in a group.
+        """
+        self.reduced: list[Tensor] = []
+        """What was made of each group so far."""
+        self._reduce, self._projection = reduce, projection
+        self._n_layers, self._at_once = n_layers, at_once
+        self._held: list[LayerStates] = []
+
+    def take(self, states: LayerStates) -> None:
+        """Take the states of the next layer.
+
+        Args:
+            states: of one layer.
+        """
+        if self._held:
+            # What a layer receives is what the layer before it gave: one copy is enough.
+            below = self._held[-1].residual_out
+            states = replace(states, residual_in=below.to(states.residual_out.device))
+        self._held.append(states)
+        if len(self._held) == self._at_once or states.layer == self._n_layers:
+            group, self._held = self._held, []
+            self.reduced.append(self._reduce(group, self._projection))
 
 
 class Extractor(Protocol):
@@ -73,15 +107,16 @@ class Extractor(Protocol):
 
     model: LanguageModel
 
-    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
+    def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding.
 
         Args:
             batch: what to run, and the positions whose states are wanted.
-            reduce: called for layers 1..L in order; the states are freed when it returns.
+            reduce: called for layers 1..L in order, in groups; the states are freed when it returns.
+            at_once: layers in a group, the last one apart.
 
         Returns:
-            What ``reduce`` made of each layer, in order.
+            What ``reduce`` made of each group, in order.
         """
         ...
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.capture.hooks import pick
-from internal_policy.capture.states import Batch, LayerReduction, LayerStates, LogitReduction
+from internal_policy.capture.states import Batch, LayerGroups, LayerReduction, LayerStates, LogitReduction
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel, wrap
 
@@ -41,23 +41,18 @@ class TransformerLensExtractor:
         self._bridged = replace(model, model=bridge.original_model)
 
     @torch.no_grad()
-    def run(self, batch: Batch, reduce: LayerReduction) -> list[Tensor]:
+    def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
 
         The bridge's own forward would also make the logits of all positions.
         """
-        reduced: list[Tensor] = []
-        projection = self.model.projection
-
-        def consume(states: LayerStates) -> None:
-            reduced.append(reduce(states, projection))
-
+        groups = LayerGroups(reduce, self.model.projection, self.model.n_layers, at_once)
         hooks: list[_Hook] = []
         for layer, block in enumerate(self._bridged.layers, start=1):
-            hooks += self._layer_hooks(layer, block, batch, consume)
+            hooks += self._layer_hooks(layer, block, batch, groups.take)
         with self.bridge.hooks(fwd_hooks=[*hooks, *self._mending_hooks()]):
             self._bridged.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
-        return reduced
+        return groups.reduced
 
     @torch.no_grad()
     def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:
@@ -76,15 +71,7 @@ class TransformerLensExtractor:
         self, layer: int, block: nn.Module, batch: Batch, consume: Callable[[LayerStates], None]
     ) -> list[_Hook]:
         family, multiplier = self.model.family, self.model.write_multiplier
-        attention, attention_write, ffn, ffn_write = (
-            operator.attrgetter(path)(block)
-            for path in (
-                family.attention,
-                family.attention_write or family.attention,
-                family.ffn,
-                family.ffn_write or family.ffn,
-            )
-        )
+        attention, attention_write, ffn, ffn_write = (operator.attrgetter(path)(block) for path in family.sites())
         held: dict[str, Tensor] = {}
 
         def keep(field: str, factor: float = 1.0) -> Callable[..., None]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from internal_policy.entropy.dispatch import fused
 from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes
 
 
@@ -161,6 +162,9 @@ def token_log_probs(
         raise ValueError(f"got targets {tuple(targets.shape)} for {len(states)} states; needed is one id a state")
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
         raise ValueError(f"got ids from {int(targets.min())} to {int(targets.max())}; needed are 0 to {vocab - 1}")
+    options = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
+    if (by_kernel := fused("token_log_probs", states, unembedding, targets, bias, **options)) is not None:
+        return by_kernel
     n, v = block_sizes(d, vocab, memory_budget, states.device, head.dtype.itemsize)
     log_probs = torch.empty(len(states), dtype=head.dtype, device=states.device)
     buffer = torch.empty(n * v, dtype=head.dtype, device=states.device)

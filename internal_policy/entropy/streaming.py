@@ -8,20 +8,27 @@ When a block raises the maximum by ``delta = m_old - m_new <= 0``, both are carr
 
     s <- s exp(delta)               t <- (t + delta s) exp(delta)
 
-Shape legend: N states, n of them in a block, V vocabulary, v of it in a block, d residual width.
+Shape legend: N states, n of them in a block, V vocabulary, v of it in a block, d residual width; S states at each
+position, R running sums of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from internal_policy.entropy.dispatch import fused_entropies
 
 DEFAULT_MEMORY_BUDGET = 128 * 2**20
 """Bytes of working memory: the buffers that exist beside the states and the unembedding."""
 
-# A logit block of 256 x 2048 float32 (2 MiB) stays in a CPU's shared cache between the product and the passes of the
-# online softmax; an accelerator needs larger blocks to fill its units.
-_CPU_BLOCK = (256, 2048)
+# A logit block of 512 x 2048 float32 (4 MiB) stays in a CPU's shared cache between the product and the passes of the
+# online softmax, and is tall enough for the conversion of 16-bit weights not to count; an accelerator needs larger
+# blocks to fill its units.
+_CPU_BLOCK = (512, 2048)
 _ACCELERATOR_BLOCK = (4096, 8192)
 
 
@@ -89,31 +96,104 @@ def policy_entropy(
 
     Source: arXiv 2512.19673v3, eq. 7.
     """
-    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
+    return policy_entropies([states], unembedding, bias, scale=scale, softcap=softcap, memory_budget=memory_budget)[0]
+
+
+@torch.no_grad()
+def policy_entropies(
+    states: Sequence[Tensor],
+    unembedding: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sums: Sequence[Sequence[int]] = (),
+    scale: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Entropies of several states at each position, and of running sums of them, which cost no product.
+
+    The projection is linear, so the logits of H^l = H^{l-1} + A^l + F^l (eq. 4) are the sum of the logits of its
+    terms, all of which are projected anyway.
+
+    Args:
+        states: S states of the same N positions, [N, d] each.
+        unembedding: [V, d] unembedding matrix E_u, on the same device.
+        bias: [V] bias of the unembedding, where the model has one.
+        sums: R lists of places in ``states``; the first sum is that of its two or more states, each next one adds its
+            states to the one before.
+        scale: factor on the logits, where the model has one.
+        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+        memory_budget: bytes of working memory, whatever N and V.
+
+    Returns:
+        [S + R, N] entropies in nats, of the states and then of the sums; float32 (float64 where an operand is float64).
+
+    Raises:
+        ValueError: the shapes do not fit, or the budget is too small for a single row.
+
+    Source: arXiv 2512.19673v3, eqs. 4 and 7.
+    """
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
+    if not sums and (fused := fused_entropies(states, unembedding, bias, **options)) is not None:
+        return fused
+    return _block_by_block(states, unembedding, bias, sums=sums, **options)
+
+
+def _block_by_block(
+    states: Sequence[Tensor],
+    unembedding: Tensor,
+    bias: Tensor | None,
+    *,
+    sums: Sequence[Sequence[int]],
+    scale: float,
+    softcap: float | None,
+    memory_budget: int,
+) -> Tensor:
+    first_state = states[0]
+    if first_state.ndim != 2 or unembedding.ndim != 2 or first_state.shape[1] != unembedding.shape[1]:
         raise ValueError(
-            f"got states {tuple(states.shape)} and unembedding {tuple(unembedding.shape)}; needed [N, d] and [V, d]"
+            f"got states {tuple(first_state.shape)} and unembedding {tuple(unembedding.shape)}; "
+            "needed [N, d] and [V, d]"
         )
+    if len(shapes := {tuple(state.shape) for state in states}) > 1:
+        raise ValueError(f"got states of shapes {sorted(shapes)}; needed are equal shapes")
     vocab, d = unembedding.shape
     if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{vocab}]")
-    dtype = torch.float64 if torch.float64 in (states.dtype, unembedding.dtype) else torch.float32
-    n, v = block_sizes(d, vocab, memory_budget, states.device, dtype.itemsize)
+    # Each sum starts from the one before it, whose logits stand above its own.
+    added = [[len(states) + i - 1, *terms] if i else list(terms) for i, terms in enumerate(sums)]
+    device = first_state.device
+    dtype = torch.float64 if torch.float64 in (unembedding.dtype, *(s.dtype for s in states)) else torch.float32
+    n, v = block_sizes(d, vocab, memory_budget, device, dtype.itemsize)
+    projected, rows = len(states), len(states) + len(sums)
+    # Where the budget does not hold all rows of one position, blocks of vocabulary get smaller instead.
+    positions = max(1, min(n // rows, len(first_state)))
+    v = max(1, min(v, v * n // rows))
 
-    def empty(size: int) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=states.device)
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
 
-    entropies = empty(states.shape[0])
-    logits_buffer, exp_buffer = empty(n * v), empty(n * v)
-    for start in range(0, states.shape[0], n):
-        x_nd = states[start : start + n].to(dtype)
-        rows = x_nd.shape[0]
-        m = torch.full((rows, 1), -torch.inf, dtype=dtype, device=states.device)
+    entropies = empty(rows, len(first_state))
+    x_buffer = empty(projected, positions, d)
+    logits_buffer, exp_buffer = empty(rows * positions * v), empty(rows * positions * v)
+    for start in range(0, len(first_state), positions):
+        p = min(positions, len(first_state) - start)
+        x_spd = x_buffer[:, :p]
+        for place, state in enumerate(states):
+            x_spd[place] = state[start : start + p]
+        x_nd = x_spd.reshape(projected * p, d)
+        m = torch.full((rows * p, 1), -torch.inf, dtype=dtype, device=device)
         s, t = torch.zeros_like(m), torch.zeros_like(m)
         for first in range(0, vocab, v):
             e_vd = unembedding[first : first + v].to(dtype)
-            width = e_vd.shape[0]
-            z_nv = logits_buffer[: rows * width].view(rows, width)
-            torch.mm(x_nd, e_vd.T, out=z_nv)
+            width = len(e_vd)
+            z_nv = logits_buffer[: rows * p * width].view(rows * p, width)
+            torch.mm(x_nd, e_vd.T, out=z_nv[: projected * p])
+            z_rpv = z_nv.view(rows, p, width)
+            for place, (one, other, *further) in enumerate(added, start=projected):
+                torch.add(z_rpv[one], z_rpv[other], out=z_rpv[place])
+                for term in further:
+                    z_rpv[place] += z_rpv[term]
             if bias is not None:
                 z_nv += bias[first : first + v].to(dtype)
             if scale != 1.0:
@@ -128,8 +208,12 @@ def policy_entropy(
                 s = s * shrink
             m = m_new
             z_nv -= m
-            p_nv = torch.exp(z_nv, out=exp_buffer[: rows * width].view(rows, width))
+            p_nv = torch.exp(z_nv, out=exp_buffer[: z_nv.numel()].view_as(z_nv))
             s += p_nv.sum(dim=1, keepdim=True)
             t += z_nv.mul_(p_nv).sum(dim=1, keepdim=True)
-        entropies[start : start + n] = (s.log() - t / s).squeeze(1)
+        entropies[:, start : start + p] = (s.log() - t / s).view(rows, p)
     return entropies
+
+
+# A server gets this function as its source, and has neither the kernel nor a log.
+policy_entropies.__wrapped__ = _block_by_block  # type: ignore[attr-defined]

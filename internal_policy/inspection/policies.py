@@ -6,6 +6,8 @@ each block's best are merged with the best so far. No array of [tokens, V] exist
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,12 @@ N_SCALARS = 3
 
 
 def look_at_layer(
-    states: LayerStates, projection: Projection, *, next_ids: Tensor, lens: Lens, n_layers: int, top_k: int
+    group: Sequence[LayerStates], projection: Projection, *, next_ids: Tensor, lens: Lens, n_layers: int, top_k: int
 ) -> Tensor:
     """Reduce one layer; it needs nothing but its arguments.
 
     Args:
-        states: the layer's states at n positions.
+        group: the states of one layer at n positions.
         projection: E_u and LN_final.
         next_ids: [n] the token that really came next at each position; any id where none did.
         lens: ``policy`` or ``logit-lens``.
@@ -42,6 +44,7 @@ def look_at_layer(
 
     Source: arXiv 2512.19673v3, eqs. 5-7.
     """
+    (states,) = group
     device = projection.weight.device
     wanted = [states.residual_out, states.attention_write, states.ffn_write]
     if states.layer == 1:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from internal_policy.config import Lens
-from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropy
+from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropies
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,23 @@ class Projection:
         Returns:
             [N] nats, float32. Source: arXiv 2512.19673v3, eq. 7.
         """
-        return policy_entropy(
-            states.to(self.weight.device),
+        return self.entropies([states])[0]
+
+    def entropies(self, states: Sequence[Tensor], sums: Sequence[Sequence[int]] = ()) -> Tensor:
+        """Entropies of the policies of several states at each position, and of running sums of them.
+
+        Args:
+            states: S states of the same N positions, [N, d] each.
+            sums: R lists of places in ``states``; see ``policy_entropies``.
+
+        Returns:
+            [S + R, N] nats, float32. Source: arXiv 2512.19673v3, eqs. 4 and 7.
+        """
+        return policy_entropies(
+            [s.to(self.weight.device) for s in states],
             self.weight,
             self.bias,
+            sums=sums,
             scale=self.scale,
             softcap=self.softcap,
             memory_budget=self.memory_budget,
