@@ -1,0 +1,124 @@
+"""The fused kernel against one large product of the same operands: rate, working memory and error, on a GPU.
+
+    python benchmarks/benchmark_kernel.py [--tokens 1024 4096 8192] [--width 2560] [--vocabulary 151936] [--repeats 10]
+    python benchmarks/benchmark_kernel.py --interpret       # that it works, on any machine: tiny, and no rates
+
+The rate counts the operations of the product alone, 2 N V d, for both. Errors are those of some rows against the
+definition in float64. Rates are medians over repeats in which all ways run one after the
+other; blocks are those of torch, which serve where the kernel does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+CHECKED_ROWS = 16
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time one call, its work on the device included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def bare_product(states: Tensor, unembedding: Tensor, buffer: Tensor) -> None:
+    """Compute all logits by slices as wide as the buffer and drop them, in the operands' dtype."""
+    for first in range(0, len(unembedding), buffer.shape[1]):
+        rows = unembedding[first : first + buffer.shape[1]]
+        torch.mm(states, rows.T, out=buffer[:, : len(rows)])
+
+
+def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
+    """Compute the entropies as where the kernel does not serve."""
+    from internal_policy.entropy import dispatch, policy_entropy
+
+    with mock.patch.object(dispatch, "serves", return_value=False):
+        return policy_entropy(states, unembedding)
+
+
+def working_memory(run: Callable[[], object], device: torch.device) -> float:
+    """MiB of the device that a call takes beside what is there."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
+    """Print one line for a number of tokens."""
+    from internal_policy.entropy import definition, triton_kernel
+
+    device, (vocab, width) = unembedding.device, unembedding.shape
+    states = torch.randn(tokens, width, device=device).to(unembedding.dtype)
+    # The whole of the logits where they fit beside the rest: products in slices are slower by their number.
+    buffer = torch.empty(tokens, min(vocab, 2**31 // tokens), dtype=states.dtype, device=device)
+    ways: dict[str, Callable[[], object]] = {
+        "product": lambda: bare_product(states, unembedding, buffer),
+        "kernel": lambda: triton_kernel.policy_entropy(states, unembedding),
+        "blocks": lambda: by_blocks(states, unembedding),
+    }
+    entropy = triton_kernel.policy_entropy(states, unembedding)
+    rows = slice(0, min(tokens, CHECKED_ROWS))
+    exact = definition.policy_entropy(states[rows], unembedding)
+    error = (entropy[rows].double() - exact).abs().max().item()
+    if device.type != "cuda":
+        print(f"{tokens:6d} tokens: largest error {error:.1e} nats (interpreted: no rates)")
+        return
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for run in ways.values():
+        # Compilation and the choice of blocks are no part of the rate.
+        run()
+    for _ in range(repeats):
+        for name, run in ways.items():
+            times[name].append(seconds(run, device))
+    rate = {name: 2 * tokens * vocab * width / statistics.median(t) / 1e12 for name, t in times.items()}
+    memory = {name: working_memory(ways[name], device) for name in ("kernel", "blocks")}
+    print(
+        f"{tokens:6d} tokens: product {rate['product']:.0f} TFLOP/s, kernel {rate['kernel']:.0f} "
+        f"({rate['kernel'] / rate['product']:.2f} of it, {memory['kernel']:.1f} MiB), "
+        f"blocks {rate['blocks']:.0f} ({memory['blocks']:.0f} MiB), largest error {error:.1e} nats"
+    )
+
+
+def main() -> None:
+    """Measure and print one line a number of tokens, or say why not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--width", type=int, default=2560)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--interpret", action="store_true")
+    options = parser.parse_args()
+    if options.interpret:
+        # Read when the kernel's module is imported, which is after this.
+        os.environ["TRITON_INTERPRET"] = "1"
+        options.tokens, options.width, options.vocabulary = [20], 48, 1000
+    elif not torch.cuda.is_available():
+        print("no GPU here: the kernel is measured on one only; --interpret shows that this script works")
+        return
+    device = torch.device("cpu" if options.interpret else "cuda")
+    torch.manual_seed(0)
+    unembedding = torch.randn(options.vocabulary, options.width, device=device).mul_(0.02)
+    unembedding = unembedding.to(getattr(torch, options.dtype))
+    name = "triton's interpreter" if options.interpret else torch.cuda.get_device_name(device)
+    print(f"{name}, torch {torch.__version__}: d = {options.width}, V = {options.vocabulary}, {options.dtype}")
+    for tokens in options.tokens:
+        measure(tokens, unembedding, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

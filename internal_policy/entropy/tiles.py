@@ -1,0 +1,84 @@
+"""How the fused kernel cuts its work: tiles of states by vocabulary, and slices of vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+# What starting a program costs, in tiles of work: filling the pipeline, writing sums, merging them.
+_PROGRAM_COST = 0.5
+_MAX_SLICES = 256
+# Bytes of a row and slice: m, s and t, and as much again while slices are merged.
+_SLICE_BYTES = 24
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a program is cut, and how the compiler lays it out."""
+
+    rows: int
+    vocab: int
+    width: int
+    """Residual widths read at a time."""
+    warps: int = 4
+    stages: int = 3
+    """Steps of a product whose operands are on their way at once."""
+
+    def meta(self) -> dict[str, int]:
+        """Meta-parameters of the kernel, without those of the compiler."""
+        return {"BLOCK_N": self.rows, "BLOCK_V": self.vocab, "BLOCK_K": self.width}
+
+
+# Few, since each is compiled on first use. Of the tiles whose logits fit the registers, those of 128 x 256 read least
+# for a product. What a device has no shared memory for drops out by itself.
+_MANY_ROWS = (
+    Blocks(128, 256, 64, warps=8, stages=3),
+    Blocks(128, 256, 64, warps=8, stages=4),
+    Blocks(256, 128, 64, warps=8, stages=3),
+    Blocks(128, 128, 64, warps=4, stages=4),
+)
+_FEW_ROWS = (Blocks(64, 256, 64, warps=4, stages=3), Blocks(64, 128, 64, warps=4, stages=4))
+_TF32 = (Blocks(128, 128, 32, warps=4, stages=3), Blocks(128, 256, 32, warps=8, stages=3), Blocks(64, 128, 32))
+# Without tensor cores the operands of a tile wait in registers too.
+_PLAIN = (Blocks(64, 64, 16, warps=8, stages=2), Blocks(32, 64, 32, warps=4, stages=2))
+INTERPRETED = Blocks(16, 64, 32)
+"""For the interpreter, whose time goes by the number of operations."""
+
+
+def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
+    """Blocks among which the fastest is looked for.
+
+    Args:
+        n: rows.
+        half: the product is one of 16-bit operands.
+        tf32: a product of float32 operands may be rounded to TF32.
+
+    Returns:
+        Two to four of them, the likeliest first.
+    """
+    if half:
+        return _MANY_ROWS if n > _FEW_ROWS[0].rows else _FEW_ROWS
+    return _TF32 if tf32 else _PLAIN
+
+
+@lru_cache(maxsize=256)
+def slices_of_vocabulary(n: int, vocab: int, processors: int, blocks: Blocks, memory_budget: int) -> int:
+    """Choose into how many slices the vocabulary is cut, so that all processors work till the end.
+
+    Args:
+        n: rows.
+        vocab: vocabulary size V.
+        processors: multiprocessors of the device, one program on each at a time.
+        blocks: how a program is cut.
+        memory_budget: bytes that the sums of all slices may take.
+
+    Returns:
+        The S with the shortest run: rounds of programs, times the tiles of a program and what starting it costs.
+    """
+    row_blocks, tiles = -(-n // blocks.rows), -(-vocab // blocks.vocab)
+    most = min(tiles, _MAX_SLICES, memory_budget // (_SLICE_BYTES * n))
+
+    def duration(slices: int) -> float:
+        return -(-row_blocks * slices // processors) * (-(-tiles // slices) + _PROGRAM_COST)
+
+    return min(range(1, max(1, most) + 1), key=duration)
