@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numbers
 import operator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +20,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The ways in which accelerate shares a model out among the devices of a machine."""
 QUANTIZATIONS = ("8bit", "4bit")
+GENERATORS = ("transformers", "vllm")
 DEFAULT_RESPONSES = 256
 
 _INTEGERS = ("max_responses", "samples_per_prompt", "max_new_tokens", "batch_size", "seed", "keep_tokens")
-_ONE_OF = {"lens": get_args(Lens), "template": TEMPLATES, "dtype": DTYPES, "backend": BACKENDS}
+_ONE_OF = {
+    "lens": get_args(Lens),
+    "template": TEMPLATES,
+    "dtype": DTYPES,
+    "backend": BACKENDS,
+    "generator": GENERATORS,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class AnalyzeConfig:
     """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
     template: str = "chat"
     """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
+    generator: str = "transformers"
+    """transformers or vllm: what samples the responses; vllm must be installed and needs a GPU."""
     lens: Lens = "policy"
     """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
     backend: str = "hooks"
@@ -67,9 +77,12 @@ class AnalyzeConfig:
     quantization: str | None = None
     """8bit or 4bit: quantise the layers' weights while loading, by bitsandbytes."""
     seed: int = 0
-    """Seed of the sampling and of the bootstrap."""
+    """Seed of the sampling, of the bootstrap and of the chosen positions."""
     keep_tokens: int = 8
-    """Keep the values of every token for the first so many responses."""
+    """Keep the values of every analysed token for the first so many responses."""
+    tolerance: float | None = None
+    """Analyse positions chosen at random until every entropy change is known to so many nats either way (95%), not all;
+    see ``docs/tolerance.md``."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
 
@@ -82,9 +95,17 @@ class AnalyzeConfig:
         for field in _INTEGERS:
             object.__setattr__(self, field, _integer(field, getattr(self, field)))
         object.__setattr__(self, "temperature", _number("temperature", self.temperature))
+        if self.tolerance is not None:
+            object.__setattr__(self, "tolerance", _number("tolerance", self.tolerance))
+            if not 0 < self.tolerance < float("inf"):
+                raise UserError(
+                    f"--tolerance is {self.tolerance}; needed is a number of nats above 0, such as 0.02, or nothing to "
+                    "analyse every position"
+                )
         for field, choices in _ONE_OF.items():
-            if getattr(self, field) not in choices:
-                raise UserError(f"{_flag(field)} is {getattr(self, field)!r}; needed is one of {', '.join(choices)}")
+            _require_one_of(_flag(field), getattr(self, field), choices)
+        if self.revision == "":
+            raise UserError("--revision is empty; needed is a branch, tag or commit on the hub, or leave it out")
         for field, low in (
             ("max_responses", 1),
             ("samples_per_prompt", 1),
@@ -105,29 +126,27 @@ class AnalyzeConfig:
             raise UserError(f"--remote was given with --backend {self.backend}; needed is --backend nnsight")
         self._check_placement()
         if self.responses is not None:
-            for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature"):
+            for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator"):
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
                     raise UserError(
                         f"{_flag(field)} was given with --responses, from which nothing is sampled; leave it out"
                     )
 
     def _check_placement(self) -> None:
-        for field, choices in (("device_map", DEVICE_MAPS), ("quantization", QUANTIZATIONS)):
-            value = getattr(self, field)
-            if value is None:
-                continue
-            if value not in choices:
-                raise UserError(f"{_flag(field)} is {value!r}; needed is one of {', '.join(choices)}")
-            if self.backend != "hooks":
+        for field in ("remote", "device_map", "quantization"):
+            if self.generator == "vllm" and getattr(self, field):
+                raise UserError(
+                    f"{_flag(field)} was given with --generator vllm, which loads the weights itself, whole and on one "
+                    "GPU; leave one of them out"
+                )
+        check_device_map(self.device_map, self.device)
+        check_quantization(self.quantization)
+        for field in ("device_map", "quantization"):
+            if getattr(self, field) is not None and self.backend != "hooks":
                 raise UserError(
                     f"{_flag(field)} was given with --backend {self.backend}, which knows neither several devices nor "
                     "quantised weights; leave one of them out"
                 )
-        if self.device_map is not None and self.device != "auto":
-            raise UserError(
-                f"--device {self.device} was given with --device-map {self.device_map}, which places the model itself; "
-                "leave one of them out"
-            )
 
     @property
     def slug(self) -> str:
@@ -148,6 +167,62 @@ class AnalyzeConfig:
         for name in ("batch_size", "device", "device_map", "model", "prompts", "responses"):
             del fields[name]
         return fields
+
+
+def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
+    """Refuse a device map that is none, or that contradicts the device.
+
+    Args:
+        device_map: one of ``DEVICE_MAPS``, a dict from module paths to devices, or None.
+        device: ``auto`` or a torch device.
+
+    Raises:
+        UserError: what contradicts.
+    """
+    if device_map is None:
+        return
+    if not isinstance(device_map, (str, dict)):
+        raise UserError(f"device_map is a {type(device_map).__name__}; needed is a name or a dict")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise UserError(
+            f"--device-map is {device_map!r}; needed is one of {', '.join(DEVICE_MAPS)} (one device is --device)"
+        )
+    if device != "auto":
+        raise UserError(
+            f"--device {device} was given with --device-map, which places the model itself; leave one of them out"
+        )
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Refuse a quantisation that does not exist.
+
+    Args:
+        quantization: one of ``QUANTIZATIONS``, or None.
+
+    Raises:
+        UserError: it is another.
+    """
+    if quantization is not None:
+        _require_one_of("--quantization", quantization, QUANTIZATIONS)
+
+
+def refuse_unknown(options: Iterable[str]) -> None:
+    """Refuse options that are no setting of an analysis.
+
+    Args:
+        options: their names.
+
+    Raises:
+        UserError: one is unknown; the message lists the known ones.
+    """
+    known = {field.name for field in fields(AnalyzeConfig)}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def _require_one_of(flag: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{flag} is {value!r}; needed is one of {', '.join(choices)}")
 
 
 def _last_parts(path: Path) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,25 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from internal_policy import statistics, tables
+from internal_policy import shares, statistics, tables
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
-from internal_policy.config import AnalyzeConfig
-from internal_policy.errors import UserError
-from internal_policy.generation import Request, end_ids, response_limit
+from internal_policy.config import AnalyzeConfig, refuse_unknown
+from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis, load_analysis
+from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.selection import select_layer
 from internal_policy.workspace import Arrays, Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
 
-_MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -73,9 +74,7 @@ def analyze(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    known = {f.name for f in fields(AnalyzeConfig)}
-    if unknown := sorted(options.keys() - known):
-        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    refuse_unknown(options)
     in_memory = backends.is_object(model, tokenizer, options)
     prompts, responses = as_source(prompts), as_source(responses)
     name = backends.name_of(model) if in_memory else str(model)
@@ -83,6 +82,7 @@ def analyze(
         options = {"backend": library, **options}
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
     state = Processes() if alone else launched()
+    refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
         opened = None
         if in_memory:
@@ -124,11 +124,22 @@ def _run(
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    identity["hooked"] = hooked or None
     if inputs.requests:
         # Each kind of device has random streams of its own.
         identity["sampled_on"] = model.device.type
         identity["token_limit"] = response_limit(model, config.max_new_tokens)
+        identity["ends"] = end_ids(model)
+
+    def begin() -> bool:
+        if hooked and not overwrite and any(workspace.work.glob("*")):
+            raise not_taken_up(directory, hooked)
+        return workspace.open(identity, overwrite)
+
     if finished is not None:
+        if hooked:
+            raise not_taken_up(directory, hooked)
         if differing := differences({k: finished.config.get(k) for k in identity}, identity):
             raise in_use(directory, "an analysis", differing)
         state.on_main(workspace.close)
@@ -136,7 +147,7 @@ def _run(
             logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
         return finished
     # The main process changes the directory only when all others have looked at it.
-    if state.on_main(lambda: workspace.open(identity, overwrite)) and state.is_main_process:
+    if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
     with fitting_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
@@ -169,27 +180,6 @@ def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     return analysis
 
 
-def _batches(lengths: Sequence[int], size: int, state: Processes) -> list[list[int]]:
-    """This process's batches of similar length, the longest first, to fail early.
-
-    Who has which is settled without regard to what is done: a process that looks a little later sees more of it.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + size] for start in range(0, len(order), size)][state.rank :: state.number]
-
-
-def _left(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
-    return [left for batch in batches if (left := [i for i in batch if i not in done])]
-
-
-def _require_all(found: int, wanted: int, workspace: Workspace) -> None:
-    if found < wanted:
-        raise UserError(
-            f"{workspace.directory}: {found} of {wanted} responses are there after all processes have finished; needed "
-            "is an --output directory that all of them share"
-        )
-
-
 def _generate(
     config: AnalyzeConfig, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
 ) -> list[Response]:
@@ -197,18 +187,17 @@ def _generate(
         return inputs.responses
     found = _sampled(workspace)
     limit = response_limit(extractor.model, config.max_new_tokens)
-
-    draw = backends.sampler(extractor, config)
-
-    def run(requests: Sequence[Request]) -> list[Response]:
-        return draw(requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-
-    batches = _batches([len(r.prompt_ids) for r in inputs.requests], config.batch_size, state)
+    size = together(config.generator, config.batch_size)
+    batches = shares.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
     mine = [i for batch in batches for i in batch]
-    with progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance:
-        for batch in _left(batches, set(found)):
+    with (
+        backends.sampling(extractor, config, inputs.requests, limit) as draw,
+        progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
+    ):
+        run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        for batch in shares.left(batches, set(found)):
             started = time.perf_counter()
-            new = halving([inputs.requests[i] for i in batch], run, _MEMORY_ADVICE)
+            new = halving([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
             new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
             lines = np.array([json.dumps(asdict(r)) for r in new])
             seconds = np.array(time.perf_counter() - started)
@@ -216,7 +205,7 @@ def _generate(
             advance(len(batch))
     state.wait_for_everyone()
     found = _sampled(workspace)
-    _require_all(len(found), len(inputs.requests), workspace)
+    shares.require_all(len(found), len(inputs.requests), workspace)
     return [found[i] for i in range(len(found))]
 
 
@@ -238,19 +227,25 @@ def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], b
 
 def _capture(
     config: AnalyzeConfig, extractor: Extractor, responses: list[Response], workspace: Workspace, state: Processes
-) -> list[Arrays]:
+) -> Captured:
     reducer = Reducer(extractor, config.lens)
+    if config.tolerance is not None:
+
+        def run_chosen(batch: Sequence[Chosen]) -> list[TokenValues]:
+            return reduce_responses(reducer, [r for r, _ in batch], "right", [tokens for _, tokens in batch])
+
+        return capture_in_rounds(config, responses, run_chosen, workspace, state)
     done = {int(i) for shard in workspace.shards("capture") for i in shard["index"]}
 
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    batches = _batches([len(r.input_ids) for r in responses], config.batch_size, state)
+    batches = shares.batches([len(r.input_ids) for r in responses], config.batch_size, state)
     mine = {i for batch in batches for i in batch}
     with progress("analysing responses", len(mine), len(done & mine)) as advance:
-        for batch in _left(batches, done):
+        for batch in shares.left(batches, done):
             started = time.perf_counter()
-            values = halving([responses[i] for i in batch], run, _MEMORY_ADVICE)
+            values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
             kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
             empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
             arrays: Arrays = {
@@ -265,20 +260,24 @@ def _capture(
             advance(len(batch))
     state.wait_for_everyone()
     captured = list(workspace.shards("capture"))
-    _require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
-    return captured
+    shares.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
+    return Captured(captured)
 
 
 def _assemble(
     config: AnalyzeConfig,
     model: LanguageModel,
     responses: list[Response],
-    captured: list[Arrays],
+    captured: Captured,
     settings: dict[str, Any],
     timings: dict[str, float],
 ) -> Analysis:
-    per_response = tables.response_table(captured, responses)
+    sample = captured.sample
+    tokens = None if sample is None else sample.tokens
+    per_response = tables.response_table(captured.portions, responses, tokens)
     layers = statistics.layer_table(per_response)
+    if sample is not None:
+        layers["change_half_width"] = sample.half_widths.ravel()
     selection = select_layer(SimpleNamespace(layers=layers, responses=per_response), seed=config.seed)
     return Analysis(
         name=config.model if config.revision is None else f"{config.model}@{config.revision}",
@@ -296,10 +295,11 @@ def _assemble(
         config=settings,
         layers=layers,
         responses=per_response,
-        tokens=tables.token_table(captured, responses, config.keep_tokens),
+        tokens=tables.token_table(captured.portions, responses, config.keep_tokens, tokens),
         sequences=tables.sequence_table(responses),
         policy_entropy=statistics.policy_entropy(per_response),
         selection=selection,
+        positions=None if sample is None else sample.summary(),
         timings=timings,
         versions={name: metadata.version(name) for name in _LIBRARIES},
     )

@@ -6,20 +6,20 @@ analysis, so nothing half-written is ever read as whole.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from internal_policy.errors import UserError
-from internal_policy.files import write_atomically, write_text
+from internal_policy.files import write_atomically
 from internal_policy.selection import Selection
+from internal_policy.stored import Kind, read_rows, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
 RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST)
+ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,21 @@ class Analysis:
     config: dict[str, Any]
     """The settings, with digests of weights and inputs."""
     layers: pd.DataFrame
-    """One row per layer and site (layer, attn, ffn): means over tokens with clustered standard errors."""
+    """One row per layer and site (layer, attn, ffn): means over tokens with clustered standard errors; with a tolerance
+    also change_half_width, how far the change may be off because not every position was analysed."""
     responses: pd.DataFrame
-    """One row per response, layer and site: the means of that response."""
+    """One row per response, layer and site: the means of that response; with a tolerance estimates of them."""
     tokens: pd.DataFrame
-    """One row per token, layer and site, for the responses that were kept token by token."""
+    """One row per analysed token, layer and site, for the responses that were kept token by token."""
     sequences: pd.DataFrame
     """What was analysed: prompt, response, input_ids, prompt_length, reward."""
     policy_entropy: dict[str, float]
     """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
     selection: Selection
     """Target layer, stages, and how sure they are."""
+    positions: dict[str, Any] | None = None
+    """Where a tolerance was given: tolerance, analysed and total positions, rounds, and the largest half_width of an
+    entropy change with its layer and site; None where every position was analysed."""
     n_truncated: int | None = None
     """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -113,15 +117,11 @@ class Analysis:
         Returns:
             The directory.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / MANIFEST).unlink(missing_ok=True)
-        write_atomically(target / "layers.csv", lambda p: self.layers.to_csv(p, index=False))
-        write_atomically(target / "responses.parquet", lambda p: self.responses.to_parquet(p, index=False))
-        write_atomically(target / "tokens.parquet", lambda p: self.tokens.to_parquet(p, index=False))
-        lines = (json.dumps(row, ensure_ascii=False) for row in self.sequences.to_dict("records"))
-        write_text(target / "responses.jsonl", "".join(line + "\n" for line in lines))
-        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        with ANALYSIS.writing(directory, self.manifest()) as target:
+            write_atomically(target / "layers.csv", lambda p: self.layers.to_csv(p, index=False))
+            write_atomically(target / "responses.parquet", lambda p: self.responses.to_parquet(p, index=False))
+            write_atomically(target / "tokens.parquet", lambda p: self.tokens.to_parquet(p, index=False))
+            write_rows(target / "responses.jsonl", self.sequences)
         return target
 
     def manifest(self) -> dict[str, Any]:
@@ -137,6 +137,7 @@ class Analysis:
             "config": self.config,
             "n_responses": self.n_responses,
             "n_tokens": self.n_tokens,
+            "positions": self.positions,
             "n_truncated": self.n_truncated,
             "boundary_layer": self.boundary_layer,
             "stages": list(self.stages),
@@ -159,14 +160,8 @@ class Analysis:
         Raises:
             UserError: no analysis there, unfinished, broken, or written by a newer version.
         """
-        source = _find(Path(directory))
-        try:
-            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["schema_version"] != SCHEMA_VERSION:
-                raise UserError(
-                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
-                    "analyse again, or use the version of internal-policy that wrote it"
-                )
+        source = ANALYSIS.find(Path(directory).expanduser())
+        with ANALYSIS.reading(source) as manifest:
             return cls(
                 name=manifest["name"],
                 model=manifest["model"],
@@ -174,16 +169,15 @@ class Analysis:
                 layers=pd.read_csv(source / "layers.csv"),
                 responses=pd.read_parquet(source / "responses.parquet"),
                 tokens=pd.read_parquet(source / "tokens.parquet"),
-                sequences=_read_sequences(source / "responses.jsonl"),
+                sequences=read_rows(source / "responses.jsonl"),
                 policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
                 selection=Selection.from_dict(manifest["selection"]),
+                positions=manifest.get("positions"),
                 n_truncated=manifest["n_truncated"],
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source}: broken analysis ({type(error).__name__}: {error}); analyse again") from error
 
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
@@ -203,20 +197,3 @@ def load_analysis(directory: str | Path) -> Analysis:
         The analysis.
     """
     return Analysis.load(directory)
-
-
-def _find(directory: Path) -> Path:
-    if (directory / MANIFEST).is_file():
-        return directory
-    inside = sorted(p.parent for p in directory.glob(f"*/{MANIFEST}"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        names = ", ".join(p.name for p in inside)
-        raise UserError(f"{directory}: holds {len(inside)} analyses ({names}); name one of them")
-    raise UserError(f"{directory}: no finished analysis here (no {MANIFEST}); run internal-policy analyze first")
-
-
-def _read_sequences(path: Path) -> pd.DataFrame:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return pd.DataFrame([json.loads(line) for line in lines if line])

@@ -11,21 +11,26 @@ from numpy.typing import NDArray
 
 from internal_policy.capture import QUANTITIES
 from internal_policy.responses import Response, prompt_indices
+from internal_policy.statistics import Ints
 from internal_policy.workspace import Arrays
 
 _SITES = ("layer", "attn", "ffn")
 
 
-def response_table(captured: Sequence[Arrays], responses: Sequence[Response]) -> pd.DataFrame:
+def response_table(
+    captured: Sequence[Arrays], responses: Sequence[Response], tokens: Sequence[Ints] | None = None
+) -> pd.DataFrame:
     """Means over the tokens of each response.
 
     Args:
         captured: portions with ``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2].
         responses: all responses, in order.
+        tokens: which tokens of each were analysed, where not all.
 
     Returns:
         Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of
-        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out).
+        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). Where `tokens` is
+        given, also n_analysed, and the means are estimates (``sampling_error.response_means``).
     """
     order = np.argsort(np.concatenate([c["index"] for c in captured]))
     values = np.concatenate([c["layers"] for c in captured])[order]
@@ -35,18 +40,22 @@ def response_table(captured: Sequence[Arrays], responses: Sequence[Response]) ->
             "response": np.arange(len(responses)),
             "prompt": prompt_indices(responses),
             "n_tokens": [r.n_tokens for r in responses],
+            **({} if tokens is None else {"n_analysed": list(map(len, tokens))}),
         }
     )
     return _tidy(keys, values, policy, sort=["response", "layer"])
 
 
-def token_table(captured: Sequence[Arrays], responses: Sequence[Response], keep: int) -> pd.DataFrame:
-    """The values of every token of the first responses.
+def token_table(
+    captured: Sequence[Arrays], responses: Sequence[Response], keep: int, tokens: Sequence[Ints] | None = None
+) -> pd.DataFrame:
+    """The values of every analysed token of the first responses.
 
     Args:
         captured: portions with ``index`` [R], ``token_layers`` [n, L, Q] and ``token_policy`` [n, 2].
         responses: all responses, in order.
         keep: how many responses were kept.
+        tokens: which tokens of each were analysed, where not all.
 
     Returns:
         Columns response, token (0-based index within the response), token_id, layer, site, entropy_in, entropy_out,
@@ -55,9 +64,9 @@ def token_table(captured: Sequence[Arrays], responses: Sequence[Response], keep:
     kept = [int(i) for c in captured for i in c["index"] if i < keep]
     keys = pd.DataFrame(
         [
-            {"response": i, "token": t, "token_id": token_id}
+            {"response": i, "token": int(t), "token_id": responses[i].input_ids[responses[i].prompt_length + t]}
             for i in kept
-            for t, token_id in enumerate(responses[i].input_ids[responses[i].prompt_length :])
+            for t in (range(responses[i].n_tokens) if tokens is None else tokens[i])
         ],
         columns=["response", "token", "token_id"],
         dtype=np.int64,

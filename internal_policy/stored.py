@@ -1,0 +1,142 @@
+"""What all results have in common on disk: a directory each, a manifest that is written last, and how one is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.errors import UserError
+from internal_policy.files import write_text
+
+_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of result: an analysis, an evaluation, an inspection."""
+
+    what: str
+    """Its name."""
+    plural: str
+    """The name of several."""
+    command: str
+    """The command that makes one."""
+    again: str
+    """What to do with a broken one."""
+    manifest: str
+    """The file that is written last: a directory without it holds no finished result."""
+    version: int
+    """Of what is on disk."""
+    depth: int = 1
+    """So many directories below the one that is named there may be some."""
+
+    def below(self, directory: Path) -> list[Path]:
+        """List the results of a directory.
+
+        Args:
+            directory: of one result, or above several.
+
+        Returns:
+            The directory alone where it is one; else those below it, in the order of their paths.
+        """
+        if (directory / self.manifest).is_file():
+            return [directory]
+        levels = ("/".join(["*"] * depth) for depth in range(1, self.depth + 1))
+        return sorted(path.parent for level in levels for path in directory.glob(f"{level}/{self.manifest}"))
+
+    def find(self, directory: Path) -> Path:
+        """Find the one result that is meant.
+
+        Args:
+            directory: of one result, or one that holds a single one.
+
+        Returns:
+            The result's directory.
+
+        Raises:
+            UserError: none is there, or several are.
+        """
+        inside = self.below(directory)
+        if len(inside) == 1:
+            return inside[0]
+        if inside:
+            names = ", ".join(str(path.relative_to(directory)) for path in inside[:_NAMED])
+            more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+            raise UserError(f"{directory}: holds {len(inside)} {self.plural} ({names}{more}); name one of them")
+        raise UserError(
+            f"{directory}: no finished {self.what} here (no {self.manifest}); run internal-policy {self.command} first"
+        )
+
+    @contextmanager
+    def reading(self, source: Path) -> Iterator[dict[str, Any]]:
+        """Read the manifest, and tell in one line what is broken in it, or in what is read meanwhile.
+
+        Args:
+            source: the result's directory.
+
+        Yields:
+            What the manifest holds.
+
+        Raises:
+            UserError: broken, or written by another version.
+        """
+        try:
+            manifest = json.loads((source / self.manifest).read_text(encoding="utf-8"))
+            if manifest["schema_version"] != self.version:
+                raise UserError(
+                    f"{source}: schema version {manifest['schema_version']}; this version reads {self.version}: "
+                    f"{self.again} again, or use the version of internal-policy that wrote it"
+                )
+            yield manifest
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{source}: broken {self.what} ({type(error).__name__}: {error}); {self.again} again"
+            ) from error
+
+    @contextmanager
+    def writing(self, directory: str | Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+        """Make a result's directory, and write the manifest when all else is written.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+            manifest: what the manifest holds; JSON-able, without NaN.
+
+        Yields:
+            The directory. Until the manifest is written it holds no finished result.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / self.manifest).unlink(missing_ok=True)
+        yield target
+        write_text(target / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as JSON lines, whole or not at all.
+
+    Args:
+        path: the file.
+        table: its rows; a cell may hold a list.
+    """
+    lines = (json.dumps(row, ensure_ascii=False) for row in table.to_dict("records"))
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read what ``write_rows`` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its rows.
+    """
+    # Not splitlines: a text may hold any other line ending, unescaped.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return pd.DataFrame([json.loads(line) for line in lines if line])
