@@ -15,7 +15,7 @@ PAPER_K = (1, 4, 16, 64, 256)
 """The K of arXiv 2512.19673v3, section 4.1."""
 _SHARED = (
     *("model", "revision", "max_new_tokens", "temperature", "template", "batch_size", "dtype", "device", "seed"),
-    "trust_remote_code",
+    *("generator", "trust_remote_code"),
 )
 
 
@@ -39,6 +39,8 @@ class EvaluateConfig:
     """At most so many tokens a response: what the checkpoint's generation config says, else 1024."""
     temperature: float = 1.0
     """Sampling temperature; 0 takes the most probable token."""
+    generator: str = "transformers"
+    """transformers or vllm: what samples the responses; vllm must be installed and needs a GPU."""
     template: str = "chat"
     """chat, plain, qwen-math, qwen3 or octothinker."""
     batch_size: int = 64

@@ -7,7 +7,6 @@ without it is not an evaluation, so nothing half-written is ever read as whole.
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.errors import UserError
 from internal_policy.evaluation import benchmarks
-from internal_policy.files import write_atomically, write_text
+from internal_policy.files import write_atomically
+from internal_policy.stored import Kind, read_rows, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
 RESULT_FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl", MANIFEST)
+EVALUATION = Kind("evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, depth=2)
 _TEXTS = ("prompt", "answer")
 
 
@@ -97,16 +97,12 @@ class Evaluation:
         Returns:
             The directory.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / MANIFEST).unlink(missing_ok=True)
-        for name, table in (("problems.csv", self.problems), ("pass_at_k.csv", self.pass_at_k)):
-            # A question may hold any line ending; in quotes it comes back as it was.
-            write = partial(table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
-            write_atomically(target / name, write)
-        lines = (json.dumps(row, ensure_ascii=False) for row in self.samples.to_dict("records"))
-        write_text(target / "samples.jsonl", "".join(line + "\n" for line in lines))
-        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        with EVALUATION.writing(directory, self.manifest()) as target:
+            for name, table in (("problems.csv", self.problems), ("pass_at_k.csv", self.pass_at_k)):
+                # A question may hold any line ending; in quotes it comes back as it was.
+                write = partial(table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
+                write_atomically(target / name, write)
+            write_rows(target / "samples.jsonl", self.samples)
         return target
 
     def manifest(self) -> dict[str, Any]:
@@ -146,14 +142,8 @@ class Evaluation:
         Raises:
             UserError: no evaluation there, unfinished, broken, or written by a newer version.
         """
-        source = _find(Path(directory).expanduser())
-        try:
-            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["schema_version"] != SCHEMA_VERSION:
-                raise UserError(
-                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
-                    "evaluate again, or use the version of internal-policy that wrote it"
-                )
+        source = EVALUATION.find(Path(directory).expanduser())
+        with EVALUATION.reading(source) as manifest:
             # An answer such as 007, 1e3 or NA is a text.
             problems = pd.read_csv(
                 source / "problems.csv", dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[]
@@ -166,14 +156,12 @@ class Evaluation:
                 problems=problems,
                 pass_at_k=pd.read_csv(source / "pass_at_k.csv"),
                 avg={k: float("nan") if v is None else v for k, v in manifest["avg"].items()},
-                samples=_read_samples(source / "samples.jsonl"),
+                samples=read_rows(source / "samples.jsonl"),
                 failures=manifest["failures"],
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{source}: broken evaluation ({type(error).__name__}: {error}); evaluate again") from error
 
     def __repr__(self) -> str:
         return (
@@ -192,21 +180,3 @@ def load_evaluation(directory: str | Path) -> Evaluation:
         The evaluation.
     """
     return Evaluation.load(directory)
-
-
-def _find(directory: Path) -> Path:
-    if (directory / MANIFEST).is_file():
-        return directory
-    inside = sorted(p.parent for depth in ("*", "*/*") for p in directory.glob(f"{depth}/{MANIFEST}"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        names = ", ".join(str(p.relative_to(directory)) for p in inside[:4])
-        more = f" and {len(inside) - 4} more" if len(inside) > 4 else ""
-        raise UserError(f"{directory}: holds {len(inside)} evaluations ({names}{more}); name one of them")
-    raise UserError(f"{directory}: no finished evaluation here (no {MANIFEST}); run internal-policy evaluate first")
-
-
-def _read_samples(path: Path) -> pd.DataFrame:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return pd.DataFrame([json.loads(line) for line in lines if line])

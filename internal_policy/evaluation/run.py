@@ -24,7 +24,7 @@ from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation, load_evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
-from internal_policy.generation import response_limit
+from internal_policy.generation import refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
 from internal_policy.models import LanguageModel, evaluating, load
 from internal_policy.progress import status
@@ -33,7 +33,7 @@ from internal_policy.workspace import Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas", "math-verify")
+_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas", "math-verify", "vllm")
 
 
 def evaluate(
@@ -44,6 +44,7 @@ def evaluate(
     max_problems: int | None = None,
     k: Sequence[int] | int | None = None,
     temperature: float = 1.0,
+    generator: str = "transformers",
     template: str = "chat",
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -71,6 +72,7 @@ def evaluate(
         max_problems: at most so many problems, from the start.
         k: the K of Pass@K, each at most n: by default 1, 4, 16, 64, 256 as far as there are samples, and n.
         temperature: divides the logits; 0 takes the most probable token.
+        generator: ``transformers``, or ``vllm`` where it is installed: what samples, of a model given by its name.
         template: how a problem is put to the model, one of `prompts.TEMPLATES`.
         max_new_tokens: at most so many tokens a response: by default what the checkpoint says, else 1024.
         seed: of the sampling; each response has its own stream.
@@ -109,6 +111,7 @@ def evaluate(
         revision=revision,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        generator=generator,
         template=template,
         batch_size=batch_size,
         dtype=dtype,
@@ -117,6 +120,7 @@ def evaluate(
         reward=reward_name(reward, exact=source == TESTBED),
         trust_remote_code=trust_remote_code,
     )
+    refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)
     with evaluating(opened.model if opened is not None else None):
         if output is None:

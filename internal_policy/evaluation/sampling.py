@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
-from internal_policy.generation import Request, check_prompt_lengths, end_ids, sample
+from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, fitting_threads
 from internal_policy.progress import progress
@@ -72,14 +74,16 @@ def sample_all(
         found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
     ends = set(end_ids(model))
 
-    def run(part: Sequence[Request]) -> list[Response]:
-        return sample(model, part, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-
+    size = together(config.generator, config.batch_size)
     # Prompts of one length together, the longest first: what does not fit in memory is told early.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-    with progress("sampling responses", len(requests), len(found)) as advance, fitting_threads(model):
-        for start in range(0, len(order), config.batch_size):
-            batch = [i for i in order[start : start + config.batch_size] if i not in found]
+    with (
+        _drawing(config, model, requests, limit) as run,
+        progress("sampling responses", len(requests), len(found)) as advance,
+        fitting_threads(model),
+    ):
+        for start in range(0, len(order), size):
+            batch = [i for i in order[start : start + size] if i not in found]
             if not batch:
                 continue
             clock = [time.perf_counter()]
@@ -102,6 +106,18 @@ def sample_all(
             found |= new
             advance(len(batch))
     return [found[i] for i in range(len(requests))]
+
+
+@contextmanager
+def _drawing(
+    config: EvaluateConfig, model: LanguageModel, requests: Sequence[Request], limit: int
+) -> Iterator[Callable[[Sequence[Request]], list[Response]]]:
+    options: dict[str, Any] = {"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed}
+    if config.generator == "vllm":
+        with VllmSampler(model, requests, limit, config.trust_remote_code) as draw:
+            yield partial(draw, **options)
+    else:
+        yield lambda part: sample(model, part, **options)
 
 
 def _row(request: Request, response: Response, score: float, ends: set[int]) -> dict[str, Any]:

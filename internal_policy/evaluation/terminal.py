@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.table import Table
 from internal_policy.evaluation.benchmarks import title
 from internal_policy.evaluation.comparison import Comparison
 from internal_policy.evaluation.results import Evaluation
+from internal_policy.printing import percent_span, plus_minus, table
 
 
 def show(evaluation: Evaluation) -> None:
@@ -48,21 +48,18 @@ def rate_table(evaluation: Evaluation) -> Table:
     Returns:
         A rich table.
     """
-    table = Table(
-        title=f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: {evaluation.n_problems} problems x "
+    shown = table(
+        f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: {evaluation.n_problems} problems x "
         f"{evaluation.n_samples} samples",
-        caption="percent, with 95% intervals over problems",
-        box=box.SIMPLE_HEAD,
+        "percent, with 95% intervals over problems",
+        *("", "%", "95% interval"),
         min_width=64,
-        pad_edge=False,
     )
-    for heading in ("", "%", "95% interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
     avg = evaluation.avg
-    table.add_row(f"Avg@{evaluation.n_samples}", f"{100 * avg['mean']:.2f}", _span(avg["low"], avg["high"]))
+    shown.add_row(f"Avg@{evaluation.n_samples}", f"{100 * avg['mean']:.2f}", percent_span(avg["low"], avg["high"]))
     for row in evaluation.pass_at_k.to_dict("records"):
-        table.add_row(f"Pass@{row['k']}", f"{100 * row['value']:.2f}", _span(row["low"], row["high"]))
-    return table
+        shown.add_row(f"Pass@{row['k']}", f"{100 * row['value']:.2f}", percent_span(row["low"], row["high"]))
+    return shown
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -93,19 +90,16 @@ def difference_table(comparison: Comparison) -> Table:
     Returns:
         A rich table.
     """
-    table = Table(
-        title=f"{escape(comparison.first)} less {escape(comparison.second)} on {escape(title(comparison.benchmark))}",
-        caption="percentage points, paired by problem, with 95% intervals",
-        box=box.SIMPLE_HEAD,
+    shown = table(
+        f"{escape(comparison.first)} less {escape(comparison.second)} on {escape(title(comparison.benchmark))}",
+        "percentage points, paired by problem, with 95% intervals",
+        *("", "difference", "95% interval"),
         min_width=64,
-        pad_edge=False,
     )
-    for heading in ("", "difference", "95% interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_row("Avg@K", f"{100 * comparison.difference:+.2f}", _span(comparison.low, comparison.high, "+"))
+    shown.add_row("Avg@K", f"{100 * comparison.difference:+.2f}", percent_span(comparison.low, comparison.high, "+"))
     for row in comparison.pass_at_k.to_dict("records"):
-        table.add_row(f"Pass@{row['k']}", f"{100 * row['difference']:+.2f}", _span(row["low"], row["high"], "+"))
-    return table
+        shown.add_row(f"Pass@{row['k']}", f"{100 * row['difference']:+.2f}", percent_span(row["low"], row["high"], "+"))
+    return shown
 
 
 def show_summary(evaluations: Sequence[Evaluation]) -> None:
@@ -115,30 +109,23 @@ def show_summary(evaluations: Sequence[Evaluation]) -> None:
         evaluations: the evaluations.
     """
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
-    table = Table(title="Avg@K, percent ± standard error", box=box.SIMPLE_HEAD, min_width=64, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for name in benchmarks:
-        table.add_column(escape(title(name)), justify="right", no_wrap=True)
-    if len(benchmarks) > 1:
-        table.add_column("average", justify="right", no_wrap=True)
+    averaged = ("average",) if len(benchmarks) > 1 else ()
+    shown = table(
+        "Avg@K, percent ± standard error",
+        None,
+        *("model", *(escape(title(name)) for name in benchmarks), *averaged),
+        fold=("model",),
+        min_width=64,
+    )
     for model in dict.fromkeys(e.name for e in evaluations):
         own = {e.benchmark: e.avg for e in evaluations if e.name == model}
-        cells = [f"{100 * own[b]['mean']:.2f}{_error(own[b]['stderr'])}" for b in benchmarks]
-        if len(benchmarks) > 1:
+        cells = [f"{100 * own[b]['mean']:.2f}{plus_minus(100 * own[b]['stderr'], '.2f')}" for b in benchmarks]
+        if averaged:
             mean = sum(a["mean"] for a in own.values()) / len(own)
             stderr = math.sqrt(sum(a["stderr"] ** 2 for a in own.values())) / len(own)
-            cells.append(f"{100 * mean:.2f}{_error(stderr)}")
-        table.add_row(escape(model), *cells)
-    Console().print(table)
-
-
-def _span(low: float, high: float, sign: str = "") -> str:
-    """A single problem has no interval."""
-    return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
-
-
-def _error(stderr: float) -> str:
-    return "" if math.isnan(stderr) else f"±{100 * stderr:.2f}"
+            cells.append(f"{100 * mean:.2f}{plus_minus(100 * stderr, '.2f')}")
+        shown.add_row(escape(model), *cells)
+    Console().print(shown)
 
 
 def _p(p: float) -> str:

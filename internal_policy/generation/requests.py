@@ -1,0 +1,135 @@
+"""What is sampled: one request a response, with its stream of random numbers, how long it may be and what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from internal_policy.errors import UserError
+from internal_policy.models import LanguageModel
+from internal_policy.prompts import Prompt
+from internal_policy.responses import Response
+
+DEFAULT_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample."""
+
+    prompt: Prompt
+    """The question."""
+    prompt_ids: list[int]
+    """Its ids, templated."""
+    prompt_index: int
+    """Which prompt, from 0."""
+    sample_index: int
+    """Which sample of that prompt, from 0."""
+
+    def stream(self, seed: int) -> int:
+        """The seed of this response's own stream of random numbers.
+
+        Args:
+            seed: seed of the whole run.
+
+        Returns:
+            From 0 to 2^32 - 1.
+        """
+        sequence = np.random.SeedSequence((seed, self.prompt_index, self.sample_index))
+        return int(sequence.generate_state(1)[0])
+
+
+def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> None:
+    """Check that every prompt leaves room for a response.
+
+    Args:
+        requests: what will be sampled.
+        model: the model.
+
+    Raises:
+        UserError: a prompt fills the context, is empty, or has ids beyond the vocabulary.
+    """
+    for request in requests:
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise UserError(f"prompt {request.prompt_index + 1} has no tokens; needed is at least one")
+        if max(request.prompt_ids) >= model.vocab_size:
+            raise UserError(
+                f"prompt {request.prompt_index + 1}: id {max(request.prompt_ids)} is beyond the vocabulary of "
+                f"{model.vocab_size}; does this tokenizer belong to this model?"
+            )
+        if model.max_length is not None and length >= model.max_length:
+            raise UserError(
+                f"prompt {request.prompt_index + 1} has {length} tokens and the model's context is {model.max_length}; "
+                "shorten or drop it"
+            )
+
+
+def limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
+    """How long each response may be.
+
+    Args:
+        model: the model.
+        requests: what will be sampled.
+        max_new_tokens: at most so many response tokens.
+
+    Returns:
+        Tokens of each; fewer than wanted where the context ends first.
+    """
+    if model.max_length is None:
+        return [max_new_tokens] * len(requests)
+    return [min(max_new_tokens, model.max_length - len(r.prompt_ids)) for r in requests]
+
+
+def to_responses(
+    model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], room: Sequence[int]
+) -> list[Response]:
+    """Cut what was sampled where the response ends, and decode it.
+
+    Args:
+        model: the model.
+        requests: what was sampled.
+        sampled: new ids of each request.
+        room: how many of them there may be, see `limits`.
+
+    Returns:
+        The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+    """
+    ends = set(end_ids(model))
+    responses = []
+    for request, row, limit in zip(requests, sampled, room, strict=True):
+        stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        answer = list(row[: min(stop, limit)])
+        text = model.tokenizer.decode(answer, skip_special_tokens=True)
+        responses.append(Response(request.prompt.content, text, request.prompt_ids + answer, len(request.prompt_ids)))
+    return responses
+
+
+def response_limit(model: LanguageModel, wanted: int | None) -> int:
+    """The longest response to sample.
+
+    Args:
+        model: the model.
+        wanted: what the user said, if anything.
+
+    Returns:
+        That; else what the checkpoint's generation config says; else 1024.
+    """
+    own = getattr(getattr(model.model, "generation_config", None), "max_new_tokens", None)
+    return wanted or own or DEFAULT_NEW_TOKENS
+
+
+def end_ids(model: LanguageModel) -> list[int]:
+    """The ids that end a response: of the model's generation config and of the tokenizer.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Ids, without repetition.
+    """
+    configured = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(i for i in [*ids, model.tokenizer.eos_token_id] if i is not None))

@@ -1,0 +1,213 @@
+"""Sample with transformers: each distinct prompt runs through the model once, and a row leaves when its response ends.
+
+A batch is decoded in rounds. The first reads the distinct prompts, whose keys and values all samples of a prompt then
+start from. Each further round runs until some responses have ended, and leaves those out of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internal_policy.generation.requests import Request, end_ids, limits, to_responses
+from internal_policy.models import LanguageModel
+from internal_policy.responses import Response, pad
+
+_LEAVE_TOGETHER = 16
+"""A round ends when one in so many of its responses has ended: fewer rounds, each of which costs some milliseconds."""
+
+
+class RowSampler:
+    """A logits processor that makes greedy search sample: it adds Gumbel noise from one generator a row.
+
+    argmax(z / T + g) with g standard Gumbel is a draw from softmax(z / T).
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._seeds = list(seeds)
+        self._generators = [torch.Generator(device=device).manual_seed(s) for s in seeds]
+        self._temperature = temperature
+        self._steps = 0
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Add the noise.
+
+        Args:
+            input_ids: [B, T], not used.
+            scores: [B, V] logits.
+
+        Returns:
+            [B, V] float32, whose argmax is the sample.
+        """
+        exponential = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(exponential, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        self._steps += 1
+        return scores.float() / self._temperature - exponential.log()
+
+    def keep(self, rows: Sequence[int], steps: int, width: int) -> None:
+        """Go on with some of the rows.
+
+        Args:
+            rows: which.
+            steps: tokens that were sampled so far. Where more were drawn (on mps transformers notices a step late that
+                it is to stop, and takes that step back) the streams go back too.
+            width: V.
+        """
+        self._seeds = [self._seeds[row] for row in rows]
+        self._generators = [self._generators[row] for row in rows]
+        if steps == self._steps:
+            return
+        for seed, generator in zip(self._seeds, self._generators, strict=True):
+            generator.manual_seed(seed)
+            for _ in range(steps):
+                torch.empty(width, device=generator.device).exponential_(generator=generator)
+        self._steps = steps
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
+) -> list[Response]:
+    """Sample one response a request, in one batch.
+
+    Args:
+        model: the model.
+        requests: what to sample; prompts of similar length waste least, and equal prompts are read once.
+        max_new_tokens: at most so many response tokens; fewer where the context ends first.
+        temperature: divides the logits; 0 takes the most probable token.
+        seed: seed of the whole run.
+
+    Returns:
+        The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+    """
+    from transformers import GenerationMixin
+
+    room = limits(model, requests, max_new_tokens)
+    sampler = None
+    if temperature > 0:
+        sampler = RowSampler([r.stream(seed) for r in requests], temperature, model.device)
+    prompts = [r.prompt_ids for r in requests]
+    # What generates in another way, such as on a server, is asked for no more than ids.
+    decode = _in_rounds if isinstance(model.model, GenerationMixin) else _at_once
+    ends = end_ids(model)
+    with _plain_generation_config(model.model):
+        sampled = decode(model, prompts, room, ends, sampler)
+    return to_responses(model, requests, sampled, room)
+
+
+def _at_once(
+    model: LanguageModel, prompts: list[list[int]], room: list[int], ends: list[int], sampler: RowSampler | None
+) -> list[list[int]]:
+    from transformers import LogitsProcessorList
+
+    ids, mask = pad(prompts, "left")
+    generate: Any = model.model.generate
+    out = generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=_config(ends, max(room)),
+        logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+    )
+    sampled: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return sampled
+
+
+def _in_rounds(
+    model: LanguageModel, prompts: list[list[int]], room: list[int], ends: list[int], sampler: RowSampler | None
+) -> list[list[int]]:
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    generate: Any = model.model.generate
+    distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, mask = (t.to(model.device) for t in pad(list(distinct), "left"))
+    first = generate(
+        ids, attention_mask=mask, generation_config=_config(ends, 1, return_dict_in_generate=True, output_logits=True)
+    )
+    cache = first.past_key_values
+    if not _can_be_repeated(cache):
+        return _at_once(model, prompts, room, ends, sampler)
+
+    # Here the samples of a prompt part: each draws its first token from the same logits.
+    source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
+    scores = first.logits[0][source.to(first.logits[0].device)]
+    vocabulary, prompt_width = scores.shape[1], ids.shape[1]
+    drawn = (scores if sampler is None else sampler(None, scores)).argmax(dim=-1).to(model.device)
+    del first, scores
+    cache.reorder_cache(source)
+    ids, mask = torch.cat([ids[source], drawn[:, None]], dim=1), mask[source]
+
+    ending = torch.tensor(ends, dtype=torch.long, device=model.device)
+    sampled: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    while True:
+        steps = ids.shape[1] - prompt_width
+        for row, new in zip(rows, ids[:, prompt_width:].tolist(), strict=True):
+            sampled[row] = new
+        over = torch.isin(ids[:, -1], ending).tolist()
+        left = [i for i, row in enumerate(rows) if not over[i] and steps < room[row]]
+        if not left:
+            return sampled
+        if len(left) < len(rows):
+            rows = [rows[i] for i in left]
+            ids, mask = ids[left], mask[left]
+            cache.reorder_cache(torch.tensor(left, device=model.device))
+        if sampler is not None:
+            sampler.keep(left, steps, vocabulary)
+        mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
+        out = generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            # No response runs on beyond its own limit: there the model may have no positions.
+            generation_config=_config(ends, min(room[row] for row in rows) - steps, return_dict_in_generate=True),
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+            stopping_criteria=StoppingCriteriaList([_EnoughHaveEnded(ending, len(rows))]),
+        )
+        ids, cache = out.sequences, out.past_key_values
+
+
+class _EnoughHaveEnded:
+    """Stops a round for all of its rows."""
+
+    def __init__(self, ends: Tensor, rows: int) -> None:
+        self._ends, self._enough = ends, -(-rows // _LEAVE_TOGETHER)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        # After its end a row is padded with an end token.
+        ended = torch.isin(input_ids[:, -1], self._ends).sum()
+        return (ended >= self._enough).expand(len(input_ids))
+
+
+def _can_be_repeated(cache: Any) -> bool:
+    """Whether rows of a cache can be copied and left out; anything but keys and values of attention is not tried."""
+    from transformers import cache_utils
+
+    known = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
+    return isinstance(cache, cache_utils.DynamicCache) and all(type(layer) in known for layer in cache.layers)
+
+
+def _config(ends: list[int], new_tokens: int, **more: Any) -> Any:
+    from transformers import GenerationConfig
+
+    pad_id = ends[0] if ends else 0
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=ends or None, pad_token_id=pad_id, **more
+    )
+
+
+@contextmanager
+def _plain_generation_config(model: Any) -> Iterator[None]:
+    """Set the checkpoint's sampling defaults aside: top-k, penalties and the like would change the policy."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
