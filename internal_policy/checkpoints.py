@@ -75,6 +75,8 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
+        if not str(pattern):
+            raise UserError("--checkpoints is empty; name a training run's directory, or quote a glob")
         for path in _matches(str(Path(pattern).expanduser())):
             found |= {checkpoint.resolve(): checkpoint for checkpoint in _inside(path)}
     return sorted(found.values(), key=lambda path: natural_key(str(path)))

@@ -14,6 +14,7 @@ import typer
 
 from internal_policy import __version__
 from internal_policy.cli_analyze import FIGURES, analyze
+from internal_policy.cli_common import Debug
 from internal_policy.cli_compare import compare
 from internal_policy.cli_evaluate import evaluate
 from internal_policy.cli_inspect import inspect
@@ -37,8 +38,6 @@ app = typer.Typer(
 
 # typer carries a click of its own in some versions: this is the one name of its usage errors that holds in all.
 UsageError: Any = typer.BadParameter.__bases__[0]
-
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _version(wanted: bool) -> None:
@@ -68,25 +67,37 @@ app.command()(models)
 @app.command()
 def figures(
     directories: Annotated[
-        list[Path], typer.Argument(help="What analyze, train, evaluate or inspect wrote, also mixed.")
+        list[Path],
+        typer.Argument(
+            help="What analyze, train, evaluate or inspect wrote, also mixed; one that holds several stands for all."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for figures.")] = FIGURES,
-    debug: DebugOption = False,
+    debug: Debug = False,
 ) -> None:
     """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
     from internal_policy import cli_analyze, cli_evaluate, cli_inspect, cli_train
     from internal_policy.bupo.results import load_run
-    from internal_policy.evaluation.results import load_evaluation
-    from internal_policy.inspection.results import load_inspection
-    from internal_policy.results import load_analysis
+    from internal_policy.cli_compare import redrawing
+    from internal_policy.comparison.sources import gather
+    from internal_policy.evaluation.results import EVALUATION, load_evaluation
+    from internal_policy.inspection.results import INSPECTION, load_inspection
 
     kinds = [(_kind(path), path) for path in map(Path.expanduser, directories)]
     # All are read before any is drawn, so that a bad one is told at once.
-    analyses = [load_analysis(path) for kind, path in kinds if kind == "analysis"]
+    held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
+    analyses = [analysis for _, found in held for analysis in found]
     runs = [load_run(path) for kind, path in kinds if kind == "run"]
-    evaluations = [load_evaluation(path) for kind, path in kinds if kind == "evaluation"]
-    looks = [load_inspection(path) for kind, path in kinds if kind == "inspection"]
+    evaluations = [
+        load_evaluation(each) for kind, path in kinds if kind == "evaluation" for each in EVALUATION.below(path)
+    ]
+    looks = [load_inspection(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)]
+    if compared := next((path for kind, path in kinds if kind == "comparison"), None):
+        raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
     root = output.expanduser()
+    for path, found in held:
+        if len(found) > 1:
+            typer.echo(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")
     if analyses:
         cli_analyze.draw(analyses, root)
     if runs:
@@ -97,12 +108,20 @@ def figures(
         cli_inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
 
 
+_DEPTHS = {
+    "analysis": ("", "*/"),
+    "evaluation": ("", "*/", "*/*/"),
+    "inspection": ("", "*/"),
+    "comparison": ("", "*/"),
+}
+
+
 def _kind(directory: Path) -> str:
     """Tell what a directory holds; a run holds evaluations, and perhaps an analysis, of its own."""
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
         return "run"
-    # An analysis and an evaluation may be named by a directory above them.
-    for kind, depths in (("analysis", ("", "*/")), ("evaluation", ("", "*/", "*/*/")), ("inspection", ("", "*/"))):
+    # What is not a run may be named by a directory above it.
+    for kind, depths in _DEPTHS.items():
         if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
             return kind
     raise UserError(

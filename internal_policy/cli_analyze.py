@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, QUANTIZATIONS, AnalyzeConfig, Lens
+from internal_policy import cli_common
+from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, quiet_libraries
+from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
 from internal_policy.study_models import STUDIES, Preset
 
 if TYPE_CHECKING:
@@ -87,26 +88,26 @@ def analyze(
             help=f"One of {', '.join(TEMPLATES)}. [default: {DEFAULTS.template}; a preset has each model's own]"
         ),
     ] = None,
+    generator: cli_common.Generator = DEFAULTS.generator,
     lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
-    backend: Annotated[
-        str, typer.Option(help=f"What captures the states: one of {', '.join(BACKENDS)}.")
-    ] = DEFAULTS.backend,
-    remote: Annotated[
-        bool, typer.Option("--remote", help="Run the model on NDIF (--backend nnsight; the key in NDIF_API_KEY).")
-    ] = False,
+    backend: cli_common.Backend = DEFAULTS.backend,
+    remote: cli_common.Remote = False,
     batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
-    device_map: Annotated[
-        str | None, typer.Option(help=f"Share the layers out among several devices: one of {', '.join(DEVICE_MAPS)}.")
-    ] = DEFAULTS.device_map,
-    quantization: Annotated[
-        str | None, typer.Option(help=f"Quantise the layers' weights while loading: one of {', '.join(QUANTIZATIONS)}.")
-    ] = DEFAULTS.quantization,
+    dtype: cli_common.Dtype = DEFAULTS.dtype,
+    device: cli_common.Device = DEFAULTS.device,
+    device_map: cli_common.DeviceMap = DEFAULTS.device_map,
+    quantization: cli_common.Quantization = DEFAULTS.quantization,
     seed: Annotated[int, typer.Option(help="Seed of sampling and bootstrap.")] = DEFAULTS.seed,
     keep_tokens: Annotated[
         int, typer.Option(help="Keep every token's values for so many responses.")
     ] = DEFAULTS.keep_tokens,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Analyse positions chosen at random, until every entropy change is known to so many nats either way "
+            "(95%), such as 0.02. [default: every position]"
+        ),
+    ] = DEFAULTS.tolerance,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -116,8 +117,8 @@ def analyze(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    trust_remote_code: cli_common.TrustRemoteCode = False,
+    debug: cli_common.Debug = False,
 ) -> None:
     """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
     options: dict[str, Any] = {
@@ -126,6 +127,7 @@ def analyze(
         "samples_per_prompt": samples_per_prompt,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "generator": generator,
         "lens": lens,
         "backend": backend,
         "remote": remote,
@@ -136,6 +138,7 @@ def analyze(
         "quantization": quantization,
         "seed": seed,
         "keep_tokens": keep_tokens,
+        "tolerance": tolerance,
         "trust_remote_code": trust_remote_code,
     }
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
@@ -144,14 +147,19 @@ def analyze(
     # A shell that was given no quotes has turned the glob into many words.
     patterns += context.args
     swept = bool(patterns) or len(revisions) > 1
-    if own_responses and not swept:
-        raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
     if preset is not None:
         told = {"model": names, "revision": revisions, "checkpoints": patterns, "template": template}
         if other := next((name for name, value in (*told.items(), ("responses", responses)) if value), None):
             raise UserError(f"both --preset and --{other} were given; a preset has its models and their templates")
+        if own_responses:
+            raise UserError(
+                "both --preset and --own-responses were given; the models of a preset sample their own anyway: "
+                "leave it out"
+            )
         _study(preset, prompts, output, overwrite, debug, options)
         return
+    if own_responses and not swept:
+        raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
     options["template"] = DEFAULTS.template if template is None else template
     if responses is not None and (found := Path(responses).expanduser() / "responses.jsonl").is_file():
         responses = str(found)
@@ -179,6 +187,7 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
     from internal_policy import models, pipeline, terminal
     from internal_policy.progress import status
 
+    cli_common.require_key(configs[0].remote)
     for config in configs:
         with status(f"looking up {config.model}"):
             models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
@@ -224,6 +233,7 @@ def _study(
     from internal_policy import summary, terminal
     from internal_policy.studies import study
 
+    cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else output.expanduser()
     each = summary.show_line if is_main_process() else None
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
@@ -231,7 +241,9 @@ def _study(
         return
     summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)
     directory = (FIGURES if output is None else root / "figures") / f"study-{preset}"
-    terminal.list_files("figures", _written(directory, lambda: done.save(directory)))
+    with writing(directory):
+        paths = done.save(directory)
+    terminal.list_files("figures", paths)
     if done.failures:
         _tell_failures(done)
 
@@ -245,17 +257,15 @@ def _compare(analyses: list[Analysis], root: Path) -> None:
     directory = root / _sweep_name(analyses)
     comparison = compare(analyses)
     comparison_terminal.show_comparison(comparison)
-
-    def write() -> list[Path]:
+    with writing(directory):
         comparison.save(directory)
-        return [
+        paths = [
             *figures.save_all(analyses, directory),
             *comparison_figures.save_all_comparisons(comparison, directory),
             *sorted(directory.glob("*.csv")),
             directory / "comparison.json",
         ]
-
-    terminal.list_files("figures and comparison", _written(directory, write))
+    terminal.list_files("figures and comparison", paths)
 
 
 def _sweep_name(analyses: list[Analysis]) -> str:
@@ -286,14 +296,6 @@ def draw(analyses: Sequence[Analysis], root: Path) -> None:
     from internal_policy import figures, terminal
 
     directory = root / figure_name([(a.path.resolve().name if a.path else a.name, a.lens) for a in analyses])
-    terminal.list_files("figures", _written(directory, lambda: figures.save_all(analyses, directory)))
-
-
-def _written(directory: Path, write: Callable[[], list[Path]]) -> list[Path]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return write()
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
+    with writing(directory):
+        paths = figures.save_all(analyses, directory)
+    terminal.list_files("figures", paths)

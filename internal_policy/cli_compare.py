@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from internal_policy.cli_common import Debug
 from internal_policy.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def compare(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
     from internal_policy.comparison import terminal
@@ -85,18 +86,53 @@ def as_json(comparison: AnalysisComparison) -> str:
     return writer.dumps({**comparison.manifest(), "tables": tables}, ensure_ascii=False, allow_nan=False)
 
 
+def redrawing(directory: Path) -> str:
+    """Say which command makes a stored comparison, with its figures, again.
+
+    Args:
+        directory: of the comparison, or one that holds a single comparison.
+
+    Returns:
+        The command.
+
+    Raises:
+        UserError: several comparisons, a broken one, or one of analyses that were never on disk.
+    """
+    import shlex
+
+    from internal_policy.comparison.analyses import COMPARISON
+
+    source = COMPARISON.find(directory)
+    with COMPARISON.reading(source) as manifest:
+        rows, baseline = manifest["analyses"], manifest["baseline"]
+        paths = [row["path"] for row in rows]
+        if None in paths:
+            raise UserError(
+                f"{source}: is a comparison of analyses in memory, whose curves are not in it; save the analyses, "
+                "and compare their directories"
+            )
+        words = ["internal-policy", "compare", *paths]
+        # A label that is the end of a name is found again.
+        if any(not f"{row['path']}\n{row['model']}\n".count(f"{row['label']}\n") for row in rows):
+            words += [word for row in rows for word in ("--label", row["label"])]
+        if manifest["steps_from"] == "given":
+            words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
+        if baseline != rows[0]["label"]:
+            words += ["--baseline", baseline]
+    return shlex.join(words)
+
+
 def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures: Path, *, quiet: bool) -> None:
     """Write the tables and the figures, each below a directory named by the analyses, and list the files."""
     from internal_policy import terminal
     from internal_policy.comparison.figures import save_all_comparisons
-    from internal_policy.shell import figure_name
+    from internal_policy.shell import figure_name, writing
 
     name = "compare--" + figure_name([(each, comparison.lens) for each in names])
-    try:
+    with writing(root / name):
         tables = comparison.save(root / name)
+    with writing(figures / name):
         drawn = save_all_comparisons(comparison, figures / name)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror or error}); choose another --output") from error
     if not quiet:
         terminal.list_files("comparison", sorted(tables.iterdir()))
         terminal.list_files("figures", drawn)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.config import DTYPES
+from internal_policy import cli_common
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
@@ -53,13 +53,14 @@ def evaluate(
         typer.Option(help="At most so many tokens a response.", show_default="what the checkpoint says, else 1024"),
     ] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
+    generator: cli_common.Generator = DEFAULTS.generator,
     template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
     reward: Annotated[
         str | None, typer.Option(help="math, exact, or module:function.", show_default="math; exact for testbed")
     ] = DEFAULTS.reward,
     batch_size: Annotated[int, typer.Option(help="Responses sampled together.")] = DEFAULTS.batch_size,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
+    dtype: cli_common.Dtype = DEFAULTS.dtype,
+    device: cli_common.Device = DEFAULTS.device,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
     against: Annotated[
         list[Path] | None,
@@ -70,8 +71,8 @@ def evaluate(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    trust_remote_code: cli_common.TrustRemoteCode = False,
+    debug: cli_common.Debug = False,
 ) -> None:
     """Evaluate one or more models on benchmarks: Avg@K, Pass@K, paired comparison, figures."""
     options: dict[str, Any] = {
@@ -81,6 +82,7 @@ def evaluate(
         "revision": revision,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
+        "generator": generator,
         "template": template,
         "batch_size": batch_size,
         "dtype": dtype,
@@ -177,16 +179,11 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     """
     from internal_policy import evaluation_figures, terminal
     from internal_policy.evaluation.benchmarks import slug
-    from internal_policy.shell import figure_name
+    from internal_policy.shell import figure_name, writing
 
     models = dict.fromkeys(slug(e.name) for e in evaluations)
     benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)
     directory = root / figure_name([(name, "policy") for name in (*models, *benchmarks)])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
         paths = evaluation_figures.save_all(evaluations, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
     terminal.list_files("figures", paths)

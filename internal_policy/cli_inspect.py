@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.config import BACKENDS, DTYPES, AnalyzeConfig, Lens
-from internal_policy.errors import UserError
+from internal_policy import cli_common
+from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
 from internal_policy.prompts import TEMPLATES
 
@@ -45,25 +45,19 @@ def inspect(
     top_k: Annotated[int, typer.Option(help="Tokens of each policy that the table keeps.")] = TOP_K,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = DEFAULTS.dtype,
-    device: Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")] = DEFAULTS.device,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto: spread the model over all devices, and over memory and disk.")
-    ] = DEFAULTS.device_map,
-    quantization: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: quantise the weights on loading (bitsandbytes).")
-    ] = DEFAULTS.quantization,
-    backend: Annotated[str, typer.Option(help=f"What captures the states: {', '.join(BACKENDS)}.")] = DEFAULTS.backend,
-    remote: Annotated[
-        bool, typer.Option("--remote", help="Run the model on NDIF (--backend nnsight; the key in NDIF_API_KEY).")
-    ] = False,
+    dtype: cli_common.Dtype = DEFAULTS.dtype,
+    device: cli_common.Device = DEFAULTS.device,
+    device_map: cli_common.DeviceMap = DEFAULTS.device_map,
+    quantization: cli_common.Quantization = DEFAULTS.quantization,
+    backend: cli_common.Backend = DEFAULTS.backend,
+    remote: cli_common.Remote = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    trust_remote_code: cli_common.TrustRemoteCode = False,
+    debug: cli_common.Debug = False,
 ) -> None:
     """Look into one prompt: entropy and top token of every internal policy at every token, as a heat map."""
     options: dict[str, Any] = {
@@ -84,7 +78,7 @@ def inspect(
     config = AnalyzeConfig(model=model, **options)
     check_settings(prompt, response, max_new_tokens, top_k, temperature)
     check_choice(tokens, last)
-    from internal_policy.shell import figure_name, quiet_libraries
+    from internal_policy.shell import figure_name, quiet_libraries, writing
 
     quiet_libraries(debug)
     from internal_policy.inspection import look as looking
@@ -108,10 +102,8 @@ def inspect(
     )
     # Nothing is written where what was asked for is not there.
     look.positions(tokens, last)
-    try:
+    with writing(directory):
         look.save(directory)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)
     list_files("inspection", [directory / file for file in results.RESULT_FILES])
@@ -131,15 +123,9 @@ def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: 
         UserError: it cannot be written.
     """
     from internal_policy.inspection import figure
+    from internal_policy.shell import writing
     from internal_policy.terminal import list_files
 
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
         paths = figure.save_all(look, directory, tokens=tokens, last=last)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
     list_files("figures", paths)
-
-
-def _unwritable(directory: Path, error: OSError) -> UserError:
-    return UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another --output")

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from internal_policy.cli_common import Debug
+
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print every field, for scripts.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Print the families of models that are known, and where their parts are."""
     from rich import box
@@ -39,12 +41,13 @@ def models(
         block = "parallel" if family.parallel is True else "sequential"
         if isinstance(family.parallel, str):
             block = f"parallel if {family.parallel}"
+        _, attention_write, _, ffn_write = family.sites()
         table.add_row(
             family.name,
             model_type,
             family.layers,
-            (family.attention_write or family.attention) + factor,
-            (family.ffn_write or family.ffn) + factor,
+            attention_write + factor,
+            ffn_write + factor,
             block + ("" if family.pre_norm else ", no norm before modules"),
             ", ".join(filter(None, (family.logit_softcap, family.logit_scale, family.logit_divisor))) or "-",
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site
+from internal_policy.cli_common import Debug
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
@@ -122,7 +122,7 @@ def train(
         list[str] | None,
         typer.Option("--set", help="name=value: any other option of BuPOConfig and trl.GRPOConfig; repeat for more."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
     # What was not given is left to the preset.
@@ -184,22 +184,19 @@ def show(run: Run) -> None:
     Args:
         run: the run.
     """
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from internal_policy import terminal
+    from internal_policy.printing import table
 
     console = Console()
-    phases = Table(
-        title=f"{escape(run.name)}: {escape(run.label)}",
-        caption="first and last step of each phase; rewards are means over its rollouts",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+    phases = table(
+        f"{escape(run.name)}: {escape(run.label)}",
+        "first and last step of each phase; rewards are means over its rollouts",
+        *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
+        left=("phase",),
     )
-    for heading in ("phase", "steps", "reward", "H(π_θ), nats", "tokens"):
-        phases.add_column(heading, justify="left" if heading == "phase" else "right", no_wrap=True)
     for phase, rows in _phases(run):
         ends = rows.iloc[[0, -1]]
         spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
@@ -238,38 +235,30 @@ def _show_evaluation(run: Run, console: Any) -> None:
         console.print("not evaluated; --benchmark evaluates start and result, `internal-policy evaluate` any model")
     if start is None or trained is None:
         return
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     from internal_policy.evaluation import compare
     from internal_policy.evaluation.benchmarks import title
+    from internal_policy.printing import percent_span, table
 
     change = compare(trained, start)
-    table = Table(
-        title=f"{escape(title(trained.benchmark))}: {trained.n_problems} problems x {trained.n_samples} samples",
-        caption="percent, with 95% intervals over problems; the difference is paired by problem",
-        box=box.SIMPLE_HEAD,
+    shown = table(
+        f"{escape(title(trained.benchmark))}: {trained.n_problems} problems x {trained.n_samples} samples",
+        "percent, with 95% intervals over problems; the difference is paired by problem",
+        *("", f"Avg@{trained.n_samples}", "95% interval"),
+        left=("",),
         min_width=64,
-        pad_edge=False,
     )
-    for heading in ("", f"Avg@{trained.n_samples}", "95% interval"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, avg in (("start", start.avg), ("trained", trained.avg)):
-        table.add_row(name, f"{100 * avg['mean']:.2f}", _span(avg["low"], avg["high"]))
-    table.add_row("difference", f"{100 * change.difference:+.2f}", _span(change.low, change.high, "+"))
-    console.print(table)
+        shown.add_row(name, f"{100 * avg['mean']:.2f}", percent_span(avg["low"], avg["high"]))
+    shown.add_row("difference", f"{100 * change.difference:+.2f}", percent_span(change.low, change.high, "+"))
+    console.print(shown)
     p = change.p_permutation
     console.print(
         f"better on {change.n_better} problems, worse on {change.n_worse}, equal on {change.n_equal}; "
         f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)",
         highlight=False,
     )
-
-
-def _span(low: float, high: float, sign: str = "") -> str:
-    """A single problem has no interval."""
-    return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
 
 
 def draw(runs: list[Run], directory: Path) -> None:
@@ -283,12 +272,8 @@ def draw(runs: list[Run], directory: Path) -> None:
         UserError: it cannot be written.
     """
     from internal_policy import terminal, training_figures
+    from internal_policy.shell import writing
 
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
         paths = training_figures.save_run_figures(runs, directory)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
     terminal.list_files("figures", paths)

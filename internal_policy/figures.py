@@ -11,16 +11,15 @@ without `plot_` lays one out for each model. Bands are 95% intervals. Nothing he
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from internal_policy import figure_marks as drawing
 from internal_policy import style
 from internal_policy.figure_data import (
     SITE_LABELS,
@@ -48,11 +47,6 @@ __all__ = [
     "save_all",
 ]
 
-LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
-SITE_MARKS: dict[ModuleSite, dict[str, Any]] = {
-    "attn": {"color": style.ATTENTION, "marker": "^", "linestyle": "-"},
-    "ffn": {"color": style.FEED_FORWARD, "marker": "s", "linestyle": (0, (4, 1.2))},
-}
 POLICY_LABEL, UNIFORM_LABEL = "policy $\\pi_\\theta$", "uniform, $\\ln V$"
 LEGEND_ORDER = ("input", "ATTN", "FFN", "output", *style.STAGE_COLOURS, "boundary layer", POLICY_LABEL, UNIFORM_LABEL)
 
@@ -74,14 +68,16 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         modules = frame[frame["point"].isin(["input", "ATTN", "FFN", "output"])].sort_values("position")
         ax.plot(modules["position"], modules["entropy"], color=style.NEUTRAL, linewidth=0.4, alpha=0.6, zorder=1.5)
         stream = modules[modules["point"].isin(["input", "output"])]
-        _line(ax, stream, "position", "entropy", color=style.STREAM, linewidth=0.8)
+        drawing.line(ax, stream, "position", "entropy", color=style.STREAM, linewidth=0.8)
         marks: dict[str, Any] = {"color": style.STREAM, "marker": "o", "linestyle": "none", "markeredgewidth": 0.4}
         for point, fill in (("input", "white"), ("output", style.STREAM)):
             rows = modules[modules["point"] == point]
-            marks |= {"markerfacecolor": fill, "markersize": _marker_size(rows), "label": point}
+            marks |= {"markerfacecolor": fill, "markersize": drawing.marker_size(rows), "label": point}
             ax.plot(rows["position"], rows["entropy"], zorder=3, **marks)
         for site, label in SITE_LABELS.items():
-            _line(ax, modules[modules["point"] == label], "position", "entropy", label=label, **SITE_MARKS[site])
+            drawing.line(
+                ax, modules[modules["point"] == label], "position", "entropy", label=label, **drawing.SITE_MARKS[site]
+            )
         policy = frame[frame["point"] == "policy"]
         ends = [policy["entropy"] - policy["low"], policy["high"] - policy["entropy"]]
         error = None if policy["low"].isna().all() else ends
@@ -94,7 +90,7 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         low, high = ax.get_ylim()
         # Zero is where a policy is certain and ln V where it knows nothing; room beyond keeps the marks there whole.
         ax.set_ylim(min(low, -0.03 * high), max(high, 1.04 * uniform))
-        _label(ax, analysis, "Entropy (nats)")
+        drawing.label(ax, analysis, "Entropy (nats)")
     return ax
 
 
@@ -117,16 +113,16 @@ def plot_entropy_change(analysis: Analysis, site: ModuleSite = "ffn", ax: Axes |
     frame = entropy_change_data([analysis])
     rows = frame[frame["site"] == site]
     with style.paper_style():
-        _zero_line(ax)
-        _line(ax, rows, "layer", "change", label=SITE_LABELS[site], **SITE_MARKS[site])
+        drawing.zero_line(ax)
+        drawing.line(ax, rows, "layer", "change", label=SITE_LABELS[site], **drawing.SITE_MARKS[site])
         style.set_layer_axis(ax, analysis.n_layers)
         boundary = rows.loc[rows["boundary"], "layer"]
         for layer in boundary:
             ax.axvline(layer, color="0.25", linewidth=0.6, linestyle="-.", label="boundary layer", zorder=2)
         if site == "ffn":
-            _shade_stages(ax, rows)
-            _name_boundary(ax, int(boundary.iloc[0]) if len(boundary) else None, analysis.n_layers)
-        _label(ax, analysis, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
+            drawing.shade_stages(ax, rows)
+            drawing.name_boundary(ax, int(boundary.iloc[0]) if len(boundary) else None, analysis.n_layers)
+        drawing.label(ax, analysis, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
     return ax
 
 
@@ -144,11 +140,11 @@ def plot_residual_cosine(analysis: Analysis, ax: Axes | None = None) -> Axes:
         return residual_cosine([analysis]).axes[0]
     frame = residual_cosine_data([analysis])
     with style.paper_style():
-        _zero_line(ax)
+        drawing.zero_line(ax)
         for site, label in SITE_LABELS.items():
-            _line(ax, frame[frame["site"] == site], "layer", "cosine", label=label, **SITE_MARKS[site])
+            drawing.line(ax, frame[frame["site"] == site], "layer", "cosine", label=label, **drawing.SITE_MARKS[site])
         style.set_layer_axis(ax, analysis.n_layers)
-        _label(ax, analysis, "Cosine similarity")
+        drawing.label(ax, analysis, "Cosine similarity")
     return ax
 
 
@@ -193,7 +189,7 @@ def entropy_change(analyses: Sequence[Analysis], *, axes: Sequence[Sequence[Axes
         column[0].tick_params(labelbottom=False)
         column[1].set_title("")
     with style.paper_style():
-        _set_titles([column[0] for column in columns], analyses)
+        drawing.set_titles([column[0] for column in columns], analyses)
         figure.supxlabel("Layer")
         figure.align_ylabels()
     _legend(figure, [ax for column in columns for ax in column], entropy_change_data(analyses))
@@ -230,71 +226,6 @@ def save_all(analyses: Sequence[Analysis], directory: Path) -> list[Path]:
     ]
 
 
-def _line(ax: Axes, rows: pd.DataFrame, x: str, y: str, **marks: Any) -> None:
-    """Draw a line with its band; a site that was not measured has neither, an unknown standard error no band."""
-    if rows.empty:
-        return
-    if rows["low"].notna().any():
-        ax.fill_between(rows[x], rows["low"], rows["high"], color=marks["color"], alpha=0.2, linewidth=0, zorder=2)
-    ax.plot(rows[x], rows[y], zorder=2.5, markersize=_marker_size(rows), **marks)
-
-
-def _marker_size(rows: pd.DataFrame) -> float:
-    """Return the markers' size, small enough that a deep model's stay apart, points."""
-    return float(np.clip(60 / max(1, rows["layer"].nunique()), 1.6, 2.6))
-
-
-def _zero_line(ax: Axes) -> None:
-    ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
-
-
-def _label(ax: Axes, analysis: Analysis, y_label: str) -> None:
-    _set_titles([ax], [analysis])
-    ax.set_xlabel("Layer")
-    ax.set_ylabel(y_label)
-
-
-def _set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis]) -> None:
-    """Title each panel with as much of the end of its model's name as tells the models apart, and its lens."""
-    parts = [analysis.name.strip("/").split("/") for analysis in analyses]
-    n_models = len({tuple(part) for part in parts})
-    depths = range(1, 1 + max(map(len, parts)))
-    depth = next(d for d in depths if len({tuple(part[-d:]) for part in parts}) == n_models)
-    for ax, part, analysis in zip(axes, parts, analyses, strict=True):
-        style.set_title(ax, "/".join(part[-depth:]), LENS_TITLES.get(analysis.lens, analysis.lens))
-
-
-def _shade_stages(ax: Axes, rows: pd.DataFrame) -> None:
-    for stage, run in groupby(zip(rows["stage"], rows["layer"], strict=True), key=lambda pair: pair[0]):
-        layers = [layer for _, layer in run]
-        ax.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=style.STAGE_COLOURS[stage], label=stage, lw=0, zorder=0)
-
-
-def _name_boundary(ax: Axes, boundary_layer: int | None, n_layers: int) -> None:
-    """Name the boundary layer beside its line, in room made for it above the data."""
-    note: dict[str, Any] = {"fontsize": 6.5, "fontfamily": ax.title.get_fontfamily()}
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.2 * (high - low))
-    if boundary_layer is None:
-        ax.text(0.5, 0.97, "no boundary layer", transform=ax.transAxes, ha="center", va="top", color="0.35", **note)
-        return
-    right = boundary_layer <= n_layers / 2
-    share = (n_layers + 0.5 - boundary_layer if right else boundary_layer - 0.5) / n_layers
-    text = f"boundary layer {boundary_layer}"
-    if style.text_width(text, note["fontsize"]) + 4 > share * style.panel_width(ax):
-        text = f"layer {boundary_layer}"
-    ax.annotate(
-        text,
-        (boundary_layer, 0.97),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(2 if right else -2, 0),
-        textcoords="offset points",
-        ha="left" if right else "right",
-        va="top",
-        **note,
-    )
-
-
 def _legend(figure: Figure, axes: Sequence[Axes], frame: pd.DataFrame) -> None:
     band = [Patch(color=style.NEUTRAL, alpha=0.35, linewidth=0, label="95% interval")]
     with style.paper_style():
@@ -318,7 +249,7 @@ def _one_row(
     for analysis, ax in zip(analyses, panels, strict=True):
         plot(analysis, ax)
     with style.paper_style():
-        _set_titles(panels, analyses)
+        drawing.set_titles(panels, analyses)
         figure.supxlabel(panels[0].get_xlabel())
         figure.supylabel(panels[0].get_ylabel())
     for ax in panels:

@@ -10,16 +10,16 @@ One checkpoint is in memory at a time. What is written is taken up again by the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from internal_policy import models
+from internal_policy.capture.nnsight_library import load_nnsight, require_key
 from internal_policy.checkpoints import Target, refuse_one_place, targets
-from internal_policy.config import AnalyzeConfig
+from internal_policy.config import AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
 from internal_policy.models.lookup import told_in_one_line
@@ -29,7 +29,7 @@ from internal_policy.progress import status
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.workspace import Workspace
 
-_OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature")
+_OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
 """Settings that have no meaning where responses are given; max_responses has chosen them already."""
 
 
@@ -76,6 +76,9 @@ def sweep(
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
     refuse_one_place(configs)
+    if configs[0].remote is True:
+        # The hub is not asked for what no key would let run.
+        require_key(load_nnsight())
     trust = bool(options.get("trust_remote_code", False))
     places = [_look_up(target, trust) for target in found]
     if not own_responses:
@@ -109,20 +112,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Refuse options that are no setting of an analysis.
-
-    Args:
-        options: by name.
-
-    Raises:
-        UserError: one is unknown; the message lists the known ones.
-    """
-    known = {f.name for f in fields(AnalyzeConfig)}
-    if unknown := sorted(options.keys() - known):
-        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
 def start_over(directories: Iterable[Path]) -> None:

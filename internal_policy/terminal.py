@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def show(analysis: Analysis) -> None:
         f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}",
         highlight=False,
     )
+    if analysis.positions is not None:
+        console.print(positions_line(analysis.positions), highlight=False)
     if analysis.n_truncated:
         console.print(
             f"{analysis.n_truncated} of {analysis.n_responses} responses reached the limit of tokens before they ended "
@@ -85,6 +87,27 @@ def layer_table(analysis: Analysis) -> Table:
             f"[{_STAGE_STYLE[stage]}]{mark}[/]",
         )
     return table
+
+
+def positions_line(positions: Mapping[str, Any]) -> str:
+    """Say how many positions were analysed and what that costs in certainty.
+
+    Args:
+        positions: of an Analysis with a tolerance.
+
+    Returns:
+        One line.
+    """
+    analysed, total, rounds = positions["analysed"], positions["total"], positions["rounds"]
+    in_rounds = f"in {rounds} round{'s' if rounds > 1 else ''}"
+    if analysed == total:
+        return f"analysed all {total} positions {in_rounds}; tolerance {positions['tolerance']:g} nats needs them all"
+    site = {"attn": ", ATTN", "ffn": ", FFN"}.get(positions["site"], "")
+    return (
+        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width "
+        f"{positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
+        f"{positions['tolerance']:g}"
+    )
 
 
 def _error(stderr: Any, digits: int = 3) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_bupo_trainer import make_trainer
+from trainers import make_trainer
 
 from internal_policy.bupo.advantages import leave_one_out, whitened
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from shapes import abrupt, make, progressive, training
@@ -142,13 +143,52 @@ def test_another_lens_is_refused(place, other_lens, tmp_path):
 
 @pytest.mark.slow
 def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, other_lens, tmp_path):
-    from test_cli_errors import run
+    from command_line import run
 
     done = run("compare", place / "llama", other_lens, cwd=tmp_path)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: llama was analysed with the lens policy and other with logit-lens")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ((), "{0}/run--checkpoint-0 {0}/run--checkpoint-10 {0}/run--checkpoint-20"),
+        (
+            ("--label", "a", "--label", "b", "--label", "the end", "--baseline", "2"),
+            "{0}/run--checkpoint-0 {0}/run--checkpoint-10 {0}/run--checkpoint-20 "
+            "--label a --label b --label 'the end' --baseline b",
+        ),
+        (
+            ("--step", "0", "--step", "5", "--step", "12.5"),
+            "{0}/run--checkpoint-0 {0}/run--checkpoint-10 {0}/run--checkpoint-20 --step 0 --step 5 --step 12.5",
+        ),
+    ],
+)
+def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_path, undrawn, options, command):
+    compared(place / "analyses", "-o", tmp_path, *options)
+    stored = (tmp_path / NAME / "comparison.json").read_bytes()
+    for named in (tmp_path, tmp_path / NAME):
+        with pytest.raises(UserError, match="a comparison is drawn from its analyses") as caught:
+            CliRunner().invoke(app, ["figures", str(named)], catch_exceptions=False)
+        said = str(caught.value).split("draw it by internal-policy compare ")[1]
+        assert said == command.format(place / "analyses")
+    # It does what it says.
+    compared(*shlex.split(said), "-o", tmp_path)
+    assert (tmp_path / NAME / "comparison.json").read_bytes() == stored
+
+
+def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "internal_policy.figures.save_all",
+        lambda analyses, directory: drawn.append([a.name for a in analyses]) or [directory / "figure.png"],
+    )
+    out = CliRunner().invoke(app, ["figures", str(place / "analyses"), "-o", str(tmp_path)], catch_exceptions=False)
+    assert drawn == [["run/checkpoint-0", "run/checkpoint-10", "run/checkpoint-20"]]
+    assert "holds 3 analyses, drawn together: run/checkpoint-0, run/checkpoint-10, run/checkpoint-20" in out.stdout
 
 
 def test_a_directory_that_cannot_be_written_is_told(place, tmp_path):

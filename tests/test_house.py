@@ -19,20 +19,20 @@ PACKAGE = ROOT / "internal_policy"
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
     {"errors", "shell"},
-    {"files", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
-    {"prompts", "selection", "study_models"},
+    {"files", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
+    {"prompts", "stages", "selection", "study_models"},
     {"config", "results", "style"},
-    {"models", "workspace", "figure_data", "comparison"},
+    {"models", "workspace", "figure_data", "figure_marks", "comparison"},
     {"checkpoints"},
     {"responses", "figures", "terminal", "alignment_figures", "summary"},
-    {"capture", "generation", "training_figures"},
-    {"inputs", "tables", "inspection"},
+    {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},
+    {"inputs", "tables", "inspection", "rounds"},
     {"pipeline"},
     {"sweeps"},
     {"studies"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
     {"bupo", "evaluation", "evaluation_figures"},
-    {"cli_analyze", "cli_train", "cli_evaluate", "cli_compare", "cli_models", "cli_inspect"},
+    {"cli_common", "cli_analyze", "cli_train", "cli_evaluate", "cli_compare", "cli_models", "cli_inspect"},
     {"cli"},
 ]
 HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")

@@ -169,8 +169,8 @@ def test_columns_are_chosen_from_the_end_or_by_place():
     assert it.positions("28:") == it.positions("28:40") == range(28, 31)
     for tokens, last, message in (
         ("31:", None, "31:30 of 30"),
-        ("9:5", None, "9:5 of 30"),
-        ("0:5", None, "0:5 of 30"),
+        ("9:5", None, "is '9:5'; needed are places from 1"),
+        ("0:5", None, "is '0:5'; needed are places from 1"),
         ("five", None, "FIRST:LAST"),
         ("1:2", 3, "both --tokens and --last"),
         (None, 0, "--last is 0"),
@@ -325,6 +325,9 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
         (["-p", " "], "--prompt is an empty text"),
         (["-p", "w3", "--response", "w4", "--max-new-tokens", 3], "both --response and --max-new-tokens were given"),
         (["-p", "w3", "--tokens", "3-4"], "--tokens is '3-4'; needed is FIRST:LAST"),
+        # Told by themselves, whatever the model is.
+        (["-p", "w3", "--tokens", "9:3", "-m", "./nowhere"], "--tokens is '9:3'; needed are places from 1, the lower"),
+        (["-p", "w3", "--tokens", ":0", "-m", "./nowhere"], "--tokens is ':0'; needed are places from 1"),
         (["-p", "w3", "--tokens", "2:", "--max-new-tokens", 0], "--tokens is 2:1 of 1 tokens"),
         (["-p", "w3", "--last", 0], "--last is 0"),
         (["-p", "w3", "--site", "mlp"], "'mlp' is not one of"),

@@ -9,8 +9,8 @@ import sys
 
 import pandas as pd
 import pytest
-from test_cli_errors import run
-from test_train_errors import command
+from command_line import run
+from training import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
@@ -141,3 +141,83 @@ def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, c
     assert pd.Series(found.history["reward"]).between(0, 1).all()
     assert found.failures == {"crashes": 1, "timeouts": 0}
     assert "the reward failed on some responses, which count as 0: 1 crashes" in out
+
+
+BAD_ARGUMENTS = [
+    (["--method", "ppo"], "--method is 'ppo'; needed is one of bupo, grpo, rloo, reinforce++"),
+    (["--preset", "qwen9"], "--preset is 'qwen9'"),
+    (["--aggregation", "sum"], "--aggregation is 'sum'"),
+    (["--template", "qwen9"], "--template is 'qwen9'"),
+    (["--dtype", "int8"], "--dtype is 'int8'"),
+    (["--site", "mlp"], "'mlp' is not one of"),
+    (["--lens", "wide"], "'wide' is not one of"),
+    (["--ipa-steps", "5", "--max-steps", "4"], "--ipa-steps is 5 and --max-steps 4"),
+    (["--ipa-steps", "-1"], "--ipa-steps is -1; needed is a number of steps of at least 0, or auto"),
+    (["--max-steps", "0"], "Invalid value for '--max-steps'"),
+    (["--set", "beta"], "--set is 'beta'; needed is name=value"),
+    (["--set", "=1"], "--set is '=1'; needed is name=value"),
+    (["--set", "callbacks=[]"], "--set callbacks takes an object"),
+    (["--max-steps", "4", "--set", "max_steps=5"], "max_steps was given twice"),
+    (["--set", "epsilon=0.1", "--set", "epsilon=0.2"], "epsilon was given twice"),
+    (["--set", "epsilonn=0.1"], "unknown option 'epsilonn'; did you mean epsilon?"),
+    (["--set", "epsilon=low"], "epsilon is 'low'; needed is a number"),
+    (["--layer", "9"], "layer is 9; needed is a layer of this model, 1 to 8"),
+    (["--reward", "maths"], "reward 'maths' is unknown"),
+    (["--prompts", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["--no-such-option"], "No such option: --no-such-option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=str)
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(monkeypatch, capsys, "train", *arguments, "--output", "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    done = run("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
+    assert done.stdout == ""
+    assert done.stderr == "error: --ipa-steps is 9 and --max-steps 4; needed is at most --max-steps, or auto\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reward_that_breaks_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "breaking.py").write_text("def reward(prompts, completions, **_):\n    return [1.0]\n")
+    arguments = ["--layer", "2", "--max-steps", "2", "--prompts-per-step", "2", "--eval-samples", "0"]
+    code, out, err = command(monkeypatch, capsys, "train", *arguments, "--reward", "breaking:reward", "--output", "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: reward function 'reward' returned 1 numbers; needed is a list of 16")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text(json.dumps({"name": "x"}))
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("empty", "no finished analysis here, nor a training run or an evaluation"),
+        ("nowhere", "no finished analysis here, nor a training run or an evaluation"),
+        ("broken", "cannot be read ('schema_version')"),
+        ("unfinished", "holds a run that has not ended"),
+    ):
+        code, out, err = command(monkeypatch, capsys, "figures", name)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_the_directory_is_named_by_the_layer_also_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    named = tmp_path / "data" / "runs" / "testbed--qwen3--bupo-l2-s1-seed0"
+    named.mkdir(parents=True)
+    (named / "thesis.tex").write_text("years of work")
+    code, _, err = command(monkeypatch, capsys, "train", "--layer", "2", "--ipa-steps", "1", "--max-steps", "2")
+    assert code == 2
+    assert f"{named.relative_to(tmp_path)}: is in use for something else (it holds thesis.tex)" in err

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import test_figures
+from drawings import assert_legible, band, drawn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from test_figures import assert_legible, band, drawn
 
 from internal_policy import UserError, alignment_figures, style, training_figures
 from internal_policy.training_figures import (

@@ -9,20 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_bupo_trainer import aligning, weights
-from test_train_errors import MODEL, everything, refused
+from sessions import PROMPTS, RATE, high_words, refused_here, train
 from tiny import tiny_model, tiny_tokenizer
+from trainers import aligning, weights
+from training import MODEL, refused
 from transformers import TrainerCallback, TrainerState
 
 from internal_policy import UserError, bupo
 from internal_policy.testbed import tasks
-
-RATE = 1e-3
-PROMPTS = [{"prompt": f"w{i} w{i + 7}"} for i in range(2, 8)]
-
-
-def high_words(completions, **_):
-    return [sum(int(w[1:]) > 30 for w in c.split() if w[1:].isdigit()) / 6 for c in completions]
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +25,6 @@ def place(tmp_path_factory):
     tiny_model("qwen3").save_pretrained(place / "model")
     tiny_tokenizer().save_pretrained(place / "model")
     return place
-
-
-def train(place, output, prompts=PROMPTS, **options):
-    return bupo.train(
-        place / "model",
-        prompts,
-        output=place / output,
-        **{
-            **{"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4},
-            **{"mini_batches": 1, "max_completion_length": 6, "dynamics_every": 0, "eval_samples": 0},
-            **{"learning_rate": RATE, "template": "plain", "reward": high_words, **options},
-        },
-    )
-
-
-def refused_here(place, output, **options):
-    before = everything(place / output)
-    with pytest.raises(UserError) as info:
-        train(place, output, **options)
-    assert "\n" not in str(info.value)
-    assert everything(place / output) == before
-    return str(info.value)
 
 
 class Keep(TrainerCallback):

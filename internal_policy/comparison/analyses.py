@@ -11,7 +11,6 @@ What cannot be compared is refused (another lens) or marked: `paired` says wheth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +25,13 @@ from internal_policy.comparison.convergence import convergence_table, measure_co
 from internal_policy.comparison.items import Item, paired
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically, write_text
+from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
+from internal_policy.stored import Kind
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
+COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION)
 TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
 
 
@@ -88,12 +89,9 @@ class AnalysisComparison:
         Returns:
             The directory.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / MANIFEST).unlink(missing_ok=True)
-        for name in TABLES:
-            write_atomically(target / f"{name}.csv", partial(getattr(self, name).to_csv, index=False))
-        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        with COMPARISON.writing(directory, self.manifest()) as target:
+            for name in TABLES:
+                write_atomically(target / f"{name}.csv", partial(getattr(self, name).to_csv, index=False))
         return target
 
     def manifest(self) -> dict[str, Any]:

@@ -128,17 +128,13 @@ def depth_overlay(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None
     frame = depth_data(comparison)
     panels = drawing.grid(1, (1, 1), 1.9) if axes is None else list(axes)
     marks = drawing.series(comparison)
-    few = len(marks) <= drawing.MOST_NAMED
     with style.paper_style():
         for unit, title, ax in zip(("nats", "share"), ("Entropy (nats)", r"Entropy / $\ln V$"), panels, strict=True):
             rows = frame[frame["unit"] == unit]
+            _lines(ax, rows, "relative_depth", "value", marks)
             for label, mark in marks.items():
-                line = rows[rows["label"] == label]
-                drawing.line(ax, line, "relative_depth", "value", mark, bands=few)
-                at = line[line["boundary"]]
-                ax.plot(
-                    at["relative_depth"], at["value"], "D", color=mark["color"], ms=3, mec="white", mew=0.4, zorder=4
-                )
+                at = rows[(rows["label"] == label) & rows["boundary"]]
+                ax.plot(at["relative_depth"], at["value"], color=mark["color"], **BOUNDARY)
             ax.set_ylabel(title)
             drawing.depth_axis(ax)
             ax.set_ylim(bottom=-0.03 * ax.get_ylim()[1])
@@ -161,7 +157,6 @@ def entropy_fall(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None 
     panels = drawing.grid(1, (3, 1), 1.9) if axes is None else list(axes)
     marks = drawing.series(comparison)
     table = {str(row["label"]): row for row in comparison.convergence.to_dict("records")}
-    few = len(marks) <= drawing.MOST_NAMED
     with style.paper_style():
         ax, last = panels
         ax.axhline(0.5, color=style.NEUTRAL, linewidth=0.5, linestyle=":", zorder=1)
@@ -169,9 +164,8 @@ def entropy_fall(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None 
         depths = {int(row["n_layers"]) for row in table.values()} - {1}
         for n_layers in sorted({min(depths, default=2), max(depths, default=2)}):
             ax.plot([1 / n_layers, 1], [0, 1], color=style.NEUTRAL, linewidth=0.6, zorder=1)
+        _lines(ax, comparison.fall, "relative_depth", "fallen", marks)
         for place, (label, mark) in enumerate(marks.items()):
-            rows = comparison.fall[comparison.fall["label"] == label]
-            drawing.line(ax, rows, "relative_depth", "fallen", mark, bands=few)
             row = table[label]
             _point(ax, float(row["half_drop_depth"]), 0.5, row, "half_drop_depth", mark, horizontal=True)
             _point(last, place, float(row["last_three_share"]), row, "last_three_share", mark, horizontal=False)
@@ -205,20 +199,10 @@ def layer_differences(comparison: AnalysisComparison, *, axes: Sequence[Axes] | 
     frame = difference_data(comparison)
     panels = drawing.grid(1, (1, 1, 1), 1.9) if axes is None else list(axes)
     marks = {k: v for k, v in drawing.series(comparison).items() if (frame["label"] == k).any()}
-    few = len(marks) <= drawing.MOST_NAMED
     with style.paper_style():
         for name, ax in zip(("entropy", "attn", "ffn"), panels, strict=True):
             ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
-            rows = frame[frame["map"] == name]
-            for label, mark in marks.items():
-                drawing.line(
-                    ax,
-                    rows[rows["label"] == label],
-                    "layer",
-                    "difference",
-                    mark,
-                    bands=few,
-                )
+            _lines(ax, frame[frame["map"] == name], "layer", "difference", marks)
             style.set_layer_axis(ax, int(frame["layer"].max()))
             ax.set_title(TITLES[name])
             ax.set_xlabel("Layer")
@@ -242,14 +226,10 @@ def depth_differences(comparison: AnalysisComparison, *, axes: Sequence[Axes] | 
     panels = drawing.grid(1, (1, 1), 1.9) if axes is None else list(axes)
     marks = {k: v for k, v in drawing.series(comparison).items() if k != comparison.baseline}
     titles = {"entropy": "Entropy (nats)", "entropy_share": r"Entropy / $\ln V$"}
-    few = len(marks) <= drawing.MOST_NAMED
     with style.paper_style():
         for (quantity, title), ax in zip(titles.items(), panels, strict=True):
             ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
-            rows = frame[frame["quantity"] == quantity]
-            for label, mark in marks.items():
-                line = rows[rows["label"] == label]
-                drawing.line(ax, line, "relative_depth", "difference", mark, bands=few)
+            _lines(ax, frame[frame["quantity"] == quantity], "relative_depth", "difference", marks)
             ax.set_title(title)
             drawing.depth_axis(ax)
         panels[0].set_ylabel(_difference_label(comparison, frame), linespacing=0.9)
@@ -280,6 +260,12 @@ def save_all_comparisons(comparison: AnalysisComparison, directory: Path) -> lis
         drawings |= {"layer_differences": layer_differences}
     stems = {f"compare_{name}": draw for name, draw in drawings.items()}
     return [p for stem, draw in stems.items() for p in style.save_figure(draw(comparison), directory / stem)]
+
+
+def _lines(ax: Axes, rows: pd.DataFrame, x: str, y: str, marks: dict[str, dict[str, Any]]) -> None:
+    """Draw a line for each analysis; bands only where they can be told apart."""
+    for label, mark in marks.items():
+        drawing.line(ax, rows[rows["label"] == label], x, y, mark, bands=len(marks) <= drawing.MOST_NAMED)
 
 
 def _point(

@@ -9,7 +9,7 @@ from internal_policy.comparison.items import Item
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, without_step
 from internal_policy.results import Analysis
 
-_SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens")
+_SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens", "generator")
 _MODEL = ("dtype", "quantization", "device")
 _MIN_TREND = 3
 _MOST_NAMES = 4
@@ -87,7 +87,7 @@ def incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) 
     Returns:
         Sentences.
     """
-    notes = []
+    notes = [_sampled_positions(item) for item in items if item.analysis.positions is not None]
     origin = baseline.analysis
     for item in items:
         a = item.analysis
@@ -104,6 +104,14 @@ def incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) 
                 "vocabulary has more entropy; entropy_share is in units of ln V"
             )
     return notes
+
+
+def _sampled_positions(item: Item) -> str:
+    found = item.analysis.positions or {}
+    return (
+        f"{item.label} was analysed at {found['analysed']} of {found['total']} positions (tolerance "
+        f"{found['tolerance']:g}): its intervals hold that too, and single responses are estimates"
+    )
 
 
 def _same(one: Analysis, other: Analysis) -> bool:

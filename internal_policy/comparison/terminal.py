@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from internal_policy.comparison.analyses import AnalysisComparison
+from internal_policy.printing import number, plus_minus, table
 
 _SITES = (("H layer", "layer", "entropy_out"), ("ΔH ATTN", "attn", "change"), ("ΔH FFN", "ffn", "change"))
 _MOST_NOTES = 6
@@ -51,33 +50,30 @@ def summary_table(comparison: AnalysisComparison) -> Table:
     caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
     if not all(comparison.paired.values()):
         caption += "\n≠ other responses than the baseline"
-    table = Table(
-        title=f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("analysis", overflow="fold")
     stepped = comparison.steps_from != "order"
-    headings = ("boundary", "move", "drop", "half", "last 3", "reading")
-    for heading in (*(("step",) if stepped else ()), "L", *headings):
-        table.add_column(heading, justify="left" if heading == "reading" else "right", no_wrap=True)
+    shown = table(
+        f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
+        caption,
+        *("analysis", *(("step",) if stepped else ()), "L", "boundary", "move", "drop", "half", "last 3", "reading"),
+        fold=("analysis",),
+        left=("reading",),
+    )
     rows = zip(comparison.boundaries.to_dict("records"), comparison.convergence.to_dict("records"), strict=True)
     for place, measures in rows:
         label = str(place["label"])
         mark = "" if comparison.paired[label] else " ≠"
-        table.add_row(
+        shown.add_row(
             escape(label) + mark,
             *((f"{place['step']:g}",) if stepped else ()),
             str(place["n_layers"]),
             _layer(place["boundary_layer"]),
             "" if label == comparison.baseline else _move(place),
             f"{measures['total_drop']:.2f}",
-            _number(measures["half_drop_depth"], ".2f"),
-            _number(measures["last_three_share"], ".0%"),
+            number(measures["half_drop_depth"], ".2f"),
+            number(measures["last_three_share"], ".0%"),
             str(measures["reading"]),
         )
-    return table
+    return shown
 
 
 def difference_table(comparison: AnalysisComparison) -> Table:
@@ -89,23 +85,20 @@ def difference_table(comparison: AnalysisComparison) -> Table:
     Returns:
         A rich table.
     """
-    table = Table(
-        title=f"largest difference from {escape(comparison.baseline)}, nats",
-        caption="layer: difference ± standard error",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+    shown = table(
+        f"largest difference from {escape(comparison.baseline)}, nats",
+        "layer: difference ± standard error",
+        *("analysis", *(heading for heading, _, _ in _SITES)),
+        fold=("analysis",),
     )
-    table.add_column("analysis", overflow="fold")
-    for heading, _, _ in _SITES:
-        table.add_column(heading, justify="right", no_wrap=True)
     frame = comparison.differences
     for label in dict.fromkeys(frame["label"]):
         cells = []
         for _, site, quantity in _SITES:
             rows = frame[(frame["label"] == label) & (frame["site"] == site) & (frame["quantity"] == quantity)]
             cells.append(_largest(rows) if len(rows) else "-")
-        table.add_row(escape(str(label)), *cells)
-    return table
+        shown.add_row(escape(str(label)), *cells)
+    return shown
 
 
 def trend_table(comparison: AnalysisComparison) -> Table:
@@ -117,29 +110,26 @@ def trend_table(comparison: AnalysisComparison) -> Table:
     Returns:
         A rich table.
     """
-    table = Table(
-        title=f"over {len(comparison.labels)} checkpoints, nats",
-        caption="steepest slope per 100 steps ± standard error, largest move between two neighbours",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+    shown = table(
+        f"over {len(comparison.labels)} checkpoints, nats",
+        "steepest slope per 100 steps ± standard error, largest move between two neighbours",
+        *("", "layer", "slope", "layer", "largest move", "steps"),
     )
-    for heading in ("", "layer", "slope", "layer", "largest move", "steps"):
-        table.add_column(heading, justify="right", no_wrap=True)
     frame = comparison.trends
     for name, site, quantity in _SITES:
         rows = frame[(frame["site"] == site) & (frame["quantity"] == quantity)]
         if rows.empty:
             continue
         steep, largest = _greatest(rows, "slope"), _greatest(rows, "largest_move")
-        table.add_row(
+        shown.add_row(
             name,
             str(steep["layer"]),
-            f"{100 * steep['slope']:+.3f}{_error(100 * steep['stderr'])}",
+            f"{100 * steep['slope']:+.3f}{plus_minus(100 * steep['stderr'])}",
             str(largest["layer"]),
             f"{largest['largest_move']:+.3f}",
             f"{largest['from_step']:g} to {largest['to_step']:g}",
         )
-    return table
+    return shown
 
 
 def _greatest(rows: pd.DataFrame, column: str) -> dict[Hashable, Any]:
@@ -150,7 +140,7 @@ def _greatest(rows: pd.DataFrame, column: str) -> dict[Hashable, Any]:
 
 def _largest(rows: pd.DataFrame) -> str:
     row = _greatest(rows, "difference")
-    return f"{row['layer']}: {row['difference']:+.3f}{_error(row['stderr'])}"
+    return f"{row['layer']}: {row['difference']:+.3f}{plus_minus(row['stderr'])}"
 
 
 def _setting(value: Any) -> str:
@@ -165,13 +155,4 @@ def _move(row: dict[Hashable, Any]) -> str:
     """In layers where these are comparable, else in relative depth."""
     if not pd.isna(row["move"]):
         return f"{row['move']:+d}" if row["move"] else "0"
-    return _number(row["depth_move"], "+.2f") + (" L" if not pd.isna(row["depth_move"]) else "")
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
-
-
-def _error(stderr: float, form: str = ".3f") -> str:
-    """A single prompt has no standard error."""
-    return "" if math.isnan(stderr) else f"±{stderr:{form}}"
+    return number(row["depth_move"], "+.2f") + (" L" if not pd.isna(row["depth_move"]) else "")

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from internal_policy import style
-from internal_policy.errors import UserError
+from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.fonts import drawable, fit, font
 from internal_policy.inspection.settings import SITES, Site, Span
 
@@ -49,42 +49,6 @@ _LONGEST_LABEL = 38.0
 _MARGINS, _TITLE, _BAR = 0.32, 0.2, 0.75
 """Inches: labels of a panel, its title, what stands beside the map."""
 _PROMPT, _RESPONSE = "0.45", "black"
-
-
-def inspection_data(
-    inspection: Inspection, sites: Sequence[Site] = SITES, *, tokens: Span | None = None, last: int | None = None
-) -> pd.DataFrame:
-    """Return the numbers of the heat maps.
-
-    Args:
-        inspection: What was looked at.
-        sites: Which policies; the final policy, site ``policy``, always follows.
-        tokens: Which tokens, from 1; see ``Inspection.positions``.
-        last: So many tokens at the end; 24 where neither is given.
-
-    Returns:
-        A row for each position, layer (1..L) and site: position, part, token (which was read), next_token (which came
-        next; empty where none did), layer, site, entropy (nats), top1_id, top1_token, top1_probability, hit (whether
-        the top token came next).
-
-    Raises:
-        UserError: a site or tokens that are not there.
-    """
-    if wrong := [site for site in sites if site not in SITES]:
-        raise UserError(f"--site is {wrong[0]!r}; needed is one of {', '.join(SITES)}")
-    places = inspection.positions(tokens, last)
-    values = inspection.values  # noqa: PD011
-    wanted = values["position"].isin(list(places)) & values["site"].isin([*sites, "policy"]) & (values["layer"] > 0)
-    columns = ["position", "layer", "site", "entropy", "top1_id", "top1_token", "top1_probability"]
-    frame = values.loc[wanted, columns].reset_index(drop=True)
-    by_position = inspection.tokens.set_index("position")
-    following = by_position["token"].shift(-1, fill_value="")
-    frame.insert(1, "part", frame["position"].map(by_position["part"]))
-    frame.insert(2, "token", frame["position"].map(by_position["token"]))
-    frame.insert(3, "next_token", frame["position"].map(following))
-    next_id = values.loc[wanted, "next_id"].reset_index(drop=True)
-    frame["hit"] = (next_id == frame["top1_id"]).fillna(False).astype(bool)
-    return frame
 
 
 def plot_inspection(

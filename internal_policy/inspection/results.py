@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically, write_text
+from internal_policy.files import write_atomically
 from internal_policy.inspection.settings import Span, check_choice
+from internal_policy.stored import Kind
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
 RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
+INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,9 @@ class Inspection:
         Returns:
             The directory.
         """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / MANIFEST).unlink(missing_ok=True)
-        write_atomically(target / "values.parquet", partial(self.values.to_parquet, index=False))
-        write_atomically(target / "tokens.csv", partial(self.tokens.to_csv, index=False))
-        write_text(target / MANIFEST, json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        with INSPECTION.writing(directory, self.manifest()) as target:
+            write_atomically(target / "values.parquet", partial(self.values.to_parquet, index=False))
+            write_atomically(target / "tokens.csv", partial(self.tokens.to_csv, index=False))
         return target
 
     def manifest(self) -> dict[str, Any]:
@@ -141,14 +139,8 @@ class Inspection:
         Raises:
             UserError: no inspection there, broken, or written by a newer version.
         """
-        source = _find(Path(directory).expanduser())
-        try:
-            manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["schema_version"] != SCHEMA_VERSION:
-                raise UserError(
-                    f"{source}: schema version {manifest['schema_version']}; this version reads {SCHEMA_VERSION}: "
-                    "inspect again, or use the version of internal-policy that wrote it"
-                )
+        source = INSPECTION.find(Path(directory).expanduser())
+        with INSPECTION.reading(source) as manifest:
             # A token such as NA or 007 is a text.
             tokens = pd.read_csv(source / "tokens.csv", dtype={"token": str}, keep_default_na=False, na_values=[])
             return cls(
@@ -160,8 +152,6 @@ class Inspection:
                 versions=manifest["versions"],
                 path=source,
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{source}: broken inspection ({type(error).__name__}: {error}); inspect again") from error
 
     def __repr__(self) -> str:
         return (
@@ -180,15 +170,3 @@ def load_inspection(directory: str | Path) -> Inspection:
         The inspection.
     """
     return Inspection.load(directory)
-
-
-def _find(directory: Path) -> Path:
-    if (directory / MANIFEST).is_file():
-        return directory
-    inside = sorted(p.parent for p in directory.glob(f"*/{MANIFEST}"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        names = ", ".join(p.name for p in inside[:4]) + (f" and {len(inside) - 4} more" if len(inside) > 4 else "")
-        raise UserError(f"{directory}: holds {len(inside)} inspections ({names}); name one of them")
-    raise UserError(f"{directory}: no finished inspection here (no {MANIFEST}); run internal-policy inspect first")

@@ -75,7 +75,13 @@ def check_choice(tokens: Span | None, last: int | None) -> tuple[int | None, int
     if isinstance(tokens, str):
         if found := re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", tokens):
             first, end = (int(part) if part else None for part in found.groups())
-            return first, end
+            return _in_order(tokens, first, end)
     elif len(tokens) == 2 and all(isinstance(end, int) for end in tokens):
-        return tokens
+        return _in_order(tokens, *tokens)
     raise UserError(f"--tokens is {tokens!r}; needed is FIRST:LAST, places from 1, as 5:12, 5: or :")
+
+
+def _in_order(tokens: Span, first: int | None, end: int | None) -> tuple[int | None, int | None]:
+    if (1 if first is None else first) < 1 or (end is not None and end < (first or 1)):
+        raise UserError(f"--tokens is {tokens!r}; needed are places from 1, the lower one first, as 5:12")
+    return first, end

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from internal_policy.inspection.figure import TITLES, cell_colours, inspection_data
+from internal_policy.inspection.figure import TITLES, cell_colours
+from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import Site, Span
 

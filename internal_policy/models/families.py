@@ -49,6 +49,15 @@ class Family:
     guessed: bool = False
     """Whether the row was found by structure and not written down."""
 
+    def sites(self) -> tuple[str, str, str, str]:
+        """Where a layer is listened to.
+
+        Returns:
+            Paths from the layer: the attention (its input), the module whose output is A^l, the FFN (its input), the
+            module whose output is F^l.
+        """
+        return self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
+
     def is_parallel(self, config: Any) -> bool:
         """Tell a parallel block from a sequential one.
 

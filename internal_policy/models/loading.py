@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from internal_policy.config import DTYPES
+from internal_policy.config import DTYPES, check_device_map, check_quantization
 from internal_policy.errors import UserError
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
 from internal_policy.models.lookup import WEIGHTS, check, choose_device, told_in_one_line
-from internal_policy.models.placement import check_device_map
-from internal_policy.models.quantization import bitsandbytes, check_quantization, describe
+from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice
 
 
 def load(
@@ -51,12 +50,15 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_device_map(device_map, device)
+    check_quantization(quantization)
     target = choose_device(device)
     where, config = check(name, revision=revision, trust_remote_code=trust_remote_code)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    check_quantization(quantization, config, name)
+    refuse_twice(quantization, config, name)
     own = describe(config) is not None
+    if own or quantization is not None:
+        quiet_casts()
     if dtype == "auto" and not own and not _accelerated(target, device_map):
         dtype = "float32"
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

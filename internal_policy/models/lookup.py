@@ -152,11 +152,11 @@ def told_in_one_line(name: str, what: str) -> Iterator[None]:
 
 
 def _explain(name: str, what: str, error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = shorten(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError):
-        return f"{text.rstrip('.')}; install what is missing, then repeat this"
+        return f"{text}; install what is missing, then repeat this"
     if Path(name).exists():
-        return f"{text.rstrip('.:')}; mend this directory, or give another"
+        return f"{text}; mend this directory, or give another"
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
         return "the repository has no safetensors weights (pickle only?); only safetensors is read"
@@ -166,8 +166,8 @@ def _explain(name: str, what: str, error: BaseException) -> str:
         return "it needs code from its repository; read that code, then pass --trust-remote-code"
     if what == WEIGHTS and not isinstance(error, (OSError, hub.HfHubHTTPError)):
         # Its configuration has been read: the model exists, and what fails is how it was to be loaded.
-        return f"{text.rstrip('.:')}; change how it is loaded, or give another checkpoint"
-    return f"no such model on the hub, or no network ({text.rstrip('.')}); check the name, or give a local directory"
+        return f"{text}; change how it is loaded, or give another checkpoint"
+    return f"no such model on the hub, or no network ({text}); check the name, or give a local directory"
 
 
 def first_line(error: BaseException) -> str:
@@ -177,7 +177,24 @@ def first_line(error: BaseException) -> str:
         error: the exception.
 
     Returns:
-        At most 200 characters; its type where it says nothing.
+        Some 200 characters at most; its type where it says nothing.
     """
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return shorten(lines[0]) if lines else type(error).__name__
+
+
+def shorten(text: str, length: int = 200) -> str:
+    """Cut a text for a message where it can be cut: an address or a path stays whole, or is left out.
+
+    Args:
+        text: one line.
+        length: so many characters at most, unless the first word is longer.
+
+    Returns:
+        The text without the stop at its end; with three dots where it was cut.
+    """
+    text = text.strip().rstrip(".:")
+    if len(text) <= length:
+        return text
+    space = max(text.rfind(" ", 0, length + 1), text.find(" "))
+    return text if space < 0 else f"{text[:space].rstrip('.,:;(')} ..."

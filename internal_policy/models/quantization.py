@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from internal_policy.config import QUANTIZATIONS
 from internal_policy.errors import UserError
 
 
-def check_quantization(quantization: str | None, config: Any, name: str) -> None:
-    """Refuse a quantisation that does not exist, or of a checkpoint that is quantised already.
+def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
+    """Refuse to quantise a checkpoint that is quantised already.
 
     Args:
         quantization: ``8bit``, ``4bit`` or None.
@@ -20,13 +20,9 @@ def check_quantization(quantization: str | None, config: Any, name: str) -> None
         name: the model's name.
 
     Raises:
-        UserError: what does not fit.
+        UserError: both.
     """
-    if quantization is None:
-        return
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"--quantization is {quantization!r}; needed is one of {', '.join(QUANTIZATIONS)}")
-    if (own := describe(config)) is not None:
+    if quantization is not None and (own := describe(config)) is not None:
         raise UserError(
             f"{name}: --quantization {quantization} was given with a checkpoint that is quantised already ({own}); "
             "leave it out, and it is loaded as it is"
@@ -48,6 +44,19 @@ def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def quiet_casts() -> None:
+    """Keep bitsandbytes from telling once a process that its 8-bit products round their input to float16.
+
+    That is LLM.int8 itself, and nothing to be done about; other warnings of it are left alone.
+    """
+    # A filter that is there already is not added again.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_tells_no_cast)
+
+
+def _tells_no_cast(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def describe(config: Any) -> str | None:

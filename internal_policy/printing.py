@@ -1,0 +1,79 @@
+"""What tables on the terminal have in common: their looks, and how a number that is not defined is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from rich import box
+from rich.table import Table
+
+
+def table(
+    title: str,
+    caption: str | None,
+    *headings: str,
+    fold: Collection[str] = (),
+    left: Collection[str] = (),
+    min_width: int | None = None,
+) -> Table:
+    """Begin a table.
+
+    Args:
+        title: above it; rich markup, so names are to be escaped.
+        caption: below it.
+        headings: of the columns, whose cells stand on the right and stay whole.
+        fold: those among them whose cells are names: on the left, and folded where they are long.
+        left: those whose cells stand on the left.
+        min_width: of the whole, columns; title and caption are folded to its width.
+
+    Returns:
+        The table, without rows.
+    """
+    begun = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, min_width=min_width, pad_edge=False)
+    for heading in headings:
+        if heading in fold:
+            begun.add_column(heading, overflow="fold")
+        else:
+            begun.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return begun
+
+
+def number(value: float, form: str) -> str:
+    """Write a number.
+
+    Args:
+        value: the number.
+        form: its format.
+
+    Returns:
+        The number; a stroke where it is not defined.
+    """
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def plus_minus(stderr: float, form: str = ".3f") -> str:
+    """Write a standard error behind its mean.
+
+    Args:
+        stderr: the standard error.
+        form: its format.
+
+    Returns:
+        With its sign; nothing where it is not defined, as of a single prompt.
+    """
+    return "" if math.isnan(stderr) else f"±{stderr:{form}}"
+
+
+def percent_span(low: float, high: float, sign: str = "") -> str:
+    """Write an interval of rates.
+
+    Args:
+        low: 0 to 1.
+        high: 0 to 1.
+        sign: ``+`` for differences, which show theirs.
+
+    Returns:
+        In percent; a stroke where there is none, as of a single problem.
+    """
+    return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"

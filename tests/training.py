@@ -1,0 +1,56 @@
+"""Calls of `bupo.train` and of the command line in this process, and what a refused one leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from internal_policy import UserError, bupo, cli
+
+MODEL = "testbed/qwen3"
+LAYERS = 8
+SMALL = {
+    "layer": 2,
+    "ipa_steps": 1,
+    "max_steps": 2,
+    "prompts_per_step": 2,
+    "num_generations": 4,
+    "mini_batches": 1,
+    "eval_samples": 0,
+    "dynamics_every": 0,
+    "max_completion_length": 8,
+}
+
+
+def everything(directory):
+    if not directory.is_dir():
+        return directory.read_bytes() if directory.exists() else None
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def refused(output, model=MODEL, began=False, **options):
+    """What a refused call says; what was in its output directory before is there, and nothing else."""
+    before = everything(output)
+    with pytest.raises(UserError) as info:
+        bupo.train(model, output=output, **{**SMALL, **options})
+    told = str(info.value)
+    assert "\n" not in told
+    assert began or everything(output) == before
+    return told
+
+
+def command(monkeypatch, capsys, *arguments):
+    """The command line in this process: exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["internal-policy", *map(str, arguments)])
+    logger = logging.getLogger("internal_policy")
+    handlers = list(logger.handlers)
+    capsys.readouterr()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        logger.handlers = handlers
+    told = capsys.readouterr()
+    return stop.value.code or 0, told.out, told.err
