@@ -159,19 +159,26 @@ def shift_matters(model: nn.Module) -> bool:
     return bool((here - there).norm() > math.sqrt(_eps(model)) * here.norm())
 
 
-def warn_of_dropout(model: nn.Module) -> None:
+def warn_of_dropout(model: nn.Module) -> bool:
     """Say that old and new log-probabilities are of different dropouts.
 
     Args:
         model: a causal LM, without wrappers around it.
+
+    Returns:
+        Whether anything drops out in training, adapters and attention weights too.
     """
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n]
+    everywhere = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    found = [n for n in everywhere if "lora_" not in n]
     if found:
         logger.warning(
             "%s drops out in training (%s and %d more): the ratio compares policies under different dropouts; pass "
             "disable_dropout=True",
             *(type(model).__name__, found[0], len(found) - 1),
         )
+    # Attention takes its own as a number.
+    rates = (getattr(m, "attention_dropout", None) for m in model.modules())
+    return bool(everywhere) or any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def _whole(model: nn.Module) -> bool:

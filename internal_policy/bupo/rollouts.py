@@ -246,7 +246,7 @@ def cadence(plan: Plan, config: BuPOConfig) -> int:
         return 0
     if plan.dynamics_every is not None:
         return plan.dynamics_every
-    return 1 if config.ipa_steps == AUTO else max(1, plan.max_steps // _DYNAMICS_MEASUREMENTS)
+    return 1 if config.ipa_steps == AUTO else -(-plan.max_steps // _DYNAMICS_MEASUREMENTS)
 
 
 def analyse(

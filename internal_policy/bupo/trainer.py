@@ -1,8 +1,8 @@
 """``BuPOTrainer``: ``trl.GRPOTrainer`` whose ratio is, in the first phase, that of an internal policy.
 
 TRL computes every log-probability in one method, through the state that the backbone hands to the head. While a batch
-of the first phase is worked on, that method meets a decoder that ends at layer l; everything else (sampling, rewards,
-clipping, schedules, logging, checkpoints) is TRL's.
+of the first phase is worked on, that method meets a decoder that ends at layer l, and a head that scores the response
+in blocks; everything else (sampling, rewards, clipping, schedules, logging, checkpoints) is TRL's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from internal_policy.bupo.advantages import leave_one_out, whitened
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.forward import check_layer, counted_positions, internal_forward
+from internal_policy.bupo.head import streamed_head, streams
 from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
@@ -70,8 +71,10 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                 computes in another way than the model.
         """
         super().__init__(*args, **kwargs)
-        self._aligning = False
+        self._aligning = self._measuring = False
         self._rewards: Tensor | None = None
+        # What the pass over fresh rollouts finds of pi_theta, while it lasts.
+        self._noted: list[Tensor] | None = None
         self.last_aligned = False
         """Whether the newest batch of rollouts belongs to the first phase."""
         self.alignment_ended = False
@@ -85,7 +88,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             check_layer(layer, len(self._layers))
         check_head(self.policy_module, self.temperature)
         self._counts_positions = shift_matters(self.policy_module)
-        warn_of_dropout(self.policy_module)
+        self._drops_out = warn_of_dropout(self.policy_module)
         self._freeze()
         if self.args.alignment_rate != 1.0:
             self.add_callback(_AlignmentRate(self))
@@ -151,12 +154,13 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         self._metrics["train"][name].append(value)
 
     @contextmanager
-    def _policy(self, aligning: bool) -> Iterator[None]:
-        before, self._aligning = self._aligning, aligning
+    def _policy(self, aligning: bool, measuring: bool = False) -> Iterator[None]:
+        before = self._aligning, self._measuring
+        self._aligning, self._measuring = aligning, measuring
         try:
             yield
         finally:
-            self._aligning = before
+            self._aligning, self._measuring = before
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -168,7 +172,25 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                     raise UserError("an internal policy without layer; give the layer, from 1")
                 options: dict[str, Any] = {"site": self.args.site, "lens": self.args.lens, "family": self._family}
                 stack.enter_context(internal_forward(self.policy_module, self.args.layer, **options))
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            # An update of the second phase is TRL's, to the last bit.
+            if (self._aligning or self._measuring) and self._family is not None and streams(self._bare(model)):
+                stack.enter_context(
+                    streamed_head(
+                        self._bare(model),
+                        self._family,
+                        self.temperature,
+                        entropy=bool(kwargs.get("compute_entropy")),
+                        in_float32=self.args.cast_lm_head_to_fp32,
+                    )
+                )
+            notes = self._noted is not None and not self._aligning
+            if notes:
+                # TRL's head makes them in any case.
+                kwargs["compute_entropy"] = True
+            found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            if self._noted is not None and notes:
+                self._noted.append(found[1])
+            return found
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         per_function: Tensor = super()._calculate_rewards(*args, **kwargs)
@@ -180,14 +202,21 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         training = self.model.training
         aligning = training and self.in_alignment
-        with self._policy(aligning):
-            batch = super()._generate_and_score_completions(inputs)
+        self._noted = [] if training else None
+        try:
+            with self._policy(aligning):
+                batch = super()._generate_and_score_completions(inputs)
+            noted = self._noted or []
+        finally:
+            self._noted = None
         batch[_PHASE] = torch.tensor(aligning)
         if training:
             self.last_aligned = aligning
             self.log_metric(_PHASE, float(aligning))
             self._set_advantages(batch)
-            self._measure_policy_entropy(batch)
+            # The old log-probabilities come first, before those of a reference.
+            known = noted[0] if noted and "old_per_token_logps" in batch and not self._drops_out else None
+            self._measure_policy_entropy(batch, known)
         return batch
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
@@ -214,8 +243,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         noted.extend(advantages.tolist())
 
     @torch.no_grad()
-    def _measure_policy_entropy(self, batch: dict[str, Any]) -> None:
-        """Log the entropy of pi_theta, which the update of the first phase does not compute."""
+    def _measure_policy_entropy(self, batch: dict[str, Any], known: Tensor | None) -> None:
+        """Log the entropy of pi_theta, which no pass of the first phase computes."""
         if not self.args.entropy_sequences:
             return
         n = len(batch["prompt_ids"])
@@ -223,16 +252,19 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         # Responses to one prompt stand next to each other: take them from all over the batch.
         rows = torch.linspace(0, n - 1, wanted, device=batch["prompt_ids"].device).round().long()
         prompt_mask, mask = batch["prompt_mask"][rows], batch["completion_mask"][rows]
-        # Without dropout, so that a measurement draws no random numbers from the training's stream.
-        with self._policy(False), evaluating(self.model):
-            _, entropies, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),
-                torch.cat([prompt_mask, mask], dim=1),
-                mask.size(1),
-                batch_size=self.args.per_device_train_batch_size,
-                compute_entropy=True,
-            )
+        if known is not None:
+            entropies = known[rows]
+        else:
+            # Without dropout, so that a measurement draws no random numbers from the training's stream.
+            with self._policy(False, measuring=True), evaluating(self.model):
+                _, entropies, _ = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),
+                    torch.cat([prompt_mask, mask], dim=1),
+                    mask.size(1),
+                    batch_size=self.args.per_device_train_batch_size,
+                    compute_entropy=True,
+                )
         mask = mask * batch["tool_mask"][rows] if "tool_mask" in batch else mask
         sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
