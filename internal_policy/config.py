@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -67,7 +67,7 @@ class AnalyzeConfig:
     """Run the model on NDIF through nnsight, with the key in NDIF_API_KEY; in Python also a host's address, or "local",
     which does here what NDIF would do there."""
     batch_size: int = 16
-    """Sequences run together; it does not change the result."""
+    """Sequences run together. It does not change the result, but for 8bit weights, which round by the batch."""
     dtype: str = "auto"
     """auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16."""
     device: str = "auto"
@@ -161,12 +161,27 @@ class AnalyzeConfig:
         """The settings that decide the numbers beside weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt.
+            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt. The
+            portions count for 8bit, whose rounding depends on them.
         """
         fields = asdict(self)
-        for name in ("batch_size", "device", "device_map", "model", "prompts", "responses"):
+        for name in ("device", "device_map", "model", "prompts", "responses"):
             del fields[name]
+        if self.quantization != "8bit":
+            del fields["batch_size"]
         return fields
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """What the settings are where nobody sets them, so that results made before there was a setting can be compared.
+
+    Args:
+        config: a class of settings.
+
+    Returns:
+        Defaults by name, but for the batch size: that always was a setting, and was not always written down.
+    """
+    return {f.name: f.default for f in fields(config) if f.default is not MISSING and f.name != "batch_size"}
 
 
 def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,14 @@ class Inputs:
     reward: Callable[[str, str], bool] | None = None
 
     def digest(self) -> str:
-        """A digest of all ids, so that a changed file of the same name is noticed."""
-        ids = [r.prompt_ids for r in self.requests] + [[r.prompt_length, *r.input_ids] for r in self.responses]
-        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+        """A digest of what was read, so that a changed file of the same name is noticed.
+
+        Returns:
+            16 hexadecimal digits: of the ids of prompts, or of all that is known of ready responses, whose texts and
+            rewards stand in the result.
+        """
+        read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 
 def _is_local(source: str | list[Any]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from internal_policy import shares, statistics, tables
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
-from internal_policy.config import AnalyzeConfig, refuse_unknown
+from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.memory import halving
@@ -126,6 +126,8 @@ def _run(
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
     hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
+    if model.rounds_by_batch:
+        identity["batch_size"] = config.batch_size
     if inputs.requests:
         # Each kind of device has random streams of its own.
         identity["sampled_on"] = model.device.type
@@ -135,12 +137,12 @@ def _run(
     def begin() -> bool:
         if hooked and not overwrite and any(workspace.work.glob("*")):
             raise not_taken_up(directory, hooked)
-        return workspace.open(identity, overwrite)
+        return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
 
     if finished is not None:
         if hooked:
             raise not_taken_up(directory, hooked)
-        if differing := differences({k: finished.config.get(k) for k in identity}, identity):
+        if differing := _differing(finished, identity):
             raise in_use(directory, "an analysis", differing)
         state.on_main(workspace.close)
         if state.is_main_process:
@@ -175,9 +177,14 @@ def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
         return None
     analysis = load_analysis(directory)
     wanted = json.loads(json.dumps(config.decisive()))
-    if differing := differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
+    if differing := _differing(analysis, wanted):
         raise in_use(directory, "an analysis", differing)
     return analysis
+
+
+def _differing(analysis: Analysis, wanted: dict[str, Any]) -> str:
+    known = {key: value for key, value in analysis.config.items() if key in wanted}
+    return differences(known, wanted, defaults(AnalyzeConfig))
 
 
 def _generate(

@@ -27,7 +27,7 @@ from internal_policy.comparison import figures as comparison_figures
 from internal_policy.comparison.analyses import AnalysisComparison, compare
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.sources import unique_labels
-from internal_policy.config import AnalyzeConfig, refuse_unknown
+from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.models.identity import commit_now
@@ -240,7 +240,8 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
         # In its turn, and without stopping the others, `analyze` says what is wrong with it.
         return False
     wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
-    if analysis.config.get("hooked") or differences({k: v for k, v in analysis.config.items() if k in wanted}, wanted):
+    known = {key: value for key, value in analysis.config.items() if key in wanted}
+    if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
         return False
     commit = analysis.model.get("revision")
     if commit is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ _RUN = "run.json"
 Arrays = dict[str, NDArray[Any]]
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
     """Name the settings that differ.
 
     Args:
         old: what is on disk.
         new: what was asked for.
+        before: what a setting that `old` lacks stands for, where it was written before there was that setting.
 
     Returns:
         ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
     """
+    old = {**{k: v for k, v in (before or {}).items() if k in new}, **old}
     keys = sorted(old.keys() | new.keys())
     return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
 
@@ -99,12 +101,13 @@ class Workspace:
                 "choose another --output directory"
             )
 
-    def open(self, identity: dict[str, Any], overwrite: bool) -> bool:
+    def open(self, identity: dict[str, Any], overwrite: bool, before: Mapping[str, Any] | None = None) -> bool:
         """Begin a run, or take up the one that was interrupted.
 
         Args:
             identity: settings, weights and inputs that decide the numbers.
             overwrite: delete what an earlier run left there.
+            before: as in `differences`.
 
         Returns:
             True where an interrupted run is taken up.
@@ -130,7 +133,7 @@ class Workspace:
             old = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: is broken; add --overwrite to start over") from error
-        differing = differences(old, json.loads(json.dumps(identity)))
+        differing = differences(old, json.loads(json.dumps(identity)), before)
         if differing:
             raise UserError(
                 f"{self.directory}: holds an unfinished {self.what} with other settings ({differing}); repeat its "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import sys
 
 import pytest
@@ -13,8 +14,9 @@ from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from internal_policy import UserError, analyze, load_analysis, models
+from internal_policy import AnalyzeConfig, UserError, analyze, load_analysis, models
 from internal_policy.capture import HookExtractor, nnsight_backend, prove, transformer_lens
+from internal_policy.evaluation import evaluate
 from internal_policy.models.attachments import attached
 from internal_policy.models.identity import _PORTION, _plain, digest
 
@@ -280,6 +282,177 @@ def test_a_class_whose_source_nobody_has_counts():
     assert attached(model) == ["model.layers.1.mlp.act_fn: class Typed without a source"]
 
 
+def disable(model):
+    model.disable_adapters()
+
+
+def scale(model):
+    model.model.layers[1].self_attn.o_proj.scaling["default"] *= 8
+
+
+def another(model):
+    model.set_adapter("other")
+
+
+@pytest.fixture
+def adapted():
+    """A model with two adapters in it, of which one is at work."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3")
+    for name in ("other", "default"):
+        options = {"target_modules": ["o_proj", "down_proj"], "init_lora_weights": False}
+        model.add_adapter(peft.LoraConfig(r=2, **options), name)
+    return model
+
+
+@pytest.mark.parametrize("change", [disable, scale, another])
+def test_which_adapters_are_at_work_counts(change, adapted):
+    before = digest(adapted)
+    adapted(torch.arange(2, 9)[None])
+    assert digest(copy.deepcopy(adapted)) == digest(adapted) == before
+    assert attached(adapted) == []
+    change(adapted)
+    assert digest(adapted) != before
+
+
+def test_an_adapter_put_back_to_work_is_the_same(adapted):
+    before = digest(adapted)
+    adapted.disable_adapters()
+    adapted.enable_adapters()
+    adapted.set_adapter("other")
+    adapted.set_adapter("default")
+    assert digest(adapted) == before
+
+
+class Ablated(nn.Module):
+    def __init__(self, units, mode):
+        super().__init__()
+        self.units, self.mode = units, mode
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.clone()
+        self.seen[..., list(self.units)] *= self.mode == "keep"
+        return self.seen
+
+
+def test_the_settings_of_somebodys_own_modules_count():
+    model = tiny_model("qwen3")
+    found = set()
+    for units, mode in (([1, 3], "drop"), ([1, 4], "drop"), ({1, 4}, "keep"), ([1, 4], "keep")):
+        model.model.layers[1].mlp.act_fn = Ablated(units, mode)
+        found.add(told := digest(model))
+        model(torch.arange(2, 9)[None])
+        assert digest(model) == told
+    assert len(found) == 3
+
+
+def one_head_less(module, query, key, value, mask, **options):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    output, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
+    return output * (torch.arange(output.shape[2]) != 1)[:, None], weights
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What somebody's attention, masks and experts are registered as, until the test is over."""
+    from transformers.integrations import moe
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    attention, masks, experts = (
+        interface._global_mapping for interface in (AttentionInterface, AttentionMaskInterface, moe.ExpertsInterface)
+    )
+    for names, name, function in (
+        (attention, "ablated", one_head_less),
+        (masks, "ablated", sdpa_mask),
+        (attention, "masked", attention["sdpa"]),
+        (masks, "masked", lambda *given, **options: sdpa_mask(*given, **options)),
+        (attention, "scaled", functools.partial(attention["sdpa"], scaling=0.1)),
+        (attention, "kernels-community/some", one_head_less),
+        (attention, "somebody/some", attention["flash_attention_2"]),
+        (experts, "routed", lambda self, states, *given: states),
+    ):
+        monkeypatch.setitem(names, name, function)
+    return {"attn": {"eager", *attention} - {"ablated", "masked", "scaled", "somebody/some"}, "experts": set(experts)}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ablated", ["attention function 'ablated'"]),
+        ("masked", ["mask function 'masked'"]),
+        ("scaled", ["attention function 'scaled'"]),
+        ("somebody/some", ["attention function 'somebody/some'"]),
+    ],
+)
+def test_functions_that_a_name_in_the_configuration_stands_for_are_listed(name, told, registered):
+    model = tiny_model("qwen3")
+    model.config._attn_implementation_internal = name
+    assert attached(model) == told
+    for library in registered["attn"]:
+        model.config._attn_implementation_internal = library
+        assert attached(model) == [], library
+
+
+def test_somebodys_experts_are_listed(registered):
+    model = tiny_model("qwen3_moe")
+    for name in ("eager", *registered["experts"]):
+        model.config._experts_implementation = name
+        assert attached(model) == (["experts function 'routed'"] if name == "routed" else []), name
+
+
+def test_what_trl_puts_before_a_forward_is_not_listed():
+    trl = pytest.importorskip("trl.trainer.utils")
+    model, ids = tiny_model("qwen3"), torch.arange(2, 9)[None]
+    logits = model(ids).logits
+    trl.add_fused_lm_head(model)
+    assert "forward" in vars(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert attached(model) == []
+
+
+def test_a_replaced_eager_attention_is_listed(monkeypatch):
+    model = tiny_model("qwen3", attention="eager")
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.eager_attention_forward", one_head_less)
+    assert attached(model) == ["attention function 'eager'"]
+    model.set_attn_implementation("sdpa")
+    assert attached(model) == []
+
+
+ATTENDS = """
+from transformers import AttentionInterface, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+def attend(*arguments, **options):
+    return sdpa_attention_forward(*arguments, **options)
+
+def made(factor):
+    return lambda *arguments, **options: factor * attend(*arguments, **options)
+
+class Attends(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_the_attention_that_comes_with_a_checkpoint_is_in_its_digest(registered, tmp_path, monkeypatch):
+    from transformers.modeling_utils import AttentionInterface
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    model = tiny_model("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_attends.Attends"}
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "modeling_attends.py").write_text(ATTENDS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    code = vars(sys.modules[type(model).__module__])
+    model.config._attn_implementation_internal = "own"
+    for function, told in ((code["attend"], []), (code["made"](2), ["attention function 'own'"])):
+        monkeypatch.setitem(AttentionInterface._global_mapping, "own", function)
+        assert attached(model) == told
+
+
 @pytest.fixture
 def subject():
     return tiny_model("gemma2"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
@@ -336,3 +509,160 @@ def test_what_ends_a_response_counts_where_responses_are_sampled(tmp_path):
     model.generation_config.eos_token_id = [1, 7]
     with pytest.raises(UserError, match=r"other settings \(ends \[1\] -> \[1, 7\]\)"):
         analyze(model, prompts=["w2 w3"], **options)
+
+
+def test_a_model_with_its_adapters_off_is_not_taken_for_the_one_with_them(adapted, tmp_path):
+    options = {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3), "output": tmp_path}
+    analyze(adapted, **options)
+    adapted.disable_adapters()
+    with pytest.raises(UserError, match=r"other settings \(weights \w+ -> \w+\)"):
+        analyze(adapted, **options)
+
+
+def test_a_model_with_somebodys_attention_is_never_taken_for_what_was_analysed(registered, tmp_path):
+    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
+    plain = analyze(model, **options, output=tmp_path)
+    model.set_attn_implementation("ablated")
+    with pytest.raises(UserError, match=r"holds an analysis.*\(attention function 'ablated'\)"):
+        analyze(model, **options, output=tmp_path)
+    ablated = analyze(model, **options, output=tmp_path, overwrite=True)
+    assert ablated.config["hooked"] == ["attention function 'ablated'"]
+    assert ablated.layers["entropy_out"].tolist() != plain.layers["entropy_out"].tolist()
+
+
+@pytest.fixture
+def problems():
+    return {"benchmark": [{"prompt": "w2 w3", "answer": "w4"}], "samples": 2, "max_new_tokens": 3, "template": "plain"}
+
+
+def test_a_hooked_model_is_never_taken_for_what_was_evaluated(problems, tmp_path, monkeypatch):
+    from internal_policy.evaluation import run
+
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    options = {**problems, "output": tmp_path}
+    assert evaluate(model, **options).config["hooked"] is None
+    handle = model.model.model.layers[1].mlp.register_forward_hook(double)
+    told = r"holds an evaluation.*\(model.layers.1.mlp: forward hook\).*overwrite=True"
+    with pytest.raises(UserError, match=told):
+        evaluate(model, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "sample_all", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            evaluate(model, **options, overwrite=True)
+    with pytest.raises(UserError, match=told):
+        evaluate(model, **options)
+    assert evaluate(model, **options, overwrite=True).config["hooked"] == ["model.layers.1.mlp: forward hook"]
+    handle.remove()
+    with pytest.raises(UserError, match=r"already holds an evaluation with other settings \(hooked \["):
+        evaluate(model, **options)
+
+
+def test_what_ends_a_sample_counts(problems, tmp_path):
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    evaluate(model, **problems, output=tmp_path)
+    model.model.generation_config.eos_token_id = [1, 7]
+    with pytest.raises(UserError, match=r"other settings \(ends \[1\] -> \[1, 7\]\)"):
+        evaluate(model, **problems, output=tmp_path)
+
+
+def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
+    from internal_policy import bupo
+    from internal_policy.bupo import session
+
+    model = tiny_model("qwen3")
+    model.model.layers[1].mlp.register_forward_hook(double)
+    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
+    options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
+    prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
+
+    def train(**more):
+        told = models.wrap(model, tiny_tokenizer(), "tiny")
+        bupo.train(told.model, prompts, tokenizer=told.tokenizer, output=tmp_path / "run", **options, **more)
+
+    for expected, more in ((KeyError, {}), (UserError, {}), (KeyError, {"overwrite": True})):
+        told = r"holds a run.*\(model.layers.1.mlp: forward hook\)" if expected is UserError else None
+        with pytest.raises(expected, match=told):
+            train(**more)
+    settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
+    assert settings["hooked"] == ["model.layers.1.mlp: forward hook"]
+
+
+@pytest.mark.parametrize("change", [{"reward": 0.0}, {"reward": None}, {"response": "w9"}, {"prompt": "w9"}])
+def test_all_that_is_known_of_ready_responses_counts(change, tmp_path):
+    given = [{**each, "reward": 1.0, "prompt": "w2", "response": "w3"} for each in ragged_responses(3)]
+    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "output": tmp_path}
+    done = analyze(model, responses=given, **options)
+    assert analyze(model, responses=given, **options).path == done.path
+    with pytest.raises(UserError, match=r"other settings \(inputs \w+ -> \w+\)"):
+        analyze(model, responses=[*given[:2], {**given[2], **change}], **options)
+
+
+LATER = ("generator", "tolerance", "quantization", "hooked")
+"""Settings that results have lacked once."""
+
+
+def without(path, *names):
+    """Make a file of results as one that was written before there were these settings."""
+    told = json.loads(path.read_text())
+    settings = told.get("config", told)
+    for name in names:
+        settings.pop(name, None)
+    path.write_text(json.dumps(told))
+
+
+def test_what_was_analysed_before_there_was_a_setting_is_taken(subject, tmp_path):
+    model, options = subject
+    done = analyze(model, **options, output=tmp_path)
+    without(done.path / "analysis.json", *LATER)
+    assert analyze(model, **options, output=tmp_path).layers.equals(done.layers)
+    with pytest.raises(UserError, match=r"other settings \(tolerance None -> 0.5\)"):
+        analyze(model, **options, output=tmp_path, tolerance=0.5)
+    without(done.path / "analysis.json", "weights")
+    with pytest.raises(UserError, match=r"other settings \(weights None -> \w+\)"):
+        analyze(model, **options, output=tmp_path)
+
+
+def test_what_was_begun_before_there_was_a_setting_goes_on(subject, tmp_path, monkeypatch):
+    from internal_policy import pipeline
+
+    model, options = subject
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_capture", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            analyze(model, **options, output=tmp_path)
+    (begun,) = tmp_path.glob("*/work/run.json")
+    without(begun, *LATER)
+    with pytest.raises(UserError, match=r"unfinished analysis with other settings \(tolerance None -> 0.5\)"):
+        analyze(model, **options, output=tmp_path, tolerance=0.5)
+    assert analyze(model, **options, output=tmp_path).path == begun.parents[1]
+
+
+def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_path):
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    done = evaluate(model, **problems, output=tmp_path)
+    without(done.path / "evaluation.json", *LATER)
+    assert evaluate(model, **problems, output=tmp_path).samples.equals(done.samples)
+    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 1\)"):
+        evaluate(model, **problems, output=tmp_path, seed=1)
+
+
+def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    model, options = subject
+    for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
+        # Only what the configuration says: quantised weights need a package that is not everywhere.
+        model.config.quantization_config = settings
+        output = tmp_path / str(settings)
+        wrapped = models.wrap(model, tiny_tokenizer(), "tiny")
+        analyze(model, **options, output=output)
+        evaluate(wrapped, **problems, output=output)
+        if settings == {"load_in_8bit": True}:
+            with pytest.raises(UserError, match=r"an analysis with other settings \(batch_size 16 -> 2\)"):
+                analyze(model, **options, output=output, batch_size=2)
+            with pytest.raises(UserError, match=r"an evaluation with other settings \(batch_size 64 -> 2\)"):
+                evaluate(wrapped, **problems, output=output, batch_size=2)
+        else:
+            analyze(model, **options, output=output, batch_size=2)
+            evaluate(wrapped, **problems, output=output, batch_size=2)

@@ -41,6 +41,11 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run is there, finished or not."""
+        return any((self.path / name).is_file() for name in (MANIFEST, _SETTINGS))
+
     def check(self, overwrite: bool) -> None:
         """Refuse a directory that is not a run's or not writable, before anything long begins.
 
@@ -54,9 +59,8 @@ class RunDirectory:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
             raise UserError(f"{self.path}: cannot be written ({existing} {what}); choose another --output directory")
-        ours = {MANIFEST, _SETTINGS}
         if self.path.is_dir() and any(self.path.iterdir()):
-            if not any((self.path / name).is_file() for name in ours):
+            if not self.begun:
                 held = sorted(p.name for p in self.path.iterdir())[0]
                 raise UserError(
                     f"{self.path}: is in use for something else (it holds {held}); choose another --output directory"

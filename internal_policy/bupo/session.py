@@ -32,6 +32,7 @@ from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
+from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.processes import Processes, processes
 from internal_policy.progress import progress, status
 from internal_policy.prompts import TESTBED
@@ -100,7 +101,10 @@ class Session:
         config = self._config(choice.layer or open_layer, state)
         self._refuse(config, model, state, exact, peft_config)
         stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
-        settings = self._settings(choice, model, stream, peft_config, rewards)
+        hooked = attached(model.model)
+        if hooked and not overwrite and directory.begun:
+            raise not_taken_up(self.directory, hooked, "a run")
+        settings = {**self._settings(choice, model, stream, peft_config, rewards), "hooked": hooked or None}
         if not overwrite and (self.directory / MANIFEST).is_file():
             return directory.finished(settings)
         # The main process changes the directory only when all others have checked it.

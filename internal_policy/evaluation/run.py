@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from internal_policy.config import defaults
 from internal_policy.errors import UserError
 from internal_policy.evaluation import benchmarks, metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation, load_evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
-from internal_policy.generation import refuse_generator, response_limit
+from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
 from internal_policy.models import LanguageModel, evaluating, load
+from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
 from internal_policy.workspace import Workspace, differences, in_use
@@ -164,6 +166,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     requests = to_requests(config, model, problems)
     limit = response_limit(model, config.max_new_tokens)
+    hooked = attached(model.model)
     identity = {
         **config.decisive(),
         "weights": model.fingerprint(),
@@ -173,12 +176,18 @@ def _run(
         "sampled_on": model.device.type,
         "sampled_in": str(model.dtype).removeprefix("torch."),
         "token_limit": limit,
+        "ends": end_ids(model),
+        "hooked": hooked or None,
     }
+    if model.rounds_by_batch:
+        identity["batch_size"] = config.batch_size
+    if hooked and not overwrite and (finished is not None or any(workspace.work.glob("*"))):
+        raise not_taken_up(directory, hooked, "an evaluation")
     if finished is not None:
-        if differing := differences({key: finished.config.get(key) for key in identity}, identity):
+        if differing := _differing(finished, identity):
             raise in_use(directory, "an evaluation", differing)
         return _with_ks(finished, config, directory, workspace)
-    if workspace.open(identity, overwrite):
+    if workspace.open(identity, overwrite, defaults(EvaluateConfig)):
         logger.warning("%s: going on with an unfinished evaluation", directory)
     rows = sample_all(config, model, requests, limit, scorer, workspace)
     timings = {"load": round(load_seconds, 3)}
@@ -200,9 +209,14 @@ def _finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
         return None
     evaluation = load_evaluation(directory)
     wanted = json.loads(json.dumps(config.decisive()))
-    if differing := differences({key: v for key, v in evaluation.config.items() if key in wanted}, wanted):
+    if differing := _differing(evaluation, wanted):
         raise in_use(directory, "an evaluation", differing)
     return evaluation
+
+
+def _differing(evaluation: Evaluation, wanted: dict[str, Any]) -> str:
+    known = {key: value for key, value in evaluation.config.items() if key in wanted}
+    return differences(known, wanted, defaults(EvaluateConfig))
 
 
 def _with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path, workspace: Workspace) -> Evaluation:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ _LIBRARIES = frozenset(
 )
 """Whose code is known by its version: it stands in no digest, and its hooks only watch or place."""
 
+_FUSED = "_fused_forward"
+"""What TRL puts before the forward of a model that it trains: of a call without labels it passes everything on."""
+
+_KERNELS = "kernels-community/"
+"""Whose kernels transformers trusts: they compute what its own functions compute."""
+
+_REGISTRIES = (
+    ("attention function", "attn", "ALL_ATTENTION_FUNCTIONS", "transformers.modeling_utils"),
+    ("mask function", "attn", "ALL_MASK_ATTENTION_FUNCTIONS", "transformers.masking_utils"),
+    ("experts function", "experts", "ALL_EXPERTS_FUNCTIONS", "transformers.integrations.moe"),
+)
+"""What a configuration names, under ``_attn_implementation`` or ``_experts_implementation``, and who keeps it."""
+
 
 def attached(model: nn.Module, wrapper: Any = None) -> list[str]:
     """List what changes what a model computes, or may, and stands in no weight and no configuration.
@@ -32,8 +45,9 @@ def attached(model: nn.Module, wrapper: Any = None) -> list[str]:
         wrapper: the nnsight model or the TransformerBridge around it, where there is one.
 
     Returns:
-        One entry each, such as ``model.layers.3.mlp: forward hook``; empty for a model as it was loaded. Hooks of the
-        libraries themselves, by which they place weights or read states, do not count.
+        One entry each, such as ``model.layers.3.mlp: forward hook`` or ``attention function 'mine'``; empty for a model
+        as it was loaded. Hooks of the libraries themselves, by which they place weights or read states, do not count,
+        and neither do their attention functions and the kernels of kernels-community.
     """
     found = [
         f"every module: {what}"
@@ -47,6 +61,8 @@ def attached(model: nn.Module, wrapper: Any = None) -> list[str]:
     found += [
         f"{path or type(model).__name__}: {what}" for path, module in model.named_modules() for what in _on(module)
     ]
+    shipped = _shipped(model)
+    found += dict.fromkeys(each for module in model.modules() for each in _chosen(module, shipped))
     if isinstance(bridged := getattr(wrapper, "original_model", None), nn.Module):
         for path, module in bridged.named_modules():
             # What a bridge wraps has the model's own hooks.
@@ -56,19 +72,20 @@ def attached(model: nn.Module, wrapper: Any = None) -> list[str]:
     return [*found, *("nnsight edit" for _ in edits)]
 
 
-def not_taken_up(directory: Path, found: Sequence[str]) -> UserError:
+def not_taken_up(directory: Path, found: Sequence[str], what: str = "an analysis") -> UserError:
     """Make the error for a directory that holds what came of a model with code attached, or may have.
 
     Args:
-        directory: the directory of the analysis.
+        directory: the directory of the result.
         found: what `attached` found on the model, not empty.
+        what: ``an analysis``, ``an evaluation``, ``a run``.
 
     Returns:
         The error, to be raised.
     """
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return UserError(
-        f"{directory}: holds an analysis, and this model has code attached ({found[0]}{more}) that no digest can tell "
+        f"{directory}: holds {what}, and this model has code attached ({found[0]}{more}) that no digest can tell "
         "apart; take it off the model, choose another output=, or pass overwrite=True to start over"
     )
 
@@ -87,6 +104,40 @@ def _on(module: nn.Module) -> Iterator[str]:
     for each in kind.__mro__:
         if issubclass(each, nn.Module) and not of_a_library(each) and not _has_source(each):
             yield f"class {each.__name__} without a source"
+
+
+def _chosen(module: nn.Module, shipped: set[Path]) -> Iterator[str]:
+    """What a module calls by a name in its configuration, and somebody registered under that name."""
+    config = getattr(module, "config", None)
+    # The file of a module may have a registry of its own, and has the eager attention.
+    here = vars(sys.modules.get(type(module).__module__, object))
+    for what, kind, registry, home in _REGISTRIES:
+        name = getattr(config, f"_{kind}_implementation", None)
+        if not isinstance(name, str):
+            continue
+        functions = here.get(registry) or getattr(sys.modules.get(home), registry, {})
+        function = functions.get(name)
+        if function is None and (what, name) == ("attention function", "eager"):
+            function = here.get("eager_attention_forward")
+        code = getattr(function, "__code__", None)
+        if function is None or (code and Path(code.co_filename).parent in shipped and not function.__closure__):
+            continue
+        repository = name.rpartition("|")[2]
+        kernel = "/" in repository
+        # A partial of a library's function gives it other arguments.
+        if (not repository.startswith(_KERNELS)) if kernel else _foreign(function) or _is_partial(function):
+            yield f"{what} {name!r}"
+
+
+def _is_partial(function: Any) -> bool:
+    return any(isinstance(layer, functools.partial) for layer in _layers(function))
+
+
+def _shipped(model: nn.Module) -> set[Path]:
+    """Folders of the code that came with a checkpoint, all of which stands in the digest."""
+    places = {type(module).__module__ for module in model.modules()}
+    files = (getattr(sys.modules.get(p), "__file__", None) for p in places if p.startswith("transformers_modules."))
+    return {Path(file).parent for file in files if file}
 
 
 def of_a_library(kind: type) -> bool:
@@ -146,9 +197,11 @@ def _foreign_layer(value: Any) -> bool:
     code = getattr(getattr(value, "__func__", value), "__code__", None)
     home = getattr(sys.modules.get(type(value).__module__), "__file__", None)
     where = str(home or "") if code is None else code.co_filename
+    if code is not None and code.co_name == _FUSED and where.startswith(_roots(("trl",))):
+        return False
     return not where.startswith(_roots())
 
 
-def _roots() -> tuple[str, ...]:
-    files = (getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES)
+def _roots(libraries: Iterable[str] = _LIBRARIES) -> tuple[str, ...]:
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in libraries)
     return tuple(f"{Path(file).parent}{os.sep}" for file in files if file)

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ _UNDECIDED = frozenset(
 
 _STATES = frozenset({"training", "gradient_checkpointing", "compute_type_is_set"})
 """Plain attributes of a module that change while it is used."""
+
+_SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters")
+"""Which adapters of peft are at work; the first two are properties, behind which it has private attributes."""
+
+_PLACES = frozenset({"device", "kwargs"})
+"""Attributes that say where a module is: of an adapter, how it was made, with the map of the devices."""
 
 _PORTION = 1 << 25
 """Elements that are copied from another device at a time."""
@@ -132,19 +139,61 @@ def _moving(module: nn.Module) -> bool:
 
 
 def _modules(model: nn.Module) -> dict[str, list[Any]]:
-    """The class of each module and its plain numbers, such as an epsilon or a scale."""
-    return {
-        path: [
-            type(module).__qualname__,
-            {
-                name: value
-                for name, value in vars(module).items()
-                if type(value) in (bool, int, float)
-                and not (name.startswith("_") or "cached" in name or name in _STATES or _moving(module))
-            },
-        ]
-        for path, module in model.named_modules()
+    """The class of each module with its plain settings, such as an epsilon or a scale."""
+    return {path: [type(module).__qualname__, _settings(module)] for path, module in model.named_modules()}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The numbers of a module; of an adapter, and of a class that no library has, texts and collections too.
+
+    The classes of the libraries keep the rest in the configuration. Adapters have their scales by name, and what
+    somebody wrote himself may have which heads or layers it is about.
+    """
+    if _moving(module):
+        return {}
+    public = {
+        name: value
+        for name, value in vars(module).items()
+        if not (name.startswith("_") or "cached" in name or name in _STATES)
     }
+    found = {name: value for name, value in public.items() if type(value) in (bool, int, float)}
+    adapter = any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+    # What a whole model keeps, such as its name and the map of its devices, is about where it came from.
+    own = not of_a_library(type(module)) and not hasattr(module, "name_or_path")
+    if adapter:
+        public |= {name: getattr(module, name) for name in _SWITCHES if hasattr(module, name)}
+    if adapter or own:
+        for name, value in public.items():
+            if value is not None and name not in _PLACES and name not in _UNDECIDED:
+                with suppress(TypeError):
+                    found[name] = _collection(value, objects=adapter)
+    return found
+
+
+def _collection(value: Any, objects: bool) -> Any:
+    """A plain value or a collection of such, JSON-able.
+
+    Args:
+        value: an attribute.
+        objects: name the class of what is not plain, where a dict holds it.
+
+    Raises:
+        TypeError: it is anything else, such as what was kept of a forward pass.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _collection(each, objects) for key, each in _named(value, objects).items()}
+    if isinstance(value, (list, tuple)):
+        return [_collection(each, objects) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_collection(each, objects) for each in value), key=repr)
+    raise TypeError(f"a {type(value).__name__} is no setting")
+
+
+def _named(values: Mapping[Any, Any], objects: bool) -> Mapping[Any, Any]:
+    known = (type(None), bool, int, float, str, Mapping, list, tuple, set, frozenset)
+    return {k: v if isinstance(v, known) or not objects else type(v).__qualname__ for k, v in values.items()}
 
 
 def _code(model: nn.Module) -> list[str]:

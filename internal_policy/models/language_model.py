@@ -81,6 +81,11 @@ class LanguageModel:
         return quantization.describe(self.config)
 
     @property
+    def rounds_by_batch(self) -> bool:
+        """Whether the numbers of a sequence depend on the sequences beside it."""
+        return quantization.rounds_by_batch(self.config)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The coarsest dtype that the model computes its states in: that of its weights, but for quantised ones."""
         found = [p.dtype for p in self.model.parameters() if p.dtype in _MODEL_DTYPES]

@@ -59,6 +59,18 @@ def _tells_no_cast(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
+def rounds_by_batch(config: Any) -> bool:
+    """Whether what a model computes of a sequence depends on the sequences beside it, as LLM.int8 does.
+
+    Args:
+        config: of a checkpoint, or of a model in memory.
+
+    Returns:
+        True where it does, by more than rounding in the last bits.
+    """
+    return describe(config) == "bitsandbytes 8-bit"
+
+
 def describe(config: Any) -> str | None:
     """Name the quantisation that a configuration speaks of.
 
