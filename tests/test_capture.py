@@ -127,6 +127,13 @@ def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
     verify(HookExtractor(models.wrap(model.to(dtype), tiny_tokenizer())))
 
 
+def test_logits_that_overflow_in_the_last_step_only_are_told():
+    model = tiny_model("qwen3")
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(UserError, match="NaN or inf in the final policy's logits"):
+        captured(model, ragged_responses())
+
+
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])
 def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch):
     model = tiny_model(model_type, layers=6)

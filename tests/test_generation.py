@@ -172,9 +172,11 @@ def test_what_a_cache_must_be_made_of_to_be_repeated():
     assert not sampling._can_be_repeated(None)
 
 
-def test_no_response_runs_beyond_the_positions_of_the_model():
+@pytest.mark.parametrize("repeated", [True, False])
+def test_no_response_runs_beyond_the_positions_of_the_model(repeated, monkeypatch):
     # Learned positions: an index beyond them is an error, not only a number that nobody reads.
     model = models.wrap(tiny_model("gpt2"), tiny_tokenizer())
+    monkeypatch.setattr(sampling, "_can_be_repeated", lambda cache: repeated)
     requests = several([[3] * 60, [4] * 5], 2)
     responses = sample(model, requests, max_new_tokens=200, temperature=1.0, seed=0)
     assert max(len(r.input_ids) for r in responses) == model.max_length

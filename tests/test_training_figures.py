@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import drawings
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-import test_figures
 from drawings import assert_legible, band, drawn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -261,7 +261,7 @@ def test_no_text_overlaps_in_the_dynamics(run, monkeypatch):
             FigureCanvasAgg(figure).draw()
 
     # A colour bar finds its place only as it is drawn.
-    monkeypatch.setattr(test_figures, "lay_out", draw)
+    monkeypatch.setattr(drawings, "lay_out", draw)
     assert_legible(alignment_dynamics(run))
 
 

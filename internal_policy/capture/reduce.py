@@ -78,44 +78,68 @@ class Reducer:
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
         """
         model = self.model
-        reduce = partial(reduce_layers, lens=self._lens, n_layers=model.n_layers, parallel=model.parallel)
-        at_once = layers_at_once(model, self._lens, len(batch.positions))
+        summed = adds_up(model, self._lens)
+        reduce = partial(
+            reduce_layers, lens=self._lens, summed=summed, n_layers=model.n_layers, parallel=model.parallel
+        )
+        at_once = layers_at_once(model, len(batch.positions), summed)
         columns = np.concatenate([part.cpu().numpy() for part in self._extractor.run(batch, reduce, at_once)], axis=1)
         layers = columns[:, 1:-2].reshape(len(columns), model.n_layers, len(QUANTITIES) - 1)
         # H(H^{l-1}) is the previous layer's H(H^l): each distinct state is projected once.
         before = np.concatenate([columns[:, None, :1], layers[:, :-1, :1]], axis=1)
         values = TokenValues(np.concatenate([before, layers], axis=2), columns[:, -2:])
-        self._refuse_non_finite(values.layers)
+        self._refuse_non_finite(values)
         return values
 
-    def _refuse_non_finite(self, values: NDArray[np.float32]) -> None:
-        finite = np.isfinite(values).all(axis=0)
+    def _refuse_non_finite(self, values: TokenValues) -> None:
+        finite = np.isfinite(values.layers).all(axis=0)
         if not finite.all():
             layer, quantity = np.unravel_index(int(np.argmin(finite)), finite.shape)
-            raise UserError(
-                f"{self.model.name}: NaN or inf in the states of layer {layer + 1} ({QUANTITIES[quantity]}); "
-                "they overflow in this dtype or the weights are broken: try --dtype float32 or bfloat16"
-            )
+            where = f"in the states of layer {layer + 1} ({QUANTITIES[quantity]})"
+        elif not np.isfinite(values.policy).all():
+            where = "in the final policy's logits"
+        else:
+            return
+        raise UserError(
+            f"{self.model.name}: NaN or inf {where}; they overflow in this dtype or the weights are broken: "
+            "try --dtype float32 or bfloat16"
+        )
 
 
-def layers_at_once(model: LanguageModel, lens: Lens, n_positions: int) -> int:
-    """How many layers to reduce together: the more, the fewer products and the larger.
+def adds_up(model: LanguageModel, lens: Lens) -> bool:
+    """Whether the logits of H^l are the sum of those of its terms (eq. 4), to the last digits.
+
+    A stream of 16 bits is rounded after each addition, products in TF32 before it; a lens with a norm is not linear.
 
     Args:
         model: the model.
         lens: ``policy`` or ``logit-lens``.
+
+    Returns:
+        True where they are.
+    """
+    rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
+
+
+def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
+    """How many layers to reduce together: the more, the fewer products and the larger.
+
+    Args:
+        model: the model.
         n_positions: n.
+        summed: whether logits add up.
 
     Returns:
         As many layers as have their states in a fixed budget; more where the alternative is a fifth product a layer.
     """
     of_a_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
-    least = _LEAST_LAYERS if lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize else 1
+    least = _LEAST_LAYERS if summed else 1
     return min(model.n_layers, max(least, _STATES_BUDGET // max(1, of_a_layer)))
 
 
 def reduce_layers(
-    group: Sequence[LayerStates], projection: Projection, *, lens: Lens, n_layers: int, parallel: bool
+    group: Sequence[LayerStates], projection: Projection, *, lens: Lens, summed: bool, n_layers: int, parallel: bool
 ) -> Tensor:
     """Reduce consecutive layers; it needs nothing but its arguments, so that it can run on another machine.
 
@@ -123,6 +147,7 @@ def reduce_layers(
         group: the states of k layers at n positions.
         projection: E_u and LN_final.
         lens: ``policy`` or ``logit-lens``.
+        summed: whether to add the logits of H^l up, rather than to project it.
         n_layers: L.
         parallel: whether the FFN's write is added to H^{l-1}, beside the attention's.
 
@@ -131,13 +156,12 @@ def reduce_layers(
         H(H^0); after those of layer L the entropies of H^L without the final norm and of pi_theta.
     """
     portions = zip(*(states.split(_POSITIONS) for states in group), strict=True)
-    return torch.cat([_reduce(part, projection, lens, n_layers, parallel) for part in portions])
+    return torch.cat([_reduce(part, projection, lens, summed, n_layers, parallel) for part in portions])
 
 
-def _reduce(group: Sequence[LayerStates], projection: Projection, lens: Lens, n_layers: int, parallel: bool) -> Tensor:
-    # Eq. 4 gives the logits of H^l from those of the writes. A stream of 16 bits is rounded after each addition, so
-    # that its states are not quite the sums; and a lens with a norm is not linear.
-    summed = lens == "policy" and all(s.residual_out.dtype.itemsize >= torch.float32.itemsize for s in group)
+def _reduce(
+    group: Sequence[LayerStates], projection: Projection, lens: Lens, summed: bool, n_layers: int, parallel: bool
+) -> Tensor:
     first, last = group[0], group[-1]
     states: dict[tuple[int, str], Tensor] = {}
     sums: dict[tuple[int, str], list[int]] = {}

@@ -88,16 +88,27 @@ def sample(
     from transformers import GenerationMixin
 
     room = limits(model, requests, max_new_tokens)
-    sampler = None
-    if temperature > 0:
-        sampler = RowSampler([r.stream(seed) for r in requests], temperature, model.device)
-    prompts = [r.prompt_ids for r in requests]
     # What generates in another way, such as on a server, is asked for no more than ids.
     decode = _in_rounds if isinstance(model.model, GenerationMixin) else _at_once
     ends = end_ids(model)
+    sampled: dict[int, list[int]] = {}
     with _plain_generation_config(model.model):
-        sampled = decode(model, prompts, room, ends, sampler)
-    return to_responses(model, requests, sampled, room)
+        for group in _within_context(model, requests, room):
+            chosen = [requests[i] for i in group]
+            sampler = None
+            if temperature > 0:
+                sampler = RowSampler([r.stream(seed) for r in chosen], temperature, model.device)
+            ids = decode(model, [r.prompt_ids for r in chosen], [room[i] for i in group], ends, sampler)
+            sampled |= zip(group, ids, strict=True)
+    return to_responses(model, requests, [sampled[i] for i in range(len(requests))], room)
+
+
+def _within_context(model: LanguageModel, requests: Sequence[Request], room: Sequence[int]) -> list[list[int]]:
+    """Batches in which no row is run beyond the positions that the model has, as the longest would have it."""
+    longest = max(room, default=0)
+    if model.max_length is None or all(len(r.prompt_ids) + longest <= model.max_length for r in requests):
+        return [list(range(len(requests)))]
+    return [[i for i, own in enumerate(room) if own == size] for size in sorted(set(room), reverse=True)]
 
 
 def _at_once(
