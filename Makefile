@@ -24,7 +24,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/benchmark_entropy.py
+	$(BIN)/python benchmarks/benchmark_analysis.py
 	$(BIN)/python benchmarks/benchmark_update.py
 
 # GRPO against BuPO on the embedded models, and the checkpoints of one BuPO training compared: data/experiments and
