@@ -5,7 +5,7 @@ and these are known before anything is analysed. So all positions of all respons
 predicted, then by the one that is read, then by the two before it, and cut into blocks of about equal size, where
 possible between different tokens. Within a block every position is equally likely, and each block gives its share: a
 stratified random sample without replacement (Cochran, Sampling Techniques, sections 5.3 and 5.6). Each block gives two
-in the first round, from which its variance is known without bias.
+or more in the first round, from which its variance is known without bias.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _PER_BLOCK = 32
 _MOST_BLOCKS = 512
 _FEW_BLOCKS = 40
 _FEWEST_PER_BLOCK = 4
+_FEWEST_FIRST = 400
+_MOST_FIRST = 1 / 4
 _SHORTEST, _LONGEST = 0.7, 1.4
 _TOKENS_BEFORE = 3
 _STREAM = 5
@@ -41,7 +43,7 @@ class Design:
     order: Ints
     """The positions in the order in which they are analysed, [M]."""
     pilot: int
-    """How many the first round takes: two of every block."""
+    """How many the first round takes: two of every block, and 400 in all or, if that is fewer, a quarter of them."""
 
     @property
     def sizes(self) -> Ints:
@@ -84,7 +86,8 @@ def design_positions(responses: Sequence[Response], seed: int) -> Design:
     # With a start of its own in each block, every beginning takes the same share of all, rounded at random.
     share = (rank + generator.random(len(sizes))[block]) / sizes[block]
     order = np.lexsort((share, rank >= 2))
-    return Design(response, token, block.astype(np.int64), order, int(np.minimum(sizes, 2).sum()))
+    pilot = max(int(np.minimum(sizes, 2).sum()), min(_FEWEST_FIRST, int(_MOST_FIRST * total)))
+    return Design(response, token, block.astype(np.int64), order, pilot)
 
 
 def _tokens_about(responses: Sequence[Response], response: Ints, token: Ints) -> list[Ints]:

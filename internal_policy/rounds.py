@@ -1,8 +1,8 @@
 """Capture at chosen positions only, in rounds, until every entropy change is known well enough.
 
-The first round takes two positions of every block of similar ones, the second as many as the first says are needed;
+The first round takes some positions of every block of similar ones, the second as many as the first says are needed;
 a third is rare. Each round is one pass over the responses that it has positions in. What a round found is on disk
-before the next is settled, so an interrupted run chooses as it would have chosen.
+before the next is settled, and so is how far each round goes, so an interrupted run goes on with the same positions.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
 from internal_policy.capture import QUANTITIES, TokenValues
 from internal_policy.config import AnalyzeConfig
+from internal_policy.errors import UserError
 from internal_policy.memory import halving
 from internal_policy.positions import Design, design_positions
 from internal_policy.processes import Processes
 from internal_policy.progress import progress
 from internal_policy.responses import Response
-from internal_policy.sampling_error import estimate, positions_needed, response_means
+from internal_policy.sampling_error import Estimate, estimate, known_well_enough, positions_needed, response_means
 from internal_policy.shares import batches, left, require_all
 from internal_policy.statistics import SITES, Floats, Ints
 from internal_policy.workspace import Arrays, Workspace
@@ -101,20 +101,41 @@ def capture_in_rounds(
     """
     tolerance = float(config.tolerance or 0)
     design = design_positions(responses, config.seed)
-    total = len(design.order)
-    ends = [0, design.pilot]
+    ends = [0, _settled(1, lambda: design.pilot, workspace, state)]
     values = np.zeros((0, 0))
     while True:
         chosen = design.order[ends[-2] : ends[-1]]
         found = _round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
         values = np.concatenate([values, found]) if len(values) else found
         estimated = estimate(design, _changes(values))
-        if ends[-1] == total or (estimated.half_width <= tolerance).all():
+
+        def next_end(last: int = ends[-1], known: Estimate = estimated) -> int:
+            enough = known_well_enough(design, known, tolerance)
+            return last if enough else positions_needed(design, known, tolerance)
+
+        end = _settled(len(ends), next_end, workspace, state)
+        if end == ends[-1]:
             break
-        # One process decides for all: another machine's rounding could settle on another number.
-        ends.append(state.on_main(partial(positions_needed, design, estimated, tolerance)))
+        ends.append(end)
     half_widths = estimated.half_width.reshape(-1, len(SITES))
     return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths)
+
+
+def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
+    """Where a round ends, counted in all positions so far; where the last one did if there is none.
+
+    One process decides for all, and once for all: another machine's or library's rounding could settle on another
+    number, and what an interrupted run has of a round are the positions that were chosen then.
+    """
+
+    def settle() -> int:
+        for settled in workspace.shards(f"end-{number}"):
+            return int(settled["end"])
+        end = choose()
+        workspace.write(f"end-{number}", 0, {"end": np.array(end)})
+        return end
+
+    return state.on_main(settle)
 
 
 def _round(
@@ -133,7 +154,12 @@ def _round(
     concerned, first = np.unique(design.response[ordered], return_index=True)
     positions = dict(zip(concerned.tolist(), np.split(ordered, first[1:]), strict=True))
     indices = list(positions)
-    done = {int(i) for shard in workspace.shards(kind) for i in shard["index"]}
+    done: set[int] = set()
+    for shard in workspace.shards(kind):
+        of_shard = [positions.get(int(i), ordered[:0]) for i in shard["index"]]
+        if not np.array_equal(shard["positions"], np.concatenate(of_shard)):
+            raise _others(number, workspace)
+        done.update(map(int, shard["index"]))
     mine = [
         [indices[i] for i in b]
         for b in batches([len(responses[i].input_ids) for i in indices], config.batch_size, state)
@@ -156,8 +182,18 @@ def _round(
     shards = list(workspace.shards(kind))
     require_all(sum(len(shard["index"]) for shard in shards), len(indices), workspace)
     there = np.concatenate([shard["positions"] for shard in shards])
+    if not np.array_equal(np.sort(there), ordered):
+        raise _others(number, workspace)
     values = np.concatenate([shard["values"] for shard in shards])[np.argsort(there)]
     return values[np.searchsorted(ordered, chosen)].astype(np.float64)
+
+
+def _others(number: int, workspace: Workspace) -> UserError:
+    return UserError(
+        f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as another "
+        "version of internal_policy or numpy may choose; add --overwrite to start over, or choose another --output "
+        "directory"
+    )
 
 
 def _changes(values: Floats) -> Floats:
