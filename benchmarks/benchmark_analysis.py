@@ -47,8 +47,9 @@ SCALES = {
     "vocab_size": (8_192, 16_384, 32_768, 65_536, 131_072),
 }
 SCALING_TOKENS = 128
-AGREEMENT = 1e-4
-"""Nats by which the mean of any layer and state may differ between contenders."""
+AGREEMENT = 2e-4
+"""Nats by which the mean of any layer and state may differ between contenders. torch's own float32 softmax over 151936
+logits is up to 1e-4 off float64 in the mean, and the other contenders inherit it; ours are within 1e-6 of float64."""
 PARTS = ("embedded", "large", "long", "sampled", "scaling", "training")
 _EXACT = ("ours", "paper", "transformer-lens", "floor")
 
