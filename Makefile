@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # A plain build of this torch is small where the index has one; any torch of the range in pyproject.toml will do.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow check setup bench experiment testbed readme-figures clean
+.PHONY: demo test slow check docs setup bench experiment testbed notebooks readme-figures clean
 
 demo: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
@@ -23,6 +23,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/docs; a warning ends it. (The variable silences a notice of the theme's about another program.)
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -d build/docs
+
 bench: setup
 	$(BIN)/python benchmarks/benchmark_analysis.py
 	$(BIN)/python benchmarks/benchmark_update.py
@@ -32,9 +36,14 @@ bench: setup
 experiment: setup
 	$(BIN)/python benchmarks/bupo_experiment.py
 	$(BIN)/python benchmarks/checkpoint_sweep.py
+	$(BIN)/python benchmarks/stored_results.py
 
 testbed: setup
 	$(BIN)/python -m internal_policy.testbed.make
+
+# Runs every notebook in a fresh kernel, offline, and stores its outputs.
+notebooks: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/execute.py
 
 # The pictures of the README, from an analysis of the embedded models.
 readme-figures: setup

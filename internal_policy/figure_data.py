@@ -63,6 +63,19 @@ def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _cosine_rows)
 
 
+def stage_sketch_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 1c.
+
+    Args:
+        analyses: One analysis for each strip.
+
+    Returns:
+        A row for each panel (the strip, from 1) and layer: its stage, where it starts and ends as a share of the depth,
+        and whether it is the boundary layer.
+    """
+    return _stack(analyses, _stage_rows)
+
+
 def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of every analysis under one another, with the panel (from 1), model and lens."""
     require_some(analyses)
@@ -120,6 +133,13 @@ def _change_rows(analysis: Analysis) -> pd.DataFrame:
     frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
     frame["boundary"] = frame["layer"] == analysis.boundary_layer
     return frame
+
+
+def _stage_rows(analysis: Analysis) -> pd.DataFrame:
+    layers = np.arange(1, analysis.n_layers + 1)
+    ends = {"start": (layers - 1) / analysis.n_layers, "end": layers / analysis.n_layers}
+    boundary = layers == analysis.boundary_layer
+    return pd.DataFrame({"layer": layers, "stage": list(analysis.stages), **ends, "boundary": boundary})
 
 
 def _cosine_rows(analysis: Analysis) -> pd.DataFrame:

@@ -81,12 +81,50 @@ def set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis]) -> None:
         axes: The panels.
         analyses: What each shows.
     """
+    for ax, name, analysis in zip(axes, short_names(analyses), analyses, strict=True):
+        style.set_title(ax, name, LENS_TITLES.get(analysis.lens, analysis.lens))
+
+
+def short_names(analyses: Sequence[Analysis]) -> list[str]:
+    """Name each analysis by as much of the end of its model's name as tells the models apart.
+
+    Args:
+        analyses: The analyses.
+
+    Returns:
+        A name for each.
+    """
     parts = [analysis.name.strip("/").split("/") for analysis in analyses]
     n_models = len({tuple(part) for part in parts})
     depths = range(1, 1 + max(map(len, parts)))
     depth = next(d for d in depths if len({tuple(part[-d:]) for part in parts}) == n_models)
-    for ax, part, analysis in zip(axes, parts, analyses, strict=True):
-        style.set_title(ax, "/".join(part[-depth:]), LENS_TITLES.get(analysis.lens, analysis.lens))
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def stage_strip(ax: Axes, rows: pd.DataFrame, place: float, name: str) -> None:
+    """Draw a model's layers as one strip from the embedding (left) to the top, coloured by stage.
+
+    Args:
+        ax: The panel, with relative depth along it.
+        rows: A row for each layer, with its `stage`, `start` and `end` in relative depth, and `boundary`.
+        place: The strip's middle.
+        name: Stands above it.
+    """
+    note: dict[str, Any] = {"fontsize": 6.5, "fontfamily": ax.title.get_fontfamily(), "parse_math": False}
+    room = style.panel_width(ax)
+    ax.text(0.0, place - 0.3, style.cut(name, room, 7.5), va="bottom", **{**note, "fontsize": 7.5})
+    for stage, run in groupby(rows.to_dict("records"), key=lambda row: str(row["stage"])):
+        found = list(run)
+        start, end = found[0]["start"], found[-1]["end"]
+        colour = style.STAGE_COLOURS[stage]
+        ax.barh(place, end - start, 0.5, start, color=colour, edgecolor="white", linewidth=0.8, label=stage)
+        first, last = found[0]["layer"], found[-1]["layer"]
+        text = f"{first}" if first == last else f"{first}\N{EN DASH}{last}"
+        if style.text_width(text, 6.5) < (end - start) * room:
+            ax.text((start + end) / 2, place, text, ha="center", va="center", **note)
+    for end in rows.loc[rows["boundary"], "end"]:
+        look: dict[str, Any] = {"color": "0.25", "linewidth": 1.2, "label": "boundary layer"}
+        ax.plot([end, end], [place - 0.25, place + 0.4], **look)
 
 
 def shade_stages(ax: Axes, rows: pd.DataFrame) -> None:

@@ -1,4 +1,4 @@
-"""The paper's figures of an analysis (arXiv 2512.19673v3, figs. 2, 3 and 12), and the numbers in them as tables.
+"""The paper's figures of an analysis (arXiv 2512.19673v3, figs. 1c, 2, 3 and 12), and the numbers in them as tables.
 
     figure = entropy_flow([analysis])            # fig. 2; one panel a model
     numbers = entropy_flow_data([analysis])      # exactly what it draws
@@ -29,6 +29,7 @@ from internal_policy.figure_data import (
     policy_gap,
     require_some,
     residual_cosine_data,
+    stage_sketch_data,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ __all__ = [
     "residual_cosine",
     "residual_cosine_data",
     "save_all",
+    "stage_sketch",
+    "stage_sketch_data",
 ]
 
 POLICY_LABEL, UNIFORM_LABEL = "policy $\\pi_\\theta$", "uniform, $\\ln V$"
@@ -207,6 +210,30 @@ def residual_cosine(analyses: Sequence[Analysis], *, axes: Sequence[Axes] | None
         The figure.
     """
     return _one_row(analyses, plot_residual_cosine, residual_cosine_data, axes)
+
+
+def stage_sketch(analyses: Sequence[Analysis], *, ax: Axes | None = None) -> Axes:
+    """Draw fig. 1c as a sketch: for each model a strip of its layers, coloured by stage, with the boundary layer.
+
+    Args:
+        analyses: One analysis for each strip.
+        ax: Where to draw; without it a figure of its own with a legend is made.
+
+    Returns:
+        The axes.
+    """
+    frame = stage_sketch_data(analyses)
+    own = ax is None
+    if ax is None:
+        figure, ((ax,),) = style.panel_grid(1, panel_height=(0.36 * len(analyses) + 0.3) / 1.4)
+    with style.paper_style():
+        for (panel, rows), name in zip(frame.groupby("panel"), drawing.short_names(analyses), strict=True):
+            drawing.stage_strip(ax, rows, float(str(panel)), name)
+        ax.set(xlim=(0, 1), ylim=(len(analyses) + 0.4, 0.3), yticks=[], xlabel="Relative depth $l/L$")
+        ax.spines["left"].set_visible(False)
+        if own:
+            style.figure_legend(figure, [ax], LEGEND_ORDER)
+    return ax
 
 
 def save_all(analyses: Sequence[Analysis], directory: Path) -> list[Path]:

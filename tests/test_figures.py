@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawings import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analysis, make_set
+from matplotlib.figure import Figure
 
 from internal_policy import figures, style
 
@@ -34,6 +35,27 @@ def test_entropy_flow_draws_its_frame():
         np.testing.assert_array_equal(star.lines[0].get_xydata(), [[policy["position"], policy["entropy"]]])
         expected = rows[rows["point"] == "FFN"]
         np.testing.assert_allclose(band(ax)[2], (expected["low"], expected["high"]))
+
+
+def test_stage_sketch_draws_its_frame():
+    analyses = [*make_set(2), make_analysis("x", 1, "llama", boundary=0)]
+    frame = figures.stage_sketch_data(analyses)
+    ax = figures.stage_sketch(analyses)
+    assert_legible(ax.figure)
+    for panel, analysis in enumerate(analyses, start=1):
+        rows = frame[frame["panel"] == panel]
+        assert rows["stage"].tolist() == list(analysis.stages)
+        assert rows.loc[rows["boundary"], "layer"].tolist() == [b for b in [analysis.boundary_layer] if b]
+        strip = [bars for bars in ax.containers if bars[0].get_y() + bars[0].get_height() / 2 == pytest.approx(panel)]
+        runs = rows.groupby("stage", sort=False).agg(start=("start", "min"), end=("end", "max"))
+        assert [bars.get_label() for bars in strip] == list(runs.index)
+        np.testing.assert_allclose([bars[0].get_x() for bars in strip], runs["start"])
+        np.testing.assert_allclose([bars[0].get_x() + bars[0].get_width() for bars in strip], runs["end"])
+    marks = [line.get_xdata()[0] for line in ax.lines if line.get_label() == "boundary layer"]
+    np.testing.assert_allclose(marks, [6 / 36, 27 / 28])
+    own = Figure().subplots()
+    assert figures.stage_sketch(analyses[:1], ax=own) is own
+    assert [text.get_text() for text in own.texts] == ["Qwen3-4B", "1–6", "7–26", "27–36"]
 
 
 def test_entropy_flow_data_holds_the_analysis():

@@ -16,6 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from internal_policy import Inspection, UserError, style
+from internal_policy.inspection.decisions import decision_data
 from internal_policy.inspection.figure import cell_colours, inspection_data, inspection_map, plot_inspection, save_all
 from internal_policy.inspection.fonts import drawable, fit
 from internal_policy.inspection.terminal import blocks, show
@@ -88,6 +89,28 @@ def test_the_data_are_the_values_of_the_chosen_tokens():
     assert 0 not in set(last["layer"])
     with pytest.raises(UserError, match="--site is 'mlp'"):
         inspection_data(it, ["mlp"])
+
+
+def test_a_token_is_decided_where_all_later_layers_agree():
+    it = made(n_layers=6, n_tokens=200, prompt=2, words=["x", "y"])
+    table = decision_data(it).set_index("position")
+    values = it.values.set_index(["position", "layer", "site"])  # noqa: PD011
+    for position in range(1, 201):
+        final = values.loc[(position, 6, "policy")]
+        expected = None
+        for layer in range(6, 0, -1):
+            if values.loc[(position, layer, "layer")]["top1_id"] != final["top1_id"]:
+                break
+            expected = layer
+        row = table.loc[position]
+        assert (None if pd.isna(row["decided_layer"]) else row["decided_layer"]) == expected
+        assert (row["entropy"], row["top_token"]) == (final["entropy"], final["top1_token"])
+        assert row["hit"] == (position < 200 and it.tokens["id"][position] == final["top1_id"])
+        assert (row["token"], row["part"]) == tuple(it.tokens.loc[position - 1, ["token", "part"]])
+    # Chance decides here: each answer must have been seen.
+    assert set(table["decided_layer"].dropna()) == {1, 2, 3, 4, 5, 6}
+    assert table["decided_layer"].isna().any()
+    assert table["next_token"].tolist() == [*table["token"][1:], ""]
 
 
 def test_every_cell_has_its_colour_its_token_and_its_frame():
