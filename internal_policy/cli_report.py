@@ -1,0 +1,155 @@
+"""The command `internal-policy report`, and how the other commands write the page of what they have made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internal_policy.cli_common import Debug, Json, Quiet
+from internal_policy.errors import UserError
+from internal_policy.output import document, written
+from internal_policy.shell import writing
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.results import Run
+    from internal_policy.comparison.analyses import AnalysisComparison
+    from internal_policy.results import Analysis
+
+logger = logging.getLogger(__name__)
+
+
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            help="What analyze, compare or train wrote, also mixed; one that holds several stands for all of them."
+        ),
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw report.html again in the directories of analyses, comparisons and training runs, without a model."""
+    from internal_policy import terminal
+    from internal_policy.report import write_report
+
+    # All are read before any is drawn, so that a bad one is told at once.
+    held = [thing for directory in directories for thing in _read(directory.expanduser())]
+    for thing in held:
+        place = thing.path
+        assert place is not None
+        with writing(place):
+            path = write_report(thing)
+        terminal.list_files("report", [path])
+    document({"command": "report"})
+
+
+def write_reports(
+    things: Sequence[Analysis | AnalysisComparison | Run], directory: Path | None = None, *, tell: bool = True
+) -> None:
+    """Write the page of each result that is on disk already, and say where.
+
+    A page that cannot be drawn is told in one line, and nothing else of the command is lost for it.
+
+    Args:
+        things: the results.
+        directory: where a comparison's goes; the others go into their own.
+        tell: whether to say where.
+    """
+    from internal_policy import terminal
+    from internal_policy.report import write_report
+    from internal_policy.results import REPORT
+
+    for thing in things:
+        place = directory or thing.path
+        if place is None:
+            continue
+        try:
+            path = write_report(thing, place)
+        # Whatever it is, the result is whole without its page.
+        except Exception as error:
+            # A page of earlier results beside new ones would be believed.
+            (place / REPORT).unlink(missing_ok=True)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            logger.warning(
+                "%s: no %s could be written (%s); the results are whole, internal-policy report %s tries again",
+                *(place, REPORT, why, place),
+            )
+            logger.debug("%s", place, exc_info=error)
+            continue
+        if tell:
+            terminal.list_files("report", [path])
+        else:
+            written("report", [path])
+
+
+def show_and_report(analysis: Analysis) -> None:
+    """Print the line of an analysis among many, and write its page into the directory that the line names.
+
+    Args:
+        analysis: the analysis.
+    """
+    from internal_policy import summary
+
+    summary.show_line(analysis)
+    write_reports([analysis], tell=False)
+
+
+def kind_of(directory: Path) -> str:
+    """Tell what a directory holds; a run holds evaluations, and perhaps an analysis, of its own.
+
+    Args:
+        directory: of one result, or above several.
+
+    Returns:
+        run, analysis, evaluation, inspection or comparison.
+
+    Raises:
+        UserError: nothing that is finished.
+    """
+    if any((directory / name).exists() for name in ("run.json", "checkpoints")):
+        return "run"
+    # What is not a run may be named by a directory above it.
+    for kind, depths in _DEPTHS.items():
+        if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
+            return kind
+    raise UserError(
+        f"{directory}: no finished analysis here, nor a training run or an evaluation (no analysis.json, run.json or "
+        "evaluation.json); run internal-policy analyze, train or evaluate first"
+    )
+
+
+_DEPTHS = {
+    "analysis": ("", "*/"),
+    "evaluation": ("", "*/", "*/*/"),
+    "inspection": ("", "*/"),
+    "comparison": ("", "*/"),
+}
+
+
+def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
+    """All that a directory holds and there is a page of."""
+    from internal_policy.bupo.results import MANIFEST, Run
+    from internal_policy.comparison.analyses import COMPARISON, AnalysisComparison
+    from internal_policy.results import ANALYSIS, Analysis
+
+    runs = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}") if path.parent.name != "work")
+    found = {"analysis": ANALYSIS.below(directory), "comparison": COMPARISON.below(directory), "run": runs}
+    if not any(found.values()) or (directory / MANIFEST).is_file():
+        kind = kind_of(directory)
+        if kind == "run":
+            return [Run.load(directory)]
+        if kind not in found:
+            raise UserError(
+                f"{directory}: holds an {kind}, of which there is no report; its figures are drawn by "
+                "internal-policy figures"
+            )
+    return [
+        *(Analysis.load(path) for path in found["analysis"]),
+        *(AnalysisComparison.load(path) for path in found["comparison"]),
+        *(Run.load(path) for path in found["run"]),
+    ]

@@ -1,0 +1,115 @@
+"""The figures of an analysis: entropy flow, entropy change, and how much of the drop has fallen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internal_policy.report.charts import Chart, point
+
+if TYPE_CHECKING:
+    from internal_policy.comparison.convergence import Convergence
+    from internal_policy.results import Analysis
+
+_SITES = (
+    ("layer output", "layer", "entropy_out", "$stream", "solid", "circle", True),
+    ("layer input", "layer", "entropy_in", "$stream", "dot", "circle-open", True),
+    ("ATTN output", "attn", "entropy_out", "$attn", "solid", "square", True),
+    ("ATTN input", "attn", "entropy_in", "$attn", "dot", "square-open", False),
+    ("FFN output", "ffn", "entropy_out", "$ffn", "solid", "triangle-up", True),
+    ("FFN input", "ffn", "entropy_in", "$ffn", "dot", "triangle-up-open", False),
+)
+_CHANGES = (
+    ("layer", "layer", "$stream", "solid", "circle"),
+    ("ATTN", "attn", "$attn", "dash", "square"),
+    ("FFN", "ffn", "$ffn", "solid", "triangle-up"),
+)
+
+
+def flow_chart(analysis: Analysis) -> Chart:
+    """Draw the entropies at the input and output of each layer and module, as fig. 2 of the paper.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The figure.
+    """
+    chart = Chart(
+        "Entropy flow",
+        "Layer",
+        "Entropy (nats)",
+        "Entropy of the internal policies at the input and output of each layer, attention and FFN, over the layers.",
+    )
+    chart.stages(analysis.stages)
+    for name, site, column, colour, dash, symbol, shown in _SITES:
+        rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+        ends = (rows[f"{column}_low"], rows[f"{column}_high"])
+        look: dict[str, Any] = {"colour": colour, "dash": dash, "symbol": symbol, "shown": shown}
+        chart.curve(name, rows["layer"], rows[column], ends, **look)
+    after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
+    point(chart, "policy π_θ", analysis.n_layers + after / 2 + 0.25, analysis.policy_entropy, colour="$policy")
+    top = [float(np.log(analysis.vocab_size))] * 2
+    ends_of_axis = [0.5, analysis.n_layers + after]
+    chart.curve("uniform, ln V", ends_of_axis, top, colour="$muted", dash="dot", marks=False, hover=False)
+    chart.layers(analysis.n_layers, after)
+    chart.y_axis["rangemode"] = "tozero"
+    _mark_target(chart, analysis)
+    return chart
+
+
+def change_chart(analysis: Analysis) -> Chart:
+    """Draw the entropy change that each layer and module makes, as fig. 3 of the paper.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The figure.
+    """
+    chart = Chart(
+        "Entropy change",
+        "Layer",
+        "Entropy change (nats)",
+        "Entropy change that each layer, its attention and its FFN make, over the layers.",
+    )
+    chart.stages(analysis.stages)
+    chart.level(0.0, dash="solid")
+    for name, site, colour, dash, symbol in _CHANGES:
+        rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+        look: dict[str, Any] = {"colour": colour, "dash": dash, "symbol": symbol, "form": "+.3f"}
+        chart.curve(name, rows["layer"], rows["change"], (rows["change_low"], rows["change_high"]), **look)
+    chart.layers(analysis.n_layers)
+    _mark_target(chart, analysis)
+    return chart
+
+
+def fall_chart(convergence: Convergence) -> Chart:
+    """Draw how much of the drop has fallen by each layer.
+
+    Args:
+        convergence: the measures.
+
+    Returns:
+        The figure.
+    """
+    chart = Chart(
+        "Share of the drop so far",
+        "Relative depth, layer / L",
+        "Share of the drop",
+        "Share of the total drop of the entropy that has fallen by each relative depth.",
+    )
+    table = convergence.curve
+    chart.level(0.5)
+    depth, ends = table["relative_depth"], (table["low"], table["high"])
+    chart.curve("fallen", depth, table["fallen"], ends, colour="$stream", form=".2f", unit="")
+    x = [1 / max(convergence.n_layers, 1), 1.0]
+    chart.curve("even fall", x, [0.0, 1.0], colour="$muted", dash="dot", marks=False, hover=False)
+    chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
+    return chart
+
+
+def _mark_target(chart: Chart, analysis: Analysis) -> None:
+    if analysis.boundary_layer is not None:
+        chart.mark(analysis.boundary_layer, f"target layer {analysis.boundary_layer}")

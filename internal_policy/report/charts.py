@@ -1,0 +1,216 @@
+"""Figures for plotly as plain data: traces, bands, shading; colours by name, so that the page's theme decides them.
+
+``$attn`` in a colour is the page's CSS variable ``--attn``; ``$attn/0.2`` is the same with that opacity.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.report.numbers import plain, plain_all
+
+STAGE_COLOURS = {name: f"${name}" for name in ("exploration", "integration", "convergence")}
+SERIES = ("$series1", "$series2", "$series3", "$series4", "$series5", "$series6")
+_LONGEST = 36
+"""Characters of a name beside a value, where a phone has room for both."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def label(value: Any) -> str:
+    """Escape a name: plotly takes the texts of a figure for markup.
+
+    Args:
+        value: the name.
+
+    Returns:
+        Text in which every character stands for itself; the middle of a long one is left out, as it tells least.
+    """
+    text = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(text if len(text) <= _LONGEST else f"{text[:16]}…{text[-19:]}", quote=True)
+
+
+@dataclass
+class Chart:
+    """One figure: what plotly draws, and the key that the page shows above it."""
+
+    title: str
+    x: str
+    y: str
+    described: str
+    """What a reader hears who does not see it."""
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    key: list[dict[str, Any]] = field(default_factory=list)
+    shapes: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    x_axis: dict[str, Any] = field(default_factory=dict)
+    y_axis: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+    """Whether the title says all, and a key would only repeat it."""
+
+    def curve(
+        self,
+        name: str,
+        x: Sequence[Any] | pd.Series,
+        y: Sequence[Any] | pd.Series,
+        ends: tuple[Sequence[Any] | pd.Series, Sequence[Any] | pd.Series] | None = None,
+        *,
+        colour: str,
+        dash: str = "solid",
+        symbol: str = "circle",
+        shown: bool = True,
+        marks: bool = True,
+        band: bool = True,
+        hover: bool = True,
+        form: str = ".3f",
+        unit: str = " nats",
+    ) -> None:
+        """Add a line with its 95% intervals.
+
+        Args:
+            name: of the line, as text.
+            x: positions.
+            y: values.
+            ends: lower and upper ends of the intervals.
+            colour: of both.
+            dash: of the line.
+            symbol: of the marks.
+            shown: whether it is drawn before the reader asks for it.
+            marks: whether the points are marked.
+            band: whether the intervals are drawn; the hover text has them anyway.
+            hover: whether pointing at it tells its values.
+            form: of the numbers in the hover text.
+            unit: of the values.
+        """
+        here, values = plain_all(x), plain_all(y)
+        low, high = ([], []) if ends is None else (plain_all(ends[0]), plain_all(ends[1]))
+        hidden = {} if shown else {"visible": False}
+        places = []
+        known = [i for i in range(len(low)) if None not in (here[i], low[i], high[i])]
+        if band and len(known) > 1:
+            around = [*known, *reversed(known)]
+            edge = [high[i] for i in known] + [low[i] for i in reversed(known)]
+            area = {"x": [here[i] for i in around], "y": edge, "fill": "toself", "fillcolor": f"{colour}/0.16"}
+            look = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "name": label(name)}
+            places.append(len(self.traces))
+            self.traces.append({**look, **area, "showlegend": False, **hidden})
+        template = f"%{{fullData.name}} %{{y:{form}}}{unit}"
+        extra: dict[str, Any] = {}
+        if known:
+            template += f" [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]"
+            extra["customdata"] = [[a, b] for a, b in zip(low, high, strict=True)]
+        look = {"type": "scatter", "mode": "lines+markers" if marks else "lines", "name": label(name)}
+        line = {"color": colour, "dash": dash, "width": 2}
+        places.append(len(self.traces))
+        self.traces.append(
+            {
+                **{**look, "x": here, "y": values, "line": line, "showlegend": False},
+                **{"marker": {"symbol": symbol, "size": _mark_size(len(here)), "color": colour}, **extra},
+                **({"hovertemplate": f"{template}<extra></extra>"} if hover else {"hoverinfo": "skip"}),
+                **hidden,
+            }
+        )
+        self.key.append({"name": str(name), "colour": colour, "dash": dash, "traces": places, "shown": shown})
+
+    def shade(self, first: float, last: float, colour: str) -> None:
+        """Shade positions over the whole height.
+
+        Args:
+            first: where it starts.
+            last: where it ends.
+            colour: of the shading.
+        """
+        area = {"type": "rect", "xref": "x", "yref": "paper", "x0": first, "x1": last, "y0": 0, "y1": 1}
+        self.shapes.append({**area, "fillcolor": colour, "line": {"width": 0}, "layer": "below"})
+
+    def stages(self, stages: Sequence[str]) -> None:
+        """Shade the layers of each stage.
+
+        Args:
+            stages: of layers 1..L.
+        """
+        start = 1
+        for layer, stage in enumerate(stages, start=1):
+            if layer == len(stages) or stages[layer] != stage:
+                self.shade(start - 0.5, layer + 0.5, STAGE_COLOURS[stage])
+                start = layer + 1
+
+    def mark(self, at: float, text: str, *, colour: str = "$fg") -> None:
+        """Draw a vertical line with its name.
+
+        Args:
+            at: where.
+            text: the name, as text.
+            colour: of the line.
+        """
+        line = {"type": "line", "xref": "x", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
+        self.shapes.append({**line, "line": {"color": colour, "width": 1.5, "dash": "dashdot"}})
+        note = {"x": at, "xref": "x", "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+        self.notes.append({**note, "text": label(text), "font": {"color": colour}})
+
+    def level(self, at: float, *, dash: str = "dot") -> None:
+        """Draw a horizontal line.
+
+        Args:
+            at: where.
+            dash: of the line.
+        """
+        line = {"type": "line", "xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": at, "y1": at}
+        self.shapes.append({**line, "line": {"color": "$muted", "width": 1, "dash": dash}, "layer": "below"})
+
+    def layers(self, n_layers: int, after: float = 0.5) -> None:
+        """Make the horizontal axis one of layers.
+
+        Args:
+            n_layers: L.
+            after: room after the last layer.
+        """
+        self.x_axis |= {"range": [0.5, n_layers + after], "tickformat": "d", "hoverformat": "d"}
+        step = next((s for s in (1, 2, 4, 5, 10, 20) if n_layers / s <= 9), max(1, n_layers // 8))
+        between = [layer for layer in range(step, n_layers, step) if layer > 1 and n_layers - layer >= 0.6 * step]
+        self.x_axis |= {"tickvals": list(dict.fromkeys([1, *between, n_layers]))}
+
+    def spec(self) -> dict[str, Any]:
+        """Return what the page draws.
+
+        Returns:
+            JSON-able data.
+        """
+        x_axis: Mapping[str, Any] = {"title": {"text": self.x}, **self.x_axis}
+        y_axis: Mapping[str, Any] = {"title": {"text": self.y}, **self.y_axis}
+        layout = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
+        return {"traces": self.traces, "layout": layout, "key": self.key, "plain": self.plain}
+
+
+def _mark_size(n: int) -> int:
+    """Pixels; marks that touch hide the lines and one another."""
+    return 6 if n <= 16 else 4 if n <= 40 else 3
+
+
+def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: str, symbol: str = "diamond") -> None:
+    """Add one value with its interval.
+
+    Args:
+        chart: where.
+        name: of the value, as text.
+        x: its position.
+        row: mean, and low and high where they are known, nats.
+        colour: of the mark.
+        symbol: of the mark.
+    """
+    mean, low, high = (plain(row.get(key)) for key in ("mean", "low", "high"))
+    template, extra = "%{fullData.name} %{y:.3f} nats", {}
+    if mean is not None and low is not None and high is not None:
+        bar = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low], "color": colour}
+        extra = {"error_y": bar, "customdata": [[low, high]]}
+        template += " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
+    mark = {"symbol": symbol, "size": 10, "color": colour}
+    look = {"type": "scatter", "mode": "markers", "name": label(name), "marker": mark}
+    chart.key.append({"name": name, "colour": colour, "dash": "mark", "traces": [len(chart.traces)], "shown": True})
+    chart.traces.append(
+        {**look, "x": [x], "y": [mean], **extra, "hovertemplate": f"{template}<extra></extra>", "showlegend": False}
+    )

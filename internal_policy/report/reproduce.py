@@ -1,0 +1,189 @@
+"""How to make a result again: the command line, quoted for a shell, and the same call from Python."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internal_policy.config import AnalyzeConfig
+from internal_policy.errors import UserError
+from internal_policy.report.page import clean
+
+if TYPE_CHECKING:
+    from internal_policy.results import Analysis
+
+ANALYSES = "data/analyses"
+SAMPLING = ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
+_GIVEN = re.compile(r"\d+ given")
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to type, and what to know of it."""
+
+    shell: str | None
+    """The command line; None where only Python can say it."""
+    python: str
+    """The call from Python."""
+    notes: tuple[str, ...] = ()
+    """What else decides whether the same comes out."""
+
+
+def analysis_commands(analysis: Analysis) -> Commands:
+    """Rebuild the command that made an analysis from its settings.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The command and the call. Where prompts or responses were given from memory, the ones that are stored with the
+        analysis are read instead, which gives the same numbers.
+    """
+    config = analysis.config
+    options = {
+        f.name: config[f.name]
+        for f in fields(AnalyzeConfig)
+        if f.name != "model" and f.name in config and config[f.name] != f.default
+    }
+    notes = []
+    stored = "responses.jsonl" if analysis.path is None else str(analysis.path / "responses.jsonl")
+    if any(_GIVEN.fullmatch(str(config.get(name))) for name in ("prompts", "responses")):
+        for name in ("prompts", *SAMPLING):
+            options.pop(name, None)
+        options["responses"] = stored
+        where = f"they are read from {clean(stored)}" if analysis.path is not None else "save the analysis to read them"
+        notes.append(f"Prompts or responses were given from Python: {where}, which gives the same numbers.")
+    root = None if analysis.path is None else str(analysis.path.parent)
+    place = {} if root in (None, ANALYSES) else {"output": root}
+    model = str(config.get("model", analysis.model["id"]))
+    notes += _about(analysis, model)
+    words = ["internal-policy", "analyze"]
+    for name, value in {"model": model, **options, **place}.items():
+        words += flag(name, value)
+    given = {**options, "output": root or ANALYSES}
+    python = "from internal_policy import analyze\n\n" + call("analyze", [model], given)
+    if _in_memory(analysis, model):
+        loaded = "# model and tokenizer as they were in memory then\n"
+        python = "from internal_policy import analyze\n\n" + loaded + call("analyze", [], given, "model, tokenizer")
+        return Commands(None, clean(python), tuple(notes))
+    return Commands(clean(shlex.join(words)), clean(python), tuple(notes))
+
+
+def comparison_words(manifest: Mapping[str, Any], where: Any) -> list[str]:
+    """Say which command makes a comparison again.
+
+    Args:
+        manifest: what ``comparison.json`` holds.
+        where: its directory, for the message.
+
+    Returns:
+        The words of the command.
+
+    Raises:
+        UserError: its analyses were never on disk.
+    """
+    rows, baseline = manifest["analyses"], manifest["baseline"]
+    paths = [row["path"] for row in rows]
+    if None in paths:
+        raise UserError(
+            f"{where}: is a comparison of analyses in memory, whose curves are not in it; save the analyses, "
+            "and compare their directories"
+        )
+    words = ["internal-policy", "compare", *paths]
+    # A label that is the end of a name is found again.
+    if any(not f"{row['path']}\n{row['model']}\n".count(f"{row['label']}\n") for row in rows):
+        words += [word for row in rows for word in ("--label", row["label"])]
+    if manifest["steps_from"] == "given":
+        words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
+    if baseline != rows[0]["label"]:
+        words += ["--baseline", baseline]
+    if manifest.get("seed"):
+        words += ["--seed", str(manifest["seed"])]
+    return words
+
+
+def comparison_commands(manifest: Mapping[str, Any]) -> Commands:
+    """Say how to make a comparison again.
+
+    Args:
+        manifest: what ``comparison.json`` holds.
+
+    Returns:
+        The command and the call.
+    """
+    try:
+        shell = shlex.join(comparison_words(manifest, "this comparison"))
+    except UserError:
+        note = "The analyses were compared in memory and have no directories; save them to compare them again."
+        return Commands(None, "from internal_policy import compare\n\ncompare(analyses)", (note,))
+    rows = manifest["analyses"]
+    labels = [row["label"] for row in rows]
+    options: dict[str, Any] = {"baseline": labels.index(manifest["baseline"]), "labels": labels}
+    if manifest["steps_from"] == "given":
+        options["steps"] = [row["step"] for row in rows]
+    if manifest.get("seed"):
+        options["seed"] = manifest["seed"]
+    python = call("compare", [row["path"] for row in rows], options)
+    return Commands(clean(shell), clean(f"from internal_policy import compare\n\n{python}"))
+
+
+def _about(analysis: Analysis, model: str) -> list[str]:
+    found = []
+    commit, told = analysis.model.get("revision"), analysis.config.get("revision")
+    if commit and commit != told:
+        name = clean(f"{model}: {commit}")
+        found.append(f"Commit on the hub then: {name}. If the branch has moved since, give it with --revision.")
+    if on := analysis.config.get("sampled_on"):
+        found.append(f"Responses were sampled on {clean(on)}; another kind of device has other random streams.")
+    found.append(f"Weights were in {clean(analysis.model.get('dtype'))}; their digest is in the settings.")
+    if analysis.config.get("hooked"):
+        found.append("The model had hooks or patches of the user's own, which no command repeats.")
+    return found
+
+
+def _in_memory(analysis: Analysis, model: str) -> bool:
+    """A model that is neither on the hub, nor embedded, nor named by a path was an object."""
+    named = analysis.model.get("revision") or analysis.config.get("remote") or "/" in model
+    return not (named or Path(model).exists())
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """Write a setting as words of a command.
+
+    Args:
+        name: of the setting.
+        value: of it; a switch that is off and None need no word.
+
+    Returns:
+        The words, not yet quoted.
+    """
+    option = "--" + name.replace("_", "-")
+    if value is False or value is None:
+        return []
+    if value is True:
+        return [option]
+    # A value that begins with a dash would be taken for an option.
+    text = value if isinstance(value, str) else json.dumps(value)
+    return [f"{option}={text}"] if text.startswith("-") else [option, text]
+
+
+def call(function: str, arguments: list[Any], options: Mapping[str, Any], first: str = "") -> str:
+    """Write a call in Python.
+
+    Args:
+        function: its name.
+        arguments: values by place.
+        options: values by name.
+        first: what stands before them, as it is.
+
+    Returns:
+        Python, on several lines where one would be long.
+    """
+    parts = [*([first] if first else []), *map(repr, arguments), *(f"{k}={v!r}" for k, v in options.items())]
+    line = f"{function}({', '.join(parts)})"
+    return line if len(line) <= 90 else f"{function}(\n    " + ",\n    ".join(parts) + ",\n)"

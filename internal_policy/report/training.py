@@ -1,0 +1,235 @@
+"""The page of a training run: reward, entropy and length over the steps, figure 5's measures, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from internal_policy.alignment_figures import last_alignment_step
+from internal_policy.bupo.words import ALIGNMENT
+from internal_policy.report.charts import SERIES, Chart
+from internal_policy.report.numbers import counted, interval, number
+from internal_policy.report.page import clean, render
+from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.settings import settings_of
+
+if TYPE_CHECKING:
+    from internal_policy.bupo.results import Run
+
+_HISTORY = (
+    ("reward", "Reward", "Reward", ".3f", ""),
+    ("policy_entropy", "Policy entropy", "H(π_θ) (nats)", ".3f", " nats"),
+    ("length", "Response length", "Length (tokens)", ".1f", " tokens"),
+)
+_DYNAMICS = (
+    ("change", "Entropy change of the layer", "ΔH (nats)", "+.3f", " nats"),
+    ("perplexity", "Perplexity of the policy", "Perplexity", ".3f", ""),
+)
+_PERCENT = ".2f"
+
+
+def page(run: Run) -> str:
+    """Draw up the page.
+
+    Args:
+        run: the run.
+
+    Returns:
+        HTML.
+    """
+    history, dynamics = _history(run), _dynamics(run)
+    evaluated = _evaluated(run)
+    charts = {f"h{i}": chart for i, chart in enumerate(history, start=1)}
+    charts |= {f"d{i}": chart for i, chart in enumerate(dynamics, start=1)}
+    if evaluated is not None and evaluated["chart"] is not None:
+        charts["e1"] = evaluated["chart"]
+    shown = {key: {"id": key, "title": c.title, "described": c.described} for key, c in charts.items()}
+    failed = ", ".join(f"{n} {clean(kind)}" for kind, n in run.failures.items() if n)
+    return render(
+        "training.html.j2",
+        title=f"Training of {run.name}: {run.label}",
+        charts={key: chart.spec() for key, chart in charts.items()},
+        tokens={},
+        name=clean(run.name),
+        label=clean(run.label),
+        summary=summary(run, evaluated),
+        layer=None if run.layer is None else str(run.layer),
+        layer_reason=clean(run.layer_reason),
+        ipa_steps=counted(run.ipa_steps, "step"),
+        ipa_reason=clean(run.ipa_reason),
+        phases=_phases(run),
+        history=[shown[key] for key in shown if key.startswith("h")],
+        dynamics=[shown[key] for key in shown if key.startswith("d")],
+        evaluated=evaluated,
+        pass_chart=shown.get("e1"),
+        failed=failed,
+        settings=settings_of(run),
+        again=training_commands(run),
+    )
+
+
+def summary(run: Run, evaluated: dict[str, Any] | None) -> str:
+    """Say in sentences that can be quoted what the run did.
+
+    Args:
+        run: the run.
+        evaluated: what came of it on held-out problems, if that was measured.
+
+    Returns:
+        Text.
+    """
+    first = f"{clean(run.name)} was trained for {counted(len(run.history), 'step')} with {clean(run.label)}"
+    if run.layer is not None:
+        first += f": internal policy alignment of layer {run.layer} for {counted(run.ipa_steps, 'step')}, then GRPO"
+    told = ""
+    if len(run.history):
+        start, end = (run.history["reward"].iloc[i] for i in (0, -1))
+        told = f" The mean reward went from {number(start)} in the first step to {number(end)} in the last."
+    if evaluated is not None and evaluated["sentence"]:
+        told += f" {evaluated['sentence']}"
+    return f"{first}.{told}"
+
+
+def _phases(run: Run) -> list[dict[str, str]]:
+    if run.history.empty:
+        return []
+    rows = []
+    for phase, own in run.history.groupby("phase", sort=False):
+        row = {"phase": clean(phase), "steps": f"{own['step'].iloc[0]}–{own['step'].iloc[-1]}"}
+        for column, _, _, form, _ in _HISTORY:
+            known = column in own
+            row[column] = " → ".join(number(own[column].iloc[i], form) for i in (0, -1)) if known else number(None)
+        rows.append(row)
+    return rows
+
+
+def _history(run: Run) -> list[Chart]:
+    table = run.history
+    found = []
+    for column, title, y, form, unit in _HISTORY:
+        if column not in table or table[column].isna().all():
+            continue
+        chart = Chart(title, "Step", y, f"{title} over the steps of the training, with its phases.", plain=True)
+        _shade_phases(chart, run, 0.5)
+        look: dict[str, Any] = {"colour": "$stream", "marks": len(table) <= 60, "form": form, "unit": unit}
+        chart.curve(column.replace("_", " "), table["step"], table[column], **look)
+        _step_axis(chart, table["step"])
+        found.append(chart)
+    return found
+
+
+def _dynamics(run: Run) -> list[Chart]:
+    table = run.dynamics
+    if table.empty:
+        return []
+    table = table.sort_values("step")
+    layer = int(table["layer"].iloc[0])
+    found = []
+    for column, title, y, form, unit in _DYNAMICS:
+        described = f"{title} on fixed responses, over the steps of the training."
+        chart = Chart(title, "Step", y, described, plain=True)
+        _shade_phases(chart, run, 0.0)
+        chart.curve(title, table["step"], table[column], colour="$stream", form=form, unit=unit)
+        found.append(chart)
+    title = f"Divergence of layer {layer} from later layers"
+    chart = Chart(title, "Step", "KL (nats)", f"{title} on fixed responses, over the steps of the training.")
+    _shade_phases(chart, run, 0.0)
+    chart.curve("mean of later layers", table["step"], table["kl_mean"], colour="$ffn", symbol="square")
+    chart.curve("policy π_θ", table["step"], table["policy_kl"], colour="$policy", dash="dash", symbol="star")
+    values = [float(v) for v in [*table["kl_mean"], *table["policy_kl"]]]
+    positive = [v for v in values if v > 0]
+    if len(positive) == len(values) and max(values) > 20 * min(values):
+        chart.y_axis |= {"type": "log", "dtick": 1}
+    found.append(chart)
+    title = f"Similarity of layer {layer} to later layers"
+    steps = sorted(run.dynamics_layers["step"].unique()) if not run.dynamics_layers.empty else []
+    if steps and run.dynamics_layers["layer"].nunique() > 1:
+        found.append(_similarity(run, title, steps))
+    for chart in found[:3]:
+        _step_axis(chart, table["step"])
+    return found
+
+
+def _similarity(run: Run, title: str, steps: list[Any]) -> Chart:
+    """A line at the start, at the end of alignment and at the end of training."""
+    chart = Chart(title, "Later layer", "Cosine", f"{title}: cosine of their states, a line a measurement.")
+    switch = last_alignment_step(run)
+    chosen = dict.fromkeys([steps[0], *([max(s for s in steps if s <= switch)] if switch else []), steps[-1]])
+    for i, step in enumerate(chosen):
+        rows = run.dynamics_layers[run.dynamics_layers["step"] == step].sort_values("layer")
+        chart.curve(f"step {step}", rows["layer"], rows["cosine"], colour=SERIES[i], unit="")
+    chart.x_axis["tickformat"] = "d"
+    return chart
+
+
+def _shade_phases(chart: Chart, run: Run, after: float) -> None:
+    switch = last_alignment_step(run)
+    if len(run.history) and (run.history["phase"] == ALIGNMENT).any():
+        end = float(switch if switch is not None else run.history["step"].max()) + after
+        chart.shade(-0.5 + after, end, "$exploration")
+        if switch is not None:
+            chart.mark(end, "end of alignment", colour="$muted")
+
+
+def _step_axis(chart: Chart, steps: Any) -> None:
+    first, last = float(min(steps)), float(max(steps))
+    room = max(0.5, 0.02 * (last - first))
+    chart.x_axis |= {"range": [first - room, last + room], "tickformat": "d", "hoverformat": "d"}
+    chart.x_axis |= {"dtick": 1, "tick0": first} if last - first <= 10 else {"nticks": 8}
+
+
+def _evaluated(run: Run) -> dict[str, Any] | None:
+    from internal_policy.evaluation import compare
+    from internal_policy.evaluation.benchmarks import title
+
+    start, trained = run.evaluation_start, run.evaluation
+    known = {name: e for name, e in (("start", start), ("trained", trained)) if e is not None}
+    if not known:
+        return None
+    rows = [_rate(name, e.avg["mean"], e.avg["low"], e.avg["high"], "") for name, e in known.items()]
+    last = next(reversed(known.values()))
+    told: dict[str, Any] = {
+        "title": clean(title(last.benchmark)),
+        "n_problems": last.n_problems,
+        "n_samples": last.n_samples,
+    }
+    sentence = change_told = None
+    if start is not None and trained is not None:
+        change = compare(trained, start)
+        rows.append(_rate("difference", change.difference, change.low, change.high, "+"))
+        p = "below 0.0001" if change.p_permutation < 1e-4 else f"{change.p_permutation:.2g}"
+        change_told = (
+            f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
+            f"p {p} (sign flips)"
+        )
+        ends = interval(100 * change.low, 100 * change.high, f"+{_PERCENT}")
+        sentence = (
+            f"On {counted(told['n_problems'], 'problem')} of {told['title']} Avg@{told['n_samples']} went from "
+            f"{number(100 * start.avg['mean'], '.1f')}% to {number(100 * trained.avg['mean'], '.1f')}% "
+            f"({number(100 * change.difference, '+.1f')} points{f', 95% interval {ends}' if ends else ''})."
+        )
+    chart = _pass_chart(known) if all(len(e.pass_at_k) > 1 for e in known.values()) else None
+    return {**told, "rows": rows, "change": change_told, "sentence": sentence, "chart": chart}
+
+
+def _rate(name: str, mean: float, low: float, high: float, sign: str) -> dict[str, str]:
+    form = f"{sign}{_PERCENT}"
+    known = not math.isnan(low)
+    return {
+        "name": name,
+        "value": number(100 * mean, form),
+        "interval": interval(100 * low, 100 * high, form) if known else "",
+    }
+
+
+def _pass_chart(evaluations: dict[str, Any]) -> Chart:
+    chart = Chart("Pass@K", "K", "Pass@K", "Pass at K before and after the training, over K.")
+    for (name, evaluation), colour, symbol in zip(
+        evaluations.items(), ("$attn", "$ffn"), ("circle", "square"), strict=False
+    ):
+        table = evaluation.pass_at_k
+        ends = (table["low"], table["high"])
+        chart.curve(name, table["k"], table["value"], ends, colour=colour, symbol=symbol, unit="")
+    ks = sorted({int(k) for e in evaluations.values() for k in e.pass_at_k["k"]})
+    chart.x_axis |= {"type": "log", "tickvals": ks, "ticktext": [str(k) for k in ks], "hoverformat": "d"}
+    return chart
