@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.config import AnalyzeConfig
     from internal_policy.errors import UserError
-    from internal_policy.evaluation import Evaluation, evaluate, load_evaluation
+    from internal_policy.evaluation import Evaluation, evaluate
     from internal_policy.inspection.look import inspect
-    from internal_policy.inspection.results import Inspection, load_inspection
+    from internal_policy.inspection.results import Inspection
     from internal_policy.pipeline import analyze
-    from internal_policy.results import Analysis, load_analysis
+    from internal_policy.results import Analysis
     from internal_policy.selection import Selection, select_layer
-    from internal_policy.studies import Study, study
+    from internal_policy.studies import study
+    from internal_policy.study_results import Study
     from internal_policy.sweeps import sweep
 
 __version__ = "0.1.0"
@@ -38,16 +39,13 @@ _HOME = {
     "Evaluation": "evaluation",
     "Inspection": "inspection.results",
     "Selection": "selection",
-    "Study": "studies",
+    "Study": "study_results",
     "UserError": "errors",
     "analyze": "pipeline",
     "compare": "comparison.analyses",
     "convergence_table": "comparison.convergence",
     "evaluate": "evaluation",
     "inspect": "inspection.look",
-    "load_analysis": "results",
-    "load_evaluation": "evaluation",
-    "load_inspection": "inspection.results",
     "measure_convergence": "comparison.convergence",
     "select_layer": "selection",
     "study": "studies",
@@ -70,9 +68,6 @@ __all__ = [
     "convergence_table",
     "evaluate",
     "inspect",
-    "load_analysis",
-    "load_evaluation",
-    "load_inspection",
     "measure_convergence",
     "select_layer",
     "study",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,16 @@ import typer
 
 from internal_policy import __version__
 from internal_policy.cli_analyze import FIGURES, analyze
-from internal_policy.cli_common import Debug
+from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.cli_compare import compare
 from internal_policy.cli_evaluate import evaluate
 from internal_policy.cli_inspect import inspect
 from internal_policy.cli_models import models
+from internal_policy.cli_push import push
+from internal_policy.cli_report import kind_of, report
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
+from internal_policy.output import document, is_quiet
 from internal_policy.shell import figure_name, is_main_process, rank
 
 INTERRUPTED = 130
@@ -58,10 +62,12 @@ def _main(
 # What a shell makes of an unquoted --checkpoints glob arrives as extra words.
 app.command(context_settings={"allow_extra_args": True})(analyze)
 app.command()(train)
+app.command()(push)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(inspect)
 app.command()(models)
+app.command()(report)
 
 
 @app.command()
@@ -73,25 +79,27 @@ def figures(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for figures.")] = FIGURES,
+    as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
     from internal_policy import cli_analyze, cli_evaluate, cli_inspect, cli_train
-    from internal_policy.bupo.results import load_run
+    from internal_policy.bupo.results import Run
     from internal_policy.cli_compare import redrawing
     from internal_policy.comparison.sources import gather
-    from internal_policy.evaluation.results import EVALUATION, load_evaluation
-    from internal_policy.inspection.results import INSPECTION, load_inspection
+    from internal_policy.evaluation.results import EVALUATION, Evaluation
+    from internal_policy.inspection.results import INSPECTION, Inspection
 
-    kinds = [(_kind(path), path) for path in map(Path.expanduser, directories)]
+    kinds = [(kind_of(path), path) for path in map(Path.expanduser, directories)]
     # All are read before any is drawn, so that a bad one is told at once.
     held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
     analyses = [analysis for _, found in held for analysis in found]
-    runs = [load_run(path) for kind, path in kinds if kind == "run"]
+    runs = [Run.load(path) for kind, path in kinds if kind == "run"]
     evaluations = [
-        load_evaluation(each) for kind, path in kinds if kind == "evaluation" for each in EVALUATION.below(path)
+        Evaluation.load(each) for kind, path in kinds if kind == "evaluation" for each in EVALUATION.below(path)
     ]
-    looks = [load_inspection(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)]
+    looks = [Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)]
     if compared := next((path for kind, path in kinds if kind == "comparison"), None):
         raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
     root = output.expanduser()
@@ -106,28 +114,7 @@ def figures(
         cli_evaluate.draw(evaluations, root)
     for look in looks:
         cli_inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
-
-
-_DEPTHS = {
-    "analysis": ("", "*/"),
-    "evaluation": ("", "*/", "*/*/"),
-    "inspection": ("", "*/"),
-    "comparison": ("", "*/"),
-}
-
-
-def _kind(directory: Path) -> str:
-    """Tell what a directory holds; a run holds evaluations, and perhaps an analysis, of its own."""
-    if any((directory / name).exists() for name in ("run.json", "checkpoints")):
-        return "run"
-    # What is not a run may be named by a directory above it.
-    for kind, depths in _DEPTHS.items():
-        if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
-            return kind
-    raise UserError(
-        f"{directory}: no finished analysis here, nor a training run or an evaluation (no analysis.json, run.json or "
-        "evaluation.json); run internal-policy analyze, train or evaluate first"
-    )
+    document({"command": "figures"})
 
 
 def main() -> None:
@@ -136,6 +123,7 @@ def main() -> None:
         # A terminal that cannot show a sign gets another one, not a crash after the work is done.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    _name_the_shell(sys.argv[1:])
     debug = "--debug" in sys.argv
     try:
         with _notices():
@@ -164,11 +152,21 @@ def main() -> None:
     sys.exit(code)
 
 
+def _name_the_shell(words: list[str]) -> None:
+    """Let ``--show-completion SHELL`` and ``--install-completion SHELL`` mean the shell that they name.
+
+    typer looks for the shell among the processes that called this one, and there is none in a container's build.
+    """
+    if len(words) == 2 and words[0] in ("--show-completion", "--install-completion"):
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
+
+
 @contextmanager
 def _notices() -> Iterator[None]:
     """Show what the package logs on standard error, once however many processes there are."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
     logger = logging.getLogger("internal_policy")
     logger.addHandler(handler)
     try:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from internal_policy import cli_common
+from internal_policy import cli_common, cli_report
+from internal_policy.cli_compare import fields
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
+from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
 from internal_policy.study_models import STUDIES, Preset
 
 if TYPE_CHECKING:
     from internal_policy.results import Analysis
-    from internal_policy.studies import Study
+    from internal_policy.study_results import Study
 
 DATA = Path("data/analyses")
 STUDY_DATA = Path("data/studies")
@@ -29,9 +31,7 @@ def analyze(
     context: typer.Context,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
-        ),
+        cli_common.Models,
     ] = None,
     revision: Annotated[
         list[str] | None,
@@ -85,7 +85,8 @@ def analyze(
     template: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(TEMPLATES)}. [default: {DEFAULTS.template}; a preset has each model's own]"
+            help=f"One of {', '.join(TEMPLATES)}. [default: {DEFAULTS.template}; a preset has each model's own]",
+            autocompletion=cli_common.completing(TEMPLATES),
         ),
     ] = None,
     generator: cli_common.Generator = DEFAULTS.generator,
@@ -118,6 +119,8 @@ def analyze(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
+    as_json: cli_common.Json = False,
+    quiet: cli_common.Quiet = False,
     debug: cli_common.Debug = False,
 ) -> None:
     """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
@@ -197,9 +200,11 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
         analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
         if is_main_process():
             terminal.show(analysis)
+            cli_report.write_reports([analysis])
         analyses.append(analysis)
     if is_main_process():
         draw(analyses, FIGURES if output is None else root / "figures")
+        document({"command": "analyze", "analyses": [cli_common.told(a) for a in analyses]})
 
 
 def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
@@ -210,19 +215,21 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
     # What is not there is told before torch is imported.
     targets(start, options["revisions"], options["checkpoints"])
     quiet_libraries(debug)
-    from internal_policy import summary
     from internal_policy.sweeps import sweep
 
     root = DATA if output is None else output.expanduser()
-    each = summary.show_line if is_main_process() else None
+    each = cli_report.show_and_report if is_main_process() else None
     analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
         return
     figures = FIGURES if output is None else root / "figures"
+    comparison = None
     if len(analyses) > 1:
-        _compare(analyses, figures)
+        comparison = _compare(analyses, figures)
     else:
         draw(analyses, figures)
+    found = {"analyses": [cli_common.told(a) for a in analyses], "comparison": comparison}
+    document({"command": "analyze", **found})
 
 
 def _study(
@@ -235,7 +242,7 @@ def _study(
 
     cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else output.expanduser()
-    each = summary.show_line if is_main_process() else None
+    each = cli_report.show_and_report if is_main_process() else None
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
         return
@@ -244,11 +251,22 @@ def _study(
     with writing(directory):
         paths = done.save(directory)
     terminal.list_files("figures", paths)
+    if done.comparison is not None:
+        cli_report.write_reports([done.comparison], directory)
+    document(
+        {
+            "command": "analyze",
+            "analyses": [cli_common.told(a) for a in done.analyses],
+            "models": done.table,
+            "convergence": done.convergence,
+            "failures": done.failures,
+        }
+    )
     if done.failures:
         _tell_failures(done)
 
 
-def _compare(analyses: list[Analysis], root: Path) -> None:
+def _compare(analyses: list[Analysis], root: Path) -> dict[str, Any]:
     from internal_policy import figures, terminal
     from internal_policy.comparison import figures as comparison_figures
     from internal_policy.comparison import terminal as comparison_terminal
@@ -266,6 +284,8 @@ def _compare(analyses: list[Analysis], root: Path) -> None:
             directory / "comparison.json",
         ]
     terminal.list_files("figures and comparison", paths)
+    cli_report.write_reports([comparison], directory)
+    return {**fields(comparison), "path": directory}
 
 
 def _sweep_name(analyses: list[Analysis]) -> str:

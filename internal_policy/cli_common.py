@@ -2,33 +2,128 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import typer
 
 from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, GENERATORS, QUANTIZATIONS
+from internal_policy.output import choose, restore
+from internal_policy.prompts import TEMPLATES
 
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")]
-Device = Annotated[str, typer.Option(help="auto (cuda, mps, cpu) or a torch device.")]
+EMBEDDED = ("testbed/qwen3", "testbed/llama")
+
+
+def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """Let the shell complete a value; where no word fits, it goes on with files.
+
+    Args:
+        words: those that are known without loading anything.
+
+    Returns:
+        What typer asks.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+def _json(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        choose(json=True)
+        context.call_on_close(restore)
+    return wanted
+
+
+def _quiet(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        choose(quiet=True)
+        context.call_on_close(restore)
+    return wanted
+
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", callback=_json, is_eager=True, help="Print one JSON document instead of tables, for scripts."
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=_quiet, is_eager=True, help="Print errors only; results are written all the same."
+    ),
+]
+Model = typer.Option(
+    "--model",
+    "-m",
+    help="Hub id, local directory, testbed/qwen3 or testbed/llama.",
+    autocompletion=completing(EMBEDDED),
+)
+Models = typer.Option(
+    "--model",
+    "-m",
+    help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several.",
+    autocompletion=completing(EMBEDDED),
+)
+Template = Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.", autocompletion=completing(TEMPLATES))]
+
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.", autocompletion=completing(DTYPES))]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto (cuda, mps, cpu) or a torch device.", autocompletion=completing(("auto", "cuda", "mps", "cpu"))
+    ),
+]
 DeviceMap = Annotated[
-    str | None, typer.Option(help=f"Share the layers out among several devices: one of {', '.join(DEVICE_MAPS)}.")
+    str | None,
+    typer.Option(
+        help=f"Share the layers out among several devices: one of {', '.join(DEVICE_MAPS)}.",
+        autocompletion=completing(DEVICE_MAPS),
+    ),
 ]
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help=f"Quantise the layers' weights while loading, by bitsandbytes: one of {', '.join(QUANTIZATIONS)}."
+        help=f"Quantise the layers' weights while loading, by bitsandbytes: one of {', '.join(QUANTIZATIONS)}.",
+        autocompletion=completing(QUANTIZATIONS),
     ),
 ]
 Generator = Annotated[
     str,
-    typer.Option(help=f"What samples the responses: one of {', '.join(GENERATORS)} (if installed, on a GPU)."),
+    typer.Option(
+        help=f"What samples the responses: one of {', '.join(GENERATORS)} (if installed, on a GPU).",
+        autocompletion=completing(GENERATORS),
+    ),
 ]
-Backend = Annotated[str, typer.Option(help=f"What captures the states: one of {', '.join(BACKENDS)}.")]
+Backend = Annotated[
+    str,
+    typer.Option(help=f"What captures the states: one of {', '.join(BACKENDS)}.", autocompletion=completing(BACKENDS)),
+]
 Remote = Annotated[
     bool, typer.Option("--remote", help="Run the model on NDIF (--backend nnsight; the key in NDIF_API_KEY).")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+REPORT = "report.html"
+
+
+def told(result: Any) -> dict[str, Any]:
+    """Tell a result in a JSON document: what its manifest on disk holds, and where it is.
+
+    Args:
+        result: an analysis, evaluation, inspection, comparison or run.
+
+    Returns:
+        The fields.
+    """
+    path = result.path
+    report = None if path is None or not (path / REPORT).is_file() else path / REPORT
+    return {**result.manifest(), "path": path, "report": report}
 
 
 def require_key(remote: bool | str) -> None:

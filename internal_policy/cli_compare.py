@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.cli_common import Debug
+from internal_policy.cli_common import Debug, Json, Quiet
+from internal_policy.cli_report import write_reports
 from internal_policy.errors import UserError
+from internal_policy.output import document
 
 if TYPE_CHECKING:
     from internal_policy.comparison.analyses import AnalysisComparison
@@ -44,8 +46,9 @@ def compare(
         Path | None,
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
@@ -61,29 +64,24 @@ def compare(
     origin = 0 if baseline is None else _place(baseline, labels)
     comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
     root = DATA if output is None else output.expanduser()
-    if json:
-        typer.echo(as_json(comparison))
-    else:
-        terminal.show_comparison(comparison)
+    terminal.show_comparison(comparison)
     names = _names(analyses, comparison.labels)
-    _write(comparison, names, root, FIGURES if output is None else root / "figures", quiet=json)
+    where = _write(comparison, names, root, FIGURES if output is None else root / "figures")
+    document({"command": "compare", **fields(comparison), "path": where})
 
 
-def as_json(comparison: AnalysisComparison) -> str:
-    """The comparison as one JSON object.
+def fields(comparison: AnalysisComparison) -> dict[str, Any]:
+    """Tell a comparison in a JSON document.
 
     Args:
         comparison: the comparison.
 
     Returns:
-        The manifest, and each table as a list of its rows; what is not defined is null.
+        The manifest, and each table.
     """
-    import json as writer
-
     from internal_policy.comparison.analyses import TABLES
 
-    tables = {name: writer.loads(getattr(comparison, name).to_json(orient="records")) for name in TABLES}
-    return writer.dumps({**comparison.manifest(), "tables": tables}, ensure_ascii=False, allow_nan=False)
+    return {**comparison.manifest(), "tables": {name: getattr(comparison, name) for name in TABLES}}
 
 
 def redrawing(directory: Path) -> str:
@@ -101,28 +99,15 @@ def redrawing(directory: Path) -> str:
     import shlex
 
     from internal_policy.comparison.analyses import COMPARISON
+    from internal_policy.report.reproduce import comparison_words
 
     source = COMPARISON.find(directory)
     with COMPARISON.reading(source) as manifest:
-        rows, baseline = manifest["analyses"], manifest["baseline"]
-        paths = [row["path"] for row in rows]
-        if None in paths:
-            raise UserError(
-                f"{source}: is a comparison of analyses in memory, whose curves are not in it; save the analyses, "
-                "and compare their directories"
-            )
-        words = ["internal-policy", "compare", *paths]
-        # A label that is the end of a name is found again.
-        if any(not f"{row['path']}\n{row['model']}\n".count(f"{row['label']}\n") for row in rows):
-            words += [word for row in rows for word in ("--label", row["label"])]
-        if manifest["steps_from"] == "given":
-            words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
-        if baseline != rows[0]["label"]:
-            words += ["--baseline", baseline]
+        words = comparison_words(manifest, source)
     return shlex.join(words)
 
 
-def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures: Path, *, quiet: bool) -> None:
+def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures: Path) -> Path:
     """Write the tables and the figures, each below a directory named by the analyses, and list the files."""
     from internal_policy import terminal
     from internal_policy.comparison.figures import save_all_comparisons
@@ -133,9 +118,10 @@ def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures
         tables = comparison.save(root / name)
     with writing(figures / name):
         drawn = save_all_comparisons(comparison, figures / name)
-    if not quiet:
-        terminal.list_files("comparison", sorted(tables.iterdir()))
-        terminal.list_files("figures", drawn)
+    terminal.list_files("comparison", sorted(tables.iterdir()))
+    terminal.list_files("figures", drawn)
+    write_reports([comparison], tables)
+    return tables
 
 
 def _names(analyses: list[Analysis], labels: tuple[str, ...]) -> list[str]:

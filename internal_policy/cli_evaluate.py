@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,11 @@ from internal_policy import cli_common
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.prompts import TEMPLATES, TESTBED
+from internal_policy.output import document
+from internal_policy.prompts import TESTBED
 
 if TYPE_CHECKING:
+    from internal_policy.evaluation.comparison import Comparison
     from internal_policy.evaluation.results import Evaluation
 
 DATA = Path("data/evaluations")
@@ -24,9 +27,7 @@ DEFAULTS = EvaluateConfig(model="testbed/qwen3", benchmark=TESTBED)
 def evaluate(
     model: Annotated[
         list[str],
-        typer.Option(
-            "--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."
-        ),
+        cli_common.Models,
     ],
     benchmark: Annotated[
         list[str] | None,
@@ -34,6 +35,7 @@ def evaluate(
             help=f"One of {', '.join(BENCHMARKS)}, a parquet, jsonl or json file, or a hub data set id; repeat for "
             "several.",
             show_default="math500; testbed for embedded models",
+            autocompletion=cli_common.completing(BENCHMARKS),
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
@@ -54,7 +56,7 @@ def evaluate(
     ] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
     generator: cli_common.Generator = DEFAULTS.generator,
-    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
+    template: cli_common.Template = DEFAULTS.template,
     reward: Annotated[
         str | None, typer.Option(help="math, exact, or module:function.", show_default="math; exact for testbed")
     ] = DEFAULTS.reward,
@@ -72,6 +74,8 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
+    as_json: cli_common.Json = False,
+    quiet: cli_common.Quiet = False,
     debug: cli_common.Debug = False,
 ) -> None:
     """Evaluate one or more models on benchmarks: Avg@K, Pass@K, paired comparison, figures."""
@@ -124,13 +128,15 @@ def evaluate(
             evaluation = run(name, source, output=root, overwrite=overwrite, **options)
             terminal.show(evaluation)
             done.append(evaluation)
-    _compare(done, stored)
+    compared = _compare(done, stored)
     # The same model may have been stored before it was trained further: a figure has each name once.
     known = {(e.name, e.benchmark) for e in done}
     drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
     if len(drawn) > 1:
         terminal.show_summary(drawn)
     draw(drawn, FIGURES if output is None else root / "figures")
+    evaluations = [{**cli_common.told(e), "intervals": e.pass_at_k} for e in done]
+    document({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
 
 
 def _stored(directories: list[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
@@ -138,11 +144,11 @@ def _stored(directories: list[Path], sources: list[str], max_problems: int | Non
     if not directories:
         return []
     from internal_policy.evaluation import benchmarks
-    from internal_policy.evaluation.results import load_evaluation
+    from internal_policy.evaluation.results import Evaluation
 
     problems = {s: [(p.problem, p.answer or "") for p in benchmarks.read_benchmark(s, max_problems)] for s in sources}
     digests = {benchmarks.digest(pairs) for pairs in problems.values()}
-    stored = [load_evaluation(path) for path in directories]
+    stored = [Evaluation.load(path) for path in directories]
     for evaluation in stored:
         if evaluation.digest() not in digests:
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
@@ -153,7 +159,7 @@ def _stored(directories: list[Path], sources: list[str], max_problems: int | Non
     return stored
 
 
-def _compare(done: list[Evaluation], stored: list[Evaluation]) -> None:
+def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Comparison]:
     """Print the first of two models less the second, and every model less each stored one, where problems agree."""
     from internal_policy.evaluation import terminal
     from internal_policy.evaluation.comparison import compare
@@ -162,9 +168,10 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> None:
     pairs = [(a, b) for a in done for b in stored]
     if len(names) == 2:
         pairs += [(a, b) for a in done for b in done if (a.name, b.name) == tuple(names)]
-    for a, b in pairs:
-        if a.digest() == b.digest():
-            terminal.show_comparison(compare(a, b))
+    compared = [compare(a, b) for a, b in pairs if a.digest() == b.digest()]
+    for comparison in compared:
+        terminal.show_comparison(comparison)
+    return compared
 
 
 def draw(evaluations: list[Evaluation], root: Path) -> None:

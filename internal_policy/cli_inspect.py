@@ -10,7 +10,7 @@ import typer
 from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
-from internal_policy.prompts import TEMPLATES
+from internal_policy.output import document
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection
@@ -22,9 +22,7 @@ TOP_K = 5
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama.")
-    ],
+    model: Annotated[str, cli_common.Model],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked.")],
     response: Annotated[
         str | None, typer.Option(help="What is answered.", show_default="sampled from the model")
@@ -40,7 +38,7 @@ def inspect(
     ] = None,
     last: Annotated[int | None, typer.Option(help="Show so many tokens at the end.", show_default=str(LAST))] = None,
     site: Annotated[Site, typer.Option(help="Which policies the terminal shows; all are drawn.")] = "layer",
-    template: Annotated[str, typer.Option(help=f"One of {', '.join(TEMPLATES)}.")] = DEFAULTS.template,
+    template: cli_common.Template = DEFAULTS.template,
     lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
     top_k: Annotated[int, typer.Option(help="Tokens of each policy that the table keeps.")] = TOP_K,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
@@ -57,6 +55,8 @@ def inspect(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     trust_remote_code: cli_common.TrustRemoteCode = False,
+    as_json: cli_common.Json = False,
+    quiet: cli_common.Quiet = False,
     debug: cli_common.Debug = False,
 ) -> None:
     """Look into one prompt: entropy and top token of every internal policy at every token, as a heat map."""
@@ -83,6 +83,7 @@ def inspect(
     quiet_libraries(debug)
     from internal_policy.inspection import look as looking
     from internal_policy.inspection import results
+    from internal_policy.inspection.figure_data import inspection_data
     from internal_policy.inspection.terminal import show
     from internal_policy.terminal import list_files
     from internal_policy.workspace import Workspace
@@ -108,6 +109,10 @@ def inspect(
     show(look, site, tokens=tokens, last=last)
     list_files("inspection", [directory / file for file in results.RESULT_FILES])
     draw(look, figures, tokens=tokens, last=last)
+    shown = inspection_data(look, [site], tokens=tokens, last=last)
+    document(
+        {"command": "inspect", "inspection": {**look.manifest(), "path": directory}, "site": site, "values": shown}
+    )
 
 
 def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: int | None = None) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
-
-from internal_policy.cli_common import Debug
+from internal_policy.cli_common import Debug, Json
+from internal_policy.output import document
 
 
 def models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print every field, for scripts.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print the families of models that are known, and where their parts are."""
@@ -23,7 +20,7 @@ def models(
     from internal_policy.models.families import FAMILIES
 
     if as_json:
-        typer.echo(json.dumps({model_type: asdict(family) for model_type, family in FAMILIES.items()}, indent=2))
+        document({"command": "models", "families": {name: asdict(family) for name, family in FAMILIES.items()}})
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in (

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site
-from internal_policy.cli_common import Debug
+from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, told
+from internal_policy.cli_report import write_reports
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
+from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
 
 if TYPE_CHECKING:
@@ -20,13 +22,12 @@ if TYPE_CHECKING:
 FIGURES = Path("figures")
 
 _WORDS = {"method": METHODS, "preset": (*PRESETS,), "aggregation": AGGREGATIONS, "template": TEMPLATES, "dtype": DTYPES}
+_NOT_OF_THE_RUN = ("set_", "as_json", "quiet", "debug")
 _FROM_PYTHON_ONLY = ("tokenizer", "peft_config", "callbacks")
 
 
 def train(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub id, local directory, testbed/qwen3 or testbed/llama.")
-    ] = "testbed/qwen3",
+    model: Annotated[str, Model] = "testbed/qwen3",
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -45,10 +46,16 @@ def train(
         str | None,
         typer.Option(help="Steps of that first phase, or auto. [default: the preset's share of the run, else 20/300]"),
     ] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: bupo]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(METHODS)}. [default: bupo]", autocompletion=completing(METHODS)),
+    ] = None,
     reward: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(VERIFIERS)}, or module:function. [default: math; exact for testbed]"),
+        typer.Option(
+            help=f"{', '.join(VERIFIERS)}, or module:function. [default: math; exact for testbed]",
+            autocompletion=completing(VERIFIERS),
+        ),
     ] = None,
     max_steps: Annotated[
         int | None,
@@ -60,7 +67,10 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"Settings by name: {', '.join(PRESETS)}. [default: testbed for an embedded model]"),
+        typer.Option(
+            help=f"Settings by name: {', '.join(PRESETS)}. [default: testbed for an embedded model]",
+            autocompletion=completing(PRESETS),
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything. [default: 0]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: preset's, else 1e-6]")] = None,
@@ -80,7 +90,10 @@ def train(
     max_prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Prompts of more tokens are left out. [default: 1024]")
     ] = None,
-    template: Annotated[str | None, typer.Option(help=f"One of {', '.join(TEMPLATES)}. [default: chat]")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(TEMPLATES)}. [default: chat]", autocompletion=completing(TEMPLATES)),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature. [default: 1.0]")] = None,
     site: Annotated[Site | None, typer.Option(help="Whose policy of the layer comes first. [default: layer]")] = None,
     lens: Annotated[Lens | None, typer.Option(help="Without or with the final norm. [default: policy]")] = None,
@@ -111,7 +124,10 @@ def train(
     ] = None,
     save_steps: Annotated[int | None, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = None,
     report_to: Annotated[str | None, typer.Option(help="wandb, tensorboard and what else transformers knows.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Of the weights: one of {', '.join(DTYPES)}.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Of the weights: one of {', '.join(DTYPES)}.", autocompletion=completing(DTYPES)),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
     prompts_split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
@@ -122,11 +138,13 @@ def train(
         list[str] | None,
         typer.Option("--set", help="name=value: any other option of BuPOConfig and trl.GRPOConfig; repeat for more."),
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
     # What was not given is left to the preset.
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("set_", "debug")}
+    given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
     _check(options)
     from internal_policy.shell import quiet_libraries
@@ -139,7 +157,9 @@ def train(
 
     if PartialState().is_main_process:
         show(run)
+        write_reports([run])
         draw([run], FIGURES / run.path.resolve().name if output is None else run.path / "figures")
+        document({"command": "train", "run": _fields(run)})
 
 
 def _with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]:
@@ -172,6 +192,13 @@ def _check(options: dict[str, Any]) -> None:
     total = options.get("max_steps")
     if steps != AUTO and isinstance(total, int) and int(steps) > total:
         raise UserError(f"--ipa-steps is {steps} and --max-steps {total}; needed is at most --max-steps, or auto")
+
+
+def _fields(run: Run) -> dict[str, Any]:
+    """Tell a run in a JSON document."""
+    ends = {"start": run.evaluation_start, "trained": run.evaluation}
+    evaluations = {name: None if found is None else told(found) for name, found in ends.items()}
+    return {**told(run), "label": run.label, "model_dir": run.model_dir, "evaluations": evaluations}
 
 
 def _flag(name: str) -> str:

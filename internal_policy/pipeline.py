@@ -22,6 +22,7 @@ from internal_policy.capture import Extractor, Reducer, TokenValues, backends, r
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
+from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
@@ -29,7 +30,7 @@ from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.responses import Response
-from internal_policy.results import MANIFEST, Analysis, load_analysis
+from internal_policy.results import MANIFEST, Analysis
 from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.selection import select_layer
 from internal_policy.workspace import Arrays, Workspace, differences, in_use
@@ -168,14 +169,14 @@ def _run(
         workspace.close()
 
     state.on_main(assemble)
-    return load_analysis(directory)
+    return Analysis.load(directory)
 
 
 def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     """The analysis that is already there; refused before the model is loaded where its settings differ."""
     if not (directory / MANIFEST).is_file():
         return None
-    analysis = load_analysis(directory)
+    analysis = Analysis.load(directory)
     wanted = json.loads(json.dumps(config.decisive()))
     if differing := _differing(analysis, wanted):
         raise in_use(directory, "an analysis", differing)
@@ -286,6 +287,8 @@ def _assemble(
     if sample is not None:
         layers["change_half_width"] = sample.half_widths.ravel()
     selection = select_layer(SimpleNamespace(layers=layers, responses=per_response), seed=config.seed)
+    kept = responses[: config.keep_tokens]
+    texts = texts_of(model.tokenizer, (i for r in kept for i in r.input_ids[r.prompt_length :]))
     return Analysis(
         name=config.model if config.revision is None else f"{config.model}@{config.revision}",
         model={
@@ -302,7 +305,7 @@ def _assemble(
         config=settings,
         layers=layers,
         responses=per_response,
-        tokens=tables.token_table(captured.portions, responses, config.keep_tokens, tokens),
+        tokens=tables.token_table(captured.portions, responses, config.keep_tokens, tokens, texts),
         sequences=tables.sequence_table(responses),
         policy_entropy=statistics.policy_entropy(per_response),
         selection=selection,

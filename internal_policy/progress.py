@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from internal_policy.output import is_quiet
 from internal_policy.shell import is_main_process
+
+
+def _is_shown(console: Console) -> bool:
+    """Whether somebody looks: FORCE_COLOR colours a log, and what moves on a terminal would only spoil it."""
+    return console.is_interactive and sys.stderr.isatty() and is_main_process() and not is_quiet()
 
 
 class _RateColumn(ProgressColumn):
@@ -25,7 +32,7 @@ def status(description: str) -> Iterator[None]:
         description: what runs.
     """
     console = Console(stderr=True)
-    if not (console.is_terminal and is_main_process()):
+    if not _is_shown(console):
         yield
         return
     with console.status(description):
@@ -52,8 +59,6 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, disable=not (console.is_terminal and is_main_process()), transient=True
-    ) as bar:
+    with Progress(*columns, console=console, disable=not _is_shown(console), transient=True) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda units: bar.update(task, advance=units)

@@ -7,6 +7,7 @@ analysis, so nothing half-written is ever read as whole.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from internal_policy.stored import Kind, read_rows, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
-RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST)
+REPORT = "report.html"
+"""The page that is drawn of a result; results are whole without it."""
+RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST, REPORT)
 ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION)
 
 
@@ -41,7 +44,8 @@ class Analysis:
     responses: pd.DataFrame
     """One row per response, layer and site: the means of that response; with a tolerance estimates of them."""
     tokens: pd.DataFrame
-    """One row per analysed token, layer and site, for the responses that were kept token by token."""
+    """One row per analysed token, layer and site, for the responses that were kept token by token; token_text is how
+    the token is shown (analyses from before it was stored lack the column)."""
     sequences: pd.DataFrame
     """What was analysed: prompt, response, input_ids, prompt_length, reward."""
     policy_entropy: dict[str, float]
@@ -179,21 +183,49 @@ class Analysis:
                 path=source,
             )
 
+    @classmethod
+    def load_all(cls, directory: str | Path) -> list[Analysis]:
+        """Read every analysis below a directory, such as those of a sweep.
+
+        Args:
+            directory: of one analysis, or above several.
+
+        Returns:
+            The analyses, in the order of their steps where their names tell them, else of their names.
+
+        Raises:
+            UserError: no analysis there, or a broken one.
+        """
+        from internal_policy.comparison.sources import gather
+
+        return gather([directory])
+
+    def _repr_html_(self) -> str:
+        from internal_policy.figures import entropy_change
+        from internal_policy.notebook import Rows, card, number
+
+        ends = {site: self.curve(site) for site in ("attn", "ffn")}
+        entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
+        for stage, run in groupby(self.stages):
+            end = start + len(list(run)) - 1
+            means = (number(curve.loc[start:end].mean(), "+.3f") for curve in ends.values())
+            span = str(start) if start == end else f"{start}-{end}"
+            cells.append((stage, span, number(entropy.loc[end]), *means))
+            start = end + 1
+        sure = self.selection.confidence
+        boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
+        facts = (
+            boundary + ("" if sure is None else f" ({sure:.0%} of the resamples)"),
+            f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
+            f"policy entropy {number(self.policy_entropy['mean'])} nats",
+        )
+        headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
+        table = Rows(headings, cells, left=("stage",), note="nats; .layers has every layer, with standard errors")
+        return card("Analysis", self.name, facts, table, entropy_change([self]))
+
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
         return (
             f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
             f"boundary layer {boundary})"
         )
-
-
-def load_analysis(directory: str | Path) -> Analysis:
-    """Read an analysis from disk; see ``Analysis.load``.
-
-    Args:
-        directory: of one analysis, or one that holds a single analysis.
-
-    Returns:
-        The analysis.
-    """
-    return Analysis.load(directory)

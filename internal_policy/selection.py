@@ -74,6 +74,17 @@ class Selection:
     reason: str
     """One sentence that says why, with numbers in nats."""
 
+    def _repr_html_(self) -> str:
+        from internal_policy.notebook import Rows, card, number
+
+        told = "none" if self.boundary_layer is None else str(self.boundary_layer)
+        cells = [
+            ("boundary layer", told, number(self.confidence, ".0%")),
+            ("runner-up", "none" if self.runner_up is None else self.runner_up, number(self.runner_up_share, ".0%")),
+        ]
+        table = Rows(("", "layer", "of the resamples"), cells, left=("",))
+        return card("Selection", f"of {len(self.stages)} layers", (self.reason,), table)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python values that json can write."""
         return asdict(self) | {"stages": list(self.stages), "candidates": list(self.candidates)}

@@ -16,6 +16,12 @@ from internal_policy.files import write_text
 
 _NAMED = 4
 
+# Before pandas 3.1 the default may miss a float's last digit; from then on it does not, and the choice is deprecated.
+EXACT: dict[str, Any] = (
+    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+)
+"""What pandas' ``read_csv`` needs to give every number back bit for bit."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -115,6 +121,34 @@ class Kind:
         (target / self.manifest).unlink(missing_ok=True)
         yield target
         write_text(target / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def columns_of(table: pd.DataFrame) -> dict[str, str]:
+    """Tell the kinds of a table's columns, which CSV does not keep.
+
+    Args:
+        table: the table.
+
+    Returns:
+        For each column ``text``, or the name of its dtype.
+    """
+    kinds = {str(name): str(dtype) for name, dtype in table.dtypes.items()}
+    return {name: "text" if kind in ("object", "str") else kind for name, kind in kinds.items()}
+
+
+def read_columns(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Read a CSV table whose kinds of columns are known: a name such as NA or 007 stays a text.
+
+    Args:
+        path: the file.
+        columns: of ``columns_of``.
+
+    Returns:
+        Its rows; what is empty is not defined.
+    """
+    kinds: dict[Any, Any] = {name: str if kind == "text" else kind for name, kind in columns.items()}
+    table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], **EXACT)
+    return table
 
 
 def write_rows(path: Path, table: pd.DataFrame) -> None:

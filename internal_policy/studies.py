@@ -13,122 +13,27 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandas as pd
-from matplotlib.figure import Figure
-
-from internal_policy import figures, models, style
+from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
-from internal_policy.comparison import figures as comparison_figures
-from internal_policy.comparison.analyses import AnalysisComparison, compare
-from internal_policy.comparison.convergence import convergence_table
-from internal_policy.comparison.sources import unique_labels
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
 from internal_policy.models.identity import commit_now
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
-from internal_policy.results import MANIFEST, Analysis, load_analysis
-from internal_policy.study_models import STUDIES, Group, StudyModel
-from internal_policy.summary import summary_table
+from internal_policy.results import MANIFEST, Analysis
+from internal_policy.study_models import STUDIES, StudyModel
+from internal_policy.study_results import Study
 from internal_policy.sweeps import release, start_over
 from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Study:
-    """What came of a preset's models."""
-
-    models: tuple[StudyModel, ...]
-    """The rows of the preset that were analysed."""
-    analyses: tuple[Analysis, ...]
-    """One analysis for each of them."""
-    failures: dict[str, str] = field(default_factory=dict)
-    """Why, for each model that could not be analysed."""
-
-    def group(self, name: Group) -> list[Analysis]:
-        """The analyses of one pair of figures.
-
-        Args:
-            name: main (figures 2 and 3) or more (figures 13 and 14).
-
-        Returns:
-            They, in the preset's order.
-        """
-        return [a for model, a in zip(self.models, self.analyses, strict=True) if model.group == name]
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """What tables and figures call the models."""
-        return unique_labels(self.analyses)
-
-    @cached_property
-    def comparison(self) -> AnalysisComparison | None:
-        """The models side by side by relative depth; None of a single one."""
-        return compare(self.analyses, labels=self.labels) if len(self.analyses) > 1 else None
-
-    @cached_property
-    def convergence(self) -> pd.DataFrame:
-        """How the entropy falls, a row a model; see ``convergence_table``."""
-        if self.comparison is not None:
-            return self.comparison.convergence
-        return convergence_table(self.analyses, labels=self.labels)
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """What each model's analysis found, a row a model; see ``summary_table``."""
-        return summary_table(self.analyses, self.labels)
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write the figures as PNG and PDF and the tables as CSV. The same analyses give the same bytes.
-
-        Args:
-            directory: made where it does not exist; files of the same names are replaced.
-
-        Returns:
-            The paths written. Without a model for it there is no figure.
-        """
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        main, more = self.group("main"), self.group("more")
-        drawings: dict[str, Callable[[], Figure] | None] = {
-            "fig2_entropy_flow": partial(figures.entropy_flow, main) if main else None,
-            "fig3_entropy_change": partial(figures.entropy_change, main) if main else None,
-            "fig12_residual_cosine": partial(figures.residual_cosine, self.analyses),
-            "fig13_entropy_flow": partial(figures.entropy_flow, more) if more else None,
-            "fig14_entropy_change": partial(figures.entropy_change, more) if more else None,
-            "depth_overlay": None,
-            "convergence": None,
-        }
-        tables = {"models": self.table, "convergence": self.convergence}
-        if self.comparison is not None:
-            tables["layers"] = self.comparison.layers
-            drawings["depth_overlay"] = partial(comparison_figures.depth_overlay, self.comparison)
-            drawings["convergence"] = partial(comparison_figures.entropy_fall, self.comparison)
-        else:
-            (target / "layers.csv").unlink(missing_ok=True)
-        paths = []
-        for stem, draw in drawings.items():
-            if draw is not None:
-                paths += style.save_figure(draw(), target / stem)
-            else:
-                # What an earlier study left under this name is of other models.
-                for kind in ("png", "pdf"):
-                    (target / f"{stem}.{kind}").unlink(missing_ok=True)
-        for name, table in tables.items():
-            write_atomically(target / f"{name}.csv", partial(table.to_csv, index=False))
-            paths.append(target / f"{name}.csv")
-        return paths
 
 
 def study(
@@ -170,7 +75,7 @@ def study(
         start_over([directory for directory in directories if directory is not None])
     taken = launched().on_main(lambda: _taken(configs, directories))
     stored = [
-        load_analysis(directory) if directory is not None and known else None
+        Analysis.load(directory) if directory is not None and known else None
         for directory, known in zip(directories, taken, strict=True)
     ]
     failures: dict[str, str] = {}
@@ -192,7 +97,10 @@ def study(
     if not done:
         name, why = next(iter(failures.items()))
         raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
-    return Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
+    found = Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
+    if output is not None:
+        launched().on_main(partial(found.record, Path(output).expanduser()))
+    return found
 
 
 def _rows(preset: str | Sequence[StudyModel]) -> tuple[StudyModel, ...]:
@@ -235,7 +143,7 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     if here or (config.prompts is not None and Path(config.prompts).exists()):
         return False
     try:
-        analysis = load_analysis(directory)
+        analysis = Analysis.load(directory)
     except UserError:
         # In its turn, and without stopping the others, `analyze` says what is wrong with it.
         return False

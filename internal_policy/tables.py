@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -47,7 +47,11 @@ def response_table(
 
 
 def token_table(
-    captured: Sequence[Arrays], responses: Sequence[Response], keep: int, tokens: Sequence[Ints] | None = None
+    captured: Sequence[Arrays],
+    responses: Sequence[Response],
+    keep: int,
+    tokens: Sequence[Ints] | None = None,
+    texts: Mapping[int, str] | None = None,
 ) -> pd.DataFrame:
     """The values of every analysed token of the first responses.
 
@@ -56,10 +60,11 @@ def token_table(
         responses: all responses, in order.
         keep: how many responses were kept.
         tokens: which tokens of each were analysed, where not all.
+        texts: how each id is shown, so that the tokens can be read without a tokenizer.
 
     Returns:
-        Columns response, token (0-based index within the response), token_id, layer, site, entropy_in, entropy_out,
-        change (nats), cosine; float32.
+        Columns response, token (0-based index within the response), token_id, token_text where `texts` is given, layer,
+        site, entropy_in, entropy_out, change (nats), cosine; float32.
     """
     kept = [int(i) for c in captured for i in c["index"] if i < keep]
     keys = pd.DataFrame(
@@ -71,6 +76,8 @@ def token_table(
         columns=["response", "token", "token_id"],
         dtype=np.int64,
     )
+    if texts is not None:
+        keys["token_text"] = keys["token_id"].map(dict(texts)).astype(object)
     values = np.concatenate([c["token_layers"] for c in captured])
     policy = np.concatenate([c["token_policy"] for c in captured])
     return _tidy(keys, values, policy, sort=["response", "token", "layer"])

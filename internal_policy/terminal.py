@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from internal_policy.output import written
 from internal_policy.results import Analysis
 
 _FEW_PROMPTS = 12
@@ -27,32 +28,58 @@ def show(analysis: Analysis) -> None:
     """
     console = Console()
     console.print(layer_table(analysis))
-    entropy = analysis.policy_entropy
-    console.print(
-        f"policy entropy H(π_θ) {entropy['mean']:.4f}{_error(entropy['stderr'], 4)} nats; "
-        f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}",
-        highlight=False,
-    )
+    first, *others = remarks(analysis)
+    console.print(first, highlight=False)
     if analysis.positions is not None:
         console.print(positions_line(analysis.positions), highlight=False)
+    for remark in others:
+        console.print(remark, highlight=False, markup=False)
+    where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
+    console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
+    if few := few_prompts(analysis):
+        console.print(few, highlight=False)
+    if analysis.path is not None:
+        list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
+
+
+def remarks(analysis: Analysis) -> list[str]:
+    """Say what is to be said beside the layers and the target layer.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The policy's entropy, then responses that were cut, and the mean reward, each where there are some.
+    """
+    entropy = analysis.policy_entropy
+    found = [
+        f"policy entropy H(π_θ) {entropy['mean']:.4f}{_error(entropy['stderr'], 4)} nats; "
+        f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}"
+    ]
     if analysis.n_truncated:
-        console.print(
+        found.append(
             f"{analysis.n_truncated} of {analysis.n_responses} responses reached the limit of tokens before they ended "
-            "(--max-new-tokens)",
-            highlight=False,
+            "(--max-new-tokens)"
         )
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
-        console.print(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses", highlight=False)
-    where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
-    console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
-    if (prompts := analysis.responses["prompt"].nunique()) < _FEW_PROMPTS:
-        console.print(
-            f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on",
-            highlight=False,
-        )
-    if analysis.path is not None:
-        list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
+        found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
+    return found
+
+
+def few_prompts(analysis: Analysis) -> str | None:
+    """Say that intervals and confidence are of too few prompts to be relied on.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The sentence; None of enough prompts.
+    """
+    prompts = analysis.responses["prompt"].nunique()
+    if prompts >= _FEW_PROMPTS:
+        return None
+    return f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on"
 
 
 def layer_table(analysis: Analysis) -> Table:
@@ -122,5 +149,6 @@ def list_files(what: str, paths: Sequence[Path]) -> None:
         what: what the files are.
         paths: the files, of one directory.
     """
+    written(what, paths)
     names = ", ".join(p.name for p in paths)
     Console().print(f"{what}: {paths[0].parent}/ ({names})", highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import ragged_responses, reference, tiny_model, tiny_tokenizer
 
-from internal_policy import UserError, analyze, load_analysis, pipeline
+from internal_policy import Analysis, UserError, analyze, pipeline
 from internal_policy.capture import reduce_responses
 from internal_policy.results import SCHEMA_VERSION
 
@@ -79,7 +79,7 @@ def test_layer_change_is_the_difference_of_neighbouring_layers(analysis):
 
 def test_saved_and_loaded_it_is_the_same(analysis, tmp_path):
     analysis.save(tmp_path / "a")
-    loaded = load_analysis(tmp_path)
+    loaded = Analysis.load(tmp_path)
     for name in ("layers", "responses", "tokens", "sequences"):
         pd.testing.assert_frame_equal(getattr(loaded, name), getattr(analysis, name), check_exact=True)
     assert loaded.selection == analysis.selection
@@ -95,10 +95,10 @@ def test_a_newer_or_broken_analysis_is_refused(analysis, tmp_path):
     manifest = json.loads((target / "analysis.json").read_text())
     (target / "analysis.json").write_text(json.dumps({**manifest, "schema_version": 99}))
     with pytest.raises(UserError, match="schema version 99; this version reads 1"):
-        load_analysis(target)
+        Analysis.load(target)
     (target / "analysis.json").write_text("{")
     with pytest.raises(UserError, match="broken analysis"):
-        load_analysis(target)
+        Analysis.load(target)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -158,7 +158,7 @@ def test_responses_that_were_cut_are_counted(model, tokenizer, tmp_path):
     ended = [ids[-1] == tokenizer.eos_token_id for ids in analysis.sequences["input_ids"]]
     assert 0 < sum(ended) < 20
     assert analysis.n_truncated == 20 - sum(ended)
-    assert load_analysis(tmp_path).n_truncated == analysis.n_truncated
+    assert Analysis.load(tmp_path).n_truncated == analysis.n_truncated
     assert analyze(model, tokenizer, responses=analysis.sequences).n_truncated is None
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from internal_policy import analyze, load_analysis
+from internal_policy import Analysis, analyze
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "checkpoint_sweep.py"
 
@@ -48,7 +48,7 @@ def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
     assert (trends["slope"] != 0).any()
 
     # The run's final model is its last checkpoint again.
-    start = load_analysis(root / "runs" / "analyses" / "testbed--qwen3")
+    start = Analysis.load(root / "runs" / "analyses" / "testbed--qwen3")
     last = analyze(str(root / "runs" / "qwen3-bupo" / "model"), responses=start.sequences, keep_tokens=0)
     ours = layers[layers["step"] == 5].sort_values(["layer", "site"])["entropy_out"].to_numpy()
     theirs = last.layers.sort_values(["layer", "site"])["entropy_out"].to_numpy()

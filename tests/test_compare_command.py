@@ -55,7 +55,8 @@ def test_every_figure_of_a_training_is_drawn(place, tmp_path):
 
 def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn):
     out = compared(place / "analyses", "-o", tmp_path)
-    assert {p.name for p in (tmp_path / NAME).iterdir()} == {"comparison.json", *(f"{t}.csv" for t in TABLES)}
+    written = {p.name for p in (tmp_path / NAME).iterdir()}
+    assert written == {"comparison.json", "report.html", *(f"{t}.csv" for t in TABLES)}
     assert undrawn == [tmp_path / "figures" / NAME]
     assert "≠" not in out
     for told in ("3 analyses, lens policy, baseline checkpoint-0", "reading", "over 3 checkpoints", "ΔH FFN"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import reference
 
-from internal_policy import analyze, load_analysis, testbed
+from internal_policy import Analysis, analyze, testbed
 from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses
 from internal_policy.generation import Request, sample
 from internal_policy.models import load
@@ -100,10 +100,10 @@ def test_the_demo_writes_everything_and_figures_redraw_to_the_same_bytes(tmp_pat
     ).stdout
     for name in testbed.NAMES:
         directory = tmp_path / "data" / "analyses" / name.replace("/", "--")
-        analysis = load_analysis(directory)
+        analysis = Analysis.load(directory)
         assert f"{name}: 256 responses" in shown
         assert {p.name for p in directory.iterdir()} == {
-            *("analysis.json", "layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl")
+            *("analysis.json", "layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", "report.html")
         }
         assert json.loads((directory / "analysis.json").read_text())["boundary_layer"] == analysis.boundary_layer
     drawn = sorted((tmp_path / "figures").rglob("fig*.*"))

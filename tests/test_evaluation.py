@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from internal_policy import UserError, models
 from internal_policy.cli_evaluate import evaluate as command
-from internal_policy.evaluation import benchmarks, compare, evaluate, load_evaluation, sampling
+from internal_policy.evaluation import Evaluation, benchmarks, compare, evaluate, sampling
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.prompts import TESTBED_SEED
 from internal_policy.testbed import tasks
@@ -139,39 +139,39 @@ def test_what_is_read_back_is_what_was_written(tmp_path):
         {"prompt": ['a "quoted",\r\nline\rand\n\n', " NA", "\u2028x,y"], "answer": ["007", "NA", "1e3"]}
     )
     evaluation = replace(evaluation, problems=evaluation.problems.assign(**nasty))
-    again = load_evaluation(evaluation.save(tmp_path / "one"))
+    again = Evaluation.load(evaluation.save(tmp_path / "one"))
     pd.testing.assert_frame_equal(again.problems, evaluation.problems, check_exact=True)
     pd.testing.assert_frame_equal(again.pass_at_k, evaluation.pass_at_k, check_exact=True)
     pd.testing.assert_frame_equal(again.samples, evaluation.samples, check_exact=True)
     assert again.avg == evaluation.avg
     assert again.digest() == evaluation.digest()
-    assert np.isnan(load_evaluation(rated([3]).save(tmp_path / "single")).avg["stderr"])
+    assert np.isnan(Evaluation.load(rated([3]).save(tmp_path / "single")).avg["stderr"])
 
 
 def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished evaluation"):
-        load_evaluation(tmp_path)
+        Evaluation.load(tmp_path)
     target = rated([1, 2]).save(tmp_path / "m" / "b")
-    assert load_evaluation(tmp_path).path == target
+    assert Evaluation.load(tmp_path).path == target
     rated([1, 2]).save(tmp_path / "m" / "c")
     with pytest.raises(UserError, match="holds 2 evaluations"):
-        load_evaluation(tmp_path)
+        Evaluation.load(tmp_path)
     (target / "samples.jsonl").write_text('{"problem"')
     with pytest.raises(UserError, match="broken evaluation"):
-        load_evaluation(target)
+        Evaluation.load(target)
     manifest = json.loads((target / "evaluation.json").read_text())
     (target / "evaluation.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     with pytest.raises(UserError, match="schema version 99"):
-        load_evaluation(target)
+        Evaluation.load(target)
 
 
 def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_path, monkeypatch):
     first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
     assert first.path == tmp_path / "testbed--qwen3" / "testbed"
-    pd.testing.assert_frame_equal(load_evaluation(tmp_path).samples, qwen3.samples, check_exact=True)
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
     monkeypatch.setattr(sampling, "sample", None)
     again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
-    assert list(load_evaluation(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
+    assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
     for other, told in (
         ({"seed": 1}, "seed 0 -> 1"),
         ({"max_problems": 7}, "problems"),
@@ -196,7 +196,7 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     with pytest.raises(UserError, match="no finished evaluation"):
-        load_evaluation(tmp_path)
+        Evaluation.load(tmp_path)
     assert 3 <= len(list(tmp_path.glob("*/*/work/*.npz"))) < 12
     with pytest.raises(UserError, match=r"unfinished evaluation with other settings \(seed 0 -> 1"):
         evaluate("testbed/llama", output=tmp_path, seed=1, **options)
@@ -271,7 +271,7 @@ def test_the_command_evaluates_compares_and_draws(run, tmp_path):
     )
     assert done.exit_code == 0, done.exception
     assert "testbed/qwen3 less testbed/llama on testbed" in done.output
-    assert list(load_evaluation("o").pass_at_k["k"]) == [2]
+    assert list(Evaluation.load("o").pass_at_k["k"]) == [2]
     assert len(list(tmp_path.glob("o/figures/*/*.pdf"))) == 2
 
 

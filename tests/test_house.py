@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import resource
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from documents import ROOT, python_blocks, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "shell"},
+    {"errors", "shell", "output", "citation"},
     {"files", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
+    {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
-    {"config", "results", "style"},
-    {"models", "workspace", "figure_data", "figure_marks", "comparison"},
+    # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
+    {"config", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
+    {"models", "workspace"},
     {"checkpoints"},
-    {"responses", "figures", "terminal", "alignment_figures", "summary"},
+    {"responses", "terminal", "alignment_figures", "summary"},
     {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},
     {"inputs", "tables", "inspection", "rounds"},
     {"pipeline"},
-    {"sweeps"},
+    {"sweeps", "study_results"},
     {"studies"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
     {"bupo", "evaluation", "evaluation_figures"},
-    {"cli_common", "cli_analyze", "cli_train", "cli_evaluate", "cli_compare", "cli_models", "cli_inspect"},
+    # A page of anything that is stored, so above all results; it needs no torch.
+    {"report"},
+    {
+        "cli_common",
+        "cli_report",
+        "cli_analyze",
+        "cli_train",
+        "cli_evaluate",
+        "cli_compare",
+        "cli_models",
+        "cli_inspect",
+        "cli_push",
+    },
     {"cli"},
 ]
 HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")
@@ -81,7 +94,7 @@ def test_an_import_loads_nothing_heavy():
 
 
 def test_figures_and_results_need_no_torch():
-    code = "import sys, internal_policy.figures, internal_policy.results; print(*sys.modules)"
+    code = "import sys, internal_policy.figures, internal_policy.results, internal_policy.report; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" not in loaded
 
@@ -132,27 +145,10 @@ def test_every_public_name_can_be_had():
         internal_policy.no_such_name  # noqa: B018
 
 
-def python_blocks(path):
-    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
-
-
-@pytest.mark.parametrize("number", range(len(python_blocks(ROOT / "README.md"))))
-def test_the_readmes_python_runs(number, tmp_path):
-    code = python_blocks(ROOT / "README.md")[number]
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
-
-
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("document", "number"),
-    [(document.name, number) for document in DOCUMENTS for number in range(len(python_blocks(document)))],
-)
-def test_the_documents_python_runs(document, number, tmp_path):
-    code = python_blocks(ROOT / "docs" / document)[number]
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
+@pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: f"line {block.line}")
+def test_the_readmes_python_runs(block, tmp_path):
+    # Each by itself: a reader copies one of them.
+    run_python(README, [block], tmp_path, timeout=300)
 
 
 @pytest.mark.slow
@@ -166,6 +162,8 @@ def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
     for model in ("qwen3", "llama"):
         assert f"internal_policy/testbed/weights/{model}/model.safetensors" in names
     assert "internal_policy/py.typed" in names
+    assets = (PACKAGE / "report" / "assets").iterdir()
+    assert {f"internal_policy/report/assets/{path.name}" for path in assets} <= set(names)
     assert sum(f.stat().st_size for f in (tmp_path / "site").rglob("weights/**/*") if f.is_file()) <= 12 * 2**20
     code = (
         "import internal_policy, json; from internal_policy import analyze, testbed; "

@@ -14,7 +14,7 @@ from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from internal_policy import AnalyzeConfig, UserError, analyze, load_analysis, models
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, models
 from internal_policy.capture import HookExtractor, nnsight_backend, prove, transformer_lens
 from internal_policy.evaluation import evaluate
 from internal_policy.models.attachments import attached
@@ -466,7 +466,7 @@ def test_a_changed_model_is_not_taken_for_what_was_analysed(what, subject, tmp_p
         CHANGES[what](model)
     with pytest.raises(UserError, match=r"already holds an analysis with other settings \(weights \w+ -> \w+\)"):
         analyze(model, **options, output=tmp_path)
-    assert load_analysis(done.path).config["weights"] == done.config["weights"]
+    assert Analysis.load(done.path).config["weights"] == done.config["weights"]
 
 
 def test_a_hooked_model_is_never_taken_for_what_was_analysed(subject, tmp_path):

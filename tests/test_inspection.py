@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
-from internal_policy import UserError, cli, inspect, load_inspection, models
+from internal_policy import Inspection, UserError, cli, inspect, models
 from internal_policy.entropy import definition
 from internal_policy.generation import Request, sample
 from internal_policy.inspection import figure
@@ -143,21 +143,21 @@ def test_what_is_saved_comes_back(tmp_path):
     it = inspect(model, tokenizer, prompt="w3 w4", max_new_tokens=3, top_k=99)
     assert it.top_k == 61
     it.save(tmp_path / "one")
-    again = load_inspection(tmp_path)
+    again = Inspection.load(tmp_path)
     pd.testing.assert_frame_equal(again.values, it.values)
     pd.testing.assert_frame_equal(again.tokens, it.tokens)
     assert (again.name, again.model, again.config) == (it.name, it.model, it.config)
     assert "3 layers" in repr(again)
     it.save(tmp_path / "two")
     with pytest.raises(UserError, match=r"2 inspections \(one, two\)"):
-        load_inspection(tmp_path)
+        Inspection.load(tmp_path)
     manifest = tmp_path / "one" / "inspection.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 99}))
     with pytest.raises(UserError, match="schema version 99"):
-        load_inspection(tmp_path / "one")
+        Inspection.load(tmp_path / "one")
     manifest.unlink()
     with pytest.raises(UserError, match=r"no inspection\.json"):
-        load_inspection(tmp_path / "one")
+        Inspection.load(tmp_path / "one")
 
 
 def test_columns_are_chosen_from_the_end_or_by_place():
@@ -295,7 +295,7 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
     asked = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
     run(*asked, monkeypatch=monkeypatch, cwd=tmp_path)
     printed = capsys.readouterr().out
-    it = load_inspection(tmp_path / "data" / "inspections" / "some--model")
+    it = Inspection.load(tmp_path / "data" / "inspections" / "some--model")
     assert it.tokens["token"].tolist() == ["w3", "w4", "w5", "w6", "w7"]
     assert "FFN policies" in printed
     for row in table(it, "ffn", 2).tail(2).itertuples():

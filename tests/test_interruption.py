@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from internal_policy import load_analysis
+from internal_policy import Analysis
 
 KILLS = 12
 
@@ -48,7 +48,7 @@ def whole_files_only(directory):
         elif path.suffix == ".csv":
             pd.read_csv(path)
     if list(directory.glob("*/analysis.json")):
-        load_analysis(directory)
+        Analysis.load(directory)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_killed_at_random_moments_and_resumed(place):
     last = analyze("killed")
     assert last.wait() == 0, last.stderr.read()
 
-    one, other = load_analysis(place / "straight"), load_analysis(place / "killed")
+    one, other = Analysis.load(place / "straight"), Analysis.load(place / "killed")
     pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
     pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
     pd.testing.assert_frame_equal(one.tokens, other.tokens, check_exact=True)

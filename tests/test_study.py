@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from internal_policy import UserError, analyze, cli, convergence_table, load_analysis, studies, study
+from internal_policy import Analysis, UserError, analyze, cli, convergence_table, studies, study
 from internal_policy.models.identity import commit_now
 from internal_policy.prompts import TEMPLATES
 from internal_policy.studies import Study
@@ -60,7 +60,7 @@ def test_the_models_are_analysed_as_alone(done, root):
     assert done.failures == {}
     alone = analyze("testbed/llama", **QUICK)
     pd.testing.assert_frame_equal(done.analyses[1].layers, alone.layers, check_exact=True)
-    assert load_analysis(root / "testbed--llama").n_responses == 3
+    assert Analysis.load(root / "testbed--llama").n_responses == 3
     assert [a.name for a in done.group("more")] == ["testbed/llama"]
 
 
@@ -180,7 +180,7 @@ def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_p
 def test_other_settings_are_not_taken_for_finished(done, root):
     with pytest.raises(UserError, match=r"none of the 2 .*already holds an analysis with other settings \(lens policy"):
         study("testbed", output=root, lens="logit-lens", **QUICK)
-    assert load_analysis(root / "testbed--qwen3").lens == "policy"
+    assert Analysis.load(root / "testbed--qwen3").lens == "policy"
 
 
 ROWS = (

@@ -13,10 +13,10 @@ from tiny import ragged_responses
 from transformers import PreTrainedModel
 
 from internal_policy import (
+    Analysis,
     AnalyzeConfig,
     UserError,
     analyze,
-    load_analysis,
     pipeline,
     sweep,
     sweeps,
@@ -134,7 +134,7 @@ def test_runs_of_the_same_name_are_refused(tmp_path):
 def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
     first, *others = straight
     assert steps_of(a.name for a in straight) == list(STEPS)
-    assert all(a.path is not None and load_analysis(a.path).n_responses == 4 for a in straight)
+    assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in straight)
     alone = analyze(str(run / "checkpoint-5"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(first.layers, alone.layers, check_exact=True)
     for other in others:

@@ -15,9 +15,9 @@ from sweeping import PROMPTS, STEPS, save_run, steps_of
 from tiny import ragged_responses
 
 from internal_policy import (
+    Analysis,
     cli,
     cli_analyze,
-    load_analysis,
     models,
     sweeps,
 )
@@ -70,7 +70,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     given = ("--responses", "out/x--checkpoint-10", "-o", "again")
     code, _, err = told(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
     assert code == 0, err
-    assert load_analysis("again").n_responses == 4
+    assert Analysis.load("again").n_responses == 4
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
         assert not (tmp_path / "killed" / f"x--checkpoint-{step}" / "analysis.json").exists()
     assert start("killed").wait() == 0
     for step in STEPS:
-        one, other = (load_analysis(tmp_path / name / f"x--checkpoint-{step}") for name in ("straight", "killed"))
+        one, other = (Analysis.load(tmp_path / name / f"x--checkpoint-{step}") for name in ("straight", "killed"))
         pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
         pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
         assert one.selection == other.selection

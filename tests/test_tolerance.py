@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
-from internal_policy import UserError, analyze, compare, load_analysis, pipeline, rounds, terminal
+from internal_policy import Analysis, UserError, analyze, compare, pipeline, rounds, terminal
 from internal_policy.capture import QUANTITIES, TokenValues, reduce_responses
 from internal_policy.config import AnalyzeConfig
 from internal_policy.positions import Design, design_positions
@@ -432,7 +432,7 @@ def test_values_of_other_positions_are_refused(model, stopped_in_round_two, tmp_
 
 def test_saved_and_loaded_it_says_what_was_analysed(model, tokenizer, tmp_path):
     found = analyze(model, tokenizer, responses=ragged_responses(30), tolerance=0.1, output=tmp_path)
-    loaded = load_analysis(tmp_path)
+    loaded = Analysis.load(tmp_path)
     assert loaded.positions == found.positions
     assert loaded.config["tolerance"] == 0.1
     pd.testing.assert_frame_equal(loaded.layers, found.layers, check_exact=True)
@@ -442,7 +442,7 @@ def test_saved_and_loaded_it_says_what_was_analysed(model, tokenizer, tmp_path):
     manifest = json.loads((found.path / "analysis.json").read_text())
     del manifest["positions"]
     (found.path / "analysis.json").write_text(json.dumps(manifest))
-    assert load_analysis(tmp_path).positions is None
+    assert Analysis.load(tmp_path).positions is None
 
 
 def test_the_line_on_the_terminal():
@@ -478,7 +478,7 @@ def test_two_processes_choose_and_find_what_one_does(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("largest half-width") == 1
-    two = load_analysis(tmp_path / "two")
+    two = Analysis.load(tmp_path / "two")
     assert two.positions == alone.positions
     for name in ("layers", "responses", "tokens"):
         pd.testing.assert_frame_equal(getattr(two, name), getattr(alone, name), check_exact=True)

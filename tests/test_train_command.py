@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from training import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
-from internal_policy.bupo import load_run
+from internal_policy.bupo import Run
+from internal_policy.report.reproduce_training import training_commands
 
 WORDS = [
     *("train", "--model", "testbed/qwen3", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2"),
@@ -36,10 +38,10 @@ def test_a_run_from_end_to_end(finished):
     # Nothing of the libraries' own reaches the terminal.
     assert done.stderr == ""
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv"}
+    named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv", "report.html"}
     drawn = {"fig4_training", "fig5_alignment_qwen3-bupo-layer-2-1-step", "fig7_policy_entropy"}
     assert named | {f"figures/{stem}.{kind}" for stem in drawn for kind in ("pdf", "png")} <= files
-    found = load_run(out)
+    found = Run.load(out)
     assert list(found.history["phase"]) == ["ipa", "grpo"]
     assert (found.method, found.layer, found.ipa_steps) == ("bupo", 2, 1)
     assert found.config["trainer"]["num_generations"] == 4
@@ -47,9 +49,17 @@ def test_a_run_from_end_to_end(finished):
     assert AutoModelForCausalLM.from_pretrained(found.model_dir).config.num_hidden_layers == 8
 
 
+def test_the_report_gives_the_command_again(finished):
+    place, _ = finished
+    words = shlex.split(training_commands(Run.load(place / "out")).shell)
+    assert words[:2] == ["internal-policy", "train"]
+    asked = {**dict(zip(WORDS[1::2], WORDS[2::2], strict=True)), "--layer": "2", "--output": "out"}
+    assert dict(zip(words[2::2], words[3::2], strict=True)) == asked
+
+
 def test_the_summary_has_the_numbers_of_the_run(finished):
     place, done = finished
-    found = load_run(place / "out")
+    found = Run.load(place / "out")
     said = " ".join(done.stdout.split())
     rewards = found.history["reward"]
     assert f"ipa 1-1 {rewards[0]:.3f} → {rewards[0]:.3f}" in said
@@ -111,7 +121,7 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     assert (code, err) == (0, "")
     (path,) = (tmp_path / "data" / "runs").iterdir()
     manifest = json.loads((tmp_path / "analyses" / "testbed--qwen3" / "analysis.json").read_text())
-    found = load_run(path)
+    found = Run.load(path)
     assert found.layer == manifest["boundary_layer"]
     assert found.layer_reason == manifest["selection"]["reason"]
     assert found.config["trainer"]["epsilon_high"] == 0.28
@@ -134,7 +144,7 @@ def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, c
     assert code == 0
     assert err.startswith("reward function 'shorter' fails on some samples, which count as 0; the first: ValueError: ")
     assert err.count("\n") == 1
-    found = load_run(tmp_path / "out")
+    found = Run.load(tmp_path / "out")
     assert (found.method, found.layer, found.label) == ("grpo", None, "GRPO")
     assert found.config["rewards"] == ["shorter"]
     assert found.config["trainer"]["mask_truncated_completions"] is True

@@ -233,7 +233,7 @@ def test_train_with_two_processes(tmp_path):
     # Each process keeps the state of its own random generators, and may be the first to need the folder.
     assert {p.name for p in map(Path, first["written"])} >= {"run.json", "optimizer.pt", "rng_state_0.pth"}
     assert {p.name for p in map(Path, second["written"]) if p.suffix} == {"rng_state_1.pth"}
-    run = bupo.load_run(tmp_path / "out")
+    run = bupo.Run.load(tmp_path / "out")
     assert list(run.history["phase"]) == ["ipa", "grpo"]
     assert list(run.dynamics["step"]) == [0, 1, 2]
     assert run.evaluation is not None

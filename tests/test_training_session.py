@@ -98,7 +98,7 @@ def test_runs_of_one_setting_differ_in_their_seed_only(seeds):
     assert one.config["trainer"]["seed"] != other.config["trainer"]["seed"]
     assert one.setting == other.setting
     assert {key for key in one.setting if one.setting[key] != faster.setting[key]} == {"learning_rate"}
-    assert bupo.load_run(one.path).setting == one.setting
+    assert bupo.Run.load(one.path).setting == one.setting
     assert {run.label for run in seeds} == {"BuPO, layer 2, 1 step"}
 
 
@@ -123,7 +123,7 @@ def test_a_label_tells_what_is_unusual_about_a_run(place):
     )
     first = "BuPO, layer 2, 1 step, logit-lens, first at 0.0001, layers 1-1 frozen, 0.5x above, token-mean, LoRA 2"
     assert unusual.label == first
-    assert bupo.load_run(unusual.path).label == first
+    assert bupo.Run.load(unusual.path).label == first
     usual = {"lens": "policy", "freeze_layers": 0, "upper_lr_scale": 1.0, "aggregation": "sequence-mean"}
     assert train(place, "usual", **usual, site="ffn", ipa_steps=2).label == "BuPO, FFN 2, 2 steps"
     assert train(place, "none", ipa_steps=0, max_steps=1).label == "GRPO"
@@ -209,7 +209,7 @@ def test_failures_of_a_reward_are_counted_step_by_step(failing):
     assert max(told.values()) < 8
     assert run.history["reward_failures"].tolist() == [told[step] for step in (1, 2, 3, 4)]
     assert run.failures == {"crashes": told.total(), "timeouts": 0}
-    assert bupo.load_run(run.path).failures == run.failures
+    assert bupo.Run.load(run.path).failures == run.failures
 
 
 def test_failures_are_those_of_the_whole_run_where_it_was_interrupted(place, failing):

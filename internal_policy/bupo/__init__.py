@@ -18,7 +18,7 @@ from internal_policy.errors import UserError
 if TYPE_CHECKING:
     from internal_policy.bupo.config import BuPOConfig
     from internal_policy.bupo.forward import internal_forward
-    from internal_policy.bupo.results import Run, load_run
+    from internal_policy.bupo.results import Run
     from internal_policy.bupo.trainer import BuPOTrainer
     from internal_policy.bupo.training import train
 
@@ -27,13 +27,12 @@ _HOME = {
     "BuPOTrainer": "trainer",
     "Run": "results",
     "internal_forward": "forward",
-    "load_run": "results",
     "train": "training",
 }
 
 _EXTRA = ("accelerate", "peft", "trl")
 
-__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "load_run", "train"]
+__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,11 @@ import torch
 from transformers import TrainerCallback
 
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
+from internal_policy.bupo.history import FAILURES, history_of
 from internal_policy.bupo.results import (
     DYNAMICS,
     DYNAMICS_LAYERS,
-    FAILURES,
     HISTORY,
-    history_of,
     read_table,
     write_table,
 )

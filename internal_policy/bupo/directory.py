@@ -19,11 +19,11 @@ from internal_policy.bupo.results import (
     MANIFEST,
     MODEL,
     Run,
-    load_run,
 )
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
+from internal_policy.results import REPORT
 from internal_policy.workspace import differences, in_use
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class RunDirectory:
                     f"{self.path}: is in use for something else (it holds {held}); choose another --output directory"
                 )
             if not overwrite and (self.path / MANIFEST).is_file():
-                load_run(self.path)
+                Run.load(self.path)
 
     def finished(self, settings: dict[str, Any]) -> Run:
         """Read the finished run that is there.
@@ -80,7 +80,7 @@ class RunDirectory:
         Raises:
             UserError: it was made with other settings.
         """
-        run = load_run(self.path)
+        run = Run.load(self.path)
         if differing := _differing(run.config, settings):
             raise in_use(self.path, "a run", differing)
         logger.warning("%s: already complete; nothing to train (--overwrite starts over)", self.path)
@@ -138,7 +138,7 @@ class RunDirectory:
 
         The settings stay until they are replaced: they say whose directory it is, should this be interrupted.
         """
-        for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED):
+        for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED, REPORT):
             (self.path / name).unlink(missing_ok=True)
         for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS):
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -10,7 +10,7 @@ from internal_policy.bupo.forward import check_layer
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
-from internal_policy.results import Analysis, load_analysis
+from internal_policy.results import Analysis
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def choose_layer(layer: Any) -> LayerChoice:
             raise UserError(
                 f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis"
             )
-        layer = load_analysis(Path(layer).expanduser())
+        layer = Analysis.load(Path(layer).expanduser())
     if not isinstance(layer, Analysis):
         raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")
     selection = layer.selection

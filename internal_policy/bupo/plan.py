@@ -29,6 +29,11 @@ _SETTLED = {
     "num_train_epochs": "the run has max_steps steps, over as many passes through the prompts as that takes",
     "disable_tqdm": "progress is shown where standard error is a terminal",
     "model_init_kwargs": "the words of `train` say how the model is loaded (dtype, revision, attn_implementation)",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+        "a finished run is pushed by run.push_to_hub(repo_id) or `internal-policy push RUN --repo NAME`, without "
+        "checkpoints and optimiser states",
+    ),
     "resume_from_checkpoint": "a run is taken up by the same call with the same output",
 }
 """Options of transformers that `train` settles, and why."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.bupo.words import ALIGNMENT, AUTO, after_alignment
+from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
+from internal_policy.stored import EXACT
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -66,6 +67,8 @@ class Run:
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """What ``train`` was given, as ``call_of`` writes it; empty in runs from before it was stored."""
 
     @property
     def model_dir(self) -> Path:
@@ -83,9 +86,9 @@ class Run:
         return self._evaluation("start")
 
     def _evaluation(self, which: str) -> Evaluation | None:
-        from internal_policy.evaluation import load_evaluation
+        from internal_policy.evaluation import Evaluation
 
-        return load_evaluation(self.path / self.evaluation_paths[which]) if which in self.evaluation_paths else None
+        return Evaluation.load(self.path / self.evaluation_paths[which]) if which in self.evaluation_paths else None
 
     @property
     def label(self) -> str:
@@ -117,11 +120,112 @@ class Run:
             (DYNAMICS_LAYERS, self.dynamics_layers),
         ):
             write_table(self.path / name, table)
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            **{name: getattr(self, name) for name in _PLAIN},
-        }
-        write_text(self.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(self.path / MANIFEST, text + "\n")
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``run.json`` holds.
+
+        Returns:
+            JSON-able fields.
+        """
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
+
+    def _repr_html_(self) -> str:
+        from internal_policy.notebook import Rows, card, number
+        from internal_policy.training_figures import training_curves
+
+        def span(rows: pd.DataFrame, column: str, form: str) -> str:
+            ends = rows[column].iloc[[0, -1]] if column in rows else (None, None)
+            return " to ".join(number(value, form) for value in ends)
+
+        cells = [
+            (
+                phase,
+                span(rows, "step", ".0f"),
+                span(rows, "reward", ".3f"),
+                span(rows, "policy_entropy", ".3f"),
+                span(rows, "length", ".1f"),
+            )
+            for phase, rows in (() if self.history.empty else self.history.groupby("phase", sort=False))
+        ]
+        rates = [
+            f"{name} Avg@{found.n_samples} {100 * found.avg['mean']:.2f}%"
+            for name, found in (("start", self.evaluation_start), ("trained", self.evaluation))
+            if found is not None
+        ]
+        layer = "" if self.layer is None else f"layer {self.layer}: {self.layer_reason}"
+        table = Rows(
+            ("phase", "steps", "reward", "H(π_θ)", "tokens"),
+            cells,
+            left=("phase",),
+            note="first and last step of each phase; entropy in nats",
+        )
+        figure = None if self.history.empty else training_curves([self])
+        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table, figure)
+
+    def __repr__(self) -> str:
+        reward = self.history.get("reward", pd.Series(dtype=float))
+        moved = f", reward {reward.iloc[0]:.3f} to {reward.iloc[-1]:.3f}" if len(reward) else ""
+        return f"Run({self.name!r}: {self.label}; {len(self.history)} steps{moved}; {str(self.path)!r})"
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload the trained model with its card to the hub; neither checkpoints nor the optimiser's state.
+
+        Args:
+            repo_id: the repository, ``name`` or ``owner/name``; made where it does not exist.
+            private: make it private, where it is made.
+            token: of the hub; the one of ``HF_TOKEN`` or ``hf auth login`` where not given.
+            revision: branch to upload to; made where it does not exist.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            UserError: the run has not ended, its model is gone, or the hub refuses or cannot be reached.
+        """
+        from internal_policy.bupo.hub import push
+
+        return push(self, repo_id, private=private, token=token, revision=revision)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Run:
+        """Load a training run from disk, without its model.
+
+        Args:
+            directory: what ``train`` wrote.
+
+        Returns:
+            The run.
+
+        Raises:
+            UserError: not a run, not finished, or of another schema version.
+        """
+        path = Path(directory).expanduser()
+        manifest = path / MANIFEST
+        if not manifest.is_file():
+            state = "holds a run that has not ended" if (path / CHECKPOINTS).is_dir() else "is not a training run"
+            raise UserError(f"{path}: {state} (no {MANIFEST}); give a directory that `internal-policy train` finished")
+        try:
+            data = json.loads(manifest.read_text(encoding="utf-8"))
+            version = data.pop("schema_version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{manifest}: cannot be read ({error}); train again with --overwrite") from error
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{manifest}: schema version {version}; this version reads {SCHEMA_VERSION}; train again")
+        if missing := sorted(set(_PLAIN) - data.keys()):
+            raise UserError(f"{manifest}: lacks {missing[0]}; train again with --overwrite")
+        return cls(
+            **{name: data[name] for name in _PLAIN},
+            history=read_table(path / HISTORY),
+            dynamics=read_table(path / DYNAMICS),
+            dynamics_layers=read_table(path / DYNAMICS_LAYERS),
+            path=path,
+            call=data.get("call", {}),
+        )
 
 
 # What a label says beside method, layer and steps, and the values that go without saying.
@@ -150,12 +254,6 @@ _PLAIN = (
 )
 
 
-# Before pandas 3.1 the default may miss a float's last digit; from then on it does not, and the choice is deprecated.
-_EXACT: dict[str, Any] = (
-    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
-)
-
-
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as csv, whole or not at all.
 
@@ -177,91 +275,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     try:
         # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
-        table: pd.DataFrame = pd.read_csv(path, **_EXACT)
+        table: pd.DataFrame = pd.read_csv(path, **EXACT)
         return table
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
-
-
-def load_run(directory: str | Path) -> Run:
-    """Load a training run from disk, without its model.
-
-    Args:
-        directory: what ``train`` wrote.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: not a run, not finished, or of another schema version.
-    """
-    path = Path(directory).expanduser()
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        state = "holds a run that has not ended" if (path / CHECKPOINTS).is_dir() else "is not a training run"
-        raise UserError(f"{path}: {state} (no {MANIFEST}); give a directory that `internal-policy train` finished")
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-        version = data.pop("schema_version")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{manifest}: cannot be read ({error}); train again with --overwrite") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{manifest}: schema version {version}; this version reads {SCHEMA_VERSION}; train again")
-    if missing := sorted(set(_PLAIN) - data.keys()):
-        raise UserError(f"{manifest}: lacks {missing[0]}; train again with --overwrite")
-    return Run(
-        **{name: data[name] for name in _PLAIN},
-        history=read_table(path / HISTORY),
-        dynamics=read_table(path / DYNAMICS),
-        dynamics_layers=read_table(path / DYNAMICS_LAYERS),
-        path=path,
-    )
-
-
-def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, alignment_lr: float) -> pd.DataFrame:
-    """Turn the trainer's log into a table.
-
-    Args:
-        log: ``trainer.state.log_history``.
-        updates_per_step: updates in a step.
-        method: the name of the second phase.
-        alignment_lr: the first phase's learning rate as a multiple of the second's.
-
-    Returns:
-        A row a step.
-    """
-    rows = []
-    for entry in log:
-        if "reward" not in entry:
-            continue
-        aligns = entry.get("aligns", 0.0) > 0.5
-        rates = entry.get("learning_rate")
-        row: dict[str, Any] = {
-            "step": entry["step"] // updates_per_step,
-            "phase": ALIGNMENT if aligns else after_alignment(method),
-            **{name: entry.get(source) for name, source in _COLUMNS.items()},
-            "learning_rate": None if rates is None else rates * (alignment_lr if aligns else 1.0),
-        }
-        if entry.get("step_time") is not None:
-            row["seconds"] = entry["step_time"] * updates_per_step
-        row.update({key: value for key, value in entry.items() if key.startswith("rewards/") and "/mean" in key})
-        failed = [value for key, value in entry.items() if key.startswith(FAILURES)]
-        row["reward_failures"] = int(sum(failed)) if failed else None
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-_COLUMNS = {
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "policy_entropy": "policy_entropy",
-    "entropy": "entropy",
-    "length": "completions/mean_length",
-    "truncated": "completions/clipped_ratio",
-    "clip_ratio": "clip_ratio/region_mean",
-    "groups_without_signal": "frac_reward_zero_std",
-    "grad_norm": "grad_norm",
-    "loss": "loss",
-}
-FAILURES = "reward_failures/"
-"""Before the kinds of failures in the trainer's log."""

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pandas as pd
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo import rollouts
 from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch
+from internal_policy.bupo.card import write_card
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
@@ -51,6 +52,7 @@ class Session:
     options: dict[str, Any]
     directory: Path
     layer: Any
+    call: dict[str, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -158,6 +160,7 @@ class Session:
             timings=timings,
             versions={name: metadata.version(name) for name in _LIBRARIES},
             evaluation_paths=paths,
+            call=self.call,
         )
         if self._evaluates(exact):
             # Without accelerate's mixed precision around it: both ends of the comparison are computed alike.
@@ -167,6 +170,7 @@ class Session:
             paths["trained"] = self._evaluate(trained, trained.name, exact, state, timings)
         if state.is_main_process:
             run.save()
+            write_card(run)
         state.wait_for_everyone()
         return run
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.bupo import plan as planning
+from internal_policy.bupo.call import call_of
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
 from internal_policy.bupo.words import AUTO, DATA
@@ -62,6 +63,9 @@ def train(
     Raises:
         UserError: bad input; the message says what to do.
     """
+    objects = {"tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None}
+    given_words = {"model": model, "prompts": prompts, "layer": layer, "ipa_steps": ipa_steps, "method": method}
+    given_words |= {"reward": reward, "max_steps": max_steps, **objects}
     name, given_model = _name_of(model, tokenizer, options)
     if isinstance(layer, str) and layer.strip().isdigit():
         # As on the command line; the directory is named by it.
@@ -77,7 +81,8 @@ def train(
         if output is not None
         else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
     )
-    session = Session(name, plan, trainer_options, directory, wanted_layer)
+    call = call_of({**given_words, "output": directory}, options)
+    session = Session(name, plan, trainer_options, directory, wanted_layer, call)
     return session.run(given_model, prompts, reward, overwrite, peft_config, callbacks or [])
 
 

@@ -23,11 +23,12 @@ from internal_policy.comparison import notes as telling
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
 from internal_policy.comparison.items import Item, paired
+from internal_policy.comparison.loading import stored_fields
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
-from internal_policy.stored import Kind
+from internal_policy.stored import Kind, columns_of
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
@@ -79,6 +80,10 @@ class AnalysisComparison:
     """Whether model family, layers, vocabulary and hidden size are the same for all."""
     labels_given: bool = False
     """Whether the labels are the user's own."""
+    seed: int = 0
+    """Of the bootstrap behind the intervals of the convergence measures."""
+    path: Path | None = None
+    """Where it is on disk, where it was read from there."""
 
     def save(self, directory: str | Path) -> Path:
         """Write every table as CSV, and the manifest last.
@@ -105,6 +110,9 @@ class AnalysisComparison:
             "baseline": self.baseline,
             "lens": self.lens,
             "steps_from": self.steps_from,
+            "one_architecture": self.one_architecture,
+            "labels_given": self.labels_given,
+            "seed": self.seed,
             "analyses": [
                 {"label": label, "step": step, "paired": self.paired[label], **source}
                 for label, step, source in zip(self.labels, self.steps, self.sources, strict=True)
@@ -114,8 +122,54 @@ class AnalysisComparison:
                 for label, settings in self.differing.items()
             },
             "notes": list(self.notes),
-            "tables": [f"{name}.csv" for name in TABLES],
+            "no_trends": self.no_trends,
+            "tables": {name: columns_of(getattr(self, name)) for name in TABLES},
         }
+
+    def _repr_html_(self) -> str:
+        from internal_policy.comparison.figures import depth_overlay
+        from internal_policy.notebook import Rows, card, number
+
+        rows = zip(self.boundaries.to_dict("records"), self.convergence.to_dict("records"), strict=True)
+        cells = [
+            (
+                place["label"],
+                place["n_layers"],
+                "none" if pd.isna(place["boundary_layer"]) else place["boundary_layer"],
+                number(measures["total_drop"], ".2f"),
+                number(measures["half_drop_depth"], ".2f"),
+                number(measures["last_three_share"], ".0%"),
+                measures["reading"],
+            )
+            for place, measures in rows
+        ]
+        headings = ("analysis", "L", "boundary", "drop", "half", "last 3", "reading")
+        note = "drop of H layer, nats; half: relative depth of half of it; last 3: share of the last three layers"
+        pairs = f"{sum(self.paired.values()) - 1} of {len(self.labels) - 1} paired with the baseline"
+        return card(
+            "AnalysisComparison",
+            f"of {len(self.labels)}, baseline {self.baseline}",
+            (pairs, f"lens {self.lens}", self.no_trends or ""),
+            Rows(headings, cells, left=("analysis", "reading"), note=note),
+            depth_overlay(self),
+        )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> AnalysisComparison:
+        """Read a comparison from disk; its analyses need not be there any more.
+
+        Args:
+            directory: of one comparison, or one that holds a single comparison.
+
+        Returns:
+            The comparison, with the tables as CSV has them.
+
+        Raises:
+            UserError: no comparison there, unfinished, broken, or written by a newer version.
+        """
+        source = COMPARISON.find(Path(directory).expanduser())
+        with COMPARISON.reading(source) as manifest:
+            return cls(**stored_fields(source, manifest, TABLES), path=source)
 
     def __repr__(self) -> str:
         n = len(self.labels)
@@ -198,6 +252,7 @@ def compare(
         no_trends=no_trend,
         one_architecture=not architecture_differences(found),
         labels_given=labels is not None,
+        seed=seed,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from internal_policy.errors import UserError
-from internal_policy.results import MANIFEST, Analysis, load_analysis
+from internal_policy.results import MANIFEST, Analysis
 
 StepsFrom = Literal["given", "name", "order"]
 
@@ -39,7 +39,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
         if isinstance(source, Analysis):
             found.append(source)
         elif isinstance(source, (str, Path)):
-            found += _by_step([load_analysis(path) for path in _inside(Path(source).expanduser())])
+            found += _by_step([Analysis.load(path) for path in _inside(Path(source).expanduser())])
         elif isinstance(source, Iterable):
             found += gather(source)
         else:

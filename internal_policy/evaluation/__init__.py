@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from internal_policy.evaluation.benchmarks import BENCHMARKS
     from internal_policy.evaluation.comparison import Comparison, compare
     from internal_policy.evaluation.metrics import pass_at_k
-    from internal_policy.evaluation.results import Evaluation, load_evaluation
+    from internal_policy.evaluation.results import Evaluation
     from internal_policy.evaluation.run import evaluate
 
 _HOME = {
@@ -26,11 +26,10 @@ _HOME = {
     "Evaluation": "results",
     "compare": "comparison",
     "evaluate": "run",
-    "load_evaluation": "results",
     "pass_at_k": "metrics",
 }
 
-__all__ = ["BENCHMARKS", "Comparison", "Evaluation", "compare", "evaluate", "load_evaluation", "pass_at_k"]
+__all__ = ["BENCHMARKS", "Comparison", "Evaluation", "compare", "evaluate", "pass_at_k"]
 
 
 def __getattr__(name: str) -> Any:

@@ -163,20 +163,29 @@ class Evaluation:
                 path=source,
             )
 
+    def _repr_html_(self) -> str:
+        from internal_policy.evaluation_figures import pass_at_k
+        from internal_policy.notebook import Rows, card, number
+
+        def row(name: str, value: float, low: float, high: float) -> tuple[str, str, str]:
+            span = "-" if low != low else f"{100 * low:.2f} to {100 * high:.2f}"
+            return name, number(100 * value, ".2f"), span
+
+        cells = [row(f"Avg@{self.n_samples}", self.avg["mean"], self.avg["low"], self.avg["high"])]
+        cells += [
+            row(f"Pass@{k}", value, low, high)
+            for k, value, low, high in self.pass_at_k[["k", "value", "low", "high"]].itertuples(index=False)
+        ]
+        facts = (
+            f"{self.n_problems} problems x {self.n_samples} samples",
+            f"mean length {self.mean_length:.1f} tokens",
+            f"{self.n_truncated} truncated" if self.n_truncated else "",
+        )
+        table = Rows(("", "%", "95% interval"), cells, left=("",), note="percent; intervals over problems")
+        return card("Evaluation", f"{self.name} on {self.benchmark}", facts, table, pass_at_k([self]))
+
     def __repr__(self) -> str:
         return (
             f"Evaluation({self.name!r} on {self.benchmark!r}, {self.n_problems} problems x {self.n_samples} samples, "
             f"Avg@{self.n_samples} {self.avg['mean']:.4f})"
         )
-
-
-def load_evaluation(directory: str | Path) -> Evaluation:
-    """Read an evaluation from disk; see ``Evaluation.load``.
-
-    Args:
-        directory: of one evaluation, or one that holds a single evaluation.
-
-    Returns:
-        The evaluation.
-    """
-    return Evaluation.load(directory)

@@ -22,7 +22,7 @@ from internal_policy.config import defaults
 from internal_policy.errors import UserError
 from internal_policy.evaluation import benchmarks, metrics
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation, load_evaluation
+from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import end_ids, refuse_generator, response_limit
@@ -207,7 +207,7 @@ def _finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
     """The evaluation that is already there; refused before the model is loaded where its settings differ."""
     if not (directory / MANIFEST).is_file():
         return None
-    evaluation = load_evaluation(directory)
+    evaluation = Evaluation.load(directory)
     wanted = json.loads(json.dumps(config.decisive()))
     if differing := _differing(evaluation, wanted):
         raise in_use(directory, "an evaluation", differing)

@@ -13,6 +13,7 @@ from internal_policy.evaluation.benchmarks import title
 from internal_policy.evaluation.comparison import Comparison
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.printing import percent_span, plus_minus, table
+from internal_policy.terminal import list_files
 
 
 def show(evaluation: Evaluation) -> None:
@@ -35,8 +36,7 @@ def show(evaluation: Evaluation) -> None:
         told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
         console.print(f"the verifier failed on some responses, which count as wrong: {told}", highlight=False)
     if evaluation.path is not None:
-        names = ", ".join(sorted(p.name for p in evaluation.path.iterdir() if p.is_file()))
-        console.print(f"evaluation: {evaluation.path}/ ({names})", highlight=False, markup=False, soft_wrap=True)
+        list_files("evaluation", sorted(p for p in evaluation.path.iterdir() if p.is_file()))
 
 
 def rate_table(evaluation: Evaluation) -> Table:

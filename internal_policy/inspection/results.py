@@ -20,6 +20,8 @@ from internal_policy.stored import Kind
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
 RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
+_SHOWN = 8
+"""Rows of the small table in a notebook."""
 INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION)
 
 
@@ -153,20 +155,35 @@ class Inspection:
                 path=source,
             )
 
+    def _repr_html_(self) -> str:
+        from internal_policy.inspection.figure import inspection_map
+        from internal_policy.notebook import Rows, card, number
+
+        shown = self.positions(None, min(_SHOWN, self.n_tokens))
+        texts = self.tokens.set_index("position")["token"]
+        policy = self.values[(self.values["site"] == "policy") & self.values["position"].isin(shown)]
+        cells = [
+            (
+                row["position"],
+                texts[row["position"]],
+                texts.get(row["position"] + 1, ""),
+                row["top1_token"],
+                number(row["entropy"]),
+                number(row["next_probability"]),
+            )
+            for row in policy.sort_values("position").to_dict("records")
+        ]
+        headings = ("position", "token read", "came next", "top token of π_θ", "H(π_θ)", "p(next)")
+        note = f"the last {len(cells)} of {self.n_tokens} tokens; H in nats"
+        facts = (
+            f"{self.prompt_length} tokens of a prompt, {self.n_tokens - self.prompt_length} of a response",
+            f"{self.n_layers} layers, lens {self.lens}",
+        )
+        table = Rows(headings, cells, left=headings[1:4], note=note)
+        return card("Inspection", self.name, facts, table, inspection_map(self, ["layer"]))
+
     def __repr__(self) -> str:
         return (
             f"Inspection({self.name!r}, {self.prompt_length} tokens of a prompt and "
             f"{self.n_tokens - self.prompt_length} of a response, {self.n_layers} layers, lens {self.lens})"
         )
-
-
-def load_inspection(directory: str | Path) -> Inspection:
-    """Read an inspection from disk; see ``Inspection.load``.
-
-    Args:
-        directory: of one inspection, or one that holds a single inspection.
-
-    Returns:
-        The inspection.
-    """
-    return Inspection.load(directory)

@@ -1,0 +1,158 @@
+"""What came of a cross-model study: its analyses, figures 2, 3, 12, 13, 14 of them, and where they are.
+
+``study.json`` lies above the analyses and is written last: a directory without it holds no finished study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from internal_policy import figures, style
+from internal_policy.comparison import figures as comparison_figures
+from internal_policy.comparison.analyses import AnalysisComparison, compare
+from internal_policy.comparison.convergence import convergence_table
+from internal_policy.comparison.sources import unique_labels
+from internal_policy.files import write_atomically
+from internal_policy.results import Analysis
+from internal_policy.stored import Kind
+from internal_policy.study_models import Group, StudyModel
+from internal_policy.summary import summary_table
+
+SCHEMA_VERSION = 1
+MANIFEST = "study.json"
+STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What came of a preset's models."""
+
+    models: tuple[StudyModel, ...]
+    """The rows of the preset that were analysed."""
+    analyses: tuple[Analysis, ...]
+    """One analysis for each of them."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why, for each model that could not be analysed."""
+
+    def group(self, name: Group) -> list[Analysis]:
+        """The analyses of one pair of figures.
+
+        Args:
+            name: main (figures 2 and 3) or more (figures 13 and 14).
+
+        Returns:
+            They, in the preset's order.
+        """
+        return [a for model, a in zip(self.models, self.analyses, strict=True) if model.group == name]
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """What tables and figures call the models."""
+        return unique_labels(self.analyses)
+
+    @cached_property
+    def comparison(self) -> AnalysisComparison | None:
+        """The models side by side by relative depth; None of a single one."""
+        return compare(self.analyses, labels=self.labels) if len(self.analyses) > 1 else None
+
+    @cached_property
+    def convergence(self) -> pd.DataFrame:
+        """How the entropy falls, a row a model; see ``convergence_table``."""
+        if self.comparison is not None:
+            return self.comparison.convergence
+        return convergence_table(self.analyses, labels=self.labels)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """What each model's analysis found, a row a model; see ``summary_table``."""
+        return summary_table(self.analyses, self.labels)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the figures as PNG and PDF and the tables as CSV. The same analyses give the same bytes.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The paths written. Without a model for it there is no figure.
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        main, more = self.group("main"), self.group("more")
+        drawings: dict[str, Callable[[], Figure] | None] = {
+            "fig2_entropy_flow": partial(figures.entropy_flow, main) if main else None,
+            "fig3_entropy_change": partial(figures.entropy_change, main) if main else None,
+            "fig12_residual_cosine": partial(figures.residual_cosine, self.analyses),
+            "fig13_entropy_flow": partial(figures.entropy_flow, more) if more else None,
+            "fig14_entropy_change": partial(figures.entropy_change, more) if more else None,
+            "depth_overlay": None,
+            "convergence": None,
+        }
+        tables = {"models": self.table, "convergence": self.convergence}
+        if self.comparison is not None:
+            tables["layers"] = self.comparison.layers
+            drawings["depth_overlay"] = partial(comparison_figures.depth_overlay, self.comparison)
+            drawings["convergence"] = partial(comparison_figures.entropy_fall, self.comparison)
+        else:
+            (target / "layers.csv").unlink(missing_ok=True)
+        paths = []
+        for stem, draw in drawings.items():
+            if draw is not None:
+                paths += style.save_figure(draw(), target / stem)
+            else:
+                # What an earlier study left under this name is of other models.
+                for kind in ("png", "pdf"):
+                    (target / f"{stem}.{kind}").unlink(missing_ok=True)
+        for name, table in tables.items():
+            write_atomically(target / f"{name}.csv", partial(table.to_csv, index=False))
+            paths.append(target / f"{name}.csv")
+        return paths
+
+    def record(self, directory: str | Path) -> Path:
+        """Write what belongs to the study beside its analyses, so that ``Study.load`` finds them.
+
+        Args:
+            directory: the one that the analyses were written below.
+
+        Returns:
+            The file.
+        """
+        rows = [
+            {**asdict(model), "directory": analysis.path.name if analysis.path is not None else None}
+            for model, analysis in zip(self.models, self.analyses, strict=True)
+        ]
+        manifest = {"schema_version": SCHEMA_VERSION, "models": rows, "failures": self.failures}
+        with STUDY.writing(directory, manifest) as target:
+            return target / MANIFEST
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Study:
+        """Read a study from disk.
+
+        Args:
+            directory: of one study, or one that holds a single study.
+
+        Returns:
+            The study with its analyses.
+
+        Raises:
+            UserError: no study there, unfinished, broken, or written by another version; or an analysis of it is gone.
+        """
+        source = STUDY.find(Path(directory).expanduser())
+        with STUDY.reading(source) as manifest:
+            rows = manifest["models"]
+            return cls(
+                models=tuple(StudyModel(row["model"], row["template"], row["group"]) for row in rows),
+                analyses=tuple(Analysis.load(source / row["directory"]) for row in rows),
+                failures=manifest["failures"],
+            )
+
+    def __repr__(self) -> str:
+        failed = f"; {len(self.failures)} failed" if self.failures else ""
+        return f"Study({len(self.analyses)} models: {', '.join(self.labels)}{failed})"
