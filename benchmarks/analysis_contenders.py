@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from internal_policy import analyze
 from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses
 from internal_policy.capture.hooks import first_tensor
-from internal_policy.entropy import DEFAULT_MEMORY_BUDGET
+from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, definition
 from internal_policy.entropy.streaming import block_sizes
 from internal_policy.models import LanguageModel
 from internal_policy.responses import Response, pad
@@ -37,7 +37,7 @@ _COLUMNS = [QUANTITIES.index(name) for name in STATES]
 class Found:
     """What a contender found."""
 
-    entropies: NDArray[np.float32] | None = None
+    entropies: NDArray[np.floating[Any]] | None = None
     """[n, L, 6] nats, the tokens of all responses in order; None where it does not give each token's."""
     changes: NDArray[np.float64] | None = None
     """[L, 3] estimated changes of the layer, the attention and the FFN, nats, where it estimates."""
@@ -114,6 +114,12 @@ def paper(model: LanguageModel) -> Run:
         probabilities = torch.softmax(logits, dim=-1)
         return -(probabilities * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
 
+    return _by_hooks(model, entropy)
+
+
+def _by_hooks(model: LanguageModel, entropy: Callable[[Tensor], Tensor]) -> Run:
+    """One response at a time; hooks take six states of each layer to the host, and each is reduced on its own."""
+
     @torch.no_grad()
     def run(responses: Sequence[Response]) -> Found:
         found = []
@@ -158,6 +164,19 @@ def _to_host(layer: int, module: nn.Module, model: LanguageModel, states: dict[t
         handles.append(part.register_forward_pre_hook(keep_input(f"{name}_in"), with_kwargs=True))
         handles.append(part.register_forward_hook(keep_output(f"{name}_out")))
     return handles
+
+
+def in_float64(model: LanguageModel) -> Run:
+    """Not timed: the definition in float64, of the states that the paper's procedure has.
+
+    Args:
+        model: the model.
+
+    Returns:
+        What finds the figures that the others are measured against.
+    """
+    weight = model.projection.weight.double()
+    return _by_hooks(model, lambda state: definition.policy_entropy(state.double(), weight))
 
 
 def transformer_lens(model: LanguageModel) -> Run:
@@ -256,5 +275,6 @@ CONTENDERS: dict[str, Callable[[LanguageModel], Run]] = {
     "paper": paper,
     "transformer-lens": transformer_lens,
     "floor": floor,
+    "float64": in_float64,
 }
 """By the name that the results have them under."""

@@ -6,11 +6,11 @@ python benchmarks/benchmark_analysis.py --quick            # every part at small
 python benchmarks/benchmark_analysis.py --report           # only the page and the figure, from what was measured
 
 Parts: ``embedded`` (testbed/qwen3 on its own responses), ``large`` (the shape of Qwen3-0.6B with random weights, a
-few repeats), ``long`` (a longer response, once, for the memory), ``sampled`` (several as long with a tolerance, once),
-``scaling`` (cost against tokens, layers and V at a small width) and ``training`` (analysis against BuPO, as the paper's
-table 7). Each run of a contender is a process of its own; repeats are interleaved. The figures go to
-``data/benchmarks/analysis-<machine>.json``, part by part, and from there to ``docs/benchmarks.md`` and
-``figures/benchmarks``; with --quick to ``build/benchmarks``.
+few repeats), ``accuracy`` (the figures of a few tokens against float64), ``long`` (a longer response, once, for the
+memory), ``sampled`` (several as long with a tolerance, once), ``scaling`` (cost against tokens, layers and V at a small
+width) and ``training`` (analysis against BuPO, as the paper's table 7). Each run of a contender is a process of its
+own; repeats are interleaved. The figures go to ``data/benchmarks/analysis-<machine>.json``, part by part, and from
+there to ``docs/benchmarks.md`` and ``figures/benchmarks``; with --quick to ``build/benchmarks``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ SCALING_TOKENS = 128
 AGREEMENT = 2e-4
 """Nats by which the mean of any layer and state may differ between contenders. torch's own float32 softmax over 151936
 logits is up to 1e-4 off float64 in the mean, and the other contenders inherit it; ours are within 1e-6 of float64."""
-PARTS = ("embedded", "large", "long", "sampled", "scaling", "training")
+ACCURACY_TOKENS = 8
+PARTS = ("embedded", "large", "accuracy", "long", "sampled", "scaling", "training")
 _EXACT = ("ours", "paper", "transformer-lens", "floor")
 
 
@@ -106,6 +107,28 @@ def side_by_side(job: Job, contenders: Sequence[str], repeats: int) -> dict[str,
         own = next(run for run in runs if run["contender"] == "tolerance")
         part["tolerance"] = {**within(ours, found["tolerance"]), **own}
     return part
+
+
+def accuracy(job: Job) -> dict[str, Any]:
+    """Measure how far the contenders are off the definition in float64.
+
+    Args:
+        job: a few tokens.
+
+    Returns:
+        A part of the results: for each contender the largest error of a layer's and state's mean, and of any token.
+    """
+    errors = {}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        for contender in ("float64", "ours", "paper", "transformer-lens"):
+            run_contender(contender, [job], Path(scratch) / contender)
+            found = np.load(Path(scratch) / contender / "found-0.npz")["entropies"].astype(np.float64)
+            if contender == "float64":
+                truth = found
+                continue
+            off = found - truth
+            errors[contender] = {"mean": float(np.abs(off.mean(axis=0)).max()), "token": float(np.abs(off).max())}
+    return {"tokens": len(truth), "errors": errors}
 
 
 def alone(job: Job, contender: str) -> dict[str, Any]:
@@ -282,6 +305,8 @@ def main() -> None:
         elif name == "large":
             job = Job(large, [random_response(asked.tokens, large["vocab_size"])], asked.device)
             part = side_by_side(job, _EXACT, asked.repeats)
+        elif name == "accuracy":
+            part = accuracy(Job(large, [random_response(ACCURACY_TOKENS, large["vocab_size"])], asked.device))
         elif name == "long":
             job = Job(large, [random_response(asked.long_tokens, large["vocab_size"])], asked.device)
             part = side_by_side(job, ("ours", "paper"), 1)

@@ -60,13 +60,19 @@ class _Prepared:
             outputs = {name: str(Path(scratch) / name) for name in ("stdout", "stderr")}
             job = {"arguments": arguments, "cwd": str(cwd), **outputs}
             print(json.dumps(job), file=cls._process.stdin, flush=True)
-            child = int(cls._process.stdout.readline())
+            child = int(cls._answer())
             watch = threading.Timer(SECONDS, os.killpg, (child, signal.SIGKILL))
             watch.start()
-            code = int(cls._process.stdout.readline())
+            code = int(cls._answer())
             watch.cancel()
             written = {name: Path(path).read_text() for name, path in outputs.items()}
         return subprocess.CompletedProcess([*COMMAND, *arguments], code, **written)
+
+    @classmethod
+    def _answer(cls):
+        line = cls._process.stdout.readline()
+        assert line, f"the prepared process has ended with {cls._process.wait()}"
+        return line
 
 
 def refused(*arguments, cwd, began=False):

@@ -44,7 +44,7 @@ def exact(model, responses):
     return found
 
 
-@pytest.mark.parametrize("name", ["paper", "transformer-lens"])
+@pytest.mark.parametrize("name", ["paper", "transformer-lens", "float64"])
 def test_contenders_find_the_same_at_every_token(name, model, responses, exact):
     found = contenders.CONTENDERS[name](model)(responses)
     np.testing.assert_allclose(found.entropies, exact, rtol=0, atol=FLOAT32_NATS)

@@ -181,19 +181,21 @@ def _block_by_block(
         return torch.empty(size, dtype=dtype, device=device)
 
     entropies = empty(rows, len(first_state))
-    x_buffer = empty(projected, positions, d)
+    x_buffer, e_buffer = empty(projected * positions * d), None if unembedding.dtype == dtype else empty(v, d)
     logits_buffer, exp_buffer = empty(rows * positions * v), empty(rows * positions * v)
     for start in range(0, len(first_state), positions):
         p = min(positions, len(first_state) - start)
-        x_spd = x_buffer[:, :p]
+        x_spd = x_buffer[: projected * p * d].view(projected, p, d)
         for place, state in enumerate(states):
             x_spd[place] = state[start : start + p]
         x_spd *= factor
-        x_nd = x_spd.reshape(projected * p, d)
+        x_nd = x_spd.view(projected * p, d)
         m = torch.full((rows * p, 1), -torch.inf, dtype=dtype, device=device)
         s, t = torch.zeros_like(m), torch.zeros_like(m)
         for first in range(0, vocab, v):
-            e_vd = unembedding[first : first + v].to(dtype)
+            e_vd = unembedding[first : first + v]
+            if e_buffer is not None:
+                e_vd = e_buffer[: len(e_vd)].copy_(e_vd)
             width = len(e_vd)
             z_nv = logits_buffer[: rows * p * width].view(rows * p, width)
             torch.mm(x_nd, e_vd.T, out=z_nv[: projected * p])
