@@ -18,7 +18,7 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium here; Debian's packages chromium and chromium-driver run this"
 )
-selenium = pytest.importorskip("selenium", reason="selenium drives the browser: pip install 'internal-policy[dev]'")
+selenium = pytest.importorskip("selenium", reason="selenium drives the browser: make setup")
 
 SWITCHES = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),

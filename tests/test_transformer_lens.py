@@ -201,7 +201,7 @@ def test_what_transformer_lens_does_not_know_is_refused_in_one_line():
 def test_without_transformer_lens(monkeypatch):
     for name in ("transformer_lens", "transformer_lens.model_bridge"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"install it with pip install 'internal-policy\[backends\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'"):
         from_model(wrapped("llama"))
     monkeypatch.delitem(sys.modules, "transformer_lens.model_bridge")
     assert not is_bridge(TransformerLensExtractor)

@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
             if error.name not in _EXTRA:
                 raise
             raise UserError(
-                f"training needs the package {error.name}; install it with pip install 'internal-policy[train]'"
+                f"training needs the package {error.name}; in a clone: pip install -e '.[train]'"
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -49,7 +49,7 @@ def load_nnsight() -> Any:
         return importlib.import_module("nnsight")
     except ImportError as error:
         raise UserError(
-            f"the nnsight backend is not installed ({error}); install it with pip install 'internal-policy[backends]'"
+            f"the nnsight backend is not installed ({error}); in a clone: pip install -e '.[backends]'"
         ) from error
 
 

@@ -227,7 +227,7 @@ def _library(name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{name}: the transformer-lens backend needs transformer-lens 4.3 ({error}); "
-            "install it with pip install 'internal-policy[backends]'"
+            "in a clone: pip install -e '.[backends]'"
         ) from error
     finally:
         log.setLevel(level)
