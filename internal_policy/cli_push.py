@@ -14,7 +14,9 @@ from internal_policy.output import document
 def push(
     run: Annotated[Path, typer.Argument(help="Directory of a finished training run.")],
     repo: Annotated[str, typer.Option("--repo", help="Repository on the hub: NAME or OWNER/NAME.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is made; it is public else.")
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to upload to; made if it is not there.", show_default="main")
     ] = None,
@@ -22,7 +24,10 @@ def push(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a trained model with a filled model card to the hub (the token in HF_TOKEN, or of `hf auth login`)."""
+    """Upload a trained model with a filled model card to the hub (the token in HF_TOKEN, or of `hf auth login`).
+
+    Look at the card, RUN/model/README.md, before you publish: the repository is made public unless --private is given.
+    """
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from internal_policy.bupo.results import Run

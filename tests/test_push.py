@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
+import socket
+import threading
+import traceback
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pandas as pd
 import pytest
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, ModelCard, constants
 from rated import rated
 from training import command
 
 from internal_policy import UserError
 from internal_policy.bupo import Run, plan
+from internal_policy.bupo.call import call_of
 from internal_policy.bupo.card import BEGIN, END, code, prose, write_card
+from internal_policy.bupo.places import named, tells
+from internal_policy.capture.nnsight_library import told_in_one_line
+from internal_policy.testbed import make as testbed_make
 
-HOSTILE = "a/b<script>alert(1)</script>|`x`\n---\nlicense: mit\n---\n# Title [c](http://d)"
+HOSTILE = "ab<script>alert(1)<script>|`x`\n---\nlicense: mit\n---\n# Title [c](d)"
+SECRET = "hf_NobodyMaySeeThis"
 HELD = {
     *(
         "model.safetensors",
@@ -108,7 +117,8 @@ def test_only_what_transformers_loads_is_uploaded(tmp_path, hub):
 
 
 def test_the_card_tells_what_was_done_and_measured(tmp_path):
-    run = make(tmp_path / "run", call={"words": {"prompts": "zwhe99/DeepMath-103K"}, "objects": []})
+    prompts = "zwhe99/DeepMath-103K"
+    run = make(tmp_path / "run", call=call_of({"model": "some/model", "prompts": prompts}, {}))
     card = ModelCard.load(write_card(run))
     assert card.data.to_dict() == {
         "license": "unknown",
@@ -146,14 +156,77 @@ def test_nothing_is_said_that_was_not_measured(tmp_path):
     assert "No steps were recorded." in card.text
 
 
-def test_a_directory_is_no_base_model(tmp_path, monkeypatch):
+def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "model").mkdir(parents=True)
-    run = make(tmp_path / "run", name="runs/model")
-    assert ModelCard.load(write_card(run)).data.base_model is None
-    # Pushed from elsewhere the name would pass for one of the hub.
+    call = call_of({"model": "runs/model", "prompts": Path("data/x.jsonl")}, {})
+    run = make(tmp_path / "run", name="runs/model", call=call)
+    run = Run.load(run.path)
+    # Seen from elsewhere both names would pass for ones of the hub.
     monkeypatch.chdir("/")
-    assert ModelCard.load(write_card(run, "me/it")).data.base_model is None
+    card = ModelCard.load(write_card(run, "me/it"))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "runs/" not in card.text
+    assert "Prompts: `x.jsonl`" in card.text
+
+
+def test_what_a_run_does_not_say_is_not_claimed(tmp_path):
+    card = ModelCard.load(write_card(make(tmp_path / "run")))
+    assert (card.data.base_model, card.data.datasets) == (None, None)
+    assert "# `some/model` after" in card.text
+    assert "Prompts: `not recorded`" in card.text
+
+
+def test_a_call_tells_what_came_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    in_memory = SimpleNamespace(name_or_path="some/model", config=SimpleNamespace(_commit_hash="c0"))
+    saved = SimpleNamespace(name_or_path="runs/model", config=SimpleNamespace(_commit_hash=None))
+    for model, expected in (
+        *(("some/model", ["model"]), ("a/b", []), ("/a/b", []), ("testbed/qwen3", []), ("a/b/c", [])),
+        *((in_memory, ["model"]), (saved, [])),
+    ):
+        assert call_of({"model": model}, {})["from_hub"] == expected, model
+    assert call_of({"model": "a/b", "prompts": "zwhe99/DeepMath-103K"}, {})["from_hub"] == ["prompts"]
+    assert call_of({"model": "a/b", "prompts": ["zwhe99/DeepMath-103K"]}, {})["from_hub"] == []
+
+
+def test_the_card_tells_no_paths_and_no_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, prompts = "/home/me/client-x/model", "/mnt/client-x/questions.jsonl"
+    run = make(tmp_path / "run", name=name, call=call_of({"model": name, "prompts": prompts}, {}))
+    (tmp_path / "client-x").mkdir()
+    run.config["trainer"] |= {
+        **{
+            "vllm_server_base_url": "http://10.0.0.1:8000",
+            "vllm_server_host": "gpu7.client-x",
+            "logging_dir": "client-x",
+        },
+        **{
+            "deepspeed": "client-x",
+            "accelerator_config": "conf/client-x.json",
+            "fsdp_config": {"a": "/mnt/client-x/b"},
+        },
+        **{"lr_scheduler_kwargs": {"table": "~/client-x"}, "run_name": "client-x", "optim": "adamw_torch"},
+    }
+    run.config["plan"]["benchmark"] = "./client-x/test.parquet"
+    run.config["peft"] = "LoraConfig(r=8, base_model_name_or_path='client-x/model', lora_alpha=16)"
+    text = write_card(run).read_text()
+    assert not [line for line in text.splitlines() if any(s in line for s in ("client-x", "/home", "/mnt", "10.0.0.1"))]
+    for told in ("# `model` after", "Prompts: `questions.jsonl`", "| `optim` | `adamw_torch` |", "r=8, lora_alpha=16"):
+        assert told in text, told
+
+
+def test_a_name_of_the_hub_is_no_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named("Qwen/Qwen3-4B", True) == named("Qwen/Qwen3-4B", None) == "Qwen/Qwen3-4B"
+    assert named("testbed/qwen3", False) == "testbed/qwen3"
+    assert named("C:\\me\\model", None) == named("../me/model/", None) == named("me/model", False) == "model"
+    assert not tells("attn_implementation", "kernels-community/flash-attn")
+    assert not tells("report_to", ["none"])
+    assert not tells("optim_args", f"a/{'b' * 300}")
+    (tmp_path / "Qwen" / "Qwen3-4B").mkdir(parents=True)
+    assert named("Qwen/Qwen3-4B", None) == "Qwen3-4B"
 
 
 def test_a_users_own_words_stay_in_the_card(tmp_path):
@@ -173,7 +246,7 @@ def test_a_users_own_words_stay_in_the_card(tmp_path):
 
 
 def test_names_are_text_in_yaml_and_markdown(tmp_path):
-    call = {"words": {"prompts": HOSTILE}, "objects": []}
+    call = {"words": {"prompts": HOSTILE}, "objects": [], "from_hub": []}
     run = make(tmp_path / "run", name=HOSTILE, call=call)
     run = replace(run, layer_reason=HOSTILE, versions={HOSTILE: HOSTILE})
     card = ModelCard.load(write_card(run))
@@ -202,26 +275,143 @@ def test_what_is_not_whole_is_not_pushed(tmp_path, hub):
     assert hub.calls == []
 
 
-def refused(status):
-    request = httpx.Request("POST", "https://huggingface.co/api")
-    return HfHubHTTPError(f"{status} Client Error", response=httpx.Response(status, request=request))
+@pytest.fixture
+def online(monkeypatch):
+    """The hub's real client, which asks this address and may use the network."""
+
+    def ask(port):
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    return ask
+
+
+@pytest.fixture
+def answering(online):
+    """A server in place of the hub: ``answers`` gives status and body by the address's last part."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, body = answers.get(self.path.rpartition("/")[2], answers.get("*", (404, {})))
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    online(server.server_port)
+    answers["create"] = 200, {"url": f"http://127.0.0.1:{server.server_port}/me/it"}
+    yield answers
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize(
-    ("fails", "message"),
+    ("status", "message"),
     [
-        (refused(401), "log in with `hf auth login`, or set HF_TOKEN"),
-        (refused(403), "a token that may write there"),
-        (refused(500), "check the network and the name"),
-        (httpx.ConnectError("no route to host"), r"cannot be pushed \(no route to host\); check the network"),
-        (OSError("disk"), r"cannot be pushed \(disk\)"),
+        (401, "log in with `hf auth login`, or set HF_TOKEN"),
+        (403, "a token that may write there"),
+        (500, "check the network and the name"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(tmp_path, hub, fails, message):
-    hub.fails = fails
+def test_what_the_hub_refuses_is_one_line(tmp_path, answering, status, message):
+    answering.update({"create": (status, {"error": "no"}), "*": (status, {"error": "no"})})
     with pytest.raises(UserError, match=message) as info:
         make(tmp_path / "run").push_to_hub("me/it")
     assert "\n" not in str(info.value)
+
+
+def test_metadata_that_the_hub_refuses_names_the_card(tmp_path, answering):
+    answering["validate-yaml"] = 400, {"errors": [{"message": '"license" must be one of [mit]'}, {"message": "and"}]}
+    run = make(tmp_path / "run")
+    with pytest.raises(UserError) as info:
+        run.push_to_hub("me/it")
+    assert str(info.value) == (
+        f'{run.model_dir}/README.md: the hub refuses its metadata ("license" must be one of [mit] - and); mend it, '
+        "then push again"
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, online, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        online(free.getsockname()[1])
+        make(tmp_path / "run")
+        code, out, err = command(monkeypatch, capsys, "push", tmp_path / "run", "--repo", "me/it")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: me/it: cannot be pushed (")
+    assert "check the network" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fails", [OSError("disk"), RuntimeError("upload"), ValueError("branch")])
+def test_what_the_client_fails_with_is_one_line(tmp_path, hub, fails):
+    hub.fails = fails
+    with pytest.raises(UserError, match=rf"cannot be pushed \({fails}\)"):
+        make(tmp_path / "run").push_to_hub("me/it")
+    hub.fails = ZeroDivisionError("a defect of the program")
+    with pytest.raises(ZeroDivisionError):
+        Run.load(tmp_path / "run").push_to_hub("me/it")
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2", "httpcore", "httpcore2"])
+def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
+    hub.fails = type("ConnectError", (Exception,), {"__module__": f"{library}._exceptions"})("no route to host")
+    with pytest.raises(UserError, match=r"cannot be pushed \(no route to host\); check the network"):
+        make(tmp_path / "run").push_to_hub("me/it")
+    with pytest.raises(UserError, match="no connection to NDIF"), told_in_one_line("m"):
+        raise hub.fails
+
+
+def test_a_token_is_in_no_message(tmp_path, hub):
+    run = make(tmp_path / "run")
+    run.push_to_hub("me/it", token=f"{SECRET}\n")
+    assert hub.calls[0][2] == SECRET
+    told = []
+    for token, fails in (
+        (f"{SECRET[:6]}\n{SECRET[6:]}", None),
+        (f"{SECRET}é", None),
+        ("own-secret", ValueError(f"{'x' * 195}own-secret")),
+        ("own-secret", ValueError("Illegal header value b'Bearer own-secret'")),
+        (None, ValueError(f"Illegal header value b'Bearer {SECRET}'")),
+        (None, ValueError(SECRET)),
+    ):
+        hub.fails = fails
+        with pytest.raises(UserError) as info:
+            run.push_to_hub("me/it", token=token)
+        assert "\n" not in str(info.value)
+        # A notebook shows the whole chain, with the lines of this file.
+        told += [line for line in traceback.format_exception(info.value) if "info" not in line]
+        assert info.value.__cause__ is None
+    text = "".join(told)
+    assert not [part for part in (SECRET[:6], SECRET[6:], "own-secret", "own-s") if part in text]
+    with pytest.raises(UserError, match="token= is empty"):
+        run.push_to_hub("me/it", token=" \n")
+
+
+def test_the_recipe_keeps_the_http_library_quiet(monkeypatch, tmp_path):
+    monkeypatch.setattr(testbed_make, "make", lambda *_, **__: None)
+    libraries = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    before = [library.level for library in libraries]
+    try:
+        for library in libraries:
+            library.setLevel(logging.NOTSET)
+        testbed_make.main(["--out", str(tmp_path)])
+        assert [library.level for library in libraries] == [logging.WARNING] * 2
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.setLevel(level)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internal_policy.records import SUFFIXES
 from internal_policy.results import Analysis
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def call_of(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,7 +23,7 @@ def call_of(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
 
     Returns:
         ``words``: values that JSON can hold, by name; ``objects``: names of arguments that were given as objects, which
-        only Python can give again.
+        only Python can give again; ``from_hub``: which of model and prompts were taken from the hub.
     """
     told: dict[str, Any] = {}
     objects = []
@@ -31,7 +35,9 @@ def call_of(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
             objects.append(name)
         else:
             told[name] = plain
-    return {"words": told, "objects": objects}
+    # Only here and now can a repository's name be told from a directory's.
+    from_hub = [name for name in ("model", "prompts") if _is_on_the_hub(words.get(name))]
+    return {"words": told, "objects": objects, "from_hub": from_hub}
 
 
 def _plain(value: Any) -> Any:
@@ -47,3 +53,13 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         return None
+
+
+def _is_on_the_hub(value: Any) -> bool:
+    if isinstance(value, (str, Path)):
+        name = str(value)
+        local = Path(name).exists() or name.endswith(SUFFIXES) or name.startswith("testbed/")
+        return bool(_HUB_ID.fullmatch(name)) and not local
+    # transformers notes the commit of what it loads from the hub, and of nothing else.
+    commit = getattr(getattr(value, "config", None), "_commit_hash", None)
+    return commit is not None and bool(_HUB_ID.fullmatch(str(getattr(value, "name_or_path", ""))))

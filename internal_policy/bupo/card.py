@@ -1,7 +1,7 @@
 """The model card of a trained model: README.md beside its weights, as the hub shows it.
 
-It says what was done and measured, and nothing else. Whatever comes from a user or a model is written as text, never as
-markup; the metadata is YAML that ``huggingface_hub`` writes.
+It says what was done and measured, and nothing else: not where on a machine or in a network things lay. Whatever comes
+from a user or a model is written as text, never as markup; the metadata is YAML that ``huggingface_hub`` writes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internal_policy.bupo import places
 from internal_policy.bupo.words import ALIGNMENT
 from internal_policy.citation import bibtex
 from internal_policy.errors import UserError
@@ -35,7 +36,6 @@ _METHODS = {
 _MOST_STEPS = 12
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
 _PAPERS_PROMPTS = "zwhe99/DeepMath-103K"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def write_card(run: Run, repo_id: str | None = None) -> Path:
@@ -84,13 +84,13 @@ def metadata(run: Run) -> ModelCardData:
     """
     from huggingface_hub import ModelCardData
 
-    embedded, prompts = run.name.startswith("testbed/"), _prompts(run)
+    embedded = run.name.startswith("testbed/")
     return ModelCardData(
         license="mit" if embedded else "unknown",
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=run.name if not embedded and _is_on_the_hub(run.name) else None,
-        datasets=[prompts] if _is_on_the_hub(prompts) else None,
+        base_model=run.name if _is_from_the_hub(run, "model") else None,
+        datasets=[_prompts(run)] if _is_from_the_hub(run, "prompts") else None,
         tags=["internal_policy", run.method, "reinforcement-learning", "arxiv:2512.19673"],
     )
 
@@ -106,7 +106,7 @@ def body(run: Run, repo_id: str | None = None) -> str:
         Markdown.
     """
     parts = [
-        f"# {code(run.name)} after {prose(run.label)}",
+        f"# {code(_name(run))} after {prose(run.label)}",
         _method(run),
         _data(run),
         _evaluation(run),
@@ -149,7 +149,7 @@ def prose(value: Any) -> str:
 
 def _method(run: Run) -> str:
     steps = len(run.history)
-    told = [f"The start is {code(run.name)}; it was trained with {_METHODS[run.method]} for {_count(steps, 'step')}"]
+    told = [f"The start is {code(_name(run))}; it was trained with {_METHODS[run.method]} for {_count(steps, 'step')}"]
     if (updates := _updates(run)) is not None:
         told[0] += f", which are {_count(updates, 'update')}"
     told[0] += f", by `internal_policy` {prose(run.versions.get('internal-policy', ''))} and TRL."
@@ -167,8 +167,9 @@ def _method(run: Run) -> str:
 
 def _data(run: Run) -> str:
     rewards = ", ".join(map(code, run.config["rewards"]))
+    prompts = places.named(_prompts(run), _is_from_the_hub(run, "prompts"))
     return (
-        f"## Data\n\nPrompts: {code(_prompts(run))} (digest {code(run.config['prompts'])}). Reward: {rewards}. "
+        f"## Data\n\nPrompts: {code(prompts)} (digest {code(run.config['prompts'])}). Reward: {rewards}. "
         f"Template: {code(run.config['plan'].get('template'))}."
     )
 
@@ -211,8 +212,11 @@ def _curves(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    plain = {**run.config["plan"], **run.config["trainer"], "peft": run.config.get("peft")}
-    rows = [(code(name), code(value)) for name, value in sorted(plain.items()) if value is not None]
+    plain = {**run.config["plan"], **run.config["trainer"]}
+    if adapters := run.config.get("peft"):
+        plain["peft"] = re.sub(r"base_model_name_or_path='[^']*'(, )?", "", adapters)
+    shown = {name: value for name, value in plain.items() if value is not None and not places.tells(name, value)}
+    rows = [(code(name), code(value)) for name, value in sorted(shown.items())]
     return f"## Settings\n\n{_table(('setting', 'value'), rows)}"
 
 
@@ -240,6 +244,10 @@ def _limits(run: Run) -> str:
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in told)
 
 
+def _name(run: Run) -> str:
+    return places.named(run.name, _is_from_the_hub(run, "model"))
+
+
 def _prompts(run: Run) -> str:
     """Where the prompts came from, as the call said it."""
     call: Mapping[str, Any] = run.call or {}
@@ -248,11 +256,18 @@ def _prompts(run: Run) -> str:
         return str(given)
     if "prompts" in call.get("objects", ()):
         return "given in memory"
+    if not call:
+        return "not recorded"
     return "testbed" if run.name.startswith("testbed/") else _PAPERS_PROMPTS
 
 
-def _is_on_the_hub(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+def _is_from_the_hub(run: Run, what: str) -> bool | None:
+    """Whether the model or the prompts were taken from the hub; None where the run does not say."""
+    call: Mapping[str, Any] = run.call or {}
+    if "from_hub" not in call:
+        return None
+    by_default = what == "prompts" and what not in call["words"] and _prompts(run) == _PAPERS_PROMPTS
+    return by_default or what in call["from_hub"]
 
 
 def _updates(run: Run) -> int | None:

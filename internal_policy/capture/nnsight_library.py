@@ -16,6 +16,7 @@ from torch import nn
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
 from internal_policy.models.lookup import shorten
+from internal_policy.models.network import is_of_http
 
 KEY = "NDIF_API_KEY"
 
@@ -147,7 +148,7 @@ def told_in_one_line(name: str) -> Iterator[None]:
                 f"{name}: NDIF refused or failed: {shorten(lines[-1], 300)}; "
                 "see https://nnsight.net/status/ for the models that it hosts, or leave --remote out"
             ) from error
-        if isinstance(error, OSError) or kind.startswith(("httpx.", "websocket.", "huggingface_hub.")):
+        if isinstance(error, OSError) or is_of_http(error) or kind.startswith(("websocket.", "huggingface_hub.")):
             raise UserError(
                 f"{name}: no connection to NDIF or the hub ({shorten(lines[0])}); check the name and the network"
             ) from error

@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(args.steps, args.restart_steps, args.slip_steps) < 0 or args.eval < 1:
         parser.error("the steps must be at least 0, --eval at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True))])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     recipe = replace(
         default,
         clean_steps=args.steps,
