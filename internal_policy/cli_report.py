@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,15 +71,17 @@ def write_reports(
         if place is None:
             continue
         try:
-            path = write_report(thing, place)
+            path = write_report(_placed(thing, place), place)
         # Whatever it is, the result is whole without its page.
         except Exception as error:
             # A page of earlier results beside new ones would be believed.
-            (place / REPORT).unlink(missing_ok=True)
+            with suppress(OSError):
+                (place / REPORT).unlink(missing_ok=True)
+            old = ", and the page there is of earlier results" if _is_there(place / REPORT) else ""
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             logger.warning(
-                "%s: no %s could be written (%s); the results are whole, internal-policy report %s tries again",
-                *(place, REPORT, why, place),
+                "%s: no %s could be written (%s)%s; the results are whole, internal-policy report %s tries again",
+                *(place, REPORT, why, old, place),
             )
             logger.debug("%s", place, exc_info=error)
             continue
@@ -85,6 +89,18 @@ def write_reports(
             terminal.list_files("report", [path])
         else:
             written("report", [path])
+
+
+def _placed(thing: Analysis | AnalysisComparison | Run, place: Path) -> Analysis | AnalysisComparison | Run:
+    """The result, knowing where it is: its page says how to make it again there."""
+    return thing if thing.path is not None else replace(thing, path=place)
+
+
+def _is_there(path: Path) -> bool:
+    # A directory that may not be entered hides what is in it.
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def show_and_report(analysis: Analysis) -> None:

@@ -15,17 +15,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import make, progressive
 from typer.testing import CliRunner
 
-from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.results import Run
 from internal_policy.citation import bibtex
 from internal_policy.cli import app
 from internal_policy.cli_compare import redrawing
+from internal_policy.cli_report import write_reports
 from internal_policy.cli_train import train
 from internal_policy.comparison import AnalysisComparison, measure_convergence
 from internal_policy.report import analysis_report, comparison_report, training_report, write_report
 from internal_policy.report import tokens as token_views
+from internal_policy.report.analysis import summary as analysis_summary
+from internal_policy.report.analysis_charts import fall_chart
 from internal_policy.report.numbers import number
 from internal_policy.report.reproduce import analysis_commands
 from internal_policy.report.reproduce_training import FLAGS, training_commands
@@ -124,9 +128,12 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
 
 
 def test_a_model_without_a_target_layer_says_why(saved):
-    none = replace(saved.selection, boundary_layer=None, reason="no stretch of layers explores; 99% agree")
+    none = select_layer([0.3] * 8, stderr=[0.001] * 8)
     page = Page(analysis_report(replace(saved, selection=none)))
-    assert "it has no target layer, for no stretch of layers explores. Its" in page.parts["summary"]
+    # Its reason has a semicolon within brackets, and one before the confidence.
+    why = "dH_FFN still explores at the last layer, 8 (+0.3 nats; +0.3 on average from layer 1 on), so it never turns"
+    assert none.reason.startswith(f"{why}; 100.0% of ")
+    assert f"it has no target layer, for {why}. Its" in page.parts["summary"]
     assert page.parts["target"] == "none"
     assert page.data["tokens"]["a1-tokens"]["target"] is None
 
@@ -151,11 +158,31 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
         assert drawn["x"] == list(range(1, 9))
     layer = next(part for tag, part in page.elements if tag == "li" and "target" in part.get("class", ""))
     assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
+    # Its stage can be heard, not only pointed at.
+    for n, stage in enumerate(saved.stages, start=1):
+        assert f" {n}: {stage}{', target layer' if n == saved.boundary_layer else ''}\n" in page.text
     # Each layer once, in the table and in the strip of stages.
     assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"]
     assert sum(tag == "li" and "layer " in part.get("title", "") for tag, part in page.elements) == 8
     for value in saved.curve("ffn"):
         assert number(value, "+.3f") in page.parts["layers"]
+
+
+def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(page):
+    spec = page.data["charts"]["a1-flow"]
+    axis, drawn = spec["layout"]["xaxis2"], line(spec, "policy π_θ")
+    assert drawn["xaxis"] == "x2"
+    assert drawn["x"][0] > 8
+    assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True)) == {drawn["x"][0]: "final policy"}
+    assert (axis["overlaying"], axis["matches"], axis["showticklabels"]) == ("x", "x", False)
+    assert [trace["name"] for trace in spec["traces"] if "xaxis" in trace] == ["policy π_θ"]
+
+
+def test_a_model_of_one_layer_has_no_even_fall():
+    one = make(progressive(1), prompts=4, noise=0.05)
+    convergence = measure_convergence(one)
+    assert " has 1 layer; on " in analysis_summary(one, convergence)
+    assert [entry["name"] for entry in fall_chart(convergence).spec()["key"]] == ["fallen"]
 
 
 def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
@@ -180,6 +207,21 @@ def test_an_analysis_from_before_token_texts_shows_ids(saved):
     shown = page.data["tokens"]["a1-tokens"]["responses"][0]
     assert shown["texts"] == [f"#{i}" for i in shown["ids"]]
     assert "stores no texts of single tokens" in page.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (None, ""),
+        (float("nan"), ""),
+        ([{"role": "user"}, {"content": "four"}], "user: \n\n: four"),
+        ([{"role": "tool", "content": None}], "tool: "),
+    ],
+)
+def test_a_prompt_that_lacks_something_is_shown_as_far_as_it_goes(saved, prompt, shown):
+    sequences = saved.sequences.assign(prompt=pd.Series([prompt] * len(saved.sequences), dtype=object))
+    view = token_views.token_view(replace(saved, sequences=sequences))
+    assert view["data"]["responses"][0]["prompt"] == shown
 
 
 def hostile(saved):
@@ -223,12 +265,12 @@ def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
 
 
 def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path):
-    names = ["<b>bold</b>", "$attn"]
+    names = ['<b>"it\'s"</b>', "$attn"]
     compared = compare(saved, saved, labels=names)
     found = Page(comparison_report(compared))
     traces = [trace for spec in found.data["charts"].values() for trace in spec["traces"]]
-    assert {trace["name"] for trace in traces} == {"&lt;b&gt;bold&lt;/b&gt;", "$attn", "target layer"}
-    assert "<b>bold</b>" in found.text
+    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "target layer"}
+    assert names[0] in found.text
     assert not [tag for tag, _ in found.elements if tag == "b"]
 
 
@@ -327,10 +369,12 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
 def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_path):
     given = analyze("testbed/qwen3", responses=saved.sequences, output=tmp_path, keep_tokens=0)
     again = analysis_commands(given)
-    assert shlex.split(again.shell)[4:6] == ["--responses", str(given.path / "responses.jsonl")] or (
-        "--responses" in again.shell
-    )
-    assert "given from Python" in again.notes[0]
+    words = shlex.split(again.shell)
+    assert words[: words.index("--output")] == [
+        *("internal-policy", "analyze", "--model", "testbed/qwen3"),
+        *("--responses", str(given.path / "responses.jsonl"), "--keep-tokens", "0"),
+    ]
+    assert "given from Python" in again.notes[1]
     found = analyze("testbed/qwen3", responses=given.path / "responses.jsonl", keep_tokens=0)
     pd.testing.assert_frame_equal(found.layers, given.layers)
 
@@ -367,7 +411,7 @@ def test_a_comparison_is_the_same_read_back(saved, tmp_path):
     other = replace(saved, name="another")
     made = compare(saved, other, labels=["NA", "007"], seed=3)
     read = AnalysisComparison.load(made.save(tmp_path))
-    assert comparison_report(read) == comparison_report(made)
+    assert comparison_report(read) == comparison_report(replace(made, path=tmp_path))
     assert read.labels == ("NA", "007")
     assert (read.seed, read.path) == (3, tmp_path)
 
@@ -384,7 +428,6 @@ def test_a_training_run_has_its_curves_phases_and_command():
         areas = [s for s in page.data["charts"][name]["layout"]["shapes"] if s["type"] == "rect"]
         assert [area["x1"] for area in areas] == [run.ipa_steps + 0.5]
     assert page.parts["target"] == str(run.layer)
-    assert f"{run.history['reward'].iloc[-1]:.3f} in the last" in page.parts["summary"]
     words = shlex.split(training_commands(run).shell)
     assert words[:2] == ["internal-policy", "train"]
     assert words[words.index("--layer") + 1] == str(run.layer)
@@ -435,8 +478,6 @@ def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path
 
 
 def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
-    from internal_policy.cli_report import write_reports
-
     place = saved.save(tmp_path / "a")
     (place / "report.html").write_text("of another analysis")
 
@@ -449,6 +490,16 @@ def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_p
     (told,) = [record.getMessage() for record in caplog.records]
     assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in told
     assert Analysis.load(place).n_responses == 6
+
+
+def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
+    place = saved.save(tmp_path / "a")
+    # Neither replaced nor removed, whoever asks.
+    (place / "report.html").mkdir()
+    write_reports([Analysis.load(place)])
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (IsADirectoryError" in told
+    assert "), and the page there is of earlier results; the results are whole" in told
 
 
 def test_bibtex_has_the_facts_of_the_citation_file():

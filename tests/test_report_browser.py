@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from shapes import make, progressive
 
 from internal_policy import analyze, compare
 from internal_policy.bupo.results import Run
@@ -159,6 +160,8 @@ def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
 
     path, analysis = pages["analysis"]
     show(browser, path)
+    # As older browsers have it.
+    browser.execute_script("delete Element.prototype.ariaSelected")
     before = [text for _, _, text in coloured(browser)]
     assert before[0] == HOSTILE
     assert "</script>" in browser.execute_script("return document.querySelector('[data-part=answer]').textContent")
@@ -171,6 +174,10 @@ def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
     row = analysis.tokens.query(
         f"response == 1 and token == 1 and site == 'layer' and layer == {analysis.boundary_layer}"
     )
+    marked = "return [...document.querySelectorAll('.token[aria-selected=true]')].map(t => t.textContent)"
+    assert browser.execute_script(marked) == [second["token_text"].iloc[1]]
+    own = "return document.querySelector('[data-part=told] strong > bdi').textContent"
+    assert browser.execute_script(own) == second["token_text"].iloc[1]
     assert f"token 2 of {len(second)}, id {second['token_id'].iloc[1]}" in told
     assert f"layer {analysis.boundary_layer}: entropy {float(row['entropy_out'].iloc[0]):.3f} nats" in told
     assert browser.execute_script("return window.ran") is None
@@ -195,6 +202,46 @@ def test_a_line_is_hidden_and_stays_so_when_the_colours_change(browser, pages):
     browser.get(pages["analysis"][0].as_uri())
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == dark
     browser.execute_script("localStorage.clear()")
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "width"), [(8, 1280), (8, 390), (36, 390)])
+def test_pointing_at_the_final_policy_names_it_and_no_layer(browser, tmp_path, layers, width):
+    made = make(progressive(layers), prompts=4, noise=0.05)
+    lacking = {"final_state_mean": 0.4, "final_state_stderr": 0.02}
+    analysis = replace(made, policy_entropy={**made.policy_entropy, **lacking})
+    show(browser, write_report(analysis, tmp_path), width)
+
+    def pointed(x, y):
+        """The title and the lines of what is told there."""
+        at = browser.execute_script(
+            "const p = document.getElementById('a1-flow'), l = p._fullLayout; p.scrollIntoView({block: 'center'});"
+            "const box = p.getBoundingClientRect(); return [box.left + l.xaxis._offset + l.xaxis.l2p(arguments[0]),"
+            "box.top + l.yaxis._offset + l.yaxis.l2p(arguments[1])]",
+            *(x, y),
+        )
+        # Hovering is throttled.
+        for shift in (-1, 0):
+            moved = {"type": "mouseMoved", "x": at[0] + shift, "y": at[1]}
+            browser.execute_cdp_cmd("Input.dispatchMouseEvent", moved)
+            browser.execute_async_script("setTimeout(arguments[0], 150)")
+        return browser.execute_script(
+            "return [...document.querySelectorAll('#a1-flow .hoverlayer text')].map(t => t.textContent)"
+        )
+
+    mean = analysis.policy_entropy["mean"]
+    place = browser.execute_script(
+        "return document.getElementById('a1-flow').data.find(t => t.name.startsWith('policy')).x[0]"
+    )
+    told = pointed(place, mean)
+    assert told[0] == "final policy"
+    assert [text.startswith(f"policy π_θ {mean:.3f} nats") for text in told[1:]] == [True]
+    for layer in (3, layers):
+        title, *lines = pointed(layer, float(analysis.curve("layer", "entropy_out").loc[layer]))
+        assert title == f"Layer {layer}"
+        assert any(text.startswith("layer output ") for text in lines)
+        assert not [text for text in lines if "policy" in text]
     assert browser.get_log("browser") == []
 
 

@@ -17,13 +17,15 @@ _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
     "hidden_size": "hidden sizes",
 }
+_FIGURES = "figures"
 _STEP = re.compile(r"(?:^|[^a-z0-9])(?:checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
 
 
 def gather(sources: Iterable[Any]) -> list[Analysis]:
     """Load what is not loaded yet; a directory that holds several analyses stands for all of them.
 
-    These are in the order of their steps where the names tell each one's own, else in natural order.
+    These are in the order of their steps where the names tell each one's own, else in natural order. Among several, a
+    directory of figures is passed over: ``compare DIR/*`` names the one that ``analyze --output DIR`` wrote.
 
     Args:
         sources: analyses, directories, or lists of them.
@@ -35,11 +37,15 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
         UserError: a directory without an analysis, or something else than an analysis or a path.
     """
     found: list[Analysis] = []
-    for source in sources:
+    given = list(sources)
+    for source in given:
         if isinstance(source, Analysis):
             found.append(source)
         elif isinstance(source, (str, Path)):
-            found += _by_step([Analysis.load(path) for path in _inside(Path(source).expanduser())])
+            directory = Path(source).expanduser()
+            if len(given) > 1 and _only_figures(directory):
+                continue
+            found += _by_step([Analysis.load(path) for path in _inside(directory)])
         elif isinstance(source, Iterable):
             found += gather(source)
         else:
@@ -82,14 +88,30 @@ def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = N
         if twice := next((label for label in told if told.count(label) > 1), None):
             raise UserError(f"the label {twice!r} was given twice; give each analysis one of its own")
         return told
-    names = [a.name.strip("/").split("/") for a in analyses]
-    paths = [list(a.path.resolve().parts[1:]) if a.path is not None else a.name.split("/") for a in analyses]
-    for parts in (names, paths):
+    return labels_from([a.name for a in analyses], [a.path for a in analyses])
+
+
+def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
+    """Tell analyses apart by as little as does it.
+
+    Args:
+        names: of their models.
+        paths: their directories; None of those in memory.
+
+    Returns:
+        As much of the end of each name as tells them apart, or else of the directory's, or else numbered.
+    """
+    models = [name.strip("/").split("/") for name in names]
+    directories = [
+        name.split("/") if path is None else list(path.resolve().parts[1:])
+        for name, path in zip(names, paths, strict=True)
+    ]
+    for parts in (models, directories):
         for depth in range(1, 1 + max(map(len, parts), default=0)):
             tails = ["/".join(part[-depth:]) for part in parts]
             if len(set(tails)) == len(tails):
                 return tails
-    tails = ["/".join(name[-1:]) for name in names]
+    tails = ["/".join(model[-1:]) for model in models]
     return [f"{tail} ({tails[: i + 1].count(tail)})" for i, tail in enumerate(tails)]
 
 
@@ -209,6 +231,12 @@ def _inside(directory: Path) -> list[Path]:
         if found := [path.parent for path in directory.glob(pattern)]:
             return sorted(found, key=lambda path: natural_key(str(path.relative_to(directory))))
     return [directory]
+
+
+def _only_figures(directory: Path) -> bool:
+    """Whether a directory is the one of figures that a command wrote beside its results."""
+    empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
+    return directory.name == _FIGURES and directory.is_dir() and empty
 
 
 def _by_step(analyses: list[Analysis]) -> list[Analysis]:

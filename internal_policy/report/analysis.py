@@ -105,7 +105,7 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     chosen, name = analysis.selection, clean(analysis.name)
     size = f"{counted(analysis.n_responses, 'response')} ({counted(analysis.n_tokens, 'token')})"
     if chosen.boundary_layer is None:
-        found = f"it has no target layer, for {chosen.reason.split(';')[0]}"
+        found = f"it has no target layer, for {_why(chosen.reason)}"
     else:
         sure = "" if chosen.confidence is None else f" ({chosen.confidence:.1%} of the resamples agree)"
         found = f"its target layer is {chosen.boundary_layer}{sure}"
@@ -122,7 +122,13 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
             f"fallen at depth {number(convergence.half_drop_depth, '.2f')}, and the last three layers take "
             f"{number(convergence.last_three_share, '.0%')} of it."
         )
-    return f"{name} has {analysis.n_layers} layers; on {size} {found}. {told}"
+    return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {found}. {told}"
+
+
+def _why(reason: str) -> str:
+    """A reason without how many resamples share it; what comes before that may hold semicolons too."""
+    told, _, last = reason.rpartition("; ")
+    return told if told and last.endswith("agree on that") else reason
 
 
 def target(analysis: Analysis) -> dict[str, Any]:

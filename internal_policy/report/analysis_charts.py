@@ -49,7 +49,8 @@ def flow_chart(analysis: Analysis) -> Chart:
         look: dict[str, Any] = {"colour": colour, "dash": dash, "symbol": symbol, "shown": shown}
         chart.curve(name, rows["layer"], rows[column], ends, **look)
     after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
-    point(chart, "policy π_θ", analysis.n_layers + after / 2 + 0.25, analysis.policy_entropy, colour="$policy")
+    beyond = analysis.n_layers + after / 2 + 0.25
+    point(chart, "policy π_θ", beyond, analysis.policy_entropy, colour="$policy", title="final policy")
     top = [float(np.log(analysis.vocab_size))] * 2
     ends_of_axis = [0.5, analysis.n_layers + after]
     chart.curve("uniform, ln V", ends_of_axis, top, colour="$muted", dash="dot", marks=False, hover=False)
@@ -104,8 +105,9 @@ def fall_chart(convergence: Convergence) -> Chart:
     chart.level(0.5)
     depth, ends = table["relative_depth"], (table["low"], table["high"])
     chart.curve("fallen", depth, table["fallen"], ends, colour="$stream", form=".2f", unit="")
-    x = [1 / max(convergence.n_layers, 1), 1.0]
-    chart.curve("even fall", x, [0.0, 1.0], colour="$muted", dash="dot", marks=False, hover=False)
+    if convergence.n_layers > 1:
+        x = [1 / convergence.n_layers, 1.0]
+        chart.curve("even fall", x, [0.0, 1.0], colour="$muted", dash="dot", marks=False, hover=False)
     chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
     return chart
 

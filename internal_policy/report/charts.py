@@ -31,7 +31,8 @@ def label(value: Any) -> str:
         Text in which every character stands for itself; the middle of a long one is left out, as it tells least.
     """
     text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(text if len(text) <= _LONGEST else f"{text[:16]}…{text[-19:]}", quote=True)
+    # Quotes are no markup between tags, and plotly shows &quot; as it is.
+    return html.escape(text if len(text) <= _LONGEST else f"{text[:16]}…{text[-19:]}", quote=False)
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Chart:
     notes: list[dict[str, Any]] = field(default_factory=list)
     x_axis: dict[str, Any] = field(default_factory=dict)
     y_axis: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
+    """A second horizontal axis, unseen, for what has a position but no number on the first."""
     plain: bool = False
     """Whether the title says all, and a key would only repeat it."""
 
@@ -182,7 +185,11 @@ class Chart:
         """
         x_axis: Mapping[str, Any] = {"title": {"text": self.x}, **self.x_axis}
         y_axis: Mapping[str, Any] = {"title": {"text": self.y}, **self.y_axis}
-        layout = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
+        layout: dict[str, Any] = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
+        if self.beside:
+            # An axis that is not visible has no ticks at all, and so no texts for them.
+            unseen: dict[str, Any] = dict.fromkeys(("showticklabels", "showline", "showgrid", "zeroline"), False)
+            layout["xaxis2"] = {**self.beside, **unseen, "ticks": "", "overlaying": "x", "matches": "x"}
         return {"traces": self.traces, "layout": layout, "key": self.key, "plain": self.plain}
 
 
@@ -191,8 +198,8 @@ def _mark_size(n: int) -> int:
     return 6 if n <= 16 else 4 if n <= 40 else 3
 
 
-def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: str, symbol: str = "diamond") -> None:
-    """Add one value with its interval.
+def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: str, title: str) -> None:
+    """Add one value with its interval, at a position that the axis has no number for.
 
     Args:
         chart: where.
@@ -200,7 +207,7 @@ def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: 
         x: its position.
         row: mean, and low and high where they are known, nats.
         colour: of the mark.
-        symbol: of the mark.
+        title: of the hover text, in place of the position.
     """
     mean, low, high = (plain(row.get(key)) for key in ("mean", "low", "high"))
     template, extra = "%{fullData.name} %{y:.3f} nats", {}
@@ -208,9 +215,14 @@ def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: 
         bar = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low], "color": colour}
         extra = {"error_y": bar, "customdata": [[low, high]]}
         template += " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
-    mark = {"symbol": symbol, "size": 10, "color": colour}
+    mark = {"symbol": "diamond", "size": 10, "color": colour}
+    # The title of a hover text is the text of the tick at its position, on the axis of its line.
+    chart.beside |= {"tickvals": [x], "ticktext": [title]}
     look = {"type": "scatter", "mode": "markers", "name": label(name), "marker": mark}
     chart.key.append({"name": name, "colour": colour, "dash": "mark", "traces": [len(chart.traces)], "shown": True})
     chart.traces.append(
-        {**look, "x": [x], "y": [mean], **extra, "hovertemplate": f"{template}<extra></extra>", "showlegend": False}
+        {
+            **{**look, "x": [x], "y": [mean], "xaxis": "x2", **extra},
+            **{"hovertemplate": f"{template}<extra></extra>", "showlegend": False},
+        }
     )

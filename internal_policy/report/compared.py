@@ -72,7 +72,7 @@ def page(comparison: AnalysisComparison) -> str:
             {"label": clean(label), **{key: _setting(source.get(key)) for key in _SOURCE}}
             for label, source in zip(comparison.labels, comparison.sources, strict=True)
         ],
-        again=reproduce.comparison_commands(comparison.manifest()),
+        again=reproduce.comparison_commands(comparison.manifest(), comparison.path),
     )
 
 

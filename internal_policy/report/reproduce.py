@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.comparison.sources import labels_from
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.report.page import clean
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from internal_policy.results import Analysis
 
 ANALYSES = "data/analyses"
+COMPARISONS = "data/comparisons"
+COMPARED = "compare--"
+"""What the directory of a comparison begins with where the command wrote it."""
 SAMPLING = ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
 _GIVEN = re.compile(r"\d+ given")
 
@@ -50,7 +54,10 @@ def analysis_commands(analysis: Analysis) -> Commands:
         for f in fields(AnalyzeConfig)
         if f.name != "model" and f.name in config and config[f.name] != f.default
     }
-    notes = []
+    notes = [
+        "Where this analysis is finished in the output directory, it is read and nothing is computed: to compute it "
+        "again, choose another output, or add --overwrite (overwrite=True in Python), which replaces it."
+    ]
     stored = "responses.jsonl" if analysis.path is None else str(analysis.path / "responses.jsonl")
     if any(_GIVEN.fullmatch(str(config.get(name))) for name in ("prompts", "responses")):
         for name in ("prompts", *SAMPLING):
@@ -74,12 +81,13 @@ def analysis_commands(analysis: Analysis) -> Commands:
     return Commands(clean(shlex.join(words)), clean(python), tuple(notes))
 
 
-def comparison_words(manifest: Mapping[str, Any], where: Any) -> list[str]:
+def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None = None) -> list[str]:
     """Say which command makes a comparison again.
 
     Args:
         manifest: what ``comparison.json`` holds.
         where: its directory, for the message.
+        root: what --output was; None of the default.
 
     Returns:
         The words of the command.
@@ -95,41 +103,59 @@ def comparison_words(manifest: Mapping[str, Any], where: Any) -> list[str]:
             "and compare their directories"
         )
     words = ["internal-policy", "compare", *paths]
-    # A label that is the end of a name is found again.
-    if any(not f"{row['path']}\n{row['model']}\n".count(f"{row['label']}\n") for row in rows):
-        words += [word for row in rows for word in ("--label", row["label"])]
+    if _labels_given(manifest):
+        words += [word for row in rows for word in flag("label", row["label"])]
     if manifest["steps_from"] == "given":
         words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
     if baseline != rows[0]["label"]:
-        words += ["--baseline", baseline]
+        words += flag("baseline", baseline)
     if manifest.get("seed"):
         words += ["--seed", str(manifest["seed"])]
-    return words
+    return words if root is None else [*words, *flag("output", root)]
 
 
-def comparison_commands(manifest: Mapping[str, Any]) -> Commands:
+def _labels_given(manifest: Mapping[str, Any]) -> bool:
+    """Whether labels are the user's own, of which older manifests say nothing, or others than the names would give."""
+    rows = manifest["analyses"]
+    found = labels_from([row["model"] for row in rows], [row["path"] and Path(row["path"]) for row in rows])
+    return bool(manifest.get("labels_given")) or found != [row["label"] for row in rows]
+
+
+def comparison_commands(manifest: Mapping[str, Any], path: Path | None = None) -> Commands:
     """Say how to make a comparison again.
 
     Args:
         manifest: what ``comparison.json`` holds.
+        path: its directory; None of one in memory.
 
     Returns:
         The command and the call.
     """
+    # Only what the command wrote itself is named so, and lies in what it was given.
+    made = path is not None and path.name.startswith(COMPARED)
+    root = str(path.parent) if path is not None and made and str(path.parent) != COMPARISONS else None
     try:
-        shell = shlex.join(comparison_words(manifest, "this comparison"))
+        shell = shlex.join(comparison_words(manifest, "this comparison", root))
     except UserError:
         note = "The analyses were compared in memory and have no directories; save them to compare them again."
         return Commands(None, "from internal_policy import compare\n\ncompare(analyses)", (note,))
     rows = manifest["analyses"]
     labels = [row["label"] for row in rows]
-    options: dict[str, Any] = {"baseline": labels.index(manifest["baseline"]), "labels": labels}
+    options: dict[str, Any] = {"baseline": labels.index(manifest["baseline"])}
+    if _labels_given(manifest):
+        options["labels"] = labels
     if manifest["steps_from"] == "given":
         options["steps"] = [row["step"] for row in rows]
     if manifest.get("seed"):
         options["seed"] = manifest["seed"]
     python = call("compare", [row["path"] for row in rows], options)
-    return Commands(clean(shell), clean(f"from internal_policy import compare\n\n{python}"))
+    if path is not None:
+        python += f".save({str(path)!r})"
+    note = (
+        "A comparison is computed from the analyses as they are in their directories now, and replaces the one that it "
+        "finds in its own; another output keeps this one."
+    )
+    return Commands(clean(shell), clean(f"from internal_policy import compare\n\n{python}"), (note,))
 
 
 def _about(analysis: Analysis, model: str) -> list[str]:

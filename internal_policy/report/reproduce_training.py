@@ -35,7 +35,11 @@ def training_commands(run: Run) -> Commands:
     Returns:
         The command and the call.
     """
-    notes = []
+    notes = [
+        "Where this run is finished in the output directory, it is read and nothing is trained; where it is not, it "
+        "goes on. To train it again, choose another output, or add --overwrite (overwrite=True in Python), which "
+        "replaces it."
+    ]
     if run.call:
         words, objects = dict(run.call["words"]), list(run.call["objects"])
     else:

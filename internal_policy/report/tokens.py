@@ -106,9 +106,11 @@ def _packed(values: NDArray[np.float64]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A prompt is a text or a chat; what is very long is cut."""
+    """A prompt is a text, a chat, or nothing where none is known; what is very long is cut."""
     if isinstance(value, str):
         text = value
+    elif value is None or isinstance(value, float):
+        text = ""
     else:
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in value)
+        text = "\n\n".join(f"{message.get('role') or ''}: {message.get('content') or ''}" for message in value)
     return clean(text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]} […]")

@@ -25,6 +25,7 @@ _DYNAMICS = (
     ("change", "Entropy change of the layer", "ΔH (nats)", "+.3f", " nats"),
     ("perplexity", "Perplexity of the policy", "Perplexity", ".3f", ""),
 )
+_SITES = {"layer": "", "attn": "attention", "ffn": "FFN"}
 _PERCENT = ".2f"
 
 
@@ -55,6 +56,8 @@ def page(run: Run) -> str:
         summary=summary(run, evaluated),
         layer=None if run.layer is None else str(run.layer),
         layer_reason=clean(run.layer_reason),
+        site=_site(run),
+        aligned=run.ipa_steps > 0,
         ipa_steps=counted(run.ipa_steps, "step"),
         ipa_reason=clean(run.ipa_reason),
         phases=_phases(run),
@@ -79,15 +82,39 @@ def summary(run: Run, evaluated: dict[str, Any] | None) -> str:
         Text.
     """
     first = f"{clean(run.name)} was trained for {counted(len(run.history), 'step')} with {clean(run.label)}"
-    if run.layer is not None:
-        first += f": internal policy alignment of layer {run.layer} for {counted(run.ipa_steps, 'step')}, then GRPO"
-    told = ""
-    if len(run.history):
-        start, end = (run.history["reward"].iloc[i] for i in (0, -1))
-        told = f" The mean reward went from {number(start)} in the first step to {number(end)} in the last."
+    if run.layer is not None and len(run.history):
+        first += f": {_course(run)}"
+    told = [f"{first}."]
+    if len(run.history) > 1:
+        told.append(_rewards(run))
     if evaluated is not None and evaluated["sentence"]:
-        told += f" {evaluated['sentence']}"
-    return f"{first}.{told}"
+        told.append(evaluated["sentence"])
+    return " ".join(told)
+
+
+def _course(run: Run) -> str:
+    """What was optimised, phase by phase."""
+    site = f"the {_site(run)} in " if _site(run) else ""
+    aligned = f"internal policy alignment of {site}layer {run.layer}"
+    told = [
+        f"{aligned if phase == ALIGNMENT else clean(phase).upper()} for {counted(len(own), 'step')}"
+        for phase, own in run.history.groupby("phase", sort=False)
+    ]
+    return ", then ".join(told) if run.ipa_steps else f"no {aligned}, {told[0]}"
+
+
+def _site(run: Run) -> str:
+    """What of the layer was aligned; nothing where it was the layer itself."""
+    return _SITES[str(run.config["trainer"].get("site", "layer"))]
+
+
+def _rewards(run: Run) -> str:
+    """Where the reward started and ended; a single batch says little, so a tenth of the steps is taken at each end."""
+    n = max(1, len(run.history) // 10)
+    start, end = (number(rewards.mean()) for rewards in (run.history["reward"][:n], run.history["reward"][-n:]))
+    if n == 1:
+        return f"The mean reward went from {start} in the first step to {end} in the last."
+    return f"The mean reward went from {start} over the first {n} steps to {end} over the last {n}."
 
 
 def _phases(run: Run) -> list[dict[str, str]]:

@@ -37,6 +37,13 @@
     return value;
   }
 
+  // Where layers are close, the last one is not told together with what stands beyond it.
+  function apart(made, host) {
+    var range = made.xaxis.range, last = made.xaxis.tickvals[made.xaxis.tickvals.length - 1];
+    var pixels = (host.clientWidth - 72) * (made.xaxis2.tickvals[0] - last) / (range[1] - range[0]);
+    return Math.max(3, Math.min(20, Math.floor(pixels) - 6));
+  }
+
   function layout(spec, css, host) {
     var fg = css.getPropertyValue("--fg").trim(), grid = css.getPropertyValue("--grid").trim();
     var printing = document.documentElement.classList.contains("printing");
@@ -50,6 +57,7 @@
     var what = made.xaxis.title.text.split(",")[0], form = made.xaxis.hoverformat;
     made.xaxis.unifiedhovertitle = { text: what + " %{x" + (form ? ":" + form : "") + "}" };
     if (narrow && made.xaxis.nticks) made.xaxis.nticks = 6;
+    if (made.xaxis2) made.hoverdistance = apart(made, host);
     // Paper has a width of its own, which the page does not have yet when it is asked to be printed.
     Object.assign(made, printing ? { width: 660, height: 272 } : { autosize: true });
     return Object.assign(made, {

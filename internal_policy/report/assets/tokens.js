@@ -74,8 +74,10 @@
       var entropy = value(s, 0, l, t), change = value(s, 1, l, t), policy = current.values[6 * data.layers * current.texts.length + t];
       var before = entropy === UNKNOWN || change === UNKNOWN ? UNKNOWN : entropy - change;
       told.textContent = "";
-      var name = document.createElement("strong");
-      name.textContent = current.texts[t];
+      var name = document.createElement("strong"), own = document.createElement("bdi");
+      // A token of a script from right to left turns nothing around but itself.
+      own.textContent = current.texts[t];
+      name.append(own);
       told.append(name, " token " + current.places[t] + " of " + current.size + ", id " + current.ids[t] + ", layer " + l + (s ? ", " + SITES[s] : "") + ": entropy " + nats(entropy) + " nats (in " + nats(before) + ", change " + nats(change, true) + "); policy π_θ " + nats(policy) + " nats");
     }
 
@@ -134,7 +136,7 @@
     function reached(event) {
       var span = event.target.closest(".token");
       if (!span) return;
-      spans.forEach(function (other) { if (other.tabIndex === 0) other.tabIndex = -1; if (other.ariaSelected === "true") other.setAttribute("aria-selected", "false"); });
+      spans.forEach(function (other) { if (other.tabIndex === 0) other.tabIndex = -1; if (other.getAttribute("aria-selected") === "true") other.setAttribute("aria-selected", "false"); });
       span.tabIndex = 0;
       span.setAttribute("aria-selected", "true");
       tell(Number(span.dataset.token));
