@@ -22,7 +22,7 @@ from training import command
 from internal_policy import UserError
 from internal_policy.bupo import Run, plan
 from internal_policy.bupo.call import call_of
-from internal_policy.bupo.card import BEGIN, END, code, prose, write_card
+from internal_policy.bupo.card import BEGIN, END, body, code, prose, write_card
 from internal_policy.bupo.places import named, tells
 from internal_policy.capture.nnsight_library import told_in_one_line
 from internal_policy.testbed import make as testbed_make
@@ -145,6 +145,22 @@ def test_the_card_tells_what_was_done_and_measured(tmp_path):
         assert told in text, told
     assert "timeouts" not in text
     assert "from_pretrained" not in text
+
+
+@pytest.mark.parametrize(
+    ("aligned", "told", "untold"),
+    [
+        (3, "For 3 steps the policy of layer 6, counted from 1, was optimised first, then the model's", "not optim"),
+        (30, "For 30 steps the policy of layer 6, counted from 1, was optimised first; the", ", then"),
+        (0, "A step is one batch", "optimised first"),
+    ],
+)
+def test_the_card_tells_the_phases_that_there_were(tmp_path, aligned, told, untold):
+    run = make(tmp_path / "run")
+    history = run.history.assign(phase=["ipa"] * aligned + ["grpo"] * (30 - aligned))
+    method = body(replace(run, history=history)).partition("## Method")[2].partition("## ")[0]
+    assert told in method
+    assert untold not in method
 
 
 def test_nothing_is_said_that_was_not_measured(tmp_path):

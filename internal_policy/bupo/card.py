@@ -154,12 +154,14 @@ def _method(run: Run) -> str:
         told[0] += f", which are {_count(updates, 'update')}"
     told[0] += f", by `internal_policy` {prose(run.versions.get('internal-policy', ''))} and TRL."
     told.append("A step is one batch of rollouts with all updates on it.")
-    if run.layer is not None:
+    aligned = 0 if run.history.empty else int((run.history["phase"] == ALIGNMENT).sum())
+    if run.layer is not None and aligned:
         site = str(run.config["trainer"].get("site", "layer"))
         whose = {"layer": "", "attn": " (of what its attention writes)", "ffn": " (of what its FFN writes)"}[site]
+        then = ", then the model's own" if aligned < steps else "; the model's own was not optimised after it"
         told.append(
-            f"\n\nFor {_count(run.ipa_steps, 'step')} the policy of layer {run.layer}{whose}, counted from 1, was "
-            f"optimised first, then the model's own. Why this layer: {prose(run.layer_reason) or 'not told'}. Why the "
+            f"\n\nFor {_count(aligned, 'step')} the policy of layer {run.layer}{whose}, counted from 1, was "
+            f"optimised first{then}. Why this layer: {prose(run.layer_reason) or 'not told'}. Why the "
             f"first phase ended there: {prose(run.ipa_reason) or 'not told'}."
         )
     return "## Method\n\n" + " ".join(told).replace(" \n\n", "\n\n")
