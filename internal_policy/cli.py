@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 
 from internal_policy import __version__
 from internal_policy.cli_analyze import FIGURES, analyze
-from internal_policy.cli_common import Debug, Json, Quiet
+from internal_policy.cli_common import Debug, Json, Quiet, speaking
 from internal_policy.cli_compare import compare
 from internal_policy.cli_evaluate import evaluate
 from internal_policy.cli_inspect import inspect
@@ -60,17 +61,13 @@ def _main(
 
 
 # What a shell makes of an unquoted --checkpoints glob arrives as extra words.
-app.command(context_settings={"allow_extra_args": True})(analyze)
-app.command()(train)
-app.command()(push)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(inspect)
-app.command()(models)
-app.command()(report)
+app.command(context_settings={"allow_extra_args": True})(speaking(analyze))
+for _command in (train, push, evaluate, compare, inspect, models, report):
+    app.command()(speaking(_command))
 
 
 @app.command()
+@speaking
 def figures(
     directories: Annotated[
         list[Path],
@@ -136,14 +133,13 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message} See internal-policy COMMAND --help")
     except UserError as error:
-        if debug:
-            raise
-        _fail(str(error))
+        _fail(str(error), traced=debug)
     except OSError as error:
-        if debug:
-            raise
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped")
+        _fail(
+            f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped",
+            traced=debug,
+        )
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -175,7 +171,9 @@ def _notices() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, traced: bool = False) -> NoReturn:
+    if traced:
+        traceback.print_exc()
     # Of several processes each says what stopped it: it need not be what stopped the others.
     which = "" if is_main_process() else f" (process {rank()})"
     typer.echo(f"error{which}: {message}", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from internal_policy import cli_common, cli_report
-from internal_policy.cli_compare import fields
+from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
@@ -31,7 +31,13 @@ def analyze(
     context: typer.Context,
     model: Annotated[
         list[str] | None,
-        cli_common.Models,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several. "
+            f"[default: {DEFAULTS.model}; none with --checkpoints or --preset]",
+            autocompletion=cli_common.completing(cli_common.EMBEDDED),
+        ),
     ] = None,
     revision: Annotated[
         list[str] | None,
@@ -174,9 +180,10 @@ def analyze(
         options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses}
         _sweep(start, output, overwrite, debug, {**sources, **options})
         return
-    if not names:
-        raise UserError("nothing to analyse; give --model, --checkpoints or --preset")
-    _models(names, output, overwrite, debug, {**sources, **options, "revision": revisions[0] if revisions else None})
+    if not names and revisions:
+        raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
+    options["revision"] = revisions[0] if revisions else None
+    _models(names or [DEFAULTS.model], output, overwrite, debug, {**sources, **options})
 
 
 def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
@@ -225,7 +232,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
     figures = FIGURES if output is None else root / "figures"
     comparison = None
     if len(analyses) > 1:
-        comparison = _compare(analyses, figures)
+        comparison = compare_sweep(analyses, figures)
     else:
         draw(analyses, figures)
     found = {"analyses": [cli_common.told(a) for a in analyses], "comparison": comparison}
@@ -264,34 +271,6 @@ def _study(
     )
     if done.failures:
         _tell_failures(done)
-
-
-def _compare(analyses: list[Analysis], root: Path) -> dict[str, Any]:
-    from internal_policy import figures, terminal
-    from internal_policy.comparison import figures as comparison_figures
-    from internal_policy.comparison import terminal as comparison_terminal
-    from internal_policy.comparison.analyses import compare
-
-    directory = root / _sweep_name(analyses)
-    comparison = compare(analyses)
-    comparison_terminal.show_comparison(comparison)
-    with writing(directory):
-        comparison.save(directory)
-        paths = [
-            *figures.save_all(analyses, directory),
-            *comparison_figures.save_all_comparisons(comparison, directory),
-            *sorted(directory.glob("*.csv")),
-            directory / "comparison.json",
-        ]
-    terminal.list_files("figures and comparison", paths)
-    cli_report.write_reports([comparison], directory)
-    return {**fields(comparison), "path": directory}
-
-
-def _sweep_name(analyses: list[Analysis]) -> str:
-    """The ends name a sweep, for all of a hundred checkpoints would be no name."""
-    names = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
-    return f"sweep-{figure_name([(name, analyses[0].lens) for name in names])}"
 
 
 def _tell_failures(done: Study) -> NoReturn:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, GENERATORS, QUANTIZATIONS
-from internal_policy.output import choose, restore
+from internal_policy.output import chosen
 from internal_policy.prompts import TEMPLATES
 
 EMBEDDED = ("testbed/qwen3", "testbed/llama")
@@ -30,32 +31,26 @@ def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-def _json(context: typer.Context, wanted: bool) -> bool:
-    if wanted:
-        choose(json=True)
-        context.call_on_close(restore)
-    return wanted
+def speaking(command: Callable[..., None]) -> Callable[..., None]:
+    """Let --json and --quiet hold while a command runs, so that help and bad options are told all the same.
+
+    Args:
+        command: the function of a command.
+
+    Returns:
+        What typer is given in its place; it has the same options.
+    """
+
+    @wraps(command)
+    def speak(**options: Any) -> None:
+        with chosen(json=options.get("as_json", False), quiet=options.get("quiet", False)):
+            command(**options)
+
+    return speak
 
 
-def _quiet(context: typer.Context, wanted: bool) -> bool:
-    if wanted:
-        choose(quiet=True)
-        context.call_on_close(restore)
-    return wanted
-
-
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", callback=_json, is_eager=True, help="Print one JSON document instead of tables, for scripts."
-    ),
-]
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet", "-q", callback=_quiet, is_eager=True, help="Print errors only; results are written all the same."
-    ),
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only; results are written all the same.")]
 Model = typer.Option(
     "--model",
     "-m",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,7 @@ def compare(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    json: Json = False,
+    as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -84,6 +85,43 @@ def fields(comparison: AnalysisComparison) -> dict[str, Any]:
     return {**comparison.manifest(), "tables": {name: getattr(comparison, name) for name in TABLES}}
 
 
+def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
+    """Compare the checkpoints of a sweep: print, draw, and write everything into one directory.
+
+    Args:
+        analyses: two or more, in the order of the training.
+        root: below it a directory named by the first and the last is written.
+
+    Returns:
+        The comparison as in a JSON document, with its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from internal_policy import figures, terminal
+    from internal_policy.comparison import figures as comparison_figures
+    from internal_policy.comparison import terminal as comparison_terminal
+    from internal_policy.comparison.analyses import compare as run
+    from internal_policy.shell import figure_name, writing
+
+    # The ends name a sweep, for all of a hundred checkpoints would be no name.
+    ends = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
+    directory = root / f"sweep-{figure_name([(name, analyses[0].lens) for name in ends])}"
+    comparison = run(analyses)
+    comparison_terminal.show_comparison(comparison)
+    with writing(directory):
+        comparison.save(directory)
+        paths = [
+            *figures.save_all(analyses, directory),
+            *comparison_figures.save_all_comparisons(comparison, directory),
+            *sorted(directory.glob("*.csv")),
+            directory / "comparison.json",
+        ]
+    terminal.list_files("figures and comparison", paths)
+    write_reports([comparison], directory)
+    return {**fields(comparison), "path": directory}
+
+
 def redrawing(directory: Path) -> str:
     """Say which command makes a stored comparison, with its figures, again.
 
@@ -118,7 +156,7 @@ def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures
         tables = comparison.save(root / name)
     with writing(figures / name):
         drawn = save_all_comparisons(comparison, figures / name)
-    terminal.list_files("comparison", sorted(tables.iterdir()))
+    terminal.list_files("comparison", terminal.files_of(tables))
     terminal.list_files("figures", drawn)
     write_reports([comparison], tables)
     return tables

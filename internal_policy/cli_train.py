@@ -156,6 +156,8 @@ def train(
     from accelerate import PartialState
 
     if PartialState().is_main_process:
+        from internal_policy.bupo.terminal import show
+
         show(run)
         write_reports([run])
         draw([run], FIGURES / run.path.resolve().name if output is None else run.path / "figures")
@@ -203,89 +205,6 @@ def _fields(run: Run) -> dict[str, Any]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def show(run: Run) -> None:
-    """Print a run on standard output.
-
-    Args:
-        run: the run.
-    """
-    from rich.console import Console
-    from rich.markup import escape
-
-    from internal_policy import terminal
-    from internal_policy.printing import table
-
-    console = Console()
-    phases = table(
-        f"{escape(run.name)}: {escape(run.label)}",
-        "first and last step of each phase; rewards are means over its rollouts",
-        *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
-        left=("phase",),
-    )
-    for phase, rows in _phases(run):
-        ends = rows.iloc[[0, -1]]
-        spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
-        phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
-    console.print(phases)
-    if run.layer is not None:
-        console.print(f"[bold]layer {run.layer}[/bold]: {escape(run.layer_reason)}", highlight=False)
-        console.print(
-            f"internal policy alignment ended after {run.ipa_steps} steps: {escape(run.ipa_reason)}", highlight=False
-        )
-    _show_evaluation(run, console)
-    if failed := ", ".join(f"{n} {kind}" for kind, n in run.failures.items() if n):
-        console.print(
-            f"[yellow]the reward failed on some responses, which count as 0: {failed}[/yellow]", highlight=False
-        )
-    console.print(f"model: {run.model_dir}/", highlight=False, markup=False, soft_wrap=True)
-    terminal.list_files("run", sorted(p for p in run.path.iterdir() if p.is_file() and not p.name.startswith(".")))
-
-
-def _phases(run: Run) -> list[tuple[str, Any]]:
-    if run.history.empty:
-        return []
-    return [(str(name), rows) for name, rows in run.history.groupby("phase", sort=False)]
-
-
-def _pair(ends: Any, column: str, digits: int) -> str:
-    if column not in ends:
-        return "-"
-    first, last = ends[column]
-    return f"{first:.{digits}f} → {last:.{digits}f}"
-
-
-def _show_evaluation(run: Run, console: Any) -> None:
-    start, trained = run.evaluation_start, run.evaluation
-    if trained is None:
-        console.print("not evaluated; --benchmark evaluates start and result, `internal-policy evaluate` any model")
-    if start is None or trained is None:
-        return
-    from rich.markup import escape
-
-    from internal_policy.evaluation import compare
-    from internal_policy.evaluation.benchmarks import title
-    from internal_policy.printing import percent_span, table
-
-    change = compare(trained, start)
-    shown = table(
-        f"{escape(title(trained.benchmark))}: {trained.n_problems} problems x {trained.n_samples} samples",
-        "percent, with 95% intervals over problems; the difference is paired by problem",
-        *("", f"Avg@{trained.n_samples}", "95% interval"),
-        left=("",),
-        min_width=64,
-    )
-    for name, avg in (("start", start.avg), ("trained", trained.avg)):
-        shown.add_row(name, f"{100 * avg['mean']:.2f}", percent_span(avg["low"], avg["high"]))
-    shown.add_row("difference", f"{100 * change.difference:+.2f}", percent_span(change.low, change.high, "+"))
-    console.print(shown)
-    p = change.p_permutation
-    console.print(
-        f"better on {change.n_better} problems, worse on {change.n_worse}, equal on {change.n_equal}; "
-        f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)",
-        highlight=False,
-    )
 
 
 def draw(runs: list[Run], directory: Path) -> None:

@@ -1,21 +1,27 @@
 """What a command says on standard output: tables, one JSON document (--json), or nothing (--quiet).
 
 While one of the two is chosen, standard output leads nowhere, whoever writes to it, so that a script reads the document
-and nothing else.
+and nothing else. What child processes and compiled code write goes to standard error, and under --quiet nowhere.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from internal_policy.shell import is_main_process
+
+_DESCRIPTOR = 1
+"""Of standard output, wherever a process is started."""
 
 
 class _Nowhere(io.StringIO):
@@ -37,25 +43,76 @@ class _Choice:
 _CHOICE = _Choice()
 
 
-def choose(*, json: bool = False, quiet: bool = False) -> None:
-    """Print one JSON document, or nothing, until ``restore`` is called; both may be chosen, one after the other.
+@contextmanager
+def chosen(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
+    """Print one JSON document, or nothing, for as long as a command runs.
 
     Args:
         json: print what ``document`` is given, and nothing else.
         quiet: no tables, no progress, no notices; errors are told all the same.
     """
-    _CHOICE.json |= json
-    _CHOICE.quiet |= quiet
-    if (_CHOICE.json or _CHOICE.quiet) and _CHOICE.stdout is None:
-        _CHOICE.stdout, sys.stdout = sys.stdout, _Nowhere()
+    if not (json or quiet):
+        yield
+        return
+    before = sys.stdout
+    try:
+        with _led_aside(before, quiet) as stdout:
+            _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = json, quiet, stdout
+            sys.stdout = _Nowhere()
+            yield
+    finally:
+        sys.stdout = before
+        _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = False, False, None
+        _CHOICE.files.clear()
 
 
-def restore() -> None:
-    """Print tables again."""
-    if _CHOICE.stdout is not None:
-        sys.stdout = _CHOICE.stdout
-    _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = False, False, None
-    _CHOICE.files.clear()
+@contextmanager
+def _led_aside(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | None]:
+    """Lead the descriptor of standard output aside, and give what still leads to standard output itself."""
+    # In a notebook, or where a test listens, standard output is no descriptor that others could write to.
+    if stdout is None or not _is_descriptor(stdout):
+        yield stdout
+        return
+    stdout.flush()
+    kept = os.fdopen(os.dup(_DESCRIPTOR), "w", encoding="utf-8")
+    aside = _nowhere() if quiet else _standard_error()
+    os.dup2(aside, _DESCRIPTOR)
+    os.close(aside)
+    try:
+        yield kept
+    finally:
+        # What is still in a buffer would be written when the process ends.
+        with suppress(OSError, ValueError):
+            stdout.flush()
+        _flush_compiled()
+        os.dup2(kept.fileno(), _DESCRIPTOR)
+        # Who reads it may have left, which was told when the document was written.
+        with suppress(OSError):
+            kept.close()
+
+
+def _is_descriptor(stdout: TextIO) -> bool:
+    try:
+        return stdout.fileno() == _DESCRIPTOR
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+def _standard_error() -> int:
+    try:
+        return os.dup(2)
+    except OSError:
+        return _nowhere()
+
+
+def _flush_compiled() -> None:
+    """Write out what C's own buffer of standard output holds."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).fflush(None)
 
 
 def is_quiet() -> bool:

@@ -20,6 +20,7 @@ from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.sources import unique_labels
 from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
+from internal_policy.selection import STAGES
 from internal_policy.stored import Kind
 from internal_policy.study_models import Group, StudyModel
 from internal_policy.summary import summary_table
@@ -152,6 +153,32 @@ class Study:
                 analyses=tuple(Analysis.load(source / row["directory"]) for row in rows),
                 failures=manifest["failures"],
             )
+
+    def _repr_html_(self) -> str:
+        from internal_policy.notebook import Rows, card, number
+
+        cells = [
+            (
+                row["label"],
+                row["n_layers"],
+                row["n_responses"],
+                number(row["policy_entropy"]),
+                "none" if pd.isna(row["boundary_layer"]) else row["boundary_layer"],
+                "/".join(str(row[stage]) for stage in STAGES),
+            )
+            for row in self.table.to_dict("records")
+        ]
+        headings = ("model", "L", "responses", "policy entropy", "boundary", "E/I/C")
+        note = "nats; E/I/C: layers of exploration, integration, convergence; .table and .convergence have more"
+        failed = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
+        return card(
+            "Study",
+            f"of {len(self.analyses)} model{'' if len(self.analyses) == 1 else 's'}",
+            (f"failed: {failed}" if failed else "",),
+            Rows(headings, cells, left=("model",), note=note),
+            # All twelve side by side would be too small to be read.
+            figures.entropy_change(self.group("main") or self.analyses),
+        )
 
     def __repr__(self) -> str:
         failed = f"; {len(self.failures)} failed" if self.failures else ""

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from internal_policy.output import written
-from internal_policy.results import Analysis
+from internal_policy.results import REPORT, Analysis
 
 _FEW_PROMPTS = 12
 _STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
@@ -39,7 +39,7 @@ def show(analysis: Analysis) -> None:
     if few := few_prompts(analysis):
         console.print(few, highlight=False)
     if analysis.path is not None:
-        list_files("analysis", sorted(p for p in analysis.path.iterdir() if p.is_file()))
+        list_files("analysis", files_of(analysis.path))
 
 
 def remarks(analysis: Analysis) -> list[str]:
@@ -140,6 +140,18 @@ def positions_line(positions: Mapping[str, Any]) -> str:
 def _error(stderr: Any, digits: int = 3) -> str:
     """A single prompt has no standard error."""
     return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"
+
+
+def files_of(directory: Path) -> list[Path]:
+    """List the files of a result.
+
+    Args:
+        directory: of the result.
+
+    Returns:
+        The files in it, but its page, which is drawn after them: told by itself, whether or not there was one before.
+    """
+    return sorted(p for p in directory.iterdir() if p.is_file() and p.name != REPORT and not p.name.startswith("."))
 
 
 def list_files(what: str, paths: Sequence[Path]) -> None:

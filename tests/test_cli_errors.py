@@ -240,9 +240,11 @@ def test_figures_without_an_analysis(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path, code=1)
-    assert "Traceback" in done.stderr
-    assert "no such directory" in done.stderr
+    done = run("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path, code=2)
+    traced, line = done.stderr.rstrip().rsplit("\n", 1)
+    assert traced.startswith("Traceback")
+    assert line == "error: " + traced.rsplit("UserError: ", 1)[1]
+    assert "no such directory" in line
 
 
 LIMITED = """

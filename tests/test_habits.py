@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from command_line import run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rated import rated
@@ -28,6 +29,7 @@ import internal_policy
 from internal_policy import (
     Analysis,
     AnalysisComparison,
+    AnalyzeConfig,
     Evaluation,
     Inspection,
     Study,
@@ -56,7 +58,8 @@ HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>`$x$"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("habits")
-    one, two = (make(progressive(6), name, prompts=4, seed=seed) for seed, name in enumerate(("some/007", "some/NA")))
+    made = (make(progressive(6), name, prompts=4, seed=seed) for seed, name in enumerate(("some/007", "some/NA")))
+    one, two = (replace(analysis, config={**analysis.config, "template": "chat"}) for analysis in made)
     one.save(root / "analyses" / "007")
     two.save(root / "analyses" / "NA")
     compare(root / "analyses").save(root / "comparison")
@@ -217,6 +220,7 @@ def hostile(place):
     yield replace(run, name=HOSTILE, layer_reason=HOSTILE, evaluation_paths={})
     yield replace(look, name=HOSTILE)
     yield replace(Analysis.load(place / "analyses" / "NA").selection, reason=HOSTILE)
+    yield replace(Study.load(place), failures={HOSTILE: "why"})
 
 
 def test_a_notebook_shows_a_table_and_a_figure_and_no_markup_of_others(place, monkeypatch):
@@ -291,20 +295,28 @@ def test_json_is_one_document_with_what_was_written(place, tmp_path, monkeypatch
     written = [Path(path) for path in found["files"]["comparison"]]
     assert {p.name for p in written} == {p.name for p in Path(found["path"]).iterdir()}
     assert all(p.is_file() for p in written)
+    (Path(found["path"]) / "report.html").touch()
+    assert told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
     found = told(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
     assert found == {"command": "figures", "files": {"figures": [str(tmp_path / "NA" / "figure.png")]}}
 
 
 def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, undrawn):
-    words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
+    words = ("--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
     found = told(monkeypatch, capsys, "analyze", *words)
     (analysis,) = found["analyses"]
+    # Without a model it is the one that AnalyzeConfig has, and that train begins with.
+    assert analysis["name"] == AnalyzeConfig().model == "testbed/qwen3"
     loaded = Analysis.load(analysis["path"])
     assert analysis["boundary_layer"] == loaded.boundary_layer
     assert analysis["selection"]["confidence"] == loaded.selection.confidence
     assert analysis["stages"] == list(loaded.stages)
     assert set(found["files"]) == {"analysis", "figures", "report"}
+    # A page of the first run is beside the results by now, and told in its own place all the same.
+    (tmp_path / "testbed--qwen3" / "report.html").touch()
+    assert told(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
     found = told(monkeypatch, capsys, "models")
+    assert set(found) == {"command", "families", "files"}
     assert found["families"]["llama"]["layers"] == "model.layers"
 
 
@@ -338,7 +350,8 @@ def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn
     before = sys.stdout
     assert command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path, "-q") == (0, "", "")
     assert AnalysisComparison.load(tmp_path).labels == ("007", "NA")
-    assert sys.stdout is not before or not output.is_quiet()
+    assert sys.stdout is before
+    assert not output.is_quiet()
     _, out, _ = command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
     assert "2 analyses, lens policy" in " ".join(out.split())
 
@@ -349,10 +362,85 @@ def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["internal-policy", "compare", str(tmp_path / "nowhere"), option, "--debug"])
-    with pytest.raises(UserError):
-        internal_policy.cli.main()
+    code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option, "--debug")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["analyze", "--json", "--max-responses", "x"],
+        ["compare", "-q"],
+        ["models", "--json", "extra"],
+        ["analyze", "--json", "stray"],
+        ["compare", "nowhere", "--json", "-q"],
+    ],
+    ids=" ".join,
+)
+def test_after_an_error_a_session_prints_again(words, capsys):
+    before = sys.stdout
+    with pytest.raises((UserError, internal_policy.cli.UsageError)):
+        internal_policy.cli.app(words, standalone_mode=False)
+    assert sys.stdout is before
     assert not output.is_quiet()
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
+    code, out, _ = command(monkeypatch, capsys, "compare", option, "--help")
+    assert code == 0
+    assert "Compare two or more analyses" in out
+
+
+NOISE = """
+import ctypes, os, subprocess, sys
+from internal_policy import output
+
+def noise(by):
+    print(f"print {by}")
+    print(f"sys {by}", file=sys.__stdout__)
+    os.write(1, f"descriptor {by}\\n".encode())
+    subprocess.run(["echo", f"child {by}"], check=True)
+    # Into C's buffer, which is written when it is full or the process ends.
+    ctypes.CDLL(None).puts(f"compiled {by}".encode())
+
+print("before")
+with output.chosen(json="json" in sys.argv, quiet="quiet" in sys.argv):
+    noise("meanwhile")
+    output.document({"a": 1})
+    noise("later")
+print("after")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
+def test_nobody_else_writes_into_the_document():
+    def heard(*words):
+        done = subprocess.run([sys.executable, "-c", NOISE, *words], capture_output=True, text=True, check=True)
+        return done.stdout, set(done.stderr.split("\n")) - {""}
+
+    document = json.dumps({"a": 1, "files": {}}, indent=2)
+    beside = {f"{who} {by}" for who in ("sys", "descriptor", "child", "compiled") for by in ("meanwhile", "later")}
+    assert heard("json") == (f"before\n{document}\nafter\n", beside)
+    assert heard("json", "quiet") == (f"before\n{document}\nafter\n", set())
+    assert heard("quiet") == ("before\nafter\n", set())
+
+
+@pytest.mark.slow
+def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
+    (tmp_path / "loud.py").write_text(
+        "import os, subprocess\n\n\ndef reward(prompts, completions, **columns):\n"
+        "    subprocess.run(['echo', 'from a child'], check=True)\n    os.write(1, b'from here')\n"
+        "    return [float(i % 2) for i, _ in enumerate(completions)]\n"
+    )
+    small = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "1", "--prompts-per-step", "2", "--mini-batches", "1")
+    more = ("--num-generations", "2", "--eval-samples", "0", "--max-completion-length", "4", "--dynamics-every", "0")
+    words = ("train", "--reward", "loud:reward", *small, *more, "-o", "run", "--json")
+    done = run(*words, cwd=tmp_path, code=0, PYTHONPATH=str(tmp_path))
+    assert json.loads(done.stdout)["run"]["layer"] == 2
+    assert "from a child" in done.stderr
 
 
 def test_what_json_does_not_have_is_null():

@@ -161,7 +161,7 @@ def test_what_is_no_nnsight_model_is_told_without_loading_it(monkeypatch):
 
 def test_a_missing_library_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
-    with pytest.raises(UserError, match=r"pip install 'internal-policy\[backends\]'") as error:
+    with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'") as error:
         backend.from_model(wrapped("llama"))
     assert one_line(error)
 

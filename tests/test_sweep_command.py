@@ -76,7 +76,8 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to analyse; give --model, --checkpoints or --preset"),
+        (["--revision", "r"], "--revision r was given without --model"),
+        (["--revision", "r", "--revision", "s"], "--revision r was given without --model"),
         (["stray"], "unexpected extra argument (stray)"),
         (["--model", "m", "stray"], "unexpected extra argument (stray)"),
         (["--model", "testbed/qwen3", "--own-responses"], "--own-responses was given without a sweep"),
