@@ -168,9 +168,7 @@ def _threads(part: dict[str, Any]) -> str:
 
 
 def _part(title: str, part: dict[str, Any]) -> str:
-    n = part["repeats"]
-    repeats = "one run each" if n == 1 else f"medians of {n} runs each"
-    head = f"{part['tokens']} response tokens, float32, {_threads(part)}, {repeats}; {_made(part)}."
+    head = f"{part['tokens']} response tokens, float32, {_threads(part)}, {_repeats(part)}; {_made(part)}."
     lines = [
         "| | seconds | speed, the paper's = 1 | time, floor = 1 | peak memory, MiB | largest difference, nats |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -180,6 +178,10 @@ def _part(title: str, part: dict[str, Any]) -> str:
         figures = (f"{row['seconds']:.2f}", f"{row['faster']:.2f}", over_floor, _mib(row["peak_mib"]))
         lines.append(f"| {NAMES[name]} | {' | '.join(figures)} | {_difference(name, part)} |")
     return "\n".join([f"### {title}", "", head, "", *lines, *_tolerance(part)])
+
+
+def _repeats(part: dict[str, Any]) -> str:
+    return "one run each" if part["repeats"] == 1 else f"medians of {part['repeats']} runs each"
 
 
 def _mib(value: float) -> str:
@@ -203,7 +205,8 @@ def _positions(found: dict[str, Any]) -> str:
     """How many positions a tolerance took."""
     return (
         f"With the tolerance {found['analysed']:.0f} of {found['total']:.0f} positions were analysed "
-        f"({found['total'] / found['analysed']:.1f} x fewer), in {found['rounds']:.0f} rounds; the largest half-width "
+        f"({found['total'] / found['analysed']:.1f} x fewer), in {found['rounds']:.0f} "
+        f"round{'' if found['rounds'] == 1 else 's'}; the largest half-width "
         f"reached is {found['half_width']:.4f} nats"
     )
 
@@ -270,8 +273,8 @@ def _scaling(name: str, part: dict[str, Any]) -> str:
     return (
         "### Cost against tokens, layers and vocabulary\n\n"
         f"![cost against tokens, layers and vocabulary](../figures/benchmarks/{name}.png)\n\n"
-        f"At a width that takes minutes, where nothing else is varied: {sizes}, {part['tokens']} tokens. Medians of "
-        f"{part['repeats']}, float32, {_threads(part)}; {_made(part)}."
+        f"At a width that takes minutes, where nothing else is varied: {sizes}, {part['tokens']} tokens. Float32, "
+        f"{_threads(part)}, {_repeats(part)}; {_made(part)}."
     )
 
 
