@@ -417,8 +417,12 @@ print("after")
 
 @pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
 def test_nobody_else_writes_into_the_document():
+    # Buffers are what is to be emptied in time.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
     def heard(*words):
-        done = subprocess.run([sys.executable, "-c", NOISE, *words], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", NOISE, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout, set(done.stderr.split("\n")) - {""}
 
     document = json.dumps({"a": 1, "files": {}}, indent=2)
