@@ -37,10 +37,15 @@ def report(
 ) -> None:
     """Draw report.html again in the directories of analyses, comparisons and training runs, without a model."""
     from internal_policy import terminal
+    from internal_policy.comparison.sources import only_figures
     from internal_policy.report import write_report
 
     # All are read before any is drawn, so that a bad one is told at once.
-    held = [thing for directory in directories for thing in _read(directory.expanduser())]
+    named = [directory.expanduser() for directory in directories]
+    if len(named) > 1:
+        # A shell's DIR/* names the figures beside the results too.
+        named = [directory for directory in named if not only_figures(directory)] or named
+    held = [thing for directory in named for thing in _read(directory)]
     for thing in held:
         place = thing.path
         assert place is not None

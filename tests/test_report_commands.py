@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from shapes import make, progressive
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.bupo.results import Run
-from internal_policy.cli_report import write_reports
+from internal_policy.cli_report import report, write_reports
 from internal_policy.comparison.sources import gather
 from internal_policy.report import training_report
 from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words
@@ -148,3 +149,13 @@ def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
         gather([tmp_path / "a", tmp_path / "drawn"])
     make(progressive(2), "c", prompts=2).save(tmp_path / "figures" / "c")
     assert [found.name for found in gather([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
+
+
+def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):
+    for name, stored in (("one", "qwen3-start"), ("two", "llama-start")):
+        shutil.copytree(STORED / "analyses" / stored, tmp_path / name)
+    (tmp_path / "figures" / "one").mkdir(parents=True)
+    report(sorted(tmp_path.iterdir()))
+    assert {path.parent.name for path in tmp_path.rglob("report.html")} == {"one", "two"}
+    with pytest.raises(UserError, match="no finished analysis here"):
+        report([tmp_path / "figures"])

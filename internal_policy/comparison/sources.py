@@ -43,7 +43,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
             found.append(source)
         elif isinstance(source, (str, Path)):
             directory = Path(source).expanduser()
-            if len(given) > 1 and _only_figures(directory):
+            if len(given) > 1 and only_figures(directory):
                 continue
             found += _by_step([Analysis.load(path) for path in _inside(directory)])
         elif isinstance(source, Iterable):
@@ -233,8 +233,15 @@ def _inside(directory: Path) -> list[Path]:
     return [directory]
 
 
-def _only_figures(directory: Path) -> bool:
-    """Whether a directory is the one of figures that a command wrote beside its results."""
+def only_figures(directory: Path) -> bool:
+    """Whether a directory is the one of figures that a command wrote beside its results.
+
+    Args:
+        directory: any path.
+
+    Returns:
+        True where it has that name and holds no analysis.
+    """
     empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
     return directory.name == _FIGURES and directory.is_dir() and empty
 
