@@ -104,9 +104,6 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-REPORT = "report.html"
-
-
 def told(result: Any) -> dict[str, Any]:
     """Tell a result in a JSON document: what its manifest on disk holds, and where it is.
 
@@ -116,6 +113,8 @@ def told(result: Any) -> dict[str, Any]:
     Returns:
         The fields.
     """
+    from internal_policy.results import REPORT
+
     path = result.path
     report = None if path is None or not (path / REPORT).is_file() else path / REPORT
     return {**result.manifest(), "path": path, "report": report}

@@ -90,19 +90,6 @@ def picture(figure: Figure, told: str) -> str:
     return f'<img alt="{_text(told)}" width="{width}" style="{look}" src="data:image/png;base64,{source}">'
 
 
-def number(value: Any, form: str = ".3f") -> str:
-    """Write a number.
-
-    Args:
-        value: the number; None and NaN are not defined.
-        form: its format.
-
-    Returns:
-        The number; a stroke where it is not defined.
-    """
-    return "-" if value is None or value != value else format(value, form)
-
-
 def _table(rows: Rows) -> str:
     def line(tag: str, cells: Sequence[Any], more: str = "") -> str:
         sides = ("left" if heading in rows.left else "right" for heading in rows.headings)

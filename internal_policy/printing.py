@@ -1,4 +1,4 @@
-"""What tables on the terminal have in common: their looks, and how a number that is not defined is written."""
+"""What tables have in common: their looks on the terminal, and how a number that is not defined is written."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def table(
     return begun
 
 
-def number(value: float, form: str) -> str:
+def number(value: float | None, form: str = ".3f") -> str:
     """Write a number.
 
     Args:
-        value: the number.
+        value: the number; None and NaN are not defined.
         form: its format.
 
     Returns:
         The number; a stroke where it is not defined.
     """
-    return "-" if math.isnan(value) else format(value, form)
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def plus_minus(stderr: float, form: str = ".3f") -> str:

@@ -202,7 +202,8 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         from internal_policy.figures import entropy_change
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         ends = {site: self.curve(site) for site in ("attn", "ffn")}
         entropy, cells, start = self.curve("layer", "entropy_out"), [], 1

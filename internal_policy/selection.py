@@ -75,7 +75,8 @@ class Selection:
     """One sentence that says why, with numbers in nats."""
 
     def _repr_html_(self) -> str:
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         told = "none" if self.boundary_layer is None else str(self.boundary_layer)
         cells = [

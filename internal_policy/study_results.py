@@ -155,7 +155,8 @@ class Study:
             )
 
     def _repr_html_(self) -> str:
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         cells = [
             (

@@ -18,6 +18,7 @@ from internal_policy.bupo.words import ALIGNMENT
 from internal_policy.citation import bibtex
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
+from internal_policy.printing import number, percent_span
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -205,7 +206,7 @@ def _curves(run: Run) -> str:
         (
             str(int(row["step"])),
             "alignment" if row["phase"] == ALIGNMENT else prose(row["phase"]),
-            *(_number(row.get(name), form) for name, form in columns.items()),
+            *(number(row.get(name), form) for name, form in columns.items()),
         )
         for row in run.history.iloc[places].to_dict("records")
     ]
@@ -281,12 +282,7 @@ def _updates(run: Run) -> int | None:
 
 
 def _rates(value: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
-    span = "-" if low != low else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
-    return f"{100 * value:{sign}.2f}", span
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None or value != value else format(value, form)
+    return f"{100 * value:{sign}.2f}", percent_span(low, high, sign)
 
 
 def _count(n: int, what: str) -> str:

@@ -133,7 +133,8 @@ class Run:
         return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
 
     def _repr_html_(self) -> str:
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
         from internal_policy.training_figures import training_curves
 
         def span(rows: pd.DataFrame, column: str, form: str) -> str:

@@ -128,7 +128,8 @@ class AnalysisComparison:
 
     def _repr_html_(self) -> str:
         from internal_policy.comparison.figures import depth_overlay
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         rows = zip(self.boundaries.to_dict("records"), self.convergence.to_dict("records"), strict=True)
         cells = [

@@ -165,7 +165,8 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         from internal_policy.evaluation_figures import pass_at_k
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         def row(name: str, value: float, low: float, high: float) -> tuple[str, str, str]:
             span = "-" if low != low else f"{100 * low:.2f} to {100 * high:.2f}"

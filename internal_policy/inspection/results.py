@@ -157,7 +157,8 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         from internal_policy.inspection.figure import inspection_map
-        from internal_policy.notebook import Rows, card, number
+        from internal_policy.notebook import Rows, card
+        from internal_policy.printing import number
 
         shown = self.positions(None, min(_SHOWN, self.n_tokens))
         texts = self.tokens.set_index("position")["token"]

@@ -44,10 +44,7 @@ def flow_chart(analysis: Analysis) -> Chart:
     )
     chart.stages(analysis.stages)
     for name, site, column, colour, dash, symbol, shown in _SITES:
-        rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
-        ends = (rows[f"{column}_low"], rows[f"{column}_high"])
-        look: dict[str, Any] = {"colour": colour, "dash": dash, "symbol": symbol, "shown": shown}
-        chart.curve(name, rows["layer"], rows[column], ends, **look)
+        _curve(chart, analysis, name, site, column, colour=colour, dash=dash, symbol=symbol, shown=shown)
     after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
     beyond = analysis.n_layers + after / 2 + 0.25
     point(chart, "policy π_θ", beyond, analysis.policy_entropy, colour="$policy", title="final policy")
@@ -78,9 +75,7 @@ def change_chart(analysis: Analysis) -> Chart:
     chart.stages(analysis.stages)
     chart.level(0.0, dash="solid")
     for name, site, colour, dash, symbol in _CHANGES:
-        rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
-        look: dict[str, Any] = {"colour": colour, "dash": dash, "symbol": symbol, "form": "+.3f"}
-        chart.curve(name, rows["layer"], rows["change"], (rows["change_low"], rows["change_high"]), **look)
+        _curve(chart, analysis, name, site, "change", colour=colour, dash=dash, symbol=symbol, form="+.3f")
     chart.layers(analysis.n_layers)
     _mark_target(chart, analysis)
     return chart
@@ -110,6 +105,11 @@ def fall_chart(convergence: Convergence) -> Chart:
         chart.curve("even fall", x, [0.0, 1.0], colour="$muted", dash="dot", marks=False, hover=False)
     chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
     return chart
+
+
+def _curve(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **look: Any) -> None:
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    chart.curve(name, rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), **look)
 
 
 def _mark_target(chart: Chart, analysis: Analysis) -> None:
