@@ -1,0 +1,26 @@
+"""One result of each kind that a command leaves on disk, made without a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rated import rated
+from shapes import make, progressive
+from test_inspection_figure import made as make_inspection
+
+from internal_policy import Analysis, Study, compare
+from internal_policy.study_models import StudyModel
+
+
+def save_one_of_each(root):
+    """Two analyses with the study that they make, their comparison, an evaluation and an inspection."""
+    made = (make(progressive(6), name, prompts=4, seed=seed) for seed, name in enumerate(("some/007", "some/NA")))
+    one, two = (replace(analysis, config={**analysis.config, "template": "chat"}) for analysis in made)
+    one.save(root / "analyses" / "007")
+    two.save(root / "analyses" / "NA")
+    compare(root / "analyses").save(root / "comparison")
+    rated([3, 9, 16]).save(root / "evaluation")
+    make_inspection(n_layers=3, n_tokens=12, prompt=5).save(root / "inspection")
+    rows = tuple(StudyModel(name, "chat", "main") for name in ("some/007", "some/NA"))
+    Study(rows, tuple(Analysis.load_all(root / "analyses")), {"other": "why"}).record(root / "analyses")
+    return root
