@@ -29,7 +29,9 @@ MEMORY = 4 * 2**30
 """What one worker may have, in bytes."""
 
 _WORKER = Path(__file__).with_name("verifier_worker.py")
-_BRACES = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
+# A run of backslashes is taken whole and never given back: tried from each of its places, a long one would take a time
+# that grows with its square.
+_BRACES = re.compile(r"(?P<escape>\\++)(?P<box>boxed\s*+\{)?|[{}]")
 
 
 def boxed_answer(text: str) -> str | None:
@@ -42,11 +44,16 @@ def boxed_answer(text: str) -> str | None:
         Its content, outer white space apart; None where there is no complete one.
     """
     open_braces: list[tuple[int, int] | None] = []
-    last, content = -1, None
+    last, content, escaped = -1, None, -1
     # One pass: a response may well be ten thousand boxes that never close.
     for match in _BRACES.finditer(text):
-        if len(match[0]) > 2:
+        if match["box"]:
             open_braces.append((match.start(), match.end()))
+        elif match["escape"]:
+            # Backslashes escape one another in pairs, and an odd one what follows it.
+            escaped = match.end() if len(match["escape"]) % 2 else -1
+        elif match.start() == escaped:
+            continue
         elif match[0] == "{":
             open_braces.append(None)
         elif match[0] == "}" and open_braces:
