@@ -26,7 +26,7 @@ from internal_policy.cli_report import kind_of, report
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
 from internal_policy.output import document, is_quiet
-from internal_policy.shell import figure_name, is_main_process, rank
+from internal_policy.shell import figure_name, is_main_process, rank, visible
 
 INTERRUPTED = 130
 
@@ -87,6 +87,7 @@ def figures(
     from internal_policy.comparison.sources import gather
     from internal_policy.evaluation.results import EVALUATION, Evaluation
     from internal_policy.inspection.results import INSPECTION, Inspection
+    from internal_policy.printing import say
 
     kinds = [(kind_of(path), path) for path in map(Path.expanduser, directories)]
     # All are read before any is drawn, so that a bad one is told at once.
@@ -102,7 +103,7 @@ def figures(
     root = output.expanduser()
     for path, found in held:
         if len(found) > 1:
-            typer.echo(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")
+            say(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")
     if analyses:
         cli_analyze.draw(analyses, root)
     if runs:
@@ -157,11 +158,18 @@ def _name_the_shell(words: list[str]) -> None:
         os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
 
 
+class _Visible(logging.Formatter):
+    """A line a message, whatever names and templates put into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), one_line=True)
+
+
 @contextmanager
 def _notices() -> Iterator[None]:
     """Show what the package logs on standard error, once however many processes there are."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Visible("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
     logger = logging.getLogger("internal_policy")
     logger.addHandler(handler)
@@ -173,10 +181,10 @@ def _notices() -> Iterator[None]:
 
 def _fail(message: str, *, traced: bool = False) -> NoReturn:
     if traced:
-        traceback.print_exc()
+        typer.echo(visible(traceback.format_exc()), err=True)
     # Of several processes each says what stopped it: it need not be what stopped the others.
     which = "" if is_main_process() else f" (process {rank()})"
-    typer.echo(f"error{which}: {message}", err=True)
+    typer.echo(f"error{which}: {visible(message, one_line=True)}", err=True)
     sys.exit(2)
 
 

@@ -31,10 +31,11 @@ def push(
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from internal_policy.bupo.results import Run
+    from internal_policy.printing import say
 
     found = Run.load(run)
     # Its own progress is shown, and the libraries' bars would stand between it and the result.
     disable_progress_bars()
     url = found.push_to_hub(repo, private=private, revision=revision)
-    typer.echo(f"pushed: {url}")
+    say(f"pushed: {url}")
     document({"command": "push", "url": url, "model_dir": found.model_dir})

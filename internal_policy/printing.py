@@ -1,12 +1,65 @@
-"""What tables have in common: their looks on the terminal, and how a number that is not defined is written."""
+"""The one way to the terminal: what is printed there, the looks of tables, and how a number not defined is written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import os
+import sys
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+from internal_policy.shell import visible
+
+NARROWEST = 72
+"""No table is laid out for fewer columns: a number that was cut off would be read as another one."""
+
+
+class _Terminal(Console):
+    """A console on which text cannot do anything but be read, whoever wrote it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Before anything is measured, so that columns stay in line.
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        """Go on without a reader, such as ``head``, who has left: what was asked for is still to be written to disk."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Open the terminal; text is printed as it is, and styles are ``rich.text.Text``'s, never markup.
+
+    Args:
+        stderr: standard error in place of standard output, in its own width however narrow that is.
+
+    Returns:
+        A console.
+    """
+    made = _Terminal(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not stderr and made.width < NARROWEST:
+        made.width = NARROWEST
+    return made
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, which the terminal folds and nothing cuts.
+
+    Args:
+        text: the line.
+    """
+    console().print(text, soft_wrap=True)
 
 
 def table(
@@ -20,7 +73,7 @@ def table(
     """Begin a table.
 
     Args:
-        title: above it; rich markup, so names are to be escaped.
+        title: above it.
         caption: below it.
         headings: of the columns, whose cells stand on the right and stay whole.
         fold: those among them whose cells are names: on the left, and folded where they are long.

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from internal_policy.output import is_quiet
+from internal_policy.printing import console as open_console
 from internal_policy.shell import is_main_process
 
 
@@ -31,7 +32,7 @@ def status(description: str) -> Iterator[None]:
     Args:
         description: what runs.
     """
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     if not _is_shown(console):
         yield
         return
@@ -51,9 +52,9 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
     Yields:
         A function to call with the number of units just done.
     """
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,32 @@ def writing(directory: Path) -> Iterator[None]:
         ) from error
 
 
+# What would move the cursor, hide text, or reverse its direction, and halves of characters that no encoding has.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\ud800-\udfff]")
+_LINE_ENDS = {ord(end): f"\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"} | {ord("\t"): " "}
+
+
+def visible(text: str, *, one_line: bool = False) -> str:
+    """Replace the characters of a text that a terminal would obey rather than show.
+
+    Args:
+        text: any; names, templates and files may hold anything.
+        one_line: replace ends of lines and tabs as well.
+
+    Returns:
+        The text with control pictures (U+2400 and following) or the replacement character in their place.
+    """
+    if one_line:
+        text = text.translate(_LINE_ENDS)
+    return _UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"
+
+
 def rank() -> int:
     """Tell which process this is, of those that accelerate, torchrun or MPI started.
 
@@ -94,7 +121,7 @@ def world_size() -> int:
 
 
 def _launched(*names: str) -> int | None:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
 
 
 def is_main_process() -> bool:
