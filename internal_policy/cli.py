@@ -181,7 +181,7 @@ def _notices() -> Iterator[None]:
 
 def _fail(message: str, *, traced: bool = False) -> NoReturn:
     if traced:
-        typer.echo(visible(traceback.format_exc()), err=True)
+        typer.echo(visible(traceback.format_exc()), err=True, nl=False)
     # Of several processes each says what stopped it: it need not be what stopped the others.
     which = "" if is_main_process() else f" (process {rank()})"
     typer.echo(f"error{which}: {visible(message, one_line=True)}", err=True)

@@ -12,6 +12,7 @@ from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.cli_report import write_reports
 from internal_policy.errors import UserError
 from internal_policy.output import document
+from internal_policy.shell import is_number
 
 if TYPE_CHECKING:
     from internal_policy.comparison.analyses import AnalysisComparison
@@ -172,7 +173,7 @@ def _names(analyses: list[Analysis], labels: tuple[str, ...]) -> list[str]:
 
 def _place(baseline: str, labels: list[str]) -> int | str:
     """A label where it is one, else a place that is counted from 1."""
-    if baseline in labels or not baseline.isdigit():
+    if baseline in labels or not is_number(baseline):
         return baseline
     if not 1 <= int(baseline) <= len(labels):
         raise UserError(

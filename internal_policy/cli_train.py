@@ -15,6 +15,7 @@ from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
+from internal_policy.shell import is_number
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -178,7 +179,7 @@ def _with_settings(given: dict[str, Any], settings: list[str]) -> dict[str, Any]
             raise UserError(f"{name} was given twice; leave out {setting!r} or what else gives it")
         try:
             options[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = text
     return options
 
@@ -189,7 +190,7 @@ def _check(options: dict[str, Any]) -> None:
         if name in options and options[name] not in choices:
             raise UserError(f"{_flag(name)} is {options[name]!r}; needed is one of {', '.join(choices)}")
     steps = str(options.get("ipa_steps", AUTO)).strip()
-    if steps != AUTO and not steps.isdigit():
+    if steps != AUTO and not is_number(steps):
         raise UserError(f"--ipa-steps is {steps}; needed is a number of steps of at least 0, or auto")
     total = options.get("max_steps")
     if steps != AUTO and isinstance(total, int) and int(steps) > total:

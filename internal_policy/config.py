@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from internal_policy.errors import UserError
@@ -31,6 +32,23 @@ _ONE_OF = {
     "backend": BACKENDS,
     "generator": GENERATORS,
 }
+
+
+LARGEST: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("max_responses", "max_problems", "eval_problems", "max_steps"), 1_000_000),
+        **dict.fromkeys(("samples_per_prompt", "samples", "eval_samples", "num_generations", "num_iterations"), 10_000),
+        **dict.fromkeys(("prompts_per_step", "mini_batches", "batch_size", "dynamics_responses"), 100_000),
+        **dict.fromkeys(("max_new_tokens", "max_completion_length", "max_prompt_length", "top_k"), 10_000_000),
+        **dict.fromkeys(("keep_tokens", "entropy_sequences"), 1_000_000),
+        "lora_rank": 4096,
+        # What numpy's and transformers' generators take.
+        "seed": 2**32 - 1,
+    }
+)
+"""The largest value of each count. No run gets through more; a slip of the keyboard is refused before memory fills."""
+MOST_PROMPTS = 10_000_000
+"""So many prompts or samples in all are the most that one run or evaluation lists."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,7 @@ class AnalyzeConfig:
             value = getattr(self, field)
             if value is not None and not low <= value < float("inf"):
                 raise UserError(f"{_flag(field)} is {value}; needed is a number of at least {low}")
+            refuse_too_large(field, value, _flag(field))
         if self.prompts is not None and self.responses is not None:
             raise UserError(
                 "both --prompts and --responses were given; give prompts to sample from, or ready responses"
@@ -219,6 +238,22 @@ def check_quantization(quantization: str | None) -> None:
     """
     if quantization is not None:
         _require_one_of("--quantization", quantization, QUANTIZATIONS)
+
+
+def refuse_too_large(name: str, value: Any, told: str | None = None) -> None:
+    """Refuse a count that no run gets through.
+
+    Args:
+        name: of the setting; one that is not in ``LARGEST`` has no limit.
+        value: a number, or None.
+        told: what the message calls the setting, where not by its name.
+
+    Raises:
+        UserError: it is larger than ``LARGEST`` allows.
+    """
+    if value is not None and value > LARGEST.get(name, value):
+        shown = f"{value:.6g}" if value < 1e300 else "beyond all measure"
+        raise UserError(f"{told or name} is {shown}; needed is a number of at most {LARGEST[name]}")
 
 
 def refuse_unknown(options: Iterable[str]) -> None:

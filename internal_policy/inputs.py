@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.errors import UserError
 from internal_policy.generation import Request, check_prompt_lengths
 from internal_policy.models import LanguageModel
-from internal_policy.prompts import MATH_500, TESTBED, read_prompts, render
+from internal_policy.prompts import MATH_500, TESTBED, read_prompts, render_all
 from internal_policy.responses import Response, check_responses, read_responses
 
 logger = logging.getLogger(__name__)
@@ -127,12 +128,14 @@ def gather_inputs(
     source = prompts if prompts is not None else TESTBED if _is_embedded(config, model) else MATH_500
     wanted = config.max_responses or DEFAULT_RESPONSES
     needed = -(-wanted // config.samples_per_prompt)
-    requests = [
+    prompts_read = read_prompts(source, split=config.prompts_split, limit=needed)
+    rendered = render_all(prompts_read, config.template, model.tokenizer)
+    asked = (
         Request(prompt, ids, number, sample_index)
-        for number, prompt in enumerate(read_prompts(source, split=config.prompts_split, limit=needed))
-        for ids in [render(prompt, config.template, model.tokenizer)]
+        for number, (prompt, ids) in enumerate(zip(prompts_read, rendered, strict=True))
         for sample_index in range(config.samples_per_prompt)
-    ][:wanted]
+    )
+    requests = list(islice(asked, wanted))
     check_prompt_lengths(requests, model)
     _tell_unknown(model, (r.prompt_ids for r in requests))
     reward = None

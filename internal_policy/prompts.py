@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy import records
+from internal_policy.chat_templates import apply_chat_template
 from internal_policy.errors import UserError
 
 Chat = list[dict[str, str]]
@@ -182,10 +183,7 @@ TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
 
 
 def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
-    """Turn a prompt into the ids that the model reads.
-
-    ``chat`` applies the tokenizer's chat template and falls back to plain text where it has none; ``plain`` takes the
-    text as it is; the named templates build the paper's prompts from the bare question.
+    """Turn one prompt into the ids that the model reads, as ``render_all`` does.
 
     Args:
         prompt: the question.
@@ -198,20 +196,32 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
     Raises:
         UserError: unknown template, or a chat that the tokenizer's template refuses.
     """
+    return render_all([prompt], template, tokenizer)[0]
+
+
+def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list[list[int]]:
+    """Turn prompts into the ids that the model reads.
+
+    ``chat`` applies the tokenizer's chat template and falls back to plain text where it has none; ``plain`` takes the
+    text as it is; the named templates build the paper's prompts from the bare question.
+
+    Args:
+        prompts: the questions.
+        template: one of ``TEMPLATES``.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        Token ids of each.
+
+    Raises:
+        UserError: unknown template, or a chat that the tokenizer's template refuses or does not get done with.
+    """
     if template in NAMED_TEMPLATES:
-        ids: list[int] = tokenizer(NAMED_TEMPLATES[template](prompt.problem))["input_ids"]
-        return ids
+        return [list(tokenizer(NAMED_TEMPLATES[template](p.problem))["input_ids"]) for p in prompts]
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
-        try:
-            text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
-        # A template is a program of the checkpoint's: what it raises is not ours to list.
-        except Exception as error:
-            roles = [m["role"] for m in prompt.chat]
-            raise UserError(
-                f"the chat template refuses a chat with roles {roles} ({error}); try --template plain"
-            ) from error
+        texts = apply_chat_template(tokenizer, [p.chat for p in prompts])
         # The chat template writes the special tokens itself.
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer("\n\n".join(m["content"] for m in prompt.chat))["input_ids"])
+        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [list(tokenizer("\n\n".join(m["content"] for m in p.chat))["input_ids"]) for p in prompts]

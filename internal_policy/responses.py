@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internal_policy import records
 from internal_policy.errors import UserError
-from internal_policy.prompts import Chat, Prompt, content_of, render, whole_text
+from internal_policy.prompts import Chat, Prompt, content_of, render_all, whole_text
 
 _MAX_ID = 2**31
 
@@ -90,20 +90,27 @@ def read_responses(
         rows = [records.as_object(row, f"{where}: item {i}") for i, row in enumerate(source, start=1)]
         if not rows:
             raise UserError(f"{where} is empty; needed is at least one")
-    found = []
-    for number, row in enumerate(rows[:limit], start=1):
-        place = f"{where}: response {number}"
-        present = {key for key, value in row.items() if value is not None}
-        if {"input_ids", "prompt_length"} <= present:
-            found.append(_from_ids(row, tokenizer, place))
-        elif {"prompt", "response"} <= present:
-            found.append(_from_text(row, tokenizer, template, place))
-        else:
-            raise UserError(
-                f"{place} has values for {sorted(present)}; "
-                "needed are prompt and response, or input_ids and prompt_length"
-            )
-    return found
+    kept = [(row, f"{where}: response {number}") for number, row in enumerate(rows[:limit], start=1)]
+    contents = [None if _has_ids(row, place) else content_of(row["prompt"], f"{place}, prompt") for row, place in kept]
+    rendered = iter(render_all([Prompt(c) for c in contents if c is not None], template, tokenizer))
+    return [
+        _from_ids(row, tokenizer, place)
+        if content is None
+        else _from_text(row, content, next(rendered), tokenizer, place)
+        for (row, place), content in zip(kept, contents, strict=True)
+    ]
+
+
+def _has_ids(row: Mapping[str, Any], place: str) -> bool:
+    """Whether a record has ids, not text; refused where it has neither."""
+    present = {key for key, value in row.items() if value is not None}
+    if {"input_ids", "prompt_length"} <= present:
+        return True
+    if {"prompt", "response"} <= present:
+        return False
+    raise UserError(
+        f"{place} has values for {sorted(present)}; needed are prompt and response, or input_ids and prompt_length"
+    )
 
 
 def _from_ids(row: Mapping[str, Any], tokenizer: Any, place: str) -> Response:
@@ -130,11 +137,11 @@ def _from_ids(row: Mapping[str, Any], tokenizer: Any, place: str) -> Response:
     )
 
 
-def _from_text(row: Mapping[str, Any], tokenizer: Any, template: str, place: str) -> Response:
+def _from_text(
+    row: Mapping[str, Any], content: str | Chat, prompt_ids: list[int], tokenizer: Any, place: str
+) -> Response:
     if not isinstance(row["response"], str):
         raise UserError(f"{place}: response is a {type(row['response']).__name__}; needed is text")
-    content = content_of(row["prompt"], f"{place}, prompt")
-    prompt_ids = render(Prompt(content), template, tokenizer)
     text = whole_text(row["response"], f"{place}, response")
     response_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not response_ids:

@@ -78,7 +78,19 @@ def writing(directory: Path) -> Iterator[None]:
 
 # What would move the cursor, hide text, or reverse its direction, and halves of characters that no encoding has.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\ud800-\udfff]")
-_LINE_ENDS = {ord(end): f"\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"} | {ord("\t"): " "}
+_LINE_ENDS = {ord(end): "\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"} | {ord("\t"): " "}
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a whole number, with or without a sign, that Python reads.
+
+    Args:
+        text: any; ``²`` is a digit and no number, and one of 5000 digits is refused by ``int``.
+
+    Returns:
+        True where ``int(text)`` gives a number of at most 18 digits.
+    """
+    return bool(re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text))
 
 
 def visible(text: str, *, one_line: bool = False) -> str:
@@ -121,7 +133,7 @@ def world_size() -> int:
 
 
 def _launched(*names: str) -> int | None:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
+    return next((int(os.environ[name]) for name in names if is_number(os.environ.get(name, ""))), None)
 
 
 def is_main_process() -> bool:

@@ -64,11 +64,8 @@ def test_real_benchmarks_are_read_whole(name, rows):
 
 def test_chat_template_is_applied_once_and_without_extra_special_tokens():
     tokenizer = tiny_tokenizer(chat_template=CHAT)
-    seen = []
-    real = tokenizer.apply_chat_template
-    tokenizer.apply_chat_template = lambda *a, **k: seen.append(real(*a, **k)) or seen[-1]
-    render(Prompt("w2 w3"), "chat", tokenizer)
-    assert seen == ["user-w2 w3 assistant-"]
+    ids = render(Prompt("w2 w3"), "chat", tokenizer)
+    assert ids == tokenizer("user-w2 w3 assistant-", add_special_tokens=False)["input_ids"]
 
 
 def test_without_a_chat_template_the_prompt_is_plain_text():

@@ -11,6 +11,7 @@ from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
 from internal_policy.results import Analysis
+from internal_policy.shell import is_number
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def choose_layer(layer: Any) -> LayerChoice:
     """
     if layer is None or layer == AUTO:
         return LayerChoice(None, "")
-    if isinstance(layer, str) and layer.strip().lstrip("+-").isdigit():
+    if isinstance(layer, str) and is_number(layer):
         layer = int(layer)
     if hasattr(layer, "__index__") and not isinstance(layer, bool):
         return LayerChoice(int(layer), "as it was asked for")

@@ -14,9 +14,10 @@ from trl.import_utils import is_vllm_available
 
 from internal_policy.bupo.config import BuPOConfig, one_of
 from internal_policy.bupo.words import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
-from internal_policy.config import DTYPES, AnalyzeConfig
+from internal_policy.config import DTYPES, MOST_PROMPTS, AnalyzeConfig, refuse_too_large
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
+from internal_policy.shell import is_number
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
@@ -134,8 +135,9 @@ def _settle_alignment(merged: dict[str, Any], given: Mapping[str, Any], defaults
     steps = merged.get("max_steps", Plan.max_steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"max_steps is {steps!r}; needed is a number of steps of at least 1")
+    refuse_too_large("max_steps", steps)
     ipa = merged["ipa_steps"]
-    if isinstance(ipa, str) and ipa != AUTO and ipa.strip().isdigit():
+    if isinstance(ipa, str) and ipa != AUTO and is_number(ipa):
         merged["ipa_steps"] = int(ipa)
     if merged["method"] != "bupo":
         if "ipa_steps" in given and merged["ipa_steps"] != 0:
@@ -160,6 +162,12 @@ def _check(plan: Plan) -> None:
         value = getattr(plan, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise UserError(f"{name} is {value!r}; needed is a whole number of at least {low}")
+        refuse_too_large(name, value)
+    if plan.max_steps * plan.prompts_per_step > MOST_PROMPTS:
+        raise UserError(
+            f"{plan.max_steps} steps of {plan.prompts_per_step} prompts are more than the {MOST_PROMPTS} prompts of "
+            "one run; lower max_steps or prompts_per_step"
+        )
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
@@ -170,6 +178,9 @@ def _check_values(options: Mapping[str, Any]) -> None:
         if value is None and type(None) in kinds:
             continue
         kinds.discard(type(None))
+        if isinstance(value, int):
+            # First of all: of a number of thousands of digits no message can be made.
+            refuse_too_large(name, value)
         told = f"{name} is {value!r}; needed is"
         if kinds == {bool} and not isinstance(value, bool):
             raise UserError(f"{told} true or false")

@@ -22,7 +22,7 @@ from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, context, evaluating
 from internal_policy.processes import Processes
 from internal_policy.progress import status
-from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render
+from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
 from internal_policy.responses import Response
 from internal_policy.results import Analysis
 
@@ -162,7 +162,8 @@ def stream(
 
 
 def _fitting(found: list[Prompt], plan: Plan, config: BuPOConfig, model: LanguageModel) -> list[Prompt]:
-    requests = [Request(p, render(p, plan.template, model.tokenizer), i, 0) for i, p in enumerate(found)]
+    rendered = render_all(found, plan.template, model.tokenizer)
+    requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(found, rendered, strict=True))]
     longest = plan.max_prompt_length
     kept = [r for r in requests if len(r.prompt_ids) <= longest]
     if not kept:
@@ -220,7 +221,8 @@ def fixed_responses(
 
 
 def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: BuPOConfig) -> list[Response]:
-    requests = [Request(p, render(p, plan.template, model.tokenizer), i, 0) for i, p in enumerate(prompts)]
+    rendered = render_all(prompts, plan.template, model.tokenizer)
+    requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=True))]
     with evaluating(model.model):
         found = halving(
             requests,

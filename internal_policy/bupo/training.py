@@ -15,6 +15,7 @@ from internal_policy.errors import UserError
 from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, wrap
 from internal_policy.results import Analysis
+from internal_policy.shell import is_number
 
 
 def train(
@@ -67,7 +68,7 @@ def train(
     given_words = {"model": model, "prompts": prompts, "layer": layer, "ipa_steps": ipa_steps, "method": method}
     given_words |= {"reward": reward, "max_steps": max_steps, **objects}
     name, given_model = _name_of(model, tokenizer, options)
-    if isinstance(layer, str) and layer.strip().isdigit():
+    if isinstance(layer, str) and is_number(layer):
         # As on the command line; the directory is named by it.
         layer = int(layer)
     words = {"method": method, "ipa_steps": ipa_steps, "max_steps": max_steps}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from internal_policy.config import AnalyzeConfig
+from internal_policy.config import AnalyzeConfig, refuse_too_large
 from internal_policy.errors import UserError
 from internal_policy.evaluation import benchmarks
 
@@ -67,7 +67,9 @@ class EvaluateConfig:
             object.__setattr__(self, name, getattr(shared, name))
         for name in ("samples", "max_problems"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _count("--" + name.replace("_", "-"), getattr(self, name)))
+                flag = "--" + name.replace("_", "-")
+                object.__setattr__(self, name, _count(flag, getattr(self, name)))
+                refuse_too_large(name, getattr(self, name), flag)
         if self.samples is None:
             fitting = 1 if self.temperature == 0 else benchmarks.default_samples(self.benchmark)
             object.__setattr__(self, "samples", fitting)

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from internal_policy.config import MOST_PROMPTS
+from internal_policy.errors import UserError
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, fitting_threads
 from internal_policy.progress import progress
-from internal_policy.prompts import Prompt, render
+from internal_policy.prompts import Prompt, render_all
 from internal_policy.responses import Response
 from internal_policy.workspace import Workspace
 
@@ -38,10 +40,15 @@ def to_requests(config: EvaluateConfig, model: LanguageModel, problems: Sequence
     Raises:
         UserError: a prompt that the model cannot read.
     """
+    if len(problems) * config.n > MOST_PROMPTS:
+        raise UserError(
+            f"{len(problems)} problems x {config.n} samples are more than the {MOST_PROMPTS} responses of one "
+            "evaluation; lower --samples or --max-problems"
+        )
+    rendered = render_all(problems, config.template, model.tokenizer)
     requests = [
         Request(prompt, ids, number, index)
-        for number, prompt in enumerate(problems)
-        for ids in [render(prompt, config.template, model.tokenizer)]
+        for number, (prompt, ids) in enumerate(zip(problems, rendered, strict=True))
         for index in range(config.n)
     ]
     check_prompt_lengths(requests, model)

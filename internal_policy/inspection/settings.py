@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, TypeAlias, get_args
 
+from internal_policy.config import refuse_too_large
 from internal_policy.errors import UserError
 from internal_policy.prompts import Chat, content_of, whole_text
 
@@ -41,6 +42,7 @@ def check_settings(
     for flag, value, low in (("--max-new-tokens", max_new_tokens, 0), ("--top-k", top_k, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
             raise UserError(f"{flag} is {value!r}; needed is a whole number of at least {low}")
+        refuse_too_large(flag.removeprefix("--").replace("-", "_"), value, flag)
     if response is None:
         return content, DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
     if not response:
