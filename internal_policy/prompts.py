@@ -78,7 +78,7 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
         where = source
         path = Path(source)
         is_file = path.exists() or path.suffix in records.SUFFIXES
-        rows = records.read_file(path) if is_file else records.read_hub(source, split)
+        rows = records.read_file(path, limit) if is_file else records.read_hub(source, split)
         found = [_prompt(row, f"{source}: record {i}") for i, row in enumerate(rows[:limit], start=1)]
     if not found:
         raise UserError(f"{where}: is empty; needed is at least one prompt")
@@ -100,7 +100,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     if answer is None and isinstance(reward_model, Mapping):
         answer = reward_model.get("ground_truth")
     others = {key: value for key, value in row.items() if key not in (column, *ANSWER_COLUMNS)}
-    return Prompt(content, None if answer is None else str(answer), others)
+    return Prompt(content, None if answer is None else whole_text(str(answer), f"{where}, its answer"), others)
 
 
 def content_of(value: Any, where: str) -> str | Chat:

@@ -12,11 +12,16 @@ from internal_policy.errors import UserError
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
-def read_file(path: Path) -> list[dict[str, Any]]:
+_MOST_BYTES, _MOST_ROWS = 16 * 2**30, 10_000_000
+"""No file of records is larger when unpacked: a few kilobytes of parquet may stand for terabytes."""
+
+
+def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """Read a parquet, jsonl or json file.
 
     Args:
         path: the file; json holds a list of objects, jsonl an object a line.
+        limit: at most so many records, from the start.
 
     Returns:
         One dict a record.
@@ -29,7 +34,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
     if path.suffix == ".parquet":
-        records = _read_parquet(path)
+        records = _read_parquet(path, limit)
     elif path.suffix == ".jsonl":
         records = _read_jsonl(path)
     elif path.suffix == ".json":
@@ -40,7 +45,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
         )
     if not records:
         raise UserError(f"{path}: is empty; needed is at least one record")
-    return records
+    return records[:limit]
 
 
 def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
@@ -75,14 +80,29 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    records: list[dict[str, Any]] = []
     try:
-        records: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:160]})") from error
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            rows = file.metadata.num_rows
+            if limit is None and (size > _MOST_BYTES or rows > _MOST_ROWS):
+                raise UserError(
+                    f"{path}: unpacks to {size} bytes and {rows} rows; needed are at most {_MOST_BYTES} and "
+                    f"{_MOST_ROWS}: split the file"
+                )
+            for batch in file.iter_batches(batch_size=1024 if limit is None else min(limit, 1024)):
+                records += batch.to_pylist()
+                if limit is not None and len(records) >= limit:
+                    break
+    # Texts that are not UTF-8 and times outside the calendar are found only when they become Python's.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path}: not a readable parquet file ({reason}); save it again") from error
     return records
 
 
@@ -100,12 +120,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: broken JSON at line {number}: {error.msg}; needed is one object a line"
-            ) from error
+        record = _parse(line, path, number, "; needed is one object a line")
         records.append(as_object(record, f"{path}: line {number}"))
     return records
 
@@ -114,13 +129,22 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     text = _text(path)
     if not text.strip():
         return []
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
+    value = _parse(text, path)
     if not isinstance(value, list):
         raise UserError(f"{path}: holds a JSON {type(value).__name__}; needed is a list of objects")
     return [as_object(record, f"{path}: item {number}") for number, record in enumerate(value, start=1)]
+
+
+def _parse(text: str, path: Path, line: int | None = None, needed: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {line or error.lineno}: {error.msg}{needed}") from error
+    except (ValueError, RecursionError) as error:
+        # Python reads neither numbers of thousands of digits nor thousands of lists inside one another.
+        where = "" if line is None else f" at line {line}"
+        what = "lists or objects nested too deep" if isinstance(error, RecursionError) else "a number that is too long"
+        raise UserError(f"{path}: JSON that cannot be read{where} ({what}); remove it") from error
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:

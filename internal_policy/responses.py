@@ -84,7 +84,7 @@ def read_responses(
         UserError: unreadable, wrong keys, or a response without tokens; the message says which.
     """
     if isinstance(source, (str, Path)):
-        rows, where = records.read_file(Path(source)), str(source)
+        rows, where = records.read_file(Path(source), limit), str(source)
     else:
         where = "the list of responses"
         rows = [records.as_object(row, f"{where}: item {i}") for i, row in enumerate(source, start=1)]

@@ -10,6 +10,8 @@ from tiny import tiny_tokenizer
 from internal_policy import UserError, chat_templates
 from internal_policy.prompts import Prompt, render_all
 
+SLOW = "it took more than 1 seconds"
+LONG = "it makes 15000000 characters; needed is a text of at most 10000000"
 GOOD = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
 
 
@@ -30,13 +32,13 @@ def test_a_template_gives_what_transformers_makes_of_it():
     [
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "it took more than 1 seconds",
+            SLOW,
         ),
-        ("{{ 9 ** (9 ** 9) }}", "it took more than 1 seconds"),
+        ("{{ 9 ** (9 ** 9) }}", SLOW),
         ("{{ messages[0]['content'] * 10000000000 }}", "it needs more than 1024 MiB"),
         (
             "{{ messages[0]['content'] * 5000000 }}",
-            "it makes 15000000 characters; needed is a text of at most 10000000",
+            LONG,
         ),
         ("{{ raise_exception('no \n user here') }}", "no user here"),
         ("{{ messages[5].content }}", "list object has no element 5"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import tiny_tokenizer
@@ -131,6 +133,9 @@ def test_samples_of_one_prompt_share_its_index():
         ("a.json", b'{"prompt": "x"}', "needed is a list of objects"),
         ("a.jsonl", b'{"prompt": "x"}\n[1]\n', "line 2 holds a list"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "not UTF-8 at line 2"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": ' + b"[" * 100_000 + b"\n", "at line 2 .lists or objects nested too"),
+        ("a.json", b"[" * 100_000, "cannot be read .lists or objects nested"),
+        ("a.jsonl", b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}\n", "at line 1 .a number that is too long"),
         ("a.parquet", b"PAR1 but not really", "not a readable parquet"),
         ("a.txt", b"x", "format '.txt' is unknown"),
     ],
@@ -143,6 +148,29 @@ def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_parquet_that_is_not_utf8_or_damaged_is_told_in_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"prompt": column}), path)
+    with pytest.raises(UserError, match=r"not a readable parquet file \('utf-8' codec can't decode"):
+        read_file(path)
+    pq.write_table(pa.table({"prompt": ["a question"] * 9}), path, write_page_checksum=True, compression="none")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"a question", b"A question", 1))
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        read_file(path)
+
+
+def test_of_a_parquet_file_only_what_is_wanted_is_unpacked(tmp_path):
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, pa.schema({"prompt": pa.string()})) as writer:
+        for _ in range(11):
+            writer.write_table(pa.table({"prompt": ["x"] * 1_000_000}))
+    assert len(read_prompts(str(path), limit=3)) == 3
+    with pytest.raises(UserError, match="11000000 rows; needed are at most"):
+        read_file(path)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -152,6 +180,7 @@ def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
         ({"prompt": [{"role": "user"}]}, "neither a text nor a chat"),
         ({"prompt": None, "answer": "x"}, r"values for \['answer'\]"),
         ({"prompt": "half \ud83d"}, "half a character at place 6"),
+        ({"prompt": "x", "answer": "\ud83d"}, "its answer holds half a character at place 1"),
         (None, "holds a NoneType"),
     ],
 )
