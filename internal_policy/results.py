@@ -15,14 +15,15 @@ import pandas as pd
 
 from internal_policy.files import write_atomically
 from internal_policy.selection import Selection
-from internal_policy.stored import Kind, read_rows, write_rows
+from internal_policy.stored import Kind, read_parquet, read_rows, write_parquet, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
 REPORT = "report.html"
 """The page that is drawn of a result; results are whole without it."""
-RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST, REPORT)
-ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION)
+_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl")
+RESULT_FILES = (*_FILES, MANIFEST, REPORT)
+ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Analysis:
         """
         with ANALYSIS.writing(directory, self.manifest()) as target:
             write_atomically(target / "layers.csv", lambda p: self.layers.to_csv(p, index=False))
-            write_atomically(target / "responses.parquet", lambda p: self.responses.to_parquet(p, index=False))
-            write_atomically(target / "tokens.parquet", lambda p: self.tokens.to_parquet(p, index=False))
+            write_parquet(target / "responses.parquet", self.responses)
+            write_parquet(target / "tokens.parquet", self.tokens)
             write_rows(target / "responses.jsonl", self.sequences)
         return target
 
@@ -166,13 +167,13 @@ class Analysis:
         """
         source = ANALYSIS.find(Path(directory).expanduser())
         with ANALYSIS.reading(source) as manifest:
-            return cls(
+            analysis = cls(
                 name=manifest["name"],
                 model=manifest["model"],
                 config=manifest["config"],
                 layers=pd.read_csv(source / "layers.csv"),
-                responses=pd.read_parquet(source / "responses.parquet"),
-                tokens=pd.read_parquet(source / "tokens.parquet"),
+                responses=read_parquet(source / "responses.parquet"),
+                tokens=read_parquet(source / "tokens.parquet"),
                 sequences=read_rows(source / "responses.jsonl"),
                 policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
                 selection=Selection.from_dict(manifest["selection"]),
@@ -182,6 +183,8 @@ class Analysis:
                 versions=manifest["versions"],
                 path=source,
             )
+            _check_agreement(analysis, manifest)
+            return analysis
 
     @classmethod
     def load_all(cls, directory: str | Path) -> list[Analysis]:
@@ -230,3 +233,40 @@ class Analysis:
             f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
             f"boundary layer {boundary})"
         )
+
+
+_NUMBERS = ("entropy_in", "entropy_out", "change", "cosine")
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "layers": ("layer", "n_tokens", *_NUMBERS, "change_stderr", "change_low", "change_high"),
+    "responses": ("response", "prompt", "layer", "n_tokens", *_NUMBERS),
+    "tokens": ("response", "token", "layer", *_NUMBERS),
+    "sequences": ("prompt_length",),
+}
+"""The columns of numbers that the tables of an analysis have at least."""
+_TEXT_COLUMNS = {"layers": ("site",), "responses": ("site",), "tokens": ("site",), "sequences": ("prompt", "response")}
+
+
+def _check_agreement(analysis: Analysis, manifest: dict[str, Any]) -> None:
+    """Refuse tables that lack a column, have another type in one, or are of another analysis than the manifest."""
+    for name in _COLUMNS:
+        table: pd.DataFrame = getattr(analysis, name)
+        if name == "tokens" and table.empty:
+            continue
+        if lacking := [c for c in (*_COLUMNS[name], *_TEXT_COLUMNS[name]) if c not in table]:
+            raise ValueError(f"{name} has no column {lacking[0]}")
+        if other := [c for c in _COLUMNS[name] if table[c].dtype.kind not in "iuf"]:
+            raise ValueError(f"{name} has a column {other[0]} that does not hold numbers")
+    n_layers = analysis.n_layers
+    rows = set(zip(analysis.layers["layer"], analysis.layers["site"], strict=True))
+    wanted = {(layer, site) for layer in range(1, n_layers + 1) for site in ("layer", "attn", "ffn")}
+    for what, found, told in (
+        ("layers and sites", rows, wanted),
+        ("rows of layers", len(analysis.layers), 3 * n_layers),
+        ("stages", len(analysis.stages), n_layers),
+        ("responses", analysis.n_responses, manifest["n_responses"]),
+        ("responses with means", analysis.responses["response"].nunique(), manifest["n_responses"]),
+        ("tokens", analysis.n_tokens, manifest["n_tokens"]),
+        ("boundary layers", analysis.boundary_layer, manifest["boundary_layer"]),
+    ):
+        if found != told:
+            raise ValueError(f"its tables and its manifest disagree about {what}")

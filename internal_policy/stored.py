@@ -1,9 +1,15 @@
-"""What all results have in common on disk: a directory each, a manifest that is written last, and how one is found."""
+"""What all results have in common on disk: a directory each, a manifest that is written last, and how one is found.
+
+The manifest holds the SHA-256 of every file of the result and one of itself, so that a result that was damaged or
+edited after it was written is never read as if it were whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_text
+from internal_policy.files import write_atomically, write_text
 
 _NAMED = 4
 
@@ -39,6 +45,8 @@ class Kind:
     """The file that is written last: a directory without it holds no finished result."""
     version: int
     """Of what is on disk."""
+    files: tuple[str, ...]
+    """The files of a result beside the manifest, as far as it has them."""
     depth: int = 1
     """So many directories below the one that is named there may be some."""
 
@@ -99,10 +107,19 @@ class Kind:
                     f"{source}: schema version {manifest['schema_version']}; this version reads {self.version}: "
                     f"{self.again} again, or use the version of internal-policy that wrote it"
                 )
+            if changed := changed_since(source, self.manifest, manifest):
+                raise UserError(
+                    f"{source}: {changed} is not what was written there (damaged, or edited); put it back, or "
+                    f"{self.again} again"
+                )
             yield manifest
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # What libraries raise on a table is theirs to choose; a result is read whole or not at all.
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{source}: broken {self.what} ({type(error).__name__}: {error}); {self.again} again"
+                f"{source}: broken {self.what} ({type(error).__name__}: {reason}); {self.again} again"
             ) from error
 
     @contextmanager
@@ -120,7 +137,113 @@ class Kind:
         target.mkdir(parents=True, exist_ok=True)
         (target / self.manifest).unlink(missing_ok=True)
         yield target
-        write_text(target / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_manifest(target, self.manifest, manifest, self.files)
+
+
+def write_manifest(directory: Path, name: str, manifest: Mapping[str, Any], files: Sequence[str]) -> None:
+    """Write a manifest with the digests of the files that it stands for, and of itself.
+
+    Args:
+        directory: of the result.
+        name: of the manifest.
+        manifest: what it holds; JSON-able, without NaN.
+        files: the result's other files, as far as it has them.
+    """
+    digests = {file: _digest(directory / file) for file in files if (directory / file).is_file()}
+    whole = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
+    sealed = {**whole, "seal": _seal(whole)}
+    write_text(directory / name, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
+
+
+def changed_since(directory: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
+    """Compare a result with the digests that were taken when it was written.
+
+    Args:
+        directory: of the result.
+        name: of the manifest.
+        manifest: what it holds now.
+
+    Returns:
+        The first file that is another one now; None where all are the same.
+
+    Raises:
+        OSError: a file is gone.
+        KeyError: the manifest has no digests.
+    """
+    whole = dict(manifest)
+    if whole.pop("seal") != _seal(whole):
+        return name
+    return next((file for file, digest in whole["sha256"].items() if _digest(directory / file) != digest), None)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+# A spreadsheet runs what begins so; a sign alone and a number are harmless.
+_FORMULA = re.compile(r"'*[=+\-@\t\r](?s:.)+")
+_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
+def to_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Put an apostrophe before texts that a spreadsheet would run as formulas.
+
+    Args:
+        table: the table; names, prompts and tokens in it may be anybody's.
+
+    Returns:
+        What is written as CSV.
+    """
+    return _each_text(table, lambda text: f"'{text}" if _is_formula(text) else text)
+
+
+def from_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Take the apostrophes away again.
+
+    Args:
+        table: what was read of a CSV file.
+
+    Returns:
+        What ``to_cells`` was given.
+    """
+    return _each_text(table, lambda text: text[1:] if text.startswith("'") and _is_formula(text[1:]) else text)
+
+
+def _is_formula(text: str) -> bool:
+    return bool(_FORMULA.fullmatch(text)) and not _NUMBER.fullmatch(text)
+
+
+def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    texts = [name for name, kind in columns_of(table).items() if kind == "text"]
+    changed = {name: [change(v) if isinstance(v, str) else v for v in table[name]] for name in texts}
+    return table.assign(**{name: pd.Series(v, table.index, table[name].dtype) for name, v in changed.items()})
+
+
+def write_parquet(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as parquet, whole or not at all, with a checksum in every page.
+
+    Args:
+        path: the file.
+        table: its rows.
+    """
+    write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False, write_page_checksum=True))
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a table that ``write_parquet`` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its rows.
+    """
+    return pd.read_parquet(path, page_checksum_verification=True)
 
 
 def columns_of(table: pd.DataFrame) -> dict[str, str]:
@@ -148,7 +271,7 @@ def read_columns(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """
     kinds: dict[Any, Any] = {name: str if kind == "text" else kind for name, kind in columns.items()}
     table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], **EXACT)
-    return table
+    return from_cells(table)
 
 
 def write_rows(path: Path, table: pd.DataFrame) -> None:

@@ -21,13 +21,13 @@ from internal_policy.comparison.sources import unique_labels
 from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
-from internal_policy.stored import Kind
+from internal_policy.stored import Kind, to_cells
 from internal_policy.study_models import Group, StudyModel
 from internal_policy.summary import summary_table
 
 SCHEMA_VERSION = 1
 MANIFEST = "study.json"
-STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION)
+STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Study:
                 for kind in ("png", "pdf"):
                     (target / f"{stem}.{kind}").unlink(missing_ok=True)
         for name, table in tables.items():
-            write_atomically(target / f"{name}.csv", partial(table.to_csv, index=False))
+            write_atomically(target / f"{name}.csv", partial(to_cells(table).to_csv, index=False))
             paths.append(target / f"{name}.csv")
         return paths
 

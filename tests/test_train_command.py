@@ -214,7 +214,7 @@ def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
     for name, message in (
         ("empty", "no finished analysis here, nor a training run or an evaluation"),
         ("nowhere", "no finished analysis here, nor a training run or an evaluation"),
-        ("broken", "cannot be read ('schema_version')"),
+        ("broken", "broken training run (KeyError: 'schema_version')"),
         ("unfinished", "holds a run that has not ended"),
     ):
         code, out, err = command(monkeypatch, capsys, "figures", name)

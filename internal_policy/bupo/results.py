@@ -6,7 +6,6 @@ A directory holds one run. ``run.json`` is written last: a directory without it 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +15,8 @@ import pandas as pd
 
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically, write_text
-from internal_policy.stored import EXACT
+from internal_policy.files import write_atomically
+from internal_policy.stored import EXACT, Kind, write_manifest
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -28,6 +27,10 @@ HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
+RUN = Kind(
+    *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
+    (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
+)
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
 ADAPTER = "adapter"
@@ -68,7 +71,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     call: dict[str, Any] = field(default_factory=dict)
-    """What ``train`` was given, as ``call_of`` writes it; empty in runs from before it was stored."""
+    """What ``train`` was given, as ``call_of`` writes it."""
 
     @property
     def model_dir(self) -> Path:
@@ -120,8 +123,7 @@ class Run:
             (DYNAMICS_LAYERS, self.dynamics_layers),
         ):
             write_table(self.path / name, table)
-        text = json.dumps(self.manifest(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(self.path / MANIFEST, text + "\n")
+        write_manifest(self.path, MANIFEST, self.manifest(), RUN.files)
 
     def manifest(self) -> dict[str, Any]:
         """What ``run.json`` holds.
@@ -210,23 +212,15 @@ class Run:
         if not manifest.is_file():
             state = "holds a run that has not ended" if (path / CHECKPOINTS).is_dir() else "is not a training run"
             raise UserError(f"{path}: {state} (no {MANIFEST}); give a directory that `internal-policy train` finished")
-        try:
-            data = json.loads(manifest.read_text(encoding="utf-8"))
-            version = data.pop("schema_version")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{manifest}: cannot be read ({error}); train again with --overwrite") from error
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{manifest}: schema version {version}; this version reads {SCHEMA_VERSION}; train again")
-        if missing := sorted(set(_PLAIN) - data.keys()):
-            raise UserError(f"{manifest}: lacks {missing[0]}; train again with --overwrite")
-        return cls(
-            **{name: data[name] for name in _PLAIN},
-            history=read_table(path / HISTORY),
-            dynamics=read_table(path / DYNAMICS),
-            dynamics_layers=read_table(path / DYNAMICS_LAYERS),
-            path=path,
-            call=data.get("call", {}),
-        )
+        with RUN.reading(path) as data:
+            return cls(
+                **{name: data[name] for name in _PLAIN},
+                history=read_table(path / HISTORY),
+                dynamics=read_table(path / DYNAMICS),
+                dynamics_layers=read_table(path / DYNAMICS_LAYERS),
+                path=path,
+                call=data["call"],
+            )
 
 
 # What a label says beside method, layer and steps, and the values that go without saying.

@@ -28,12 +28,13 @@ from internal_policy.comparison.sources import StepsFrom, architecture_differenc
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
-from internal_policy.stored import Kind, columns_of
+from internal_policy.stored import Kind, columns_of, to_cells
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
-COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION)
 TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
+_FILES = tuple(f"{name}.csv" for name in TABLES)
+COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class AnalysisComparison:
         """
         with COMPARISON.writing(directory, self.manifest()) as target:
             for name in TABLES:
-                write_atomically(target / f"{name}.csv", partial(getattr(self, name).to_csv, index=False))
+                write_atomically(target / f"{name}.csv", partial(to_cells(getattr(self, name)).to_csv, index=False))
         return target
 
     def manifest(self) -> dict[str, Any]:

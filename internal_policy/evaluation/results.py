@@ -16,12 +16,13 @@ import pandas as pd
 
 from internal_policy.evaluation import benchmarks
 from internal_policy.files import write_atomically
-from internal_policy.stored import Kind, read_rows, write_rows
+from internal_policy.stored import Kind, from_cells, read_rows, to_cells, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
-RESULT_FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl", MANIFEST)
-EVALUATION = Kind("evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, depth=2)
+_FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl")
+RESULT_FILES = (*_FILES, MANIFEST)
+EVALUATION = Kind("evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, _FILES, depth=2)
 _TEXTS = ("prompt", "answer")
 
 
@@ -100,7 +101,7 @@ class Evaluation:
         with EVALUATION.writing(directory, self.manifest()) as target:
             for name, table in (("problems.csv", self.problems), ("pass_at_k.csv", self.pass_at_k)):
                 # A question may hold any line ending; in quotes it comes back as it was.
-                write = partial(table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
+                write = partial(to_cells(table).to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
                 write_atomically(target / name, write)
             write_rows(target / "samples.jsonl", self.samples)
         return target
@@ -153,7 +154,7 @@ class Evaluation:
                 model=manifest["model"],
                 benchmark=manifest["benchmark"],
                 config=manifest["config"],
-                problems=problems,
+                problems=from_cells(problems),
                 pass_at_k=pd.read_csv(source / "pass_at_k.csv"),
                 avg={k: float("nan") if v is None else v for k, v in manifest["avg"].items()},
                 samples=read_rows(source / "samples.jsonl"),

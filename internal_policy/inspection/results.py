@@ -15,14 +15,15 @@ import pandas as pd
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.inspection.settings import Span, check_choice
-from internal_policy.stored import Kind
+from internal_policy.stored import Kind, from_cells, read_parquet, to_cells, write_parquet
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
 RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
 _SHOWN = 8
 """Rows of the small table in a notebook."""
-INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION)
+_FILES = ("values.parquet", "tokens.csv")
+INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Inspection:
             The directory.
         """
         with INSPECTION.writing(directory, self.manifest()) as target:
-            write_atomically(target / "values.parquet", partial(self.values.to_parquet, index=False))
-            write_atomically(target / "tokens.csv", partial(self.tokens.to_csv, index=False))
+            write_parquet(target / "values.parquet", self.values)
+            write_atomically(target / "tokens.csv", partial(to_cells(self.tokens).to_csv, index=False))
         return target
 
     def manifest(self) -> dict[str, Any]:
@@ -149,8 +150,8 @@ class Inspection:
                 name=manifest["name"],
                 model=manifest["model"],
                 config=manifest["config"],
-                tokens=tokens,
-                values=pd.read_parquet(source / "values.parquet"),
+                tokens=from_cells(tokens),
+                values=read_parquet(source / "values.parquet"),
                 versions=manifest["versions"],
                 path=source,
             )
