@@ -38,9 +38,9 @@ LARGEST: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("max_responses", "max_problems", "eval_problems", "max_steps"), 1_000_000),
         **dict.fromkeys(("samples_per_prompt", "samples", "eval_samples", "num_generations", "num_iterations"), 10_000),
-        **dict.fromkeys(("prompts_per_step", "mini_batches", "batch_size", "dynamics_responses"), 100_000),
+        **dict.fromkeys(("prompts_per_step", "mini_batches", "dynamics_responses"), 100_000),
         **dict.fromkeys(("max_new_tokens", "max_completion_length", "max_prompt_length", "top_k"), 10_000_000),
-        **dict.fromkeys(("keep_tokens", "entropy_sequences"), 1_000_000),
+        **dict.fromkeys(("batch_size", "keep_tokens", "entropy_sequences"), 1_000_000),
         "lora_rank": 4096,
         # What numpy's and transformers' generators take.
         "seed": 2**32 - 1,

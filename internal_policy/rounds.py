@@ -47,12 +47,15 @@ class PositionSample:
     """In how many rounds."""
     half_widths: Floats
     """Half of the 95% interval of each change for what all positions would give, nats, [L, 3] in order of SITES."""
+    few: int = 0
+    """How many of the half-widths hang on a few positions and may miss more often than one time in 20."""
 
     def summary(self) -> dict[str, float | int | str]:
         """What the manifest holds.
 
         Returns:
-            tolerance, analysed, total, rounds, and the largest half_width with its layer (from 1) and site.
+            tolerance, analysed, total, rounds, the largest half_width with its layer (from 1) and site, and how many
+            of the half-widths rest on a few positions.
         """
         layer, site = np.unravel_index(int(self.half_widths.argmax()), self.half_widths.shape)
         return {
@@ -63,6 +66,8 @@ class PositionSample:
             "half_width": float(self.half_widths.max()),
             "layer": int(layer) + 1,
             "site": SITES[int(site)],
+            "few": self.few,
+            "changes": int(self.half_widths.size),
         }
 
 
@@ -118,7 +123,8 @@ def capture_in_rounds(
             break
         ends.append(end)
     half_widths = estimated.half_width.reshape(-1, len(SITES))
-    return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths)
+    few = int(estimated.rests_on_few(len(design.order)).sum())
+    return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
 
 
 def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
@@ -211,6 +217,7 @@ def _captured(
     tolerance: float,
     rounds: int,
     half_widths: Floats,
+    few: int,
 ) -> Captured:
     ordered = np.argsort(design.order[: len(values)])
     positions = design.order[: len(values)][ordered]
@@ -227,4 +234,4 @@ def _captured(
         "token_layers": kept[:, :-2].reshape(-1, *shape),
         "token_policy": kept[:, -2:],
     }
-    return Captured([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths))
+    return Captured([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))

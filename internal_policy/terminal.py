@@ -130,10 +130,16 @@ def positions_line(positions: Mapping[str, Any]) -> str:
     if analysed == total:
         return f"analysed all {total} positions {in_rounds}; tolerance {positions['tolerance']:g} nats needs them all"
     site = {"attn": ", ATTN", "ffn": ", FFN"}.get(positions["site"], "")
+    few = ""
+    if positions["few"]:
+        few = (
+            f"; {positions['few']} of the {positions['changes']} half-widths rest on a few positions with large values "
+            "and may miss more often than one time in 20"
+        )
     return (
         f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width "
         f"{positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
-        f"{positions['tolerance']:g}"
+        f"{positions['tolerance']:g}{few}"
     )
 
 
