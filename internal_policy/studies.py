@@ -137,10 +137,10 @@ def _tell_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int]) ->
         return
     config = next(config for config in configs if config.model == largest)
     logger.warning(
-        "responses of up to %d tokens: %d of them together hold up to %.0f GB of keys and values in 16 bits beside the "
-        "weights (%s, the most of these models); a lower --batch-size takes less memory, a lower --max-new-tokens less "
+        "%s: %d responses of up to %d tokens hold up to %.0f GB of keys and values together, in 16 bits, beside the "
+        "weights, the most of these models; a lower --batch-size takes less memory, a lower --max-new-tokens less of "
         "memory and time",
-        *(config.max_new_tokens, config.batch_size, caches[largest] / 1e9, largest),
+        *(largest, config.batch_size, config.max_new_tokens, caches[largest] / 1e9),
     )
 
 

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from shapes import make, progressive
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from internal_policy import Analysis, UserError, analyze, cli, convergence_table, studies, study, style
+from internal_policy.models import context
 from internal_policy.models.identity import commit_now
 from internal_policy.prompts import TEMPLATES
 from internal_policy.studies import Study
@@ -99,13 +101,21 @@ def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, c
     short = {"Qwen/Qwen2.5-Math-7B", "deepseek-ai/deepseek-math-7b-base"}
     assert asked == {model: 3072 if model in short else 7168 for model in TABLE_4}
     # Had all of them the shape of deepseek-math: keys and values, 2 bytes, 30 layers, 32 heads, 128 wide.
-    assert "16 of them together hold up to 56 GB of keys and values" in caplog.text
+    assert "16 responses of up to 7168 tokens hold up to 56 GB of keys and values" in caplog.text
     caplog.clear()
     study("paper", max_new_tokens=100, generator="transformers")
     assert set(asked.values()) == {100}
     assert not caplog.text
     study("testbed")
     assert asked["testbed/qwen3"] is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "gpt_neox"])
+def test_the_memory_of_a_token_is_what_its_keys_and_values_take(model_type):
+    model = tiny_model(model_type)
+    cache = model(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(2 * getattr(layer, kept).numel() for layer in cache.layers for kept in ("keys", "values"))
+    assert context.cache_bytes(model.config) * 7 == held
 
 
 @pytest.fixture(scope="module")
