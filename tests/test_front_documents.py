@@ -69,7 +69,7 @@ PLACES = {
     "table 4": "model|twelve",
     "table 7": "209|analysis against",
     "table 8": "update|setting|temperature|response",
-    "table 9": "[Oo]ut of domain|[Oo]ut-of-domain",
+    "table 9": "Olympiad|lm-evaluation-harness|other abilities",
     "table 10": "AIME25",
 }
 
