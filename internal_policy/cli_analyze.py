@@ -85,7 +85,10 @@ def analyze(
     ] = DEFAULTS.samples_per_prompt,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="At most so many tokens a response. [default: what the checkpoint says, else 1024]"),
+        typer.Option(
+            help="At most so many tokens a response. [default: 7168 for --preset paper; else what the checkpoint says, "
+            "else 1024]"
+        ),
     ] = DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
     template: Annotated[

@@ -177,7 +177,7 @@ NAMED_TEMPLATES: dict[str, Callable[[str], str]] = {
     "qwen3": _qwen3,
     "octothinker": _octothinker,
 }
-"""The paper's templates (arXiv 2512.19673v3, appendix A.5)."""
+"""The paper's templates (arXiv 2512.19673v3, appendix A.2)."""
 
 TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
+from internal_policy.models import context
 from internal_policy.models.identity import commit_now
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -34,6 +35,9 @@ from internal_policy.workspace import Workspace, differences
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_TOLD_FROM = 2e9
+"""Bytes of keys and values of a batch from which on it is said what they take."""
 
 
 def study(
@@ -53,7 +57,8 @@ def study(
         output: directory for the analyses, one below it for each model; nothing is written without it.
         overwrite: start all over.
         each: called with each analysis when it is done.
-        **options: the further fields of ``AnalyzeConfig`` but ``template``, which the preset has.
+        **options: the further fields of ``AnalyzeConfig`` but ``template``, which the preset has. Where
+            ``max_new_tokens`` is not among them, that of each row holds (paper: 7168).
 
     Returns:
         The analyses, and why the others failed.
@@ -67,7 +72,8 @@ def study(
         raise UserError(f"{told[0]} was given with a preset, which settles it for each model; leave it out")
     refuse_unknown(options)
     prompts = None if prompts is None else str(prompts)
-    configs = [AnalyzeConfig(model=row.model, prompts=prompts, template=row.template, **options) for row in rows]
+    settings = [_settings(row, options) for row in rows]
+    configs = [AnalyzeConfig(model=row.model, prompts=prompts, **own) for row, own in zip(rows, settings, strict=True)]
     directories = [None if output is None else Path(output).expanduser() / config.slug for config in configs]
     if output is not None:
         _refuse_one_place(configs)
@@ -79,14 +85,18 @@ def study(
         for directory, known in zip(directories, taken, strict=True)
     ]
     failures: dict[str, str] = {}
-    for row, before in zip(rows, stored, strict=True):
+    caches: dict[str, int] = {}
+    for config, before in zip(configs, stored, strict=True):
         if before is None:
-            _attempt(row.model, failures, partial(_look_up, row.model, bool(options.get("trust_remote_code", False))))
+            look_up = partial(_look_up, config.model, config.trust_remote_code)
+            per_token = _attempt(config.model, failures, look_up)
+            caches[config.model] = config.batch_size * (config.max_new_tokens or 0) * (per_token or 0)
+    _tell_memory(configs, caches)
     done: list[tuple[StudyModel, Analysis]] = []
-    for row, before in zip(rows, stored, strict=True):
+    for row, own, before in zip(rows, settings, stored, strict=True):
         if row.model in failures:
             continue
-        run = partial(analyze, row.model, prompts=prompts, output=output, template=row.template, **options)
+        run = partial(analyze, row.model, prompts=prompts, output=output, **own)
         analysis = before if before is not None else _attempt(row.model, failures, run)
         release()
         if analysis is None:
@@ -110,6 +120,28 @@ def _rows(preset: str | Sequence[StudyModel]) -> tuple[StudyModel, ...]:
     if found is None:
         raise UserError(f"--preset is {preset!r}; needed is one of {', '.join(STUDIES)}")
     return found
+
+
+def _settings(row: StudyModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for, with what the row settles."""
+    wanted = options.get("max_new_tokens")
+    limit = row.max_new_tokens if wanted is None else wanted
+    return {**options, "template": row.template, "max_new_tokens": limit}
+
+
+def _tell_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int]) -> None:
+    """Say what long responses take, before the first of them is sampled."""
+    largest = max(caches, key=caches.__getitem__, default=None)
+    # vLLM takes what memory there is and no more.
+    if largest is None or caches[largest] < _TOLD_FROM or configs[0].generator == "vllm":
+        return
+    config = next(config for config in configs if config.model == largest)
+    logger.warning(
+        "%s: %d responses of up to %d tokens hold up to %.0f GB of keys and values together, in 16 bits, beside the "
+        "weights, the most of these models; a lower --batch-size takes less memory, a lower --max-new-tokens less of "
+        "memory and time",
+        *(largest, config.batch_size, config.max_new_tokens, caches[largest] / 1e9),
+    )
 
 
 def _refuse_one_place(configs: Sequence[AnalyzeConfig]) -> None:
@@ -160,9 +192,11 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     return now is None or now == commit
 
 
-def _look_up(model: str, trust_remote_code: bool) -> None:
+def _look_up(model: str, trust_remote_code: bool) -> int | None:
+    """Check that the model can be had; the memory that a token of a response takes while it is sampled, in bytes."""
     with status(f"looking up {model}"):
-        models.check(model, trust_remote_code=trust_remote_code)
+        _, config = models.check(model, trust_remote_code=trust_remote_code)
+    return context.cache_bytes(config)
 
 
 def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> Result | None:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,12 +23,20 @@ from internal_policy.files import write_atomically
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
 from internal_policy.stored import Kind, to_cells
-from internal_policy.study_models import Group, StudyModel
+from internal_policy.study_models import StudyModel
 from internal_policy.summary import summary_table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "study.json"
 STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
+PAPER_FIGURES: tuple[tuple[str, int, Callable[..., Figure]], ...] = (
+    ("fig2_entropy_flow", 2, figures.entropy_flow),
+    ("fig3_entropy_change", 3, figures.entropy_change),
+    ("fig12_residual_cosine", 12, figures.residual_cosine),
+    ("fig13_entropy_flow", 13, figures.entropy_flow),
+    ("fig14_entropy_change", 14, figures.entropy_change),
+)
+"""What each of the paper's figures is called on disk, its number, and what draws it."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +50,17 @@ class Study:
     failures: dict[str, str] = field(default_factory=dict)
     """Why, for each model that could not be analysed."""
 
-    def group(self, name: Group) -> list[Analysis]:
-        """The analyses of one pair of figures.
+    def of_figure(self, number: int) -> list[Analysis]:
+        """The analyses that a figure of the paper shows.
 
         Args:
-            name: main (figures 2 and 3) or more (figures 13 and 14).
+            number: of the figure: 2, 3, 12, 13 or 14.
 
         Returns:
-            They, in the preset's order.
+            They, in the order of its panels; none where the study has no model of it.
         """
-        return [a for model, a in zip(self.models, self.analyses, strict=True) if model.group == name]
+        shown = [pair for pair in zip(self.models, self.analyses, strict=True) if number in pair[0].figures]
+        return [analysis for _, analysis in sorted(shown, key=lambda pair: pair[0].figures[number])]
 
     @cached_property
     def labels(self) -> list[str]:
@@ -81,20 +91,15 @@ class Study:
             directory: made where it does not exist; files of the same names are replaced.
 
         Returns:
-            The paths written. Without a model for it there is no figure.
+            The paths written. A figure shows the models whose rows name it; there is none where no row does.
         """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        main, more = self.group("main"), self.group("more")
-        drawings: dict[str, Callable[[], Figure] | None] = {
-            "fig2_entropy_flow": partial(figures.entropy_flow, main) if main else None,
-            "fig3_entropy_change": partial(figures.entropy_change, main) if main else None,
-            "fig12_residual_cosine": partial(figures.residual_cosine, self.analyses),
-            "fig13_entropy_flow": partial(figures.entropy_flow, more) if more else None,
-            "fig14_entropy_change": partial(figures.entropy_change, more) if more else None,
-            "depth_overlay": None,
-            "convergence": None,
-        }
+        drawings: dict[str, Callable[[], Figure] | None] = {}
+        for stem, number, draw_figure in PAPER_FIGURES:
+            shown = self.of_figure(number)
+            drawings[stem] = partial(draw_figure, shown) if shown else None
+        drawings |= {"depth_overlay": None, "convergence": None}
         tables = {"models": self.table, "convergence": self.convergence}
         if self.comparison is not None:
             tables["layers"] = self.comparison.layers
@@ -149,7 +154,7 @@ class Study:
         with STUDY.reading(source) as manifest:
             rows = manifest["models"]
             return cls(
-                models=tuple(StudyModel(row["model"], row["template"], row["group"]) for row in rows),
+                models=tuple(_row(row) for row in rows),
                 analyses=tuple(Analysis.load(source / row["directory"]) for row in rows),
                 failures=manifest["failures"],
             )
@@ -178,9 +183,15 @@ class Study:
             (f"failed: {failed}" if failed else "",),
             Rows(headings, cells, left=("model",), note=note),
             # All twelve side by side would be too small to be read.
-            figures.entropy_change(self.group("main") or self.analyses),
+            figures.entropy_change(self.of_figure(3) or self.analyses),
         )
 
     def __repr__(self) -> str:
         failed = f"; {len(self.failures)} failed" if self.failures else ""
         return f"Study({len(self.analyses)} models: {', '.join(self.labels)}{failed})"
+
+
+def _row(stored: Mapping[str, Any]) -> StudyModel:
+    # JSON has no numbers as keys.
+    places = {int(number): place for number, place in stored["figures"].items()}
+    return StudyModel(stored["model"], stored["template"], places, stored["max_new_tokens"])

@@ -21,6 +21,6 @@ def save_one_of_each(root):
     compare(root / "analyses").save(root / "comparison")
     rated([3, 9, 16]).save(root / "evaluation")
     make_inspection(n_layers=3, n_tokens=12, prompt=5).save(root / "inspection")
-    rows = tuple(StudyModel(name, "chat", "main") for name in ("some/007", "some/NA"))
+    rows = tuple(StudyModel(name, "chat") for name in ("some/007", "some/NA"))
     Study(rows, tuple(Analysis.load_all(root / "analyses")), {"other": "why"}).record(root / "analyses")
     return root

@@ -55,3 +55,42 @@ def test_the_version_is_the_same_everywhere():
 
     for document, pattern in (("pyproject.toml", r'^version = "(.*)"$'), ("CITATION.cff", r"^version: (.*)$")):
         assert re.search(pattern, text_of(ROOT / document), flags=re.M)[1] == __version__, document
+
+
+# What stands where in arXiv 2512.19673v3, and a word of it that the text around a reference has.
+PLACES = {
+    "section 3.2": "entrop|stage|H_Layer|response tokens",
+    "section 5": "Avg@K|Pass@K|evaluation|PAPER_K",
+    "appendix A.2": "template",
+    "appendix A.5": r"Avg@K|Pass@K|PAPER_K|C\(n",
+    "appendix B.2": "baseline",
+    "appendix B.5": "cosine",
+    "table 1": "AIME25",
+    "table 4": "model|twelve",
+    "table 7": "209|analysis against",
+    "table 8": "update|setting|temperature|response",
+    "table 9": "Olympiad|lm-evaluation-harness|other abilities",
+    "table 10": "AIME25",
+}
+
+
+def test_references_to_the_paper_point_at_what_is_there():
+    reference = re.compile(r"\b(section|appendix|tables?)\s+([AB]\.\d|\d+(?:\.\d)?(?:-\d+)?)")
+    others = re.compile(r"Techniques|Sampling|Expansion|arXiv (?!2512)|Contributor")
+    found = set()
+    for folder in ("internal_policy", "docs", "benchmarks", "notebooks", "README.md"):
+        root = ROOT / folder
+        for path in [root] if root.is_file() else sorted({*root.rglob("*.py"), *root.rglob("*.md")}):
+            text = text_of(path)
+            for match in reference.finditer(text):
+                before, around = (
+                    text[max(match.start() - 150, 0) : match.start()],
+                    text[max(match.start() - 300, 0) :][:500],
+                )
+                if not re.search("paper|2512.19673|the baseline of", around) or others.search(before):
+                    continue
+                place = f"{match[1]} {match[2]}"
+                assert place in PLACES, f"{path.relative_to(ROOT)}: {place}"
+                assert re.search(PLACES[place], around), f"{path.relative_to(ROOT)}: {place}"
+                found.add(place)
+    assert {"section 5", "appendix A.2", "appendix A.5", "table 8"} <= found

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
+from shapes import make, progressive
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from internal_policy import Analysis, UserError, analyze, cli, convergence_table, studies, study
+from internal_policy import Analysis, UserError, analyze, cli, convergence_table, studies, study, style
+from internal_policy.models import context
 from internal_policy.models.identity import commit_now
 from internal_policy.prompts import TEMPLATES
 from internal_policy.studies import Study
@@ -27,22 +31,91 @@ TABLE_4 = {
 }
 
 
+DEEPSEEK_MATH = SimpleNamespace(num_hidden_layers=30, num_attention_heads=32, hidden_size=4096)
+
+# As the captions of arXiv 2512.19673v3 have them, from left to right.
+PANELS = {
+    2: (*("Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Qwen2.5-Math-7B"), *("Qwen3-4B", "Qwen3-8B", "Qwen3-14B")),
+    3: ("Qwen2.5-Math-7B", "Qwen3-4B", "Qwen3-8B", "Llama-3.2-3B-Instruct"),
+    12: ("Qwen2.5-Math-7B", "Qwen3-4B", "Qwen3-4B-Base", "Qwen3-8B"),
+    13: (
+        *("Qwen3-4B-Base", "Qwen3-4B-Instruct-2507", "DeepSeek-R1-Distill-Qwen-7B", "OctoThinker-3B-Long-Base"),
+        *("OctoThinker-8B-Long-Base", "deepseek-math-7b-base"),
+    ),
+}
+PANELS[14] = (*PANELS[13], "Qwen3-14B", "Llama-3.1-8B-Instruct")
+
+
+@pytest.fixture(scope="module")
+def papers():
+    """A study of the paper's models, made without them."""
+    rows = STUDIES["paper"]
+    made = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
+    return Study(rows, tuple(replace(a, config={**a.config, "template": "chat"}) for a in made))
+
+
 def test_the_papers_preset_is_table_4():
     assert {row.model for row in STUDIES["paper"]} == TABLE_4
     assert len(STUDIES["paper"]) == 12
 
 
+def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(style, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure) and [path])
+    papers.save(tmp_path)
+    titles = {
+        int(re.search(r"\d+", stem).group()): tuple(t for ax in figure.axes if (t := ax.get_title().replace("\n", "")))
+        for stem, figure in drawn.items()
+        if stem.startswith("fig")
+    }
+    assert titles == PANELS
+
+
 @pytest.mark.parametrize("preset", STUDIES)
-def test_every_preset_has_each_figure_and_known_templates(preset):
+def test_every_preset_has_the_main_figures_and_the_papers_templates(preset):
     rows = STUDIES[preset]
     assert len({row.model for row in rows}) == len(rows)
-    assert {row.group for row in rows} == {"main", "more"}
+    numbers = {number for row in rows for number in row.figures}
+    assert {2, 3, 12} <= numbers <= set(PANELS)
     for row in rows:
         assert row.template in TEMPLATES
-        # Only the hybrid models of Qwen3 have a thinking mode that is to be turned off.
-        hybrid = "Qwen3-" in row.model and not row.model.endswith(("-Base", "-Instruct-2507"))
-        assert (row.template == "qwen3") == hybrid
+        assert row.figures
+        # Appendix A.2: the non-thinking template for every Qwen3.
+        assert (row.template == "qwen3") == row.model.startswith("Qwen/Qwen3-")
+        assert (row.template == "qwen-math") == row.model.startswith("Qwen/Qwen2.5-Math")
         assert (row.template == "octothinker") == row.model.startswith("OctoThinker/")
+
+
+def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, caplog):
+    asked, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
+
+    def analyze(model, **options):
+        asked[model] = options["max_new_tokens"]
+        return papers.analyses[0]
+
+    monkeypatch.setattr(studies, "analyze", analyze)
+    monkeypatch.setattr(studies, "release", lambda: None)
+    monkeypatch.setattr(studies.models, "check", lambda name, **more: (name, looked_up))
+    study("paper")
+    # Those with a context of 4096 leave 1024 of it for the prompt.
+    short = {"Qwen/Qwen2.5-Math-7B", "deepseek-ai/deepseek-math-7b-base"}
+    assert asked == {model: 3072 if model in short else 7168 for model in TABLE_4}
+    # Had all of them the shape of deepseek-math: keys and values, 2 bytes, 30 layers, 32 heads, 128 wide.
+    assert "16 responses of up to 7168 tokens hold up to 56 GB of keys and values" in caplog.text
+    caplog.clear()
+    study("paper", max_new_tokens=100, generator="transformers")
+    assert set(asked.values()) == {100}
+    assert not caplog.text
+    study("testbed")
+    assert asked["testbed/qwen3"] is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "gpt_neox"])
+def test_the_memory_of_a_token_is_what_its_keys_and_values_take(model_type):
+    model = tiny_model(model_type)
+    cache = model(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(2 * getattr(layer, kept).numel() for layer in cache.layers for kept in ("keys", "values"))
+    assert context.cache_bytes(model.config) * 7 == held
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +134,9 @@ def test_the_models_are_analysed_as_alone(done, root):
     alone = analyze("testbed/llama", **QUICK)
     pd.testing.assert_frame_equal(done.analyses[1].layers, alone.layers, check_exact=True)
     assert Analysis.load(root / "testbed--llama").n_responses == 3
-    assert [a.name for a in done.group("more")] == ["testbed/llama"]
+    assert Study.load(root).models == done.models == STUDIES["testbed"]
+    assert [a.name for a in done.of_figure(3)] == ["testbed/qwen3", "testbed/llama"]
+    assert done.of_figure(13) == []
 
 
 def test_the_tables_say_what_the_analyses_say(done):
@@ -87,7 +162,7 @@ def of_the_hub(done, tmp_path_factory):
     model = {**analysis.model, "id": "org/name", "revision": "0" * 40}
     config = {**analysis.config, "model": "org/name", "template": "chat"}
     replace(analysis, name="org/name", model=model, config=config).save(directory / "org--name")
-    return directory, (StudyModel("org/name", "chat", "main"),)
+    return directory, (StudyModel("org/name", "chat"),)
 
 
 def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_the_hub, tmp_path, monkeypatch):
@@ -147,7 +222,7 @@ def test_what_is_finished_of_this_disk_is_compared_with_its_weights(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "w2 w3 w4"}\n')
     options = {"prompts": prompts, "output": tmp_path / "out", "max_new_tokens": 3}
-    rows = (StudyModel(str(place), "plain", "main"),)
+    rows = (StudyModel(str(place), "plain"),)
     first = study(rows, **options).analyses[0]
     files = sorted((p.name, p.stat().st_mtime_ns) for p in first.path.iterdir())
     again = study(rows, **options).analyses[0]
@@ -161,10 +236,10 @@ def test_what_is_finished_of_this_disk_is_compared_with_its_weights(tmp_path):
 def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.models, "check", refused)
     monkeypatch.setattr(studies, "commit_now", refused)
-    rows = tuple(StudyModel("testbed/qwen3", template, "main") for template in ("chat", "plain"))
+    rows = tuple(StudyModel("testbed/qwen3", template) for template in ("chat", "plain"))
     with pytest.raises(UserError, match=r"testbed/qwen3 stands in two rows \(templates chat and plain\)"):
         study(rows, output=tmp_path)
-    rows = tuple(StudyModel(f"org/a{sign}b", "chat", "main") for sign in ":+")
+    rows = tuple(StudyModel(f"org/a{sign}b", "chat") for sign in ":+")
     with pytest.raises(UserError, match=r"org/a:b and org/a\+b would both be written to org--a-b"):
         study(rows, output=tmp_path)
     taken = tmp_path / "testbed--llama"
@@ -184,9 +259,9 @@ def test_other_settings_are_not_taken_for_finished(done, root):
 
 
 ROWS = (
-    StudyModel("testbed/qwen3", "chat", "main"),
-    StudyModel("./nowhere", "chat", "main"),
-    StudyModel("testbed/llama", "plain", "more"),
+    StudyModel("testbed/qwen3", "chat"),
+    StudyModel("./nowhere", "chat"),
+    StudyModel("testbed/llama", "plain"),
 )
 
 
@@ -268,15 +343,15 @@ def test_the_command_tells_what_failed_and_draws_the_rest(done, root, monkeypatc
 @pytest.mark.slow
 def test_the_figures_and_tables_of_a_study(done, tmp_path):
     paths = done.save(tmp_path)
-    stems = {"fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine", "fig13_entropy_flow"}
-    stems |= {"fig14_entropy_change", "depth_overlay", "convergence"}
+    stems = {"fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine"}
+    stems |= {"depth_overlay", "convergence"}
     figures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
     assert {p.name for p in paths} == figures | {"models.csv", "convergence.csv", "layers.csv"}
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
     assert pd.read_csv(tmp_path / "convergence.csv")["label"].tolist() == ["qwen3", "llama"]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    # A model less: its pair of figures would be of another study, and goes.
-    Study(done.models[:1], done.analyses[:1]).save(tmp_path)
-    assert not (tmp_path / "fig13_entropy_flow.png").exists()
+    # A figure that no row names any more would be of another study, and goes.
+    Study((replace(done.models[0], figures={2: 1}),), done.analyses[:1]).save(tmp_path)
+    assert not (tmp_path / "fig3_entropy_change.png").exists()
     done.save(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -266,8 +266,6 @@ def analyse(
 
     Returns:
         The analysis.
-
-    Source: arXiv 2512.19673v3, appendix A.6.
     """
     from internal_policy.pipeline import analyze
 

@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_completion_length": 44,
     },
 }
-"""Settings by name: of arXiv 2512.19673v3 (tables 7-8, appendix A.5: 8 A100), and of the embedded models (CPU)."""
+"""Settings by name: of arXiv 2512.19673v3 (table 8; made on 8 A100), and of the embedded models (CPU)."""
 
 # Counted in steps by `train`, in updates by TRL.
 STEP_OPTIONS = ("max_steps", "save_steps", "warmup_steps")

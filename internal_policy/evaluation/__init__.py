@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: Avg@K and Pass@K on benchmarks, and paired comparisons (arXiv 2512.19673v3, section 4).
+"""Evaluate checkpoints: Avg@K and Pass@K on benchmarks, and paired comparisons (arXiv 2512.19673v3, section 5).
 
 from internal_policy.evaluation import compare, evaluate
 

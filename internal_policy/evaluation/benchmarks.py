@@ -30,7 +30,7 @@ class Benchmark:
     source: str
     """A hub data set id."""
     samples: int
-    """K of Avg@K (arXiv 2512.19673v3, section 4.1)."""
+    """K of Avg@K (arXiv 2512.19673v3, section 5 and appendix A.5)."""
 
 
 BENCHMARKS: dict[str, Benchmark] = {

@@ -12,7 +12,7 @@ from internal_policy.errors import UserError
 from internal_policy.evaluation import benchmarks
 
 PAPER_K = (1, 4, 16, 64, 256)
-"""The K of arXiv 2512.19673v3, section 4.1."""
+"""The K of arXiv 2512.19673v3, section 5 and appendix A.5."""
 _SHARED = (
     *("model", "revision", "max_new_tokens", "temperature", "template", "batch_size", "dtype", "device", "seed"),
     *("generator", "trust_remote_code"),

@@ -22,7 +22,7 @@ LEVEL = 0.95
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that at least one of k samples is correct, estimated without bias from n of which c are.
 
-    1 - C(n-c, k) / C(n, k) (arXiv 2512.19673v3, section 4.1; Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    1 - C(n-c, k) / C(n, k) (arXiv 2512.19673v3, appendix A.5; Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
     Args:
         n: samples of the problem.

@@ -61,7 +61,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample responses to a benchmark's problems, score them, and compute Avg@K and Pass@K.
 
-    As the paper's evaluation (arXiv 2512.19673v3, section 4.1): temperature 1, no truncation of the distribution.
+    As the paper's evaluation (arXiv 2512.19673v3, section 5): temperature 1, no truncation of the distribution.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a ``LanguageModel``

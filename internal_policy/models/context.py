@@ -1,4 +1,4 @@
-"""How long a sequence may be, and where its length changes what the model computes."""
+"""How long a sequence may be, what memory its length takes, and where it changes what the model computes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ def limit(config: Any) -> int | None:
     if not length:
         return None
     return max(int(length), *(_stretched(rope, int(length)) for rope in _ropes(config)), 0)
+
+
+def cache_bytes(config: Any) -> int | None:
+    """What a position of one sequence takes of the memory while a response is sampled.
+
+    Args:
+        config: the transformers configuration.
+
+    Returns:
+        Bytes of the keys and values of all layers in 16 bits, as if no window let go of any. None where the
+        configuration does not name the sizes.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    return 2 * 2 * int(text.num_hidden_layers) * int(kept) * int(width) if kept and width else None
 
 
 def switch(config: Any) -> int | None:
