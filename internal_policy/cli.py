@@ -29,6 +29,8 @@ from internal_policy.output import document, is_quiet
 from internal_policy.shell import figure_name, is_main_process, rank, visible
 
 INTERRUPTED = 130
+_LONGEST = 2000
+"""No message is longer: what was given may be, and stands in it."""
 
 app = typer.Typer(
     name="internal-policy",
@@ -124,6 +126,7 @@ def main() -> None:
     _name_the_shell(sys.argv[1:])
     debug = "--debug" in sys.argv
     try:
+        _refuse_bytes(sys.argv[1:])
         with _notices():
             code = app(standalone_mode=False)
     except UsageError as error:
@@ -147,6 +150,15 @@ def main() -> None:
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
         typer.echo(f"interrupted; the same command{without} goes on where it stopped", err=True)
     sys.exit(code)
+
+
+def _refuse_bytes(words: list[str]) -> None:
+    """Refuse before the work what no result can name: paths may hold bytes that are no text, and manifests may not."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{word}: holds bytes that are not UTF-8; rename it, or give another name") from error
 
 
 def _name_the_shell(words: list[str]) -> None:
@@ -184,6 +196,9 @@ def _fail(message: str, *, traced: bool = False) -> NoReturn:
         typer.echo(visible(traceback.format_exc()), err=True, nl=False)
     # Of several processes each says what stopped it: it need not be what stopped the others.
     which = "" if is_main_process() else f" (process {rank()})"
+    if len(message) > _LONGEST:
+        # The end says what to do next.
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     typer.echo(f"error{which}: {visible(message, one_line=True)}", err=True)
     sys.exit(2)
 

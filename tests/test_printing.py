@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.text import Text
+from training import command
 
 from internal_policy import printing
 from internal_policy.shell import visible
@@ -80,3 +81,21 @@ def test_a_rank_that_is_no_number_counts_for_nothing(monkeypatch, value):
     monkeypatch.setenv("RANK", value)
     assert rank() == (3 if value == "٣" else 0)
     assert os.environ["RANK"] == value
+
+
+def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for words, told in (
+        (("analyze", "--model", "./" + "a" * 20_000), "File name too long"),
+        (("figures", "b" * 20_000), "File name too long"),
+        (
+            ("analyze", "-o", "results-\udcff"),
+            "results-\N{REPLACEMENT CHARACTER}: holds bytes that are not UTF-8; rename it",
+        ),
+        (("report", "two\nlines\x1b[2J"), "two\N{SYMBOL FOR NEWLINE}lines\N{SYMBOL FOR ESCAPE}[2J: no finished"),
+    ):
+        code, out, err = command(monkeypatch, capsys, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert told in err
+        assert len(err) < 2100
+    assert list(tmp_path.iterdir()) == []
