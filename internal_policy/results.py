@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.files import write_atomically
-from internal_policy.selection import Selection
+from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_rows, write_rows
 
 SCHEMA_VERSION = 1
@@ -93,6 +93,11 @@ class Analysis:
     def n_responses(self) -> int:
         """Number of responses."""
         return len(self.sequences)
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of distinct prompts, over which standard errors are clustered and resamples are drawn."""
+        return int(self.responses["prompt"].nunique())
 
     @property
     def n_tokens(self) -> int:
@@ -203,7 +208,7 @@ class Analysis:
     def _repr_html_(self) -> str:
         from internal_policy.figures import entropy_change
         from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
+        from internal_policy.printing import few_prompts, number
 
         ends = {site: self.curve(site) for site in ("attn", "ffn")}
         entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
@@ -213,10 +218,11 @@ class Analysis:
             span = str(start) if start == end else f"{start}-{end}"
             cells.append((stage, span, number(entropy.loc[end]), *means))
             start = end + 1
-        sure = self.selection.confidence
         boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
         facts = (
-            boundary + ("" if sure is None else f" ({sure:.0%} of the resamples)"),
+            boundary,
+            "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
+            few_prompts(self.n_prompts) or "",
             f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )

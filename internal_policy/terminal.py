@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from internal_policy.output import written
+from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
 
-_FEW_PROMPTS = 12
 _STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
 _STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
 
@@ -36,7 +36,7 @@ def show(analysis: Analysis) -> None:
         console.print(remark, highlight=False, markup=False)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
-    if few := few_prompts(analysis):
+    if few := few_prompts(analysis.n_prompts):
         console.print(few, highlight=False)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
@@ -65,21 +65,6 @@ def remarks(analysis: Analysis) -> list[str]:
     if len(rewards):
         found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
     return found
-
-
-def few_prompts(analysis: Analysis) -> str | None:
-    """Say that intervals and confidence are of too few prompts to be relied on.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        The sentence; None of enough prompts.
-    """
-    prompts = analysis.responses["prompt"].nunique()
-    if prompts >= _FEW_PROMPTS:
-        return None
-    return f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on"
 
 
 def layer_table(analysis: Analysis) -> Table:

@@ -220,6 +220,7 @@ def compare(
     else:
         trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from"])
     notes = [*telling.doubles(items), *([no_trend] if no_trend else []), *telling.incomparable(items, origin, pairs)]
+    notes += telling.few_prompts(items)
     return AnalysisComparison(
         labels=tuple(names),
         baseline=origin.label,
