@@ -14,6 +14,7 @@ from internal_policy.prompts import TEMPLATES
 
 Lens = Literal["policy", "logit-lens"]
 """``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
+DEFAULT_LENS: Lens = "policy"
 
 BACKENDS = ("hooks", "transformer-lens", "nnsight")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -59,7 +60,7 @@ class AnalyzeConfig:
     """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
     generator: str = "transformers"
     """transformers or vllm: what samples the responses; vllm must be installed and needs a GPU."""
-    lens: Lens = "policy"
+    lens: Lens = DEFAULT_LENS
     """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
     backend: str = "hooks"
     """hooks, transformer-lens or nnsight: what captures the states. They agree to float32 rounding."""
@@ -150,11 +151,12 @@ class AnalyzeConfig:
 
     @property
     def slug(self) -> str:
-        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``run--checkpoints--checkpoint-5``."""
+        """A name for model and lens that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3--logit-lens``."""
         path = Path(self.model)
         parts = _last_parts(path.resolve()) if path.exists() else tuple(self.model.split("/"))
         name = "--".join(p for p in parts if p not in {"/", ""})
         name += f"@{self.revision}" if self.revision else ""
+        name += f"--{self.lens}" if self.lens != DEFAULT_LENS else ""
         return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
 
     def decisive(self) -> dict[str, Any]:

@@ -6,16 +6,22 @@ analysis, so nothing half-written is ever read as whole.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from internal_policy.files import write_atomically
 from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_rows, write_rows
+
+if TYPE_CHECKING:
+    from internal_policy.lenses import LensAnswer
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
@@ -104,6 +110,20 @@ class Analysis:
         """Number of response tokens."""
         return int(self.layers["n_tokens"].iloc[0])
 
+    @cached_property
+    def responses_digest(self) -> str:
+        """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in whatever order."""
+        rows = zip(self.sequences["prompt_length"], self.sequences["input_ids"], strict=True)
+        read = sorted([int(length), *map(int, ids)] for length, ids in rows)
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+    @property
+    def other_lens(self) -> LensAnswer | None:
+        """What the same responses give under the other lens, where such an analysis lies in the same directory."""
+        from internal_policy.lenses import other_lens
+
+        return other_lens(self)
+
     def curve(self, site: str, value: str = "change") -> pd.Series:
         """One column of ``layers`` for one site.
 
@@ -146,6 +166,7 @@ class Analysis:
             "config": self.config,
             "n_responses": self.n_responses,
             "n_tokens": self.n_tokens,
+            "responses_digest": self.responses_digest,
             "positions": self.positions,
             "n_truncated": self.n_truncated,
             "boundary_layer": self.boundary_layer,
@@ -207,6 +228,7 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         from internal_policy.figures import entropy_change
+        from internal_policy.lenses import sentence
         from internal_policy.notebook import Rows, card
         from internal_policy.printing import few_prompts, number
 
@@ -223,6 +245,7 @@ class Analysis:
             boundary,
             "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
             few_prompts(self.n_prompts) or "",
+            sentence(self) or "",
             f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from internal_policy import lenses
 from internal_policy.output import written
 from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
@@ -36,8 +37,9 @@ def show(analysis: Analysis) -> None:
         console.print(remark, highlight=False, markup=False)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
-    if few := few_prompts(analysis.n_prompts):
-        console.print(few, highlight=False)
+    for line in (few_prompts(analysis.n_prompts), lenses.sentence(analysis)):
+        if line is not None:
+            console.print(line, highlight=False)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 

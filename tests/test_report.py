@@ -355,8 +355,8 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     monkeypatch.setattr("internal_policy.cli_analyze._models", lambda *given: asked.append(given))
     done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    names, output, _, _, options = asked[0]
-    assert (names, output) == (["testbed/qwen3"], saved.path.parent)
+    names, lenses, output, _, _, options = asked[0]
+    assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
     config = AnalyzeConfig(model=names[0], **options)
     assert {k: v for k, v in config.decisive().items() if saved.config[k] != v} == {}
     # In a new place, so that the finished one is not just read.

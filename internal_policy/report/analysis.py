@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy import terminal
+from internal_policy import lenses, terminal
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.errors import UserError
 from internal_policy.printing import few_prompts, of_resamples
@@ -75,6 +75,7 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "summary": summary(analysis, convergence),
         "target": target(analysis),
         "remarks": terminal.remarks(analysis),
+        "other_lens": lenses.sentence(analysis),
         "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else terminal.positions_line(analysis.positions),
         "stages": stages(analysis),
@@ -111,6 +112,8 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         found = f"its target layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
         found += f" ({chosen.agreement}, {COVERS})"
+    if other := lenses.sentence(analysis):
+        found += f"; {other}"
     falls = {
         "progressive": "progressively",
         "abrupt": "abruptly",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, steps_known
+from internal_policy.comparison.terminal import other_lens_of, under_other_lens
 from internal_policy.printing import of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.charts import DASHES, SERIES, Chart
@@ -58,6 +59,7 @@ def page(comparison: AnalysisComparison) -> str:
         cut=cut + "have all." if len(drawn) < n else None,
         bands=len(drawn) <= MOST_BANDS,
         boundaries=_boundaries(comparison),
+        other_lens=other_lens_of(comparison.boundaries),
         convergence=_convergence(comparison),
         largest=_largest(comparison),
         stepped=comparison.steps_from != "order",
@@ -229,6 +231,7 @@ def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
                 "step": f"{row['step']:g}",
                 "n_layers": row["n_layers"],
                 "target": "none" if pd.isna(target) else str(int(target)),
+                "other_lens": under_other_lens(row),
                 "resamples": of_resamples(row["confidence"]),
                 "runner_up": "none" if pd.isna(row["runner_up"]) else str(int(row["runner_up"])),
                 "stages": "/".join(str(row[f"n_{s}"]) for s in ("exploration", "integration", "convergence")),
