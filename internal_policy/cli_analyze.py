@@ -122,6 +122,13 @@ def analyze(
             "(95%), such as 0.02. [default: every position]"
         ),
     ] = DEFAULTS.tolerance,
+    random_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--random-baseline",
+            help="Analyse the same responses also with random weights of the same architecture, shown in grey.",
+        ),
+    ] = DEFAULTS.random_baseline,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -154,6 +161,7 @@ def analyze(
         "seed": seed,
         "keep_tokens": keep_tokens,
         "tolerance": tolerance,
+        "random_baseline": random_baseline,
         "trust_remote_code": trust_remote_code,
     }
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())

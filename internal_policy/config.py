@@ -84,6 +84,8 @@ class AnalyzeConfig:
     tolerance: float | None = None
     """Analyse positions chosen at random until every entropy change is known to so many nats either way (95%), not all;
     see ``docs/tolerance.md``."""
+    random_baseline: bool = False
+    """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
 
@@ -126,6 +128,12 @@ class AnalyzeConfig:
         if self.remote and self.backend != "nnsight":
             raise UserError(f"--remote was given with --backend {self.backend}; needed is --backend nnsight")
         self._check_placement()
+        for field in ("remote", "device_map", "quantization", "tolerance"):
+            if self.random_baseline and getattr(self, field):
+                raise UserError(
+                    f"{_flag(field)} was given with --random-baseline, whose weights are made whole on one device and "
+                    "analysed at every position; leave one of them out"
+                )
         if self.responses is not None:
             for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator"):
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
@@ -163,11 +171,11 @@ class AnalyzeConfig:
         """The settings that decide the numbers beside weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt. The
-            portions count for 8bit, whose rounding depends on them.
+            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor
+            whether a baseline is added. The portions count for 8bit, whose rounding depends on them.
         """
         fields = asdict(self)
-        for name in ("device", "device_map", "model", "prompts", "responses"):
+        for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline"):
             del fields[name]
         if self.quantization != "8bit":
             del fields["batch_size"]

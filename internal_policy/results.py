@@ -27,7 +27,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
 REPORT = "report.html"
 """The page that is drawn of a result; results are whole without it."""
-RESULT_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST, REPORT)
+BASELINE = "baseline.csv"
+RESULT_FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl", MANIFEST, REPORT)
 ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION)
 
 
@@ -63,6 +64,10 @@ class Analysis:
     entropy change with its layer and site; None where every position was analysed."""
     n_truncated: int | None = None
     """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
+    baseline: pd.DataFrame | None = None
+    """The rows of `layers` for the same responses through random weights of the same architecture, where asked for."""
+    baseline_model: dict[str, Any] | None = None
+    """Of these weights: seed, digest, boundary_layer and policy_entropy (as of the analysis)."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -151,7 +156,19 @@ class Analysis:
             write_atomically(target / "responses.parquet", lambda p: self.responses.to_parquet(p, index=False))
             write_atomically(target / "tokens.parquet", lambda p: self.tokens.to_parquet(p, index=False))
             write_rows(target / "responses.jsonl", self.sequences)
+            (target / BASELINE).unlink(missing_ok=True)
+            self._write_baseline(target)
         return target
+
+    def save_baseline(self) -> None:
+        """Write the baseline into the analysis' directory, beside what is there; the manifest last."""
+        assert self.path is not None
+        self._write_baseline(self.path)
+        ANALYSIS.write_manifest(self.path, self.manifest())
+
+    def _write_baseline(self, directory: Path) -> None:
+        if (baseline := self.baseline) is not None:
+            write_atomically(directory / BASELINE, lambda p: baseline.to_csv(p, index=False))
 
     def manifest(self) -> dict[str, Any]:
         """What ``analysis.json`` holds.
@@ -172,7 +189,10 @@ class Analysis:
             "boundary_layer": self.boundary_layer,
             "stages": list(self.stages),
             "selection": self.selection.to_dict(),
-            "policy_entropy": {k: None if v != v else v for k, v in self.policy_entropy.items()},
+            "policy_entropy": _without_nan(self.policy_entropy),
+            "baseline": None
+            if self.baseline_model is None
+            else {**self.baseline_model, "policy_entropy": _without_nan(self.baseline_model["policy_entropy"])},
             "timings": self.timings,
             "versions": self.versions,
         }
@@ -192,6 +212,7 @@ class Analysis:
         """
         source = ANALYSIS.find(Path(directory).expanduser())
         with ANALYSIS.reading(source) as manifest:
+            baseline = manifest.get("baseline")
             return cls(
                 name=manifest["name"],
                 model=manifest["model"],
@@ -200,10 +221,12 @@ class Analysis:
                 responses=pd.read_parquet(source / "responses.parquet"),
                 tokens=pd.read_parquet(source / "tokens.parquet"),
                 sequences=read_rows(source / "responses.jsonl"),
-                policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
+                policy_entropy=_with_nan(manifest["policy_entropy"]),
                 selection=Selection.from_dict(manifest["selection"]),
                 positions=manifest.get("positions"),
                 n_truncated=manifest["n_truncated"],
+                baseline=None if baseline is None else pd.read_csv(source / BASELINE),
+                baseline_model=baseline and {**baseline, "policy_entropy": _with_nan(baseline["policy_entropy"])},
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,
@@ -259,3 +282,11 @@ class Analysis:
             f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
             f"boundary layer {boundary})"
         )
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: None if v != v else v for k, v in values.items()}
+
+
+def _with_nan(values: dict[str, float | None]) -> dict[str, float]:
+    return {k: float("nan") if v is None else v for k, v in values.items()}

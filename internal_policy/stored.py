@@ -120,7 +120,18 @@ class Kind:
         target.mkdir(parents=True, exist_ok=True)
         (target / self.manifest).unlink(missing_ok=True)
         yield target
-        write_text(target / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        self.write_manifest(target, manifest)
+
+    def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest, or another in its place, whole or not at all.
+
+        Args:
+            directory: of the result.
+            manifest: what it holds; JSON-able, without NaN.
+        """
+        write_text(
+            directory / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 def columns_of(table: pd.DataFrame) -> dict[str, str]:

@@ -9,12 +9,9 @@ One checkpoint is in memory at a time. What is written is taken up again by the 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from internal_policy import models
 from internal_policy.capture.nnsight_library import load_nnsight, require_key
@@ -22,6 +19,7 @@ from internal_policy.checkpoints import Target, refuse_one_place, targets
 from internal_policy.config import AnalyzeConfig, Lens, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
+from internal_policy.memory import release
 from internal_policy.models.lookup import told_in_one_line
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -132,13 +130,6 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
         release()
         analyses.append(analyze(model, output=output, lens=lens, **options))
     return analyses
-
-
-def release() -> None:
-    """Give back what a model held that is no longer used, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def start_over(directories: Iterable[Path]) -> None:

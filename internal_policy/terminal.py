@@ -51,7 +51,7 @@ def remarks(analysis: Analysis) -> list[str]:
         analysis: the analysis.
 
     Returns:
-        The policy's entropy, then responses that were cut, and the mean reward, each where there are some.
+        The policy's entropy, then responses that were cut, the mean reward, and the baseline, each where there is one.
     """
     entropy = analysis.policy_entropy
     found = [
@@ -66,6 +66,14 @@ def remarks(analysis: Analysis) -> list[str]:
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
         found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
+    if analysis.baseline is not None and analysis.baseline_model is not None:
+        random, boundary = analysis.baseline_model, analysis.baseline_model["boundary_layer"]
+        changes = analysis.baseline.loc[analysis.baseline["site"] == "ffn", "change"]
+        found.append(
+            f"random weights of the same architecture (seed {random['seed']}): policy entropy "
+            f"{random['policy_entropy']['mean']:.4f} nats, ΔH FFN from {changes.min():+.3f} to {changes.max():+.3f}, "
+            f"{'no boundary layer' if boundary is None else f'boundary layer {boundary}'}"
+        )
     return found
 
 

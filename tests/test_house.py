@@ -28,7 +28,7 @@ LAYERS = [
     {"responses", "terminal", "alignment_figures", "summary"},
     {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},
     {"inputs", "tables", "inspection", "rounds"},
-    {"pipeline"},
+    {"baseline", "pipeline"},
     {"sweeps", "study_results"},
     {"studies"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.

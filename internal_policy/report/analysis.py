@@ -154,7 +154,7 @@ def target(analysis: Analysis) -> dict[str, Any]:
         "layer": "none" if chosen.boundary_layer is None else str(chosen.boundary_layer),
         "confidence": "not known" if agreed is None else f"{agreed[0].upper()}{agreed[1:]}, {COVERS}",
         "runner_up": runner_up or "none in any resample" if chosen.confidence is not None else "not known",
-        "reason": chosen.reason,
+        "reason": _why(chosen.reason),
         "candidates": ", ".join(map(str, chosen.candidates)),
     }
 
