@@ -86,7 +86,8 @@ def add_baseline(
     workspace = Workspace(analysis.path)
     identity = {"baseline": seed_and_weights, "responses": analysis.responses_digest, "lens": config.lens}
     state.on_main(lambda: workspace.open(identity, overwrite=False))
-    responses = [Response(**row) for row in analysis.sequences.to_dict("records")]
+    rows: Any = analysis.sequences.to_dict("records")
+    responses = [Response(**row) for row in rows]
     with models.fitting_threads(extractor.model):
         captured = capture(replace(config, keep_tokens=0), extractor, responses, workspace, state)
 
@@ -125,7 +126,8 @@ def _random_model(analysis: Analysis, config: AnalyzeConfig, source: Any, device
     dtype = getattr(torch, analysis.model["dtype"])
     # The user's own random streams go on as if nothing had been drawn.
     with torch.random.fork_rng(devices=[]), told_in_one_line(name, "its architecture"):
-        torch.random.default_generator.manual_seed(config.seed)
+        # Of the CPU alone: torch.manual_seed would set those of all devices.
+        torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
         drawn = AutoModelForCausalLM.from_config(
             copy.deepcopy(source), dtype=dtype, trust_remote_code=config.trust_remote_code
         )

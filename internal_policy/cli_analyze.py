@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
@@ -170,7 +170,8 @@ def analyze(
     # A shell that was given no quotes has turned the glob into many words.
     patterns += context.args
     swept = bool(patterns) or len(revisions) > 1
-    lenses = list(dict.fromkeys(lens or [DEFAULTS.lens]))
+    # Whether each is one, the settings check.
+    lenses = cast("list[Lens]", list(dict.fromkeys(lens or [DEFAULTS.lens])))
     if len(lenses) > 1 and (swept or preset is not None):
         raise UserError(
             f"got {len(lenses)} lenses for {'a sweep' if swept else 'a preset'}, which has one; run it once for each, "
@@ -207,7 +208,7 @@ def analyze(
 
 
 def _models(
-    names: list[str], lenses: list[str], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
+    names: list[str], lenses: list[Lens], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
 ) -> None:
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]

@@ -79,11 +79,11 @@ def baseline_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
         if analysis.baseline is None:
             continue
         random = replace(analysis, layers=analysis.baseline)
-        keys = {"panel": panel, "model": analysis.name, "lens": analysis.lens}
         for site in ("layer", *SITE_LABELS):
             for quantity, column in (("entropy", "entropy_out"), ("change", "change")):
                 rows = _site_rows(random, site, column, "value").assign(quantity=quantity)
-                parts.append(rows.assign(**keys)[parts[0].columns])
+                rows = rows.assign(panel=panel, model=analysis.name, lens=analysis.lens)
+                parts.append(rows[parts[0].columns])
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drawings import assert_legible, make_set
 from tiny import ragged_responses, reference, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -176,6 +177,11 @@ def test_figures_report_and_terminal_show_it(analysis):
     plain = replace(analysis, baseline=None, baseline_model=None)
     assert figures.baseline_data([plain]).empty
     assert "random weights" not in analysis_report(plain)
+
+
+@pytest.mark.parametrize(("draw", "n_models"), [(figures.entropy_flow, 2), (figures.entropy_change, 1)])
+def test_the_legend_has_room_for_it(draw, n_models):
+    assert_legible(draw([replace(analysis, baseline=analysis.layers) for analysis in make_set(n_models)]))
 
 
 def policy_of(analysis):

@@ -185,12 +185,12 @@ def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysi
                 **{f"n_{stage}": len(layers[stage]) for stage in STAGES},
                 "move": move,
                 "depth_move": depth_move,
-                "other_lens": None if other is None else other.lens,
+                "other_lens": np.nan if other is None else other.lens,
                 "other_lens_boundary_layer": None if other is None else other.boundary_layer,
             }
         )
-    whole = ("boundary_layer", "runner_up", "last_exploration", "first_integration", "first_convergence", "move")
-    whole += ("other_lens_boundary_layer",)
+    ends = ("last_exploration", "first_integration", "first_convergence")
+    whole = ("boundary_layer", "runner_up", *ends, "move", "other_lens_boundary_layer")
     return pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
 
 
