@@ -216,7 +216,7 @@ def test_models_of_other_depth_and_vocabulary_are_compared_by_relative_depth():
     assert comparison.differences.empty
     assert comparison.trends.empty
     assert list(comparison.convergence["reading"]) == ["progressive", "abrupt"]
-    few = "all: 12 prompts only: intervals"
+    few = "all analyses have 12 prompts only: intervals"
     for told in ("8 layers and Qwen3-4B 12", "128256 tokens and Qwen3-4B 151936", "other responses", few):
         assert any(told in note for note in comparison.notes), comparison.notes
     assert pd.isna(comparison.boundaries["move"].iloc[1])

@@ -120,7 +120,11 @@ def few_prompts(items: Sequence[Item]) -> list[str]:
     for item in items:
         labels.setdefault(item.analysis.n_prompts, []).append(item.label)
     found = ((who, printing.few_prompts(n)) for n, who in sorted(labels.items()))
-    return [f"{'all' if len(who) == len(items) else ', '.join(who)}: {few}" for who, few in found if few]
+    return [
+        f"{'all analyses' if len(who) == len(items) else ', '.join(who)} {'has' if len(who) == 1 else 'have'} {few}"
+        for who, few in found
+        if few
+    ]
 
 
 def _sampled_positions(item: Item) -> str:
