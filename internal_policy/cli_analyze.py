@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
@@ -99,7 +99,14 @@ def analyze(
         ),
     ] = None,
     generator: cli_common.Generator = DEFAULTS.generator,
-    lens: Annotated[Lens, typer.Option(help="Without or with the final norm.")] = DEFAULTS.lens,
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="policy (without the final norm) or logit-lens (with it); repeat for both, on the same responses. "
+            f"[default: {DEFAULTS.lens}]",
+            autocompletion=cli_common.completing(get_args(Lens)),
+        ),
+    ] = None,
     backend: cli_common.Backend = DEFAULTS.backend,
     remote: cli_common.Remote = False,
     batch_size: Annotated[int, typer.Option(help="Sequences run together.")] = DEFAULTS.batch_size,
@@ -118,6 +125,13 @@ def analyze(
             "(95%), such as 0.02. [default: every position]"
         ),
     ] = DEFAULTS.tolerance,
+    random_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--random-baseline",
+            help="Analyse the same responses also with random weights of the same architecture, shown in grey.",
+        ),
+    ] = DEFAULTS.random_baseline,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -140,7 +154,6 @@ def analyze(
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "generator": generator,
-        "lens": lens,
         "backend": backend,
         "remote": remote,
         "batch_size": batch_size,
@@ -151,6 +164,7 @@ def analyze(
         "seed": seed,
         "keep_tokens": keep_tokens,
         "tolerance": tolerance,
+        "random_baseline": random_baseline,
         "trust_remote_code": trust_remote_code,
     }
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
@@ -159,6 +173,13 @@ def analyze(
     # A shell that was given no quotes has turned the glob into many words.
     patterns += context.args
     swept = bool(patterns) or len(revisions) > 1
+    # Whether each is one, the settings check.
+    lenses = cast("list[Lens]", list(dict.fromkeys(lens or [DEFAULTS.lens])))
+    if len(lenses) > 1 and (swept or preset is not None):
+        raise UserError(
+            f"got {len(lenses)} lenses for {'a sweep' if swept else 'a preset'}, which has one; run it once for each, "
+            "with the same --output"
+        )
     if preset is not None:
         told = {"model": names, "revision": revisions, "checkpoints": patterns, "template": template}
         if other := next((name for name, value in (*told.items(), ("responses", responses)) if value), None):
@@ -168,7 +189,7 @@ def analyze(
                 "both --preset and --own-responses were given; the models of a preset sample their own anyway: "
                 "leave it out"
             )
-        _study(preset, prompts, output, overwrite, debug, options)
+        _study(preset, prompts, output, overwrite, debug, {**options, "lens": lenses[0]})
         return
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
@@ -180,24 +201,26 @@ def analyze(
         if len(names) > 1:
             raise UserError(f"got {len(names)} models in a sweep; a sweep is over the checkpoints of one")
         start = names[0] if names else None
-        options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses}
+        options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses, "lens": lenses[0]}
         _sweep(start, output, overwrite, debug, {**sources, **options})
         return
     if not names and revisions:
         raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
     options["revision"] = revisions[0] if revisions else None
-    _models(names or [DEFAULTS.model], output, overwrite, debug, {**sources, **options})
+    _models(names or [DEFAULTS.model], lenses, output, overwrite, debug, {**sources, **options})
 
 
-def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
+def _models(
+    names: list[str], lenses: list[Lens], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
+) -> None:
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
-    configs = [AnalyzeConfig(model=name, **options) for name in names]
+    configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
     if len(configs) > 1:
         from internal_policy.checkpoints import refuse_one_place
 
         refuse_one_place(configs)
     quiet_libraries(debug)
-    from internal_policy import models, pipeline, terminal
+    from internal_policy import models, sweeps, terminal
     from internal_policy.progress import status
 
     cli_common.require_key(configs[0].remote)
@@ -207,14 +230,23 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
     root = DATA if output is None else output.expanduser()
     analyses = []
     for name in names:
-        analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
+        # All lenses of a model first, so that each can show what the others give.
+        found = sweeps.analyze_lenses(name, lenses, output=root, overwrite=overwrite, **options)
         if is_main_process():
-            terminal.show(analysis)
-            cli_report.write_reports([analysis])
-        analyses.append(analysis)
+            for analysis in found:
+                terminal.show(analysis)
+                cli_report.write_reports([analysis])
+        analyses += found
     if is_main_process():
+        cli_report.redraw_other_lenses(analyses)
         draw(analyses, FIGURES if output is None else root / "figures")
-        document({"command": "analyze", "analyses": [cli_common.told(a) for a in analyses]})
+        document({"command": "analyze", "analyses": [_told(a) for a in analyses]})
+
+
+def _told(analysis: Analysis) -> dict[str, Any]:
+    """An analysis in a JSON document, with what the same responses give under the other lens."""
+    other = analysis.other_lens
+    return {**cli_common.told(analysis), "other_lens": None if other is None else vars(other)}
 
 
 def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
@@ -238,7 +270,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
         comparison = compare_sweep(analyses, figures)
     else:
         draw(analyses, figures)
-    found = {"analyses": [cli_common.told(a) for a in analyses], "comparison": comparison}
+    found = {"analyses": [_told(a) for a in analyses], "comparison": comparison}
     document({"command": "analyze", **found})
 
 
@@ -257,7 +289,7 @@ def _study(
     if not is_main_process():
         return
     summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)
-    directory = (FIGURES if output is None else root / "figures") / f"study-{preset}"
+    directory = (FIGURES if output is None else root / "figures") / figure_name([(f"study-{preset}", options["lens"])])
     with writing(directory):
         paths = done.save(directory)
     terminal.list_files("figures", paths)
@@ -266,7 +298,7 @@ def _study(
     document(
         {
             "command": "analyze",
-            "analyses": [cli_common.told(a) for a in done.analyses],
+            "analyses": [_told(a) for a in done.analyses],
             "models": done.table,
             "convergence": done.convergence,
             "failures": done.failures,

@@ -57,12 +57,14 @@ def compare(
     from internal_policy.comparison import terminal
     from internal_policy.comparison.analyses import compare as run
     from internal_policy.comparison.sources import arrange, gather
+    from internal_policy.lenses import one_lens
 
     if seed < 0:
         raise UserError(f"--seed is {seed}; needed is a whole number of at least 0")
     found = gather(directories)
+    kept, _ = one_lens(found)
     # The baseline is counted in the order that is shown.
-    analyses, labels, *_ = arrange(found, label, step)
+    analyses, labels, *_ = arrange(kept, label, step)
     origin = 0 if baseline is None else _place(baseline, labels)
     comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
     root = DATA if output is None else output.expanduser()

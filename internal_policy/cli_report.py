@@ -96,6 +96,20 @@ def write_reports(
             written("report", [path])
 
 
+def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
+    """Draw the pages again of earlier analyses of the same responses under another lens, which did not know of these.
+
+    Args:
+        analyses: what has just been analysed.
+    """
+    from internal_policy.results import REPORT, Analysis
+
+    paths = [analysis.path for analysis in analyses]
+    for other in (analysis.other_lens for analysis in analyses):
+        if other is not None and other.path not in paths and other.path is not None and _is_there(other.path / REPORT):
+            write_reports([Analysis.load(other.path)], tell=False)
+
+
 def _placed(thing: Analysis | AnalysisComparison | Run, place: Path) -> Analysis | AnalysisComparison | Run:
     """The result, knowing where it is: its page says how to make it again there."""
     return thing if thing.path is not None else replace(thing, path=place)

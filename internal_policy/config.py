@@ -15,6 +15,7 @@ from internal_policy.prompts import TEMPLATES
 
 Lens = Literal["policy", "logit-lens"]
 """``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
+DEFAULT_LENS: Lens = "policy"
 
 BACKENDS = ("hooks", "transformer-lens", "nnsight")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -77,7 +78,7 @@ class AnalyzeConfig:
     """chat (the tokenizer's own; plain text where it has none), plain, qwen-math, qwen3 (non-thinking), octothinker."""
     generator: str = "transformers"
     """transformers or vllm: what samples the responses; vllm must be installed and needs a GPU."""
-    lens: Lens = "policy"
+    lens: Lens = DEFAULT_LENS
     """policy (no final norm, as the paper) or logit-lens (the final norm before the unembedding)."""
     backend: str = "hooks"
     """hooks, transformer-lens or nnsight: what captures the states. They agree to float32 rounding."""
@@ -101,6 +102,8 @@ class AnalyzeConfig:
     tolerance: float | None = None
     """Analyse positions chosen at random until every entropy change is known to so many nats either way (95%), not all;
     see ``docs/tolerance.md``."""
+    random_baseline: bool = False
+    """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
 
@@ -144,6 +147,12 @@ class AnalyzeConfig:
         if self.remote and self.backend != "nnsight":
             raise UserError(f"--remote was given with --backend {self.backend}; needed is --backend nnsight")
         self._check_placement()
+        for field in ("remote", "device_map", "quantization", "tolerance"):
+            if self.random_baseline and getattr(self, field):
+                raise UserError(
+                    f"{_flag(field)} was given with --random-baseline, whose weights are made whole on one device and "
+                    "analysed at every position; leave one of them out"
+                )
         if self.responses is not None:
             for field in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator"):
                 if getattr(self, field) != type(self).__dataclass_fields__[field].default:
@@ -169,22 +178,23 @@ class AnalyzeConfig:
 
     @property
     def slug(self) -> str:
-        """A name for the model that is safe in a path: ``Qwen--Qwen3-4B``, ``run--checkpoints--checkpoint-5``."""
+        """A name for model and lens that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3--logit-lens``."""
         path = Path(self.model)
         parts = _last_parts(path.resolve()) if path.exists() else tuple(self.model.split("/"))
         name = "--".join(p for p in parts if p not in {"/", ""})
         name += f"@{self.revision}" if self.revision else ""
+        name += f"--{self.lens}" if self.lens != DEFAULT_LENS else ""
         return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the numbers beside weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt. The
-            portions count for 8bit, whose rounding depends on them.
+            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor
+            whether a baseline is added. The portions count for 8bit, whose rounding depends on them.
         """
         fields = asdict(self)
-        for name in ("device", "device_map", "model", "prompts", "responses"):
+        for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline"):
             del fields[name]
         if self.quantization != "8bit":
             del fields["batch_size"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -61,6 +62,29 @@ def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
         residual stream that it is added to.
     """
     return _stack(analyses, _cosine_rows)
+
+
+def baseline_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the grey lines in figs. 2 and 3: the same responses through random weights.
+
+    Args:
+        analyses: One analysis for each panel; those without a baseline have no rows.
+
+    Returns:
+        A row for each panel, site (layer, attn, ffn), layer and quantity (entropy at the output, change), with its
+        `value` in nats.
+    """
+    parts = [pd.DataFrame(columns=["panel", "model", "lens", "layer", "site", "value", *_ERRORS, "quantity"])]
+    for panel, analysis in enumerate(analyses, start=1):
+        if analysis.baseline is None:
+            continue
+        random = replace(analysis, layers=analysis.baseline)
+        for site in ("layer", *SITE_LABELS):
+            for quantity, column in (("entropy", "entropy_out"), ("change", "change")):
+                rows = _site_rows(random, site, column, "value").assign(quantity=quantity)
+                rows = rows.assign(panel=panel, model=analysis.name, lens=analysis.lens)
+                parts.append(rows[parts[0].columns])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def stage_sketch_data(analyses: Sequence[Analysis]) -> pd.DataFrame:

@@ -11,11 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from internal_policy import style
-from internal_policy.figure_data import ModuleSite
+from internal_policy.figure_data import ModuleSite, baseline_data
 
 if TYPE_CHECKING:
     from internal_policy.results import Analysis
 
+BASELINE_LABEL = "random weights"
 LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
 SITE_MARKS: dict[ModuleSite, dict[str, Any]] = {
     "attn": {"color": style.ATTENTION, "marker": "^", "linestyle": "-"},
@@ -38,6 +39,22 @@ def line(ax: Axes, rows: pd.DataFrame, x: str, y: str, **marks: Any) -> None:
     if rows["low"].notna().any():
         ax.fill_between(rows[x], rows["low"], rows["high"], color=marks["color"], alpha=0.2, linewidth=0, zorder=2)
     ax.plot(rows[x], rows[y], zorder=2.5, markersize=marker_size(rows), **marks)
+
+
+def baseline(ax: Axes, analysis: Analysis, site: str, quantity: str, offset: float = 0.0) -> None:
+    """Draw in grey what the same responses give with random weights, where that was measured.
+
+    Args:
+        ax: The panel, with layers along it.
+        analysis: What it shows.
+        site: layer, attn or ffn.
+        quantity: entropy or change.
+        offset: Where the values stand about their layer's tick, layers.
+    """
+    rows = baseline_data([analysis])
+    rows = rows[(rows["site"] == site) & (rows["quantity"] == quantity)]
+    rows = rows.assign(position=rows["layer"] + offset)
+    line(ax, rows, "position", "value", color=style.NEUTRAL, marker="x", markeredgewidth=0.6, label=BASELINE_LABEL)
 
 
 def marker_size(rows: pd.DataFrame) -> float:

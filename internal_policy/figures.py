@@ -24,6 +24,7 @@ from internal_policy import style
 from internal_policy.figure_data import (
     SITE_LABELS,
     ModuleSite,
+    baseline_data,
     entropy_change_data,
     entropy_flow_data,
     policy_gap,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from internal_policy.results import Analysis
 
 __all__ = [
+    "baseline_data",
     "entropy_change",
     "entropy_change_data",
     "entropy_flow",
@@ -51,7 +53,10 @@ __all__ = [
 ]
 
 POLICY_LABEL, UNIFORM_LABEL = "policy $\\pi_\\theta$", "uniform, $\\ln V$"
-LEGEND_ORDER = ("input", "ATTN", "FFN", "output", *style.STAGE_COLOURS, "boundary layer", POLICY_LABEL, UNIFORM_LABEL)
+LEGEND_ORDER = (
+    *("input", "ATTN", "FFN", "output", *style.STAGE_COLOURS, "boundary layer", POLICY_LABEL, UNIFORM_LABEL),
+    drawing.BASELINE_LABEL,
+)
 
 
 def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
@@ -88,6 +93,7 @@ def plot_entropy_flow(analysis: Analysis, ax: Axes | None = None) -> Axes:
         ax.errorbar(policy["position"], policy["entropy"], error, label=POLICY_LABEL, **marks)
         uniform = float(frame.loc[frame["point"] == "uniform", "entropy"].iloc[0])
         ax.axhline(uniform, color=style.NEUTRAL, linewidth=0.6, linestyle=":", label=UNIFORM_LABEL, zorder=1)
+        drawing.baseline(ax, analysis, "layer", "entropy", offset=0.375)
         gap = policy_gap(analysis.n_layers)
         style.set_layer_axis(ax, analysis.n_layers, (0.375 + gap / 4, 0.5 + gap))
         low, high = ax.get_ylim()
@@ -118,6 +124,7 @@ def plot_entropy_change(analysis: Analysis, site: ModuleSite = "ffn", ax: Axes |
     with style.paper_style():
         drawing.zero_line(ax)
         drawing.line(ax, rows, "layer", "change", label=SITE_LABELS[site], **drawing.SITE_MARKS[site])
+        drawing.baseline(ax, analysis, site, "change")
         style.set_layer_axis(ax, analysis.n_layers)
         boundary = rows.loc[rows["boundary"], "layer"]
         for layer in boundary:

@@ -60,3 +60,10 @@ def halving(items: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]]
     half = (len(items) + 1) // 2
     logger.warning("out of memory on a batch of %d; trying batches of %d", len(items), half)
     return halving(items[:half], run, advice) + halving(items[half:], run, advice)
+
+
+def release() -> None:
+    """Give back what a model held that is no longer used, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from internal_policy import shares, statistics, tables
+from internal_policy.baseline import add_baseline, architecture
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
@@ -89,13 +90,22 @@ def analyze(
         if in_memory:
             stack.enter_context(evaluating(backends.module_of(model)))
             opened = backends.adopt(model, tokenizer, name, config)
+        network = backends.module_of(model) if in_memory else None
+        source = architecture(config, network) if config.random_baseline else None
+
+        def run(directory: Path, overwrite: bool) -> Analysis:
+            analysis = _run(config, opened, prompts, responses, directory, overwrite, state)
+            if source is None or analysis.baseline is not None:
+                return analysis
+            return add_baseline(analysis, config, source, network, partial(_capture, kind="baseline"), state)
+
         if output is not None:
-            return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite, state)
+            return run(Path(output).expanduser() / config.slug, overwrite)
         scratch: list[str] = []
         if state.is_main_process:
             scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))
         directory = Path(state.broadcast(scratch[:1])[0]) / "run"
-        analysis = replace(_run(config, opened, prompts, responses, directory, False, state), path=None)
+        analysis = replace(run(directory, False), path=None)
         state.wait_for_everyone()
         return analysis
 
@@ -145,6 +155,8 @@ def _run(
             raise not_taken_up(directory, hooked)
         if differing := _differing(finished, identity):
             raise in_use(directory, "an analysis", differing)
+        if config.random_baseline and finished.baseline is None:
+            return finished
         state.on_main(workspace.close)
         if state.is_main_process:
             logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
@@ -234,7 +246,12 @@ def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], b
 
 
 def _capture(
-    config: AnalyzeConfig, extractor: Extractor, responses: list[Response], workspace: Workspace, state: Processes
+    config: AnalyzeConfig,
+    extractor: Extractor,
+    responses: list[Response],
+    workspace: Workspace,
+    state: Processes,
+    kind: str = "capture",
 ) -> Captured:
     reducer = Reducer(extractor, config.lens)
     if config.tolerance is not None:
@@ -243,14 +260,15 @@ def _capture(
             return reduce_responses(reducer, [r for r, _ in batch], "right", [tokens for _, tokens in batch])
 
         return capture_in_rounds(config, responses, run_chosen, workspace, state)
-    done = {int(i) for shard in workspace.shards("capture") for i in shard["index"]}
+    done = {int(i) for shard in workspace.shards(kind) for i in shard["index"]}
 
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
     batches = shares.batches([len(r.input_ids) for r in responses], config.batch_size, state)
     mine = {i for batch in batches for i in batch}
-    with progress("analysing responses", len(mine), len(done & mine)) as advance:
+    what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
+    with progress(what, len(mine), len(done & mine)) as advance:
         for batch in shares.left(batches, done):
             started = time.perf_counter()
             values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
@@ -264,10 +282,10 @@ def _capture(
                 "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
                 "seconds": np.array(time.perf_counter() - started),
             }
-            workspace.write("capture", batch[0], arrays)
+            workspace.write(kind, batch[0], arrays)
             advance(len(batch))
     state.wait_for_everyone()
-    captured = list(workspace.shards("capture"))
+    captured = list(workspace.shards(kind))
     shares.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
     return Captured(captured)
 

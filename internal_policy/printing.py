@@ -62,6 +62,10 @@ def say(text: str) -> None:
     console().print(text, soft_wrap=True)
 
 
+_ENOUGH_PROMPTS = 40
+"""Clusters from which on a clustered interval covers what it says, nearly."""
+
+
 def table(
     title: str,
     caption: str | None,
@@ -103,6 +107,35 @@ def number(value: float | None, form: str = ".3f") -> str:
         The number; a stroke where it is not defined.
     """
     return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def of_resamples(share: float | None) -> str:
+    """Write a share of the resamples of the prompts, which in percent would read as certainty.
+
+    Args:
+        share: 0 to 1; None and NaN are not defined.
+
+    Returns:
+        ``all`` or ``none``, else in percent; a stroke where it is not defined.
+    """
+    return {1.0: "all", 0.0: "none"}.get(share if share is not None else math.nan, number(share, ".1%"))
+
+
+def few_prompts(prompts: int) -> str | None:
+    """Say that intervals and shares of resamples are of too few prompts to be relied on.
+
+    Args:
+        prompts: how many prompts there are.
+
+    Returns:
+        The sentence; None of enough prompts.
+    """
+    if prompts >= _ENOUGH_PROMPTS:
+        return None
+    return (
+        f"{prompts} prompt{'' if prompts == 1 else 's'} only: intervals and shares of resamples can be relied on from "
+        f"about {_ENOUGH_PROMPTS} prompts on"
+    )
 
 
 def plus_minus(stderr: float, form: str = ".3f") -> str:

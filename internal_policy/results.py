@@ -6,22 +6,29 @@ analysis, so nothing half-written is ever read as whole.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from internal_policy.files import write_atomically
-from internal_policy.selection import Selection
+from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_parquet, read_rows, write_parquet, write_rows
+
+if TYPE_CHECKING:
+    from internal_policy.lenses import LensAnswer
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
 REPORT = "report.html"
 """The page that is drawn of a result; results are whole without it."""
-_FILES = ("layers.csv", "responses.parquet", "tokens.parquet", "responses.jsonl")
+BASELINE = "baseline.csv"
+_FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
 RESULT_FILES = (*_FILES, MANIFEST, REPORT)
 ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES)
 
@@ -58,6 +65,10 @@ class Analysis:
     entropy change with its layer and site; None where every position was analysed."""
     n_truncated: int | None = None
     """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
+    baseline: pd.DataFrame | None = None
+    """The rows of `layers` for the same responses through random weights of the same architecture, where asked for."""
+    baseline_model: dict[str, Any] | None = None
+    """Of these weights: seed, digest, boundary_layer and policy_entropy (as of the analysis)."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -96,9 +107,28 @@ class Analysis:
         return len(self.sequences)
 
     @property
+    def n_prompts(self) -> int:
+        """Number of distinct prompts, over which standard errors are clustered and resamples are drawn."""
+        return int(self.responses["prompt"].nunique())
+
+    @property
     def n_tokens(self) -> int:
         """Number of response tokens."""
         return int(self.layers["n_tokens"].iloc[0])
+
+    @cached_property
+    def responses_digest(self) -> str:
+        """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in whatever order."""
+        rows = zip(self.sequences["prompt_length"], self.sequences["input_ids"], strict=True)
+        read = sorted([int(length), *map(int, ids)] for length, ids in rows)
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+    @property
+    def other_lens(self) -> LensAnswer | None:
+        """What the same responses give under the other lens, where such an analysis lies in the same directory."""
+        from internal_policy.lenses import other_lens
+
+        return other_lens(self)
 
     def curve(self, site: str, value: str = "change") -> pd.Series:
         """One column of ``layers`` for one site.
@@ -127,7 +157,19 @@ class Analysis:
             write_parquet(target / "responses.parquet", self.responses)
             write_parquet(target / "tokens.parquet", self.tokens)
             write_rows(target / "responses.jsonl", self.sequences)
+            (target / BASELINE).unlink(missing_ok=True)
+            self._write_baseline(target)
         return target
+
+    def save_baseline(self) -> None:
+        """Write the baseline into the analysis' directory, beside what is there; the manifest last."""
+        assert self.path is not None
+        self._write_baseline(self.path)
+        ANALYSIS.write_manifest(self.path, self.manifest())
+
+    def _write_baseline(self, directory: Path) -> None:
+        if (baseline := self.baseline) is not None:
+            write_atomically(directory / BASELINE, lambda p: baseline.to_csv(p, index=False))
 
     def manifest(self) -> dict[str, Any]:
         """What ``analysis.json`` holds.
@@ -142,12 +184,16 @@ class Analysis:
             "config": self.config,
             "n_responses": self.n_responses,
             "n_tokens": self.n_tokens,
+            "responses_digest": self.responses_digest,
             "positions": self.positions,
             "n_truncated": self.n_truncated,
             "boundary_layer": self.boundary_layer,
             "stages": list(self.stages),
             "selection": self.selection.to_dict(),
-            "policy_entropy": {k: None if v != v else v for k, v in self.policy_entropy.items()},
+            "policy_entropy": _without_nan(self.policy_entropy),
+            "baseline": None
+            if self.baseline_model is None
+            else {**self.baseline_model, "policy_entropy": _without_nan(self.baseline_model["policy_entropy"])},
             "timings": self.timings,
             "versions": self.versions,
         }
@@ -167,6 +213,7 @@ class Analysis:
         """
         source = ANALYSIS.find(Path(directory).expanduser())
         with ANALYSIS.reading(source) as manifest:
+            baseline = manifest.get("baseline")
             analysis = cls(
                 name=manifest["name"],
                 model=manifest["model"],
@@ -175,10 +222,12 @@ class Analysis:
                 responses=read_parquet(source / "responses.parquet"),
                 tokens=read_parquet(source / "tokens.parquet"),
                 sequences=read_rows(source / "responses.jsonl"),
-                policy_entropy={k: float("nan") if v is None else v for k, v in manifest["policy_entropy"].items()},
+                policy_entropy=_with_nan(manifest["policy_entropy"]),
                 selection=Selection.from_dict(manifest["selection"]),
                 positions=manifest.get("positions"),
                 n_truncated=manifest["n_truncated"],
+                baseline=None if baseline is None else pd.read_csv(source / BASELINE),
+                baseline_model=baseline and {**baseline, "policy_entropy": _with_nan(baseline["policy_entropy"])},
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,
@@ -205,8 +254,9 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         from internal_policy.figures import entropy_change
+        from internal_policy.lenses import sentence
         from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
+        from internal_policy.printing import few_prompts, number
 
         ends = {site: self.curve(site) for site in ("attn", "ffn")}
         entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
@@ -216,10 +266,12 @@ class Analysis:
             span = str(start) if start == end else f"{start}-{end}"
             cells.append((stage, span, number(entropy.loc[end]), *means))
             start = end + 1
-        sure = self.selection.confidence
         boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
         facts = (
-            boundary + ("" if sure is None else f" ({sure:.0%} of the resamples)"),
+            boundary,
+            "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
+            few_prompts(self.n_prompts) or "",
+            sentence(self) or "",
             f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
@@ -233,6 +285,14 @@ class Analysis:
             f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
             f"boundary layer {boundary})"
         )
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: None if v != v else v for k, v in values.items()}
+
+
+def _with_nan(values: dict[str, float | None]) -> dict[str, float]:
+    return {k: float("nan") if v is None else v for k, v in values.items()}
 
 
 _NUMBERS = ("entropy_in", "entropy_out", "change", "cosine")

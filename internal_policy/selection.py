@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,6 +40,8 @@ from internal_policy.errors import UserError
 from internal_policy.stages import Floats, classify
 from internal_policy.statistics import change_curves
 
+COVERS = "which covers the drawing of prompts only"
+"""What resamples of the prompts do not know: another lens, other sampling, another rule may give another layer."""
 STAGES = ("exploration", "integration", "convergence")
 
 
@@ -64,7 +66,8 @@ class Selection:
     stages: tuple[str, ...]
     """Stage of each layer: "exploration", "integration" or "convergence"."""
     confidence: float | None
-    """Share of the resampled curves that give the same answer; None where nothing says how uncertain the curve is."""
+    """Share of the resampled curves that give the same answer; None where nothing says how uncertain the curve is. From
+    an Analysis it covers the drawing of prompts and nothing else, such as the choice of the lens."""
     runner_up: int | None
     """Layer that the resamples name most often beside the answer."""
     runner_up_share: float | None
@@ -73,18 +76,35 @@ class Selection:
     """Layers in order of their share; without a boundary layer those that come nearest to being one."""
     reason: str
     """One sentence that says why, with numbers in nats."""
+    n_resamples: int = 1000
+    """How many curves were drawn for the confidence."""
+    n_prompts: int | None = None
+    """How many prompts they were drawn from; None where a plain curve was given, or where nothing was drawn."""
+
+    @property
+    def agreement(self) -> str | None:
+        """How many of the resamples give the answer, such as "all 1000 resamples of the 48 prompts give layer 6"."""
+        if self.confidence is None:
+            return None
+        count = round(self.confidence * self.n_resamples)
+        given = f"{'all' if count == self.n_resamples else count or 'none'}"
+        whole = self.n_resamples if given == "all" else f"of {self.n_resamples}"
+        drawn = "" if self.n_prompts is None else f" of the {self.n_prompts} prompts"
+        answer = "no boundary layer" if self.boundary_layer is None else f"layer {self.boundary_layer}"
+        return f"{given} {whole} resamples{drawn} give {answer}"
 
     def _repr_html_(self) -> str:
         from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
+        from internal_policy.printing import few_prompts, of_resamples
 
         told = "none" if self.boundary_layer is None else str(self.boundary_layer)
         cells = [
-            ("boundary layer", told, number(self.confidence, ".0%")),
-            ("runner-up", "none" if self.runner_up is None else self.runner_up, number(self.runner_up_share, ".0%")),
+            ("boundary layer", told, of_resamples(self.confidence)),
+            ("runner-up", "none" if self.runner_up is None else self.runner_up, of_resamples(self.runner_up_share)),
         ]
-        table = Rows(("", "layer", "of the resamples"), cells, left=("",))
-        return card("Selection", f"of {len(self.stages)} layers", (self.reason,), table)
+        few = None if self.n_prompts is None else few_prompts(self.n_prompts)
+        table = Rows(("", "layer", "resamples of the prompts"), cells, left=("",))
+        return card("Selection", f"of {len(self.stages)} layers", (self.reason, few or ""), table)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python values that json can write."""
@@ -146,10 +166,12 @@ def _select_from_analysis(analysis: HasLayers, resamples: int, seed: int) -> Sel
     if np.isnan(errors).any():
         return _selection(curve, np.zeros_like(curve), None, "the analysis has fewer than two prompts")
     resampled = change_curves(analysis.responses, resamples=resamples, seed=seed)
-    return _selection(curve, errors, resampled, "", f" of {analysis.responses['prompt'].nunique()} prompts")
+    return _selection(curve, errors, resampled, "", int(analysis.responses["prompt"].nunique()))
 
 
-def _selection(curve: Floats, stderr: Floats, resampled: Floats | None, no_confidence: str, of: str = "") -> Selection:
+def _selection(
+    curve: Floats, stderr: Floats, resampled: Floats | None, no_confidence: str, n_prompts: int | None = None
+) -> Selection:
     stages, boundaries = classify(curve[None], stderr)
     names = tuple(STAGES[stage] for stage in stages[0])
     answer = int(boundaries[0]) or None
@@ -165,15 +187,19 @@ def _selection(curve: Floats, stderr: Floats, resampled: Floats | None, no_confi
     runner_up = others[0] if others else None
     if answer is not None:
         candidates = tuple(layer for layer in shares if layer) or candidates
-    return Selection(
+    selection = Selection(
         boundary_layer=answer,
         stages=names,
         confidence=confidence,
         runner_up=runner_up,
         runner_up_share=None if runner_up is None else shares[runner_up],
         candidates=candidates,
-        reason=f"{reason}; {confidence:.1%} of {len(resampled)} resamples{of} agree on that",
+        reason=reason,
+        n_resamples=len(resampled),
+        n_prompts=n_prompts,
     )
+    covered = "" if n_prompts is None else f", {COVERS}"
+    return replace(selection, reason=f"{reason}; {selection.agreement}{covered}")
 
 
 def _explain(curve: Floats, stages: tuple[str, ...], answer: int | None) -> tuple[str, tuple[int, ...]]:

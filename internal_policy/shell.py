@@ -23,7 +23,11 @@ def figure_name(analyses: list[tuple[str, str]]) -> str:
     Returns:
         All names where they are few; else the first, how many more, and a digest of all.
     """
-    names = list(dict.fromkeys(name if lens == "policy" else f"{name}-{lens}" for name, lens in analyses))
+    names = list(
+        dict.fromkeys(
+            name if lens == "policy" or name.endswith(f"--{lens}") else f"{name}--{lens}" for name, lens in analyses
+        )
+    )
     whole = "--".join(names)
     if len(whole) <= 120:
         return whole

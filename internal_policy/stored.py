@@ -137,7 +137,16 @@ class Kind:
         target.mkdir(parents=True, exist_ok=True)
         (target / self.manifest).unlink(missing_ok=True)
         yield target
-        write_manifest(target, self.manifest, manifest, self.files)
+        self.write_manifest(target, manifest)
+
+    def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest, or another in its place, whole or not at all.
+
+        Args:
+            directory: of the result.
+            manifest: what it holds; JSON-able, without NaN.
+        """
+        write_manifest(directory, self.manifest, manifest, self.files)
 
 
 def write_manifest(directory: Path, name: str, manifest: Mapping[str, Any], files: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
+from internal_policy.memory import release
 from internal_policy.models import context
 from internal_policy.models.identity import commit_now
 from internal_policy.pipeline import analyze
@@ -29,7 +30,7 @@ from internal_policy.progress import status
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
-from internal_policy.sweeps import release, start_over
+from internal_policy.sweeps import start_over
 from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,8 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
         analysis = Analysis.load(directory)
     except UserError:
         # In its turn, and without stopping the others, `analyze` says what is wrong with it.
+        return False
+    if config.random_baseline and analysis.baseline is None:
         return False
     wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
     known = {key: value for key, value in analysis.config.items() if key in wanted}

@@ -9,19 +9,17 @@ One checkpoint is in memory at a time. What is written is taken up again by the 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from internal_policy import models
 from internal_policy.capture.nnsight_library import load_nnsight, require_key
 from internal_policy.checkpoints import Target, refuse_one_place, targets
-from internal_policy.config import AnalyzeConfig, refuse_unknown
+from internal_policy.config import AnalyzeConfig, Lens, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
+from internal_policy.memory import release
 from internal_policy.models.lookup import told_in_one_line
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -107,11 +105,31 @@ def sweep(
     return analyses
 
 
-def release() -> None:
-    """Give back what a model held that is no longer used, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
+    """Analyse one model under several lenses, all on the responses of the first.
+
+    Args:
+        model: as for ``analyze``.
+        lenses: the lenses, each once.
+        output: directory for results, one directory below it for each lens.
+        **options: as for ``analyze``, but the lens.
+
+    Returns:
+        An analysis for each lens.
+
+    Raises:
+        UserError: bad input.
+    """
+    first = analyze(model, output=output, lens=lenses[0], **options)
+    assert first.path is not None
+    if options.get("responses") is None:
+        options = {name: value for name, value in options.items() if name not in ("prompts", *_OF_SAMPLING)}
+        options["responses"] = str(first.path / "responses.jsonl")
+    analyses = [first]
+    for lens in lenses[1:]:
+        release()
+        analyses.append(analyze(model, output=output, lens=lens, **options))
+    return analyses
 
 
 def start_over(directories: Iterable[Path]) -> None:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from internal_policy import lenses
 from internal_policy.output import written
+from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
 
-_FEW_PROMPTS = 12
 _STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
 _STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
 
@@ -36,8 +37,9 @@ def show(analysis: Analysis) -> None:
         console.print(remark, highlight=False, markup=False)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
-    if few := few_prompts(analysis):
-        console.print(few, highlight=False)
+    for line in (few_prompts(analysis.n_prompts), lenses.sentence(analysis)):
+        if line is not None:
+            console.print(line, highlight=False)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 
@@ -49,7 +51,7 @@ def remarks(analysis: Analysis) -> list[str]:
         analysis: the analysis.
 
     Returns:
-        The policy's entropy, then responses that were cut, and the mean reward, each where there are some.
+        The policy's entropy, then responses that were cut, the mean reward, and the baseline, each where there is one.
     """
     entropy = analysis.policy_entropy
     found = [
@@ -64,22 +66,15 @@ def remarks(analysis: Analysis) -> list[str]:
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
         found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
+    if analysis.baseline is not None and analysis.baseline_model is not None:
+        random, boundary = analysis.baseline_model, analysis.baseline_model["boundary_layer"]
+        changes = analysis.baseline.loc[analysis.baseline["site"] == "ffn", "change"]
+        found.append(
+            f"random weights of the same architecture (seed {random['seed']}): policy entropy "
+            f"{random['policy_entropy']['mean']:.4f} nats, ΔH FFN from {changes.min():+.3f} to {changes.max():+.3f}, "
+            f"{'no boundary layer' if boundary is None else f'boundary layer {boundary}'}"
+        )
     return found
-
-
-def few_prompts(analysis: Analysis) -> str | None:
-    """Say that intervals and confidence are of too few prompts to be relied on.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        The sentence; None of enough prompts.
-    """
-    prompts = analysis.responses["prompt"].nunique()
-    if prompts >= _FEW_PROMPTS:
-        return None
-    return f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on"
 
 
 def layer_table(analysis: Analysis) -> Table:

@@ -219,8 +219,8 @@ def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, resp
     manifest = next(tmp_path.glob("out/*/analysis.json"))
     before = manifest.read_bytes()
 
-    other = run(*arguments, "--lens", "logit-lens", cwd=tmp_path)
-    assert "already holds an analysis with other settings (lens policy -> logit-lens)" in other.stderr
+    other = run(*arguments, "--keep-tokens", "3", cwd=tmp_path)
+    assert "already holds an analysis with other settings (keep_tokens 8 -> 3)" in other.stderr
     assert "--overwrite" in other.stderr
     assert manifest.read_bytes() == before
 

@@ -34,13 +34,13 @@ LAYERS = [
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
-    {"config", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
+    {"config", "lenses", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
     {"models", "workspace"},
     {"checkpoints"},
     {"responses", "terminal", "alignment_figures", "summary"},
     {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},
     {"inputs", "tables", "inspection", "rounds"},
-    {"pipeline"},
+    {"baseline", "pipeline"},
     {"sweeps", "study_results"},
     {"studies"},
     # The trainer evaluates what it made, and an evaluation scores with the trainer's rewards.
@@ -145,7 +145,8 @@ def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
     assert figure_name(paper[:1]) == paper[0][0]
     assert len(figure_name(paper)) < 255
     assert figure_name(paper) != figure_name(paper[:11])
-    assert figure_name([("m", "policy"), ("m", "logit-lens")]) == "m--m-logit-lens"
+    assert figure_name([("m", "policy"), ("m", "logit-lens")]) == "m--m--logit-lens"
+    assert figure_name([("m--logit-lens", "logit-lens")]) == "m--logit-lens"
 
 
 def test_every_public_name_can_be_had():

@@ -117,14 +117,18 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     said = page.parts["summary"]
     assert f"testbed/qwen3 has {saved.n_layers} layers" in said
     assert f"on 6 responses ({saved.n_tokens} tokens)" in said
-    assert f"target layer is {chosen.boundary_layer} ({chosen.confidence:.1%} of the resamples agree)" in said
+    assert (
+        f"target layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
+        in said
+    )
+    assert "100.0% of" not in page.text
     adverb = {"abrupt": "abruptly", "progressive": "progressively"}[fall.reading]
     assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in said
     assert page.parts["target"] == str(chosen.boundary_layer)
-    assert chosen.reason in page.text
+    assert chosen.reason.rpartition("; ")[0] in page.text
     # What the terminal says of it, too.
     assert f"olicy entropy H(π_θ) {saved.policy_entropy['mean']:.4f}±" in page.text
-    assert "of 6 prompts only: intervals and confidence hold from some 40 on" in page.text
+    assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
 
 
 def test_a_model_without_a_target_layer_says_why(saved):
@@ -132,8 +136,8 @@ def test_a_model_without_a_target_layer_says_why(saved):
     page = Page(analysis_report(replace(saved, selection=none)))
     # Its reason has a semicolon within brackets, and one before the confidence.
     why = "dH_FFN still explores at the last layer, 8 (+0.3 nats; +0.3 on average from layer 1 on), so it never turns"
-    assert none.reason.startswith(f"{why}; 100.0% of ")
-    assert f"it has no target layer, for {why}. Its" in page.parts["summary"]
+    assert none.reason == f"{why}; all 1000 resamples give no boundary layer"
+    assert f"it has no target layer, for {why} ({none.agreement}, which" in page.parts["summary"]
     assert page.parts["target"] == "none"
     assert page.data["tokens"]["a1-tokens"]["target"] is None
 
@@ -351,8 +355,8 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     monkeypatch.setattr("internal_policy.cli_analyze._models", lambda *given: asked.append(given))
     done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    names, output, _, _, options = asked[0]
-    assert (names, output) == (["testbed/qwen3"], saved.path.parent)
+    names, lenses, output, _, _, options = asked[0]
+    assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
     config = AnalyzeConfig(model=names[0], **options)
     assert {k: v for k, v in config.decisive().items() if saved.config[k] != v} == {}
     # In a new place, so that the finished one is not just read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internal_policy.errors import UserError
+from internal_policy.printing import few_prompts
 from internal_policy.selection import Selection, select_layer
 from internal_policy.statistics import layer_table
 
@@ -243,8 +245,25 @@ def test_an_analysis_is_resampled_by_prompt():
     assert selection.boundary_layer == 6
     assert selection.confidence is not None
     assert selection.confidence > 0.95
-    assert "200 resamples" in selection.reason
+    assert selection.agreement == "all 200 resamples of the 20 prompts give layer 6"
+    assert selection.reason.endswith(f"; {selection.agreement}, which covers the drawing of prompts only")
     assert select_layer(analysis(20), resamples=200) == selection
+
+
+def test_shares_of_resamples_are_counts_and_never_read_as_certainty():
+    selection = select_layer(analysis(20), resamples=200)
+    for share, counted in ((0.87, "174 of 200"), (0.0, "none of 200")):
+        other = replace(selection, confidence=share, boundary_layer=None)
+        assert other.agreement == f"{counted} resamples of the 20 prompts give no boundary layer"
+    shown = selection._repr_html_()
+    assert "%</td>" not in shown
+    assert "20 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in shown
+
+
+@pytest.mark.parametrize(("prompts", "told"), [(1, "1 prompt only: "), (39, "39 prompts only: "), (40, None)])
+def test_any_number_under_40_prompts_is_said_to_be_few(prompts, told):
+    assert (few_prompts(prompts) or "").startswith(told or "")
+    assert (few_prompts(prompts) is None) == (told is None)
 
 
 def test_one_prompt_gives_an_answer_without_confidence():

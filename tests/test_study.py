@@ -253,8 +253,8 @@ def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_p
 
 
 def test_other_settings_are_not_taken_for_finished(done, root):
-    with pytest.raises(UserError, match=r"none of the 2 .*already holds an analysis with other settings \(lens policy"):
-        study("testbed", output=root, lens="logit-lens", **QUICK)
+    with pytest.raises(UserError, match=r"none of the 2 .*already holds an analysis with other settings \(seed 0 -> 1"):
+        study("testbed", output=root, **{**QUICK, "seed": 1})
     assert Analysis.load(root / "testbed--qwen3").lens == "policy"
 
 

@@ -123,7 +123,8 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     manifest = json.loads((tmp_path / "analyses" / "testbed--qwen3" / "analysis.json").read_text())
     found = Run.load(path)
     assert found.layer == manifest["boundary_layer"]
-    assert found.layer_reason == manifest["selection"]["reason"]
+    assert found.layer_reason.startswith(manifest["selection"]["reason"])
+    assert "; 4 prompts only: " in found.layer_reason
     assert found.config["trainer"]["epsilon_high"] == 0.28
     assert (tmp_path / "figures" / path.name / "fig4_training.png").is_file()
 

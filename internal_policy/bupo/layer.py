@@ -10,6 +10,7 @@ from internal_policy.bupo.forward import check_layer
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
+from internal_policy.printing import few_prompts
 from internal_policy.results import Analysis
 from internal_policy.shell import is_number
 
@@ -85,4 +86,6 @@ def choose_layer(layer: Any) -> LayerChoice:
             f"layer: the analysis of {layer.name} finds no boundary layer ({selection.reason.rstrip('.')}); nearest "
             f"candidates: {near}; give one of them as a number"
         )
-    return LayerChoice(selection.boundary_layer, selection.reason, dict(layer.model))
+    few = few_prompts(layer.n_prompts)
+    reason = selection.reason if few is None else f"{selection.reason}; {few}"
+    return LayerChoice(selection.boundary_layer, reason, dict(layer.model))

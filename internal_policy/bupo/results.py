@@ -16,7 +16,7 @@ import pandas as pd
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
-from internal_policy.stored import EXACT, Kind, write_manifest
+from internal_policy.stored import EXACT, Kind
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -123,7 +123,7 @@ class Run:
             (DYNAMICS_LAYERS, self.dynamics_layers),
         ):
             write_table(self.path / name, table)
-        write_manifest(self.path, MANIFEST, self.manifest(), RUN.files)
+        RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
         """What ``run.json`` holds.

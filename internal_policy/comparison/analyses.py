@@ -27,6 +27,7 @@ from internal_policy.comparison.loading import stored_fields
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
+from internal_policy.lenses import one_lens
 from internal_policy.results import Analysis
 from internal_policy.stored import Kind, columns_of, to_cells
 
@@ -193,7 +194,8 @@ def compare(
     Args:
         analyses: analyses, directories of analyses (one that holds several stands for all, in the order of their steps
             or else of their names), or lists of them. Where all names but one tell a step, that one is the start of
-            the training and comes first, unless steps are given.
+            the training and comes first, unless steps are given. The same responses of the same weights under another
+            lens are set aside: of them only the boundary layers are shown.
         baseline: what the others are compared with: a label, or a place from 0 in the order of the comparison.
         labels: what to call each; as much of each name as tells them apart where not given.
         steps: which step of a training each is of; read from names such as checkpoint-40 where not given. Without
@@ -207,6 +209,13 @@ def compare(
         UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
     """
     found = gather(analyses)
+    found, aside = one_lens(found)
+    if len(found) < 2 and aside:
+        answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
+        raise UserError(
+            f"got {found[0].name} under two lenses, with the boundary layers {answers}, and nothing to compare it "
+            "with; needed is an analysis of another checkpoint or model"
+        )
     if len(found) < 2:
         raise UserError(f"got {len(found)} analysis to compare; needed are at least two")
     found, names, numbers, steps_from = arrange(found, labels, steps)
@@ -221,6 +230,7 @@ def compare(
     else:
         trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from"])
     notes = [*telling.doubles(items), *([no_trend] if no_trend else []), *telling.incomparable(items, origin, pairs)]
+    notes += telling.few_prompts(items)
     return AnalysisComparison(
         labels=tuple(names),
         baseline=origin.label,
@@ -235,7 +245,7 @@ def compare(
         layers=tables.layer_rows(items),
         differences=tables.difference_rows(items, origin),
         depths=tables.depth_rows(items, origin),
-        boundaries=tables.boundary_rows(items, origin),
+        boundaries=tables.boundary_rows(items, origin, aside),
         stages=tables.stage_rows(items, origin),
         trends=trends,
         convergence=convergence_table(measured, labels=names),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from internal_policy import printing
 from internal_policy.comparison.items import Item
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, without_step
 from internal_policy.results import Analysis
@@ -104,6 +105,26 @@ def incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) 
                 "vocabulary has more entropy; entropy_share is in units of ln V"
             )
     return notes
+
+
+def few_prompts(items: Sequence[Item]) -> list[str]:
+    """Say which analyses have too few prompts for their intervals.
+
+    Args:
+        items: the analyses.
+
+    Returns:
+        A sentence for each number of prompts that is too small.
+    """
+    labels: dict[int, list[str]] = {}
+    for item in items:
+        labels.setdefault(item.analysis.n_prompts, []).append(item.label)
+    found = ((who, printing.few_prompts(n)) for n, who in sorted(labels.items()))
+    return [
+        f"{'all analyses' if len(who) == len(items) else ', '.join(who)} {'has' if len(who) == 1 else 'have'} {few}"
+        for who, few in found
+        if few
+    ]
 
 
 def _sampled_positions(item: Item) -> str:

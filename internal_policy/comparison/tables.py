@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 
 from internal_policy.comparison.items import DEPTHS, QUANTITIES, Item, combine, grouped, paired
+from internal_policy.lenses import other_lens
+from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
 from internal_policy.statistics import SITES, Floats, clustered_mean
 
@@ -142,23 +144,27 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def boundary_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
+def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysis] = ()) -> pd.DataFrame:
     """Where each analysis' boundary layer and stages lie, and how far from the baseline's.
 
     Args:
         items: the analyses.
         baseline: one of them.
+        aside: analyses of the same responses under another lens; such as lie beside the others are found by themselves.
 
     Returns:
         A row per analysis: analysis (its number, from 1), label, step, n_layers, boundary_layer, relative_depth,
         confidence, runner_up, last_exploration, first_integration and first_convergence layer, the number of layers of
-        each stage, move (in layers; empty where the numbers of layers differ) and depth_move (in relative depth).
+        each stage, move (in layers; empty where the numbers of layers differ) and depth_move (in relative depth);
+        other_lens: under which other lens the same responses were analysed, if they were, and its
+        other_lens_boundary_layer, empty where it has none.
     """
     rows, origin = [], baseline.analysis
     for number, item in enumerate(items, start=1):
         a, stages = item.analysis, item.analysis.stages
         layers = {s: [layer for layer, stage in enumerate(stages, start=1) if stage == s] for s in STAGES}
         mine, theirs = a.boundary_layer, origin.boundary_layer
+        other = other_lens(a, aside)
         move, depth_move = None, np.nan
         if mine is not None and theirs is not None:
             depth_move = mine / a.n_layers - theirs / origin.n_layers
@@ -179,9 +185,12 @@ def boundary_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
                 **{f"n_{stage}": len(layers[stage]) for stage in STAGES},
                 "move": move,
                 "depth_move": depth_move,
+                "other_lens": np.nan if other is None else other.lens,
+                "other_lens_boundary_layer": None if other is None else other.boundary_layer,
             }
         )
-    whole = ("boundary_layer", "runner_up", "last_exploration", "first_integration", "first_convergence", "move")
+    ends = ("last_exploration", "first_integration", "first_convergence")
+    whole = ("boundary_layer", "runner_up", *ends, "move", "other_lens_boundary_layer")
     return pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
 
 

@@ -50,6 +50,8 @@ def summary_table(comparison: AnalysisComparison) -> Table:
     caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
     if not all(comparison.paired.values()):
         caption += "\n≠ other responses than the baseline"
+    if lens := other_lens_of(comparison.boundaries):
+        caption += f"\nboundary in brackets: of the same responses under the lens {lens}"
     stepped = comparison.steps_from != "order"
     shown = table(
         f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
@@ -66,7 +68,7 @@ def summary_table(comparison: AnalysisComparison) -> Table:
             escape(label) + mark,
             *((f"{place['step']:g}",) if stepped else ()),
             str(place["n_layers"]),
-            _layer(place["boundary_layer"]),
+            _layer(place["boundary_layer"]) + (f" ({under_other_lens(place)})" if lens else ""),
             "" if label == comparison.baseline else _move(place),
             f"{measures['total_drop']:.2f}",
             number(measures["half_drop_depth"], ".2f"),
@@ -149,6 +151,32 @@ def _setting(value: Any) -> str:
 
 def _layer(value: Any) -> str:
     return "none" if pd.isna(value) else str(value)
+
+
+def other_lens_of(boundaries: pd.DataFrame) -> str | None:
+    """Name the other lens under which the same responses were analysed.
+
+    Args:
+        boundaries: of a comparison.
+
+    Returns:
+        The lens; None where none of the analyses was.
+    """
+    # Comparisons that are stored from before it was looked for lack the column.
+    named = [lens for lens in boundaries.get("other_lens", ()) if not pd.isna(lens)]
+    return str(named[0]) if named else None
+
+
+def under_other_lens(row: dict[Hashable, Any]) -> str:
+    """Write the boundary layer under the other lens.
+
+    Args:
+        row: of the boundaries of a comparison.
+
+    Returns:
+        The layer or ``none``; a stroke where it was not measured.
+    """
+    return "-" if pd.isna(row.get("other_lens")) else _layer(row["other_lens_boundary_layer"])
 
 
 def _move(row: dict[Hashable, Any]) -> str:

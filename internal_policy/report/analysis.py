@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy import terminal
+from internal_policy import lenses, terminal
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.errors import UserError
+from internal_policy.printing import few_prompts, of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
 from internal_policy.report.numbers import counted, interval, number, spans
@@ -15,7 +16,7 @@ from internal_policy.report.page import clean, render
 from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.results import Analysis
-from internal_policy.selection import STAGES
+from internal_policy.selection import COVERS, STAGES
 
 STAGE_MARKS = {"exploration": "▲", "integration": "■", "convergence": "▼"}
 
@@ -74,7 +75,8 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "summary": summary(analysis, convergence),
         "target": target(analysis),
         "remarks": terminal.remarks(analysis),
-        "few": terminal.few_prompts(analysis),
+        "other_lens": lenses.sentence(analysis),
+        "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else terminal.positions_line(analysis.positions),
         "stages": stages(analysis),
         "strip": [
@@ -107,8 +109,11 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     if chosen.boundary_layer is None:
         found = f"it has no target layer, for {_why(chosen.reason)}"
     else:
-        sure = "" if chosen.confidence is None else f" ({chosen.confidence:.1%} of the resamples agree)"
-        found = f"its target layer is {chosen.boundary_layer}{sure}"
+        found = f"its target layer is {chosen.boundary_layer}"
+    if chosen.agreement is not None:
+        found += f" ({chosen.agreement}, {COVERS})"
+    if other := lenses.sentence(analysis):
+        found += f"; {other}"
     falls = {
         "progressive": "progressively",
         "abrupt": "abruptly",
@@ -128,7 +133,7 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
 def _why(reason: str) -> str:
     """A reason without how many resamples share it; what comes before that may hold semicolons too."""
     told, _, last = reason.rpartition("; ")
-    return told if told and last.endswith("agree on that") else reason
+    return told if told and "resamples" in last else reason
 
 
 def target(analysis: Analysis) -> dict[str, Any]:
@@ -144,11 +149,12 @@ def target(analysis: Analysis) -> dict[str, Any]:
     runner_up = None
     if chosen.runner_up is not None:
         runner_up = f"layer {chosen.runner_up} ({number(chosen.runner_up_share, '.1%')} of the resamples)"
+    agreed = chosen.agreement
     return {
         "layer": "none" if chosen.boundary_layer is None else str(chosen.boundary_layer),
-        "confidence": "not known" if chosen.confidence is None else f"{chosen.confidence:.1%} of the resamples agree",
+        "confidence": "not known" if agreed is None else f"{agreed[0].upper()}{agreed[1:]}, {COVERS}",
         "runner_up": runner_up or "none in any resample" if chosen.confidence is not None else "not known",
-        "reason": chosen.reason,
+        "reason": _why(chosen.reason),
         "candidates": ", ".join(map(str, chosen.candidates)),
     }
 
@@ -179,7 +185,7 @@ def convergence_rows(convergence: Convergence) -> list[dict[str, str]]:
     Returns:
         Measure, value, interval.
     """
-    sure = number(convergence.reading_share, ".1%")
+    sure = of_resamples(convergence.reading_share)
     found = [
         ("highest entropy at", f"layer {convergence.peak_layer}", ""),
         ("total drop", f"{number(convergence.total_drop)} nats", interval(*convergence.total_drop_interval)),
@@ -193,7 +199,7 @@ def convergence_rows(convergence: Convergence) -> list[dict[str, str]]:
             number(convergence.last_three_share, ".1%"),
             interval(*convergence.last_three_interval, ".1%"),
         ),
-        ("reading", convergence.reading, f"{sure} of the resamples" if convergence.reading_share >= 0 else ""),
+        ("reading", convergence.reading, f"{sure} of the resamples of the prompts" if sure != "-" else ""),
     ]
     return [dict(zip(("measure", "value", "interval"), row, strict=True)) for row in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def flow_chart(analysis: Analysis) -> Chart:
     chart.stages(analysis.stages)
     for name, site, column, colour, dash, symbol, shown in _SITES:
         _curve(chart, analysis, name, site, column, colour=colour, dash=dash, symbol=symbol, shown=shown)
+    _baseline(chart, analysis, "layer output", "layer", "entropy_out")
     after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
     beyond = analysis.n_layers + after / 2 + 0.25
     point(chart, "policy π_θ", beyond, analysis.policy_entropy, colour="$policy", title="final policy")
@@ -76,6 +78,8 @@ def change_chart(analysis: Analysis) -> Chart:
     chart.level(0.0, dash="solid")
     for name, site, colour, dash, symbol in _CHANGES:
         _curve(chart, analysis, name, site, "change", colour=colour, dash=dash, symbol=symbol, form="+.3f")
+    for name, site, *_ in reversed(_CHANGES):
+        _baseline(chart, analysis, name, site, "change", shown=site == "ffn", form="+.3f")
     chart.layers(analysis.n_layers)
     _mark_target(chart, analysis)
     return chart
@@ -110,6 +114,13 @@ def fall_chart(convergence: Convergence) -> Chart:
 def _curve(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **look: Any) -> None:
     rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
     chart.curve(name, rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), **look)
+
+
+def _baseline(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **look: Any) -> None:
+    """The same through random weights, in grey, where that was measured."""
+    if analysis.baseline is not None:
+        random = replace(analysis, layers=analysis.baseline)
+        _curve(chart, random, f"random weights, {name}", site, column, colour="$muted", symbol="x", **look)
 
 
 def _mark_target(chart: Chart, analysis: Analysis) -> None:

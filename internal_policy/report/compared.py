@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, steps_known
+from internal_policy.comparison.terminal import other_lens_of, under_other_lens
+from internal_policy.printing import of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.charts import DASHES, SERIES, Chart
 from internal_policy.report.numbers import interval, number
@@ -57,6 +59,7 @@ def page(comparison: AnalysisComparison) -> str:
         cut=cut + "have all." if len(drawn) < n else None,
         bands=len(drawn) <= MOST_BANDS,
         boundaries=_boundaries(comparison),
+        other_lens=other_lens_of(comparison.boundaries),
         convergence=_convergence(comparison),
         largest=_largest(comparison),
         stepped=comparison.steps_from != "order",
@@ -228,7 +231,8 @@ def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
                 "step": f"{row['step']:g}",
                 "n_layers": row["n_layers"],
                 "target": "none" if pd.isna(target) else str(int(target)),
-                "confidence": number(row["confidence"], ".1%"),
+                "other_lens": under_other_lens(row),
+                "resamples": of_resamples(row["confidence"]),
                 "runner_up": "none" if pd.isna(row["runner_up"]) else str(int(row["runner_up"])),
                 "stages": "/".join(str(row[f"n_{s}"]) for s in ("exploration", "integration", "convergence")),
                 "move": "baseline" if label == comparison.baseline else moved,
@@ -245,7 +249,7 @@ def _convergence(comparison: AnalysisComparison) -> list[dict[str, Any]]:
             {"value": number(row[name], form), "interval": interval(row[f"{name}_low"], row[f"{name}_high"], form)}
             for name, form in (("total_drop", ".3f"), ("half_drop_depth", ".3f"), ("last_three_share", ".1%"))
         ]
-        sure = number(row["reading_share"], ".1%")
+        sure = of_resamples(row["reading_share"])
         rows.append({"label": clean(row["label"]), "cells": cells, "reading": row["reading"], "sure": sure})
     return rows
 
