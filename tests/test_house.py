@@ -19,6 +19,7 @@ PACKAGE = ROOT / "internal_policy"
 LAYERS = [
     {"errors", "shell", "output", "citation"},
     {"files", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
+    {"training_record"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.

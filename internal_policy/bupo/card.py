@@ -181,8 +181,8 @@ def _evaluation(run: Run) -> str:
     start, trained = run.evaluation_start, run.evaluation
     if start is None or trained is None:
         return (
-            "## Evaluation\n\nThe training evaluated neither its start nor its result; evaluations that were made apart "
-            "from it are not known here."
+            "## Evaluation\n\nThe training evaluated neither its start nor its result; evaluations that were made "
+            "apart from it are not known here."
         )
     from internal_policy.evaluation import compare
 
