@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def shown(summary: pd.DataFrame) -> str:
     return table.drop(columns=[*empty, *alone]).to_string(index=False)
 
 
-def _method(row: Mapping[str, Any]) -> str:
+def _method(row: Mapping[Hashable, Any]) -> str:
     if row["method"] != "bupo":
         return str(row["method"]).upper()
     steps = f"{row['ipa_steps']} step{'s' if row['ipa_steps'] != 1 else ''}"
@@ -78,11 +78,11 @@ def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
     """
     by_method = {run.method: run for run in runs}
     grpo, bupo = by_method["grpo"], by_method["bupo"]
-    start, ends = grpo.evaluation_start, (grpo.evaluation, bupo.evaluation)
+    start = grpo.evaluation_start
     assert start is not None
-    assert ends[0] is not None
-    assert ends[1] is not None
-    before, plain, aligned = (100 * found.avg["mean"] for found in (start, *ends))
+    assert grpo.evaluation is not None
+    assert bupo.evaluation is not None
+    before, plain, aligned = (100 * found.avg["mean"] for found in (start, grpo.evaluation, bupo.evaluation))
     told = [_analysed(analyses)] if analyses else []
     told.append(
         f"{grpo.name} was then trained for {len(grpo.history)} steps in two ways: with GRPO, and with BuPO, which "
