@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import demo_summary
 import numpy as np
 import pandas as pd
 import torch
@@ -29,6 +30,7 @@ from internal_policy.errors import UserError
 from internal_policy.evaluation import Evaluation, compare, evaluate
 from internal_policy.shell import quiet_libraries
 from internal_policy.style import save_figure
+from internal_policy.terminal import list_files
 from internal_policy.training_figures import policy_entropy_curves, training_curves
 
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}
@@ -95,7 +97,9 @@ def jobs() -> list[Job]:
     return sorted(found, key=lambda job: (job.seed > 0, job.part != "main"))
 
 
-def run_job(job: Job, root: Path, setting: dict[str, Any], problems: int) -> tuple[bupo.Run, Evaluation]:
+def run_job(
+    job: Job, root: Path, setting: dict[str, Any], problems: int, start: Evaluation
+) -> tuple[bupo.Run, Evaluation]:
     """Train and evaluate; what is there already is read.
 
     Args:
@@ -103,9 +107,10 @@ def run_job(job: Job, root: Path, setting: dict[str, Any], problems: int) -> tup
         root: where runs are kept.
         setting: options of `bupo.train`.
         problems: held-out problems.
+        start: the frozen start on these.
 
     Returns:
-        The run, and the evaluation of its model.
+        The run, which has both evaluations, and that of its model.
     """
     watched = job.part == "main" and job.seed == 0 and job.method == "bupo"
     first: dict[str, Any] = (
@@ -125,7 +130,8 @@ def run_job(job: Job, root: Path, setting: dict[str, Any], problems: int) -> tup
         **first,
         **setting,
     )
-    return run, measured(run.model_dir, root / job.name / "held-out", problems)
+    end = measured(run.model_dir, root / job.name / "held-out", problems)
+    return run.with_evaluations(start, end), end
 
 
 def measured(model: Path | str, output: Path, problems: int) -> Evaluation:
@@ -253,6 +259,7 @@ def main() -> None:
             Job("main", "testbed/qwen3", "bupo", BOUNDARY["testbed/qwen3"], 1),
         ]
         root, data, figures = (Path("build/bupo_short") / name for name in ("runs", "data", "figures"))
+        print(f"training testbed/qwen3 for {setting['max_steps']} steps with GRPO, then with BuPO: a minute or two")
     order = {job.name: place for place, job in enumerate(todo)}
     # What is there already is read first, so that the tables never lose a run that has been made.
     todo.sort(key=lambda job: not (root / job.name / "run.json").is_file())
@@ -264,7 +271,7 @@ def main() -> None:
         if job.model not in starts:
             starts[job.model] = measured(job.model, root / "start", problems)
         try:
-            run, end = run_job(job, root, setting, problems)
+            run, end = run_job(job, root, setting, problems, starts[job.model])
         except UserError as error:
             raise SystemExit(f"{job.name}: {error}") from error
         rows.append({"run": job.name, **row_of(job, run, starts[job.model], end)})
@@ -282,9 +289,10 @@ def main() -> None:
             write_table(data / "runs.csv", table)
             write_table(data / "summary.csv", summary(table))
             write_table(data / "histories.csv", pd.concat(histories, ignore_index=True).round(5))
-    for path in draw(done, figures):
-        print(path)
-    print(summary(pd.DataFrame(rows)).to_string(index=False))
+    list_files("figures", draw(done, figures))
+    print(f"\n{demo_summary.shown(summary(pd.DataFrame(rows)))}")
+    if asked.short and not asked.only:
+        print(demo_summary.end(list(BOUNDARY), [run for _, run in done]))
 
 
 if __name__ == "__main__":

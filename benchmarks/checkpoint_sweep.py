@@ -34,7 +34,6 @@ TRAINING: dict[str, Any] = {
     "max_steps": 30,
     "prompts_per_step": 8,
     "save_steps": 3,
-    "save_total_limit": 20,
     "eval_problems": 64,
 }
 SHORT: dict[str, Any] = {
@@ -44,7 +43,6 @@ SHORT: dict[str, Any] = {
     "num_generations": 4,
     "mini_batches": 1,
     "save_steps": 1,
-    "save_total_limit": 20,
     "eval_problems": 8,
 }
 RESPONSES, SHORT_RESPONSES = 256, 16

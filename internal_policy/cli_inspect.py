@@ -9,7 +9,7 @@ import typer
 
 from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
-from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
+from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings, slug
 from internal_policy.output import document
 
 if TYPE_CHECKING:
@@ -88,21 +88,16 @@ def inspect(
     from internal_policy.terminal import list_files
     from internal_policy.workspace import Workspace
 
-    name = figure_name([(config.slug, lens)])
+    name = f"{figure_name([(config.slug, lens)])}--{slug(prompt)}"
     root = DATA if output is None else output.expanduser()
-    directory = root / name
-    figures = (FIGURES if output is None else root / "figures") / name
-    Workspace(
-        directory,
-        manifest=results.MANIFEST,
-        result_files=results.RESULT_FILES,
-        what="inspection",
-    ).check()
+    Workspace(root / name, manifest=results.MANIFEST, result_files=results.RESULT_FILES, what="inspection").check()
     look = looking.inspect(
         model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
     )
     # Nothing is written where what was asked for is not there.
     look.positions(tokens, last)
+    name = look.place(root, name)
+    directory, figures = root / name, (FIGURES if output is None else root / "figures") / name
     with writing(directory):
         look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.

@@ -34,6 +34,7 @@ from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.selection import select_layer
+from internal_policy.training_record import training_record
 from internal_policy.workspace import Arrays, Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
@@ -319,6 +320,7 @@ def _assemble(
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "device": "ndif" if config.remote else model.placement,
+            **({"training": record} if (record := training_record(config.model)) else {}),
         },
         config=settings,
         layers=layers,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ["w2 w3 w4", "w5 w6", "w7 w8 w9 w10", "w11"]
@@ -31,7 +33,8 @@ def as_bupo(run, root):
 
 
 def save_run(root):
-    """A run whose names sort as 10, 100, 5 in a shell."""
+    """A run whose names sort as 10, 100, 5 in a shell, with five updates a step."""
     for seed, step in enumerate(STEPS):
-        save(root / f"checkpoint-{step}", seed)
+        state = {"global_step": step, "stateful_callbacks": {"StepRecord": {"args": {"updates_per_step": 5}}}}
+        (save(root / f"checkpoint-{step}", seed) / "trainer_state.json").write_text(json.dumps(state))
     return root

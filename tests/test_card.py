@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from finished import make
 from huggingface_hub import ModelCard
+from rated import rated
 
 from internal_policy import UserError
 from internal_policy.bupo import Run
@@ -72,8 +73,20 @@ def test_nothing_is_said_that_was_not_measured(tmp_path):
     card = ModelCard.load(write_card(run))
     assert card.data.base_model is None
     assert card.data.license == "mit"
-    assert "Start and result were not evaluated." in card.text
+    assert "The training evaluated neither its start nor its result; evaluations that were made apart" in card.text
     assert "No steps were recorded." in card.text
+
+
+def test_an_evaluation_that_was_made_apart_is_on_the_card_and_stays_with_the_run(tmp_path):
+    run = replace(make(tmp_path / "run"), evaluation_paths={})
+    start, trained = (rated(correct, benchmark="held-out") for correct in ([3, 9, 16, 1], [5, 9, 16, 2]))
+    evaluated = run.with_evaluations(start, trained)
+    text = (run.model_dir / "README.md").read_text()
+    assert "`held-out`: 4 problems" in text
+    assert "| difference | Avg@K | +4.69 |" in text
+    again = Run.load(run.path)
+    assert again.evaluation_paths == evaluated.evaluation_paths
+    assert again.evaluation.avg == trained.avg
 
 
 def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from shapes import abrupt, make, progressive, training
 
 from internal_policy import UserError, compare, style
 from internal_policy.comparison import figures, marks
-from internal_policy.comparison.figure_data import depth_data, difference_data, step_data
+from internal_policy.comparison.figure_data import depth_data, difference_data, row_names, step_data
 
 LONG = "an-organisation-with-a-long-name/" + "a-model-with-an-even-longer-name-" * 3 + "{}"
 NAMES = ("Qwen3-4B", "Llama-3.2-3B-Instruct", "DeepSeek-R1-Distill-Qwen-7B", "_hidden$name$", LONG.format("1"))
@@ -157,7 +157,7 @@ def test_heat_maps_show_the_numbers_and_diverge_from_zero():
         np.testing.assert_array_equal(drawn, rows["value"].to_numpy().reshape(5, 28))
         low, high = mesh.get_clim()
         assert (low == 0.0) if name == "entropy" else (low == -high)
-    assert [t.get_text() for t in maps[0].get_yticklabels()] == [f"step {k}" for k in (0, 10, 20, 30, 40)]
+    assert [t.get_text() for t in maps[0].get_yticklabels()] == [f"update {k}" for k in (0, 10, 20, 30, 40)]
     baseline = frame[(frame["map"] == "entropy_difference") & (frame["label"] == "checkpoint-0")]
     assert (baseline["value"] == 0).all()
     raw = frame[(frame["map"] == "ffn") & (frame["label"] == "checkpoint-40")]["value"].to_numpy()
@@ -257,7 +257,7 @@ def test_shades_are_for_steps_and_colours_for_models():
 
 def test_the_users_labels_name_the_rows_and_are_cut_at_the_front():
     found = compare(training(3, 6, prompts=2), labels=["x", "y", "z"])
-    assert marks.row_names(found) == ["x", "y", "z"]
+    assert row_names(found) == ["x", "y", "z"]
     assert marks.cut_front("short", 100.0, 7.0) == "short"
     assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).endswith("heckpoint-100")
     assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).startswith("…")

@@ -12,8 +12,12 @@ import pytest
 from shapes import make, progressive, training
 
 from internal_policy import UserError, compare
-from internal_policy.comparison.analyses import TABLES
+from internal_policy.comparison import figures
+from internal_policy.comparison.analyses import TABLES, AnalysisComparison
+from internal_policy.comparison.figure_data import shown_names
 from internal_policy.comparison.sources import gather, natural_key, training_steps, unique_labels
+from internal_policy.comparison.terminal import show_comparison
+from internal_policy.report import comparison_report
 
 
 @cache
@@ -152,22 +156,53 @@ def test_a_directory_stands_for_the_analyses_in_it_in_natural_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "steps", "source"),
+    ("names", "steps", "unit"),
     [
-        (["a/checkpoint-5", "a/step_40"], [5, 40], "name"),
-        (["m@step40", "m@global_step_50"], [40, 50], "name"),
-        (["testbed/qwen3", "x/checkpoint-20"], [0, 20], "name"),
-        (["x/checkpoint-20", "testbed/qwen3"], [20, 0], "name"),
-        (["x/checkpoint-20", "testbed/qwen3", "x/checkpoint-40"], [20, 0, 40], "name"),
-        (["x/checkpoint-0", "testbed/qwen3"], [0, 1], "order"),
-        (["x/checkpoint-20", "x/checkpoint-40", "a", "b"], [0, 1, 2, 3], "order"),
-        (["Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "x/footstep-3"], [0, 1, 2], "order"),
+        (["a/checkpoint-5", "a/step_40"], [5, 40], "update"),
+        (["m@step40", "m@global_step_50"], [40, 50], "step"),
+        (["testbed/qwen3", "x/checkpoint-20"], [0, 20], "update"),
+        (["x/checkpoint-20", "testbed/qwen3"], [20, 0], "update"),
+        (["x/checkpoint-20", "testbed/qwen3", "x/checkpoint-40"], [20, 0, 40], "update"),
+        (["x/checkpoint-0", "testbed/qwen3"], [0, 1], None),
+        (["x/checkpoint-20", "x/checkpoint-40", "a", "b"], [0, 1, 2, 3], None),
+        (["Qwen/Qwen3-4B", "Qwen/Qwen3-8B", "x/footstep-3"], [0, 1, 2], None),
     ],
 )
-def test_steps_are_read_from_the_names(names, steps, source):
+def test_steps_are_read_from_the_names(names, steps, unit):
     analyses = [named(name) for name in names]
-    assert training_steps(analyses) == (steps, source)
+    assert training_steps(analyses) == (steps, "name" if unit else "order", unit or "step")
     assert training_steps(analyses, [7] * len(names))[1] == "given"
+
+
+def recorded(name, updates, per_step):
+    record = {"updates": updates, "updates_per_step": per_step}
+    return replace(named(name), model={**_small().model, "training": record})
+
+
+def test_checkpoints_that_say_how_many_updates_a_step_has_are_at_steps():
+    run = [recorded(f"x/checkpoint-{n}", n, 4) for n in (20, 40)]
+    assert training_steps(run) == ([5, 10], "name", "step")
+    assert training_steps([named("testbed/qwen3"), *run]) == ([0, 5, 10], "name", "step")
+    # What cannot be had in steps for all stays in updates for all; a record of another place is not this name's.
+    assert training_steps([*run, named("x/checkpoint-60")]) == ([20, 40, 60], "name", "update")
+    assert training_steps([*run, recorded("x/checkpoint-60", 61, 4)]) == ([20, 40, 60], "name", "update")
+
+
+def test_a_comparison_says_what_its_steps_count(tmp_path, capsys):
+    records = [{"updates": 10 * k, "updates_per_step": 2} for k in range(3)]
+    ours = [replace(a, model={**a.model, "training": r}) for a, r in zip(training(3, 5), records, strict=True)]
+    by_step, by_update = compare(ours), compare(training(3, 5))
+    for comparison, unit, last in ((by_step, "step", 10.0), (by_update, "update", 20.0)):
+        assert (comparison.unit, comparison.steps[-1]) == (unit, last)
+        assert (comparison.trends["unit"] == unit).all()
+        assert any("count the trainer's updates" in note for note in comparison.notes) == (unit == "update")
+        assert AnalysisComparison.load(comparison.save(tmp_path / unit)).unit == unit
+        assert list(shown_names(comparison).values())[-1] == f"{unit} {last:g}"
+        show_comparison(comparison)
+        assert f"per 100 {unit}s" in " ".join(capsys.readouterr().out.split())
+    assert figures.layer_lines(by_update).axes[0].get_xlabel() == "Update"
+    assert ">Update</th>" in comparison_report(by_update)
+    np.testing.assert_allclose(by_step.trends["slope"], 2 * by_update.trends["slope"], rtol=1e-9, atol=1e-15)
 
 
 def test_labels_are_as_short_as_tells_them_apart():

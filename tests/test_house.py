@@ -31,6 +31,7 @@ LAYERS = [
         "testbed",
         "statistics",
     },
+    {"training_record"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.

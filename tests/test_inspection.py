@@ -19,6 +19,7 @@ from internal_policy.entropy import definition
 from internal_policy.generation import Request, sample
 from internal_policy.inspection import figure
 from internal_policy.inspection.policies import look
+from internal_policy.inspection.settings import slug
 from internal_policy.inspection.text import texts_of, visible
 from internal_policy.models import Projection
 from internal_policy.models.families import FAMILIES
@@ -295,14 +296,14 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
     asked = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
     run(*asked, monkeypatch=monkeypatch, cwd=tmp_path)
     printed = capsys.readouterr().out
-    it = Inspection.load(tmp_path / "data" / "inspections" / "some--model")
+    it = Inspection.load(tmp_path / "data" / "inspections" / "some--model--w3-w4-w5")
     assert it.tokens["token"].tolist() == ["w3", "w4", "w5", "w6", "w7"]
     assert "FFN policies" in printed
     for row in table(it, "ffn", 2).tail(2).itertuples():
         assert row.top1_token in printed
         assert f"{row.entropy:.2f}" in printed
-    assert "data/inspections/some--model/ (values.parquet, tokens.csv, inspection.json)" in printed
-    figures = tmp_path / "figures" / "some--model"
+    assert "data/inspections/some--model--w3-w4-w5/ (values.parquet, tokens.csv, inspection.json)" in printed
+    figures = tmp_path / "figures" / "some--model--w3-w4-w5"
     names = [f"inspect_{site}.{kind}" for site in ("attn", "ffn", "layer") for kind in ("pdf", "png")]
     assert sorted(p.name for p in figures.iterdir()) == names
     drawn = []
@@ -315,7 +316,39 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
     run("figures", "data/inspections", "-o", "again", monkeypatch=monkeypatch, cwd=tmp_path)
     ((again, where),) = drawn
     pd.testing.assert_frame_equal(again.values, it.values)
-    assert where.as_posix() == "again/some--model"
+    assert where.as_posix() == "again/some--model--w3-w4-w5"
+
+
+def test_looks_at_several_prompts_stay_side_by_side_and_the_same_look_is_replaced(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(figure, "save_all", lambda look, directory, **_: [directory / "inspect_layer.png"])
+    for prompt, answer in (("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7"), ("w3 w4", "w6"), ("w5 " * 30, "w6")):
+        asked = ("inspect", "--model", saved, "-p", prompt, "--response", answer)
+        run(*asked, "--quiet", monkeypatch=monkeypatch, cwd=tmp_path)
+    root = tmp_path / "data" / "inspections"
+    names = ["some--model--w3-w4", "some--model--w3-w4-2", "some--model--w3-w4-3"]
+    long = "some--model--" + "w5-" * 13 + "w"
+    assert sorted(path.name for path in root.iterdir()) == [*names, long]
+    told = [Inspection.load(root / name).config for name in names]
+    assert [(t["prompt"], t["response"]) for t in told] == [("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7")]
+    assert (slug("?! =;"), slug("é 中文_")) == ("prompt", "é-中文")
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ({"prompt": "w3 what w4", "response": "w6"}, ["its tokenizer does not know 'what' of the prompt and"]),
+        ({"prompt": "w3", "response": "w6 oh w7 oh"}, ["its tokenizer does not know 'oh' of the response and"]),
+        ({"prompt": "a b c d e f g h i j b"}, ["'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more of"]),
+        ({"prompt": [{"role": "user", "content": "w3 it"}]}, ["not know 'it' of the prompt"]),
+        ({"prompt": "w3 <eos> w4", "response": "w6 w7"}, []),
+    ],
+)
+def test_what_the_tokenizer_does_not_know_is_named(texts, told, caplog):
+    own = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **own)
+    inspect(tiny_model("llama", layers=1), tokenizer, max_new_tokens=None if "response" in texts else 0, **texts)
+    assert len(caplog.messages) == len(told)
+    assert all(part in message for part, message in zip(told, caplog.messages, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -335,11 +368,11 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
         (["-p", "w3 " * 64], "the model's context is 64"),
         (["-p", "w3", "--model", "nowhere/at-all"], "no such model on the hub, or no network"),
         (["-p", "w3", "--model", "testbed/mistral"], "no testbed model is called"),
-        (["-p", "w3", "-o", "taken"], "taken/some--model: is in use for something else (it holds mine.txt)"),
+        (["-p", "w3", "-o", "taken"], "taken/some--model--w3: is in use for something else (it holds mine.txt)"),
     ],
 )
 def test_bad_input_on_the_command_line(arguments, message, saved, tmp_path, monkeypatch, capsys):
-    taken = tmp_path / "taken" / "some--model"
+    taken = tmp_path / "taken" / "some--model--w3"
     taken.mkdir(parents=True)
     (taken / "mine.txt").write_text("mine")
     run("inspect", "--model", saved, *arguments, monkeypatch=monkeypatch, cwd=tmp_path, code=2)

@@ -26,6 +26,7 @@ from internal_policy.cli_compare import redrawing
 from internal_policy.cli_report import write_reports
 from internal_policy.cli_train import train
 from internal_policy.comparison import AnalysisComparison, measure_convergence
+from internal_policy.comparison.figure_data import shown_names
 from internal_policy.report import analysis_report, comparison_report, training_report, write_report
 from internal_policy.report import tokens as token_views
 from internal_policy.report.analysis import summary as analysis_summary
@@ -406,7 +407,8 @@ def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
     spec = page.data["charts"]["c5"]
     frame = stored.differences.query("site == 'attn' and quantity == 'change'")
     for label, rows in frame.groupby("label"):
-        np.testing.assert_allclose(line(spec, label)["y"], rows["difference"], atol=1e-6)
+        drawn = line(spec, shown_names(stored)[label])
+        np.testing.assert_allclose(drawn["y"], rows["difference"], atol=1e-6)
     (command,) = [text for text in re.findall(r"internal-policy compare [^\n]+", page.text) if "checkpoint-6" in text]
     assert command.strip() == redrawing(STORED / "sweep")
 

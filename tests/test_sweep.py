@@ -17,6 +17,7 @@ from internal_policy import (
     AnalyzeConfig,
     UserError,
     analyze,
+    compare,
     pipeline,
     sweep,
     sweeps,
@@ -134,6 +135,7 @@ def test_runs_of_the_same_name_are_refused(tmp_path):
 def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
     first, *others = straight
     assert steps_of(a.name for a in straight) == list(STEPS)
+    assert (compare(straight).steps, compare(straight).unit) == ((1.0, 2.0, 20.0), "step"), "named by updates"
     assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in straight)
     alone = analyze(str(run / "checkpoint-5"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(first.layers, alone.layers, check_exact=True)

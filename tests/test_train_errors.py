@@ -145,6 +145,17 @@ def test_what_is_fine_without_one(tmp_path, options, first):
     assert all(getattr(config, name) == value for name, value in options.items() if name != "use_vllm")
 
 
+def test_a_run_keeps_enough_checkpoints_for_a_trend(tmp_path):
+    for steps in (1, 2, 5, 9, 10, 11, 19, 60, 300):
+        plan, trainers = planning.split(MODEL, {"max_steps": steps}, {**SMALL, "max_steps": steps, "ipa_steps": 1})
+        config = planning.configure(plan, trainers, str(tmp_path), 1, "cpu")
+        every, rest = divmod(config.save_steps, config.updates_per_step)
+        assert rest == 0
+        kept = {*range(every, steps + 1, every), steps}
+        assert min(steps, 6) <= len(kept) <= 10, steps
+        assert config.save_total_limit is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

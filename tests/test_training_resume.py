@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from internal_policy import bupo
 from internal_policy.bupo.directory import last_checkpoint
 from internal_policy.errors import UserError
+from internal_policy.training_record import training_record
 
 STEPS, SWITCH, UPDATES = 4, 2, 2
 LAST = STEPS * UPDATES
@@ -153,18 +154,25 @@ def test_a_share_of_the_run_saves_after_whole_steps_only(place):
     """The rollouts of a step are in no checkpoint: from between two of its updates no run could go on."""
     # An eighth of the run is half a step.
     killed(place, "share", "on_step_end", 7, save_steps=0.125)
-    saved = {int(p.name.split("-")[1]) for p in (place / "share" / "checkpoints").glob("checkpoint-*")}
-    assert saved == {4, 6}
+    saved = {int(p.name.split("-")[1]): p for p in (place / "share" / "checkpoints").glob("checkpoint-*")}
+    assert saved.keys() == {2, 4, 6}
+    for update, checkpoint in saved.items():
+        assert training_record(checkpoint) == {"updates": update, "updates_per_step": UPDATES}
+        assert (checkpoint / "model.safetensors").is_file()
+        # Two thirds of a checkpoint, and of use only where a run may go on.
+        assert (checkpoint / "optimizer.pt").is_file() == (update > 2)
 
 
 def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
     for name, text in {
         **{"4": '{"global_step": 4}', "10": '{"global_step": 10}', "11": '{"global_step": 11}'},
-        **{"12": '{"global_st', "14": "", "16": None},
+        **{"12": '{"global_st', "14": "", "16": None, "18": '{"global_step": 18}'},
     }.items():
         (tmp_path / f"checkpoint-{name}").mkdir()
         if text is not None:
             (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(text)
+        if name != "18":
+            (tmp_path / f"checkpoint-{name}" / "rng_state.pth").touch()
     assert last_checkpoint(tmp_path, updates_per_step=2).name == "checkpoint-10"
     assert last_checkpoint(tmp_path / "none", updates_per_step=2) is None
 

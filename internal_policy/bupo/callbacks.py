@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from internal_policy.bupo.directory import drop_optimiser_states
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.history import FAILURES, history_of
 from internal_policy.bupo.results import (
@@ -111,8 +113,23 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         write_table(self._directory / DYNAMICS_LAYERS, layers)
 
 
+class StepRecord(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed here
+    """Writes into the trainer's state, and so into each checkpoint, how many updates a step has."""
+
+    def __init__(self, updates_per_step: int) -> None:
+        self._updates_per_step = updates_per_step
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this.
+
+        Returns:
+            The arguments from which transformers could make it again.
+        """
+        return {"args": {"updates_per_step": self._updates_per_step}, "attributes": {}}
+
+
 class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Writes the history while it grows, and moves the progress bar."""
+    """Writes the history while it grows, moves the progress bar, and keeps old checkpoints small."""
 
     def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None]) -> None:
         self._trainer = trainer
@@ -152,6 +169,11 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
                 self._trainer.log_metric(FAILURES + kind, number)
             self._failures = dict(total)
             self._advance(1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what no run goes on from."""
+        if state.is_world_process_zero:
+            drop_optimiser_states(Path(args.output_dir))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the table as it stands."""

@@ -180,7 +180,10 @@ def _data(run: Run) -> str:
 def _evaluation(run: Run) -> str:
     start, trained = run.evaluation_start, run.evaluation
     if start is None or trained is None:
-        return "## Evaluation\n\nStart and result were not evaluated."
+        return (
+            "## Evaluation\n\nThe training evaluated neither its start nor its result; evaluations that were made "
+            "apart from it are not known here."
+        )
     from internal_policy.evaluation import compare
 
     change = compare(trained, start)

@@ -21,9 +21,11 @@ from internal_policy.bupo.results import (
     Run,
 )
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
+from internal_policy.comparison.sources import natural_key
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
 from internal_policy.results import REPORT
+from internal_policy.training_record import STATE
 from internal_policy.workspace import differences, in_use
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "run_settings.json"
-_STATE = "trainer_state.json"
+_RANDOM_STATES = "rng_state*"
+_FOR_GOING_ON = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES)
+"""What of a checkpoint only the trainer needs; ``global_step*`` is DeepSpeed's."""
+_WHOLE = 2
+"""So many of the newest checkpoints keep all of it: the newest may be half-written when a run is killed."""
 
 
 class RunDirectory:
@@ -174,6 +180,20 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     return differences(*flat)
 
 
+def drop_optimiser_states(checkpoints: Path) -> None:
+    """Leave older checkpoints their weights, for a sweep, and the newest two all that a run needs to go on.
+
+    Args:
+        checkpoints: where the trainer puts them.
+    """
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: natural_key(path.name))
+    for path in (path for old in found[:-_WHOLE] for pattern in _FOR_GOING_ON for path in old.glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def last_checkpoint(directory: Path, updates_per_step: int = 1) -> Path | None:
     """Find the newest checkpoint from which a run can go on as if it had not stopped.
 
@@ -183,15 +203,16 @@ def last_checkpoint(directory: Path, updates_per_step: int = 1) -> Path | None:
 
     Returns:
         It, or None. The trainer's state is the last file of a checkpoint: without it the checkpoint is half-written.
-        One from between two updates of a step is passed over, for the rollouts of that step are not in it.
+        One from between two updates of a step is passed over, for the rollouts of that step are not in it, and so is
+        one that holds the weights only.
     """
     found = []
     for checkpoint in directory.glob("checkpoint-*"):
         try:
-            state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+            state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             update = int(state["global_step"])
         except (OSError, ValueError, KeyError):
             continue
-        if update % updates_per_step == 0:
+        if update % updates_per_step == 0 and any(checkpoint.glob(_RANDOM_STATES)):
             found.append((update, checkpoint))
     return max(found)[1] if found else None

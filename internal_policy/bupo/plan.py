@@ -40,6 +40,7 @@ _SETTLED = {
 """Options of transformers that `train` settles, and why."""
 _LARGEST_BATCH = {"cpu": 64, "cuda": 4}
 _CHECKPOINTS_IN_A_RUN = 10
+"""At most, and at least five and the last where the run has more steps than this: enough to see a trend."""
 _AT_LEAST = {
     "num_generations": 2,
     **dict.fromkeys(("max_completion_length", "num_iterations", "per_device_train_batch_size", *_TRLS_BATCH), 1),
@@ -233,11 +234,10 @@ def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes
         settled.update(_batch(plan, settled, processes, device))
     counted = {name: settled.pop(name) for name in STEP_OPTIONS if name in settled}
     counted["max_steps"] = plan.max_steps
-    counted.setdefault("save_steps", max(1, plan.max_steps // _CHECKPOINTS_IN_A_RUN))
+    counted.setdefault("save_steps", math.ceil(plan.max_steps / _CHECKPOINTS_IN_A_RUN))
     counted["logging_steps"] = 1
     # In TRL a mixture of experts has a load-balancing loss of its own; eq. 10 has none, in either phase.
     settled.setdefault("router_aux_loss_coef", 0.0)
-    settled.setdefault("save_total_limit", 2)
     settled.setdefault("report_to", "none")
     settled.setdefault("gradient_checkpointing", device == "cuda")
     settled.setdefault("use_cpu", device == "cpu")

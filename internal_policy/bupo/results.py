@@ -6,7 +6,7 @@ A directory holds one run. ``run.json`` is written last: a directory without it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,26 @@ class Run:
         from internal_policy.evaluation import Evaluation
 
         return Evaluation.load(self.path / self.evaluation_paths[which]) if which in self.evaluation_paths else None
+
+    def with_evaluations(self, start: Evaluation, trained: Evaluation) -> Run:
+        """Add evaluations that were made apart from the training, so that the run's report and model card have them.
+
+        Args:
+            start: of the model as it was given.
+            trained: of the trained model, on the same problems.
+
+        Returns:
+            The run, whose directory holds copies of both.
+        """
+        from internal_policy.bupo.card import write_card
+
+        paths = {"start": f"{EVALUATIONS}/start", "trained": f"{EVALUATIONS}/trained"}
+        for which, evaluation in (("start", start), ("trained", trained)):
+            evaluation.save(self.path / paths[which])
+        run = replace(self, evaluation_paths=paths)
+        run.save()
+        write_card(run)
+        return run
 
     @property
     def label(self) -> str:

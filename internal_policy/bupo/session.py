@@ -17,7 +17,7 @@ import pandas as pd
 
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo import rollouts
-from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch
+from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch, StepRecord
 from internal_policy.bupo.card import write_card
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
@@ -257,6 +257,7 @@ class Session:
             watch = DynamicsWatch(trainer, dynamics, rollouts.cadence(self.plan, config), self.directory)
             trainer.add_callback(watch)
         advance = stack.enter_context(progress(f"training {self.name}", self.plan.max_steps))
+        trainer.add_callback(StepRecord(config.updates_per_step))
         chronicle = Chronicle(trainer, self.directory, advance)
         trainer.add_callback(chronicle)
         return chronicle, watch

@@ -24,7 +24,14 @@ from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
 from internal_policy.comparison.items import Item, paired
 from internal_policy.comparison.loading import stored_fields
-from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
+from internal_policy.comparison.sources import (
+    StepsFrom,
+    Unit,
+    architecture_differences,
+    arrange,
+    baseline_index,
+    gather,
+)
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.lenses import one_lens
@@ -52,6 +59,9 @@ class AnalysisComparison:
     """Which step of a training each is of; the places from 0 where no steps are known."""
     steps_from: StepsFrom
     """Where the steps come from: given, name (checkpoint-40, step_40), or order: none are known."""
+    unit: Unit
+    """What the steps count: ``step``, a batch of rollouts, or ``update`` where the checkpoints do not tell how many of
+    the trainer's updates make a step."""
     paired: dict[str, bool]
     """Whether each analysis is of the same sequences as the baseline."""
     differing: dict[str, dict[str, tuple[Any, Any]]]
@@ -112,6 +122,7 @@ class AnalysisComparison:
             "baseline": self.baseline,
             "lens": self.lens,
             "steps_from": self.steps_from,
+            "unit": self.unit,
             "one_architecture": self.one_architecture,
             "labels_given": self.labels_given,
             "seed": self.seed,
@@ -198,8 +209,9 @@ def compare(
             lens are set aside: of them only the boundary layers are shown.
         baseline: what the others are compared with: a label, or a place from 0 in the order of the comparison.
         labels: what to call each; as much of each name as tells them apart where not given.
-        steps: which step of a training each is of; read from names such as checkpoint-40 where not given. Without
-            steps, or with models of several architectures, there are no trends.
+        steps: which step of a training each is of; read from names such as checkpoint-40 where not given, which are
+            converted where the checkpoints tell how many updates a step has. Without steps, or with models of several
+            architectures, there are no trends.
         seed: of the bootstrap behind the intervals of the convergence measures.
 
     Returns:
@@ -218,7 +230,7 @@ def compare(
         )
     if len(found) < 2:
         raise UserError(f"got {len(found)} analysis to compare; needed are at least two")
-    found, names, numbers, steps_from = arrange(found, labels, steps)
+    found, names, numbers, steps_from, unit = arrange(found, labels, steps)
     _require_one_lens(found, names)
     items = [Item(name, step, a) for name, step, a in zip(names, numbers, found, strict=True)]
     origin = items[baseline_index(baseline, names)]
@@ -226,17 +238,23 @@ def compare(
     measured = [measure_convergence(item.analysis, seed=seed) for item in items]
     no_trend = telling.no_trends(items, steps_from)
     if no_trend is None:
-        trends = tables.trend_rows(items).assign(steps_from=steps_from)
+        trends = tables.trend_rows(items).assign(steps_from=steps_from, unit=unit)
     else:
-        trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from"])
-    notes = [*telling.doubles(items), *([no_trend] if no_trend else []), *telling.incomparable(items, origin, pairs)]
-    notes += telling.few_prompts(items)
+        trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from", "unit"])
+    notes = [
+        *telling.doubles(items),
+        *([no_trend] if no_trend else []),
+        *([telling.UPDATES] if unit == "update" else []),
+        *telling.incomparable(items, origin, pairs),
+        *telling.few_prompts(items),
+    ]
     return AnalysisComparison(
         labels=tuple(names),
         baseline=origin.label,
         lens=origin.analysis.lens,
         steps=tuple(numbers),
         steps_from=steps_from,
+        unit=unit,
         paired=pairs,
         differing={
             item.label: d for item in items if (d := telling.differing_settings(item.analysis, origin.analysis))

@@ -44,6 +44,34 @@ def in_order(comparison: AnalysisComparison) -> list[str]:
     return [label for _, label in sorted(pairs, key=lambda pair: pair[0])]
 
 
+def row_names(comparison: AnalysisComparison) -> list[str]:
+    """Name the analyses by the user's labels, or by their steps where these say which is which.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        Names in order of the steps.
+    """
+    labels = in_order(comparison)
+    if comparison.labels_given or not steps_known(comparison):
+        return labels
+    steps = dict(zip(comparison.labels, comparison.steps, strict=True))
+    return [f"{comparison.unit} {steps[label]:g}" for label in labels]
+
+
+def shown_names(comparison: AnalysisComparison) -> dict[str, str]:
+    """Give each label the name that figures show.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        Label, in the order of the steps: name.
+    """
+    return dict(zip(in_order(comparison), row_names(comparison), strict=True))
+
+
 def same_depth(comparison: AnalysisComparison) -> bool:
     """Whether all analyses have the same number of layers.
 

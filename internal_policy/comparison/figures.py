@@ -27,7 +27,9 @@ from internal_policy.comparison.figure_data import (
     depth_data,
     difference_data,
     in_order,
+    row_names,
     same_depth,
+    shown_names,
     step_data,
     steps_known,
 )
@@ -64,7 +66,7 @@ def heat_maps(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = N
     frame = step_data(comparison)
     labels = in_order(comparison)
     panels = drawing.grid(2, (1, 1, 1), max(1.2, 0.065 * len(labels) + 0.45)) if axes is None else list(axes)
-    names = drawing.row_names(comparison)
+    names = row_names(comparison)
     with style.paper_style():
         for place, ((name, title), ax) in enumerate(zip(TITLES.items(), panels, strict=True)):
             table = frame[frame["map"] == name].pivot_table(index="label", columns="layer", values="value")
@@ -74,7 +76,7 @@ def heat_maps(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None = N
             ax.set_title(f"{title} (nats)", pad=6)
             if axes is not None or place >= 3:
                 ax.set_xlabel("Layer")
-        base = style.cut(comparison.baseline, 70.0, 8.0).replace("$", r"\$")
+        base = style.cut(shown_names(comparison)[comparison.baseline], 70.0, 8.0).replace("$", r"\$")
         for ax in panels[3:] if axes is not None else panels[3:4]:
             ax.set_ylabel(f"Less {base}")
     return style.root_figure(panels[0])
@@ -106,7 +108,7 @@ def layer_lines(comparison: AnalysisComparison, *, axes: Sequence[Axes] | None =
                 # Without steps these are places, which are counted from 1.
                 ax.plot(line["step"] + (not stepped), line["value"], linewidth=0.9, **marks)
             ax.set_title(TITLES[name])
-            ax.set_xlabel("Step" if stepped else "Analysis, in order")
+            ax.set_xlabel(comparison.unit.capitalize() if stepped else "Analysis, in order")
             if not stepped:
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].set_ylabel("nats")
@@ -282,5 +284,5 @@ def _point(
 def _difference_label(comparison: AnalysisComparison, frame: pd.DataFrame, unit: str = "") -> str:
     """Name the baseline, and how the differences are had."""
     how = "paired" if frame["paired"].all() else "unpaired" if not frame["paired"].any() else "partly paired"
-    name = style.cut(comparison.baseline, 70.0, 8.0)
+    name = style.cut(shown_names(comparison)[comparison.baseline], 70.0, 8.0)
     return f"Less {name}\n({unit}{how})".replace("$", r"\$")

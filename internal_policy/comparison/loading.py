@@ -19,7 +19,7 @@ def stored_fields(source: Path, manifest: Mapping[str, Any], tables: Sequence[st
     Args:
         source: its directory.
         manifest: what ``comparison.json`` holds; older ones lack whether there is one architecture, whether the labels
-            were given, the seed, and the kinds of the columns.
+            were given, the seed, the unit of the steps, and the kinds of the columns.
         tables: names of the tables.
 
     Returns:
@@ -40,6 +40,7 @@ def stored_fields(source: Path, manifest: Mapping[str, Any], tables: Sequence[st
         "lens": manifest["lens"],
         "steps": tuple(float(row["step"]) for row in rows),
         "steps_from": manifest["steps_from"],
+        "unit": manifest.get("unit", "update" if manifest["steps_from"] == "name" else "step"),
         "paired": {row["label"]: bool(row["paired"]) for row in rows},
         "differing": differing,
         "notes": notes,

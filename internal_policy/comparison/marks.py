@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from internal_policy import style
-from internal_policy.comparison.figure_data import in_order, steps_known
+from internal_policy.comparison.figure_data import in_order, shown_names, steps_known
 from internal_policy.statistics import Floats
 
 if TYPE_CHECKING:
@@ -134,22 +134,6 @@ def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, n
     ax.spines[["top", "right"]].set_visible(True)
 
 
-def row_names(comparison: AnalysisComparison) -> list[str]:
-    """Name the analyses by the user's labels, or by their steps where these say which is which.
-
-    Args:
-        comparison: The comparison.
-
-    Returns:
-        Names in order of the steps.
-    """
-    labels = in_order(comparison)
-    if comparison.labels_given or not steps_known(comparison):
-        return labels
-    steps = dict(zip(comparison.labels, comparison.steps, strict=True))
-    return [f"step {steps[label]:g}" for label in labels]
-
-
 def cut_front(text: str, room: float, size: float) -> str:
     """Take out the beginning of a name that has no room: models of one family differ at the end.
 
@@ -178,7 +162,7 @@ def series_axis(ax: Axes, comparison: AnalysisComparison, marks: Mapping[str, Ma
     Returns:
         By how much a figure should be higher for the names, inches.
     """
-    names = dict(zip(in_order(comparison), row_names(comparison), strict=True))
+    names = shown_names(comparison)
     if len(marks) > MOST_NAMED or (steps_known(comparison) and not comparison.labels_given):
         names, title = _short_names(comparison)
         ax.set_xlabel(title.split(" (")[0])
@@ -251,7 +235,8 @@ def key(
     n_columns = 1 if len(marks) < _FEW else 2
     size = style.RC["legend.fontsize"]
     room = figure.bbox.width / figure.dpi * style.POINTS_PER_INCH / n_columns - _KEY_SIGN * size
-    texts = [style.cut(label, room, size) for label in marks]
+    named = shown_names(comparison)
+    texts = [style.cut(named[label], room, size) for label in marks]
     if len(set(texts)) < len(texts):
         numbers = {label: i for i, label in enumerate(comparison.labels, start=1)}
         texts = [f"({numbers[label]}) {text}" for label, text in zip(marks, texts, strict=True)]
@@ -269,7 +254,9 @@ def key(
 def _short_names(comparison: AnalysisComparison) -> tuple[dict[str, str], str]:
     """For each label its step, or else its number in the tables; and what that is."""
     if steps_known(comparison):
-        return {k: f"{step:g}" for k, step in zip(comparison.labels, comparison.steps, strict=True)}, "Step"
+        return {k: f"{step:g}" for k, step in zip(comparison.labels, comparison.steps, strict=True)}, (
+            comparison.unit.capitalize()
+        )
     numbers = {label: f"{i}" for i, label in enumerate(comparison.labels, start=1)}
     return numbers, "Analysis (as in boundaries.csv)"
 

@@ -36,6 +36,12 @@ def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tupl
     }
 
 
+UPDATES = (
+    "the numbers of the checkpoints count the trainer's updates: how many of them make a step, a batch of rollouts, is "
+    "not recorded with them"
+)
+
+
 def no_trends(items: Sequence[Item], steps_from: StepsFrom) -> str | None:
     """Say why there are no trends, if there are none.
 

@@ -12,13 +12,15 @@ from internal_policy.errors import UserError
 from internal_policy.results import MANIFEST, Analysis
 
 StepsFrom = Literal["given", "name", "order"]
+Unit = Literal["step", "update"]
+"""What the numbers count: batches of rollouts, or the trainer's updates where their number in a step is not known."""
 
 _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
     "hidden_size": "hidden sizes",
 }
 _FIGURES = "figures"
-_STEP = re.compile(r"(?:^|[^a-z0-9])(?:checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
+_STEP = re.compile(r"(?:^|[^a-z0-9])(checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
 
 
 def gather(sources: Iterable[Any]) -> list[Analysis]:
@@ -115,17 +117,22 @@ def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]
     return [f"{tail} ({tails[: i + 1].count(tail)})" for i, tail in enumerate(tails)]
 
 
-def training_steps(analyses: Sequence[Analysis], steps: Sequence[float] | None = None) -> tuple[list[float], StepsFrom]:
+def training_steps(
+    analyses: Sequence[Analysis], steps: Sequence[float] | None = None
+) -> tuple[list[float], StepsFrom, Unit]:
     """Which step of a training each analysis is of.
+
+    Names of the form checkpoint-40 count updates. They are converted where each of these checkpoints recorded how many
+    updates a step has, as those of ``bupo`` do; else the numbers stay what they are, and the unit says so.
 
     Args:
         analyses: the analyses.
         steps: what the user says.
 
     Returns:
-        The steps, and where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where one
+        The steps; where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where one
         of the same architecture may have none and is then the start, step 0; else order: none are known, and the
-        places from 0 stand in.
+        places from 0 stand in; and what they count.
 
     Raises:
         UserError: not one finite step for each.
@@ -136,16 +143,16 @@ def training_steps(analyses: Sequence[Analysis], steps: Sequence[float] | None =
         given = [float(step) for step in steps]
         if not all(map(math.isfinite, given)):
             raise UserError(f"the steps are {', '.join(map(str, given))}; needed are finite numbers")
-        return given, "given"
-    named = [_step_of(a) for a in analyses]
+        return given, "given", "step"
+    named, unit = _told(analyses)
     known = [step for step in named if step is not None]
     alike = not architecture_differences(analyses)
     if len(known) == len(named) - 1 and min(known, default=0.0) > 0 and alike:
         # The model that a training started from bears no step.
-        return [0.0 if step is None else step for step in named], "name"
+        return [0.0 if step is None else step for step in named], "name", unit
     if len(known) == len(named):
-        return known, "name"
-    return [float(i) for i in range(len(analyses))], "order"
+        return known, "name", unit
+    return [float(i) for i in range(len(analyses))], "order", "step"
 
 
 def without_step(analyses: Sequence[Analysis]) -> list[int]:
@@ -157,7 +164,7 @@ def without_step(analyses: Sequence[Analysis]) -> list[int]:
     Returns:
         Their places, from 0.
     """
-    return [i for i, analysis in enumerate(analyses) if _step_of(analysis) is None]
+    return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
 
 
 def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
@@ -180,7 +187,7 @@ def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
 
 def arrange(
     analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
-) -> tuple[list[Analysis], list[str], list[float], StepsFrom]:
+) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
     """Name the analyses, find their steps, and put the model that the training started from first.
 
     Args:
@@ -189,16 +196,16 @@ def arrange(
         steps: what the user says, in this order; the order then stays.
 
     Returns:
-        The analyses, their labels, their steps, and where the steps come from.
+        The analyses, their labels, their steps, where the steps come from, and what they count.
 
     Raises:
         UserError: labels or steps that do not fit.
     """
     names = unique_labels(analyses, labels)
-    numbers, steps_from = training_steps(analyses, steps)
+    numbers, steps_from, unit = training_steps(analyses, steps)
     start = without_step(analyses) if steps_from == "name" else []
     order = [*start, *(i for i in range(len(analyses)) if i not in start)]
-    return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from
+    return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from, unit
 
 
 def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
@@ -248,17 +255,33 @@ def only_figures(directory: Path) -> bool:
 
 def _by_step(analyses: list[Analysis]) -> list[Analysis]:
     """In the order of the steps where these are known; two runs side by side stay apart."""
-    steps, steps_from = training_steps(analyses)
+    steps, steps_from, _ = training_steps(analyses)
     if steps_from == "order" or len(set(steps)) < len(steps):
         return analyses
     return [analyses[i] for i in sorted(range(len(steps)), key=steps.__getitem__)]
 
 
-def _step_of(analysis: Analysis) -> float | None:
-    """The step at the end of the first of its names that has one."""
+def _told(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
+    """The number of each name: of steps where all can be had in steps, else as it stands there."""
+    named = [_named(a) for a in analyses]
+    steps = [None if name is None else _in_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
+    if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):
+        return steps, "step"
+    return [None if name is None else name[1] for name in named], "update"
+
+
+def _in_steps(analysis: Analysis, word: str, number: float) -> float | None:
+    if "step" in word.lower():
+        return number
+    record = analysis.model.get("training") or {}
+    return number / record["updates_per_step"] if record.get("updates") == number else None
+
+
+def _named(analysis: Analysis) -> tuple[str, float] | None:
+    """Word and number at the end of the first of its names that has them."""
     names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
     directory = analysis.path.name if analysis.path is not None else None
     for name in (*names, directory):
         if name and (match := _STEP.search(str(name).rstrip("/"))):
-            return float(match[1])
+            return match[1], float(match[2])
     return None

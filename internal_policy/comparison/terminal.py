@@ -56,7 +56,17 @@ def summary_table(comparison: AnalysisComparison) -> Table:
     shown = table(
         f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
         caption,
-        *("analysis", *(("step",) if stepped else ()), "L", "boundary", "move", "drop", "half", "last 3", "reading"),
+        *(
+            "analysis",
+            *((comparison.unit,) if stepped else ()),
+            "L",
+            "boundary",
+            "move",
+            "drop",
+            "half",
+            "last 3",
+            "reading",
+        ),
         fold=("analysis",),
         left=("reading",),
     )
@@ -114,8 +124,8 @@ def trend_table(comparison: AnalysisComparison) -> Table:
     """
     shown = table(
         f"over {len(comparison.labels)} checkpoints, nats",
-        "steepest slope per 100 steps ± standard error, largest move between two neighbours",
-        *("", "layer", "slope", "layer", "largest move", "steps"),
+        f"steepest slope per 100 {comparison.unit}s ± standard error, largest move between two neighbours",
+        *("", "layer", "slope", "layer", "largest move", f"{comparison.unit}s"),
     )
     frame = comparison.trends
     for name, site, quantity in _SITES:

@@ -1,14 +1,16 @@
 """Look into one prompt: what every internal policy says at every token (arXiv 2512.19673v3, eqs. 5-7).
 
-look = inspect("testbed/qwen3", prompt="3+4=?;")
+look = inspect("testbed/qwen3", prompt="a=22,b=a-3,c=b*2;c?")
 look.values        # DataFrame: entropy, top tokens, rank of the true next token, per position, layer and site
 look.tokens        # DataFrame: the tokens, and which are the prompt's
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -25,14 +27,17 @@ from internal_policy.generation import Request
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
-from internal_policy.inspection.text import texts_of
+from internal_policy.inspection.text import texts_of, unknown_pieces
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
 
+logger = logging.getLogger(__name__)
+
 _ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
+_MOST_PIECES = 8
 _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
 
 
@@ -117,7 +122,9 @@ def inspect(
         stack.enter_context(fitting_threads(extractor.model))
         ids, length = _sequence(extractor, config, content, response, limit)
         with status(f"looking at {len(ids)} tokens"):
-            return _look(extractor, config, ids, length, top_k, limit)
+            look = _look(extractor, config, ids, length, top_k, limit)
+        asked = {"prompt": content, **({} if response is None else {"response": response})}
+        return replace(look, config={**look.config, **asked})
 
 
 def _sequence(
@@ -127,11 +134,13 @@ def _sequence(
     model, prompt = extractor.model, Prompt(content)
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
+    _tell_unknown(model, "prompt", [message["content"] for message in prompt.chat])
     if response is not None:
         answer = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
         _check_ids(model, ids + answer, "prompt and response together", room=False)
+        _tell_unknown(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:
         return ids, len(ids)
@@ -157,6 +166,19 @@ def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -
     if model.max_length is not None and len(ids) + room > model.max_length:
         advice = "shorten it" + (", or give --max-new-tokens 0" if room and len(ids) == model.max_length else "")
         raise UserError(f"{what}: {len(ids)} tokens, and the model's context is {model.max_length}; {advice}")
+
+
+def _tell_unknown(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
+    """Say what the model cannot read: what is shown is then of another text than the one that was given."""
+    found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(model.tokenizer, text))
+    if not found:
+        return
+    named = ", ".join(f"'{piece}'" for piece in list(found)[:_MOST_PIECES])
+    more = f" and {len(found) - _MOST_PIECES} more" if len(found) > _MOST_PIECES else ""
+    logger.warning(
+        "%s: its tokenizer does not know %s%s of the %s and reads %s instead",
+        *(model.name, named, more, what, model.tokenizer.unk_token),
+    )
 
 
 def _look(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,8 @@ class Inspection:
     model: dict[str, Any]
     """id, revision, family, layers L, vocabulary V, dtype, device."""
     config: dict[str, Any]
-    """Lens, template, top_k; how the response was sampled, where it was; a digest of the weights."""
+    """Prompt, and the response where it was given; lens, template, top_k; how the response was sampled, where it was; a
+    digest of the weights."""
     tokens: pd.DataFrame
     """A row per token: position (from 1), part (prompt or response), id, token (its text, as it can be shown)."""
     values: pd.DataFrame
@@ -128,6 +131,28 @@ class Inspection:
             "prompt_length": self.prompt_length,
             "versions": self.versions,
         }
+
+    def place(self, root: Path, name: str) -> str:
+        """Choose a directory beside those of other inspections.
+
+        Args:
+            root: where they are.
+            name: what it shall be called.
+
+        Returns:
+            The name where it is free or holds the same inspection, which is then replaced; else with the first number
+            from 2 of which that is true.
+        """
+        mine = json.loads(json.dumps({"model": self.model, "config": self.config}))
+        for number in itertools.count(1):
+            numbered = name if number == 1 else f"{name}-{number}"
+            try:
+                manifest = json.loads((root / numbered / MANIFEST).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                break
+            if all(manifest.get(key) == value for key, value in mine.items()):
+                break
+        return numbered
 
     @classmethod
     def load(cls, directory: str | Path) -> Inspection:

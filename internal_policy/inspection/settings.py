@@ -13,6 +13,8 @@ DEFAULT_NEW_TOKENS = 32
 LAST = 24
 """Tokens that are shown where nothing else is asked for."""
 
+_SLUG = 40
+
 Site: TypeAlias = Literal["layer", "attn", "ffn"]
 """The policies of a layer: of H^l, A^l, F^l (arXiv 2512.19673v3, eqs. 5-6)."""
 SITES: tuple[Site, ...] = get_args(Site)
@@ -52,6 +54,18 @@ def check_settings(
         flag = "--max-new-tokens" if max_new_tokens is not None else "--temperature"
         raise UserError(f"both --response and {flag} were given; a given response is not sampled: leave one out")
     return content, 0
+
+
+def slug(prompt: str) -> str:
+    """Name a prompt for a directory.
+
+    Args:
+        prompt: text.
+
+    Returns:
+        Its first words, joined by hyphens.
+    """
+    return "-".join(re.findall(r"\w+", prompt))[:_SLUG].strip("-_") or "prompt"
 
 
 def check_choice(tokens: Span | None, last: int | None) -> tuple[int | None, int | None] | int:

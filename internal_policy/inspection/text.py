@@ -41,6 +41,29 @@ def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
 
 
+def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
+    """Find what of a text the tokenizer does not know.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: what it is to read.
+
+    Returns:
+        The pieces that it reads as its token for the unknown, each once, as they can be shown.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    if tokenizer.is_fast:
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        pieces = [text[first:last] for token_id, (first, last) in places if token_id == unknown]
+    else:
+        pieces = [piece for piece in tokenizer.tokenize(text) if tokenizer.convert_tokens_to_ids(piece) == unknown]
+    # Some models have no such token and name another one, such as that which ends a text, which may well be meant.
+    return [visible(piece) for piece in dict.fromkeys(pieces) if piece not in ("", tokenizer.unk_token)]
+
+
 def _text(tokenizer: Any, token_id: int) -> str:
     """What a token adds to a text; bytes that are no whole character as lone surrogates, nothing where it has none."""
     try:

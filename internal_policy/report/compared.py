@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, steps_known
+from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, shown_names, steps_known
 from internal_policy.comparison.terminal import other_lens_of, under_other_lens
 from internal_policy.printing import of_resamples
 from internal_policy.report import reproduce
@@ -63,6 +63,7 @@ def page(comparison: AnalysisComparison) -> str:
         convergence=_convergence(comparison),
         largest=_largest(comparison),
         stepped=comparison.steps_from != "order",
+        unit=comparison.unit,
         baseline=clean(comparison.baseline),
         lens=comparison.lens,
         notes=[clean(note) for note in comparison.notes],
@@ -124,13 +125,19 @@ def _drawn(comparison: AnalysisComparison) -> list[str]:
 
 
 def _looks(comparison: AnalysisComparison, drawn: list[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a dash for each line; shades in order of the steps."""
+    """Name, colour and dash of each line; shades in order of the steps."""
+    names = shown_names(comparison)
     if steps_known(comparison) or len(drawn) > len(SERIES) * len(DASHES):
         return {
-            label: {"colour": f"@{i / max(len(drawn) - 1, 1):.3f}", "dash": "solid"} for i, label in enumerate(drawn)
+            label: {"name": names[label], "colour": f"@{i / max(len(drawn) - 1, 1):.3f}", "dash": "solid"}
+            for i, label in enumerate(drawn)
         }
     return {
-        label: {"colour": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
+        label: {
+            "name": names[label],
+            "colour": SERIES[i % len(SERIES)],
+            "dash": DASHES[i // len(SERIES) % len(DASHES)],
+        }
         for i, label in enumerate(drawn)
     }
 
@@ -142,7 +149,7 @@ def _lines(chart: Chart, frame: pd.DataFrame, x: str, y: str, looks: dict[str, A
             continue
         few = len(looks) <= MOST_BANDS
         ends = (rows["low"], rows["high"])
-        chart.curve(label, rows[x], rows[y], ends, **look, form=form, unit=unit, marks=few, band=few)
+        chart.curve(x=rows[x], y=rows[y], ends=ends, **look, form=form, unit=unit, marks=few, band=few)
 
 
 def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
