@@ -27,7 +27,6 @@ from internal_policy.alignment_figures import alignment_dynamics
 from internal_policy.bupo.results import write_table
 from internal_policy.errors import UserError
 from internal_policy.evaluation import Evaluation, compare, evaluate
-from internal_policy.shell import quiet_libraries
 from internal_policy.style import save_figure
 from internal_policy.training_figures import policy_entropy_curves, training_curves
 
@@ -240,7 +239,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
     parser.add_argument("--only", default="", help="only the jobs whose name contains this")
     asked = parser.parse_args()
-    quiet_libraries(debug=False)
     # What is there already is told by its line of results.
     logging.getLogger("internal_policy").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)

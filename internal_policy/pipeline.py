@@ -29,6 +29,7 @@ from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
+from internal_policy.quiet import quiet_libraries
 from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
+@quiet_libraries()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,32 +26,6 @@ def figure_name(analyses: list[tuple[str, str]]) -> str:
         return whole
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
-
-
-def quiet_libraries(debug: bool) -> None:
-    """Leave the terminal to our own progress, table and one-line errors.
-
-    Args:
-        debug: show what the libraries say.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # TRL reports each training to the hub; who wants that sets the variable to 0.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if debug:
-        return
-    # Read when trl and datasets are imported; what they say of themselves tells nothing about the user's command.
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|peft|torch)(\.|$)")
-    for library in ("trl", "accelerate", "bitsandbytes", "datasets"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # The hub client warns at each of its retries; what comes of them is told in one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from internal_policy.models.identity import commit_now
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+@quiet_libraries()
 def study(
     preset: str | Sequence[StudyModel] = "testbed",
     *,

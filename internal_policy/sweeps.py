@@ -26,6 +26,7 @@ from internal_policy.models.lookup import told_in_one_line
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.workspace import Workspace
 
@@ -33,6 +34,7 @@ _OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new
 """Settings that have no meaning where responses are given; max_responses has chosen them already."""
 
 
+@quiet_libraries()
 def sweep(
     model: str | None = None,
     *,

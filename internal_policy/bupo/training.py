@@ -14,9 +14,11 @@ from internal_policy.bupo.words import AUTO, DATA
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, wrap
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import Analysis
 
 
+@quiet_libraries()
 def train(
     model: Any = "testbed/qwen3",
     prompts: Source | None = None,
