@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.quiet import import_quietly
 
 if TYPE_CHECKING:
-    from internal_policy import bupo, evaluation, figures, models, report, testbed
+    from internal_policy import bupo, figures
     from internal_policy.comparison.analyses import AnalysisComparison, compare
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.config import AnalyzeConfig

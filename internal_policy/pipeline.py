@@ -13,7 +13,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.options import AnalyzeOptions, showing
 from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
@@ -42,6 +43,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
+@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -51,7 +53,7 @@ def analyze(
     output: str | Path | None = None,
     overwrite: bool = False,
     alone: bool = False,
-    **options: Any,
+    **options: Unpack[AnalyzeOptions],
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 

@@ -89,7 +89,7 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def _transformers() -> Iterator[None]:
-    """transformers sets its level when it is imported, which is a matter of seconds and may be meanwhile."""
+    """Take it that transformers may be imported meanwhile, which sets its level."""
     logger = logging.getLogger("transformers")
     if _TRANSFORMERS in sys.modules:
         with _errors_only(logger):

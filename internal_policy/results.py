@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.selection import Selection
 from internal_policy.stored import Kind, read_rows, write_rows
@@ -108,7 +109,14 @@ class Analysis:
 
         Returns:
             [L] values, indexed by layer from 1.
+
+        Raises:
+            UserError: no such site or column.
         """
+        known = {"site": self.layers["site"].unique(), "value": self.layers.columns.drop(["layer", "site"])}
+        for name, asked in (("site", site), ("value", value)):
+            if asked not in known[name]:
+                raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(known[name])}")
         rows = self.layers[self.layers["site"] == site]
         return rows.set_index("layer")[value]
 

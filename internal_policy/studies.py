@@ -15,13 +15,14 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.models.identity import commit_now
+from internal_policy.options import StudyOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
@@ -38,6 +39,7 @@ Result = TypeVar("Result")
 
 
 @quiet_libraries()
+@showing(AnalyzeConfig, names=StudyOptions.__optional_keys__)
 def study(
     preset: str | Sequence[StudyModel] = "testbed",
     *,
@@ -45,7 +47,7 @@ def study(
     output: str | Path | None = None,
     overwrite: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> Study:
     """Analyse the models of a preset, each on its own responses, as the paper does.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -23,6 +23,7 @@ from internal_policy.config import AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
 from internal_policy.models.lookup import told_in_one_line
+from internal_policy.options import SweepOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
@@ -35,6 +36,7 @@ _OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new
 
 
 @quiet_libraries()
+@showing(AnalyzeConfig, names=SweepOptions.__optional_keys__)
 def sweep(
     model: str | None = None,
     *,
@@ -46,7 +48,7 @@ def sweep(
     output: str | Path | None = None,
     overwrite: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> list[Analysis]:
     """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
 
@@ -74,6 +76,8 @@ def sweep(
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
     prompts, given = as_source(prompts), as_source(_sequences(responses))
     refuse_unknown(options)
+    if "revision" in options:
+        raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]

@@ -22,7 +22,7 @@ LAYERS = [
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
-    {"config", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
+    {"config", "options", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
     {"models", "workspace"},
     {"checkpoints"},
     {"responses", "terminal", "alignment_figures", "summary"},
