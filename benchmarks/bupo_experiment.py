@@ -5,7 +5,8 @@ python benchmarks/bupo_experiment.py --short     # one model, one seed, some min
 
 Every run starts from the same checkpoint, sees the same prompts for the same seed, and is evaluated on the same
 held-out problems with the same random streams. Runs are kept in ``build/bupo_experiment``; the tables go to
-``data/experiments/bupo`` and the figures to ``figures/experiments/bupo``.
+``data/experiments/bupo`` and the figures to ``figures/experiments/bupo``. Those of ``--short`` are kept where the
+command ``train`` keeps its runs, in ``data/runs``, and their tables and figures go to ``build/demo``.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def main() -> None:
             Job("main", "testbed/qwen3"),
             Job("main", "testbed/qwen3", "bupo", BOUNDARY["testbed/qwen3"], 1),
         ]
-        root, data, figures = (Path("build/bupo_short") / name for name in ("runs", "data", "figures"))
+        root, data, figures = Path("data/runs"), Path("build/demo/data"), Path("build/demo/figures")
     order = {job.name: place for place, job in enumerate(todo)}
     # What is there already is read first, so that the tables never lose a run that has been made.
     todo.sort(key=lambda job: not (root / job.name / "run.json").is_file())
@@ -260,7 +261,7 @@ def main() -> None:
     for number, job in enumerate(todo, start=1):
         fresh = not (root / job.name / "run.json").is_file()
         if job.model not in starts:
-            starts[job.model] = measured(job.model, root / "start", problems)
+            starts[job.model] = measured(job.model, data.parent / "start" if asked.short else root / "start", problems)
         try:
             run, end = run_job(job, root, setting, problems)
         except UserError as error:

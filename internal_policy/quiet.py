@@ -103,16 +103,19 @@ def _transformers() -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    from huggingface_hub import utils as hub
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = not hub.are_progress_bars_disabled()
-    hub.disable_progress_bars()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         with _transformers_bars(shown), _datasets_bars():
             yield
     finally:
         # That of transformers switches the hub's as well.
-        (hub.enable_progress_bars if shown else hub.disable_progress_bars)()
+        if shown:
+            enable_progress_bars()
+        else:
+            disable_progress_bars()
 
 
 @contextmanager

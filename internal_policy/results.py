@@ -113,10 +113,10 @@ class Analysis:
         Raises:
             UserError: no such site or column.
         """
-        known = {"site": self.layers["site"].unique(), "value": self.layers.columns.drop(["layer", "site"])}
-        for name, asked in (("site", site), ("value", value)):
-            if asked not in known[name]:
-                raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(known[name])}")
+        columns = [name for name in self.layers if name not in ("layer", "site")]
+        for name, asked, known in (("site", site, self.layers["site"].unique()), ("value", value, columns)):
+            if asked not in known:
+                raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(map(str, known))}")
         rows = self.layers[self.layers["site"] == site]
         return rows.set_index("layer")[value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
@@ -45,6 +46,19 @@ def writing(directory: Path) -> Iterator[None]:
         raise UserError(
             f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
         ) from error
+
+
+def refuse_unmatched(directory: Path) -> None:
+    """Refuse a pattern that the shell left as it was because nothing matches.
+
+    Args:
+        directory: as it was given.
+
+    Raises:
+        UserError: it is a pattern, and no path.
+    """
+    if glob.has_magic(str(directory)) and not directory.exists():
+        raise UserError(f"{directory}: nothing matches this pattern; leave it out, or name what is there")
 
 
 def rank() -> int:

@@ -93,7 +93,7 @@ def sweep(
         start_over([Path(output).expanduser() / config.slug for config in configs])
     analyses: list[Analysis] = []
     for target in found:
-        wanted = dict(options)
+        wanted: dict[str, Any] = dict(options)
         source = given
         if analyses and not own_responses:
             source = as_source(analyses[0].sequences)

@@ -127,6 +127,15 @@ def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn
     assert "2 analyses, lens policy" in " ".join(out.split())
 
 
+@pytest.mark.parametrize("word", ["figures", "report", "compare"])
+def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    line = "error: data/runs/*: nothing matches this pattern; leave it out, or name what is there\n"
+    assert command(monkeypatch, capsys, word, "analyses", "data/runs/*") == (2, "", line)
+    assert sorted(place.rglob("*")) == before
+
+
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
 def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option):
     code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option)
