@@ -31,8 +31,8 @@ from analysis_jobs import Job, build
 
 from internal_policy.files import write_text
 from internal_policy.models import LanguageModel, fitting_threads
+from internal_policy.quiet import quiet_libraries
 from internal_policy.responses import Response
-from internal_policy.shell import quiet_libraries
 
 _WARM_UP_TOKENS = 8
 _M_MMAP_THRESHOLD = -3
@@ -103,10 +103,10 @@ def _status(name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
+@quiet_libraries()
 def main() -> None:
     """Run the jobs one after the other."""
     contender, jobs, directory = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    quiet_libraries(debug=False)
     map_large_blocks()
     measured = []
     for number, record in enumerate(json.loads(jobs.read_text())):

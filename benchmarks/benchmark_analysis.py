@@ -37,7 +37,7 @@ from analysis_jobs import LARGE, MODEL, SMALL, Job, own_responses, random_respon
 
 from internal_policy import analyze
 from internal_policy.files import write_text
-from internal_policy.shell import quiet_libraries
+from internal_policy.quiet import quiet_libraries
 
 LAYER = 7
 """Boundary layer of the embedded model, as `internal-policy analyze` finds it."""
@@ -270,6 +270,7 @@ def store(path: Path, where: dict[str, Any], name: str, part: dict[str, Any]) ->
     write_text(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
+@quiet_libraries()
 def main() -> None:
     """Measure what was asked for, and write page and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,7 +285,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     asked = parser.parse_args()
-    quiet_libraries(debug=False)
     if asked.report:
         report.write_report()
         return

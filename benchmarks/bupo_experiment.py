@@ -5,7 +5,8 @@ python benchmarks/bupo_experiment.py --short     # one model, one seed, some min
 
 Every run starts from the same checkpoint, sees the same prompts for the same seed, and is evaluated on the same
 held-out problems with the same random streams. Runs are kept in ``build/bupo_experiment``; the tables go to
-``data/experiments/bupo`` and the figures to ``figures/experiments/bupo``.
+``data/experiments/bupo`` and the figures to ``figures/experiments/bupo``. Those of ``--short`` are kept where the
+command ``train`` keeps its runs, in ``data/runs``, and their tables and figures go to ``build/demo``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from internal_policy.alignment_figures import alignment_dynamics
 from internal_policy.bupo.results import write_table
 from internal_policy.errors import UserError
 from internal_policy.evaluation import Evaluation, compare, evaluate
-from internal_policy.shell import quiet_libraries
 from internal_policy.style import save_figure
 from internal_policy.terminal import list_files
 from internal_policy.training_figures import policy_entropy_curves, training_curves
@@ -246,7 +246,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
     parser.add_argument("--only", default="", help="only the jobs whose name contains this")
     asked = parser.parse_args()
-    quiet_libraries(debug=False)
     # What is there already is told by its line of results.
     logging.getLogger("internal_policy").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)
@@ -258,7 +257,7 @@ def main() -> None:
             Job("main", "testbed/qwen3"),
             Job("main", "testbed/qwen3", "bupo", BOUNDARY["testbed/qwen3"], 1),
         ]
-        root, data, figures = (Path("build/bupo_short") / name for name in ("runs", "data", "figures"))
+        root, data, figures = Path("data/runs"), Path("build/demo/data"), Path("build/demo/figures")
         print(f"training testbed/qwen3 for {setting['max_steps']} steps with GRPO, then with BuPO: a minute or two")
     order = {job.name: place for place, job in enumerate(todo)}
     # What is there already is read first, so that the tables never lose a run that has been made.
@@ -269,7 +268,7 @@ def main() -> None:
     for number, job in enumerate(todo, start=1):
         fresh = not (root / job.name / "run.json").is_file()
         if job.model not in starts:
-            starts[job.model] = measured(job.model, root / "start", problems)
+            starts[job.model] = measured(job.model, data.parent / "start" if asked.short else root / "start", problems)
         try:
             run, end = run_job(job, root, setting, problems, starts[job.model])
         except UserError as error:

@@ -25,7 +25,6 @@ from internal_policy.comparison import figures as drawings
 from internal_policy.comparison.analyses import AnalysisComparison
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
-from internal_policy.shell import quiet_libraries
 
 MODEL, LAYER = "testbed/qwen3", 7
 """What is trained, and its boundary layer as `internal-policy analyze` finds it."""
@@ -136,7 +135,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="five steps on few prompts, a checkpoint each")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
     asked = parser.parse_args()
-    quiet_libraries(debug=False)
     # What is there already is told by its line of results.
     logging.getLogger("internal_policy").setLevel(logging.ERROR)
     torch.set_num_threads(asked.threads)

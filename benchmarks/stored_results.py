@@ -18,7 +18,6 @@ from bupo_experiment import Job, jobs
 
 from internal_policy import analyze, evaluate
 from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFEST
-from internal_policy.shell import quiet_libraries
 from internal_policy.testbed import tasks
 
 RUNS, TARGET = Path("build/bupo_experiment"), Path("data/experiments")
@@ -93,7 +92,6 @@ def keep_evaluations(name: str, weights: str, problems: Path) -> None:
 
 def main() -> None:
     """Keep runs, analyses and evaluations."""
-    quiet_libraries(debug=False)
     for job in jobs():
         if job.part == "main":
             keep_run(job)

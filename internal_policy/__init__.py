@@ -10,11 +10,12 @@ bupo.train("testbed/qwen3", layer=analysis)
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.quiet import import_quietly
+
 if TYPE_CHECKING:
-    from internal_policy import bupo
+    from internal_policy import bupo, figures
     from internal_policy.comparison.analyses import AnalysisComparison, compare
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
     from internal_policy.config import AnalyzeConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from internal_policy.inspection.look import inspect
     from internal_policy.inspection.results import Inspection
     from internal_policy.pipeline import analyze
+    from internal_policy.report import write_report
     from internal_policy.results import Analysis
     from internal_policy.selection import Selection, select_layer
     from internal_policy.studies import study
@@ -50,7 +52,11 @@ _HOME = {
     "select_layer": "selection",
     "study": "studies",
     "sweep": "sweeps",
+    "write_report": "report",
 }
+
+_MODULES = ("bupo", "evaluation", "figures", "models", "report", "testbed")
+"""Also to be had from the package, as ``internal_policy.figures``, without an import of their own."""
 
 __all__ = [
     "Analysis",
@@ -67,20 +73,22 @@ __all__ = [
     "compare",
     "convergence_table",
     "evaluate",
+    "figures",
     "inspect",
     "measure_convergence",
     "select_layer",
     "study",
     "sweep",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that ``import internal_policy`` costs nothing."""
-    if name == "bupo":
-        return import_module(f"{__name__}.bupo")
+    if name in _MODULES:
+        return import_quietly(f"{__name__}.{name}")
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

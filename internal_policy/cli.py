@@ -124,10 +124,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     _name_the_shell(sys.argv[1:])
+    # TRL reports each training to the hub; who wants that sets the variable to 0.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     debug = "--debug" in sys.argv
     try:
         _refuse_bytes(sys.argv[1:])
-        with _notices():
+        with _notices(debug):
             code = app(standalone_mode=False)
     except UsageError as error:
         message = error.format_message()
@@ -178,17 +180,21 @@ class _Visible(logging.Formatter):
 
 
 @contextmanager
-def _notices() -> Iterator[None]:
-    """Show what the package logs on standard error, once however many processes there are."""
+def _notices(debug: bool) -> Iterator[None]:
+    """Show what the package logs on standard error, once however many processes there are; --debug shows all of it."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
     handler.setFormatter(_Visible("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
     logger = logging.getLogger("internal_policy")
+    before = logger.level
     logger.addHandler(handler)
+    if debug:
+        logger.setLevel(logging.DEBUG)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _fail(message: str, *, traced: bool = False) -> NoReturn:

@@ -14,7 +14,7 @@ from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
+from internal_policy.shell import figure_name, is_main_process, writing
 from internal_policy.study_models import STUDIES, Preset
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def analyze(
                 "both --preset and --own-responses were given; the models of a preset sample their own anyway: "
                 "leave it out"
             )
-        _study(preset, prompts, output, overwrite, debug, {**options, "lens": lenses[0]})
+        _study(preset, prompts, output, overwrite, {**options, "lens": lenses[0]})
         return
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
@@ -202,16 +202,16 @@ def analyze(
             raise UserError(f"got {len(names)} models in a sweep; a sweep is over the checkpoints of one")
         start = names[0] if names else None
         options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses, "lens": lenses[0]}
-        _sweep(start, output, overwrite, debug, {**sources, **options})
+        _sweep(start, output, overwrite, {**sources, **options})
         return
     if not names and revisions:
         raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
     options["revision"] = revisions[0] if revisions else None
-    _models(names or [DEFAULTS.model], lenses, output, overwrite, debug, {**sources, **options})
+    _models(names or [DEFAULTS.model], lenses, output, overwrite, {**sources, **options})
 
 
 def _models(
-    names: list[str], lenses: list[Lens], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
+    names: list[str], lenses: list[Lens], output: Path | None, overwrite: bool, options: dict[str, Any]
 ) -> None:
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
@@ -219,7 +219,6 @@ def _models(
         from internal_policy.checkpoints import refuse_one_place
 
         refuse_one_place(configs)
-    quiet_libraries(debug)
     from internal_policy import models, sweeps, terminal
     from internal_policy.progress import status
 
@@ -249,14 +248,13 @@ def _told(analysis: Analysis) -> dict[str, Any]:
     return {**cli_common.told(analysis), "other_lens": None if other is None else vars(other)}
 
 
-def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
+def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
     own = {"revisions", "checkpoints", "own_responses"}
     AnalyzeConfig(**{name: value for name, value in options.items() if name not in own})
     from internal_policy.checkpoints import targets
 
     # What is not there is told before torch is imported.
     targets(start, options["revisions"], options["checkpoints"])
-    quiet_libraries(debug)
     from internal_policy.sweeps import sweep
 
     root = DATA if output is None else output.expanduser()
@@ -274,11 +272,8 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
     document({"command": "analyze", **found})
 
 
-def _study(
-    preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
-) -> None:
+def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
     AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
-    quiet_libraries(debug)
     from internal_policy import summary, terminal
     from internal_policy.studies import study
 

@@ -110,9 +110,6 @@ def evaluate(
                 )
             slugs[slug] = f"{name} on {source}"
     stored = _stored(against or [], sources, max_problems)
-    from internal_policy.shell import quiet_libraries
-
-    quiet_libraries(debug)
     from internal_policy import models
     from internal_policy.evaluation import terminal
     from internal_policy.evaluation.run import evaluate as run

@@ -78,13 +78,11 @@ def inspect(
     config = AnalyzeConfig(model=model, **options)
     check_settings(prompt, response, max_new_tokens, top_k, temperature)
     check_choice(tokens, last)
-    from internal_policy.shell import figure_name, quiet_libraries, writing
-
-    quiet_libraries(debug)
     from internal_policy.inspection import look as looking
     from internal_policy.inspection import results
     from internal_policy.inspection.figure_data import inspection_data
     from internal_policy.inspection.terminal import show
+    from internal_policy.shell import figure_name, writing
     from internal_policy.terminal import list_files
     from internal_policy.workspace import Workspace
 

@@ -14,7 +14,7 @@ import typer
 from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.errors import UserError
 from internal_policy.output import document, written
-from internal_policy.shell import writing
+from internal_policy.shell import refuse_unmatched, writing
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -146,6 +146,7 @@ def kind_of(directory: Path) -> str:
     Raises:
         UserError: nothing that is finished.
     """
+    refuse_unmatched(directory)
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
         return "run"
     # What is not a run may be named by a directory above it.

@@ -148,12 +148,9 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
     _check(options)
-    from internal_policy.shell import quiet_libraries
+    from internal_policy import bupo
 
-    quiet_libraries(debug)
-    from internal_policy.bupo.training import train as run_training
-
-    run = run_training(**options)
+    run = bupo.train(**options)
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -27,9 +27,11 @@ from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.options import AnalyzeOptions, showing
 from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
+from internal_policy.quiet import quiet_libraries
 from internal_policy.responses import Response
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
+@quiet_libraries()
+@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -51,7 +55,7 @@ def analyze(
     output: str | Path | None = None,
     overwrite: bool = False,
     alone: bool = False,
-    **options: Any,
+    **options: Unpack[AnalyzeOptions],
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from rich.text import Text
 from internal_policy.output import is_quiet
 from internal_policy.printing import console as open_console
 from internal_policy.shell import is_main_process
+
+logger = logging.getLogger(__name__)
 
 
 def _is_shown(console: Console) -> bool:
@@ -32,6 +35,7 @@ def status(description: str) -> Iterator[None]:
     Args:
         description: what runs.
     """
+    logger.info("%s", description)
     console = open_console(stderr=True)
     if not _is_shown(console):
         yield
@@ -52,6 +56,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
     Yields:
         A function to call with the number of units just done.
     """
+    logger.info("%s: %d of %d done", description, done, total)
     console = open_console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),

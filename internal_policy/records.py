@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.errors import UserError
+from internal_policy.quiet import quiet_libraries
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
@@ -64,10 +65,11 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        if split is None:
-            splits = datasets.get_dataset_split_names(name)
-            split = "test" if "test" in splits else splits[0]
-        dataset = datasets.load_dataset(name, split=split)
+        with quiet_libraries():
+            if split is None:
+                splits = datasets.get_dataset_split_names(name)
+                split = "test" if "test" in splits else splits[0]
+            dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         text = str(error).strip().splitlines()
         raise UserError(

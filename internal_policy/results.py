@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_parquet, read_rows, write_parquet, write_rows
@@ -139,7 +140,14 @@ class Analysis:
 
         Returns:
             [L] values, indexed by layer from 1.
+
+        Raises:
+            UserError: no such site or column.
         """
+        columns = [name for name in self.layers if name not in ("layer", "site")]
+        for name, asked, known in (("site", site, self.layers["site"].unique()), ("value", value, columns)):
+            if asked not in known:
+                raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(map(str, known))}")
         rows = self.layers[self.layers["site"] == site]
         return rows.set_index("layer")[value]
 

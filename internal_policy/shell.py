@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,32 +32,6 @@ def figure_name(analyses: list[tuple[str, str]]) -> str:
         return whole
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
-
-
-def quiet_libraries(debug: bool) -> None:
-    """Leave the terminal to our own progress, table and one-line errors.
-
-    Args:
-        debug: show what the libraries say.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # TRL reports each training to the hub; who wants that sets the variable to 0.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if debug:
-        return
-    # Read when trl and datasets are imported; what they say of themselves tells nothing about the user's command.
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module=r"(transformers|trl|accelerate|datasets|peft|torch)(\.|$)")
-    for library in ("trl", "accelerate", "bitsandbytes", "datasets"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # The hub client warns at each of its retries; what comes of them is told in one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -116,6 +89,19 @@ def _picture(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"
+
+
+def refuse_unmatched(directory: Path) -> None:
+    """Refuse a pattern that the shell left as it was because nothing matches.
+
+    Args:
+        directory: as it was given.
+
+    Raises:
+        UserError: it is a pattern, and no path.
+    """
+    if glob.has_magic(str(directory)) and not directory.exists():
+        raise UserError(f"{directory}: nothing matches this pattern; leave it out, or name what is there")
 
 
 def rank() -> int:

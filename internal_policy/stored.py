@@ -19,6 +19,7 @@ import pandas as pd
 
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
+from internal_policy.shell import refuse_unmatched
 
 _NAMED = 4
 
@@ -76,6 +77,7 @@ class Kind:
         Raises:
             UserError: none is there, or several are.
         """
+        refuse_unmatched(directory)
         inside = self.below(directory)
         if len(inside) == 1:
             return inside[0]

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
@@ -24,9 +24,11 @@ from internal_policy.errors import UserError
 from internal_policy.memory import release
 from internal_policy.models import context
 from internal_policy.models.identity import commit_now
+from internal_policy.options import StudyOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
@@ -41,6 +43,8 @@ _TOLD_FROM = 2e9
 """Bytes of keys and values of a batch from which on it is said what they take."""
 
 
+@quiet_libraries()
+@showing(AnalyzeConfig, names=StudyOptions.__optional_keys__)
 def study(
     preset: str | Sequence[StudyModel] = "testbed",
     *,
@@ -48,7 +52,7 @@ def study(
     output: str | Path | None = None,
     overwrite: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> Study:
     """Analyse the models of a preset, each on its own responses, as the paper does.
 

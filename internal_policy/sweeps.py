@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from internal_policy import models
 from internal_policy.capture.nnsight_library import load_nnsight, require_key
@@ -21,9 +21,11 @@ from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
 from internal_policy.memory import release
 from internal_policy.models.lookup import told_in_one_line
+from internal_policy.options import SweepOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import MANIFEST, Analysis
 from internal_policy.workspace import Workspace
 
@@ -31,6 +33,8 @@ _OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new
 """Settings that have no meaning where responses are given; max_responses has chosen them already."""
 
 
+@quiet_libraries()
+@showing(AnalyzeConfig, names=SweepOptions.__optional_keys__)
 def sweep(
     model: str | None = None,
     *,
@@ -42,7 +46,7 @@ def sweep(
     output: str | Path | None = None,
     overwrite: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> list[Analysis]:
     """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
 
@@ -70,6 +74,8 @@ def sweep(
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
     prompts, given = as_source(prompts), as_source(_sequences(responses))
     refuse_unknown(options)
+    if "revision" in options:
+        raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
@@ -85,7 +91,7 @@ def sweep(
         start_over([Path(output).expanduser() / config.slug for config in configs])
     analyses: list[Analysis] = []
     for target in found:
-        wanted = dict(options)
+        wanted: dict[str, Any] = dict(options)
         source = given
         if analyses and not own_responses:
             source = as_source(analyses[0].sequences)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import sys
 import time
 from pathlib import Path
@@ -39,8 +38,6 @@ def execute(path: Path, directory: Path = HERE, limit: int = LIMIT) -> nbformat.
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed.
     """
-    # Without ipywidgets tqdm warns that it cannot draw its bars, and no bars are what is wanted here.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(directory)}}
     with TemporaryDirectory() as sockets:

@@ -53,20 +53,33 @@ def python_blocks(path):
 
 
 def run_python(path, shown, directory, timeout):
-    """Run blocks of a document one after another in one namespace and an empty directory, without a network."""
-    lines = []
-    for block in shown:
-        # A line of the program is the same line of the document, so that a traceback names the place.
-        lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
-    program = directory / f"{path.stem.replace('-', '_')}_blocks.py"
-    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Run Python blocks of a document one after another in one namespace and an empty directory, without a network."""
     work = directory / "work"
     work.mkdir()
+    run_blocks(path, shown, directory, work, timeout)
+
+
+def run_blocks(path, shown, scratch, work, timeout):
+    """Run blocks of a document in their order, as a reader does: Python in one namespace, commands by bash."""
+    # A line of the program is the same line of the document, so that a traceback names the place.
+    lines = ["from documents import run_in_bash as bash"]
+    for block in shown:
+        if block.language == "python":
+            lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
+        for number, line in lines_of(block) if block.language == "bash" else ():
+            if why_not_run(line) is None:
+                lines += [""] * (number - 1 - len(lines)) + [f"bash({line!r})"]
+    program = scratch / f"{path.stem.replace('-', '_')}_blocks.py"
+    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = scratch / "internal-policy"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m internal_policy.cli "$@"\n')
+    command.chmod(0o755)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    places = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [sys.executable, str(program)],
         cwd=work,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env={**environment, **places},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -75,18 +88,48 @@ def run_python(path, shown, directory, timeout):
     assert done.returncode == 0, f"{path.relative_to(ROOT)}: {done.stderr[-3000:]}"
 
 
+def run_in_bash(line):
+    """Run one command of a document; a training of minutes with fewer steps."""
+    if (own_arguments(line) or [""])[0] == "train":
+        line = line.partition(" #")[0].replace("--max-steps 60", "") + f" --max-steps {FEW_STEPS}"
+    subprocess.run(["bash", "-c", line], check=True, stdout=subprocess.DEVNULL)
+
+
+FEW_STEPS = 6
+_WHY_NOT = {
+    r"^(?:make|pip|source|export) ": "makes the reader's environment",
+    r"^python ": "takes minutes; tests/test_benchmarks.py and the demo run it",
+    r"^(?:accelerate|torchrun) ": "needs several GPUs or processes",
+    r"--remote|--generator vllm| push ": "needs the network or a GPU",
+    r"--preset (?:paper|small|qwen)|--benchmark math500": "needs the hub",
+    r"(?:--model|--prompts) (?!testbed/)[A-Za-z][\w.-]*/[\w.-]+": "needs the hub",
+    r"\./(?:my|other)-|--(?:checkpoints|model) '?runs/|data/analyses/(?:NAME|Qwen--)": "reads what is the reader's own",
+}
+
+
+def why_not_run(line):
+    """Why a command of a document is not run by the tests; None where it is."""
+    if own_arguments(line) is None and not line.partition("#")[0].strip():
+        return "a comment"
+    return next((why for pattern, why in _WHY_NOT.items() if re.search(pattern, line.partition(" #")[0])), None)
+
+
 def command_lines(path):
     """The lines of the bash blocks of a document, with their numbers; a line that goes on is one line."""
     for block in blocks(path):
-        if block.language != "bash":
-            continue
-        start, held = block.line, ""
-        for number, line in enumerate(block.code.splitlines(), start=block.line):
-            start = start if held else number
-            held += line.removesuffix("\\")
-            if not line.endswith("\\"):
-                yield start, held
-                held = ""
+        if block.language == "bash":
+            yield from lines_of(block)
+
+
+def lines_of(block):
+    """The lines of a bash block with their numbers; a line that goes on is one line."""
+    start, held = block.line, ""
+    for number, line in enumerate(block.code.splitlines(), start=block.line):
+        start = start if held else number
+        held += line.removesuffix("\\")
+        if not line.endswith("\\"):
+            yield start, held
+            held = ""
 
 
 def own_arguments(line):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 
 import pytest
 import yaml
-from documents import DOCS, PAGES, ROOT, blocks, command_lines, own_arguments, python_blocks, run_python
+from documents import DOCS, PAGES, ROOT, blocks, command_lines, lines_of, own_arguments, run_blocks, why_not_run
 
 SHOWN = [ROOT / "README.md", *PAGES]
 LANGUAGES = {"python", "bash", "json", "yaml", "text", "bibtex"}
@@ -21,10 +24,49 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory):
+    """A directory in which `make demo` has run: what the Makefile says, and nothing else."""
+    place = tmp_path_factory.mktemp("demo")
+    recipe = re.search(r"^demo: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    starts = {
+        "$(BIN)/internal-policy ": f"{sys.executable} -m internal_policy.cli ",
+        "$(BIN)/python benchmarks/": f"{sys.executable} {ROOT}/benchmarks/",
+    }
+    for line in recipe.strip().splitlines():
+        known, started = next((start, new) for start, new in starts.items() if line.strip().startswith(start))
+        command = started + line.strip().removeprefix(known)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        subprocess.run(shlex.split(command), cwd=place, env=environment, check=True, capture_output=True)
+    return place
+
+
+def runnable(page):
+    """The blocks of a page of which something runs, in their order."""
+    return [
+        block
+        for block in blocks(page)
+        if (block.language == "python" and block.not_run is None)
+        or (block.language == "bash" and any(why_not_run(line) is None for _, line in lines_of(block)))
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
-def test_the_python_of_a_page_runs(page, tmp_path):
-    run_python(page, python_blocks(page), tmp_path, timeout=600)
+@pytest.mark.parametrize("page", [page for page in SHOWN if runnable(page)], ids=name)
+def test_a_page_runs_from_top_to_bottom_where_the_demo_has_run(page, after_the_demo, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(after_the_demo, work)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    run_blocks(page, runnable(page), scratch, work, timeout=1200)
+
+
+def test_a_command_is_left_out_for_a_reason_only():
+    reasons = {why_not_run(line) for page in SHOWN for _, line in command_lines(page)}
+    assert {"needs the hub", "needs several GPUs or processes", "makes the reader's environment", None} <= reasons
+    for line in ("figures data/analyses/* data/runs/*", "analyze  # seconds", "train --layer 7 --max-steps 60"):
+        assert why_not_run(f"internal-policy {line}") is None
+    assert why_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name)
@@ -138,7 +180,7 @@ def test_every_public_name_is_in_the_python_reference():
     assert len(shown) == len(set(shown)), "an object that is described twice"
     names = {path.rpartition(".")[2] for path in shown}
     for package in (internal_policy, bupo, evaluation):
-        assert set(package.__all__) - {"bupo"} <= names, package.__name__
+        assert set(package.__all__) - {"bupo", "figures"} <= names, package.__name__
 
 
 def strings(path):

@@ -77,6 +77,22 @@ def test_a_directory_of_analyses_is_loaded_in_the_order_of_its_steps(tmp_path):
         Analysis.load_all(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["bupo", "evaluation", "figures", "models", "report", "testbed"])
+def test_what_the_pages_import_is_also_had_from_the_package(name, monkeypatch):
+    # As it is where nothing has imported it yet.
+    monkeypatch.delitem(vars(internal_policy), name, raising=False)
+    assert getattr(internal_policy, name) is sys.modules[f"internal_policy.{name}"]
+
+
+def test_a_curve_that_is_not_there_is_refused_with_those_that_are():
+    analysis = make(progressive(4), prompts=2)
+    assert list(analysis.curve("ffn").index) == [1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"site is 'mlp'; needed is one of layer, attn, ffn$"):
+        analysis.curve("mlp", "entropy_out")
+    with pytest.raises(UserError, match=r"value is 'entropy'; needed is one of .*entropy_in.*change_stderr"):
+        analysis.curve("ffn", "entropy")
+
+
 def test_a_comparison_comes_back_as_it_was(place, comparison):
     loaded = AnalysisComparison.load(place)
     assert loaded.labels == ("007", "NA")

@@ -17,25 +17,14 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "shell", "output", "citation"},
-    {
-        "files",
-        "stored",
-        "printing",
-        "chat_templates",
-        "memory",
-        "processes",
-        "progress",
-        "records",
-        "entropy",
-        "testbed",
-        "statistics",
-    },
+    {"errors", "quiet", "shell", "output", "citation"},
+    {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress", "records"},
+    {"entropy", "testbed", "statistics"},
     {"training_record"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
-    {"config", "lenses", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
+    {"config", "options", "lenses", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
     {"models", "workspace"},
     {"checkpoints"},
     {"responses", "terminal", "alignment_figures", "summary"},

@@ -10,10 +10,10 @@ run.model_dir    # a directory that transformers loads
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.errors import UserError
+from internal_policy.quiet import import_quietly
 
 if TYPE_CHECKING:
     from internal_policy.bupo.config import BuPOConfig
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name in _HOME:
         try:
-            return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+            return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
         except ModuleNotFoundError as error:
             if error.name not in _EXTRA:
                 raise

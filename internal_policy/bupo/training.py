@@ -8,16 +8,21 @@ from typing import Any
 
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.call import call_of
+from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
 from internal_policy.bupo.words import AUTO, DATA
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, wrap
+from internal_policy.options import showing
+from internal_policy.quiet import quiet_libraries
 from internal_policy.results import Analysis
 from internal_policy.shell import is_number
 
 
+@quiet_libraries()
+@showing(planning.Plan, BuPOConfig)
 def train(
     model: Any = "testbed/qwen3",
     prompts: Source | None = None,
@@ -36,7 +41,8 @@ def train(
 ) -> Run:
     r"""Train a language model with BuPO, GRPO, RLOO or REINFORCE++.
 
-    A step is one batch of rollouts with all its updates, as in the paper; all ``*_steps`` here count steps.
+    A step is one batch of rollouts with all its updates, as in the paper; all ``*_steps`` here count steps. Options
+    that are not given are those of the preset, and where it says nothing the defaults here.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model,
@@ -56,7 +62,9 @@ def train(
         overwrite: start over where the directory holds another run.
         peft_config: a peft configuration; ``lora_rank`` is the short way.
         callbacks: further transformers callbacks.
-        **options: the fields of ``Plan``, and every option of ``BuPOConfig`` and so of ``trl.GRPOConfig``.
+        **options: the fields of ``Plan`` and ``BuPOConfig``, and every other option of ``trl.GRPOConfig``, such as
+            ``learning_rate``, ``num_generations`` (responses to a prompt), ``max_completion_length`` (their tokens),
+            ``temperature``, ``save_steps`` (from checkpoint to checkpoint), ``report_to`` and ``seed`` (0).
 
     Returns:
         The run: ``model_dir``, ``history``, ``dynamics``, ``evaluation``.

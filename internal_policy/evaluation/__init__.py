@@ -10,8 +10,9 @@ Importing this package loads neither torch nor transformers; ``evaluate`` does, 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from internal_policy.quiet import import_quietly
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.benchmarks import BENCHMARKS
@@ -35,7 +36,7 @@ __all__ = ["BENCHMARKS", "Comparison", "Evaluation", "compare", "evaluate", "pas
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -31,6 +31,7 @@ from internal_policy.models import LanguageModel, evaluating, load
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
+from internal_policy.quiet import quiet_libraries
 from internal_policy.workspace import Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas", "math-verify", "vllm")
 
 
+@quiet_libraries()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,

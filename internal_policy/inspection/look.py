@@ -32,6 +32,7 @@ from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
+from internal_policy.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _MOST_PIECES = 8
 _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
 
 
+@quiet_libraries()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,

@@ -13,8 +13,10 @@ from internal_policy.errors import UserError
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
 from internal_policy.models.lookup import WEIGHTS, check, choose_device, told_in_one_line
 from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice
+from internal_policy.quiet import quiet_libraries
 
 
+@quiet_libraries()
 def load(
     name: str,
     *,

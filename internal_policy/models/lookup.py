@@ -13,6 +13,7 @@ from huggingface_hub import errors as hub
 from internal_policy import testbed
 from internal_policy.errors import UserError
 from internal_policy.memory import is_out_of_memory
+from internal_policy.quiet import quiet_libraries
 
 WEIGHTS = "its weights"
 """What is loaded when everything else about the checkpoint is known."""
@@ -44,6 +45,7 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+@quiet_libraries()
 def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
     """Check that a name stands for a causal LM, without loading its weights.
 
