@@ -298,6 +298,7 @@ def _assemble(
             "layers": model.n_layers,
             "vocabulary": model.vocab_size,
             "hidden_size": int(model.projection.weight.shape[1]),
+            "parameters": model.n_parameters,
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "device": "ndif" if config.remote else model.placement,

@@ -75,6 +75,11 @@ class Analysis:
         return int(self.model["vocabulary"])
 
     @property
+    def n_parameters(self) -> int | None:
+        """The model's parameters; None in analyses from before they were counted."""
+        return self.model.get("parameters")
+
+    @property
     def lens(self) -> str:
         """``policy`` or ``logit-lens``."""
         return str(self.config["lens"])

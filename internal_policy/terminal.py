@@ -13,11 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from internal_policy.output import written
+from internal_policy.palette import BOUNDARY_SIGN, STAGES
 from internal_policy.results import REPORT, Analysis
 
 _FEW_PROMPTS = 12
-_STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
-_STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
 
 
 def show(analysis: Analysis) -> None:
@@ -94,7 +93,7 @@ def layer_table(analysis: Analysis) -> Table:
     table = Table(
         title=f"{escape(analysis.name)}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, "
         f"lens {analysis.lens}",
-        caption="means over tokens, nats ± standard error clustered by prompt; ◀ boundary",
+        caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -106,12 +105,12 @@ def layer_table(analysis: Analysis) -> Table:
     }
     for layer, stage in enumerate(analysis.stages, start=1):
         rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
-        mark = _STAGE_MARK[stage] + (" ◀" if layer == analysis.boundary_layer else "")
+        sign = f" {BOUNDARY_SIGN}" if layer == analysis.boundary_layer else ""
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
             *(f"{row['change']:+.3f}{_error(row['change_stderr'])}" for row in rows),
-            f"[{_STAGE_STYLE[stage]}]{mark}[/]",
+            f"[{STAGES[stage].terminal}]{STAGES[stage].sign} {stage}{sign}[/]",
         )
     return table
 

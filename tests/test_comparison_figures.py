@@ -214,7 +214,7 @@ def test_a_users_own_axes_are_drawn_on():
     ):
         figure = Figure()
         axes = [figure.add_subplot(1, n, k + 1) for k in range(n)]
-        assert draw(found, axes=axes) is figure
+        assert draw(found, ax=axes) is figure
         assert all(ax.has_data() for ax in axes)
         assert not figure.legends
 

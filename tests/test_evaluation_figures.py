@@ -86,9 +86,9 @@ def test_axes_of_ones_own_are_drawn_on():
     axes = figure.subplots(1, 3)
     both = [model(m, b) for m in "ab" for b in ("amc23", "math500")]
     assert drawing.plot_pass_at_k(both, axes[0], benchmark="amc23") is axes[0]
-    assert drawing.pass_at_k_by_benchmark(both, axes=axes[1:]) is figure
+    assert drawing.pass_at_k_by_benchmark(both, ax=axes[1:]) is figure
     assert [ax.get_title() for ax in axes] == ["AMC23", "AMC23", "MATH500"]
-    assert drawing.pass_at_k(both, axes=[axes[0]]) is figure
+    assert drawing.pass_at_k(both, ax=[axes[0]]) is figure
     assert axes[0].get_title() == "Average"
 
 

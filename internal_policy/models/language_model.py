@@ -66,6 +66,11 @@ class LanguageModel:
         return int(self.projection.weight.shape[0])
 
     @property
+    def n_parameters(self) -> int:
+        """Parameters of the whole model; packed weights count as what they stand for, shared ones once."""
+        return int(self.model.num_parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the token ids go."""
         return placement.input_device(self.model)

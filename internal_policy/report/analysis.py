@@ -8,6 +8,7 @@ from typing import Any
 from internal_policy import terminal
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.errors import UserError
+from internal_policy.palette import STAGES as STAGE_LOOKS
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
 from internal_policy.report.numbers import counted, interval, number, spans
@@ -16,8 +17,6 @@ from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
-
-STAGE_MARKS = {"exploration": "▲", "integration": "■", "convergence": "▼"}
 
 
 def page(analyses: Sequence[Analysis]) -> str:
@@ -78,7 +77,7 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "positions": None if analysis.positions is None else terminal.positions_line(analysis.positions),
         "stages": stages(analysis),
         "strip": [
-            {"layer": n, "stage": stage, "mark": STAGE_MARKS[stage], "target": n == analysis.boundary_layer}
+            {"layer": n, "stage": stage, "mark": STAGE_LOOKS[stage].sign, "target": n == analysis.boundary_layer}
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": {name: {"title": c.title, "described": c.described} for name, c in drawn.items()},
@@ -105,10 +104,10 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     chosen, name = analysis.selection, clean(analysis.name)
     size = f"{counted(analysis.n_responses, 'response')} ({counted(analysis.n_tokens, 'token')})"
     if chosen.boundary_layer is None:
-        found = f"it has no target layer, for {_why(chosen.reason)}"
+        found = f"it has no boundary layer, for {_why(chosen.reason)}"
     else:
         sure = "" if chosen.confidence is None else f" ({chosen.confidence:.1%} of the resamples agree)"
-        found = f"its target layer is {chosen.boundary_layer}{sure}"
+        found = f"its boundary layer is {chosen.boundary_layer}{sure}"
     falls = {
         "progressive": "progressively",
         "abrupt": "abruptly",
@@ -132,7 +131,7 @@ def _why(reason: str) -> str:
 
 
 def target(analysis: Analysis) -> dict[str, Any]:
-    """Gather what is said of the target layer.
+    """Gather what is said of the boundary layer.
 
     Args:
         analysis: the analysis.
@@ -166,7 +165,7 @@ def stages(analysis: Analysis) -> list[dict[str, str]]:
     for stage in STAGES:
         layers = [n for n, name in enumerate(analysis.stages, start=1) if name == stage]
         told = f"layer{'s' if len(layers) > 1 else ''} {spans(layers)}" if layers else "no layer"
-        found.append({"stage": stage, "mark": STAGE_MARKS[stage], "layers": told})
+        found.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": told})
     return found
 
 
@@ -205,7 +204,7 @@ def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
         analysis: the analysis.
 
     Returns:
-        Layer, stage, whether it is the target, and cells of value and interval.
+        Layer, stage, whether it is the boundary layer, and cells of value and interval.
     """
     columns = [("layer", "entropy_in", ".3f"), ("layer", "entropy_out", ".3f")]
     columns += [(site, "change", "+.3f") for site in ("layer", "attn", "ffn")]
@@ -217,6 +216,11 @@ def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
             row = sites[site].loc[layer]
             ends = interval(row[f"{column}_low"], row[f"{column}_high"], form)
             cells.append({"value": number(row[column], form), "interval": ends})
-        where = {"layer": layer, "stage": stage, "mark": STAGE_MARKS[stage], "target": layer == analysis.boundary_layer}
+        where = {
+            "layer": layer,
+            "stage": stage,
+            "mark": STAGE_LOOKS[stage].sign,
+            "target": layer == analysis.boundary_layer,
+        }
         rows.append({**where, "cells": cells})
     return rows
