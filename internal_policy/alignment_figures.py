@@ -128,8 +128,9 @@ def why_no_dynamics(run: Run) -> str | None:
 
 
 def short_name(name: str) -> str:
-    """Return the end of a model's name, which tells most."""
-    return name.strip("/").split("/")[-1]
+    """Return the end of a model's name, which tells most; an embedded model keeps the whole."""
+    whole = name.strip("/")
+    return whole if whole.startswith(drawing.EMBEDDED) else whole.split("/")[-1]
 
 
 def last_alignment_step(run: Run) -> int | None:
@@ -201,7 +202,7 @@ def _plot_divergence(ax: Axes, run: Run, table: pd.DataFrame, layer: int, color:
     later = run.dynamics_layers
     ax.set(xlabel="Step", ylabel=rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi^m)$ (nats)")
     layers = np.unique(later["layer"])
-    colours = _colours("YlOrBr", 0.25, 0.85)
+    colours = _colours("YlOrBr", 0.4, 0.9)
     norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, colours.N)
     for m in layers:
         rows = later[later["layer"] == m].sort_values("step")

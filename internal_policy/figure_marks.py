@@ -54,16 +54,18 @@ def is_first(ax: Axes) -> bool:
     return first
 
 
-def widen(ax: Axes) -> None:
+def widen(ax: Axes, rows: pd.DataFrame, y: str) -> None:
     """Make room for a further analysis in a panel whose limits are those of the first.
 
     Args:
         ax: The panel.
+        rows: What was drawn, with its `layer`.
+        y: The column up the panel.
     """
-    (left, right), (low, high), data = ax.get_xlim(), ax.get_ylim(), ax.dataLim
-    margin = 0.05 * data.height
-    ax.set_xlim(min(left, data.x0 - 0.5), max(right, data.x1 + 0.5))
-    ax.set_ylim(min(low, data.y0 - margin), max(high, data.y1 + margin))
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    margin = 0.05 * (high - low)
+    ax.set_xlim(left, max(right, rows["layer"].max() + 0.5))
+    ax.set_ylim(min(low, rows[y].min() - margin), max(high, rows[y].max() + margin))
 
 
 def panels_of(ax: OneOrMany[Axes], n: int, needed: str) -> list[Axes]:
@@ -191,14 +193,17 @@ def zero_line(ax: Axes) -> None:
     ax.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
 
 
-def boundary_line(ax: Axes, layer: float) -> None:
+def boundary_line(ax: Axes, layer: float, label: str | None, color: Any = None) -> None:
     """Draw the line of the boundary layer.
 
     Args:
         ax: The panel, with layers along it.
         layer: The layer, from 1.
+        label: For the legend.
+        color: In place of its own.
     """
-    ax.axvline(layer, linewidth=0.6, label="boundary layer", zorder=2, **style.line_marks(LOOKS["boundary"]))
+    marks = style.line_marks(LOOKS["boundary"]) | ({} if color is None else {"color": color})
+    ax.axvline(layer, linewidth=0.6, label=label, zorder=2, **marks)
 
 
 def label_axes(ax: Axes, y_label: str) -> None:

@@ -105,7 +105,7 @@ def plot_entropy_flow(
             drawing.set_titles([ax], [analysis], label)
             drawing.label_axes(ax, "Entropy (nats)")
         else:
-            drawing.widen(ax)
+            drawing.widen(ax, modules, "entropy")
         low, high = ax.get_ylim()
         # Zero is where a policy is certain and ln V where it knows nothing; room beyond keeps the marks there whole.
         ax.set_ylim(min(low, -0.03 * high), max(high, 1.04 * uniform))
@@ -137,12 +137,13 @@ def plot_entropy_change(
         return _own_panel(lambda panel: plot_entropy_change(analysis, site, panel, label=label, color=color), analysis)
     frame, first = entropy_change_data(analysis), drawing.is_first(ax)
     rows = frame[frame["site"] == site]
-    marks = drawing.site_marks(site, *drawing.colors_for(color, 1, "analysis"))
+    (own,) = drawing.colors_for(color, 1, "analysis")
+    marks = drawing.site_marks(site, own)
     with style.paper_style():
         drawing.line(ax, rows, "layer", "change", label=SITE_LABELS[site] if label is None else label, **marks)
         boundary = rows.loc[rows["boundary"], "layer"]
         for layer in boundary:
-            drawing.boundary_line(ax, layer)
+            drawing.boundary_line(ax, layer, "boundary layer" if first else None, own)
         if first:
             drawing.zero_line(ax)
             style.set_layer_axis(ax, analysis.n_layers)
@@ -152,7 +153,7 @@ def plot_entropy_change(
             drawing.shade_stages(ax, rows)
             drawing.name_boundary(ax, int(boundary.iloc[0]) if len(boundary) else None, analysis.n_layers)
         if not first:
-            drawing.widen(ax)
+            drawing.widen(ax, rows, "change")
     return ax
 
 

@@ -1,4 +1,4 @@
-"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, target layer."""
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer."""
 
 from __future__ import annotations
 

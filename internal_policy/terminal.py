@@ -1,4 +1,4 @@
-"""An analysis on the terminal: a table of layers with stage marks, the target layer, and where the files are."""
+"""An analysis on the terminal: a table of layers with stage marks, the boundary layer, and where the files are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def show(analysis: Analysis) -> None:
 
 
 def remarks(analysis: Analysis) -> list[str]:
-    """Say what is to be said beside the layers and the target layer.
+    """Say what is to be said beside the layers and the boundary layer.
 
     Args:
         analysis: the analysis.

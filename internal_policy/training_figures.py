@@ -61,8 +61,9 @@ SMOOTH = 5
 
 BAND_LABEL, SEED_LABEL, STEP_LABEL, START_LABEL = "95% interval", "each seed", "each step", "before any update"
 THIN: dict[str, Any] = {"linewidth": 0.4, "alpha": 0.6}
-START: dict[str, Any] = {"linestyle": "none", "markersize": 3, "markerfacecolor": "white", "markeredgewidth": 0.6}
+START: dict[str, Any] = {"linestyle": "none", "marker": "o", "markerfacecolor": "none", "markeredgewidth": 0.6}
 """How step 1 is marked, which no mean reaches back to."""
+_LARGEST_START, _SMALLEST_START = 5.0, 2.0
 FEWEST_SEEDS = 3
 """With two seeds a 95% interval is 13 standard errors to each side: the seeds themselves are drawn instead."""
 
@@ -190,7 +191,7 @@ def save_run_figures(runs: Sequence[Run], directory: Path, *, smooth: int = SMOO
             if not run.dynamics.empty:
                 logger.warning("%s", why)
             continue
-        words = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{short_name(run.name)} {run.label}").strip("-").lower()[:100]
+        words = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{run.name.split('/')[-1]} {run.label}").strip("-").lower()[:100]
         seeds = (f"fig5_alignment_{words}{f'_{number}' if number > 1 else ''}" for number in count(1))
         drawings[next(stem for stem in seeds if stem not in drawings)] = partial(alignment_dynamics, run)
     return [path for stem, draw in drawings.items() for path in style.save_figure(draw(), directory / stem)]
@@ -290,7 +291,7 @@ def _curves(
 
 def _looks(labels: Sequence[str], color: Any) -> dict[str, dict[str, Any]]:
     """How the curve of each label looks; colour and line differ between neighbours, for grey printers."""
-    looks = {label: style.marked_line(palette.series(place)) for place, label in enumerate(labels)}
+    looks = {label: style.line_marks(palette.series(place)) for place, label in enumerate(labels)}
     for look, own in zip(looks.values(), drawing.colors_for(color, len(labels), "curves"), strict=True):
         look.update({"color": own} if own is not None else {})
     return looks
@@ -308,7 +309,7 @@ def _signs(runs: Sequence[Run], window: int, *, bands: bool) -> list[Any]:
     if any(few):
         found.append(Line2D([], [], color=grey, label=SEED_LABEL, **THIN))
     if window > 1:
-        found.append(Line2D([], [], color=grey, label=START_LABEL, marker="o", **START))
+        found.append(Line2D([], [], color=grey, label=START_LABEL, markersize=3, **START))
     if bands:
         found.append(Patch(color=grey, alpha=0.35, linewidth=0, label=BAND_LABEL))
     if any(last_alignment_step(run) for run in runs):
@@ -321,8 +322,8 @@ def _plot_curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]],
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=style.NEUTRAL)
         ax.set_yticks([])
         return
-    for label, look in looks.items():
-        own, line = rows[rows["label"] == label], {key: look[key] for key in ("color", "linestyle")}
+    for place, (label, look) in enumerate(looks.items()):
+        own = rows[rows["label"] == label]
         if own.empty:
             continue
         if window > 1:
@@ -333,13 +334,15 @@ def _plot_curves(ax: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]],
             ax.errorbar(
                 start["step"], start["mean"], reach, fmt="none", ecolor=look["color"], elinewidth=0.6, alpha=0.5
             )
-            ax.plot(start["step"], start["mean"], color=look["color"], marker=look["marker"], zorder=3, **START)
+            # Runs of one model and seed start alike: rings around one another show them all.
+            size = max(_SMALLEST_START, _LARGEST_START - 1.5 * place)
+            ax.plot(start["step"], start["mean"], color=look["color"], markersize=size, zorder=3, **START)
             own = own[own["step"] > FIRST_STEP]
         if own["low"].notna().any():
             ax.fill_between(own["step"], own["low"], own["high"], color=look["color"], alpha=0.2, linewidth=0, zorder=2)
         # In a long run every step is a zigzag, which a thinner line keeps readable.
         width, marker = 0.7 if len(own) > 150 and window == 1 else 1.0, "o" if len(own) == 1 else None
-        ax.plot(own["step"], own["mean"], label=label, linewidth=width, marker=marker, zorder=2.5, **line)
+        ax.plot(own["step"], own["mean"], label=label, linewidth=width, marker=marker, zorder=2.5, **look)
     set_step_axis(ax)
 
 

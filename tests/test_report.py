@@ -117,7 +117,7 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     said = page.parts["summary"]
     assert f"testbed/qwen3 has {saved.n_layers} layers" in said
     assert f"on 6 responses ({saved.n_tokens} tokens)" in said
-    assert f"target layer is {chosen.boundary_layer} ({chosen.confidence:.1%} of the resamples agree)" in said
+    assert f"boundary layer is {chosen.boundary_layer} ({chosen.confidence:.1%} of the resamples agree)" in said
     adverb = {"abrupt": "abruptly", "progressive": "progressively"}[fall.reading]
     assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in said
     assert page.parts["target"] == str(chosen.boundary_layer)
@@ -127,13 +127,13 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     assert "of 6 prompts only: intervals and confidence hold from some 40 on" in page.text
 
 
-def test_a_model_without_a_target_layer_says_why(saved):
+def test_a_model_without_a_boundary_layer_says_why(saved):
     none = select_layer([0.3] * 8, stderr=[0.001] * 8)
     page = Page(analysis_report(replace(saved, selection=none)))
     # Its reason has a semicolon within brackets, and one before the confidence.
     why = "dH_FFN still explores at the last layer, 8 (+0.3 nats; +0.3 on average from layer 1 on), so it never turns"
     assert none.reason.startswith(f"{why}; 100.0% of ")
-    assert f"it has no target layer, for {why}. Its" in page.parts["summary"]
+    assert f"it has no boundary layer, for {why}. Its" in page.parts["summary"]
     assert page.parts["target"] == "none"
     assert page.data["tokens"]["a1-tokens"]["target"] is None
 
@@ -160,7 +160,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
     assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
     # Its stage can be heard, not only pointed at.
     for n, stage in enumerate(saved.stages, start=1):
-        assert f" {n}: {stage}{', target layer' if n == saved.boundary_layer else ''}\n" in page.text
+        assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
     # Each layer once, in the table and in the strip of stages.
     assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"]
     assert sum(tag == "li" and "layer " in part.get("title", "") for tag, part in page.elements) == 8
@@ -269,7 +269,7 @@ def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path)
     compared = compare(saved, saved, labels=names)
     found = Page(comparison_report(compared))
     traces = [trace for spec in found.data["charts"].values() for trace in spec["traces"]]
-    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "target layer"}
+    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "boundary layer"}
     assert names[0] in found.text
     assert not [tag for tag, _ in found.elements if tag == "b"]
 

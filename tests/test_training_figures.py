@@ -261,9 +261,7 @@ def test_one_later_layer_is_drawn_over_the_steps():
 
 def test_the_last_layer_has_no_later_one_and_says_so(tmp_path, monkeypatch, caplog):
     run = make_run("BuPO, layer 8", layer=8)
-    with pytest.raises(
-        UserError, match="it compares a layer with the layers above it, and layer 8"
-    ):
+    with pytest.raises(UserError, match="it compares a layer with the layers above it, and layer 8"):
         alignment_dynamics(run)
     monkeypatch.setattr(style, "save_figure", lambda figure, stem: [stem])
     assert [path.name for path in save_run_figures([run], tmp_path)] == ["fig4_training", "fig7_policy_entropy"]

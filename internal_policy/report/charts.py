@@ -17,6 +17,8 @@ from internal_policy.report.numbers import plain, plain_all
 
 _LONGEST = 36
 """Characters of a name beside a value, where a phone has room for both."""
+_THIN = 1.0
+"""Below so many pixels a line has a thin sign in the key."""
 
 
 def look(name: str) -> dict[str, str]:
@@ -149,7 +151,8 @@ class Chart:
                 **hidden,
             }
         )
-        self.key.append({"name": str(name), "colour": colour, "dash": dash, "traces": places, "shown": shown})
+        sign = dash if width >= _THIN else f"{dash} thin"
+        self.key.append({"name": str(name), "colour": colour, "dash": sign, "traces": places, "shown": shown})
 
     def shade(self, first: float, last: float, colour: str) -> None:
         """Shade positions over the whole height.
@@ -217,7 +220,7 @@ class Chart:
             JSON-able data.
         """
         x_axis: Mapping[str, Any] = {"title": {"text": self.x}, **self.x_axis}
-        y_axis: Mapping[str, Any] = {"title": {"text": self.y}, **self.y_axis}
+        y_axis: Mapping[str, Any] = {"title": {"text": self.y, "standoff": 12}, **self.y_axis}
         layout: dict[str, Any] = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
         if self.beside:
             # An axis that is not visible has no ticks at all, and so no texts for them.
