@@ -130,7 +130,7 @@ def colors_for(color: Any, n: int, what: str) -> list[Any]:
     if len(found) != n:
         raise UserError(f"got {len(found)} colours for {n} {what}; give one for all, or one for each")
     if bad := [own for own in found if own is not None and not is_color_like(own)]:
-        raise UserError(f"color: {bad[0]!r} is no colour of matplotlib; give a name such as 'tab:blue', or '#0072b2'")
+        raise UserError(f"color: {bad[0]!r} is no colour of matplotlib; give a name such as 'tab:blue'")
     return found
 
 

@@ -92,7 +92,8 @@ def series(index: int) -> Look:
     """
     place, round_ = index % N_COLOURS, index // N_COLOURS
     light, dark, marker = _SERIES[place]
-    return Look(light, dark, _DASHES[(place + round_) % len(_DASHES)], marker)
+    # By three, so that the first of a round differs from the last of the round before too.
+    return Look(light, dark, _DASHES[(place + 3 * round_) % len(_DASHES)], marker)
 
 
 def stylesheet() -> str:

@@ -423,9 +423,15 @@ def test_a_training_run_has_its_curves_phases_and_command():
     run = Run.load(RUN[0])
     page = Page(training_report(run))
     for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
-        drawn = line(page.data["charts"][name], column.replace("_", " "))
-        np.testing.assert_allclose(drawn["y"], run.history[column], atol=1e-6)
-        areas = [s for s in page.data["charts"][name]["layout"]["shapes"] if s["type"] == "rect"]
+        chart = page.data["charts"][name]
+        np.testing.assert_allclose(line(chart, "each step")["y"], run.history[column], atol=1e-6)
+        # Step 1 was sampled before any update: no mean reaches back to it.
+        means = line(chart, "mean of the last 5 steps")
+        wanted = run.history[column][1:].rolling(5, min_periods=1).mean()
+        assert means["x"] == list(run.history["step"][1:])
+        np.testing.assert_allclose(means["y"], wanted, atol=1e-6)
+        assert means["line"]["width"] > 2 > line(chart, "each step")["line"]["width"]
+        areas = [s for s in chart["layout"]["shapes"] if s["type"] == "rect"]
         assert [area["x1"] for area in areas] == [run.ipa_steps + 0.5]
     assert page.parts["target"] == str(run.layer)
     words = shlex.split(training_commands(run).shell)
@@ -433,6 +439,22 @@ def test_a_training_run_has_its_curves_phases_and_command():
     assert words[words.index("--layer") + 1] == str(run.layer)
     assert words[words.index("--seed") + 1] == str(run.config["trainer"]["seed"])
     assert "rebuilt from its settings" in page.text
+
+
+def test_a_short_training_is_drawn_step_by_step():
+    run = Run.load(RUN[0])
+    (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
+    assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
+
+
+def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the_steps():
+    run = Run.load(RUN[0])
+    last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
+    assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
+    one = run.dynamics_layers[run.dynamics_layers["layer"] == 8]
+    charts = Page(training_report(replace(run, dynamics_layers=one))).data["charts"]
+    similarity = list(charts.values())[-1]["traces"]
+    assert [trace["x"] for trace in similarity] == [list(one["step"])]
 
 
 def test_a_recorded_call_is_given_again(tmp_path):

@@ -147,7 +147,8 @@ def _history(run: Run) -> list[Chart]:
         values = table.set_index("step")[column].astype(float).sort_index()
         marked = {"marks": len(table) <= 60, "form": form, "unit": unit}
         thin = {"width": 0.7} if window > 1 else {}
-        chart.curve("each step", values.index, values, **{**series_look(0), **marked, **thin})
+        name = "each step" if window > 1 else column.replace("_", " ")
+        chart.curve(name, values.index, values, **{**series_look(0), **marked, **thin})
         if window > 1:
             # Step 1 was sampled before any update; it is no part of a mean.
             means = trailing_mean(values, window).loc[FIRST_STEP + 1 :]
