@@ -244,7 +244,7 @@ def test_alignment_dynamics_draw_the_measurements():
     for ax in (change, perplexity, divergence):
         # A measurement at step 10 is taken after it, by the model at the end of alignment.
         assert list(drawn(ax, "end of alignment")[0]) == [10, 10]
-    assert figure.legends[0].get_title().get_text() == "qwen3: BuPO, layer 6, 10 steps"
+    assert figure.legends[0].get_title().get_text() == "testbed/qwen3: BuPO, layer 6, 10 steps"
 
 
 def test_one_later_layer_is_drawn_over_the_steps():
