@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 ModuleSite = Literal["attn", "ffn"]
 T = TypeVar("T")
-OneOrMany = T | Iterable[T]
+OneOrMany: TypeAlias = T | Iterable[T]
 """What the figures take: one result, or several."""
 
 SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
@@ -56,7 +56,8 @@ def trailing_mean(values: pd.Series, window: int) -> pd.Series:
     trained = values[values.index > FIRST_STEP]
     # Where a step was not measured there is nothing to draw, however near its neighbours are.
     means = trained.rolling(window, min_periods=1).mean().where(trained.notna())
-    return pd.concat([values[values.index <= FIRST_STEP], means])
+    smoothed: pd.Series = pd.concat([values[values.index <= FIRST_STEP], means])
+    return smoothed
 
 
 def window_for(n_steps: int, window: int) -> int:

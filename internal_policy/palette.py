@@ -67,7 +67,7 @@ STAGES: Mapping[str, StageLook] = MappingProxyType(
 BOUNDARY_SIGN = "◀"
 """What stands behind the boundary layer in a table."""
 
-_SERIES = (
+_SERIES: tuple[tuple[str, str, Marker], ...] = (
     ("#0072b2", "#56b4e9", "circle"),
     ("#c24e00", "#f58b4c", "square"),
     ("#00805d", "#3fc79c", "triangle-up"),
@@ -102,7 +102,11 @@ def stylesheet() -> str:
     Returns:
         CSS with ``--attn``, ``--exploration``, ``--series1`` and so on.
     """
-    colours = {**LOOKS, **STAGES, **{f"series{i + 1}": series(i) for i in range(N_COLOURS)}}
+    colours: dict[str, Look | StageLook] = {
+        **LOOKS,
+        **STAGES,
+        **{f"series{i + 1}": series(i) for i in range(N_COLOURS)},
+    }
     light = " ".join(f"--{name}: {look.light};" for name, look in colours.items())
     dark = " ".join(f"--{name}: {look.dark};" for name, look in colours.items())
     return (

@@ -284,7 +284,7 @@ def _curves(
                 style.set_title(panel, titles[models.index(model)])
         if figure is None:
             return style.root_figure(axes[0])
-        extra = _signs(runs, window, bands=frame["low"].notna().any())
+        extra = _signs(runs, window, bands=bool(frame["low"].notna().any()))
         style.figure_legend(figure, axes, [*looks, *(str(sign.get_label()) for sign in extra)], extra)
     return figure
 

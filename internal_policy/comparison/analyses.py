@@ -282,10 +282,8 @@ def as_comparison(
     new = dict(zip(given.labels, names, strict=True))
     tables_with = {name: getattr(given, name) for name in TABLES if "label" in getattr(given, name)}
     renamed: dict[str, Any] = {name: table.assign(label=table["label"].map(new)) for name, table in tables_with.items()}
-    keyed = {name: {new[k]: v for k, v in getattr(given, name).items()} for name in ("paired", "differing")}
-    return replace(
-        given, **renamed, **keyed, labels=tuple(names), baseline=new[given.baseline], labels_given=True, path=None
-    )
+    renamed |= {name: {new[k]: v for k, v in getattr(given, name).items()} for name in ("paired", "differing")}
+    return replace(given, **renamed, labels=tuple(names), baseline=new[given.baseline], labels_given=True, path=None)
 
 
 def _require_one_lens(analyses: Sequence[Analysis], names: Sequence[str]) -> None:

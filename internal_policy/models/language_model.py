@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class LanguageModel:
     @property
     def n_parameters(self) -> int:
         """Parameters of the whole model; packed weights count as what they stand for, shared ones once."""
-        return int(self.model.num_parameters())
+        return int(cast(Any, self.model).num_parameters())
 
     @property
     def device(self) -> torch.device:

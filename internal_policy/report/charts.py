@@ -21,7 +21,7 @@ _THIN = 1.0
 """Below so many pixels a line has a thin sign in the key."""
 
 
-def look(name: str) -> dict[str, str]:
+def look(name: str) -> dict[str, Any]:
     """Say how a thing of `palette` is drawn.
 
     Args:
@@ -34,7 +34,7 @@ def look(name: str) -> dict[str, str]:
     return {"colour": f"${name}", "dash": known.dash, "symbol": known.marker}
 
 
-def series_look(index: int) -> dict[str, str]:
+def series_look(index: int) -> dict[str, Any]:
     """Say how one of several models or runs is drawn.
 
     Args:

@@ -148,12 +148,12 @@ def _history(run: Run) -> list[Chart]:
         marked = {"marks": len(table) <= 60, "form": form, "unit": unit}
         thin = {"width": 0.7} if window > 1 else {}
         name = "each step" if window > 1 else column.replace("_", " ")
-        chart.curve(name, values.index, values, **{**series_look(0), **marked, **thin})
+        chart.curve(name, list(values.index), values, **{**series_look(0), **marked, **thin})
         if window > 1:
             # Step 1 was sampled before any update; it is no part of a mean.
             means = trailing_mean(values, window).loc[FIRST_STEP + 1 :]
             name = f"mean of the last {window} steps"
-            chart.curve(name, means.index, means, **{**series_look(0), **marked, "marks": False}, width=3)
+            chart.curve(name, list(means.index), means, **{**series_look(0), **marked, "marks": False}, width=3)
         _step_axis(chart, table["step"])
         found.append(chart)
     return found
