@@ -121,7 +121,7 @@ def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, n
     n_rows, n_layers = values.shape
     reach = float(np.nanmax(np.abs(values))) or 1.0
     # An entropy is never below zero, and zero is where a policy is certain.
-    limits = (
+    limits: dict[str, Any] = (
         {"vmin": -reach, "vmax": reach, "cmap": "RdBu_r"} if centred else {"vmin": 0.0, "vmax": reach, "cmap": colours}
     )
     mesh = ax.pcolormesh(np.arange(n_layers + 1) + 0.5, np.arange(n_rows + 1) - 0.5, values, rasterized=True, **limits)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -117,7 +117,7 @@ def inspection_map(
     Raises:
         UserError: no such token, another number of axes than of sites, or no such colour map.
     """
-    sites = [cast(Site, sites)] if isinstance(sites, str) else list(sites)
+    sites = [sites] if isinstance(sites, str) else list(sites)
     if ax is not None:
         panels = panels_of(ax, len(sites), "one for each site")
         for site, panel in zip(sites, panels, strict=True):
