@@ -18,7 +18,7 @@ import pytest
 from shapes import make, progressive
 from typer.testing import CliRunner
 
-from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, figures, select_layer
 from internal_policy.bupo.results import Run
 from internal_policy.citation import bibtex
 from internal_policy.cli import app
@@ -125,6 +125,12 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     # What the terminal says of it, too.
     assert f"olicy entropy H(π_θ) {saved.policy_entropy['mean']:.4f}±" in page.text
     assert "of 6 prompts only: intervals and confidence hold from some 40 on" in page.text
+
+
+def test_an_analysis_knows_how_large_its_model_is(saved):
+    # Shared embedding and unembedding are counted once.
+    assert 0.6e6 < saved.n_parameters < 0.7e6
+    assert figures.plot_residual_cosine(saved).get_title() == f"{saved.name} (0.67 M parameters)"
 
 
 def test_a_model_without_a_boundary_layer_says_why(saved):
