@@ -1,10 +1,10 @@
-"""Internal policies of language models: entropies, target layer, training, figures (arXiv 2512.19673v3).
+"""Internal policies of language models: entropies, boundary layer, training, figures (arXiv 2512.19673v3).
 
 from internal_policy import analyze, bupo
 
 analysis = analyze("testbed/qwen3")
 analysis.layers            # DataFrame: entropies and entropy changes per layer and site, nats
-analysis.boundary_layer    # the target layer, from 1, or None
+analysis.boundary_layer    # from 1, or None: what BuPO aligns first
 bupo.train("testbed/qwen3", layer=analysis)
 """
 

@@ -7,7 +7,6 @@ Nothing here needs a model or torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -21,73 +20,117 @@ from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, N
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from internal_policy import figure_marks as drawing
 from internal_policy import style
 from internal_policy.errors import UserError
+from internal_policy.figure_data import OneOrMany
+from internal_policy.palette import LOOKS
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
 
 SWITCH_LABEL = "end of alignment"
-SWITCH: dict[str, Any] = {"linewidth": 0.7, "linestyle": (0, (3, 2))}
-MEAN_LABEL, POLICY_LABEL = "mean of later layers", "policy $\\pi_\\theta$"
+SWITCH: dict[str, Any] = {"linewidth": 0.7, "linestyle": style.DASHES[LOOKS["switch"].dash]}
+MEAN_LABEL = "mean of later layers"
 MOST_STEPS = 16
 """At most so many measurements are drawn over the layers; more than the eye can tell apart by colour."""
 
 _ROUND_STEPS = (1, 2, 2.5, 5, 10)
 
 
-def alignment_dynamics(run: Run, *, axes: Sequence[Axes] | None = None) -> Figure:
+def alignment_dynamics(
+    run: Run, *, ax: OneOrMany[Axes] | None = None, label: str | None = None, color: Any = None
+) -> Figure:
     """Draw fig. 5: what training does to layer l, to the layers after it, and to pi_theta, on fixed responses.
 
     (a) cosine of H^l with each later layer, a line a measurement (`MOST_STEPS` at most, half of them while pi^l is
-    aligned); (b) dH_Layer^l; (c) perplexity of pi_theta; (d) KL(pi^l || pi^m), a line a later layer m, and their mean.
-    There are no intervals: the responses are the same at every step, so that how much they differ says nothing about
-    how a curve moves. (c) and (d) have a logarithmic axis where they span more than a factor of twenty.
+    aligned), or over the steps where there is a single later layer; (b) dH_Layer^l; (c) perplexity of pi_theta;
+    (d) KL(pi^l || pi^m), a line a later layer m, and their mean. There are no intervals: the responses are the same at
+    every step, so that how much they differ says nothing about how a curve moves. (c) and (d) have a logarithmic axis
+    where they span more than a factor of twenty.
 
     Args:
-        run: A run with measurements of its dynamics.
-        axes: Where to draw, for (a) to (d); without it a figure with a legend is made.
+        run: A run of a layer that has layers above it, with measurements of its dynamics.
+        ax: Where to draw, for (a) to (d); without it a figure with a legend is made.
+        label: What to call the run, in place of its model and method.
+        color: Of the curves that are not coloured by step or layer.
 
     Returns:
         The figure.
 
     Raises:
-        UserError: The run has no measurements.
+        UserError: The run has no such measurements, there are not four axes, or the colour is none.
     """
-    if run.dynamics.empty:
-        raise UserError(f"{run.name}, {run.label}: no dynamics were measured in this run; there is no figure 5 of it")
+    if why := why_no_dynamics(run):
+        raise UserError(why)
     figure = None
-    if axes is None:
+    if ax is None:
         figure, columns = style.panel_grid(2, n_stacked=2, panel_height=1.4)
         axes = [columns[0][0], columns[1][0], columns[0][1], columns[1][1]]
+    else:
+        axes = drawing.panels_of(ax, 4, "one for each of (a) to (d)")
     similarity, change, perplexity, divergence = axes
-    table = run.dynamics.sort_values("step")
-    layer = int(table["layer"].iloc[0])
+    table, later = run.dynamics.sort_values("step"), run.dynamics_layers.sort_values("step")
+    layer, layers = int(table["layer"].iloc[0]), np.unique(later["layer"])
+    (own,) = drawing.colors_for(color, 1, "run")
+    line_color = style.STREAM if own is None else own
+    titles = ["(a) similarity to later layers", "(b) entropy change", "(c) perplexity", "(d) divergence"]
     with style.paper_style():
-        _plot_similarity(similarity, run, layer)
-        _plot_steps(change, table, "change", rf"$\Delta H_{{\mathrm{{Layer}}}}^{{\,{layer}}}$ (nats)")
+        if len(layers) == 1:
+            titles[0] = "(a) similarity to the later layer"
+            _plot_steps(similarity, later, "cosine", rf"Cosine of $H^{{{layer}}}$ and $H^{{{layers[0]}}}$", line_color)
+            kl_label = rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi^{{{layers[0]}}})$ (nats)"
+            _plot_steps(divergence, table, "kl_mean", kl_label, line_color)
+            _log_where_wide(divergence, table["kl_mean"])
+        else:
+            _plot_similarity(similarity, run, layer)
+            _plot_divergence(divergence, run, table, layer, line_color)
+        _plot_steps(change, table, "change", rf"$\Delta H_{{\mathrm{{Layer}}}}^{{\,{layer}}}$ (nats)", line_color)
         low, high = change.get_ylim()
         if low < 0 < high:
-            change.axhline(0.0, color=style.NEUTRAL, linewidth=0.6, zorder=1)
-        _plot_steps(perplexity, table, "perplexity", r"Perplexity of $\pi_\theta$")
+            drawing.zero_line(change)
+        _plot_steps(perplexity, table, "perplexity", r"Perplexity of $\pi_\theta$", line_color)
         _log_where_wide(perplexity, table["perplexity"])
-        _plot_divergence(divergence, run, table, layer)
-        titles = ("(a) similarity to later layers", "(b) entropy change", "(c) perplexity", "(d) divergence")
-        for ax, title in zip(axes, titles, strict=True):
-            style.set_title(ax, title)
-        for ax in (change, perplexity, divergence):
-            mark_switch(ax, run, label=SWITCH_LABEL)
+        for panel, title in zip(axes, titles, strict=True):
+            style.set_title(panel, title)
+        for panel in axes if len(layers) == 1 else axes[1:]:
+            mark_switch(panel, run, label=SWITCH_LABEL)
         if figure is None:
             return style.root_figure(similarity)
-        style.figure_legend(figure, axes, (MEAN_LABEL, POLICY_LABEL, SWITCH_LABEL))
+        style.figure_legend(figure, axes, (MEAN_LABEL, SWITCH_LABEL))
+        name = f"{short_name(run.name)}: {run.label}" if label is None else label
         for legend in figure.legends:
-            legend.set_title(f"{short_name(run.name)}: {run.label}")
+            legend.set_title(name)
+        if not figure.legends:
+            figure.suptitle(name, parse_math=False)
     return figure
 
 
+def why_no_dynamics(run: Run) -> str | None:
+    """Say why there is no fig. 5 of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The sentence; None where there is one.
+    """
+    name = f"{run.name}, {run.label}"
+    if run.dynamics.empty:
+        how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
+        return f"{name}: there is no figure 5 of this run: no dynamics were measured ({how})"
+    if run.dynamics_layers.empty:
+        return (
+            f"{name}: there is no figure 5 of this run: it compares a layer with the layers above it, and layer "
+            f"{run.layer} is the model's last"
+        )
+    return None
+
+
 def short_name(name: str) -> str:
-    """Return the end of a model's name, which tells most."""
-    return name.strip("/").split("/")[-1]
+    """Return the end of a model's name, which tells most; an embedded model keeps the whole."""
+    whole = name.strip("/")
+    return whole if whole.startswith(drawing.EMBEDDED) else whole.split("/")[-1]
 
 
 def last_alignment_step(run: Run) -> int | None:
@@ -119,10 +162,10 @@ def set_step_axis(ax: Axes) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3, steps=_ROUND_STEPS))
 
 
-def _plot_steps(ax: Axes, table: pd.DataFrame, column: str, y_label: str) -> None:
+def _plot_steps(ax: Axes, table: pd.DataFrame, column: str, y_label: str, color: Any) -> None:
     # Beyond so many the marks would hide the line.
     marker = "o" if len(table) <= 60 else None
-    ax.plot(table["step"], table[column], color=style.STREAM, marker=marker, markersize=2, zorder=2.5)
+    ax.plot(table["step"], table[column], color=color, marker=marker, markersize=2, zorder=2.5)
     ax.set(xlabel="Step", ylabel=y_label)
     set_step_axis(ax)
 
@@ -130,10 +173,6 @@ def _plot_steps(ax: Axes, table: pd.DataFrame, column: str, y_label: str) -> Non
 def _plot_similarity(ax: Axes, run: Run, layer: int) -> None:
     table, switch = run.dynamics_layers, last_alignment_step(run)
     ax.set(xlabel="Later layer $m$", ylabel=rf"Cosine of $H^{{{layer}}}$ and $H^m$")
-    if table.empty:
-        ax.text(0.5, 0.5, "no later layer", transform=ax.transAxes, ha="center", va="center", color=style.NEUTRAL)
-        ax.set(xticks=[], yticks=[])
-        return
     steps, layers = np.unique(table["step"]), np.unique(table["layer"])
     first, last = int(steps[0]), int(steps[-1])
     norm = Normalize(first, max(last, first + 1))
@@ -159,25 +198,21 @@ def _plot_similarity(ax: Axes, run: Run, layer: int) -> None:
         bar.ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _plot_divergence(ax: Axes, run: Run, table: pd.DataFrame, layer: int) -> None:
+def _plot_divergence(ax: Axes, run: Run, table: pd.DataFrame, layer: int, color: Any) -> None:
     later = run.dynamics_layers
     ax.set(xlabel="Step", ylabel=rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi^m)$ (nats)")
-    if later.empty:
-        ax.set_ylabel(rf"KL$(\pi^{{{layer}}}\,\Vert\,\pi_\theta)$ (nats)")
-    else:
-        layers = np.unique(later["layer"])
-        colours = _colours("YlOrBr", 0.25, 0.85)
-        norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, colours.N)
-        for m in layers:
-            rows = later[later["layer"] == m].sort_values("step")
-            ax.plot(rows["step"], rows["kl"], color=colours(norm(m)), linewidth=0.7)
-        bar = _colour_bar(ax, norm, colours, "Later layer $m$")
-        bar.ax.yaxis.set_major_locator(_layer_ticks(layers))
-        bar.ax.minorticks_off()
-    label = POLICY_LABEL if later.empty else MEAN_LABEL
-    ax.plot(table["step"], table["kl_mean"], color=style.STREAM, linewidth=1.4, label=label, zorder=3)
+    layers = np.unique(later["layer"])
+    colours = _colours("YlOrBr", 0.4, 0.9)
+    norm = BoundaryNorm(np.arange(layers[0], layers[-1] + 2) - 0.5, colours.N)
+    for m in layers:
+        rows = later[later["layer"] == m].sort_values("step")
+        ax.plot(rows["step"], rows["kl"], color=colours(norm(m)), linewidth=0.7)
+    bar = _colour_bar(ax, norm, colours, "Later layer $m$")
+    bar.ax.yaxis.set_major_locator(_layer_ticks(layers))
+    bar.ax.minorticks_off()
+    ax.plot(table["step"], table["kl_mean"], color=color, linewidth=1.4, label=MEAN_LABEL, zorder=3)
     set_step_axis(ax)
-    _log_where_wide(ax, table["kl_mean"] if later.empty else later["kl"])
+    _log_where_wide(ax, later["kl"])
 
 
 def _spread(steps: npt.NDArray[Any], most: int) -> npt.NDArray[Any]:

@@ -15,7 +15,7 @@ _PAPER = """@article{tan2025bottomup,
 }"""
 
 _SOFTWARE = """@software{internal_policy,
-  title   = {internal_policy: internal policies of language models, their entropies and target layers},
+  title   = {internal_policy: internal policies of language models, their entropies and boundary layers},
   author  = {{The internal_policy authors}},
   version = {VERSION},
   license = {MIT}

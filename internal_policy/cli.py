@@ -34,7 +34,7 @@ _LONGEST = 2000
 
 app = typer.Typer(
     name="internal-policy",
-    help="Internal policies of language models: entropies, target layer, figures (arXiv 2512.19673v3).",
+    help="Internal policies of language models: entropies, boundary layer, figures (arXiv 2512.19673v3).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # As markup "[default: ...]" would be taken for a style, and not be shown.

@@ -146,7 +146,7 @@ def analyze(
     quiet: cli_common.Quiet = False,
     debug: cli_common.Debug = False,
 ) -> None:
-    """Measure the entropies of the internal policies of one or more models, find the target layer, draw the figures."""
+    """Measure entropies of the internal policies of one or more models, find the boundary layer, draw the figures."""
     options: dict[str, Any] = {
         "prompts_split": prompts_split,
         "max_responses": max_responses,

@@ -20,9 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from internal_policy import style
+from internal_policy import figure_marks as drawing
+from internal_policy import palette, style
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import title
+from internal_policy.figure_data import OneOrMany, listed
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.results import Evaluation
@@ -30,28 +32,20 @@ if TYPE_CHECKING:
 __all__ = ["pass_at_k", "pass_at_k_by_benchmark", "pass_at_k_data", "plot_pass_at_k", "save_all"]
 
 AVERAGE = "Average"
-_MARKS: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": (0, (4, 1.2))},
-    {"color": "#009E73", "marker": "^", "linestyle": (0, (1, 1))},
-    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1, 1, 1))},
-    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
-    {"color": "#56B4E9", "marker": "P", "linestyle": (0, (4, 1.2))},
-    {"color": "#000000", "marker": "X", "linestyle": (0, (1, 1))},
-)
 _MOST_TICKS = 6
 _LEGEND_SIGN = 4.5
 """Room for a line's sign in the legend and the gap after it, in sizes of its type."""
 
 
-def pass_at_k_data(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
+def pass_at_k_data(evaluations: OneOrMany[Evaluation], *, label: OneOrMany[str] | None = None) -> pd.DataFrame:
     """Return the numbers of figs. 6 and 15.
 
     The average over B benchmarks is that of their values, each benchmark of equal weight. They are independent, so the
     ends of its interval lie as far from it as the root of the sum of squares of theirs, over B (Zou and Donner 2008).
 
     Args:
-        evaluations: Any number of models on any number of benchmarks.
+        evaluations: One evaluation, or any number of models on any number of benchmarks.
+        label: What to call the model, or that of each evaluation.
 
     Returns:
         A row for each model, benchmark and K: model, benchmark, k, value, low, high, rates from 0 to 1. Where there are
@@ -59,14 +53,16 @@ def pass_at_k_data(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
         that all of these have.
 
     Raises:
-        UserError: one name stands for different problems, or a model is given twice on one benchmark.
+        UserError: no evaluation, one name stands for different problems, a model is given twice on one benchmark, or
+            there is another number of labels than of evaluations.
     """
-    if not evaluations:
+    given = listed(evaluations)
+    if not given:
         raise UserError("there is no evaluation to draw; needed is at least one")
-    names = _names(evaluations)
+    names = _names(given, label)
     parts = []
     digests: dict[str, str] = {}
-    for name, evaluation in zip(names, evaluations, strict=True):
+    for name, evaluation in zip(names, given, strict=True):
         if digests.setdefault(evaluation.benchmark, evaluation.digest()) != evaluation.digest():
             raise UserError(
                 f"{evaluation.name} was evaluated on other problems called {evaluation.benchmark} than the others; "
@@ -78,75 +74,99 @@ def pass_at_k_data(evaluations: Sequence[Evaluation]) -> pd.DataFrame:
     return pd.concat([frame, _average(frame)], ignore_index=True) if len(digests) > 1 else frame
 
 
-def plot_pass_at_k(evaluations: Sequence[Evaluation], ax: Axes | None = None, *, benchmark: str | None = None) -> Axes:
+def plot_pass_at_k(
+    evaluations: OneOrMany[Evaluation],
+    ax: Axes | None = None,
+    *,
+    benchmark: str | None = None,
+    label: OneOrMany[str] | None = None,
+    color: Any = None,
+) -> Axes:
     """Draw one panel: Pass@K against K, a line with its 95% band for each model.
 
     Args:
         evaluations: The models.
         ax: Where to draw; without it a figure of its own with a legend is made.
         benchmark: Which benchmark; without it their average where there are several.
+        label: What to call the model, or that of each evaluation.
+        color: Of the line, or of each in the order of the legend.
 
     Returns:
         The axes.
     """
-    frame = pass_at_k_data(evaluations)
+    frame = pass_at_k_data(evaluations, label=label)
     chosen = title(benchmark) if benchmark is not None else _summary(frame)
     if ax is None:
         figure, ((ax,),) = style.panel_grid(1, panel_height=1.6)
-        _panel(frame, chosen, ax)
+        _panel(frame, chosen, ax, color)
         _legend(figure, [ax], frame)
         return ax
-    _panel(frame, chosen, ax)
+    _panel(frame, chosen, ax, color)
     return ax
 
 
-def pass_at_k(evaluations: Sequence[Evaluation], *, axes: Sequence[Axes] | None = None) -> Figure:
+def pass_at_k(
+    evaluations: OneOrMany[Evaluation],
+    *,
+    ax: OneOrMany[Axes] | None = None,
+    label: OneOrMany[str] | None = None,
+    color: Any = None,
+) -> Figure:
     """Draw fig. 6: Pass@K against K in one panel, for one benchmark or the average of several.
 
     Args:
         evaluations: The models on their benchmarks.
-        axes: Where to draw, one panel; without it a figure with a legend is made.
+        ax: Where to draw, one panel; without it a figure with a legend is made.
+        label: What to call the model, or that of each evaluation.
+        color: Of the line, or of each in the order of the legend.
 
     Returns:
         The figure.
     """
-    if axes is not None:
-        (ax,) = axes
-        return style.root_figure(plot_pass_at_k(evaluations, ax))
-    return style.root_figure(plot_pass_at_k(evaluations))
+    panel = None if ax is None else drawing.panels_of(ax, 1, "this figure has one panel")[0]
+    return style.root_figure(plot_pass_at_k(evaluations, panel, label=label, color=color))
 
 
-def pass_at_k_by_benchmark(evaluations: Sequence[Evaluation], *, axes: Sequence[Axes] | None = None) -> Figure:
+def pass_at_k_by_benchmark(
+    evaluations: OneOrMany[Evaluation],
+    *,
+    ax: OneOrMany[Axes] | None = None,
+    label: OneOrMany[str] | None = None,
+    color: Any = None,
+) -> Figure:
     """Draw fig. 15: Pass@K against K, a panel for each benchmark.
 
     Args:
         evaluations: The models on their benchmarks.
-        axes: Where to draw, one for each benchmark in order of first appearance; without it a figure with a legend is
+        ax: Where to draw, one for each benchmark in order of first appearance; without it a figure with a legend is
             made.
+        label: What to call the model, or that of each evaluation.
+        color: Of the line, or of each in the order of the legend.
 
     Returns:
         The figure.
     """
-    frame = pass_at_k_data(evaluations)
+    frame = pass_at_k_data(evaluations, label=label)
     benchmarks = [b for b in dict.fromkeys(frame["benchmark"]) if b != AVERAGE]
-    if axes is not None:
-        for benchmark, ax in zip(benchmarks, axes, strict=True):
-            _panel(frame, benchmark, ax)
-        return style.root_figure(axes[0])
+    if ax is not None:
+        panels = drawing.panels_of(ax, len(benchmarks), "one for each benchmark")
+        for benchmark, panel in zip(benchmarks, panels, strict=True):
+            _panel(frame, benchmark, panel, color)
+        return style.root_figure(panels[0])
     figure, columns = style.panel_grid(len(benchmarks), panel_height=1.6 if len(benchmarks) == 1 else 1.45)
     panels = [column[0] for column in columns]
-    for benchmark, ax in zip(benchmarks, panels, strict=True):
-        _panel(frame, benchmark, ax)
+    for benchmark, panel in zip(benchmarks, panels, strict=True):
+        _panel(frame, benchmark, panel, color)
     with style.paper_style():
         figure.supxlabel(panels[0].get_xlabel())
         figure.supylabel(panels[0].get_ylabel())
-    for ax in panels:
-        ax.set(xlabel="", ylabel="")
+    for panel in panels:
+        panel.set(xlabel="", ylabel="")
     _legend(figure, panels, frame)
     return figure
 
 
-def save_all(evaluations: Sequence[Evaluation], directory: Path) -> list[Path]:
+def save_all(evaluations: OneOrMany[Evaluation], directory: Path) -> list[Path]:
     """Write figs. 6 and 15 as PNG and PDF. The same evaluations give the same bytes.
 
     Args:
@@ -160,12 +180,15 @@ def save_all(evaluations: Sequence[Evaluation], directory: Path) -> list[Path]:
     return [p for stem, draw in drawings.items() for p in style.save_figure(draw(evaluations), directory / stem)]
 
 
-def _names(evaluations: Sequence[Evaluation]) -> list[str]:
-    """As much of the end of each model's name as tells the models apart."""
-    seen = [(e.name, e.benchmark) for e in evaluations]
+def _names(evaluations: Sequence[Evaluation], label: OneOrMany[str] | None) -> list[str]:
+    """As much of the end of each model's name as tells the models apart, or what the user calls them."""
+    given = drawing.labels_for(label, [e.name for e in evaluations], "evaluations")
+    seen = [(name, e.benchmark) for name, e in zip(given, evaluations, strict=True)]
     if twice := next((pair for pair in seen if seen.count(pair) > 1), None):
         raise UserError(f"{twice[0]} was given twice on {twice[1]}; give each model once, or draw them apart")
-    parts = [e.name.strip("/").split("/") for e in evaluations]
+    if label is not None:
+        return given
+    parts = [name.strip("/").split("/") for name in given]
     n_models = len({tuple(part) for part in parts})
     depths = range(1, 1 + max(map(len, parts)))
     depth = next(d for d in depths if len({tuple(part[-d:]) for part in parts}) == n_models)
@@ -201,15 +224,17 @@ def _summary(frame: pd.DataFrame) -> str:
     return benchmarks[-1]
 
 
-def _panel(frame: pd.DataFrame, benchmark: str, ax: Axes) -> None:
+def _panel(frame: pd.DataFrame, benchmark: str, ax: Axes, color: Any) -> None:
     shown = frame[frame["benchmark"] == benchmark]
     if shown.empty:
         raise UserError(
             f"no model was evaluated on {benchmark}; there are {', '.join(dict.fromkeys(frame['benchmark']))}"
         )
     labels = _fitted(list(dict.fromkeys(frame["model"])), ax)
+    colors = drawing.colors_for(color, len(labels), "models")
     with style.paper_style():
-        for (model, label), marks in zip(labels.items(), _marks(len(labels)), strict=True):
+        for place, ((model, label), own) in enumerate(zip(labels.items(), colors, strict=True)):
+            marks = style.marked_line(palette.series(place)) | ({} if own is None else {"color": own})
             rows = shown[shown["model"] == model].sort_values("k")
             if rows.empty:
                 continue
@@ -224,10 +249,6 @@ def _panel(frame: pd.DataFrame, benchmark: str, ax: Axes) -> None:
         ax.set_xlabel("K")
         ax.set_ylabel("Pass@K (%)")
         style.set_title(ax, benchmark)
-
-
-def _marks(n: int) -> list[dict[str, Any]]:
-    return [_MARKS[i % len(_MARKS)] for i in range(n)]
 
 
 def _set_k_axis(ax: Axes, ks: Sequence[int]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from internal_policy.results import Analysis
 
 ModuleSite = Literal["attn", "ffn"]
+T = TypeVar("T")
+OneOrMany: TypeAlias = T | Iterable[T]
+"""What the figures take: one result, or several."""
 
 SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
+FIRST_STEP = 1
+"""The step whose responses were sampled before any update."""
 _ERRORS = ("stderr", "low", "high")
 FLOW_POINTS = (
     ("input", "layer", "entropy_in", -0.375),
@@ -25,11 +30,55 @@ FLOW_POINTS = (
 """Point, site and column it is read from, and where it stands about its layer's tick, layers."""
 
 
-def entropy_flow_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+def listed(given: T | Iterable[T]) -> list[T]:
+    """Return what a figure was given as a list.
+
+    Args:
+        given: One result, or several.
+
+    Returns:
+        All of them.
+    """
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def trailing_mean(values: pd.Series, window: int) -> pd.Series:
+    """Smooth a quantity over the steps of a training by what came before each step, never by what came after it.
+
+    Step 1 samples from the model that no update has changed yet. It stays as it is, and no mean reaches back to it.
+
+    Args:
+        values: A value for each step, with the steps as a sorted index; NaN where it was not measured.
+        window: Steps in the mean; there are fewer behind the first ones.
+
+    Returns:
+        The same steps; NaN where there was none.
+    """
+    trained = values[values.index > FIRST_STEP]
+    # Where a step was not measured there is nothing to draw, however near its neighbours are.
+    means = trained.rolling(window, min_periods=1).mean().where(trained.notna())
+    smoothed: pd.Series = pd.concat([values[values.index <= FIRST_STEP], means])
+    return smoothed
+
+
+def window_for(n_steps: int, window: int) -> int:
+    """Leave a training unsmoothed that is too short for it.
+
+    Args:
+        n_steps: Steps of the longest training in the figure.
+        window: Steps in a mean.
+
+    Returns:
+        The window if at least two means of so many steps differ, else 1, which draws the steps alone.
+    """
+    return window if n_steps >= window + FIRST_STEP + 1 else 1
+
+
+def entropy_flow_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 2.
 
     Args:
-        analyses: One analysis for each panel.
+        analyses: One analysis, or one for each panel.
 
     Returns:
         A row for each panel, layer and point (input, ATTN, FFN, output), then one for the `policy` and one for the
@@ -38,11 +87,11 @@ def entropy_flow_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _flow_rows)
 
 
-def entropy_change_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+def entropy_change_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 3.
 
     Args:
-        analyses: One analysis for each column of panels.
+        analyses: One analysis, or one for each column of panels.
 
     Returns:
         A row for each panel, site (attn, ffn) and layer: the entropy change in nats, the layer's stage, and whether it
@@ -51,11 +100,11 @@ def entropy_change_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _change_rows)
 
 
-def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+def residual_cosine_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 12.
 
     Args:
-        analyses: One analysis for each panel.
+        analyses: One analysis, or one for each panel.
 
     Returns:
         A row for each panel, site (attn, ffn) and layer: the cosine similarity of what the module writes with the
@@ -64,7 +113,7 @@ def residual_cosine_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _cosine_rows)
 
 
-def baseline_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+def baseline_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of the grey lines in figs. 2 and 3: the same responses through random weights.
 
     Args:
@@ -75,7 +124,7 @@ def baseline_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
         `value` in nats.
     """
     parts = [pd.DataFrame(columns=["panel", "model", "lens", "layer", "site", "value", *_ERRORS, "quantity"])]
-    for panel, analysis in enumerate(analyses, start=1):
+    for panel, analysis in enumerate(listed(analyses), start=1):
         if analysis.baseline is None:
             continue
         random = replace(analysis, layers=analysis.baseline)
@@ -87,11 +136,11 @@ def baseline_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def stage_sketch_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
+def stage_sketch_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 1c.
 
     Args:
-        analyses: One analysis for each strip.
+        analyses: One analysis, or one for each strip.
 
     Returns:
         A row for each panel (the strip, from 1) and layer: its stage, where it starts and ends as a share of the depth,
@@ -100,8 +149,9 @@ def stage_sketch_data(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _stage_rows)
 
 
-def _stack(analyses: Sequence[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
+def _stack(given: OneOrMany[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of every analysis under one another, with the panel (from 1), model and lens."""
+    analyses = listed(given)
     require_some(analyses)
     parts = []
     for panel, analysis in enumerate(analyses, start=1):

@@ -1,4 +1,4 @@
-"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, target layer."""
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer."""
 
 from __future__ import annotations
 
@@ -321,6 +321,7 @@ def _assemble(
             "layers": model.n_layers,
             "vocabulary": model.vocab_size,
             "hidden_size": int(model.projection.weight.shape[1]),
+            "parameters": model.n_parameters,
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "device": "ndif" if config.remote else model.placement,

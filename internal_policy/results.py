@@ -36,7 +36,7 @@ ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_V
 
 @dataclass(frozen=True)
 class Analysis:
-    """Entropies of the internal policies of one checkpoint, with the target layer.
+    """Entropies of the internal policies of one checkpoint, with the boundary layer.
 
     All entropies are in nats, all layers are counted from 1.
     """
@@ -60,7 +60,7 @@ class Analysis:
     policy_entropy: dict[str, float]
     """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
     selection: Selection
-    """Target layer, stages, and how sure they are."""
+    """Boundary layer, stages, and how sure they are."""
     positions: dict[str, Any] | None = None
     """Where a tolerance was given: tolerance, analysed and total positions, rounds, and the largest half_width of an
     entropy change with its layer and site; None where every position was analysed."""
@@ -88,13 +88,18 @@ class Analysis:
         return int(self.model["vocabulary"])
 
     @property
+    def n_parameters(self) -> int | None:
+        """The model's parameters; None in analyses from before they were counted."""
+        return self.model.get("parameters")
+
+    @property
     def lens(self) -> str:
         """``policy`` or ``logit-lens``."""
         return str(self.config["lens"])
 
     @property
     def boundary_layer(self) -> int | None:
-        """The target layer, from 1; None where the rule has no answer."""
+        """The boundary layer, from 1; None where the rule has no answer."""
         return self.selection.boundary_layer
 
     @property

@@ -62,7 +62,7 @@ class Selection:
     """The boundary layer of a model, how sure it is and why. Layers are counted from 1."""
 
     boundary_layer: int | None
-    """Last layer of the exploration stage, the target layer of BuPO; None where the model has none."""
+    """Last layer of the exploration stage, which BuPO takes for its target layer; None where the model has none."""
     stages: tuple[str, ...]
     """Stage of each layer: "exploration", "integration" or "convergence"."""
     confidence: float | None

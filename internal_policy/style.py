@@ -23,6 +23,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Locator
 
 from internal_policy.files import write_atomically
+from internal_policy.palette import LOOKS, Look
 
 ONE_COLUMN = 3.25
 """Width of a figure in one column of a two-column paper, inches."""
@@ -34,13 +35,23 @@ SMALLEST = 4.5
 """Smallest type that can be read in print, points."""
 POINTS_PER_INCH = 72.0
 
-STREAM, ATTENTION, FEED_FORWARD, POLICY, NEUTRAL = "#000000", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-"""Okabe-Ito colours, one for each quantity in every figure."""
-
-STAGE_COLOURS: Mapping[str, str] = MappingProxyType(
-    {"exploration": "#CFE6F4", "integration": "#EFEFEA", "convergence": "#F7CFB6"}
+STREAM, ATTENTION, FEED_FORWARD, POLICY, NEUTRAL = (
+    LOOKS[name].light for name in ("stream", "attn", "ffn", "policy", "neutral")
 )
-"""Background of the layers of a stage; the lightness differs too, so that they survive a grey printer."""
+"""The colour of each quantity in every figure."""
+
+DASHES: Mapping[str, Any] = MappingProxyType(
+    {"solid": "-", "dash": (0, (4, 1.2)), "dot": (0, (1, 1)), "dashdot": (0, (5, 1.2, 1, 1.2))}
+)
+"""matplotlib's patterns of the dashes of `palette`."""
+
+MARKERS: Mapping[str, str] = MappingProxyType(
+    {
+        **{"circle": "o", "square": "s", "triangle-up": "^", "triangle-down": "v"},
+        **{"diamond": "D", "star": "*", "cross": "P", "x": "X"},
+    }
+)
+"""matplotlib's names of the markers of `palette`."""
 
 RC: Mapping[str, Any] = MappingProxyType(
     {
@@ -89,6 +100,30 @@ RC: Mapping[str, Any] = MappingProxyType(
     }
 )
 """What differs from matplotlib's own defaults."""
+
+
+def line_marks(look: Look) -> dict[str, Any]:
+    """Return the arguments that draw a line in a look of `palette`: its colour and dash.
+
+    Args:
+        look: Of the line.
+
+    Returns:
+        Arguments of `Axes.plot`.
+    """
+    return {"color": look.light, "linestyle": DASHES[look.dash]}
+
+
+def marked_line(look: Look) -> dict[str, Any]:
+    """Return the arguments that draw a line with markers in a look of `palette`.
+
+    Args:
+        look: Of the line.
+
+    Returns:
+        Arguments of `Axes.plot`.
+    """
+    return {**line_marks(look), "marker": MARKERS[look.marker]}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An analysis on the terminal: a table of layers with stage marks, the target layer, and where the files are."""
+"""An analysis on the terminal: a table of layers with stage marks, the boundary layer, and where the files are."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from rich.table import Table
 
 from internal_policy import lenses
 from internal_policy.output import written
+from internal_policy.palette import BOUNDARY_SIGN, STAGES
 from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
-
-_STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
-_STAGE_MARK = {"exploration": "▲ exploration", "integration": "■ integration", "convergence": "▼ convergence"}
 
 
 def show(analysis: Analysis) -> None:
@@ -45,7 +43,7 @@ def show(analysis: Analysis) -> None:
 
 
 def remarks(analysis: Analysis) -> list[str]:
-    """Say what is to be said beside the layers and the target layer.
+    """Say what is to be said beside the layers and the boundary layer.
 
     Args:
         analysis: the analysis.
@@ -89,7 +87,7 @@ def layer_table(analysis: Analysis) -> Table:
     table = Table(
         title=f"{escape(analysis.name)}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, "
         f"lens {analysis.lens}",
-        caption="means over tokens, nats ± standard error clustered by prompt; ◀ boundary",
+        caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -101,12 +99,12 @@ def layer_table(analysis: Analysis) -> Table:
     }
     for layer, stage in enumerate(analysis.stages, start=1):
         rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
-        mark = _STAGE_MARK[stage] + (" ◀" if layer == analysis.boundary_layer else "")
+        sign = f" {BOUNDARY_SIGN}" if layer == analysis.boundary_layer else ""
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
             *(f"{row['change']:+.3f}{_error(row['change_stderr'])}" for row in rows),
-            f"[{_STAGE_STYLE[stage]}]{mark}[/]",
+            f"[{STAGES[stage].terminal}]{STAGES[stage].sign} {stage}{sign}[/]",
         )
     return table
 

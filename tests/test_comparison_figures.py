@@ -214,9 +214,28 @@ def test_a_users_own_axes_are_drawn_on():
     ):
         figure = Figure()
         axes = [figure.add_subplot(1, n, k + 1) for k in range(n)]
-        assert draw(found, axes=axes) is figure
+        assert draw(found, ax=axes) is figure
         assert all(ax.has_data() for ax in axes)
         assert not figure.legends
+
+
+def test_analyses_are_compared_on_the_way_and_have_the_users_labels_and_colours():
+    analyses = [make(progressive(4), name, prompts=2) for name in "ab"]
+    found = compare(analyses)
+    for given in (found, analyses):
+        figure = figures.depth_overlay(given, label=["start", "trained"], color=["red", "k"])
+        assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["start", "trained"]
+        assert [line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) == 5] == ["red", "k"]
+    named = figures.heat_maps(found, label=["start", "trained"], color="magma")
+    assert [tick.get_text() for tick in named.axes[0].get_yticklabels()] == ["start", "trained"]
+    assert named.axes[0].collections[0].get_cmap().name == "magma"
+    assert named.axes[3].get_ylabel() == "Less start"
+    with pytest.raises(UserError, match="needed are 2 that differ, one for each analysis"):
+        figures.entropy_fall(found, label=["start"])
+    with pytest.raises(UserError, match="'red' is no colour map of matplotlib"):
+        figures.heat_maps(found, color="red")
+    with pytest.raises(UserError, match="got 1 axes in ax; needed are 2"):
+        figures.depth_overlay(found, ax=Figure().subplots())
 
 
 def test_maps_of_models_of_different_depth_are_refused():

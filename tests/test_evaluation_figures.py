@@ -81,14 +81,23 @@ def test_the_lines_are_the_numbers_on_an_axis_to_base_2():
     assert len({(line.get_color(), line.get_marker()) for line in lines_of(ax).values()}) == 2
 
 
+def test_one_evaluation_is_enough_and_labels_and_colours_are_the_users():
+    one, other = model("x/a"), model("x/b", ability=1)
+    assert list(lines_of(drawing.pass_at_k(one).axes[0])) == ["a"]
+    lines = lines_of(drawing.pass_at_k([one, other], label=["start", "trained"], color=["red", "k"]).axes[0])
+    assert {name: line.get_color() for name, line in lines.items()} == {"start": "red", "trained": "k"}
+    with pytest.raises(UserError, match="got 1 labels for 2 evaluations"):
+        drawing.pass_at_k_by_benchmark([one, other], label=["start"])
+
+
 def test_axes_of_ones_own_are_drawn_on():
     figure = Figure()
     axes = figure.subplots(1, 3)
     both = [model(m, b) for m in "ab" for b in ("amc23", "math500")]
     assert drawing.plot_pass_at_k(both, axes[0], benchmark="amc23") is axes[0]
-    assert drawing.pass_at_k_by_benchmark(both, axes=axes[1:]) is figure
+    assert drawing.pass_at_k_by_benchmark(both, ax=axes[1:]) is figure
     assert [ax.get_title() for ax in axes] == ["AMC23", "AMC23", "MATH500"]
-    assert drawing.pass_at_k(both, axes=[axes[0]]) is figure
+    assert drawing.pass_at_k(both, ax=[axes[0]]) is figure
     assert axes[0].get_title() == "Average"
 
 

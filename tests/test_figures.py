@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from drawings import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analysis, make_set
 from matplotlib.figure import Figure
 
-from internal_policy import figures, style
+from internal_policy import UserError, figures, style
 
 DRAWINGS = (figures.entropy_flow, figures.entropy_change, figures.residual_cosine)
 
@@ -133,11 +134,11 @@ def test_figures_draw_on_given_axes():
     analyses = make_set(2)
     figure = mpl.figure.Figure()
     axes = figure.subplots(2, 2)
-    assert figures.entropy_change(analyses, axes=axes) is figure
+    assert figures.entropy_change(analyses, ax=axes) is figure
     assert [ax.get_title() for ax in axes[0]] == ["Qwen3-4B", "Llama-3.2-3B-Instruct"]
-    assert figures.entropy_flow(analyses, axes=figure.subplots(1, 2)) is figure
-    with pytest.raises(ValueError, match="shorter"):
-        figures.residual_cosine(analyses, axes=[axes[0, 0]])
+    assert figures.entropy_flow(analyses, ax=figure.subplots(1, 2)) is figure
+    with pytest.raises(UserError, match="got 1 axes in ax; needed are 2: one for each analysis"):
+        figures.residual_cosine(analyses, ax=[axes[0, 0]])
 
 
 def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_pyplot(tmp_path):
@@ -278,6 +279,68 @@ def test_no_boundary_layer_is_said():
     assert [text.get_text() for text in figure.axes[1].texts] == ["no boundary layer"]
     assert not any(line.get_label() == "boundary layer" for ax in figure.axes for line in ax.lines)
     assert not figures.entropy_change_data([analysis])["boundary"].any()
+
+
+@pytest.mark.parametrize(
+    ("n_parameters", "told"),
+    [(668_928, "0.67 M"), (4_022_468_096, "4.0 B"), (14_768_307_200, "15 B"), (124_439_808, "124 M"), (3_000, "3.0 k")],
+)
+def test_titles_tell_the_size_where_the_name_does_not(n_parameters, told):
+    analysis = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=n_parameters)
+    assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({told} parameters)"
+    # Where four stand side by side, the size has a line of its own.
+    panels = figures.entropy_change([replace(analysis, name=f"testbed/{k}") for k in ("qwen3", "llama", "a", "b")]).axes
+    assert panels[0].get_title() == f"testbed/qwen3\n({told} parameters)"
+    named = replace(analysis, name="Qwen/Qwen3-4B-Base")
+    assert figures.plot_residual_cosine(named).get_title() == "Qwen3-4B-Base"
+    assert figures.plot_residual_cosine(replace(analysis, n_parameters=None)).get_title() == "testbed/qwen3"
+
+
+def test_one_analysis_is_as_good_as_a_list_of_one():
+    analysis = make_set(1)[0]
+    for draw in (*DRAWINGS, figures.stage_sketch):
+        one, other = draw(analysis), draw([analysis])
+        axes = [getattr(made, "axes", made) for made in (one, other)]
+        lines = [[line.get_xydata() for ax in np.ravel(panels) for line in ax.lines] for panels in axes]
+        for a, b in zip(*lines, strict=True):
+            np.testing.assert_array_equal(a, b)
+    pd.testing.assert_frame_equal(figures.entropy_change_data(analysis), figures.entropy_change_data([analysis]))
+
+
+def test_analyses_share_a_panel_under_their_own_labels_and_colours():
+    low, high = (make_analysis("m", 8, "qwen", boundary=boundary, seed=boundary) for boundary in (2, 3))
+    high.layers["change"] += 30
+    ax = Figure().subplots()
+    figures.plot_entropy_change(low, ax=ax, label="start", color="tab:blue")
+    stages = len(ax.patches)
+    figures.plot_entropy_change(high, ax=ax, label="trained", color="red")
+    np.testing.assert_array_equal(
+        drawn(ax, "trained")[1], figures.entropy_change_data(high).query("site == 'ffn'")["change"]
+    )
+    assert [line.get_color() for line in ax.lines if line.get_label() in ("start", "trained")] == ["tab:blue", "red"]
+    # The stages are those of the first, and the limits hold both.
+    assert len(ax.patches) == stages
+    assert ax.get_title() == "start"
+    assert ax.get_ylim()[1] > drawn(ax, "trained")[1].max()
+    for plot in (figures.plot_entropy_flow, figures.plot_residual_cosine):
+        ax = Figure().subplots()
+        for analysis, name in ((low, "start"), (high, "trained")):
+            plot(analysis, ax, label=name, color="k")
+        assert {"start, FFN", "trained, FFN"} <= set(ax.get_legend_handles_labels()[1])
+
+
+def test_labels_and_colours_are_one_for_all_or_one_for_each():
+    analyses = make_set(2)
+    figure = figures.entropy_change(analyses, label=["a", "b"], color=["red", (0.0, 0.0, 1.0)])
+    assert [ax.get_title() for ax in figure.axes[::2]] == ["a", "b"]
+    colours = [next(line.get_color() for line in ax.lines if line.get_label() == "FFN") for ax in figure.axes[1::2]]
+    assert colours == ["red", (0.0, 0.0, 1.0)]
+    with pytest.raises(UserError, match="got 3 labels for 2 analyses; give one for all, or one for each"):
+        figures.entropy_flow(analyses, label=["a", "b", "c"])
+    with pytest.raises(UserError, match="got 1 colours for 2 analyses"):
+        figures.residual_cosine(analyses, color=["red"])
+    with pytest.raises(UserError, match="color: 'reddish' is no colour of matplotlib"):
+        figures.stage_sketch(analyses, color="reddish")
 
 
 def test_titles_name_the_lens_and_tell_models_apart():

@@ -176,7 +176,7 @@ def test_no_figure_touches_the_users_session(comparison):
             figure = made if isinstance(made, Figure) else made.figure
             assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0), function
             words = python.signature(function).parameters
-            assert {"ax", "axes"} & set(words), function
+            assert {"ax", "label", "color"} <= set(words), function
         figures.entropy_flow(cases[figures.entropy_flow][0]).savefig(os.devnull, format="png")
         assert dict(mpl.rcParams) == before
 

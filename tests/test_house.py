@@ -17,7 +17,7 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "quiet", "shell", "output", "citation"},
+    {"errors", "quiet", "shell", "output", "citation", "palette"},
     {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress", "records"},
     {"entropy", "testbed", "statistics"},
     {"training_record"},

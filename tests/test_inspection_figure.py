@@ -187,6 +187,11 @@ def test_panels_can_stand_on_axes_of_ones_own_and_the_lens_is_told():
     ax = plot_inspection(it, "layer", figure.axes[0])
     assert ax is figure.axes[0]
     assert "logit lens" in ax.get_title()
+    named = inspection_map(it, "ffn", label="ours", color="magma")
+    assert named.axes[0].get_title().startswith("ours, FFN policies")
+    assert named.axes[-1].collections[-1].get_cmap().name == "magma"
+    with pytest.raises(UserError, match="got 2 axes in ax; needed are 1: one for each site"):
+        inspection_map(it, "ffn", ax=figure.axes[:1] * 2)
     stacked = inspection_map(it, ["layer", "ffn"])
     assert [a.get_title() for a in stacked.axes[:2]][1] == "FFN policies"
     drawn(stacked)

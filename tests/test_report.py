@@ -18,7 +18,7 @@ import pytest
 from shapes import make, progressive
 from typer.testing import CliRunner
 
-from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, figures, select_layer
 from internal_policy.bupo.results import Run
 from internal_policy.citation import bibtex
 from internal_policy.cli import app
@@ -119,7 +119,7 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     assert f"testbed/qwen3 has {saved.n_layers} layers" in said
     assert f"on 6 responses ({saved.n_tokens} tokens)" in said
     assert (
-        f"target layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
+        f"boundary layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
         in said
     )
     assert "100.0% of" not in page.text
@@ -132,13 +132,19 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
 
 
-def test_a_model_without_a_target_layer_says_why(saved):
+def test_an_analysis_knows_how_large_its_model_is(saved):
+    # Shared embedding and unembedding are counted once.
+    assert 0.6e6 < saved.n_parameters < 0.7e6
+    assert figures.plot_residual_cosine(saved).get_title() == f"{saved.name} (0.67 M parameters)"
+
+
+def test_a_model_without_a_boundary_layer_says_why(saved):
     none = select_layer([0.3] * 8, stderr=[0.001] * 8)
     page = Page(analysis_report(replace(saved, selection=none)))
     # Its reason has a semicolon within brackets, and one before the confidence.
     why = "dH_FFN still explores at the last layer, 8 (+0.3 nats; +0.3 on average from layer 1 on), so it never turns"
     assert none.reason == f"{why}; all 1000 resamples give no boundary layer"
-    assert f"it has no target layer, for {why} ({none.agreement}, which" in page.parts["summary"]
+    assert f"it has no boundary layer, for {why} ({none.agreement}, which" in page.parts["summary"]
     assert page.parts["target"] == "none"
     assert page.data["tokens"]["a1-tokens"]["target"] is None
 
@@ -165,7 +171,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
     assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
     # Its stage can be heard, not only pointed at.
     for n, stage in enumerate(saved.stages, start=1):
-        assert f" {n}: {stage}{', target layer' if n == saved.boundary_layer else ''}\n" in page.text
+        assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
     # Each layer once, in the table and in the strip of stages.
     assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"]
     assert sum(tag == "li" and "layer " in part.get("title", "") for tag, part in page.elements) == 8
@@ -274,7 +280,7 @@ def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path)
     compared = compare(saved, saved, labels=names)
     found = Page(comparison_report(compared))
     traces = [trace for spec in found.data["charts"].values() for trace in spec["traces"]]
-    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "target layer"}
+    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "boundary layer"}
     assert names[0] in found.text
     assert not [tag for tag, _ in found.elements if tag == "b"]
 
@@ -429,9 +435,15 @@ def test_a_training_run_has_its_curves_phases_and_command():
     run = Run.load(RUN[0])
     page = Page(training_report(run))
     for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
-        drawn = line(page.data["charts"][name], column.replace("_", " "))
-        np.testing.assert_allclose(drawn["y"], run.history[column], atol=1e-6)
-        areas = [s for s in page.data["charts"][name]["layout"]["shapes"] if s["type"] == "rect"]
+        chart = page.data["charts"][name]
+        np.testing.assert_allclose(line(chart, "each step")["y"], run.history[column], atol=1e-6)
+        # Step 1 was sampled before any update: no mean reaches back to it.
+        means = line(chart, "mean of the last 5 steps")
+        wanted = run.history[column][1:].rolling(5, min_periods=1).mean()
+        assert means["x"] == list(run.history["step"][1:])
+        np.testing.assert_allclose(means["y"], wanted, atol=1e-6)
+        assert means["line"]["width"] > 2 > line(chart, "each step")["line"]["width"]
+        areas = [s for s in chart["layout"]["shapes"] if s["type"] == "rect"]
         assert [area["x1"] for area in areas] == [run.ipa_steps + 0.5]
     assert page.parts["target"] == str(run.layer)
     words = shlex.split(training_commands(run).shell)
@@ -439,6 +451,22 @@ def test_a_training_run_has_its_curves_phases_and_command():
     assert words[words.index("--layer") + 1] == str(run.layer)
     assert words[words.index("--seed") + 1] == str(run.config["trainer"]["seed"])
     assert "rebuilt from its settings" in page.text
+
+
+def test_a_short_training_is_drawn_step_by_step():
+    run = Run.load(RUN[0])
+    (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
+    assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
+
+
+def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the_steps():
+    run = Run.load(RUN[0])
+    last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
+    assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
+    one = run.dynamics_layers[run.dynamics_layers["layer"] == 8]
+    charts = Page(training_report(replace(run, dynamics_layers=one))).data["charts"]
+    similarity = list(charts.values())[-1]["traces"]
+    assert [trace["x"] for trace in similarity] == [list(one["step"])]
 
 
 def test_a_recorded_call_is_given_again(tmp_path):

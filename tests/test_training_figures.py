@@ -106,7 +106,7 @@ def panels(figure):
 
 def test_one_run_is_drawn_as_it_is():
     run = make_run()
-    figure = training_curves([run])
+    figure = training_curves(run, smooth=1)
     for ax, quantity in zip(figure.axes, ("reward", "policy_entropy", "length"), strict=True):
         x, y = drawn(ax, BUPO)
         np.testing.assert_array_equal(x, run.history["step"])
@@ -127,7 +127,7 @@ def test_seeds_are_a_mean_with_the_t_interval_of_it():
     # One seed lacks its end, another one value.
     seeds[0] = replace(seeds[0], history=seeds[0].history[:50])
     seeds[1].history.loc[19, "reward"] = np.nan
-    frame = training_curves_data([*seeds, grpo()])
+    frame = training_curves_data([*seeds, grpo()], smooth=1)
     rows = frame[(frame["label"] == BUPO) & (frame["quantity"] == "reward")].set_index("step")
     for step, n in ((5, 4), (20, 3), (60, 3)):
         values = [run.history.set_index("step")["reward"].get(step, np.nan) for run in seeds]
@@ -136,7 +136,7 @@ def test_seeds_are_a_mean_with_the_t_interval_of_it():
         assert rows.loc[step, "seeds"] == n
         np.testing.assert_allclose(rows.loc[step, ["mean", "low", "high"]].astype(float), [values.mean(), low, high])
     assert frame.loc[frame["label"] == GRPO, ["low", "high"]].isna().all(axis=None)
-    figure = training_curves([*seeds, grpo()])
+    figure = training_curves([*seeds, grpo()], smooth=1)
     np.testing.assert_array_equal(drawn(figure.axes[0], BUPO)[1], rows["mean"])
     np.testing.assert_allclose(band(figure.axes[0])[0], (rows["low"], rows["high"]))
     assert len(figure.axes[0].collections) == 1
@@ -145,7 +145,7 @@ def test_seeds_are_a_mean_with_the_t_interval_of_it():
 
 def test_two_seeds_are_drawn_themselves():
     seeds = [grpo(seed=seed) for seed in range(2)]
-    figure = training_curves(seeds)
+    figure = training_curves(seeds, smooth=1)
     ax = figure.axes[0]
     assert not ax.collections
     assert legend(figure) == [GRPO, "each seed"]
@@ -153,14 +153,53 @@ def test_two_seeds_are_drawn_themselves():
     np.testing.assert_allclose(lines, [np.mean(lines[1:], axis=0), *(run.history["reward"] for run in seeds)])
 
 
-def test_smoothing_is_a_centred_mean_that_fills_no_gap():
+def test_the_mean_is_of_the_steps_before_and_reaches_neither_step_1_nor_a_gap():
     run = make_run(steps=9)
     run.history.loc[4, "reward"] = np.nan
-    rewards = run.history["reward"].to_numpy()
-    frame = training_curves_data([run], ["reward"], smooth=3).set_index("step")["mean"]
+    rewards = dict(zip(run.history["step"], run.history["reward"], strict=True))
+    frame = training_curves_data(run, ["reward"], smooth=3).set_index("step")
     assert 5 not in frame.index
-    wanted = {s: np.nanmean(rewards[max(0, s - 2) : s + 1]) for s in range(1, 10) if s != 5}
-    np.testing.assert_allclose(frame, list(wanted.values()))
+    wanted = {s: np.nanmean([rewards[k] for k in range(max(2, s - 2), s + 1)]) for s in range(2, 10) if s != 5}
+    np.testing.assert_allclose(frame["mean"], [rewards[1], *wanted.values()])
+    np.testing.assert_allclose(frame["raw"], [rewards[s] for s in frame.index])
+    # What comes after a step does not change it.
+    later = replace(run, history=run.history.assign(reward=run.history["reward"].where(run.history["step"] < 8, 99.0)))
+    other = training_curves_data(later, ["reward"], smooth=3).set_index("step")
+    pd.testing.assert_series_equal(other["mean"].loc[:7], frame["mean"].loc[:7])
+
+
+def test_steps_are_thin_their_mean_is_thick_and_both_have_a_name():
+    runs = [make_run(), grpo(seed=3)]
+    figure = training_curves(runs)
+    frame = training_curves_data(runs, ["reward"])
+    ax = figure.axes[0]
+    for label in (BUPO, GRPO):
+        rows = frame[frame["label"] == label]
+        x, y = drawn(ax, label)
+        np.testing.assert_array_equal((x, y), rows[rows["step"] > 1][["step", "mean"]].to_numpy().T)
+        raw = next(line for line in ax.lines if np.array_equal(line.get_ydata(), rows["raw"]))
+        assert raw.get_linewidth() < 0.5
+    points = [line.get_xydata().tolist() for line in ax.lines if list(line.get_xdata()) == [1]]
+    assert points == [[[1, frame.query("step == 1 and label == @label")["raw"].item()]] for label in (BUPO, GRPO)]
+    grey = ["mean of the last 5 steps", "each step", "before any update", "end of alignment"]
+    assert legend(figure) == [BUPO, GRPO, *grey]
+    assert "each seed" in legend(training_curves([grpo(seed=seed) for seed in range(2)]))
+    # Six steps have one mean of five after the first: it would be a point.
+    assert legend(training_curves(grpo(steps=6))) == [GRPO]
+    assert len(legend(training_curves(grpo(steps=7)))) == 4
+
+
+def test_labels_and_colours_of_the_users_own():
+    runs = [make_run(seed=0), make_run(seed=1), grpo()]
+    figure = policy_entropy_curves(runs, label=["ours", "ours", "theirs"], color=["red", "k"])
+    assert legend(figure)[:2] == ["ours", "theirs"]
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    assert (colours["ours"], colours["theirs"]) == ("red", "k")
+    with pytest.raises(UserError, match="got 2 labels for 3 runs"):
+        training_curves(runs, label=["a", "b"])
+    figure = alignment_dynamics(runs[0], label="ours", color="red")
+    assert figure.legends[0].get_title().get_text() == "ours"
+    assert panels(figure)[1].lines[0].get_color() == "red"
 
 
 def test_a_shuffled_history_draws_the_same():
@@ -205,16 +244,28 @@ def test_alignment_dynamics_draw_the_measurements():
     for ax in (change, perplexity, divergence):
         # A measurement at step 10 is taken after it, by the model at the end of alignment.
         assert list(drawn(ax, "end of alignment")[0]) == [10, 10]
-    assert figure.legends[0].get_title().get_text() == "qwen3: BuPO, layer 6, 10 steps"
+    assert figure.legends[0].get_title().get_text() == "testbed/qwen3: BuPO, layer 6, 10 steps"
 
 
-def test_the_last_layer_has_no_later_one_and_says_so():
-    figure = alignment_dynamics(make_run(layer=8))
-    similarity, _, _, divergence = panels(figure)
-    assert [text.get_text() for text in similarity.texts] == ["no later layer"]
-    assert legend(figure) == ["policy $\\pi_\\theta$", "end of alignment"]
-    assert "theta" in divergence.get_ylabel()
-    assert_legible(figure)
+def test_one_later_layer_is_drawn_over_the_steps():
+    run = make_run(layer=7)
+    figure = alignment_dynamics(run)
+    similarity, change, _, divergence = panels(figure)
+    np.testing.assert_array_equal(similarity.lines[0].get_xydata(), run.dynamics_layers[["step", "cosine"]])
+    np.testing.assert_array_equal(divergence.lines[0].get_xydata(), run.dynamics_layers[["step", "kl"]])
+    assert similarity.get_ylabel() == "Cosine of $H^{7}$ and $H^{8}$"
+    assert len(figure.axes) == 4, "there is nothing to tell by a colour bar"
+    assert legend(figure) == ["end of alignment"]
+    assert all(list(drawn(ax, "end of alignment")[0]) == [10, 10] for ax in (similarity, change, divergence))
+
+
+def test_the_last_layer_has_no_later_one_and_says_so(tmp_path, monkeypatch, caplog):
+    run = make_run("BuPO, layer 8", layer=8)
+    with pytest.raises(UserError, match="it compares a layer with the layers above it, and layer 8"):
+        alignment_dynamics(run)
+    monkeypatch.setattr(style, "save_figure", lambda figure, stem: [stem])
+    assert [path.name for path in save_run_figures([run], tmp_path)] == ["fig4_training", "fig7_policy_entropy"]
+    assert "testbed/qwen3, BuPO, layer 8: there is no figure 5 of this run" in caplog.text
 
 
 def test_a_collapse_is_drawn_on_a_logarithmic_axis():
@@ -227,7 +278,7 @@ def test_a_collapse_is_drawn_on_a_logarithmic_axis():
 
 def test_a_run_that_never_left_alignment_marks_no_end():
     run = make_run(steps=10, ipa_steps=10)
-    assert legend(training_curves([run])) == [BUPO]
+    assert legend(training_curves([run], smooth=1)) == [BUPO]
     assert "end of alignment" not in legend(alignment_dynamics(run))
 
 
@@ -270,13 +321,13 @@ def test_figures_draw_on_given_axes_and_leave_rc_params_alone():
     grid = figure.subplots(2, 4)
     with mpl.rc_context({"font.size": 17.0}):
         before = dict(mpl.rcParams)
-        assert training_curves([grpo()], axes=grid[0, :3]) is figure
-        assert policy_entropy_curves([grpo()], axes=[grid[0, 3]]) is figure
-        assert alignment_dynamics(make_run(), axes=list(grid[1])) is figure
+        assert training_curves([grpo()], ax=grid[0, :3]) is figure
+        assert policy_entropy_curves([grpo()], ax=[grid[0, 3]]) is figure
+        assert alignment_dynamics(make_run(), ax=list(grid[1])) is figure
         assert dict(mpl.rcParams) == before
     assert not figure.legends
-    with pytest.raises(ValueError, match="got 2 axes; needed are 3 for each of 1 models"):
-        training_curves([grpo()], axes=grid[0, :2])
+    with pytest.raises(UserError, match="got 2 axes in ax; needed are 3: 3 for each model"):
+        training_curves([grpo()], ax=grid[0, :2])
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path):
@@ -284,8 +335,8 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
         with pytest.raises(UserError, match="no run"):
             draw([])
     with pytest.raises(UserError, match="smooth is 0"):
-        training_curves([grpo()], smooth=0)
-    with pytest.raises(UserError, match="testbed/qwen3, GRPO: no dynamics were measured"):
+        training_curves(grpo(), smooth=0)
+    with pytest.raises(UserError, match="no figure 5 of this run: no dynamics were measured"):
         alignment_dynamics(grpo())
 
 

@@ -12,7 +12,7 @@ What cannot be compared is refused (another lens) or marked: `paired` says wheth
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,35 @@ def compare(
         labels_given=labels is not None,
         seed=seed,
     )
+
+
+def as_comparison(
+    given: AnalysisComparison | Iterable[Analysis], label: Iterable[str] | None = None
+) -> AnalysisComparison:
+    """Return what a figure of a comparison draws.
+
+    Args:
+        given: a comparison, or analyses, of which the first is then the baseline.
+        label: what to call each, in place of the comparison's labels and in their order.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: analyses that cannot be compared, or labels that do not fit.
+    """
+    names = [label] if isinstance(label, str) else list(label or [])
+    if not isinstance(given, AnalysisComparison):
+        return compare(given, labels=names or None)
+    if not names:
+        return given
+    if len(names) != len(given.labels) or len(set(names)) < len(names):
+        raise UserError(f"got labels {names}; needed are {len(given.labels)} that differ, one for each analysis")
+    new = dict(zip(given.labels, names, strict=True))
+    tables_with = {name: getattr(given, name) for name in TABLES if "label" in getattr(given, name)}
+    renamed: dict[str, Any] = {name: table.assign(label=table["label"].map(new)) for name, table in tables_with.items()}
+    renamed |= {name: {new[k]: v for k, v in getattr(given, name).items()} for name in ("paired", "differing")}
+    return replace(given, **renamed, labels=tuple(names), baseline=new[given.baseline], labels_given=True, path=None)
 
 
 def _require_one_lens(analyses: Sequence[Analysis], names: Sequence[str]) -> None:

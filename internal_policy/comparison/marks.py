@@ -12,13 +12,14 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from internal_policy import style
+from internal_policy import palette, style
 from internal_policy.comparison.figure_data import in_order, shown_names, steps_known
+from internal_policy.figure_marks import colors_for
 from internal_policy.statistics import Floats
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 12
 """Most analyses that a key names one by one; more have a colour bar, and no bands."""
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _SMALL = 6.5
 _ROW_NAME_ROOM = 80.0
 _TICK_NAME_ROOM = 60.0
@@ -56,11 +55,12 @@ def grid(n_rows: int, widths: Sequence[float], height: float) -> list[Axes]:
         return [figure.add_subplot(spec[row, column]) for row in range(n_rows) for column in range(len(widths))]
 
 
-def series(comparison: AnalysisComparison) -> dict[str, dict[str, Any]]:
+def series(comparison: AnalysisComparison, color: Any = None) -> dict[str, dict[str, Any]]:
     """Give each analysis a line of its own: shades in order of the steps, or colours and dashes for models.
 
     Args:
         comparison: The comparison.
+        color: The user's colours: one, one for each of the comparison's labels, or None.
 
     Returns:
         Label, in order of the steps: arguments of a line.
@@ -68,11 +68,12 @@ def series(comparison: AnalysisComparison) -> dict[str, dict[str, Any]]:
     labels = in_order(comparison)
     n = len(labels)
     if steps_known(comparison) or n > MOST_NAMED:
-        return {label: {"color": colour, "linestyle": "-"} for label, colour in zip(labels, _shades(n), strict=True)}
-    return {
-        label: {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS) % len(_DASHES)]}
-        for i, label in enumerate(labels)
-    }
+        found = {label: {"color": shade, "linestyle": "-"} for label, shade in zip(labels, _shades(n), strict=True)}
+    else:
+        found = {label: style.line_marks(palette.series(i)) for i, label in enumerate(labels)}
+    for label, own in zip(comparison.labels, colors_for(color, n, "analyses"), strict=True):
+        found[label] |= {} if own is None else {"color": own}
+    return found
 
 
 def line(ax: Axes, rows: pd.DataFrame, x: str, y: str, mark: Mapping[str, Any], *, bands: bool) -> None:
@@ -106,7 +107,7 @@ def depth_axis(ax: Axes) -> None:
     ax.set_xlabel("Relative depth, layer / $L$")
 
 
-def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, named: bool) -> None:
+def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, named: bool, colours: Colormap) -> None:
     """Draw a map with a colour bar: a row an analysis, the first on top, a column a layer.
 
     Args:
@@ -115,11 +116,14 @@ def heat_map(ax: Axes, values: Floats, names: Sequence[str], *, centred: bool, n
         names: Of the rows.
         centred: Colours diverge from zero.
         named: Whether the names stand beside the rows.
+        colours: Of a map that does not diverge.
     """
     n_rows, n_layers = values.shape
     reach = float(np.nanmax(np.abs(values))) or 1.0
     # An entropy is never below zero, and zero is where a policy is certain.
-    limits = {"vmin": -reach, "vmax": reach, "cmap": "RdBu_r"} if centred else {"vmin": 0.0, "vmax": reach}
+    limits: dict[str, Any] = (
+        {"vmin": -reach, "vmax": reach, "cmap": "RdBu_r"} if centred else {"vmin": 0.0, "vmax": reach, "cmap": colours}
+    )
     mesh = ax.pcolormesh(np.arange(n_layers + 1) + 0.5, np.arange(n_rows + 1) - 0.5, values, rasterized=True, **limits)
     style.root_figure(ax).colorbar(mesh, ax=ax, pad=0.015, fraction=0.06, aspect=16).outline.set_linewidth(0.4)
     style.set_layer_axis(ax, n_layers)
@@ -178,16 +182,17 @@ def series_axis(ax: Axes, comparison: AnalysisComparison, marks: Mapping[str, Ma
     return max(0.0, extra) / style.POINTS_PER_INCH
 
 
-def layer_colours(n_layers: int) -> ListedColormap:
+def layer_colours(n_layers: int, colours: Colormap) -> ListedColormap:
     """Give each layer a shade, the first dark.
 
     Args:
         n_layers: L.
+        colours: What the shades are taken from.
 
     Returns:
         The colours of layers 1 to L.
     """
-    return ListedColormap(_shades(n_layers))
+    return ListedColormap(_shades(n_layers, colours))
 
 
 def layer_bar(panels: Sequence[Axes], colours: ListedColormap) -> None:
@@ -261,9 +266,9 @@ def _short_names(comparison: AnalysisComparison) -> tuple[dict[str, str], str]:
     return numbers, "Analysis (as in boundaries.csv)"
 
 
-def _shades(n: int) -> list[tuple[float, ...]]:
+def _shades(n: int, colours: Colormap | None = None) -> list[tuple[float, ...]]:
     """Evenly spaced, without the pale end, which white paper swallows."""
-    return [tuple(colour) for colour in mpl.colormaps["viridis"](np.linspace(0.0, 0.9, n))]
+    return [tuple(colour) for colour in (colours or mpl.colormaps["viridis"])(np.linspace(0.0, 0.9, n))]
 
 
 def _bar(

@@ -20,11 +20,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from internal_policy import style
+from internal_policy.figure_data import OneOrMany
+from internal_policy.figure_marks import color_map, panels_of
 from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.fonts import drawable, fit, font
 from internal_policy.inspection.settings import SITES, Site, Span
@@ -58,6 +60,8 @@ def plot_inspection(
     *,
     tokens: Span | None = None,
     last: int | None = None,
+    label: str | None = None,
+    color: str | Colormap | None = None,
 ) -> Axes:
     """Draw one heat map: layer 1 at the bottom, the final policy on top, a column a token.
 
@@ -67,44 +71,59 @@ def plot_inspection(
         ax: Where to draw; without it a figure of its own with a colour bar is made.
         tokens: Which tokens, from 1.
         last: So many tokens at the end; 24 where neither is given.
+        label: What to call the model in the title.
+        color: The colour map of the entropies, by name.
 
     Returns:
         The axes.
+
+    Raises:
+        UserError: no such token, or no such colour map.
     """
     if ax is None:
-        return inspection_map(inspection, [site], tokens=tokens, last=last).axes[0]
+        return inspection_map(inspection, site, tokens=tokens, last=last, label=label, color=color).axes[0]
     frame = inspection_data(inspection, [site], tokens=tokens, last=last)
     with style.paper_style():
         n = frame["position"].nunique()
         cell = ax.bbox.width / style.root_figure(ax).dpi * style.POINTS_PER_INCH / n
-        _panel(ax, frame, site, inspection, cell, ends=(True, True))
+        _panel(ax, frame, site, inspection, cell, ends=(True, True), name=label, colours=color_map(color, COLOURS))
     return ax
 
 
 def inspection_map(
     inspection: Inspection,
-    sites: Sequence[Site] = SITES,
+    sites: OneOrMany[Site] = SITES,
     *,
     tokens: Span | None = None,
     last: int | None = None,
-    axes: Sequence[Axes] | None = None,
+    ax: OneOrMany[Axes] | None = None,
+    label: str | None = None,
+    color: str | Colormap | None = None,
 ) -> Figure:
     """Draw heat maps one above the other, with one colour bar from 0 to ln V.
 
     Args:
         inspection: What was looked at.
-        sites: Which policies.
+        sites: Which policies, one or several.
         tokens: Which tokens, from 1; more than 24 make a wider figure.
         last: So many tokens at the end; 24 where neither is given.
-        axes: Where to draw, a panel a site; without them a figure is made.
+        ax: Where to draw, a panel a site; without it a figure is made.
+        label: What to call the model in the title.
+        color: The colour map of the entropies, by name.
 
     Returns:
         The figure.
+
+    Raises:
+        UserError: no such token, another number of axes than of sites, or no such colour map.
     """
-    if axes is not None:
-        for site, ax in zip(sites, axes, strict=True):
-            plot_inspection(inspection, site, ax, tokens=tokens, last=last)
-        return style.root_figure(axes[0])
+    sites = [sites] if isinstance(sites, str) else list(sites)
+    if ax is not None:
+        panels = panels_of(ax, len(sites), "one for each site")
+        for site, panel in zip(sites, panels, strict=True):
+            plot_inspection(inspection, site, panel, tokens=tokens, last=last, label=label, color=color)
+        return style.root_figure(panels[0])
+    colours = color_map(color, COLOURS)
     frame = inspection_data(inspection, sites, tokens=tokens, last=last)
     read = frame["position"].unique()
     n = len(read)
@@ -119,9 +138,10 @@ def inspection_map(
         layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
         figure = style.PaperFigure(figsize=(width, height), layout=layout)
         panels = [figure.add_subplot(len(sites), 1, k + 1) for k in range(len(sites))]
-        for k, (site, ax) in enumerate(zip(sites, panels, strict=True)):
-            _panel(ax, frame, site, inspection, cell, ends=(k == 0, k == len(sites) - 1))
-        _colour_bar(figure, panels, inspection.vocab_size)
+        for k, (site, panel) in enumerate(zip(sites, panels, strict=True)):
+            ends = (k == 0, k == len(sites) - 1)
+            _panel(panel, frame, site, inspection, cell, ends=ends, name=label, colours=colours)
+        _colour_bar(figure, panels, inspection.vocab_size, colours)
     return figure
 
 
@@ -154,25 +174,36 @@ def save_all(
     return paths
 
 
-def cell_colours(entropy: NDArray[np.floating], vocab: int) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
+def cell_colours(
+    entropy: NDArray[np.floating], vocab: int, colours: Colormap | None = None
+) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
     """Colour cells by entropy, and choose what to write in.
 
     Args:
         entropy: [n] nats.
         vocab: V; ln V is the end of the scale.
+        colours: The scale, where it is not `COLOURS`.
 
     Returns:
         [n, 3] red, green and blue from 0 to 1; [n] black or white, whichever has the greater contrast with them (WCAG
         2.2, relative luminance).
     """
-    rgb = mpl.colormaps[COLOURS](Normalize(0.0, math.log(vocab))(entropy))[:, :3]
+    rgb = (colours or mpl.colormaps[COLOURS])(Normalize(0.0, math.log(vocab))(entropy))[:, :3]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
     return rgb, np.where((luminance + 0.05) ** 2 > 1.05 * 0.05, "black", "white")
 
 
 def _panel(
-    ax: Axes, frame: pd.DataFrame, site: Site, inspection: Inspection, cell: float, ends: tuple[bool, bool]
+    ax: Axes,
+    frame: pd.DataFrame,
+    site: Site,
+    inspection: Inspection,
+    cell: float,
+    *,
+    ends: tuple[bool, bool],
+    name: str | None,
+    colours: Colormap,
 ) -> None:
     """Draw one site; `ends` says whether the panel has the labels on top and at the bottom, `cell` is in points."""
     n_layers, own = inspection.n_layers, frame[frame["site"].isin([site, "policy"])]
@@ -180,9 +211,9 @@ def _panel(
     x = own["position"].to_numpy() - places[0]
     final = own["site"].to_numpy() == "policy"
     y = np.where(final, n_layers + 1 + _GAP, own["layer"].to_numpy())
-    colours, ink = cell_colours(own["entropy"].to_numpy(), inspection.vocab_size)
+    fills, ink = cell_colours(own["entropy"].to_numpy(), inspection.vocab_size, colours)
     corners = np.stack([x, y], axis=1)[:, None, :] + 0.5 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
-    ax.add_collection(PolyCollection(list(corners), facecolors=colours, edgecolors="white", linewidths=0.25))
+    ax.add_collection(PolyCollection(list(corners), facecolors=fills, edgecolors="white", linewidths=0.25))
     hit = own["hit"].to_numpy()
     centres = np.stack([x, y], axis=1)[hit][:, None, :]
     inner = centres + 0.86 * (corners[hit] - centres)
@@ -213,7 +244,7 @@ def _panel(
     note = "" if inspection.lens == "policy" else ", logit lens"
     span = f"tokens {first} to {end} of {inspection.n_tokens}" if end > first else f"token {first}"
     state = STATES[site].replace("^", "$^") + "$"
-    name = inspection.name.replace("$", r"\$")
+    name = (inspection.name if name is None else name).replace("$", r"\$")
     kind = "layer" if site == "layer" else TITLES[site]
     title = f"{name}, {kind} policies (of {state[0]}{state[1:]}{note}), {span}"
     ax.set_title(title if ends[0] else f"{TITLES[site]} policies", fontsize=8.0)
@@ -255,9 +286,9 @@ def _labels(inspection: Inspection, positions: NDArray[np.integer], size: float)
     ]
 
 
-def _colour_bar(figure: Figure, panels: Sequence[Axes], vocab: int) -> None:
+def _colour_bar(figure: Figure, panels: Sequence[Axes], vocab: int, colours: Colormap) -> None:
     top = math.log(vocab)
-    mappable = ScalarMappable(Normalize(0.0, top), mpl.colormaps[COLOURS])
+    mappable = ScalarMappable(Normalize(0.0, top), colours)
     bar = figure.colorbar(mappable, ax=list(panels), fraction=0.03, pad=0.01, aspect=30 * len(panels))
     step = next(s for s in (0.5, 1, 2, 5) if top / s <= 6)
     ticks = [k * step for k in range(math.ceil(top / step)) if top - k * step > 0.6 * step]

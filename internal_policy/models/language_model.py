@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,11 @@ class LanguageModel:
     def vocab_size(self) -> int:
         """V: rows of E_u."""
         return int(self.projection.weight.shape[0])
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the whole model; packed weights count as what they stand for, shared ones once."""
+        return int(cast(Any, self.model).num_parameters())
 
     @property
     def device(self) -> torch.device:

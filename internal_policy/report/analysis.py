@@ -8,6 +8,7 @@ from typing import Any
 from internal_policy import lenses, terminal
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.errors import UserError
+from internal_policy.palette import STAGES as STAGE_LOOKS
 from internal_policy.printing import few_prompts, of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
@@ -17,8 +18,6 @@ from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.results import Analysis
 from internal_policy.selection import COVERS, STAGES
-
-STAGE_MARKS = {"exploration": "▲", "integration": "■", "convergence": "▼"}
 
 
 def page(analyses: Sequence[Analysis]) -> str:
@@ -80,7 +79,7 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "positions": None if analysis.positions is None else terminal.positions_line(analysis.positions),
         "stages": stages(analysis),
         "strip": [
-            {"layer": n, "stage": stage, "mark": STAGE_MARKS[stage], "target": n == analysis.boundary_layer}
+            {"layer": n, "stage": stage, "mark": STAGE_LOOKS[stage].sign, "target": n == analysis.boundary_layer}
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": {name: {"title": c.title, "described": c.described} for name, c in drawn.items()},
@@ -107,9 +106,9 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     chosen, name = analysis.selection, clean(analysis.name)
     size = f"{counted(analysis.n_responses, 'response')} ({counted(analysis.n_tokens, 'token')})"
     if chosen.boundary_layer is None:
-        found = f"it has no target layer, for {_why(chosen.reason)}"
+        found = f"it has no boundary layer, for {_why(chosen.reason)}"
     else:
-        found = f"its target layer is {chosen.boundary_layer}"
+        found = f"its boundary layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
         found += f" ({chosen.agreement}, {COVERS})"
     if other := lenses.sentence(analysis):
@@ -137,7 +136,7 @@ def _why(reason: str) -> str:
 
 
 def target(analysis: Analysis) -> dict[str, Any]:
-    """Gather what is said of the target layer.
+    """Gather what is said of the boundary layer.
 
     Args:
         analysis: the analysis.
@@ -172,7 +171,7 @@ def stages(analysis: Analysis) -> list[dict[str, str]]:
     for stage in STAGES:
         layers = [n for n, name in enumerate(analysis.stages, start=1) if name == stage]
         told = f"layer{'s' if len(layers) > 1 else ''} {spans(layers)}" if layers else "no layer"
-        found.append({"stage": stage, "mark": STAGE_MARKS[stage], "layers": told})
+        found.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": told})
     return found
 
 
@@ -211,7 +210,7 @@ def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
         analysis: the analysis.
 
     Returns:
-        Layer, stage, whether it is the target, and cells of value and interval.
+        Layer, stage, whether it is the boundary layer, and cells of value and interval.
     """
     columns = [("layer", "entropy_in", ".3f"), ("layer", "entropy_out", ".3f")]
     columns += [(site, "change", "+.3f") for site in ("layer", "attn", "ffn")]
@@ -223,6 +222,11 @@ def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
             row = sites[site].loc[layer]
             ends = interval(row[f"{column}_low"], row[f"{column}_high"], form)
             cells.append({"value": number(row[column], form), "interval": ends})
-        where = {"layer": layer, "stage": stage, "mark": STAGE_MARKS[stage], "target": layer == analysis.boundary_layer}
+        where = {
+            "layer": layer,
+            "stage": stage,
+            "mark": STAGE_LOOKS[stage].sign,
+            "target": layer == analysis.boundary_layer,
+        }
         rows.append({**where, "cells": cells})
     return rows

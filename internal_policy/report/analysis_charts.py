@@ -7,25 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internal_policy.report.charts import Chart, point
+from internal_policy.report.charts import Chart, look, point
 
 if TYPE_CHECKING:
     from internal_policy.comparison.convergence import Convergence
     from internal_policy.results import Analysis
 
 _SITES = (
-    ("layer output", "layer", "entropy_out", "$stream", "solid", "circle", True),
-    ("layer input", "layer", "entropy_in", "$stream", "dot", "circle-open", True),
-    ("ATTN output", "attn", "entropy_out", "$attn", "solid", "square", True),
-    ("ATTN input", "attn", "entropy_in", "$attn", "dot", "square-open", False),
-    ("FFN output", "ffn", "entropy_out", "$ffn", "solid", "triangle-up", True),
-    ("FFN input", "ffn", "entropy_in", "$ffn", "dot", "triangle-up-open", False),
+    ("layer output", "layer", "entropy_out", "stream", True),
+    ("layer input", "layer", "entropy_in", "stream", True),
+    ("ATTN output", "attn", "entropy_out", "attn", True),
+    ("ATTN input", "attn", "entropy_in", "attn", False),
+    ("FFN output", "ffn", "entropy_out", "ffn", True),
+    ("FFN input", "ffn", "entropy_in", "ffn", False),
 )
-_CHANGES = (
-    ("layer", "layer", "$stream", "solid", "circle"),
-    ("ATTN", "attn", "$attn", "dash", "square"),
-    ("FFN", "ffn", "$ffn", "solid", "triangle-up"),
-)
+_CHANGES = (("layer", "layer", "stream"), ("ATTN", "attn", "attn"), ("FFN", "ffn", "ffn"))
 
 
 def flow_chart(analysis: Analysis) -> Chart:
@@ -44,18 +40,21 @@ def flow_chart(analysis: Analysis) -> Chart:
         "Entropy of the internal policies at the input and output of each layer, attention and FFN, over the layers.",
     )
     chart.stages(analysis.stages)
-    for name, site, column, colour, dash, symbol, shown in _SITES:
-        _curve(chart, analysis, name, site, column, colour=colour, dash=dash, symbol=symbol, shown=shown)
+    for name, site, column, what, shown in _SITES:
+        drawn = look(what)
+        if column == "entropy_in":
+            drawn |= {"dash": "dot", "symbol": f"{drawn['symbol']}-open"}
+        _curve(chart, analysis, name, site, column, shown=shown, **drawn)
     _baseline(chart, analysis, "layer output", "layer", "entropy_out")
     after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
     beyond = analysis.n_layers + after / 2 + 0.25
-    point(chart, "policy π_θ", beyond, analysis.policy_entropy, colour="$policy", title="final policy")
+    point(chart, "policy π_θ", beyond, analysis.policy_entropy, what="policy", title="final policy")
     top = [float(np.log(analysis.vocab_size))] * 2
     ends_of_axis = [0.5, analysis.n_layers + after]
-    chart.curve("uniform, ln V", ends_of_axis, top, colour="$muted", dash="dot", marks=False, hover=False)
+    chart.curve("uniform, ln V", ends_of_axis, top, marks=False, hover=False, **look("uniform"))
     chart.layers(analysis.n_layers, after)
     chart.y_axis["rangemode"] = "tozero"
-    _mark_target(chart, analysis)
+    _mark_boundary(chart, analysis)
     return chart
 
 
@@ -76,12 +75,12 @@ def change_chart(analysis: Analysis) -> Chart:
     )
     chart.stages(analysis.stages)
     chart.level(0.0, dash="solid")
-    for name, site, colour, dash, symbol in _CHANGES:
-        _curve(chart, analysis, name, site, "change", colour=colour, dash=dash, symbol=symbol, form="+.3f")
-    for name, site, *_ in reversed(_CHANGES):
+    for name, site, what in _CHANGES:
+        _curve(chart, analysis, name, site, "change", form="+.3f", **look(what))
+    for name, site, _ in reversed(_CHANGES):
         _baseline(chart, analysis, name, site, "change", shown=site == "ffn", form="+.3f")
     chart.layers(analysis.n_layers)
-    _mark_target(chart, analysis)
+    _mark_boundary(chart, analysis)
     return chart
 
 
@@ -103,26 +102,26 @@ def fall_chart(convergence: Convergence) -> Chart:
     table = convergence.curve
     chart.level(0.5)
     depth, ends = table["relative_depth"], (table["low"], table["high"])
-    chart.curve("fallen", depth, table["fallen"], ends, colour="$stream", form=".2f", unit="")
+    chart.curve("fallen", depth, table["fallen"], ends, form=".2f", unit="", **look("stream"))
     if convergence.n_layers > 1:
         x = [1 / convergence.n_layers, 1.0]
-        chart.curve("even fall", x, [0.0, 1.0], colour="$muted", dash="dot", marks=False, hover=False)
+        chart.curve("even fall", x, [0.0, 1.0], marks=False, hover=False, **look("neutral"))
     chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
     return chart
 
 
-def _curve(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **look: Any) -> None:
+def _curve(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **drawn: Any) -> None:
     rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
-    chart.curve(name, rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), **look)
+    chart.curve(name, rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), **drawn)
 
 
-def _baseline(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **look: Any) -> None:
+def _baseline(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **drawn: Any) -> None:
     """The same through random weights, in grey, where that was measured."""
     if analysis.baseline is not None:
         random = replace(analysis, layers=analysis.baseline)
-        _curve(chart, random, f"random weights, {name}", site, column, colour="$muted", symbol="x", **look)
+        _curve(chart, random, f"random weights, {name}", site, column, colour="$muted", symbol="x", **drawn)
 
 
-def _mark_target(chart: Chart, analysis: Analysis) -> None:
+def _mark_boundary(chart: Chart, analysis: Analysis) -> None:
     if analysis.boundary_layer is not None:
-        chart.mark(analysis.boundary_layer, f"target layer {analysis.boundary_layer}")
+        chart.mark(analysis.boundary_layer, f"boundary layer {analysis.boundary_layer}", "boundary")

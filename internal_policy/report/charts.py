@@ -12,13 +12,39 @@ from typing import Any
 
 import pandas as pd
 
+from internal_policy import palette
 from internal_policy.report.numbers import plain, plain_all
 
-STAGE_COLOURS = {name: f"${name}" for name in ("exploration", "integration", "convergence")}
-SERIES = ("$series1", "$series2", "$series3", "$series4", "$series5", "$series6")
 _LONGEST = 36
 """Characters of a name beside a value, where a phone has room for both."""
-DASHES = ("solid", "dash", "dot", "dashdot")
+_THIN = 1.0
+"""Below so many pixels a line has a thin sign in the key."""
+
+
+def look(name: str) -> dict[str, Any]:
+    """Say how a thing of `palette` is drawn.
+
+    Args:
+        name: stream, attn, ffn, policy or another key of `palette.LOOKS`.
+
+    Returns:
+        Arguments of `Chart.curve`.
+    """
+    known = palette.LOOKS[name]
+    return {"colour": f"${name}", "dash": known.dash, "symbol": known.marker}
+
+
+def series_look(index: int) -> dict[str, Any]:
+    """Say how one of several models or runs is drawn.
+
+    Args:
+        index: its place, from 0.
+
+    Returns:
+        Arguments of `Chart.curve`.
+    """
+    known = palette.series(index)
+    return {"colour": f"$series{index % palette.N_COLOURS + 1}", "dash": known.dash, "symbol": known.marker}
 
 
 def label(value: Any) -> str:
@@ -71,6 +97,7 @@ class Chart:
         hover: bool = True,
         form: str = ".3f",
         unit: str = " nats",
+        width: float = 2,
     ) -> None:
         """Add a line with its 95% intervals.
 
@@ -88,6 +115,7 @@ class Chart:
             hover: whether pointing at it tells its values.
             form: of the numbers in the hover text.
             unit: of the values.
+            width: of the line, pixels.
         """
         here, values = plain_all(x), plain_all(y)
         low, high = ([], []) if ends is None else (plain_all(ends[0]), plain_all(ends[1]))
@@ -98,26 +126,33 @@ class Chart:
             around = [*known, *reversed(known)]
             edge = [high[i] for i in known] + [low[i] for i in reversed(known)]
             area = {"x": [here[i] for i in around], "y": edge, "fill": "toself", "fillcolor": f"{colour}/0.16"}
-            look = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "name": label(name)}
+            outline = {
+                "type": "scatter",
+                "mode": "lines",
+                "line": {"width": 0},
+                "hoverinfo": "skip",
+                "name": label(name),
+            }
             places.append(len(self.traces))
-            self.traces.append({**look, **area, "showlegend": False, **hidden})
+            self.traces.append({**outline, **area, "showlegend": False, **hidden})
         template = f"%{{fullData.name}} %{{y:{form}}}{unit}"
         extra: dict[str, Any] = {}
         if known:
             template += f" [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]"
             extra["customdata"] = [[a, b] for a, b in zip(low, high, strict=True)]
-        look = {"type": "scatter", "mode": "lines+markers" if marks else "lines", "name": label(name)}
-        line = {"color": colour, "dash": dash, "width": 2}
+        drawn = {"type": "scatter", "mode": "lines+markers" if marks else "lines", "name": label(name)}
+        line = {"color": colour, "dash": dash, "width": width}
         places.append(len(self.traces))
         self.traces.append(
             {
-                **{**look, "x": here, "y": values, "line": line, "showlegend": False},
+                **{**drawn, "x": here, "y": values, "line": line, "showlegend": False},
                 **{"marker": {"symbol": symbol, "size": _mark_size(len(here)), "color": colour}, **extra},
                 **({"hovertemplate": f"{template}<extra></extra>"} if hover else {"hoverinfo": "skip"}),
                 **hidden,
             }
         )
-        self.key.append({"name": str(name), "colour": colour, "dash": dash, "traces": places, "shown": shown})
+        sign = dash if width >= _THIN else f"{dash} thin"
+        self.key.append({"name": str(name), "colour": colour, "dash": sign, "traces": places, "shown": shown})
 
     def shade(self, first: float, last: float, colour: str) -> None:
         """Shade positions over the whole height.
@@ -139,23 +174,24 @@ class Chart:
         start = 1
         for layer, stage in enumerate(stages, start=1):
             if layer == len(stages) or stages[layer] != stage:
-                self.shade(start - 0.5, layer + 0.5, STAGE_COLOURS[stage])
+                self.shade(start - 0.5, layer + 0.5, f"${stage}")
                 start = layer + 1
 
-    def mark(self, at: float, text: str, *, colour: str = "$fg") -> None:
+    def mark(self, at: float, text: str, what: str) -> None:
         """Draw a vertical line with its name.
 
         Args:
             at: where.
             text: the name, as text.
-            colour: of the line.
+            what: boundary or switch, of `palette.LOOKS`.
         """
+        colour, dash = f"${what}", palette.LOOKS[what].dash
         line = {"type": "line", "xref": "x", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
-        self.shapes.append({**line, "line": {"color": colour, "width": 1.5, "dash": "dashdot"}})
+        self.shapes.append({**line, "line": {"color": colour, "width": 1.5, "dash": dash}})
         note = {"x": at, "xref": "x", "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-        self.notes.append({**note, "text": label(text), "font": {"color": colour}})
+        self.notes.append({**note, "text": label(text), "font": {"color": "$fg"}})
 
-    def level(self, at: float, *, dash: str = "dot") -> None:
+    def level(self, at: float, *, dash: palette.Dash = "dot") -> None:
         """Draw a horizontal line.
 
         Args:
@@ -163,7 +199,7 @@ class Chart:
             dash: of the line.
         """
         line = {"type": "line", "xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": at, "y1": at}
-        self.shapes.append({**line, "line": {"color": "$muted", "width": 1, "dash": dash}, "layer": "below"})
+        self.shapes.append({**line, "line": {"color": "$neutral", "width": 1, "dash": dash}, "layer": "below"})
 
     def layers(self, n_layers: int, after: float = 0.5) -> None:
         """Make the horizontal axis one of layers.
@@ -184,7 +220,7 @@ class Chart:
             JSON-able data.
         """
         x_axis: Mapping[str, Any] = {"title": {"text": self.x}, **self.x_axis}
-        y_axis: Mapping[str, Any] = {"title": {"text": self.y}, **self.y_axis}
+        y_axis: Mapping[str, Any] = {"title": {"text": self.y, "standoff": 12}, **self.y_axis}
         layout: dict[str, Any] = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
         if self.beside:
             # An axis that is not visible has no ticks at all, and so no texts for them.
@@ -198,7 +234,7 @@ def _mark_size(n: int) -> int:
     return 6 if n <= 16 else 4 if n <= 40 else 3
 
 
-def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: str, title: str) -> None:
+def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, what: str, title: str) -> None:
     """Add one value with its interval, at a position that the axis has no number for.
 
     Args:
@@ -206,23 +242,24 @@ def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, colour: 
         name: of the value, as text.
         x: its position.
         row: mean, and low and high where they are known, nats.
-        colour: of the mark.
+        what: policy or another key of `palette.LOOKS`.
         title: of the hover text, in place of the position.
     """
+    colour, symbol = f"${what}", palette.LOOKS[what].marker
     mean, low, high = (plain(row.get(key)) for key in ("mean", "low", "high"))
     template, extra = "%{fullData.name} %{y:.3f} nats", {}
     if mean is not None and low is not None and high is not None:
         bar = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low], "color": colour}
         extra = {"error_y": bar, "customdata": [[low, high]]}
         template += " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
-    mark = {"symbol": "diamond", "size": 10, "color": colour}
+    mark = {"symbol": symbol, "size": 12, "color": colour}
     # The title of a hover text is the text of the tick at its position, on the axis of its line.
     chart.beside |= {"tickvals": [x], "ticktext": [title]}
-    look = {"type": "scatter", "mode": "markers", "name": label(name), "marker": mark}
-    chart.key.append({"name": name, "colour": colour, "dash": "mark", "traces": [len(chart.traces)], "shown": True})
+    drawn = {"type": "scatter", "mode": "markers", "name": label(name), "marker": mark}
+    chart.key.append({"name": name, "colour": colour, "dash": symbol, "traces": [len(chart.traces)], "shown": True})
     chart.traces.append(
         {
-            **{**look, "x": [x], "y": [mean], "xaxis": "x2", **extra},
+            **{**drawn, "x": [x], "y": [mean], "xaxis": "x2", **extra},
             **{"hovertemplate": f"{template}<extra></extra>", "showlegend": False},
         }
     )

@@ -8,9 +8,10 @@ import pandas as pd
 
 from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, shown_names, steps_known
 from internal_policy.comparison.terminal import other_lens_of, under_other_lens
+from internal_policy.palette import N_SERIES
 from internal_policy.printing import of_resamples
 from internal_policy.report import reproduce
-from internal_policy.report.charts import DASHES, SERIES, Chart
+from internal_policy.report.charts import Chart, look, series_look
 from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_BANDS = 6
 """More lines than this have no bands: they would hide one another."""
-MOST_LINES = 24
+MOST_LINES = N_SERIES
 """At most so many analyses are drawn; the tables have all."""
 _ADVERBS = {
     "progressive": "converge progressively",
@@ -103,13 +104,13 @@ def summary(comparison: AnalysisComparison) -> str:
         readings = list(falls.values())
         counts = ", ".join(f"{readings.count(r)} {_ADVERBS[r]}" for r in dict.fromkeys(readings))
         return (
-            f"{who} with {clean(comparison.baseline)}, {how}. Target layers lie {where}; of the {len(rows)} entropies "
-            f"{counts}."
+            f"{who} with {clean(comparison.baseline)}, {how}. Boundary layers lie {where}; of the {len(rows)} "
+            f"entropies {counts}."
         )
     told = []
     for row in rows:
-        name, target = clean(row["label"]), row["boundary_layer"]
-        at = "no target layer" if pd.isna(target) else f"target layer {int(target)} of {row['n_layers']}"
+        name, boundary = clean(row["label"]), row["boundary_layer"]
+        at = "no boundary layer" if pd.isna(boundary) else f"boundary layer {int(boundary)} of {row['n_layers']}"
         reading = falls[str(row["label"])]
         told.append(f"{name} has {at} and {'no reading of' if reading == 'none' else f'{reading}'} convergence")
     return f"{who} with {clean(comparison.baseline)}, {how}. {'; '.join(told)}."
@@ -125,31 +126,22 @@ def _drawn(comparison: AnalysisComparison) -> list[str]:
 
 
 def _looks(comparison: AnalysisComparison, drawn: list[str]) -> dict[str, dict[str, Any]]:
-    """Name, colour and dash of each line; shades in order of the steps."""
+    """The name of each line and how it is drawn; in shades in the order of the steps."""
     names = shown_names(comparison)
-    if steps_known(comparison) or len(drawn) > len(SERIES) * len(DASHES):
-        return {
-            label: {"name": names[label], "colour": f"@{i / max(len(drawn) - 1, 1):.3f}", "dash": "solid"}
-            for i, label in enumerate(drawn)
-        }
-    return {
-        label: {
-            "name": names[label],
-            "colour": SERIES[i % len(SERIES)],
-            "dash": DASHES[i // len(SERIES) % len(DASHES)],
-        }
-        for i, label in enumerate(drawn)
-    }
+    if steps_known(comparison):
+        shades = [f"@{i / max(len(drawn) - 1, 1):.3f}" for i in range(len(drawn))]
+        return {label: {"name": names[label], "colour": shades[i]} for i, label in enumerate(drawn)}
+    return {label: {"name": names[label], **series_look(i)} for i, label in enumerate(drawn)}
 
 
 def _lines(chart: Chart, frame: pd.DataFrame, x: str, y: str, looks: dict[str, Any], form: str, unit: str) -> None:
-    for label, look in looks.items():
+    for label, drawn in looks.items():
         rows = frame[frame["label"] == label]
         if rows.empty:
             continue
         few = len(looks) <= MOST_BANDS
         ends = (rows["low"], rows["high"])
-        chart.curve(x=rows[x], y=rows[y], ends=ends, **look, form=form, unit=unit, marks=few, band=few)
+        chart.curve(x=rows[x], y=rows[y], ends=ends, **drawn, form=form, unit=unit, marks=few, band=few)
 
 
 def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
@@ -170,13 +162,14 @@ def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Cha
         _lines(chart, rows, "relative_depth", "value", looks, form, ends)
         at = rows[rows["boundary"] & rows["label"].isin(list(looks))]
         if len(at):
-            look = {"type": "scatter", "mode": "markers", "name": "target layer", "hoverinfo": "skip"}
-            mark = {"symbol": "diamond", "size": 11, "color": [looks[str(label)]["colour"] for label in at["label"]]}
+            trace = {"type": "scatter", "mode": "markers", "name": "boundary layer", "hoverinfo": "skip"}
+            symbol = look("boundary")["symbol"]
+            mark = {"symbol": symbol, "size": 11, "color": [looks[str(label)]["colour"] for label in at["label"]]}
             mark["line"] = {"color": "$fg", "width": 1.5}
             places = {"x": at["relative_depth"].tolist(), "y": at["value"].tolist(), "showlegend": False}
-            key = {"name": "target layer", "colour": "$fg", "dash": "mark", "traces": [len(chart.traces)]}
+            key = {"name": "boundary layer", "colour": "$fg", "dash": symbol, "traces": [len(chart.traces)]}
             chart.key.append({**key, "shown": True})
-            chart.traces.append({**look, "marker": mark, **places})
+            chart.traces.append({**trace, "marker": mark, **places})
         chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
         chart.y_axis["rangemode"] = "tozero"
         found.append(chart)
@@ -198,7 +191,7 @@ def _fall(comparison: AnalysisComparison, looks: dict[str, Any]) -> Chart:
 
 def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
     base = comparison.baseline
-    others = {label: look for label, look in looks.items() if label != base}
+    others = {label: drawn for label, drawn in looks.items() if label != base}
     found = []
     if not comparison.differences.empty:
         frame = difference_data(comparison)
@@ -228,7 +221,7 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
 def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
     rows = []
     for row in comparison.boundaries.to_dict("records"):
-        label, target = str(row["label"]), row["boundary_layer"]
+        label, boundary = str(row["label"]), row["boundary_layer"]
         moved = "0" if row["move"] is not pd.NA and row["move"] == 0 else number(row["move"], "+.0f")
         if pd.isna(row["move"]) and not pd.isna(row["depth_move"]):
             moved = f"{number(row['depth_move'], '+.2f')} L"
@@ -237,7 +230,7 @@ def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
                 "label": clean(label),
                 "step": f"{row['step']:g}",
                 "n_layers": row["n_layers"],
-                "target": "none" if pd.isna(target) else str(int(target)),
+                "boundary": "none" if pd.isna(boundary) else str(int(boundary)),
                 "other_lens": under_other_lens(row),
                 "resamples": of_resamples(row["confidence"]),
                 "runner_up": "none" if pd.isna(row["runner_up"]) else str(int(row["runner_up"])),

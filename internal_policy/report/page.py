@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from internal_policy import __version__
+from internal_policy import __version__, palette
 from internal_policy.citation import bibtex
 from internal_policy.report.numbers import counted, interval, number
 
@@ -72,7 +72,7 @@ def render(template: str, *, title: str, charts: dict[str, Any], tokens: dict[st
             **context,
             title=clean(title),
             policy=f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:",
-            style=Markup("\n".join(_asset(name) for name in _STYLES)),
+            style=Markup("\n".join([palette.stylesheet(), *(_asset(name) for name in _STYLES)])),
             theme=Markup(scripts[0]),
             scripts=[Markup(script) for script in scripts[1:] if script],
             data=embed({"charts": charts, "tokens": tokens}),
@@ -94,7 +94,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "clean": clean}
-    environment.globals |= {"interval": interval, "counted": counted}
+    environment.globals |= {"interval": interval, "counted": counted, "boundary_sign": palette.BOUNDARY_SIGN}
     return environment
 
 

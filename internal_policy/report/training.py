@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.alignment_figures import last_alignment_step
+from internal_policy.alignment_figures import last_alignment_step, why_no_dynamics
 from internal_policy.bupo.words import ALIGNMENT
-from internal_policy.report.charts import SERIES, Chart
+from internal_policy.figure_data import FIRST_STEP, trailing_mean, window_for
+from internal_policy.report.charts import Chart, look, series_look
 from internal_policy.report.numbers import counted, interval, number
 from internal_policy.report.page import clean, render
 from internal_policy.report.reproduce_training import training_commands
 from internal_policy.report.settings import settings_of
+from internal_policy.training_figures import SMOOTH
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -61,6 +63,8 @@ def page(run: Run) -> str:
         ipa_steps=counted(run.ipa_steps, "step"),
         ipa_reason=clean(run.ipa_reason),
         phases=_phases(run),
+        window=window_for(len(run.history), SMOOTH),
+        last_layer=clean(why_no_dynamics(run) or ""),
         history=[shown[key] for key in shown if key.startswith("h")],
         dynamics=[shown[key] for key in shown if key.startswith("d")],
         evaluated=evaluated,
@@ -132,14 +136,24 @@ def _phases(run: Run) -> list[dict[str, str]]:
 
 def _history(run: Run) -> list[Chart]:
     table = run.history
+    window = window_for(len(table), SMOOTH)
     found = []
     for column, title, y, form, unit in _HISTORY:
         if column not in table or table[column].isna().all():
             continue
-        chart = Chart(title, "Step", y, f"{title} over the steps of the training, with its phases.", plain=True)
+        described = f"{title} over the steps of the training, with its phases."
+        chart = Chart(title, "Step", y, described, plain=window == 1)
         _shade_phases(chart, run, 0.5)
-        look: dict[str, Any] = {"colour": "$stream", "marks": len(table) <= 60, "form": form, "unit": unit}
-        chart.curve(column.replace("_", " "), table["step"], table[column], **look)
+        values = table.set_index("step")[column].astype(float).sort_index()
+        marked = {"marks": len(table) <= 60, "form": form, "unit": unit}
+        thin = {"width": 0.7} if window > 1 else {}
+        name = "each step" if window > 1 else column.replace("_", " ")
+        chart.curve(name, list(values.index), values, **{**series_look(0), **marked, **thin})
+        if window > 1:
+            # Step 1 was sampled before any update; it is no part of a mean.
+            means = trailing_mean(values, window).loc[FIRST_STEP + 1 :]
+            name = f"mean of the last {window} steps"
+            chart.curve(name, list(means.index), means, **{**series_look(0), **marked, "marks": False}, width=3)
         _step_axis(chart, table["step"])
         found.append(chart)
     return found
@@ -156,36 +170,49 @@ def _dynamics(run: Run) -> list[Chart]:
         described = f"{title} on fixed responses, over the steps of the training."
         chart = Chart(title, "Step", y, described, plain=True)
         _shade_phases(chart, run, 0.0)
-        chart.curve(title, table["step"], table[column], colour="$stream", form=form, unit=unit)
+        chart.curve(title, table["step"], table[column], form=form, unit=unit, **look("stream"))
         found.append(chart)
     title = f"Divergence of layer {layer} from later layers"
     chart = Chart(title, "Step", "KL (nats)", f"{title} on fixed responses, over the steps of the training.")
     _shade_phases(chart, run, 0.0)
-    chart.curve("mean of later layers", table["step"], table["kl_mean"], colour="$ffn", symbol="square")
-    chart.curve("policy π_θ", table["step"], table["policy_kl"], colour="$policy", dash="dash", symbol="star")
-    values = [float(v) for v in [*table["kl_mean"], *table["policy_kl"]]]
+    values = [float(v) for v in table["policy_kl"]]
+    later = [] if run.dynamics_layers.empty else sorted(run.dynamics_layers["layer"].unique())
+    if later:
+        values += [float(v) for v in table["kl_mean"]]
+        name = "mean of later layers" if len(later) > 1 else f"layer {later[0]}"
+        chart.curve(name, table["step"], table["kl_mean"], **look("stream"))
+    chart.curve("policy π_θ", table["step"], table["policy_kl"], **look("policy"))
     positive = [v for v in values if v > 0]
     if len(positive) == len(values) and max(values) > 20 * min(values):
         chart.y_axis |= {"type": "log", "dtick": 1}
     found.append(chart)
-    title = f"Similarity of layer {layer} to later layers"
-    steps = sorted(run.dynamics_layers["step"].unique()) if not run.dynamics_layers.empty else []
-    if steps and run.dynamics_layers["layer"].nunique() > 1:
-        found.append(_similarity(run, title, steps))
-    for chart in found[:3]:
+    for chart in found:
         _step_axis(chart, table["step"])
+    if later:
+        found.append(_similarity(run, layer, later))
     return found
 
 
-def _similarity(run: Run, title: str, steps: list[Any]) -> Chart:
-    """A line at the start, at the end of alignment and at the end of training."""
+def _similarity(run: Run, layer: int, later: list[Any]) -> Chart:
+    """Lines at the start, at the end of alignment and at the end of training; of one later layer, over the steps."""
+    rows = run.dynamics_layers.sort_values(["step", "layer"])
+    if len(later) == 1:
+        title = f"Similarity of layer {layer} to layer {later[0]}"
+        chart = Chart(title, "Step", "Cosine", f"{title}: cosine of their states, over the steps.", plain=True)
+        _shade_phases(chart, run, 0.0)
+        chart.curve(title, rows["step"], rows["cosine"], unit="", **look("stream"))
+        _step_axis(chart, rows["step"])
+        return chart
+    title = f"Similarity of layer {layer} to later layers"
     chart = Chart(title, "Later layer", "Cosine", f"{title}: cosine of their states, a line a measurement.")
-    switch = last_alignment_step(run)
-    chosen = dict.fromkeys([steps[0], *([max(s for s in steps if s <= switch)] if switch else []), steps[-1]])
-    for i, step in enumerate(chosen):
-        rows = run.dynamics_layers[run.dynamics_layers["step"] == step].sort_values("layer")
-        chart.curve(f"step {step}", rows["layer"], rows["cosine"], colour=SERIES[i], unit="")
-    chart.x_axis["tickformat"] = "d"
+    switch, steps = last_alignment_step(run), sorted(rows["step"].unique())
+    chosen = list(dict.fromkeys([steps[0], *([max(s for s in steps if s <= switch)] if switch else []), steps[-1]]))
+    for place, step in enumerate(chosen):
+        own = rows[rows["step"] == step]
+        shade = f"@{place / max(len(chosen) - 1, 1):.3f}"
+        chart.curve(f"step {step}", own["layer"], own["cosine"], colour=shade, unit="")
+    chart.x_axis |= {"tickformat": "d", "hoverformat": "d"}
+    chart.x_axis |= {"dtick": 1} if len(later) <= 10 else {"nticks": 8}
     return chart
 
 
@@ -193,9 +220,9 @@ def _shade_phases(chart: Chart, run: Run, after: float) -> None:
     switch = last_alignment_step(run)
     if len(run.history) and (run.history["phase"] == ALIGNMENT).any():
         end = float(switch if switch is not None else run.history["step"].max()) + after
-        chart.shade(-0.5 + after, end, "$exploration")
+        chart.shade(-0.5 + after, end, "$switch/0.15")
         if switch is not None:
-            chart.mark(end, "end of alignment", colour="$muted")
+            chart.mark(end, "end of alignment", "switch")
 
 
 def _step_axis(chart: Chart, steps: Any) -> None:
@@ -251,12 +278,10 @@ def _rate(name: str, mean: float, low: float, high: float, sign: str) -> dict[st
 
 def _pass_chart(evaluations: dict[str, Any]) -> Chart:
     chart = Chart("Pass@K", "K", "Pass@K", "Pass at K before and after the training, over K.")
-    for (name, evaluation), colour, symbol in zip(
-        evaluations.items(), ("$attn", "$ffn"), ("circle", "square"), strict=False
-    ):
+    for place, (name, evaluation) in enumerate(evaluations.items()):
         table = evaluation.pass_at_k
         ends = (table["low"], table["high"])
-        chart.curve(name, table["k"], table["value"], ends, colour=colour, symbol=symbol, unit="")
+        chart.curve(name, table["k"], table["value"], ends, unit="", **series_look(place))
     ks = sorted({int(k) for e in evaluations.values() for k in e.pass_at_k["k"]})
     chart.x_axis |= {"type": "log", "tickvals": ks, "ticktext": [str(k) for k in ks], "hoverformat": "d"}
     return chart

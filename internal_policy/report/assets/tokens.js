@@ -92,8 +92,8 @@
         span.dataset.value = nats(v, q === 1);
       });
       legend(range);
-      part("layer-shown").textContent = l + (l === data.target ? " (target)" : "");
-      layer.setAttribute("aria-valuetext", "layer " + l + (l === data.target ? ", the target layer" : ""));
+      part("layer-shown").textContent = l + (l === data.target ? " (boundary)" : "");
+      layer.setAttribute("aria-valuetext", "layer " + l + (l === data.target ? ", the boundary layer" : ""));
       state.textContent = (q ? "Entropy change of " : "Entropy at the output of ") + (s ? SITES[s] + " in layer " : "layer ") + l + ", nats, of response " + current.number + ".";
       if (at >= 0) tell(at);
     }
