@@ -150,6 +150,7 @@ def analyze(
         "tolerance": tolerance,
         "trust_remote_code": trust_remote_code,
     }
+    cli_common.require_packages(backend, quantization)
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
     if context.args and not patterns:
         raise typer.BadParameter(f"Got unexpected extra argument ({context.args[0]}).")

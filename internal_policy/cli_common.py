@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, GENERATORS, QUANTIZATIONS
+from internal_policy.extras import require
 from internal_policy.output import chosen
 from internal_policy.prompts import TEMPLATES
 
@@ -118,6 +119,22 @@ def told(result: Any) -> dict[str, Any]:
     path = result.path
     report = None if path is None or not (path / REPORT).is_file() else path / REPORT
     return {**result.manifest(), "path": path, "report": report}
+
+
+def require_packages(backend: str, quantization: str | None) -> None:
+    """Refuse options whose packages are not installed, before anything heavy is imported.
+
+    Args:
+        backend: what captures the states.
+        quantization: how the weights are to be quantised.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if backend != "hooks":
+        require(backend.replace("-", "_"), f"--backend {backend}", "backends")
+    if quantization is not None:
+        require("bitsandbytes", f"--quantization {quantization}", "quantized")
 
 
 def require_key(remote: bool | str) -> None:

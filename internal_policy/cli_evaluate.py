@@ -12,6 +12,7 @@ from internal_policy import cli_common
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.scoring import Scorer
 from internal_policy.output import document
 from internal_policy.prompts import TESTBED
 
@@ -109,6 +110,8 @@ def evaluate(
                     "evaluate them one by one, each with its own --output"
                 )
             slugs[slug] = f"{name} on {source}"
+    for source in sources:
+        Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
     from internal_policy.shell import quiet_libraries
 

@@ -78,6 +78,7 @@ def inspect(
     config = AnalyzeConfig(model=model, **options)
     check_settings(prompt, response, max_new_tokens, top_k, temperature)
     check_choice(tokens, last)
+    cli_common.require_packages(backend, quantization)
     from internal_policy.shell import figure_name, quiet_libraries, writing
 
     quiet_libraries(debug)

@@ -13,6 +13,7 @@ from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, to
 from internal_policy.cli_report import write_reports
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
+from internal_policy.extras import require
 from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
 
@@ -146,6 +147,7 @@ def train(
     # What was not given is left to the preset.
     given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
+    require("trl", "training", "train")
     _check(options)
     from internal_policy.shell import quiet_libraries
 

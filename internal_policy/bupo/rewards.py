@@ -18,6 +18,7 @@ from typing import Any
 from internal_policy.bupo.guard import Guarded, GuardedAsync, is_module, one_line
 from internal_policy.bupo.verifier import Failures, MathVerifier, boxed_answer
 from internal_policy.errors import UserError
+from internal_policy.extras import require
 from internal_policy.testbed import tasks
 
 __all__ = [
@@ -40,9 +41,14 @@ class MathReward:
     Args:
         time_limit: Seconds that one comparison may take.
         workers: Processes that compare; None for as many as there are processors, at most 4.
+
+    Raises:
+        UserError: math-verify is not installed.
     """
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None) -> None:
+        # Before the responses are sampled, not when the first of them is to be compared.
+        require("math_verify", "the reward math", "train")
         self.__name__ = "math_reward"
         self.verifier = MathVerifier(time_limit, workers)
 
