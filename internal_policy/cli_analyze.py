@@ -13,6 +13,7 @@ from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
+from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
 from internal_policy.study_models import STUDIES, Preset
@@ -194,9 +195,11 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
         from internal_policy.checkpoints import refuse_one_place
 
         refuse_one_place(configs)
-    quiet_libraries(debug)
-    from internal_policy import models, pipeline, terminal
-    from internal_policy.progress import status
+    first = configs[0]
+    cli_common.require_there(names, first.revision, first.prompts, first.responses)
+    with importing():
+        quiet_libraries(debug)
+        from internal_policy import models, pipeline, terminal
 
     cli_common.require_key(configs[0].remote)
     for config in configs:
@@ -222,8 +225,10 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
 
     # What is not there is told before torch is imported.
     targets(start, options["revisions"], options["checkpoints"])
-    quiet_libraries(debug)
-    from internal_policy.sweeps import sweep
+    cli_common.require_there([start] if start else [], None, options["prompts"], options["responses"])
+    with importing():
+        quiet_libraries(debug)
+        from internal_policy.sweeps import sweep
 
     root = DATA if output is None else output.expanduser()
     each = cli_report.show_and_report if is_main_process() else None
@@ -244,9 +249,11 @@ def _study(
     preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
 ) -> None:
     AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
-    quiet_libraries(debug)
-    from internal_policy import summary, terminal
-    from internal_policy.studies import study
+    cli_common.require_there([], None, prompts)
+    with importing():
+        quiet_libraries(debug)
+        from internal_policy import summary, terminal
+        from internal_policy.studies import study
 
     cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else output.expanduser()

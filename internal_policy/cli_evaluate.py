@@ -14,7 +14,9 @@ from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.output import document
+from internal_policy.progress import importing, status
 from internal_policy.prompts import TESTBED
+from internal_policy.shell import figure_name, quiet_libraries, writing
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.comparison import Comparison
@@ -110,16 +112,15 @@ def evaluate(
                     "evaluate them one by one, each with its own --output"
                 )
             slugs[slug] = f"{name} on {source}"
+    cli_common.require_there(names, revision, *sources)
     for source in sources:
         Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
-    from internal_policy.shell import quiet_libraries
-
-    quiet_libraries(debug)
-    from internal_policy import models
-    from internal_policy.evaluation import terminal
-    from internal_policy.evaluation.run import evaluate as run
-    from internal_policy.progress import status
+    with importing():
+        quiet_libraries(debug)
+        from internal_policy import models
+        from internal_policy.evaluation import terminal
+        from internal_policy.evaluation.run import evaluate as run
 
     for name in names:
         with status(f"looking up {name}"):
@@ -189,7 +190,6 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     """
     from internal_policy import evaluation_figures, terminal
     from internal_policy.evaluation.benchmarks import slug
-    from internal_policy.shell import figure_name, writing
 
     models = dict.fromkeys(slug(e.name) for e in evaluations)
     benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)

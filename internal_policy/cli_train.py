@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site
-from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, told
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
+from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, require_there, told
 from internal_policy.cli_report import write_reports
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.extras import require
 from internal_policy.output import document
+from internal_policy.progress import importing
 from internal_policy.prompts import TEMPLATES
+from internal_policy.shell import quiet_libraries
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -149,10 +151,12 @@ def train(
     options = _with_settings(given, set_ or [])
     require("trl", "training", "train")
     _check(options)
-    from internal_policy.shell import quiet_libraries
-
-    quiet_libraries(debug)
-    from internal_policy.bupo.training import train as run_training
+    require_there([model], revision, prompts, benchmark)
+    if layer is not None:
+        require_layer(layer)
+    with importing():
+        quiet_libraries(debug)
+        from internal_policy.bupo.training import train as run_training
 
     run = run_training(**options)
     from accelerate import PartialState

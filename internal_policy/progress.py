@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from internal_policy.output import is_quiet
+from internal_policy.output import is_json, is_quiet
 from internal_policy.shell import is_main_process
 
 
@@ -36,6 +36,22 @@ def status(description: str) -> Iterator[None]:
         yield
         return
     with console.status(description):
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Say that the libraries are being imported, which takes seconds; nothing where they are there already.
+
+    Where standard error is no terminal it is one line, and none under --json and --quiet.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    what = "loading the libraries (torch, transformers)"
+    if not sys.stderr.isatty() and is_main_process() and not (is_quiet() or is_json()):
+        print(what, file=sys.stderr, flush=True)  # noqa: T201
+    with status(what):
         yield
 
 

@@ -22,9 +22,9 @@ finally:
 """
 
 
-def base(code, *arguments, cwd):
+def base(code, *arguments, cwd, absent=ABSENT):
     path = os.pathsep.join([str(Path(__file__).with_name("absent")), str(ROOT)])
-    environment = {**os.environ, "ABSENT": ABSENT, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "ABSENT": absent, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
