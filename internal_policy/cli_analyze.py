@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from internal_policy import cli_common, cli_report
+from internal_policy import cli_common, cli_report, unchanged
 from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
+from internal_policy.shell import figure_name, is_main_process, quiet_libraries, world_size, writing
 from internal_policy.study_models import STUDIES, Preset
 
 if TYPE_CHECKING:
@@ -197,18 +197,24 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
         refuse_one_place(configs)
     first = configs[0]
     cli_common.require_there(names, first.revision, first.prompts, first.responses)
-    with importing():
-        quiet_libraries(debug)
-        from internal_policy import models, pipeline, terminal
-
-    cli_common.require_key(configs[0].remote)
-    for config in configs:
-        with status(f"looking up {config.model}"):
-            models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     root = DATA if output is None else output.expanduser()
+    alone = not overwrite and world_size() == 1
+    done = {c.model: unchanged.complete(c, root / c.slug) if alone else None for c in configs}
+    if None in done.values():
+        with importing():
+            quiet_libraries(debug)
+            from internal_policy import models, pipeline
+
+        cli_common.require_key(first.remote)
+        for config in configs:
+            if done[config.model] is None:
+                with status(f"looking up {config.model}"):
+                    models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    from internal_policy import terminal
+
     analyses = []
     for name in names:
-        analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
+        analysis = done[name] or pipeline.analyze(name, output=root, overwrite=overwrite, **options)
         if is_main_process():
             terminal.show(analysis)
             cli_report.write_reports([analysis])

@@ -29,6 +29,7 @@ from internal_policy.results import MANIFEST, Analysis
 from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
 from internal_policy.sweeps import release, start_over
+from internal_policy.unchanged import is_unchanged
 from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
@@ -137,11 +138,6 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     """Whether an analysis of these settings, prompts and weights is there, and that is known without its model."""
     if directory is None or not (directory / MANIFEST).is_file():
         return False
-    # Weights on this disk may have changed since: `analyze` loads them and compares their digest. A file may hold other
-    # prompts by now.
-    here = config.model.startswith("testbed/") or Path(config.model).exists()
-    if here or (config.prompts is not None and Path(config.prompts).exists()):
-        return False
     try:
         analysis = Analysis.load(directory)
     except UserError:
@@ -151,6 +147,10 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     known = {key: value for key, value in analysis.config.items() if key in wanted}
     if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
         return False
+    # What is on this disk may have changed since: where its files do not tell, `analyze` loads and compares.
+    here = config.model.startswith("testbed/") or Path(config.model).exists()
+    if here or (config.prompts is not None and Path(config.prompts).exists()):
+        return is_unchanged(config, analysis)
     commit = analysis.model.get("revision")
     if commit is None:
         return True

@@ -23,7 +23,7 @@ LAYERS = [
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
     {"config", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
-    {"models", "model_paths", "workspace"},
+    {"models", "model_paths", "workspace", "unchanged"},
     {"checkpoints"},
     {"responses", "terminal", "alignment_figures", "summary"},
     {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},
