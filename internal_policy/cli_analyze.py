@@ -17,6 +17,7 @@ from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import figure_name, is_main_process, quiet_libraries, world_size, writing
 from internal_policy.study_models import STUDIES, Preset
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.results import Analysis
@@ -267,7 +268,7 @@ def _study(
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
         return
-    summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)
+    summary.show_summary(f"study {preset}: {counted(len(done.analyses), 'model')}", done.table, done.convergence)
     directory = (FIGURES if output is None else root / "figures") / f"study-{preset}"
     with writing(directory):
         paths = done.save(directory)
@@ -289,9 +290,12 @@ def _study(
 
 def _tell_failures(done: Study) -> NoReturn:
     n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
-    reasons = "; ".join(f"{name}: {why}" for name, why in done.failures.items())
+    alike: dict[str, list[str]] = {}
+    for name, why in done.failures.items():
+        alike.setdefault(why, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
     raise UserError(
-        f"{n} of {all_of_them} models failed, and the figures show the others ({reasons}). "
+        f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
         "The same command without --overwrite tries these again and keeps what is finished"
     )
 

@@ -17,6 +17,7 @@ from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TESTBED
 from internal_policy.shell import figure_name, quiet_libraries, writing
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.comparison import Comparison
@@ -157,8 +158,8 @@ def _stored(directories: list[Path], sources: list[str], max_problems: int | Non
         if evaluation.digest() not in digests:
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
             raise UserError(
-                f"{evaluation.path}: was evaluated on {evaluation.n_problems} problems of {evaluation.benchmark}, and "
-                f"asked for are {asked}; give the same --benchmark and --max-problems"
+                f"{evaluation.path}: was evaluated on {counted(evaluation.n_problems, 'problem')} of "
+                f"{evaluation.benchmark}, and asked for are {asked}; give the same --benchmark and --max-problems"
             )
     return stored
 

@@ -16,6 +16,7 @@ import pandas as pd
 from internal_policy.files import write_atomically
 from internal_policy.selection import Selection
 from internal_policy.stored import Kind, read_rows, write_rows
+from internal_policy.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
@@ -98,6 +99,12 @@ class Analysis:
     def n_tokens(self) -> int:
         """Number of response tokens."""
         return int(self.layers["n_tokens"].iloc[0])
+
+    @property
+    def extent(self) -> str:
+        """How much was analysed: ``32 responses, 7100 tokens``, or ``428 of 7100 tokens`` where a part was chosen."""
+        chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
+        return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
     def curve(self, site: str, value: str = "change") -> pd.Series:
         """One column of ``layers`` for one site.
@@ -217,7 +224,7 @@ class Analysis:
         boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
         facts = (
             boundary + ("" if sure is None else f" ({sure:.0%} of the resamples)"),
-            f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
+            f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
         headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
@@ -226,7 +233,4 @@ class Analysis:
 
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
-        return (
-            f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
-            f"boundary layer {boundary})"
-        )
+        return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"

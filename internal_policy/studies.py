@@ -22,6 +22,7 @@ from internal_policy.checkpoints import refuse_one_place
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.models.identity import commit_now
+from internal_policy.models.lookup import NoNetwork
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
@@ -30,11 +31,14 @@ from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
 from internal_policy.sweeps import release, start_over
 from internal_policy.unchanged import is_unchanged
+from internal_policy.wording import counted
 from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_NO_NETWORK = "no network"
 
 
 def study(
@@ -83,6 +87,15 @@ def study(
     for row, before in zip(rows, stored, strict=True):
         if before is None:
             _attempt(row.model, failures, partial(_look_up, row.model, bool(options.get("trust_remote_code", False))))
+    unreached = [name for name, why in failures.items() if why == _NO_NETWORK]
+    if unreached:
+        if len(unreached) == len(rows):
+            raise UserError(
+                f"no network, and the hub's cache has none of the {counted(len(rows), 'model')}: go online, or take "
+                "--preset testbed, which needs no network"
+            )
+        names = ", ".join(unreached)
+        logger.warning("no network, and the hub's cache does not have %s: going on with the others", names)
     done: list[tuple[StudyModel, Analysis]] = []
     for row, before in zip(rows, stored, strict=True):
         if row.model in failures:
@@ -172,6 +185,10 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
         if launched().number > 1:
             # It may be this process's own, and the others wait for it; all of them end, as the launcher sees to.
             raise
+        if isinstance(error, NoNetwork):
+            # Told once for all of them, when it is known which they are.
+            failures[model] = _NO_NETWORK
+            return None
         failures[model] = str(error).removeprefix(f"{model}: ")
     # Hours of other models are not to be lost to what one checkpoint's code or one driver raises.
     except Exception as error:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from internal_policy.output import written
 from internal_policy.results import REPORT, Analysis
+from internal_policy.wording import counted
 
 _FEW_PROMPTS = 12
 _STAGE_STYLE = {"exploration": "green", "integration": "yellow", "convergence": "magenta"}
@@ -58,12 +59,12 @@ def remarks(analysis: Analysis) -> list[str]:
     ]
     if analysis.n_truncated:
         found.append(
-            f"{analysis.n_truncated} of {analysis.n_responses} responses reached the limit of tokens before they ended "
-            "(--max-new-tokens)"
+            f"{analysis.n_truncated} of {counted(analysis.n_responses, 'response')} reached the limit of tokens "
+            "before they ended (--max-new-tokens)"
         )
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
-        found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
+        found.append(f"mean reward {float(rewards.mean()):.3f} over {counted(len(rewards), 'response')}")
     return found
 
 
@@ -79,7 +80,7 @@ def few_prompts(analysis: Analysis) -> str | None:
     prompts = analysis.responses["prompt"].nunique()
     if prompts >= _FEW_PROMPTS:
         return None
-    return f"of {prompts} prompt{'s' if prompts > 1 else ''} only: intervals and confidence hold from some 40 on"
+    return f"of {counted(prompts, 'prompt')} only: intervals and confidence hold from some 40 on"
 
 
 def layer_table(analysis: Analysis) -> Table:
@@ -92,8 +93,7 @@ def layer_table(analysis: Analysis) -> Table:
         A rich table.
     """
     table = Table(
-        title=f"{escape(analysis.name)}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, "
-        f"lens {analysis.lens}",
+        title=f"{escape(analysis.name)}: {analysis.extent}, lens {analysis.lens}",
         caption="means over tokens, nats ± standard error clustered by prompt; ◀ boundary",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -126,14 +126,14 @@ def positions_line(positions: Mapping[str, Any]) -> str:
         One line.
     """
     analysed, total, rounds = positions["analysed"], positions["total"], positions["rounds"]
-    in_rounds = f"in {rounds} round{'s' if rounds > 1 else ''}"
+    in_rounds = f"in {counted(rounds, 'round')}"
     if analysed == total:
         return f"analysed all {total} positions {in_rounds}; tolerance {positions['tolerance']:g} nats needs them all"
     site = {"attn": ", ATTN", "ffn": ", FFN"}.get(positions["site"], "")
     return (
-        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width "
-        f"{positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
-        f"{positions['tolerance']:g}"
+        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width of a 95% "
+        f"interval from that choice {positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
+        f"{positions['tolerance']:g}; ± is the standard error over prompts"
     )
 
 

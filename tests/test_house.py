@@ -17,7 +17,7 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "shell", "output", "citation", "extras"},
+    {"errors", "shell", "output", "citation", "extras", "wording"},
     {"files", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},

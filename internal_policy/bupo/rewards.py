@@ -20,6 +20,7 @@ from internal_policy.bupo.verifier import Failures, MathVerifier, boxed_answer
 from internal_policy.errors import UserError
 from internal_policy.extras import require
 from internal_policy.testbed import tasks
+from internal_policy.wording import counted
 
 __all__ = [
     "ExactReward",
@@ -105,7 +106,9 @@ def _answers(columns: dict[str, Any], n: int, name: str) -> list[str]:
         present = sorted(key for key, value in columns.items() if isinstance(value, list))
         raise UserError(f"{name} needs a column 'answer'; the data have {present}: rename one or give another reward")
     if len(answers) != n:
-        raise UserError(f"{name} got {len(answers)} answers to {n} completions; needed is one for each")
+        raise UserError(
+            f"{name} got {counted(len(answers), 'answer')} to {counted(n, 'completion')}; needed is one for each"
+        )
     missing = next((i for i, answer in enumerate(answers) if answer is None), None)
     if missing is not None:
         raise UserError(f"{name}: sample {missing + 1} of {n} has no answer; leave such prompts out of the data")

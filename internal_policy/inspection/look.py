@@ -30,6 +30,7 @@ from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
+from internal_policy.wording import counted
 
 _ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
@@ -116,7 +117,7 @@ def inspect(
             extractor = opened()
         stack.enter_context(fitting_threads(extractor.model))
         ids, length = _sequence(extractor, config, content, response, limit)
-        with status(f"looking at {len(ids)} tokens"):
+        with status(f"looking at {counted(len(ids), 'token')}"):
             return _look(extractor, config, ids, length, top_k, limit)
 
 

@@ -18,6 +18,10 @@ WEIGHTS = "its weights"
 """What is loaded when everything else about the checkpoint is known."""
 
 
+class NoNetwork(UserError):
+    """The hub cannot be reached, and its cache on this disk does not have what was asked for."""
+
+
 def choose_device(device: str) -> torch.device:
     """Resolve ``auto`` to cuda, mps or cpu, and check that a named device is there.
 
@@ -104,7 +108,8 @@ def told_in_one_line(name: str, what: str) -> Iterator[None]:
     ) as error:
         if is_out_of_memory(error):
             raise UserError(f"{name}: out of memory on {what}; use --dtype bfloat16 or a smaller model") from error
-        raise UserError(f"{name}: cannot load {what}: {_explain(name, what, error)}") from error
+        kind = NoNetwork if "couldn't connect to" in str(error).lower() else UserError
+        raise kind(f"{name}: cannot load {what}: {_explain(name, what, error)}") from error
 
 
 def _explain(name: str, what: str, error: BaseException) -> str:

@@ -10,12 +10,13 @@ from internal_policy.comparison.convergence import Convergence, measure_converge
 from internal_policy.errors import UserError
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
-from internal_policy.report.numbers import counted, interval, number, spans
+from internal_policy.report.numbers import interval, number, spans
 from internal_policy.report.page import clean, render
 from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
+from internal_policy.wording import counted
 
 STAGE_MARKS = {"exploration": "▲", "integration": "■", "convergence": "▼"}
 
@@ -103,7 +104,8 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         Text.
     """
     chosen, name = analysis.selection, clean(analysis.name)
-    size = f"{counted(analysis.n_responses, 'response')} ({counted(analysis.n_tokens, 'token')})"
+    responses, _, tokens = analysis.extent.partition(", ")
+    size = f"{responses} ({tokens})"
     if chosen.boundary_layer is None:
         found = f"it has no target layer, for {_why(chosen.reason)}"
     else:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.alignment_figures import last_alignment_step
 from internal_policy.bupo.words import ALIGNMENT
 from internal_policy.report.charts import SERIES, Chart
-from internal_policy.report.numbers import counted, interval, number
+from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
 from internal_policy.report.reproduce_training import training_commands
 from internal_policy.report.settings import settings_of
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
