@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect as inspection
 import io
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -62,13 +63,18 @@ def _main(
     pass
 
 
+def _summary(command: Callable[..., None]) -> str:
+    """The first sentence of a command's help, which the list of commands would otherwise cut to the width of a line."""
+    return (inspection.getdoc(command) or "").partition("\n\n")[0]
+
+
 # What a shell makes of an unquoted --checkpoints glob arrives as extra words.
-app.command(context_settings={"allow_extra_args": True})(speaking(analyze))
+app.command(short_help=_summary(analyze), context_settings={"allow_extra_args": True})(speaking(analyze))
 for _command in (train, push, evaluate, compare, inspect, models, report):
-    app.command()(speaking(_command))
+    app.command(short_help=_summary(_command))(speaking(_command))
 
 
-@app.command()
+@app.command(short_help="Redraw the figures of analyses, training runs, evaluations and looks, without a model.")
 @speaking
 def figures(
     directories: Annotated[
@@ -137,7 +143,8 @@ def main() -> None:
         if not message or message.lstrip().startswith("Usage:"):
             typer.echo(message, err=True)
             sys.exit(2)
-        _fail(f"{message} See internal-policy COMMAND --help")
+        command = f"{error.ctx.info_name} " if error.ctx and error.ctx.parent else ""
+        _fail(f"{message.rstrip('.')}. See internal-policy {command}--help")
     except UserError as error:
         _fail(str(error), traced=debug)
     except OSError as error:

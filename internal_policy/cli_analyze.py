@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
-from internal_policy import cli_common, cli_report
+from internal_policy import cli_common, cli_report, unchanged
 from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.output import document
+from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, writing
+from internal_policy.shell import figure_name, is_main_process, world_size, writing
 from internal_policy.study_models import STUDIES, Preset
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.results import Analysis
@@ -167,6 +169,7 @@ def analyze(
         "random_baseline": random_baseline,
         "trust_remote_code": trust_remote_code,
     }
+    cli_common.require_packages(backend, quantization)
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
     if context.args and not patterns:
         raise typer.BadParameter(f"Got unexpected extra argument ({context.args[0]}).")
@@ -219,18 +222,31 @@ def _models(
         from internal_policy.checkpoints import refuse_one_place
 
         refuse_one_place(configs)
-    from internal_policy import models, sweeps, terminal
-    from internal_policy.progress import status
-
-    cli_common.require_key(configs[0].remote)
-    for config in configs:
-        with status(f"looking up {config.model}"):
-            models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    first = configs[0]
+    cli_common.require_there(names, first.revision, first.prompts, first.responses)
     root = DATA if output is None else output.expanduser()
+    # Of several lenses the later ones read what the first one sampled, which is known when that is there.
+    alone = not overwrite and world_size() == 1 and len(lenses) == 1
+    done = {c.model: unchanged.complete(c, root / c.slug) if alone else None for c in configs}
+    if None in done.values():
+        with importing():
+            from internal_policy import models, sweeps
+
+        cli_common.require_key(first.remote)
+        for config in configs:
+            if done[config.model] is None:
+                with status(f"looking up {config.model}"):
+                    models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    from internal_policy import terminal
+
     analyses = []
     for name in names:
         # All lenses of a model first, so that each can show what the others give.
-        found = sweeps.analyze_lenses(name, lenses, output=root, overwrite=overwrite, **options)
+        known = done[name]
+        if known is not None:
+            found = [known]
+        else:
+            found = sweeps.analyze_lenses(name, lenses, output=root, overwrite=overwrite, **options)
         if is_main_process():
             for analysis in found:
                 terminal.show(analysis)
@@ -255,7 +271,9 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dic
 
     # What is not there is told before torch is imported.
     targets(start, options["revisions"], options["checkpoints"])
-    from internal_policy.sweeps import sweep
+    cli_common.require_there([start] if start else [], None, options["prompts"], options["responses"])
+    with importing():
+        from internal_policy.sweeps import sweep
 
     root = DATA if output is None else output.expanduser()
     each = cli_report.show_and_report if is_main_process() else None
@@ -274,8 +292,10 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dic
 
 def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
     AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
-    from internal_policy import summary, terminal
-    from internal_policy.studies import study
+    cli_common.require_there([], None, prompts)
+    with importing():
+        from internal_policy import summary, terminal
+        from internal_policy.studies import study
 
     cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else output.expanduser()
@@ -283,7 +303,7 @@ def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: 
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
         return
-    summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)
+    summary.show_summary(f"study {preset}: {counted(len(done.analyses), 'model')}", done.table, done.convergence)
     directory = (FIGURES if output is None else root / "figures") / figure_name([(f"study-{preset}", options["lens"])])
     with writing(directory):
         paths = done.save(directory)
@@ -305,9 +325,12 @@ def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: 
 
 def _tell_failures(done: Study) -> NoReturn:
     n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
-    reasons = "; ".join(f"{name}: {why}" for name, why in done.failures.items())
+    alike: dict[str, list[str]] = {}
+    for name, why in done.failures.items():
+        alike.setdefault(why, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
     raise UserError(
-        f"{n} of {all_of_them} models failed, and the figures show the others ({reasons}). "
+        f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
         "The same command without --overwrite tries these again and keeps what is finished"
     )
 

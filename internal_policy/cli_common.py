@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, GENERATORS, QUANTIZATIONS
+from internal_policy.extras import require
+from internal_policy.model_paths import locate
 from internal_policy.output import chosen
 from internal_policy.prompts import TEMPLATES
+from internal_policy.records import SUFFIXES, require_file
 
 EMBEDDED = ("testbed/qwen3", "testbed/llama")
 
@@ -118,6 +122,40 @@ def told(result: Any) -> dict[str, Any]:
     path = result.path
     report = None if path is None or not (path / REPORT).is_file() else path / REPORT
     return {**result.manifest(), "path": path, "report": report}
+
+
+def require_there(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
+    """Refuse paths where nothing is, before anything heavy is imported.
+
+    Args:
+        models: hub ids, directories and embedded models.
+        revision: of a hub model.
+        sources: files, hub data sets and benchmarks by name; None stands for a default.
+
+    Raises:
+        UserError: a directory without a model, or no such file.
+    """
+    for model in models:
+        locate(model, revision)
+    for source in sources:
+        if source is not None and Path(source).suffix in SUFFIXES:
+            require_file(Path(source))
+
+
+def require_packages(backend: str, quantization: str | None) -> None:
+    """Refuse options whose packages are not installed, before anything heavy is imported.
+
+    Args:
+        backend: what captures the states.
+        quantization: how the weights are to be quantised.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if backend != "hooks":
+        require(backend.replace("-", "_"), f"--backend {backend}", "backends")
+    if quantization is not None:
+        require("bitsandbytes", f"--quantization {quantization}", "quantized")
 
 
 def require_key(remote: bool | str) -> None:

@@ -12,8 +12,12 @@ from internal_policy import cli_common
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.scoring import Scorer
 from internal_policy.output import document
+from internal_policy.progress import importing, status
 from internal_policy.prompts import TESTBED
+from internal_policy.shell import figure_name, writing
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.comparison import Comparison
@@ -109,11 +113,14 @@ def evaluate(
                     "evaluate them one by one, each with its own --output"
                 )
             slugs[slug] = f"{name} on {source}"
+    cli_common.require_there(names, revision, *sources)
+    for source in sources:
+        Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
-    from internal_policy import models
-    from internal_policy.evaluation import terminal
-    from internal_policy.evaluation.run import evaluate as run
-    from internal_policy.progress import status
+    with importing():
+        from internal_policy import models
+        from internal_policy.evaluation import terminal
+        from internal_policy.evaluation.run import evaluate as run
 
     for name in names:
         with status(f"looking up {name}"):
@@ -150,8 +157,8 @@ def _stored(directories: list[Path], sources: list[str], max_problems: int | Non
         if evaluation.digest() not in digests:
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
             raise UserError(
-                f"{evaluation.path}: was evaluated on {evaluation.n_problems} problems of {evaluation.benchmark}, and "
-                f"asked for are {asked}; give the same --benchmark and --max-problems"
+                f"{evaluation.path}: was evaluated on {counted(evaluation.n_problems, 'problem')} of "
+                f"{evaluation.benchmark}, and asked for are {asked}; give the same --benchmark and --max-problems"
             )
     return stored
 
@@ -183,7 +190,6 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     """
     from internal_policy import evaluation_figures, terminal
     from internal_policy.evaluation.benchmarks import slug
-    from internal_policy.shell import figure_name, writing
 
     models = dict.fromkeys(slug(e.name) for e in evaluations)
     benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)

@@ -11,6 +11,8 @@ from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings, slug
 from internal_policy.output import document
+from internal_policy.progress import importing
+from internal_policy.shell import figure_name, writing
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection
@@ -78,13 +80,15 @@ def inspect(
     config = AnalyzeConfig(model=model, **options)
     check_settings(prompt, response, max_new_tokens, top_k, temperature)
     check_choice(tokens, last)
-    from internal_policy.inspection import look as looking
-    from internal_policy.inspection import results
-    from internal_policy.inspection.figure_data import inspection_data
-    from internal_policy.inspection.terminal import show
-    from internal_policy.shell import figure_name, writing
-    from internal_policy.terminal import list_files
-    from internal_policy.workspace import Workspace
+    cli_common.require_packages(backend, quantization)
+    cli_common.require_there([model], revision)
+    with importing():
+        from internal_policy.inspection import look as looking
+        from internal_policy.inspection import results
+        from internal_policy.inspection.figure_data import inspection_data
+        from internal_policy.inspection.terminal import show
+        from internal_policy.terminal import list_files
+        from internal_policy.workspace import Workspace
 
     name = f"{figure_name([(config.slug, lens)])}--{slug(prompt)}"
     root = DATA if output is None else output.expanduser()
@@ -121,7 +125,6 @@ def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: 
         UserError: it cannot be written.
     """
     from internal_policy.inspection import figure
-    from internal_policy.shell import writing
     from internal_policy.terminal import list_files
 
     with writing(directory):

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site
-from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, told
+from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
+from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, require_there, told
 from internal_policy.cli_report import write_reports
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
+from internal_policy.extras import require
 from internal_policy.output import document
+from internal_policy.progress import importing
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import is_number
 
@@ -147,10 +149,15 @@ def train(
     # What was not given is left to the preset.
     given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
+    require("trl", "training", "train")
     _check(options)
-    from internal_policy import bupo
+    require_there([model], revision, prompts, benchmark)
+    if layer is not None:
+        require_layer(layer)
+    with importing():
+        from internal_policy.bupo.training import train as run_training
 
-    run = bupo.train(**options)
+    run = run_training(**options)
     from accelerate import PartialState
 
     if PartialState().is_main_process:

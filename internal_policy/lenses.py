@@ -26,7 +26,7 @@ class LensAnswer:
     lens: str
     """``policy`` or ``logit-lens``."""
     boundary_layer: int | None
-    """The target layer under it, from 1; None where there is none."""
+    """The boundary layer under it, from 1; None where there is none."""
     path: Path | None
     """Where that analysis is."""
 

@@ -124,6 +124,15 @@ def is_quiet() -> bool:
     return _CHOICE.quiet
 
 
+def is_json() -> bool:
+    """Whether a script reads what is printed.
+
+    Returns:
+        True under --json.
+    """
+    return _CHOICE.json
+
+
 def written(what: str, paths: Sequence[Path]) -> None:
     """Note files for the JSON document.
 

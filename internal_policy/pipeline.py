@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from internal_policy import shares, statistics, tables
+from internal_policy import shares, statistics, tables, unchanged
 from internal_policy.baseline import add_baseline, architecture
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
@@ -33,11 +33,11 @@ from internal_policy.progress import progress, status
 from internal_policy.prompts import Prompt
 from internal_policy.quiet import quiet_libraries
 from internal_policy.responses import Response
-from internal_policy.results import MANIFEST, Analysis
+from internal_policy.results import Analysis
 from internal_policy.rounds import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.selection import select_layer
 from internal_policy.training_record import training_record
-from internal_policy.workspace import Arrays, Workspace, differences, in_use
+from internal_policy.workspace import Arrays, Workspace, in_use
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +129,13 @@ def _run(
     overwrite: bool,
     state: Processes,
 ) -> Analysis:
-    finished = None if overwrite else _finished(config, directory)
+    finished = None if overwrite else unchanged.finished(config, directory)
     workspace = Workspace(directory)
     if finished is None:
         workspace.check()
+    named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
+    # Before the model is read: what is written later into its files is then known to be another model.
+    files = unchanged.digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         extractor = (opened or backends.opener(config, state.device if state.number > 1 else None))()
@@ -158,13 +161,13 @@ def _run(
     if finished is not None:
         if hooked:
             raise not_taken_up(directory, hooked)
-        if differing := _differing(finished, identity):
+        if differing := unchanged.differing_settings(finished, identity):
             raise in_use(directory, "an analysis", differing)
         if config.random_baseline and finished.baseline is None:
             return finished
         state.on_main(workspace.close)
         if state.is_main_process:
-            logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
+            unchanged.tell_complete(directory)
         return finished
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:
@@ -177,7 +180,7 @@ def _run(
         timings = {"load": round(load_seconds, 3)}
         for stage in ("generate", "capture"):
             timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
-        analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity}, timings)
+        analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity, "files": files}, timings)
         if inputs.requests:
             ends = set(end_ids(model))
             cut = [r for r in sampled if r.input_ids[-1] not in ends]
@@ -187,22 +190,6 @@ def _run(
 
     state.on_main(assemble)
     return Analysis.load(directory)
-
-
-def _finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
-    """The analysis that is already there; refused before the model is loaded where its settings differ."""
-    if not (directory / MANIFEST).is_file():
-        return None
-    analysis = Analysis.load(directory)
-    wanted = json.loads(json.dumps(config.decisive()))
-    if differing := _differing(analysis, wanted):
-        raise in_use(directory, "an analysis", differing)
-    return analysis
-
-
-def _differing(analysis: Analysis, wanted: dict[str, Any]) -> str:
-    known = {key: value for key, value in analysis.config.items() if key in wanted}
-    return differences(known, wanted, defaults(AnalyzeConfig))
 
 
 def _generate(

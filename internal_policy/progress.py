@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from internal_policy.output import is_quiet
+from internal_policy.output import is_json, is_quiet
 from internal_policy.printing import console as open_console
 from internal_policy.shell import is_main_process
 
@@ -41,6 +41,23 @@ def status(description: str) -> Iterator[None]:
         yield
         return
     with console.status(description):
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Say that the libraries are being imported, which takes seconds, and keep away what they say of themselves.
+
+    Where standard error is no terminal it is one line, and none under --json and --quiet, or where they are there.
+    """
+    if "torch" in sys.modules:
+        with quiet_libraries(bars=False):
+            yield
+        return
+    what = "loading the libraries (torch, transformers)"
+    if not sys.stderr.isatty() and is_main_process() and not (is_quiet() or is_json()):
+        print(what, file=sys.stderr, flush=True)  # noqa: T201
+    with status(what), quiet_libraries(bars=False):
         yield
 
 

@@ -30,10 +30,7 @@ def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: missing, empty, not UTF-8, broken at line N, or of another format.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; give a {', '.join(SUFFIXES)} file or a hub data set id")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
+    require_file(path)
     if path.suffix == ".parquet":
         records = _read_parquet(path, limit)
     elif path.suffix == ".jsonl":
@@ -47,6 +44,21 @@ def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"{path}: is empty; needed is at least one record")
     return records[:limit]
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path without a file.
+
+    Args:
+        path: the path.
+
+    Raises:
+        UserError: nothing is there, or a directory.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give a {', '.join(SUFFIXES)} file or a hub data set id")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
 
 
 def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:

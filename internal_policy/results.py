@@ -20,6 +20,7 @@ from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_parquet, read_rows, write_parquet, write_rows
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.lenses import LensAnswer
@@ -121,6 +122,12 @@ class Analysis:
     def n_tokens(self) -> int:
         """Number of response tokens."""
         return int(self.layers["n_tokens"].iloc[0])
+
+    @property
+    def extent(self) -> str:
+        """How much was analysed: ``32 responses, 7100 tokens``, or ``428 of 7100 tokens`` where a part was chosen."""
+        chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
+        return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
     @cached_property
     def responses_digest(self) -> str:
@@ -285,7 +292,7 @@ class Analysis:
             "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
             few_prompts(self.n_prompts) or "",
             sentence(self) or "",
-            f"{self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, lens {self.lens}",
+            f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
         headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
@@ -294,10 +301,7 @@ class Analysis:
 
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
-        return (
-            f"Analysis({self.name!r}, {self.n_layers} layers, {self.n_responses} responses, {self.n_tokens} tokens, "
-            f"boundary layer {boundary})"
-        )
+        return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

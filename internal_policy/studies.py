@@ -24,6 +24,7 @@ from internal_policy.errors import UserError
 from internal_policy.memory import release
 from internal_policy.models import context
 from internal_policy.models.identity import commit_now
+from internal_policy.models.lookup import NoNetwork
 from internal_policy.options import StudyOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -33,12 +34,15 @@ from internal_policy.results import MANIFEST, Analysis
 from internal_policy.study_models import STUDIES, StudyModel
 from internal_policy.study_results import Study
 from internal_policy.sweeps import start_over
+from internal_policy.unchanged import is_unchanged
+from internal_policy.wording import counted
 from internal_policy.workspace import Workspace, differences
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_NO_NETWORK = "no network"
 _TOLD_FROM = 2e9
 """Bytes of keys and values of a batch from which on it is said what they take."""
 
@@ -96,6 +100,15 @@ def study(
             look_up = partial(_look_up, config.model, config.trust_remote_code)
             per_token = _attempt(config.model, failures, look_up)
             caches[config.model] = config.batch_size * (config.max_new_tokens or 0) * (per_token or 0)
+    unreached = [name for name, why in failures.items() if why == _NO_NETWORK]
+    if unreached:
+        if len(unreached) == len(rows):
+            raise UserError(
+                f"no network, and the hub's cache has none of the {counted(len(rows), 'model')}: go online, or take "
+                "--preset testbed, which needs no network"
+            )
+        names = ", ".join(unreached)
+        logger.warning("no network, and the hub's cache does not have %s: going on with the others", names)
     _tell_memory(configs, caches)
     done: list[tuple[StudyModel, Analysis]] = []
     for row, own, before in zip(rows, settings, stored, strict=True):
@@ -174,11 +187,6 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     """Whether an analysis of these settings, prompts and weights is there, and that is known without its model."""
     if directory is None or not (directory / MANIFEST).is_file():
         return False
-    # Weights on this disk may have changed since: `analyze` loads them and compares their digest. A file may hold other
-    # prompts by now.
-    here = config.model.startswith("testbed/") or Path(config.model).exists()
-    if here or (config.prompts is not None and Path(config.prompts).exists()):
-        return False
     try:
         analysis = Analysis.load(directory)
     except UserError:
@@ -190,6 +198,10 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     known = {key: value for key, value in analysis.config.items() if key in wanted}
     if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
         return False
+    # What is on this disk may have changed since: where its files do not tell, `analyze` loads and compares.
+    here = config.model.startswith("testbed/") or Path(config.model).exists()
+    if here or (config.prompts is not None and Path(config.prompts).exists()):
+        return is_unchanged(config, analysis)
     commit = analysis.model.get("revision")
     if commit is None:
         return True
@@ -213,6 +225,10 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
         if launched().number > 1:
             # It may be this process's own, and the others wait for it; all of them end, as the launcher sees to.
             raise
+        if isinstance(error, NoNetwork):
+            # Told once for all of them, when it is known which they are.
+            failures[model] = _NO_NETWORK
+            return None
         failures[model] = str(error).removeprefix(f"{model}: ")
     # Hours of other models are not to be lost to what one checkpoint's code or one driver raises.
     except Exception as error:

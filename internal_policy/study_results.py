@@ -25,6 +25,7 @@ from internal_policy.selection import STAGES
 from internal_policy.stored import Kind, to_cells
 from internal_policy.study_models import StudyModel
 from internal_policy.summary import summary_table
+from internal_policy.wording import counted
 
 SCHEMA_VERSION = 2
 MANIFEST = "study.json"
@@ -179,7 +180,7 @@ class Study:
         failed = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
         return card(
             "Study",
-            f"of {len(self.analyses)} model{'' if len(self.analyses) == 1 else 's'}",
+            f"of {counted(len(self.analyses), 'model')}",
             (f"failed: {failed}" if failed else "",),
             Rows(headings, cells, left=("model",), note=note),
             # All twelve side by side would be too small to be read.
@@ -188,7 +189,7 @@ class Study:
 
     def __repr__(self) -> str:
         failed = f"; {len(self.failures)} failed" if self.failures else ""
-        return f"Study({len(self.analyses)} models: {', '.join(self.labels)}{failed})"
+        return f"Study({counted(len(self.analyses), 'model')}: {', '.join(self.labels)}{failed})"
 
 
 def _row(stored: Mapping[str, Any]) -> StudyModel:

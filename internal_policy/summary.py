@@ -54,12 +54,8 @@ def show_line(analysis: Analysis) -> None:
     """
     boundary = "no boundary layer" if analysis.boundary_layer is None else f"boundary layer {analysis.boundary_layer}"
     where = "" if analysis.path is None else f"  ({analysis.path}/)"
-    chosen = ""
-    if analysis.positions is not None:
-        chosen = f", {analysis.positions['analysed']} of {analysis.positions['total']} positions"
     Console().print(
-        f"{analysis.name}: {analysis.n_responses} responses{chosen}, "
-        f"H(π_θ) {analysis.policy_entropy['mean']:.4f} nats, {boundary}{where}",
+        f"{analysis.name}: {analysis.extent}, H(π_θ) {analysis.policy_entropy['mean']:.4f} nats, {boundary}{where}",
         highlight=False,
         markup=False,
         soft_wrap=True,

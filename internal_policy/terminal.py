@@ -17,6 +17,7 @@ from internal_policy.output import written
 from internal_policy.palette import BOUNDARY_SIGN, STAGES
 from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
+from internal_policy.wording import counted
 
 
 def show(analysis: Analysis) -> None:
@@ -58,12 +59,12 @@ def remarks(analysis: Analysis) -> list[str]:
     ]
     if analysis.n_truncated:
         found.append(
-            f"{analysis.n_truncated} of {analysis.n_responses} responses reached the limit of tokens before they ended "
-            "(--max-new-tokens)"
+            f"{analysis.n_truncated} of {counted(analysis.n_responses, 'response')} reached the limit of tokens "
+            "before they ended (--max-new-tokens)"
         )
     rewards = analysis.sequences["reward"].dropna()
     if len(rewards):
-        found.append(f"mean reward {float(rewards.mean()):.3f} over {len(rewards)} responses")
+        found.append(f"mean reward {float(rewards.mean()):.3f} over {counted(len(rewards), 'response')}")
     if analysis.baseline is not None and analysis.baseline_model is not None:
         random, boundary = analysis.baseline_model, analysis.baseline_model["boundary_layer"]
         changes = analysis.baseline.loc[analysis.baseline["site"] == "ffn", "change"]
@@ -85,8 +86,7 @@ def layer_table(analysis: Analysis) -> Table:
         A rich table.
     """
     table = Table(
-        title=f"{escape(analysis.name)}: {analysis.n_responses} responses, {analysis.n_tokens} tokens, "
-        f"lens {analysis.lens}",
+        title=f"{escape(analysis.name)}: {analysis.extent}, lens {analysis.lens}",
         caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -119,7 +119,7 @@ def positions_line(positions: Mapping[str, Any]) -> str:
         One line.
     """
     analysed, total, rounds = positions["analysed"], positions["total"], positions["rounds"]
-    in_rounds = f"in {rounds} round{'s' if rounds > 1 else ''}"
+    in_rounds = f"in {counted(rounds, 'round')}"
     if analysed == total:
         return f"analysed all {total} positions {in_rounds}; tolerance {positions['tolerance']:g} nats needs them all"
     site = {"attn": ", ATTN", "ffn": ", FFN"}.get(positions["site"], "")
@@ -130,9 +130,9 @@ def positions_line(positions: Mapping[str, Any]) -> str:
             "and may miss more often than one time in 20"
         )
     return (
-        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width "
-        f"{positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
-        f"{positions['tolerance']:g}{few}"
+        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width of a 95% "
+        f"interval from that choice {positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
+        f"{positions['tolerance']:g}; ± is the standard error over prompts{few}"
     )
 
 

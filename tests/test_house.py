@@ -17,7 +17,7 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "quiet", "shell", "output", "citation", "palette"},
+    {"errors", "quiet", "shell", "output", "citation", "palette", "extras", "wording"},
     {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress", "records"},
     {"entropy", "testbed", "statistics"},
     {"training_record"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
     {"config", "options", "lenses", "results", "style", "figure_data", "figure_marks", "figures", "comparison"},
-    {"models", "workspace"},
+    {"models", "model_paths", "workspace", "unchanged"},
     {"checkpoints"},
     {"responses", "terminal", "alignment_figures", "summary"},
     {"capture", "generation", "positions", "sampling_error", "shares", "training_figures"},

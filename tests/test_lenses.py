@@ -72,7 +72,7 @@ def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, cap
     out = capsys.readouterr().out
     assert "4 (1)" in out
     assert "none (-)" in out
-    assert "Target, lens logit-lens" in comparison_report(comparison)
+    assert "Boundary, lens logit-lens" in comparison_report(comparison)
     # In memory there is no directory to look into.
     found = compare([replace(a, path=None) for a in (*pair, Analysis.load(tmp_path / "n"))])
     assert found.boundaries["other_lens_boundary_layer"].tolist()[0] == 1

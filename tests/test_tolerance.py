@@ -446,8 +446,8 @@ def test_the_line_on_the_terminal():
     found = {"tolerance": 0.05, "analysed": 412, "total": 5320, "rounds": 2, "half_width": 0.0471, "layer": 8}
     found |= {"few": 0, "changes": 24}
     assert terminal.positions_line({**found, "site": "ffn"}) == (
-        "analysed 412 of 5320 positions (7.7%) in 2 rounds; largest half-width 0.047 nats (layer 8, FFN); "
-        "tolerance 0.05"
+        "analysed 412 of 5320 positions (7.7%) in 2 rounds; largest half-width of a 95% interval from that choice "
+        "0.047 nats (layer 8, FFN); tolerance 0.05; ± is the standard error over prompts"
     )
     assert "(layer 8); tolerance" in terminal.positions_line({**found, "site": "layer"})
     assert terminal.positions_line({**found, "site": "ffn", "few": 3}).endswith(

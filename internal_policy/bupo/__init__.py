@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.errors import UserError
+from internal_policy.extras import require
 from internal_policy.quiet import import_quietly
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _HOME = {
     "train": "training",
 }
 
-_EXTRA = ("accelerate", "peft", "trl")
+_OF_TRL = ("BuPOConfig", "BuPOTrainer", "train")
 
 __all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "train"]
 
@@ -38,14 +38,9 @@ __all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "train"]
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name in _HOME:
-        try:
-            return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
-        except ModuleNotFoundError as error:
-            if error.name not in _EXTRA:
-                raise
-            raise UserError(
-                f"training needs the package {error.name}; in a clone: pip install -e '.[train]'"
-            ) from error
+        if name in _OF_TRL:
+            require("trl", "training", "train")
+        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

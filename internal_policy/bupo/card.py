@@ -19,6 +19,7 @@ from internal_policy.citation import bibtex
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
 from internal_policy.printing import number, percent_span
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -194,7 +195,8 @@ def _evaluation(run: Run) -> str:
             rows.append((name, f"Pass@{row['k']}", *_rates(row["value"], row["low"], row["high"])))
     rows.append(("difference", "Avg@K", *_rates(change.difference, change.low, change.high, "+")))
     return (
-        f"## Evaluation\n\n{code(trained.benchmark)}: {trained.n_problems} problems, {trained.n_samples} samples of "
+        f"## Evaluation\n\n{code(trained.benchmark)}: {counted(trained.n_problems, 'problem')}, "
+        f"{counted(trained.n_samples, 'sample')} of "
         "each; percent, with 95% intervals over problems; the difference is paired by problem "
         f"(p {change.p_permutation:.2g}, sign flips).\n\n" + _table(("model", "measure", "%", "95% interval"), rows)
     )

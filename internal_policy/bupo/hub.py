@@ -14,6 +14,7 @@ from internal_policy.errors import UserError
 from internal_policy.models.lookup import shorten
 from internal_policy.models.network import is_of_http
 from internal_policy.progress import status
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -67,7 +68,7 @@ def push(
                 folder_path=run.model_dir,
                 revision=revision,
                 allow_patterns=list(UPLOADED),
-                commit_message=f"{run.label}, {len(run.history)} steps",
+                commit_message=f"{run.label}, {counted(len(run.history), 'step')}",
             )
     return str(made)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.bupo.forward import check_layer
-from internal_policy.bupo.words import AUTO
+from internal_policy.bupo.words import AUTO, require_layer
 from internal_policy.errors import UserError
 from internal_policy.models import LanguageModel
 from internal_policy.printing import few_prompts
@@ -72,10 +72,7 @@ def choose_layer(layer: Any) -> LayerChoice:
     if hasattr(layer, "__index__") and not isinstance(layer, bool):
         return LayerChoice(int(layer), "as it was asked for")
     if isinstance(layer, (str, Path)):
-        if not Path(layer).expanduser().exists():
-            raise UserError(
-                f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis"
-            )
+        require_layer(layer)
         layer = Analysis.load(Path(layer).expanduser())
     if not isinstance(layer, Analysis):
         raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")

@@ -18,6 +18,7 @@ from internal_policy.config import DTYPES, MOST_PROMPTS, AnalyzeConfig, refuse_t
 from internal_policy.errors import UserError
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import is_number
+from internal_policy.wording import counted
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
@@ -270,7 +271,7 @@ def _batch(plan: Plan, options: Mapping[str, Any], processes: int, device: str) 
     told = f"{plan.prompts_per_step} prompts x {options.get('num_generations', 8)} generations"
     if rest or not share:
         raise UserError(
-            f"{told} do not divide into {plan.mini_batches} mini-batches on {processes} processes; "
+            f"{told} do not divide into {plan.mini_batches} mini-batches on {counted(processes, 'process')}; "
             "change prompts_per_step, num_generations or mini_batches"
         )
     size = options.get("per_device_train_batch_size")
@@ -302,7 +303,8 @@ def slug(model: str, revision: str | None, method: str, layer: Any, ipa_steps: A
         seed: the seed.
 
     Returns:
-        ``testbed--qwen3--bupo-l7-s10-seed0``.
+        ``testbed--qwen3--bupo-l7-s10-seed0``; ``bupo-auto`` where the layer is yet to be found.
     """
-    first = f"-l{layer if hasattr(layer, '__index__') else 'auto'}-s{ipa_steps}" if method == "bupo" else ""
+    where = f"l{layer}" if hasattr(layer, "__index__") else "auto"
+    first = f"-{where}-s{ipa_steps}" if method == "bupo" else ""
     return f"{AnalyzeConfig(model=model, revision=revision).slug}--{method.replace('+', 'p')}{first}-seed{seed}"

@@ -17,6 +17,7 @@ from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.stored import EXACT, Kind
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -122,7 +123,7 @@ class Run:
         else:
             site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[str(trainer["site"])]
             asked = trainer["ipa_steps"]
-            steps = asked if asked == AUTO else f"{self.ipa_steps} step{'s' if self.ipa_steps != 1 else ''}"
+            steps = asked if asked == AUTO else f"{counted(self.ipa_steps, 'step')}"
             parts = ["BuPO", f"{site} {self.layer}", steps]
         parts += [text.format(trainer[name]) for name, text in _TOLD.items() if trainer.get(name) not in _USUAL[name]]
         if self.config["plan"].get("lora_rank"):
@@ -191,7 +192,7 @@ class Run:
     def __repr__(self) -> str:
         reward = self.history.get("reward", pd.Series(dtype=float))
         moved = f", reward {reward.iloc[0]:.3f} to {reward.iloc[-1]:.3f}" if len(reward) else ""
-        return f"Run({self.name!r}: {self.label}; {len(self.history)} steps{moved}; {str(self.path)!r})"
+        return f"Run({self.name!r}: {self.label}; {counted(len(self.history), 'step')}{moved}; {str(self.path)!r})"
 
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None

@@ -18,7 +18,9 @@ from typing import Any
 from internal_policy.bupo.guard import Guarded, GuardedAsync, is_module, one_line
 from internal_policy.bupo.verifier import Failures, MathVerifier, boxed_answer
 from internal_policy.errors import UserError
+from internal_policy.extras import require
 from internal_policy.testbed import tasks
+from internal_policy.wording import counted
 
 __all__ = [
     "ExactReward",
@@ -40,9 +42,14 @@ class MathReward:
     Args:
         time_limit: Seconds that one comparison may take.
         workers: Processes that compare; None for as many as there are processors, at most 4.
+
+    Raises:
+        UserError: math-verify is not installed.
     """
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None) -> None:
+        # Before the responses are sampled, not when the first of them is to be compared.
+        require("math_verify", "the reward math", "train")
         self.__name__ = "math_reward"
         self.verifier = MathVerifier(time_limit, workers)
 
@@ -99,7 +106,9 @@ def _answers(columns: dict[str, Any], n: int, name: str) -> list[str]:
         present = sorted(key for key, value in columns.items() if isinstance(value, list))
         raise UserError(f"{name} needs a column 'answer'; the data have {present}: rename one or give another reward")
     if len(answers) != n:
-        raise UserError(f"{name} got {len(answers)} answers to {n} completions; needed is one for each")
+        raise UserError(
+            f"{name} got {counted(len(answers), 'answer')} to {counted(n, 'completion')}; needed is one for each"
+        )
     missing = next((i for i, answer in enumerate(answers) if answer is None), None)
     if missing is not None:
         raise UserError(f"{name}: sample {missing + 1} of {n} has no answer; leave such prompts out of the data")

@@ -10,6 +10,7 @@ from rich.markup import escape
 from internal_policy.bupo.results import Run
 from internal_policy.printing import percent_span, table
 from internal_policy.terminal import files_of, list_files
+from internal_policy.wording import counted
 
 
 def show(run: Run) -> None:
@@ -33,7 +34,8 @@ def show(run: Run) -> None:
     if run.layer is not None:
         console.print(f"[bold]layer {run.layer}[/bold]: {escape(run.layer_reason)}", highlight=False)
         console.print(
-            f"internal policy alignment ended after {run.ipa_steps} steps: {escape(run.ipa_reason)}", highlight=False
+            f"internal policy alignment ended after {counted(run.ipa_steps, 'step')}: {escape(run.ipa_reason)}",
+            highlight=False,
         )
     _show_evaluation(run, console)
     if failed := ", ".join(f"{n} {kind}" for kind, n in run.failures.items() if n):
@@ -68,7 +70,8 @@ def _show_evaluation(run: Run, console: Console) -> None:
 
     change = compare(trained, start)
     shown = table(
-        f"{escape(title(trained.benchmark))}: {trained.n_problems} problems x {trained.n_samples} samples",
+        f"{escape(title(trained.benchmark))}: {counted(trained.n_problems, 'problem')} x "
+        f"{counted(trained.n_samples, 'sample')}",
         "percent, with 95% intervals over problems; the difference is paired by problem",
         *("", f"Avg@{trained.n_samples}", "95% interval"),
         left=("",),
@@ -80,7 +83,7 @@ def _show_evaluation(run: Run, console: Console) -> None:
     console.print(shown)
     p = change.p_permutation
     console.print(
-        f"better on {change.n_better} problems, worse on {change.n_worse}, equal on {change.n_equal}; "
+        f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
         f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)",
         highlight=False,
     )

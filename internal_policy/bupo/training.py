@@ -18,7 +18,6 @@ from internal_policy.models import LanguageModel, wrap
 from internal_policy.options import showing
 from internal_policy.quiet import quiet_libraries
 from internal_policy.results import Analysis
-from internal_policy.shell import is_number
 
 
 @quiet_libraries()
@@ -72,13 +71,13 @@ def train(
     Raises:
         UserError: bad input; the message says what to do.
     """
+    if isinstance(layer, str) and layer.strip().isdigit():
+        # As on the command line: the run's directory is named by it, and its page gives it again.
+        layer = int(layer)
     objects = {"tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None}
     given_words = {"model": model, "prompts": prompts, "layer": layer, "ipa_steps": ipa_steps, "method": method}
     given_words |= {"reward": reward, "max_steps": max_steps, **objects}
     name, given_model = _name_of(model, tokenizer, options)
-    if isinstance(layer, str) and is_number(layer):
-        # As on the command line; the directory is named by it.
-        layer = int(layer)
     words = {"method": method, "ipa_steps": ipa_steps, "max_steps": max_steps}
     plan, trainer_options = planning.split(name, words, options)
     seed = trainer_options.get("seed", 0)

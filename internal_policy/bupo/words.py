@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from internal_policy.errors import UserError
@@ -30,6 +31,20 @@ def after_alignment(method: str) -> str:
         ``grpo`` for bupo, else the method.
     """
     return "grpo" if method == "bupo" else method
+
+
+def require_layer(layer: str | Path) -> None:
+    """Refuse a layer that is no number, no word and no directory.
+
+    Args:
+        layer: what stands for the layer.
+
+    Raises:
+        UserError: it is none.
+    """
+    text = str(layer).strip()
+    if text != AUTO and not text.lstrip("+-").isdigit() and not Path(layer).expanduser().exists():
+        raise UserError(f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis")
 
 
 PAPER: dict[str, Any] = {

@@ -17,6 +17,7 @@ import pandas as pd
 from internal_policy.evaluation import benchmarks
 from internal_policy.files import write_atomically
 from internal_policy.stored import Kind, from_cells, read_rows, to_cells, write_rows
+from internal_policy.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
@@ -179,7 +180,7 @@ class Evaluation:
             for k, value, low, high in self.pass_at_k[["k", "value", "low", "high"]].itertuples(index=False)
         ]
         facts = (
-            f"{self.n_problems} problems x {self.n_samples} samples",
+            f"{counted(self.n_problems, 'problem')} x {counted(self.n_samples, 'sample')}",
             f"mean length {self.mean_length:.1f} tokens",
             f"{self.n_truncated} truncated" if self.n_truncated else "",
         )
@@ -188,6 +189,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         return (
-            f"Evaluation({self.name!r} on {self.benchmark!r}, {self.n_problems} problems x {self.n_samples} samples, "
+            f"Evaluation({self.name!r} on {self.benchmark!r}, {counted(self.n_problems, 'problem')} x "
+            f"{counted(self.n_samples, 'sample')}, "
             f"Avg@{self.n_samples} {self.avg['mean']:.4f})"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from internal_policy.errors import UserError
 from internal_policy.prompts import Prompt
+from internal_policy.wording import counted
 
 
 def reward_name(reward: Any, *, exact: bool) -> str:
@@ -70,7 +71,10 @@ class Scorer:
         asked = [prompt.content for prompt in prompts]
         scores = [float(s) for s in rewards.score(self._rewards[0], list(texts), answers, asked)]
         if len(scores) != len(texts):
-            raise UserError(f"the reward gave {len(scores)} scores for {len(texts)} responses; needed is one for each")
+            raise UserError(
+                f"the reward gave {counted(len(scores), 'score')} for {counted(len(texts), 'response')}; "
+                "needed is one for each"
+            )
         if bad := [s for s in scores if not 0.0 <= s <= 1.0]:
             raise UserError(f"the reward gave {bad[0]}; needed for an evaluation is a score from 0 to 1 (correct is 1)")
         return scores, dict(self._failures() - before)

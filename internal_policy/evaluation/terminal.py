@@ -14,6 +14,7 @@ from internal_policy.evaluation.comparison import Comparison
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.printing import percent_span, plus_minus, table
 from internal_policy.terminal import list_files
+from internal_policy.wording import counted
 
 
 def show(evaluation: Evaluation) -> None:
@@ -28,7 +29,7 @@ def show(evaluation: Evaluation) -> None:
     console.print(f"mean length {evaluation.mean_length:.1f} tokens", highlight=False)
     if evaluation.n_truncated:
         console.print(
-            f"{evaluation.n_truncated} of {total} responses reached the limit of tokens before they ended "
+            f"{evaluation.n_truncated} of {counted(total, 'response')} reached the limit of tokens before they ended "
             "(--max-new-tokens)",
             highlight=False,
         )
@@ -49,8 +50,8 @@ def rate_table(evaluation: Evaluation) -> Table:
         A rich table.
     """
     shown = table(
-        f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: {evaluation.n_problems} problems x "
-        f"{evaluation.n_samples} samples",
+        f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: "
+        f"{counted(evaluation.n_problems, 'problem')} x {counted(evaluation.n_samples, 'sample')}",
         "percent, with 95% intervals over problems",
         *("", "%", "95% interval"),
         min_width=64,
@@ -72,8 +73,8 @@ def show_comparison(comparison: Comparison) -> None:
     console.print(difference_table(comparison))
     c = comparison
     console.print(
-        f"{escape(c.first)} is better on {c.n_better} of {c.n_problems} problems, worse on {c.n_worse}, equal on "
-        f"{c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)",
+        f"{escape(c.first)} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
+        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)",
         highlight=False,
     )
     if c.differing:

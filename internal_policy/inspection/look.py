@@ -33,6 +33,7 @@ from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
 from internal_policy.quiet import quiet_libraries
+from internal_policy.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def inspect(
             extractor = opened()
         stack.enter_context(fitting_threads(extractor.model))
         ids, length = _sequence(extractor, config, content, response, limit)
-        with status(f"looking at {len(ids)} tokens"):
+        with status(f"looking at {counted(len(ids), 'token')}"):
             look = _look(extractor, config, ids, length, top_k, limit)
         asked = {"prompt": content, **({} if response is None else {"response": response})}
         return replace(look, config={**look.config, **asked})

@@ -18,6 +18,7 @@ from internal_policy.errors import UserError
 from internal_policy.files import write_atomically
 from internal_policy.inspection.settings import Span, check_choice
 from internal_policy.stored import Kind, from_cells, read_parquet, to_cells, write_parquet
+from internal_policy.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
@@ -201,16 +202,16 @@ class Inspection:
             for row in policy.sort_values("position").to_dict("records")
         ]
         headings = ("position", "token read", "came next", "top token of π_θ", "H(π_θ)", "p(next)")
-        note = f"the last {len(cells)} of {self.n_tokens} tokens; H in nats"
+        note = f"the last {len(cells)} of {counted(self.n_tokens, 'token')}; H in nats"
         facts = (
-            f"{self.prompt_length} tokens of a prompt, {self.n_tokens - self.prompt_length} of a response",
-            f"{self.n_layers} layers, lens {self.lens}",
+            f"{counted(self.prompt_length, 'token')} of a prompt, {self.n_tokens - self.prompt_length} of a response",
+            f"{counted(self.n_layers, 'layer')}, lens {self.lens}",
         )
         table = Rows(headings, cells, left=headings[1:4], note=note)
         return card("Inspection", self.name, facts, table, inspection_map(self, ["layer"]))
 
     def __repr__(self) -> str:
         return (
-            f"Inspection({self.name!r}, {self.prompt_length} tokens of a prompt and "
-            f"{self.n_tokens - self.prompt_length} of a response, {self.n_layers} layers, lens {self.lens})"
+            f"Inspection({self.name!r}, {counted(self.prompt_length, 'token')} of a prompt and "
+            f"{self.n_tokens - self.prompt_length} of a response, {counted(self.n_layers, 'layer')}, lens {self.lens})"
         )

@@ -157,7 +157,8 @@ def wrap(
         family: where its parts are; its row of the table, or what its structure says, where not given.
 
     Returns:
-        The model with its parts found. The model itself is put in evaluation mode and not changed otherwise.
+        The model with its parts found. The model itself is put in evaluation mode, its 4-bit layers are kept from
+        repacking their weights, and it is not changed otherwise.
 
     Raises:
         UserError: not a causal LM, or parts that cannot be found.
@@ -176,6 +177,7 @@ def wrap(
             ) from error
     if len(operator.attrgetter(family.layers)(model)) == 0:
         raise UserError(f"{name}: this model has no layers; needed is at least one")
+    quantization.keep_exact(model, name)
     return LanguageModel(name, revision, model.eval(), tokenizer, family, projection_of(model, family))
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub
 
-from internal_policy import testbed
 from internal_policy.errors import UserError
 from internal_policy.memory import is_out_of_memory
+from internal_policy.model_paths import locate
 from internal_policy.quiet import quiet_libraries
 
 WEIGHTS = "its weights"
 """What is loaded when everything else about the checkpoint is known."""
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+class NoNetwork(UserError):
+    """The hub cannot be reached, and its cache on this disk does not have what was asked for."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -62,53 +64,11 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
     """
     from transformers import AutoConfig
 
-    where = _resolve(name, revision)
+    where = locate(name, revision)
     with told_in_one_line(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_other_architectures(config, name)
     return where, config
-
-
-def _resolve(name: str, revision: str | None) -> str:
-    """Turn an embedded name into its directory and check a local directory for what loading needs."""
-    if name.split("/")[0] == "testbed" and not Path(name).exists():
-        if revision is not None:
-            raise UserError(
-                f"{name}: --revision {revision} was given with an embedded model; revisions exist on the hub only"
-            )
-        return str(testbed.path(name))
-    directory = Path(name)
-    if not directory.exists():
-        if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise UserError(
-                f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id"
-            )
-        return name
-    if not directory.is_dir():
-        raise UserError(f"{name}: is a file; give the directory that holds config.json and *.safetensors")
-    if revision is not None:
-        raise UserError(
-            f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only"
-        )
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)"
-        )
-    if not any((directory / f).is_file() for f in _TOKENIZER_FILES):
-        raise UserError(
-            f"{name}: no tokenizer in this directory; save the model's own with tokenizer.save_pretrained(directory)"
-        )
-    if not any(directory.glob("*.safetensors")):
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if pickles:
-            raise UserError(
-                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is "
-                "read. Convert with model.save_pretrained(directory)"
-            )
-        raise UserError(
-            f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
-        )
-    return str(directory)
 
 
 def _refuse_other_architectures(config: Any, name: str) -> None:
@@ -150,7 +110,8 @@ def told_in_one_line(name: str, what: str) -> Iterator[None]:
     ) as error:
         if is_out_of_memory(error):
             raise UserError(f"{name}: out of memory on {what}; use --dtype bfloat16 or a smaller model") from error
-        raise UserError(f"{name}: cannot load {what}: {_explain(name, what, error)}") from error
+        kind = NoNetwork if "couldn't connect to" in str(error).lower() else UserError
+        raise kind(f"{name}: cannot load {what}: {_explain(name, what, error)}") from error
 
 
 def _explain(name: str, what: str, error: BaseException) -> str:

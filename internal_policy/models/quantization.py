@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
 
 from internal_policy.errors import UserError
+
+_REPACKS = "support_avx512bf16_for_cpu"
+"""The attribute of bitsandbytes' 4-bit layers that lets them repack their weights."""
 
 
 def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
@@ -44,6 +48,49 @@ def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def keep_exact(model: Any, name: str) -> None:
+    """See to it that 4-bit layers on a CPU compute what their codes and scales say, and in the dtype of the model.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then makes in bfloat16;
+    it takes certain shapes only, and a state dict that is read later scrambles the weights. On any CPU with AVX512 it
+    takes wrong scales where a row does not hold whole blocks of weights that share one.
+
+    Args:
+        model: a transformers causal LM; without 4-bit layers nothing is done.
+        name: its name, for the message.
+
+    Raises:
+        UserError: a layer that is dequantised wrongly here, or weights that were repacked already.
+    """
+    for module in model.modules():
+        if hasattr(module, _REPACKS):
+            setattr(module, _REPACKS, False)
+            _refuse_wrong(module.weight, name)
+
+
+def _refuse_wrong(weight: Any, name: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    if state is None or weight.device.type != "cpu":
+        return
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UserError(
+            f"{name}: bitsandbytes repacked these 4-bit weights for bfloat16 when the model first ran on this CPU; "
+            "load it again, and hand it over before it runs"
+        )
+    columns = state.shape[-1]
+    if columns % state.blocksize:
+        # In a single row the blocks follow each other, as they do in memory.
+        one_row = copy(state)
+        one_row.shape = torch.Size((1, state.shape.numel()))
+        if not torch.equal(dequantize_4bit(weight.data, state).reshape(1, -1), dequantize_4bit(weight.data, one_row)):
+            raise UserError(
+                f"{name}: bitsandbytes dequantises 4-bit weights with {columns} columns wrongly on this CPU (no "
+                f"multiple of the {state.blocksize} that share a scale); use 8bit or a GPU, or do not quantise"
+            )
 
 
 def quiet_casts() -> None:

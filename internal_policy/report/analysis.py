@@ -12,12 +12,13 @@ from internal_policy.palette import STAGES as STAGE_LOOKS
 from internal_policy.printing import few_prompts, of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
-from internal_policy.report.numbers import counted, interval, number, spans
+from internal_policy.report.numbers import interval, number, spans
 from internal_policy.report.page import clean, render
 from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.results import Analysis
 from internal_policy.selection import COVERS, STAGES
+from internal_policy.wording import counted
 
 
 def page(analyses: Sequence[Analysis]) -> str:
@@ -104,7 +105,8 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         Text.
     """
     chosen, name = analysis.selection, clean(analysis.name)
-    size = f"{counted(analysis.n_responses, 'response')} ({counted(analysis.n_tokens, 'token')})"
+    responses, _, tokens = analysis.extent.partition(", ")
+    size = f"{responses} ({tokens})"
     if chosen.boundary_layer is None:
         found = f"it has no boundary layer, for {_why(chosen.reason)}"
     else:

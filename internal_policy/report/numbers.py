@@ -85,16 +85,3 @@ def spans(layers: Sequence[int]) -> str:
         else:
             found.append([layer])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in found)
-
-
-def counted(n: int, what: str) -> str:
-    """Write a number of things.
-
-    Args:
-        n: how many.
-        what: one of them.
-
-    Returns:
-        ``1 response``, ``2 responses``.
-    """
-    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from internal_policy import __version__, palette
 from internal_policy.citation import bibtex
-from internal_policy.report.numbers import counted, interval, number
+from internal_policy.report.numbers import interval, number
+from internal_policy.wording import counted
 
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")

@@ -9,11 +9,12 @@ from internal_policy.alignment_figures import last_alignment_step, why_no_dynami
 from internal_policy.bupo.words import ALIGNMENT
 from internal_policy.figure_data import FIRST_STEP, trailing_mean, window_for
 from internal_policy.report.charts import Chart, look, series_look
-from internal_policy.report.numbers import counted, interval, number
+from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
 from internal_policy.report.reproduce_training import training_commands
 from internal_policy.report.settings import settings_of
 from internal_policy.training_figures import SMOOTH
+from internal_policy.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
