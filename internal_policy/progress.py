@@ -13,6 +13,7 @@ from rich.text import Text
 
 from internal_policy.output import is_json, is_quiet
 from internal_policy.printing import console as open_console
+from internal_policy.quiet import quiet_libraries
 from internal_policy.shell import is_main_process
 
 logger = logging.getLogger(__name__)

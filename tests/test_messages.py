@@ -33,7 +33,7 @@ def test_results_count_in_the_right_number(analysis):
 
 def test_a_part_of_the_positions_is_told_as_a_part(analysis):
     positions = {"analysed": 428, "total": analysis.n_tokens, "rounds": 1, "tolerance": 0.05}
-    positions |= {"half_width": 0.048, "layer": 3, "site": "ffn"}
+    positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
     some = replace(analysis, positions=positions)
     part = f"428 of {analysis.n_tokens} tokens"
     for said in (repr(some), terminal.layer_table(some).title):

@@ -346,6 +346,7 @@ def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatc
 def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
     some = saved.tokens[saved.tokens["token"] % 3 == 0]
     positions = {"tolerance": 0.1, "analysed": 20, "total": 60, "rounds": 2, "half_width": 0.09, "layer": 3}
+    positions |= {"few": 0, "changes": 24}
     found = Page(analysis_report(replace(saved, tokens=some, positions={**positions, "site": "ffn"})))
     assert "Chosen by tolerance: analysed 20 of 60 positions (33.3%)" in found.text
     shown = found.data["tokens"]["a1-tokens"]["responses"][0]
@@ -362,7 +363,7 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     monkeypatch.setattr("internal_policy.cli_analyze._models", lambda *given: asked.append(given))
     done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    names, lenses, output, _, _, options = asked[0]
+    names, lenses, output, _, options = asked[0]
     assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
     config = AnalyzeConfig(model=names[0], **options)
     assert {k: v for k, v in config.decisive().items() if saved.config[k] != v} == {}
