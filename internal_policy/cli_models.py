@@ -14,10 +14,10 @@ def models(
 ) -> None:
     """Print the families of models that are known, and where their parts are."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from internal_policy.models.families import FAMILIES
+    from internal_policy.printing import console as open_console
 
     if as_json:
         document({"command": "models", "families": {name: asdict(family) for name, family in FAMILIES.items()}})
@@ -49,11 +49,11 @@ def models(
             ", ".join(filter(None, (family.logit_softcap, family.logit_scale, family.logit_divisor))) or "-",
         )
     # A pipe has no width of its own, and a table that is cut is of no use in one.
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = open_console()
+    if not console.is_terminal:
+        console.width = 200
     console.print(table)
     console.print(
         "Any other causal LM is tried by structure: it is used where eq. 4 holds for what was found, and refused "
         "otherwise. Every model is proved on every load.",
-        highlight=False,
     )

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from internal_policy.printing import console as open_console
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
 
@@ -54,10 +53,8 @@ def show_line(analysis: Analysis) -> None:
     """
     boundary = "no boundary layer" if analysis.boundary_layer is None else f"boundary layer {analysis.boundary_layer}"
     where = "" if analysis.path is None else f"  ({analysis.path}/)"
-    Console().print(
+    open_console().print(
         f"{analysis.name}: {analysis.extent}, H(π_θ) {analysis.policy_entropy['mean']:.4f} nats, {boundary}{where}",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
 
@@ -73,7 +70,7 @@ def show_summary(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> 
     columns = ["reading", "half_drop_depth", "last_three_share"]
     rows = pd.concat([table, convergence[columns].reset_index(drop=True)], axis=1)
     shown = Table(
-        title=escape(title),
+        title=title,
         caption="H(π_θ) in nats; E/I/C: layers of exploration, integration, convergence;\n"
         "falls: how the entropy falls; half: depth by which half of it has fallen;\n"
         "last 3: share of the drop in the last three layers",
@@ -89,7 +86,7 @@ def show_summary(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> 
     for row in rows.to_dict("records"):
         boundary = row["boundary_layer"]
         shown.add_row(
-            escape(str(row["label"])),
+            str(row["label"]),
             f"{row['policy_entropy']:.3f}",
             "none" if pd.isna(boundary) else f"{boundary}/{row['n_layers']}",
             "/".join(str(row[stage]) for stage in STAGES),
@@ -97,7 +94,7 @@ def show_summary(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> 
             _number(row["half_drop_depth"], ".2f"),
             _number(row["last_three_share"], ".0%"),
         )
-    Console().print(shown)
+    open_console().print(shown)
 
 
 def _number(value: float, form: str) -> str:

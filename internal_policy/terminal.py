@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from internal_policy import lenses
 from internal_policy.output import written
 from internal_policy.palette import BOUNDARY_SIGN, STAGES
+from internal_policy.printing import console as open_console
 from internal_policy.printing import few_prompts
 from internal_policy.results import REPORT, Analysis
 from internal_policy.wording import counted
@@ -26,19 +26,19 @@ def show(analysis: Analysis) -> None:
     Args:
         analysis: the analysis.
     """
-    console = Console()
+    console = open_console()
     console.print(layer_table(analysis))
     first, *others = remarks(analysis)
-    console.print(first, highlight=False)
+    console.print(first)
     if analysis.positions is not None:
-        console.print(positions_line(analysis.positions), highlight=False)
+        console.print(positions_line(analysis.positions))
     for remark in others:
-        console.print(remark, highlight=False, markup=False)
+        console.print(remark)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
-    console.print(f"[bold]boundary layer: {where}[/bold]  {escape(analysis.selection.reason)}", highlight=False)
+    console.print(Text.assemble((f"boundary layer: {where}", "bold"), f"  {analysis.selection.reason}"))
     for line in (few_prompts(analysis.n_prompts), lenses.sentence(analysis)):
         if line is not None:
-            console.print(line, highlight=False)
+            console.print(line)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 
@@ -86,7 +86,7 @@ def layer_table(analysis: Analysis) -> Table:
         A rich table.
     """
     table = Table(
-        title=f"{escape(analysis.name)}: {analysis.extent}, lens {analysis.lens}",
+        title=f"{analysis.name}: {analysis.extent}, lens {analysis.lens}",
         caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -104,7 +104,7 @@ def layer_table(analysis: Analysis) -> Table:
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
             *(f"{row['change']:+.3f}{_error(row['change_stderr'])}" for row in rows),
-            f"[{STAGES[stage].terminal}]{STAGES[stage].sign} {stage}{sign}[/]",
+            Text(f"{STAGES[stage].sign} {stage}{sign}", style=STAGES[stage].terminal),
         )
     return table
 
@@ -162,4 +162,4 @@ def list_files(what: str, paths: Sequence[Path]) -> None:
     """
     written(what, paths)
     names = ", ".join(p.name for p in paths)
-    Console().print(f"{what}: {paths[0].parent}/ ({names})", highlight=False, markup=False, soft_wrap=True)
+    open_console().print(f"{what}: {paths[0].parent}/ ({names})", soft_wrap=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from rich.text import Text
 from training import command
 
+import internal_policy
 from internal_policy import printing
 from internal_policy.shell import visible
 
@@ -92,10 +95,22 @@ def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, c
             ("analyze", "-o", "results-\udcff"),
             "results-\N{REPLACEMENT CHARACTER}: holds bytes that are not UTF-8; rename it",
         ),
-        (("report", "two\nlines\x1b[2J"), "two\N{SYMBOL FOR NEWLINE}lines\N{SYMBOL FOR ESCAPE}[2J: no finished"),
+        (("report", "two\nlines\x1b(B"), "two\N{SYMBOL FOR NEWLINE}lines\N{SYMBOL FOR ESCAPE}(B: no finished"),
     ):
         code, out, err = command(monkeypatch, capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert told in err
         assert len(err) < 2100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_reaches_the_terminal_by_another_way():
+    package = Path(internal_policy.__file__).parent
+    others = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sorted(package.rglob("*.py"))
+        if path.name != "printing.py" and "testbed" not in path.parts
+        for line in path.read_text().splitlines()
+        if re.search(r"\bConsole\(|rich\.print|from rich\.markup|\[/?(bold|yellow|red|green)\]", line)
+    ]
+    assert others == []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from internal_policy.bupo.results import Run
+from internal_policy.printing import console as open_console
 from internal_policy.printing import percent_span, table
 from internal_policy.terminal import files_of, list_files
 from internal_policy.wording import counted
@@ -19,9 +20,9 @@ def show(run: Run) -> None:
     Args:
         run: the run.
     """
-    console = Console()
+    console = open_console()
     phases = table(
-        f"{escape(run.name)}: {escape(run.label)}",
+        f"{run.name}: {run.label}",
         "first and last step of each phase; rewards are means over its rollouts",
         *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
         left=("phase",),
@@ -32,17 +33,12 @@ def show(run: Run) -> None:
         phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
     console.print(phases)
     if run.layer is not None:
-        console.print(f"[bold]layer {run.layer}[/bold]: {escape(run.layer_reason)}", highlight=False)
-        console.print(
-            f"internal policy alignment ended after {counted(run.ipa_steps, 'step')}: {escape(run.ipa_reason)}",
-            highlight=False,
-        )
+        console.print(Text.assemble((f"layer {run.layer}", "bold"), f": {run.layer_reason}"))
+        console.print(f"internal policy alignment ended after {counted(run.ipa_steps, 'step')}: {run.ipa_reason}")
     _show_evaluation(run, console)
     if failed := ", ".join(f"{n} {kind}" for kind, n in run.failures.items() if n):
-        console.print(
-            f"[yellow]the reward failed on some responses, which count as 0: {failed}[/yellow]", highlight=False
-        )
-    console.print(f"model: {run.model_dir}/", highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(f"the reward failed on some responses, which count as 0: {failed}", style="yellow"))
+    console.print(f"model: {run.model_dir}/", soft_wrap=True)
     list_files("run", files_of(run.path))
 
 
@@ -70,7 +66,7 @@ def _show_evaluation(run: Run, console: Console) -> None:
 
     change = compare(trained, start)
     shown = table(
-        f"{escape(title(trained.benchmark))}: {counted(trained.n_problems, 'problem')} x "
+        f"{title(trained.benchmark)}: {counted(trained.n_problems, 'problem')} x "
         f"{counted(trained.n_samples, 'sample')}",
         "percent, with 95% intervals over problems; the difference is paired by problem",
         *("", f"Avg@{trained.n_samples}", "95% interval"),
@@ -84,6 +80,5 @@ def _show_evaluation(run: Run, console: Console) -> None:
     p = change.p_permutation
     console.print(
         f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
-        f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)",
-        highlight=False,
+        f"p {'below 0.0001' if p < 1e-4 else f'{p:.2g}'} (sign flips)"
     )

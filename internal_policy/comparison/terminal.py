@@ -6,11 +6,11 @@ from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from internal_policy.comparison.analyses import AnalysisComparison
+from internal_policy.printing import console as open_console
 from internal_policy.printing import number, plus_minus, table
 
 _SITES = (("H layer", "layer", "entropy_out"), ("ΔH ATTN", "attn", "change"), ("ΔH FFN", "ffn", "change"))
@@ -23,7 +23,7 @@ def show_comparison(comparison: AnalysisComparison) -> None:
     Args:
         comparison: the comparison.
     """
-    console = Console()
+    console = open_console()
     console.print(summary_table(comparison))
     if not comparison.differences.empty:
         console.print(difference_table(comparison))
@@ -31,11 +31,11 @@ def show_comparison(comparison: AnalysisComparison) -> None:
         console.print(trend_table(comparison))
     for label, settings in comparison.differing.items():
         told = ", ".join(f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items())
-        console.print(f"[yellow]{escape(label)}: settings differ too: {escape(told)}[/yellow]", highlight=False)
+        console.print(Text(f"{label}: settings differ too: {told}", style="yellow"))
     for note in comparison.notes[:_MOST_NOTES]:
-        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+        console.print(Text(note, style="yellow"))
     if len(comparison.notes) > _MOST_NOTES:
-        console.print(f"and {len(comparison.notes) - _MOST_NOTES} more notes, in comparison.json", highlight=False)
+        console.print(f"and {len(comparison.notes) - _MOST_NOTES} more notes, in comparison.json")
 
 
 def summary_table(comparison: AnalysisComparison) -> Table:
@@ -54,7 +54,7 @@ def summary_table(comparison: AnalysisComparison) -> Table:
         caption += f"\nboundary in brackets: of the same responses under the lens {lens}"
     stepped = comparison.steps_from != "order"
     shown = table(
-        f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {escape(comparison.baseline)}",
+        f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {comparison.baseline}",
         caption,
         *(
             "analysis",
@@ -75,7 +75,7 @@ def summary_table(comparison: AnalysisComparison) -> Table:
         label = str(place["label"])
         mark = "" if comparison.paired[label] else " ≠"
         shown.add_row(
-            escape(label) + mark,
+            label + mark,
             *((f"{place['step']:g}",) if stepped else ()),
             str(place["n_layers"]),
             _layer(place["boundary_layer"]) + (f" ({under_other_lens(place)})" if lens else ""),
@@ -98,7 +98,7 @@ def difference_table(comparison: AnalysisComparison) -> Table:
         A rich table.
     """
     shown = table(
-        f"largest difference from {escape(comparison.baseline)}, nats",
+        f"largest difference from {comparison.baseline}, nats",
         "layer: difference ± standard error",
         *("analysis", *(heading for heading, _, _ in _SITES)),
         fold=("analysis",),
@@ -109,7 +109,7 @@ def difference_table(comparison: AnalysisComparison) -> Table:
         for _, site, quantity in _SITES:
             rows = frame[(frame["label"] == label) & (frame["site"] == site) & (frame["quantity"] == quantity)]
             cells.append(_largest(rows) if len(rows) else "-")
-        shown.add_row(escape(str(label)), *cells)
+        shown.add_row(str(label), *cells)
     return shown
 
 

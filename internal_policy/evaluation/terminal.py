@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from internal_policy.evaluation.benchmarks import title
 from internal_policy.evaluation.comparison import Comparison
 from internal_policy.evaluation.results import Evaluation
+from internal_policy.printing import console as open_console
 from internal_policy.printing import percent_span, plus_minus, table
 from internal_policy.terminal import list_files
 from internal_policy.wording import counted
@@ -23,19 +23,18 @@ def show(evaluation: Evaluation) -> None:
     Args:
         evaluation: the evaluation.
     """
-    console = Console()
+    console = open_console()
     console.print(rate_table(evaluation))
     total = evaluation.n_problems * evaluation.n_samples
-    console.print(f"mean length {evaluation.mean_length:.1f} tokens", highlight=False)
+    console.print(f"mean length {evaluation.mean_length:.1f} tokens")
     if evaluation.n_truncated:
         console.print(
             f"{evaluation.n_truncated} of {counted(total, 'response')} reached the limit of tokens before they ended "
-            "(--max-new-tokens)",
-            highlight=False,
+            "(--max-new-tokens)"
         )
     if evaluation.failures:
         told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
-        console.print(f"the verifier failed on some responses, which count as wrong: {told}", highlight=False)
+        console.print(f"the verifier failed on some responses, which count as wrong: {told}")
     if evaluation.path is not None:
         list_files("evaluation", sorted(p for p in evaluation.path.iterdir() if p.is_file()))
 
@@ -50,7 +49,7 @@ def rate_table(evaluation: Evaluation) -> Table:
         A rich table.
     """
     shown = table(
-        f"{escape(evaluation.name)} on {escape(title(evaluation.benchmark))}: "
+        f"{evaluation.name} on {title(evaluation.benchmark)}: "
         f"{counted(evaluation.n_problems, 'problem')} x {counted(evaluation.n_samples, 'sample')}",
         "percent, with 95% intervals over problems",
         *("", "%", "95% interval"),
@@ -69,17 +68,16 @@ def show_comparison(comparison: Comparison) -> None:
     Args:
         comparison: the comparison.
     """
-    console = Console()
+    console = open_console()
     console.print(difference_table(comparison))
     c = comparison
     console.print(
-        f"{escape(c.first)} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
-        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)",
-        highlight=False,
+        f"{c.first} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
+        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)"
     )
     if c.differing:
         told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
-        console.print(f"[yellow]settings differ too: {escape(told)}[/yellow]", highlight=False)
+        console.print(Text(f"settings differ too: {told}", style="yellow"))
 
 
 def difference_table(comparison: Comparison) -> Table:
@@ -92,7 +90,7 @@ def difference_table(comparison: Comparison) -> Table:
         A rich table.
     """
     shown = table(
-        f"{escape(comparison.first)} less {escape(comparison.second)} on {escape(title(comparison.benchmark))}",
+        f"{comparison.first} less {comparison.second} on {title(comparison.benchmark)}",
         "percentage points, paired by problem, with 95% intervals",
         *("", "difference", "95% interval"),
         min_width=64,
@@ -114,7 +112,7 @@ def show_summary(evaluations: Sequence[Evaluation]) -> None:
     shown = table(
         "Avg@K, percent ± standard error",
         None,
-        *("model", *(escape(title(name)) for name in benchmarks), *averaged),
+        *("model", *(title(name) for name in benchmarks), *averaged),
         fold=("model",),
         min_width=64,
     )
@@ -125,8 +123,8 @@ def show_summary(evaluations: Sequence[Evaluation]) -> None:
             mean = sum(a["mean"] for a in own.values()) / len(own)
             stderr = math.sqrt(sum(a["stderr"] ** 2 for a in own.values())) / len(own)
             cells.append(f"{100 * mean:.2f}{plus_minus(100 * stderr, '.2f')}")
-        shown.add_row(escape(model), *cells)
-    Console().print(shown)
+        shown.add_row(model, *cells)
+    open_console().print(shown)
 
 
 def _p(p: float) -> str:

@@ -20,6 +20,7 @@ from internal_policy.inspection.figure import TITLES, cell_colours
 from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import Site, Span
+from internal_policy.printing import console as open_console
 
 _WIDEST, _NARROWEST = 9, 3
 _NUMBER = 4
@@ -45,7 +46,7 @@ def show(
         last: so many at the end; 24 where neither is given.
         console: where; standard output where not given.
     """
-    console = console or Console()
+    console = console or open_console()
     lens = "" if inspection.lens == "policy" else f", lens {inspection.lens}"
     places = inspection.positions(tokens, last)
     span = f"tokens {places[0]} to {places[-1]} of {inspection.n_tokens}, {inspection.prompt_length} in the prompt"
@@ -139,4 +140,4 @@ def _fit(text: str, width: int) -> str:
 
 
 def _say(console: Console, line: Text, *, wrap: bool = False) -> None:
-    console.print(line, no_wrap=not wrap, overflow="fold" if wrap else "crop", highlight=False, crop=not wrap)
+    console.print(line, no_wrap=not wrap, overflow="fold" if wrap else "crop", crop=not wrap)
