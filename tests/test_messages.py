@@ -94,4 +94,4 @@ def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
     with pytest.raises(pytest.fail.Exception):
         studies.study(rows, output=tmp_path)
     (said,) = caplog.messages
-    assert said.startswith("no network, and the hub's cache does not have Qwen/Qwen3-0.6B, ")
+    assert said.startswith("no network, and the hub's cache does not have meta-llama/Llama-3.2-1B-Instruct, ")
