@@ -22,7 +22,7 @@ from internal_policy.checkpoints import Target, refuse_one_place, targets
 from internal_policy.config import AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
-from internal_policy.models.lookup import told_in_one_line
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status

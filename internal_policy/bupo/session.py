@@ -31,9 +31,11 @@ from internal_policy.bupo.words import ALIGNMENT, AUTO
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
 from internal_policy.processes import Processes, processes
 from internal_policy.progress import progress, status
 from internal_policy.prompts import TESTBED
@@ -113,6 +115,8 @@ class Session:
         state.wait_for_everyone()
         resumed = directory.open(settings, config.updates_per_step, overwrite, state.is_main_process)
         state.wait_for_everyone()
+        if resumed is not None:
+            refuse_pickles(resumed)
         if not state.sharded:
             model.model.to(state.device)
         timings = {"evaluation": 0.0}
@@ -124,6 +128,10 @@ class Session:
         paths: dict[str, str] = {}
         if self._evaluates(exact):
             paths["start"] = self._evaluate(model, self.name, exact, state, timings)
+        if config.beta:
+            # With these TRL reads the reference model by itself, from where the policy came from.
+            config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
+            logging.getLogger("trl.trainer.grpo_trainer").addFilter(_are_not_ignored)
         watched = rollouts.fixed_responses(model, stream, self.plan, config, self.directory, state)
         with _told_in_one_line(config, refusals=(ValueError, TypeError)):
             trainer = BuPOTrainer(
@@ -186,6 +194,8 @@ class Session:
             raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
         if config.sync_ref_model and not config.beta:
             raise UserError("sync_ref_model=True without a reference model; give beta, or leave it out")
+        if config.beta and peft_config is None:
+            self._refuse_reference(model)
         if peft_config is not None and not hasattr(peft_config, "peft_type"):
             raise UserError(f"peft_config is a {type(peft_config).__name__}; needed is one of peft, such as LoraConfig")
         if peft_config is not None and state.sharded:
@@ -201,6 +211,16 @@ class Session:
             )
         if self._evaluates(exact) and self.plan.benchmark is not None:
             read_benchmark(self.plan.benchmark, self.plan.eval_problems)
+
+    def _refuse_reference(self, model: LanguageModel) -> None:
+        """Refuse a reference model that TRL could not read again from where the policy came from, or only in pickle."""
+        where = str(model.config._name_or_path)
+        advice = "beta needs the model as it was before training: save it, and give its directory"
+        with told_in_one_line(self.name, "the reference model", advice=advice):
+            if not weight_files(where, model.config, model.revision, self.name):
+                raise UserError(
+                    f"{self.name}: no safetensors weights in {where!r} to read the reference model from; {advice}"
+                )
 
     def _config(self, layer: int | None, state: Processes) -> BuPOConfig:
         options = {**self.options, "layer": layer}
@@ -288,6 +308,11 @@ class Session:
         where: str = state.broadcast(found)
         timings["evaluation"] = round(timings["evaluation"] + time.perf_counter() - started, 3)
         return where
+
+
+def _are_not_ignored(record: logging.LogRecord) -> bool:
+    """Whether this is anything but TRL's word that it ignores how a model is loaded: of the reference it does not."""
+    return "You passed `model_init_kwargs`" not in str(record.msg)
 
 
 @contextmanager
