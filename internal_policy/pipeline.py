@@ -19,7 +19,7 @@ import numpy as np
 
 from internal_policy import shares, statistics, tables
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
-from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
@@ -77,7 +77,9 @@ def analyze(
     """
     refuse_unknown(options)
     in_memory = backends.is_object(model, tokenizer, options)
-    prompts, responses = as_source(prompts), as_source(responses)
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    responses = as_source(responses, "responses", most)
     name = backends.name_of(model) if in_memory else str(model)
     if in_memory and (library := backends.library_of(model)):
         options = {"backend": library, **options}

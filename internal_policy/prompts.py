@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ class Prompt:
     """The reference answer, where known."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The other columns of its record."""
+    unusable: str = field(default="", compare=False, repr=False)
+    """What the answer is, where no response can be compared with it, such as a list."""
 
     @property
     def problem(self) -> str:
@@ -85,6 +90,8 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
 
 
 def _record(item: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(item, Path) or (isinstance(item, str) and item.endswith(records.SUFFIXES) and len(item.split()) == 1):
+        raise UserError(f"{where} is the name of a file ({item}); give it by itself, without a list around it")
     return {"prompt": item} if isinstance(item, (str, list)) else records.as_object(item, where)
 
 
@@ -99,7 +106,38 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     if answer is None and isinstance(reward_model, Mapping):
         answer = reward_model.get("ground_truth")
     others = {key: value for key, value in row.items() if key not in (column, *ANSWER_COLUMNS)}
-    return Prompt(content, None if answer is None else str(answer), others)
+    try:
+        return Prompt(content, answer_text(answer), others)
+    except TypeError as error:
+        # Only what compares with an answer needs one.
+        return Prompt(content, repr(answer), others, unusable=str(error))
+    except ValueError as error:
+        raise UserError(f"{where}: an answer of thousands of digits cannot be written; give it as text") from error
+
+
+def answer_text(value: Any) -> str | None:
+    """Write a reference answer as a response would have it.
+
+    Args:
+        value: what the data have.
+
+    Returns:
+        The text; of a number its digits, 4 and not 4.0 for a whole one, as a column of integers with a gap becomes one
+        of floats. None for no answer.
+
+    Raises:
+        TypeError: something that is not one answer, such as a list; the message says what.
+        ValueError: a number of more digits than Python writes.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return str(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"an answer that is a {type(value).__name__} ({str(value)[:40]}); needed is one text or number")
 
 
 def content_of(value: Any, where: str) -> str | Chat:

@@ -19,7 +19,7 @@ import torch
 from internal_policy import models
 from internal_policy.capture.nnsight_library import load_nnsight, require_key
 from internal_policy.checkpoints import Target, refuse_one_place, targets
-from internal_policy.config import AnalyzeConfig, refuse_unknown
+from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
 from internal_policy.loading_errors import told_in_one_line
@@ -70,7 +70,9 @@ def sweep(
     found = targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
-    prompts, given = as_source(prompts), as_source(_sequences(responses))
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    given = as_source(_sequences(responses), "responses", most)
     refuse_unknown(options)
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
             if len(given) > 1 and only_figures(directory):
                 continue
             found += _by_step([Analysis.load(path) for path in _inside(directory)])
-        elif isinstance(source, Iterable):
+        elif isinstance(source, Iterable) and not isinstance(source, Mapping):
             found += gather(source)
         else:
             raise UserError(

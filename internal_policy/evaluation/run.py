@@ -101,7 +101,7 @@ def evaluate(
     if opened is not None and (dtype, device, revision, trust_remote_code) != ("auto", "auto", None, False):
         raise UserError("a loaded model is taken as it is; leave out dtype, device, revision and trust_remote_code")
     name = opened.name if opened is not None else str(model)
-    source = as_source(benchmark)
+    source = as_source(benchmark, "benchmark", max_problems)
     if source is None:
         source = TESTBED if name.startswith("testbed/") else default_benchmark()
     config = EvaluateConfig(
