@@ -24,7 +24,7 @@ from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.processes import Processes, launched
 from internal_policy.progress import progress, status
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
+@as_its_dtype_says()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,

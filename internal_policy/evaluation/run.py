@@ -27,7 +27,7 @@ from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
-from internal_policy.models import LanguageModel, evaluating, load
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas", "math-verify", "vllm")
 
 
+@as_its_dtype_says()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,

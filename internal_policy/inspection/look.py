@@ -27,7 +27,7 @@ from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
 from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.progress import status
 from internal_policy.prompts import Chat, Prompt, render
 
@@ -36,6 +36,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
 _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
 
 
+@as_its_dtype_says()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
