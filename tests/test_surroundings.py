@@ -66,7 +66,7 @@ def test_an_analysis_is_the_same_whatever_is_set_around_it(around, plain):
 def test_so_is_what_is_loaded_and_sampled(around):
     def values():
         look = inspect("testbed/llama", prompt="3+4=?;", max_new_tokens=3, seed=2)
-        table = look.values
+        table = look.values  # noqa: PD011 - no DataFrame
         rated = evaluate("testbed/llama", samples=2, max_problems=2, max_new_tokens=4)
         return list(table["entropy"]), rated.samples["response"].tolist()
 
