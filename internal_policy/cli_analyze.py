@@ -12,6 +12,7 @@ from internal_policy import cli_common, cli_report
 from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
 from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
@@ -170,7 +171,7 @@ def analyze(
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
     options["template"] = DEFAULTS.template if template is None else template
-    if responses is not None and (found := Path(responses).expanduser() / "responses.jsonl").is_file():
+    if responses is not None and (found := expanded(responses) / "responses.jsonl").is_file():
         responses = str(found)
     sources = {"prompts": prompts, "responses": responses}
     if swept:
@@ -201,7 +202,7 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
     for config in configs:
         with status(f"looking up {config.model}"):
             models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     analyses = []
     for name in names:
         analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
@@ -224,7 +225,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
     quiet_libraries(debug)
     from internal_policy.sweeps import sweep
 
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
     analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
@@ -248,7 +249,7 @@ def _study(
     from internal_policy.studies import study
 
     cli_common.require_key(options["remote"])
-    root = STUDY_DATA / preset if output is None else output.expanduser()
+    root = STUDY_DATA / preset if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():

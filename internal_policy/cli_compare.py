@@ -11,6 +11,7 @@ import typer
 from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.cli_report import write_reports
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def compare(
     analyses, labels, *_ = arrange(found, label, step)
     origin = 0 if baseline is None else _place(baseline, labels)
     comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     terminal.show_comparison(comparison)
     names = _names(analyses, comparison.labels)
     where = _write(comparison, names, root, FIGURES if output is None else root / "figures")
@@ -172,7 +173,7 @@ def _names(analyses: list[Analysis], labels: tuple[str, ...]) -> list[str]:
 
 def _place(baseline: str, labels: list[str]) -> int | str:
     """A label where it is one, else a place that is counted from 1."""
-    if baseline in labels or not baseline.isdigit():
+    if baseline in labels or not baseline.isdecimal():
         return baseline
     if not 1 <= int(baseline) <= len(labels):
         raise UserError(

@@ -9,6 +9,7 @@ import typer
 
 from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
+from internal_policy.files import expanded
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
 from internal_policy.output import document
 
@@ -89,7 +90,7 @@ def inspect(
     from internal_policy.workspace import Workspace
 
     name = figure_name([(config.slug, lens)])
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     directory = root / name
     figures = (FIGURES if output is None else root / "figures") / name
     Workspace(

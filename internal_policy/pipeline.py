@@ -20,6 +20,7 @@ import numpy as np
 from internal_policy import shares, statistics, tables
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
 from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
@@ -93,7 +94,7 @@ def analyze(
             stack.enter_context(evaluating(backends.module_of(model)))
             opened = backends.adopt(model, tokenizer, name, config)
         if output is not None:
-            return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite, state)
+            return _run(config, opened, prompts, responses, expanded(output) / config.slug, overwrite, state)
         scratch: list[str] = []
         if state.is_main_process:
             scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))

@@ -12,6 +12,7 @@ from typing import Any
 
 from internal_policy import records
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import first_line, shorten, told_in_one_line
 
 Chat = list[dict[str, str]]
 
@@ -237,8 +238,7 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
         UserError: unknown template, or a chat that the tokenizer's template refuses.
     """
     if template in NAMED_TEMPLATES:
-        ids: list[int] = tokenizer(NAMED_TEMPLATES[template](prompt.problem))["input_ids"]
-        return ids
+        return token_ids(tokenizer, NAMED_TEMPLATES[template](prompt.problem))
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
@@ -248,8 +248,28 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
         except Exception as error:
             roles = [m["role"] for m in prompt.chat]
             raise UserError(
-                f"the chat template refuses a chat with roles {roles} ({error}); try --template plain"
+                f"the chat template refuses a chat with roles {roles} ({first_line(error)}); try --template plain"
             ) from error
         # The chat template writes the special tokens itself.
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer("\n\n".join(m["content"] for m in prompt.chat))["input_ids"])
+        return token_ids(tokenizer, text, add_special_tokens=False)
+    return token_ids(tokenizer, "\n\n".join(m["content"] for m in prompt.chat))
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Tokenise a text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text.
+        **options: of the tokenizer, such as ``add_special_tokens``.
+
+    Returns:
+        Its token ids.
+
+    Raises:
+        UserError: the tokenizer fails on it.
+    """
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    advice = "needed is a tokenizer that knows every text (an unknown token, or bytes)"
+    with told_in_one_line(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
+        return list(tokenizer(text, **options)["input_ids"])

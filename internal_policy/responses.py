@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internal_policy import records
 from internal_policy.errors import UserError
-from internal_policy.prompts import Chat, Prompt, content_of, render, whole_text
+from internal_policy.prompts import Chat, Prompt, content_of, render, token_ids, whole_text
 
 _MAX_ID = 2**31
 
@@ -136,7 +136,7 @@ def _from_text(row: Mapping[str, Any], tokenizer: Any, template: str, place: str
     content = content_of(row["prompt"], f"{place}, prompt")
     prompt_ids = render(Prompt(content), template, tokenizer)
     text = whole_text(row["response"], f"{place}, response")
-    response_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    response_ids = token_ids(tokenizer, text, add_special_tokens=False)
     if not response_ids:
         raise UserError(f"{place} has no response tokens: the text is {text!r}")
     return Response(content, text, prompt_ids + response_ids, len(prompt_ids), _reward(row, place))

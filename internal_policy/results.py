@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.selection import Selection
 from internal_policy.stored import Kind, read_rows, write_rows
 
@@ -164,7 +164,7 @@ class Analysis:
         Raises:
             UserError: no analysis there, unfinished, broken, or written by a newer version.
         """
-        source = ANALYSIS.find(Path(directory).expanduser())
+        source = ANALYSIS.find(expanded(directory))
         with ANALYSIS.reading(source) as manifest:
             return cls(
                 name=manifest["name"],

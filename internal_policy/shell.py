@@ -94,7 +94,7 @@ def world_size() -> int:
 
 
 def _launched(*names: str) -> int | None:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
 
 
 def is_main_process() -> bool:

@@ -21,6 +21,7 @@ from internal_policy.capture.nnsight_library import load_nnsight, require_key
 from internal_policy.checkpoints import Target, refuse_one_place, targets
 from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.inputs import Source, as_source
 from internal_policy.loading_errors import told_in_one_line
 from internal_policy.pipeline import analyze
@@ -86,7 +87,7 @@ def sweep(
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     if overwrite and output is not None:
-        start_over([Path(output).expanduser() / config.slug for config in configs])
+        start_over([expanded(output) / config.slug for config in configs])
     analyses: list[Analysis] = []
     for target in found:
         wanted = dict(options)

@@ -13,6 +13,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from internal_policy import UserError, analyze, bupo, models, sweep, testbed
 from internal_policy.bupo.rewards import ExactReward
@@ -210,6 +213,25 @@ def test_text_that_the_tokenizer_does_not_know_is_told(caplog):
     caplog.clear()
     analyze("testbed/llama", max_responses=2)
     assert caplog.text == ""
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_told_in_one_line():
+    words = Tokenizer(WordLevel({"w2": 0}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for call in (
+        lambda: render(Prompt("a riddle"), "plain", tokenizer),
+        lambda: render(Prompt("a riddle"), "qwen3", tokenizer),
+        lambda: read_responses([{"prompt": "w2", "response": "a riddle"}], tokenizer, "plain"),
+    ):
+        with pytest.raises(UserError, match=r"cannot tokenise the text .*: Exception: WordLevel error") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_that_fails_in_many_lines_is_told_in_one():
+    tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('one\\ntwo') }}")
+    with pytest.raises(UserError, match=r"the chat template refuses .* \(one\)"):
+        render(Prompt("w2"), "chat", tokenizer)
 
 
 def splits(n=3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from internal_policy.bupo.forward import check_layer
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.models import LanguageModel
 from internal_policy.results import Analysis
 
@@ -65,16 +67,16 @@ def choose_layer(layer: Any) -> LayerChoice:
     """
     if layer is None or layer == AUTO:
         return LayerChoice(None, "")
-    if isinstance(layer, str) and layer.strip().lstrip("+-").isdigit():
+    if isinstance(layer, str) and re.fullmatch(r"[+-]?\d{1,9}", layer.strip()):
         layer = int(layer)
     if hasattr(layer, "__index__") and not isinstance(layer, bool):
         return LayerChoice(int(layer), "as it was asked for")
     if isinstance(layer, (str, Path)):
-        if not Path(layer).expanduser().exists():
+        if not expanded(layer).exists():
             raise UserError(
                 f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis"
             )
-        layer = Analysis.load(Path(layer).expanduser())
+        layer = Analysis.load(expanded(layer))
     if not isinstance(layer, Analysis):
         raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")
     selection = layer.selection

@@ -135,7 +135,7 @@ def _settle_alignment(merged: dict[str, Any], given: Mapping[str, Any], defaults
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"max_steps is {steps!r}; needed is a number of steps of at least 1")
     ipa = merged["ipa_steps"]
-    if isinstance(ipa, str) and ipa != AUTO and ipa.strip().isdigit():
+    if isinstance(ipa, str) and ipa != AUTO and ipa.strip().isdecimal():
         merged["ipa_steps"] = int(ipa)
     if merged["method"] != "bupo":
         if "ipa_steps" in given and merged["ipa_steps"] != 0:

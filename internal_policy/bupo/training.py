@@ -14,6 +14,7 @@ from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
 from internal_policy.bupo.words import AUTO, DATA
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.results import Analysis
@@ -72,7 +73,7 @@ def train(
     given_words = {"model": model, "prompts": prompts, "layer": layer, "ipa_steps": ipa_steps, "method": method}
     given_words |= {"reward": reward, "max_steps": max_steps, **objects}
     name, given_model = _name_of(model, tokenizer, options)
-    if isinstance(layer, str) and layer.strip().isdigit():
+    if isinstance(layer, str) and layer.strip().isdecimal():
         # As on the command line; the directory is named by it.
         layer = int(layer)
     words = {"method": method, "ipa_steps": ipa_steps, "max_steps": max_steps}
@@ -82,7 +83,7 @@ def train(
     steps = trainer_options["ipa_steps"]
     wanted_layer = (layer if layer is not None else AUTO) if trainer_options["method"] == "bupo" and steps else layer
     directory = (
-        Path(output).expanduser()
+        expanded(output)
         if output is not None
         else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
     )

@@ -26,7 +26,7 @@ from internal_policy.comparison.items import Item, paired
 from internal_policy.comparison.loading import stored_fields
 from internal_policy.comparison.sources import StepsFrom, architecture_differences, arrange, baseline_index, gather
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.results import Analysis
 from internal_policy.stored import Kind, columns_of
 
@@ -168,7 +168,7 @@ class AnalysisComparison:
         Raises:
             UserError: no comparison there, unfinished, broken, or written by a newer version.
         """
-        source = COMPARISON.find(Path(directory).expanduser())
+        source = COMPARISON.find(expanded(directory))
         with COMPARISON.reading(source) as manifest:
             return cls(**stored_fields(source, manifest, TABLES), path=source)
 

@@ -25,6 +25,7 @@ from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
+from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
@@ -129,7 +130,7 @@ def evaluate(
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
-        return _run(config, opened, source, scorer, Path(output).expanduser() / config.slug, overwrite)
+        return _run(config, opened, source, scorer, expanded(output) / config.slug, overwrite)
 
 
 def default_benchmark() -> str:

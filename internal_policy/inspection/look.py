@@ -29,7 +29,7 @@ from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.progress import status
-from internal_policy.prompts import Chat, Prompt, render
+from internal_policy.prompts import Chat, Prompt, render, token_ids
 
 _ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
@@ -129,7 +129,7 @@ def _sequence(
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
     if response is not None:
-        answer = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+        answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
         _check_ids(model, ids + answer, "prompt and response together", room=False)
