@@ -24,6 +24,7 @@ from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
 from internal_policy.bupo.proof import check_experts, proved
+from internal_policy.bupo.rehearsal import refused, rehearse
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
@@ -104,6 +105,7 @@ class Session:
         open_layer = model.n_layers if self.layer is not None else None
         config = self._config(choice.layer or open_layer, state)
         self._refuse(config, model, state, exact, peft_config)
+        rehearse(config, rewards)
         stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
         hooked = attached(model.model)
         if hooked and not overwrite and directory.begun:
@@ -133,7 +135,7 @@ class Session:
             config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
             logging.getLogger("trl.trainer.grpo_trainer").addFilter(_are_not_ignored)
         watched = rollouts.fixed_responses(model, stream, self.plan, config, self.directory, state)
-        with _told_in_one_line(config, refusals=(ValueError, TypeError)):
+        with _told_in_one_line(config):
             trainer = BuPOTrainer(
                 model=model.model,
                 reward_funcs=rewards,
@@ -145,7 +147,7 @@ class Session:
                 family=model.family,
                 callbacks=callbacks,
             )
-        with _told_in_one_line(config), ExitStack() as stack:
+        with _told_in_one_line(config, trainer), ExitStack() as stack:
             chronicle, watch = self._watch(stack, trainer, model, choice, watched)
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         directory.save_model(trainer, model.tokenizer)
@@ -316,12 +318,14 @@ def _are_not_ignored(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _told_in_one_line(config: BuPOConfig, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what TRL refuses, and running out of memory, into one line."""
+def _told_in_one_line(config: BuPOConfig, trainer: BuPOTrainer | None = None) -> Iterator[None]:
+    """Turn what TRL refuses, before its first update is done, and running out of memory into one line."""
     try:
         yield
-    except refusals as error:
-        raise UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300]}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        if trainer is not None and trainer.state.global_step:
+            raise
+        raise refused(error) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
