@@ -20,9 +20,9 @@ from internal_policy.capture import Extractor
 from internal_policy.capture.verify import prove
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.memory import release
 from internal_policy.models import LanguageModel, placement, quantization
-from internal_policy.models.lookup import told_in_one_line
 from internal_policy.processes import Processes
 from internal_policy.progress import status
 from internal_policy.responses import Response

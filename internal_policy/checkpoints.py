@@ -11,6 +11,7 @@ from typing import Any
 from internal_policy.comparison.sources import natural_key
 from internal_policy.config import AnalyzeConfig
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 
 _CHECKPOINT = "checkpoint-*"
 
@@ -77,7 +78,7 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
     for pattern in patterns:
         if not str(pattern):
             raise UserError("--checkpoints is empty; name a training run's directory, or quote a glob")
-        for path in _matches(str(Path(pattern).expanduser())):
+        for path in _matches(str(expanded(pattern))):
             found |= {checkpoint.resolve(): checkpoint for checkpoint in _inside(path)}
     return sorted(found.values(), key=lambda path: natural_key(str(path)))
 

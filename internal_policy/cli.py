@@ -26,6 +26,7 @@ from internal_policy.cli_push import push
 from internal_policy.cli_report import kind_of, report
 from internal_policy.cli_train import train
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document, is_quiet
 from internal_policy.shell import figure_name, is_main_process, rank, visible
 
@@ -97,7 +98,7 @@ def figures(
     from internal_policy.inspection.results import INSPECTION, Inspection
     from internal_policy.printing import say
 
-    kinds = [(kind_of(path), path) for path in map(Path.expanduser, directories)]
+    kinds = [(kind_of(path), path) for path in map(expanded, directories)]
     # All are read before any is drawn, so that a bad one is told at once.
     held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
     analyses = [analysis for _, found in held for analysis in found]
@@ -108,7 +109,7 @@ def figures(
     looks = [Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)]
     if compared := next((path for kind, path in kinds if kind == "comparison"), None):
         raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
-    root = output.expanduser()
+    root = expanded(output)
     for path, found in held:
         if len(found) > 1:
             say(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")

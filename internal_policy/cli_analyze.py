@@ -12,6 +12,7 @@ from internal_policy import cli_common, cli_report, unchanged
 from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
@@ -197,7 +198,7 @@ def analyze(
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
     options["template"] = DEFAULTS.template if template is None else template
-    if responses is not None and (found := Path(responses).expanduser() / "responses.jsonl").is_file():
+    if responses is not None and (found := expanded(responses) / "responses.jsonl").is_file():
         responses = str(found)
     sources = {"prompts": prompts, "responses": responses}
     if swept:
@@ -224,7 +225,7 @@ def _models(
         refuse_one_place(configs)
     first = configs[0]
     cli_common.require_there(names, first.revision, first.prompts, first.responses)
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     # Of several lenses the later ones read what the first one sampled, which is known when that is there.
     alone = not overwrite and world_size() == 1 and len(lenses) == 1
     done = {c.model: unchanged.complete(c, root / c.slug) if alone else None for c in configs}
@@ -275,7 +276,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dic
     with importing():
         from internal_policy.sweeps import sweep
 
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
     analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():
@@ -298,7 +299,7 @@ def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: 
         from internal_policy.studies import study
 
     cli_common.require_key(options["remote"])
-    root = STUDY_DATA / preset if output is None else output.expanduser()
+    root = STUDY_DATA / preset if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
     done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
     if not is_main_process():

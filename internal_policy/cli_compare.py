@@ -11,6 +11,7 @@ import typer
 from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.cli_report import write_reports
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document
 from internal_policy.shell import is_number
 
@@ -67,7 +68,7 @@ def compare(
     analyses, labels, *_ = arrange(kept, label, step)
     origin = 0 if baseline is None else _place(baseline, labels)
     comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     terminal.show_comparison(comparison)
     names = _names(analyses, comparison.labels)
     where = _write(comparison, names, root, FIGURES if output is None else root / "figures")

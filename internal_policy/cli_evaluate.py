@@ -13,6 +13,7 @@ from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
+from internal_policy.files import expanded
 from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TESTBED
@@ -125,7 +126,7 @@ def evaluate(
     for name in names:
         with status(f"looking up {name}"):
             models.check(name, revision=revision, trust_remote_code=trust_remote_code)
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     done = []
     for name in names:
         for source in sources:

@@ -9,6 +9,7 @@ import typer
 
 from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
+from internal_policy.files import expanded
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings, slug
 from internal_policy.output import document
 from internal_policy.progress import importing
@@ -91,7 +92,7 @@ def inspect(
         from internal_policy.workspace import Workspace
 
     name = f"{figure_name([(config.slug, lens)])}--{slug(prompt)}"
-    root = DATA if output is None else output.expanduser()
+    root = DATA if output is None else expanded(output)
     Workspace(root / name, manifest=results.MANIFEST, result_files=results.RESULT_FILES, what="inspection").check()
     look = looking.inspect(
         model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options

@@ -13,6 +13,7 @@ import typer
 
 from internal_policy.cli_common import Debug, Json, Quiet
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.output import document, written
 from internal_policy.shell import refuse_unmatched, writing
 
@@ -41,7 +42,7 @@ def report(
     from internal_policy.report import write_report
 
     # All are read before any is drawn, so that a bad one is told at once.
-    named = [directory.expanduser() for directory in directories]
+    named = [expanded(directory) for directory in directories]
     if len(named) > 1:
         # A shell's DIR/* names the figures beside the results too.
         named = [directory for directory in named if not only_figures(directory)] or named

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from internal_policy.errors import UserError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name in the same directory, flush it to disk, then rename.
@@ -32,3 +34,23 @@ def write_text(path: Path, text: str) -> None:
         text: its content.
     """
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def expanded(path: str | Path) -> Path:
+    """Put a user's home directory in place of ``~`` or ``~name``.
+
+    Args:
+        path: what was given.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: there is no such user, or nobody's home is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: no home directory is known for {Path(path).parts[0]!r}; give the whole path"
+        ) from error

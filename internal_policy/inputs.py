@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,21 +31,40 @@ Source = str | Path | Iterable[Any]
 """A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
 
 
-def as_source(source: Source | None) -> str | list[Any] | None:
+def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -> str | list[Any] | None:
     """Bring what a user may pass into one of two forms.
 
     Args:
         source: a name or path, or records.
+        what: the argument's name.
+        limit: of what has no length, such as a stream, at most so many are taken.
 
     Returns:
         The name, or a list of records; None stays None.
+
+    Raises:
+        UserError: something that does not stand for records in an order: a dict, of splits or of columns; a set.
     """
     if source is None or isinstance(source, (str, Path)):
         return None if source is None else str(source)
     if isinstance(source, pd.DataFrame):
         rows = source.astype(object).where(source.notna(), None)
         return list(rows.to_dict("records"))
-    return list(source)
+    kind = type(source).__name__
+    if isinstance(source, Mapping):
+        # Such as a DatasetDict: a list of it would be its keys.
+        keys = ", ".join(repr(key) for key in list(source)[:4])
+        raise UserError(
+            f"{what} is a {kind} with {keys or 'nothing in it'}; needed is a list of records: choose one entry of a "
+            f"dict of splits ({what}=data['test']), or put a single record in a list"
+        )
+    if isinstance(source, (Set, bytes, bytearray)) or not isinstance(source, Iterable):
+        more = ", whose order is another in each process" if isinstance(source, Set) else ""
+        raise UserError(
+            f"{what} is a {kind}{more}; needed is a list of texts or records, a DataFrame, a name or a path"
+        )
+    bounded = isinstance(limit, int) and limit > 0 and not hasattr(source, "__len__")
+    return list(islice(source, limit) if bounded else source)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import numpy as np
 from internal_policy import shares, statistics, tables, unchanged
 from internal_policy.baseline import add_baseline, architecture
 from internal_policy.capture import Extractor, Reducer, TokenValues, backends, reduce_responses
-from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.options import AnalyzeOptions, showing
 from internal_policy.processes import Processes, launched
@@ -46,6 +47,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 @quiet_libraries()
 @showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
+@as_its_dtype_says()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -83,7 +85,9 @@ def analyze(
     """
     refuse_unknown(options)
     in_memory = backends.is_object(model, tokenizer, options)
-    prompts, responses = as_source(prompts), as_source(responses)
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    responses = as_source(responses, "responses", most)
     name = backends.name_of(model) if in_memory else str(model)
     if in_memory and (library := backends.library_of(model)):
         options = {"backend": library, **options}
@@ -105,7 +109,7 @@ def analyze(
             return add_baseline(analysis, config, source, network, partial(_capture, kind="baseline"), state)
 
         if output is not None:
-            return run(Path(output).expanduser() / config.slug, overwrite)
+            return run(expanded(output) / config.slug, overwrite)
         scratch: list[str] = []
         if state.is_main_process:
             scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))

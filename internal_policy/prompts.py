@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from internal_policy import records
 from internal_policy.chat_templates import apply_chat_template
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import shorten, told_in_one_line
 
 Chat = list[dict[str, str]]
 
@@ -34,6 +38,8 @@ class Prompt:
     """The reference answer, where known."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The other columns of its record."""
+    unusable: str = field(default="", compare=False, repr=False)
+    """What the answer is, where no response can be compared with it, such as a list."""
 
     @property
     def problem(self) -> str:
@@ -86,6 +92,8 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
 
 
 def _record(item: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(item, Path) or (isinstance(item, str) and item.endswith(records.SUFFIXES) and len(item.split()) == 1):
+        raise UserError(f"{where} is the name of a file ({item}); give it by itself, without a list around it")
     return {"prompt": item} if isinstance(item, (str, list)) else records.as_object(item, where)
 
 
@@ -100,7 +108,40 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     if answer is None and isinstance(reward_model, Mapping):
         answer = reward_model.get("ground_truth")
     others = {key: value for key, value in row.items() if key not in (column, *ANSWER_COLUMNS)}
-    return Prompt(content, None if answer is None else whole_text(str(answer), f"{where}, its answer"), others)
+    try:
+        text = answer_text(answer)
+        return Prompt(content, None if text is None else whole_text(text, f"{where}, its answer"), others)
+    except TypeError as error:
+        # Only what compares with an answer needs one.
+        return Prompt(content, repr(answer), others, unusable=str(error))
+    except ValueError as error:
+        raise UserError(f"{where}: an answer of thousands of digits cannot be written; give it as text") from error
+
+
+def answer_text(value: Any) -> str | None:
+    """Write a reference answer as a response would have it.
+
+    Args:
+        value: what the data have.
+
+    Returns:
+        The text; of a number its digits, 4 and not 4.0 for a whole one, as a column of integers with a gap becomes one
+        of floats. None for no answer.
+
+    Raises:
+        TypeError: something that is not one answer, such as a list; the message says what.
+        ValueError: a number of more digits than Python writes.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return str(value)
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < 1e15 else str(value)
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"an answer that is a {type(value).__name__} ({str(value)[:40]}); needed is one text or number")
 
 
 def content_of(value: Any, where: str) -> str | Chat:
@@ -217,11 +258,31 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
         UserError: unknown template, or a chat that the tokenizer's template refuses or does not get done with.
     """
     if template in NAMED_TEMPLATES:
-        return [list(tokenizer(NAMED_TEMPLATES[template](p.problem))["input_ids"]) for p in prompts]
+        return [token_ids(tokenizer, NAMED_TEMPLATES[template](p.problem)) for p in prompts]
     if template not in TEMPLATES:
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
         texts = apply_chat_template(tokenizer, [p.chat for p in prompts])
         # The chat template writes the special tokens itself.
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    return [list(tokenizer("\n\n".join(m["content"] for m in p.chat))["input_ids"]) for p in prompts]
+        return [token_ids(tokenizer, text, add_special_tokens=False) for text in texts]
+    return [token_ids(tokenizer, "\n\n".join(m["content"] for m in p.chat)) for p in prompts]
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Tokenise a text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text.
+        **options: of the tokenizer, such as ``add_special_tokens``.
+
+    Returns:
+        Its token ids.
+
+    Raises:
+        UserError: the tokenizer fails on it.
+    """
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    advice = "needed is a tokenizer that knows every text (an unknown token, or bytes)"
+    with told_in_one_line(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
+        return list(tokenizer(text, **options)["input_ids"])

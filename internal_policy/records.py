@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.quiet import quiet_libraries
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -76,19 +77,13 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     """
     import datasets
 
-    try:
-        with quiet_libraries():
-            if split is None:
-                splits = datasets.get_dataset_split_names(name)
-                split = "test" if "test" in splits else splits[0]
-            dataset = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        text = str(error).strip().splitlines()
-        raise UserError(
-            f"{name}: cannot load this data set ({text[0][:160] if text else type(error).__name__}); "
-            f"check the name and the network, or give a local {', '.join(SUFFIXES)} file"
-        ) from error
-    records = [dict(record) for record in dataset]
+    advice = f"check the name, the split and the network, or give a local {', '.join(SUFFIXES)} file"
+    with quiet_libraries(), told_in_one_line(name, "this data set", advice=advice):
+        if split is None:
+            splits = datasets.get_dataset_split_names(name)
+            split = "test" if "test" in splits else splits[0]
+        dataset = datasets.load_dataset(name, split=split)
+        records = [dict(record) for record in dataset]
     if not records:
         raise UserError(f"{name}: split {split!r} is empty; choose another with --prompts-split")
     return records

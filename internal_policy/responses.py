@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internal_policy import records
 from internal_policy.errors import UserError
-from internal_policy.prompts import Chat, Prompt, content_of, render_all, whole_text
+from internal_policy.prompts import Chat, Prompt, content_of, render_all, token_ids, whole_text
 
 _MAX_ID = 2**31
 
@@ -143,7 +143,7 @@ def _from_text(
     if not isinstance(row["response"], str):
         raise UserError(f"{place}: response is a {type(row['response']).__name__}; needed is text")
     text = whole_text(row["response"], f"{place}, response")
-    response_ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    response_ids = token_ids(tokenizer, text, add_special_tokens=False)
     if not response_ids:
         raise UserError(f"{place} has no response tokens: the text is {text!r}")
     return Response(content, text, prompt_ids + response_ids, len(prompt_ids), _reward(row, place))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.selection import COVERS, Selection
 from internal_policy.stored import Kind, read_parquet, read_rows, write_parquet, write_rows
 from internal_policy.wording import counted
@@ -231,7 +231,7 @@ class Analysis:
         Raises:
             UserError: no analysis there, unfinished, broken, or written by a newer version.
         """
-        source = ANALYSIS.find(Path(directory).expanduser())
+        source = ANALYSIS.find(expanded(directory))
         with ANALYSIS.reading(source) as manifest:
             baseline = manifest.get("baseline")
             analysis = cls(

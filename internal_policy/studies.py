@@ -21,10 +21,11 @@ from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
 from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
+from internal_policy.loading_errors import NoNetwork
 from internal_policy.memory import release
 from internal_policy.models import context
 from internal_policy.models.identity import commit_now
-from internal_policy.models.lookup import NoNetwork
 from internal_policy.options import StudyOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -83,7 +84,7 @@ def study(
     prompts = None if prompts is None else str(prompts)
     settings = [_settings(row, options) for row in rows]
     configs = [AnalyzeConfig(model=row.model, prompts=prompts, **own) for row, own in zip(rows, settings, strict=True)]
-    directories = [None if output is None else Path(output).expanduser() / config.slug for config in configs]
+    directories = [None if output is None else expanded(output) / config.slug for config in configs]
     if output is not None:
         _refuse_one_place(configs)
     if overwrite:
@@ -127,7 +128,7 @@ def study(
         raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
     found = Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
     if output is not None:
-        launched().on_main(partial(found.record, Path(output).expanduser()))
+        launched().on_main(partial(found.record, expanded(output)))
     return found
 
 

@@ -19,7 +19,7 @@ from internal_policy.comparison import figures as comparison_figures
 from internal_policy.comparison.analyses import AnalysisComparison, compare
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.sources import unique_labels
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.results import Analysis
 from internal_policy.selection import STAGES
 from internal_policy.stored import Kind, to_cells
@@ -151,7 +151,7 @@ class Study:
         Raises:
             UserError: no study there, unfinished, broken, or written by another version; or an analysis of it is gone.
         """
-        source = STUDY.find(Path(directory).expanduser())
+        source = STUDY.find(expanded(directory))
         with STUDY.reading(source) as manifest:
             rows = manifest["models"]
             return cls(

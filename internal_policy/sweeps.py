@@ -16,11 +16,12 @@ from typing import Any, Unpack
 from internal_policy import models
 from internal_policy.capture.nnsight_library import load_nnsight, require_key
 from internal_policy.checkpoints import Target, refuse_one_place, targets
-from internal_policy.config import AnalyzeConfig, Lens, refuse_unknown
+from internal_policy.config import DEFAULT_RESPONSES, AnalyzeConfig, Lens, refuse_unknown
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.inputs import Source, as_source
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.memory import release
-from internal_policy.models.lookup import told_in_one_line
 from internal_policy.options import SweepOptions, showing
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -72,7 +73,9 @@ def sweep(
     found = targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
-    prompts, given = as_source(prompts), as_source(_sequences(responses))
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    given = as_source(_sequences(responses), "responses", most)
     refuse_unknown(options)
     if "revision" in options:
         raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
@@ -88,7 +91,7 @@ def sweep(
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     if overwrite and output is not None:
-        start_over([Path(output).expanduser() / config.slug for config in configs])
+        start_over([expanded(output) / config.slug for config in configs])
     analyses: list[Analysis] = []
     for target in found:
         wanted: dict[str, Any] = dict(options)

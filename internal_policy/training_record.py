@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from internal_policy.files import expanded
+
 STATE = "trainer_state.json"
 RECORD = "StepRecord"
 """Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
@@ -24,7 +26,7 @@ def training_record(model: str | Path) -> dict[str, int] | None:
         ``updates`` so far and ``updates_per_step``; None where the checkpoint does not tell both.
     """
     try:
-        state = json.loads((Path(model).expanduser() / STATE).read_text(encoding="utf-8"))
+        state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
         per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]
         return {"updates": int(state["global_step"]), "updates_per_step": int(per_step)}
     except (OSError, ValueError, KeyError, TypeError):

@@ -13,6 +13,9 @@ import torch
 from command_line import make_unloadable, refused, run, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
+from internal_policy import Analysis, UserError, analyze, bupo, compare, sweep
+from internal_policy.evaluation import evaluate
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
@@ -64,7 +67,7 @@ def test_models_that_are_not_there(tmp_path, name, message):
 
 
 def test_what_the_hub_says_is_cut_between_words():
-    from internal_policy.models.lookup import shorten
+    from internal_policy.loading_errors import shorten
 
     address = "https://huggingface.co/docs/transformers/installation#offline-mode"
     assert shorten(f"{'so ' * 60}see {address} now. ") == f"{'so ' * 60}see ..."
@@ -175,6 +178,23 @@ def test_output_that_cannot_be_written(tmp_path, model_dir, responses):
     assert "cannot be written" in told
     assert "choose another --output" in told
     assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: analyze("testbed/llama", output=path),
+        lambda path: evaluate("testbed/llama", output=path),
+        lambda path: bupo.train("testbed/llama", output=path),
+        lambda path: compare(path, path),
+        lambda path: Analysis.load(path),
+        lambda path: sweep(checkpoints=path),
+        lambda path: bupo.train("testbed/llama", layer=path),
+    ],
+)
+def test_the_home_of_nobody(call):
+    with pytest.raises(UserError, match="no home directory is known for '~nosuchuser'; give the whole path"):
+        call("~nosuchuser/out")
 
 
 def test_output_in_use_for_something_else_is_left_alone(tmp_path, model_dir, responses):

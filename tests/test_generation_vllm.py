@@ -28,9 +28,9 @@ OF_LLM = {
     *("runner", "convert", "tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code", "dtype"),
     *("tensor_parallel_size", "quantization", "revision", "tokenizer_revision", "chat_template", "seed"),
     *("gpu_memory_utilization", "cpu_offload_gb", "enforce_eager", "hf_token", "hf_overrides"),
-    *("kv_cache_memory_bytes", "max_model_len", "generation_config"),
+    *("kv_cache_memory_bytes", "max_model_len", "generation_config", "load_format"),
 }
-"""Keywords of vllm.LLM, the last two of vllm.EngineArgs, to which it hands the rest."""
+"""Keywords of vllm.LLM, the last three of vllm.EngineArgs, to which it hands the rest."""
 DTYPES = {"auto", "half", "float16", "bfloat16", "float", "float32"}
 FEW = {"max_responses": 3, "samples_per_prompt": 2, "max_new_tokens": 6}
 
@@ -142,6 +142,7 @@ def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
         "tokenizer_revision": None,
         "dtype": "float32",
         "trust_remote_code": False,
+        "load_format": "safetensors",
         "max_model_len": 9 + 7,
         "gpu_memory_utilization": 0.5,
         "generation_config": "vllm",

@@ -18,9 +18,10 @@ PACKAGE = ROOT / "internal_policy"
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
     {"errors", "quiet", "shell", "output", "citation", "palette", "extras", "wording"},
-    {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress", "records"},
+    {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress"},
     {"entropy", "testbed", "statistics"},
-    {"training_record"},
+    {"training_record", "loading_errors"},
+    {"records"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tiny import tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from internal_policy import UserError, analyze, models
+from internal_policy import UserError, analyze, bupo, models, sweep, testbed
+from internal_policy.bupo.rewards import ExactReward
+from internal_policy.evaluation import evaluate
+from internal_policy.inputs import as_source
 from internal_policy.prompts import NAMED_TEMPLATES, Prompt, read_prompts, render
 from internal_policy.records import read_file
 from internal_policy.responses import check_responses, prompt_indices, read_responses
@@ -182,7 +191,9 @@ def test_of_a_parquet_file_only_what_is_wanted_is_unpacked(tmp_path):
         ({"prompt": "half \ud83d"}, "half a character at place 6"),
         ({"prompt": "x", "answer": "\ud83d"}, "its answer holds half a character at place 1"),
         (None, "holds a NoneType"),
+        ({"prompt": "2+2=?", "answer": 10**5000}, "an answer of thousands of digits"),
     ],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_prompts_are_told_in_one_line(row, message):
     with pytest.raises(UserError, match=message):
@@ -228,3 +239,113 @@ def test_text_that_the_tokenizer_does_not_know_is_told(caplog):
     caplog.clear()
     analyze("testbed/llama", max_responses=2)
     assert caplog.text == ""
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_told_in_one_line():
+    words = Tokenizer(WordLevel({"w2": 0}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    for call in (
+        lambda: render(Prompt("a riddle"), "plain", tokenizer),
+        lambda: render(Prompt("a riddle"), "qwen3", tokenizer),
+        lambda: read_responses([{"prompt": "w2", "response": "a riddle"}], tokenizer, "plain"),
+    ):
+        with pytest.raises(UserError, match=r"cannot tokenise the text .*: Exception: WordLevel error") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_that_fails_in_many_lines_is_told_in_one():
+    tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('one\\ntwo') }}")
+    with pytest.raises(UserError, match=r"the chat template refuses .* \(one\)"):
+        render(Prompt("w2"), "chat", tokenizer)
+
+
+def splits(n=3):
+    return DatasetDict({"train": Dataset.from_list([{"prompt": f"w{i} w3", "response": "w4"} for i in range(n)])})
+
+
+def endless():
+    while True:
+        yield {"prompt": "w2", "response": "w3"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (splits(), "is a DatasetDict with 'train'; needed is a list of records: choose one entry"),
+        ({"prompt": ["w2"], "response": ["w3"]}, "is a dict with 'prompt', 'response'; needed is a list of records"),
+        ({}, "is a dict with nothing in it"),
+        ({"w2", "w3"}, "is a set, whose order is another in each process"),
+        (b"w2", "is a bytes; needed is a list"),
+        (3, "is a int; needed is a list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_no_list_of_records_is_refused_by_whatever_takes_one(source, message, tmp_path):
+    calls = {
+        "prompts": lambda: analyze("testbed/llama", prompts=source),
+        "responses": lambda: analyze("testbed/llama", responses=source),
+        "prompts ": lambda: sweep(checkpoints=testbed.path("testbed/llama"), prompts=source),
+        "benchmark": lambda: evaluate("testbed/llama", source),
+        "prompts  ": lambda: bupo.train("testbed/llama", source, output=tmp_path / "out"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(UserError) as error:
+            call()
+        assert f"{name.strip()} {message}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed():
+    assert len(as_source(endless(), limit=4)) == 4
+    assert len(as_source(splits()["train"].to_iterable_dataset(), limit=2)) == 2
+    assert len(as_source(splits()["train"], limit=2)) == 3
+    assert len(as_source(iter("abc"))) == 3
+    found = [analyze("testbed/llama", max_responses=2, **{name: endless()}) for name in ("prompts", "responses")]
+    assert [a.n_responses for a in found] == [2, 2]
+
+
+@pytest.mark.parametrize("item", ["problems.jsonl", "./a/b.parquet", Path("problems.json")], ids=str)
+def test_the_name_of_a_file_is_no_prompt(item):
+    with pytest.raises(UserError, match="item 2 is the name of a file"):
+        read_prompts(["w2", item])
+    assert read_prompts(["What is in a.json ?"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        *(
+            ("4", "4"),
+            (4, "4"),
+            (4.0, "4"),
+            (-0.5, "-0.5"),
+            (np.int64(4), "4"),
+            (np.float32(4), "4"),
+            (1e300, "1e+300"),
+        ),
+        *((Decimal("4.10"), "4.10"), (True, "True"), (Fraction(4, 2), "2"), (None, None)),
+    ],
+    ids=repr,
+)
+def test_an_answer_that_is_a_number_is_compared_by_its_digits(answer, text):
+    (prompt,) = read_prompts([{"prompt": "2+2=?", "answer": answer}])
+    assert (prompt.answer, prompt.unusable) == (text, "")
+    if text is not None:
+        assert ExactReward()(["2+2=?"], [f"\\boxed{{{text}}}"], answer=[answer]) == [1.0]
+
+
+@pytest.mark.parametrize("answer", [["4"], [4], {"value": 4}, float("nan")], ids=lambda a: type(a).__name__)
+def test_an_answer_that_is_not_one_is_refused_before_anything_is_sampled(answer, tmp_path):
+    rows = [{"prompt": "2+2=?", "answer": answer}]
+    for call in (
+        lambda: evaluate("testbed/llama", rows, reward="exact"),
+        lambda: bupo.train("testbed/llama", rows, reward="exact", output=tmp_path / "out", max_steps=1),
+        lambda: ExactReward()(["2+2=?"], ["x"], answer=[answer]),
+    ):
+        with pytest.raises(UserError, match="an answer that is a") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    # Nothing is compared with it here.
+    assert read_prompts(rows)[0].problem == "2+2=?"

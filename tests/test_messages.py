@@ -9,9 +9,8 @@ import pytest
 from documents import ROOT
 from typer.testing import CliRunner
 
-from internal_policy import Analysis, UserError, bupo, cli, studies, terminal
+from internal_policy import Analysis, UserError, bupo, cli, loading_errors, studies, terminal
 from internal_policy.bupo import plan, training
-from internal_policy.models import lookup
 from internal_policy.wording import counted
 
 
@@ -79,7 +78,7 @@ def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
 
 def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
     def offline(model, **options):
-        with lookup.told_in_one_line(model, "its config.json"):
+        with loading_errors.told_in_one_line(model, "its config.json"):
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
     real = studies.models.check

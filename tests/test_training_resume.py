@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from internal_policy import bupo
 from internal_policy.bupo.directory import last_checkpoint
 from internal_policy.errors import UserError
+from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.training_record import training_record
 
 STEPS, SWITCH, UPDATES = 4, 2, 2
@@ -223,3 +224,10 @@ def test_killed_again_and_again(place, straight):
         if update % UPDATES == 0:
             killed(place, "chain", "on_save", update)
     assert_same(straight(), train(place, "chain"))
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin", "model.safetensors.index.json"])
+def test_no_checkpoint_is_taken_up_from_pickles(tmp_path, file):
+    (tmp_path / file).write_text('{"metadata": {}, "weight_map": {"a": "pytorch_model-1.bin"}}')
+    with pytest.raises(UserError, match="pickle"):
+        refuse_pickles(tmp_path)

@@ -13,7 +13,7 @@ from sessions import PROMPTS, RATE, high_words, refused_here, train
 from tiny import tiny_model, tiny_tokenizer
 from trainers import aligning, weights
 from training import MODEL, refused
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from internal_policy import UserError, bupo
 from internal_policy.testbed import tasks
@@ -335,3 +335,23 @@ def test_a_reward_that_cannot_be_used_is_mended_with_other_settings(place):
     assert run.config["rewards"] == ["high_words"]
     one, other = (load_file(r.model_dir / "model.safetensors") for r in (run, fresh))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_the_reference_model_is_read_from_safetensors_of_the_same_revision(place, monkeypatch, caplog):
+    asked = []
+    real = PreTrainedModel.from_pretrained.__func__
+
+    def spy(cls, *where, **options):
+        asked.append((options["use_safetensors"], options["revision"]))
+        return real(cls, *where, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
+    train(place, "reference", max_steps=1, method="grpo", ipa_steps=0, layer=None, beta=0.1)
+    assert asked == [(True, None)] * 2
+    assert "model_init_kwargs" not in caplog.text
+
+
+def test_a_reference_model_that_is_nowhere_is_refused(tmp_path):
+    words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer(), "layer": None, "ipa_steps": 0}
+    told = refused(tmp_path / "out", model=tiny_model("qwen3"), method="grpo", beta=0.1, **words)
+    assert "beta needs the model as it was before training: save it, and give its directory" in told

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from internal_policy.bupo.card import CARD, write_card
 from internal_policy.bupo.results import MANIFEST
 from internal_policy.errors import UserError
-from internal_policy.models.lookup import shorten
+from internal_policy.loading_errors import shorten
 from internal_policy.models.network import is_of_http
 from internal_policy.progress import status
 from internal_policy.wording import counted

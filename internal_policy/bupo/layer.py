@@ -73,7 +73,7 @@ def choose_layer(layer: Any) -> LayerChoice:
         return LayerChoice(int(layer), "as it was asked for")
     if isinstance(layer, (str, Path)):
         require_layer(layer)
-        layer = Analysis.load(Path(layer).expanduser())
+        layer = Analysis.load(layer)
     if not isinstance(layer, Analysis):
         raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")
     selection = layer.selection

@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from trl.import_utils import is_vllm_available
 
 from internal_policy.bupo.config import BuPOConfig, one_of
+from internal_policy.bupo.rehearsal import refused
 from internal_policy.bupo.words import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
 from internal_policy.config import DTYPES, MOST_PROMPTS, AnalyzeConfig, refuse_too_large
 from internal_policy.errors import UserError
@@ -252,9 +253,9 @@ def configure(plan: Plan, options: Mapping[str, Any], output_dir: str, processes
         config = BuPOConfig(output_dir=output_dir, **settled, **scaled)
         _check_installed(config)
         return config
-    except (ValueError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"the trainer refuses its options: {text[:300]}") from error
+    # A missing package, such as deepspeed, is told by an ImportError.
+    except (ValueError, TypeError, ImportError) as error:
+        raise refused(error) from error
 
 
 def _updates(name: str, value: Any, max_steps: int, factor: int) -> Any:

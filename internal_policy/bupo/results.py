@@ -15,7 +15,7 @@ import pandas as pd
 
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.stored import EXACT, Kind
 from internal_policy.wording import counted
 
@@ -228,7 +228,7 @@ class Run:
         Raises:
             UserError: not a run, not finished, or of another schema version.
         """
-        path = Path(directory).expanduser()
+        path = expanded(directory)
         manifest = path / MANIFEST
         if not manifest.is_file():
             state = "holds a run that has not ended" if (path / CHECKPOINTS).is_dir() else "is not a training run"

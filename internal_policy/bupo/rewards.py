@@ -19,6 +19,7 @@ from internal_policy.bupo.guard import Guarded, GuardedAsync, is_module, one_lin
 from internal_policy.bupo.verifier import Failures, MathVerifier, boxed_answer
 from internal_policy.errors import UserError
 from internal_policy.extras import require
+from internal_policy.prompts import answer_text
 from internal_policy.testbed import tasks
 from internal_policy.wording import counted
 
@@ -112,7 +113,10 @@ def _answers(columns: dict[str, Any], n: int, name: str) -> list[str]:
     missing = next((i for i, answer in enumerate(answers) if answer is None), None)
     if missing is not None:
         raise UserError(f"{name}: sample {missing + 1} of {n} has no answer; leave such prompts out of the data")
-    return [str(answer) for answer in answers]
+    try:
+        return [answer_text(answer) or "" for answer in answers]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} got {error}") from error
 
 
 def _text(completion: Any) -> str:

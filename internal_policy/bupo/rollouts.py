@@ -145,10 +145,11 @@ def stream(
     else:
         found = read_prompts(source if source is not None else PAPERS_PROMPTS, split=plan.prompts_split)
     if needs_answer:
-        without = next((i for i, p in enumerate(found, start=1) if not (p.answer or "").strip()), None)
-        if without is not None:
+        lacking = (i for i, p in enumerate(found, start=1) if p.unusable or not (p.answer or "").strip())
+        if (without := next(lacking, None)) is not None:
+            has = found[without - 1].unusable or "no answer"
             raise UserError(
-                f"prompt {without} has no answer; the reward compares with one: give each record an 'answer', or pass "
+                f"prompt {without} has {has}; the reward compares with one: give each record an 'answer', or pass "
                 "another reward"
             )
     fitting = _fitting(found, plan, config, model)

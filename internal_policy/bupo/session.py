@@ -24,6 +24,7 @@ from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
 from internal_policy.bupo.proof import check_experts, proved
+from internal_policy.bupo.rehearsal import refused, rehearse
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
@@ -31,9 +32,11 @@ from internal_policy.bupo.words import ALIGNMENT, AUTO
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
+from internal_policy.loading_errors import told_in_one_line
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
 from internal_policy.processes import Processes, processes
 from internal_policy.progress import progress, status
 from internal_policy.prompts import TESTBED
@@ -102,6 +105,7 @@ class Session:
         open_layer = model.n_layers if self.layer is not None else None
         config = self._config(choice.layer or open_layer, state)
         self._refuse(config, model, state, exact, peft_config)
+        rehearse(config, rewards)
         stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
         hooked = attached(model.model)
         if hooked and not overwrite and directory.begun:
@@ -113,6 +117,8 @@ class Session:
         state.wait_for_everyone()
         resumed = directory.open(settings, config.updates_per_step, overwrite, state.is_main_process)
         state.wait_for_everyone()
+        if resumed is not None:
+            refuse_pickles(resumed)
         if not state.sharded:
             model.model.to(state.device)
         timings = {"evaluation": 0.0}
@@ -124,8 +130,12 @@ class Session:
         paths: dict[str, str] = {}
         if self._evaluates(exact):
             paths["start"] = self._evaluate(model, self.name, exact, state, timings)
+        if config.beta:
+            # With these TRL reads the reference model by itself, from where the policy came from.
+            config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
+            logging.getLogger("trl.trainer.grpo_trainer").addFilter(_are_not_ignored)
         watched = rollouts.fixed_responses(model, stream, self.plan, config, self.directory, state)
-        with _told_in_one_line(config, refusals=(ValueError, TypeError)):
+        with _told_in_one_line(config):
             trainer = BuPOTrainer(
                 model=model.model,
                 reward_funcs=rewards,
@@ -137,7 +147,7 @@ class Session:
                 family=model.family,
                 callbacks=callbacks,
             )
-        with _told_in_one_line(config), ExitStack() as stack:
+        with _told_in_one_line(config, trainer), ExitStack() as stack:
             chronicle, watch = self._watch(stack, trainer, model, choice, watched)
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         directory.save_model(trainer, model.tokenizer)
@@ -186,6 +196,8 @@ class Session:
             raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
         if config.sync_ref_model and not config.beta:
             raise UserError("sync_ref_model=True without a reference model; give beta, or leave it out")
+        if config.beta and peft_config is None:
+            self._refuse_reference(model)
         if peft_config is not None and not hasattr(peft_config, "peft_type"):
             raise UserError(f"peft_config is a {type(peft_config).__name__}; needed is one of peft, such as LoraConfig")
         if peft_config is not None and state.sharded:
@@ -201,6 +213,16 @@ class Session:
             )
         if self._evaluates(exact) and self.plan.benchmark is not None:
             read_benchmark(self.plan.benchmark, self.plan.eval_problems)
+
+    def _refuse_reference(self, model: LanguageModel) -> None:
+        """Refuse a reference model that TRL could not read again from where the policy came from, or only in pickle."""
+        where = str(model.config._name_or_path)
+        advice = "beta needs the model as it was before training: save it, and give its directory"
+        with told_in_one_line(self.name, "the reference model", advice=advice):
+            if not weight_files(where, model.config, model.revision, self.name):
+                raise UserError(
+                    f"{self.name}: no safetensors weights in {where!r} to read the reference model from; {advice}"
+                )
 
     def _config(self, layer: int | None, state: Processes) -> BuPOConfig:
         options = {**self.options, "layer": layer}
@@ -291,13 +313,20 @@ class Session:
         return where
 
 
+def _are_not_ignored(record: logging.LogRecord) -> bool:
+    """Whether this is anything but TRL's word that it ignores how a model is loaded: of the reference it does not."""
+    return "You passed `model_init_kwargs`" not in str(record.msg)
+
+
 @contextmanager
-def _told_in_one_line(config: BuPOConfig, refusals: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn what TRL refuses, and running out of memory, into one line."""
+def _told_in_one_line(config: BuPOConfig, trainer: BuPOTrainer | None = None) -> Iterator[None]:
+    """Turn what TRL refuses, before its first update is done, and running out of memory into one line."""
     try:
         yield
-    except refusals as error:
-        raise UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300]}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        if trainer is not None and trainer.state.global_step:
+            raise
+        raise refused(error) from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

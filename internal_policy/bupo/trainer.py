@@ -183,7 +183,9 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                         in_float32=self.args.cast_lm_head_to_fp32,
                     )
                 )
-            notes = self._noted is not None and not self._aligning
+            # The head of a reference model gives no entropies.
+            own = self._bare(model) is self.policy_module
+            notes = self._noted is not None and not self._aligning and own
             if notes:
                 # TRL's head makes them in any case.
                 kwargs["compute_entropy"] = True

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.call import call_of
 from internal_policy.bupo.config import BuPOConfig
@@ -13,8 +15,9 @@ from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
 from internal_policy.bupo.words import AUTO, DATA
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.inputs import Source
-from internal_policy.models import LanguageModel, wrap
+from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.options import showing
 from internal_policy.quiet import quiet_libraries
 from internal_policy.results import Analysis
@@ -22,6 +25,9 @@ from internal_policy.results import Analysis
 
 @quiet_libraries()
 @showing(planning.Plan, BuPOConfig)
+@as_its_dtype_says()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: Any = "testbed/qwen3",
     prompts: Source | None = None,
@@ -85,13 +91,14 @@ def train(
     steps = trainer_options["ipa_steps"]
     wanted_layer = (layer if layer is not None else AUTO) if trainer_options["method"] == "bupo" and steps else layer
     directory = (
-        Path(output).expanduser()
+        expanded(output)
         if output is not None
         else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
     )
     call = call_of({**given_words, "output": directory}, options)
     session = Session(name, plan, trainer_options, directory, wanted_layer, call)
-    return session.run(given_model, prompts, reward, overwrite, peft_config, callbacks or [])
+    with alone(None if given_model is None else given_model.model):
+        return session.run(given_model, prompts, reward, overwrite, peft_config, callbacks or [])
 
 
 def _name_of(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, LanguageModel | None]:

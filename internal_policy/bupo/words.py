@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
+from internal_policy.shell import is_number
 
 DATA = "data/runs"
 """Where runs go when no output is given."""
@@ -43,7 +45,7 @@ def require_layer(layer: str | Path) -> None:
         UserError: it is none.
     """
     text = str(layer).strip()
-    if text != AUTO and not text.lstrip("+-").isdigit() and not Path(layer).expanduser().exists():
+    if text != AUTO and not is_number(text) and not expanded(layer).exists():
         raise UserError(f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internal_policy import loading_errors
 from internal_policy.capture.nnsight_block import projection_there, reduce_layers, reduce_logits
 from internal_policy.capture.nnsight_library import (
     Remote,
@@ -230,7 +231,7 @@ def from_hub(
     if destination(remote) is True and Path(where).exists():
         raise UserError(f"{name}: NDIF has models of the hub only; leave --remote out for a model on this machine")
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with told_in_one_line(name):
+    with loading_errors.told_in_one_line(name, "its configuration and tokenizer"), told_in_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation

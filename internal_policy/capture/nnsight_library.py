@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import shorten
 from internal_policy.models import LanguageModel
-from internal_policy.models.lookup import shorten
 from internal_policy.models.network import is_of_http
 
 KEY = "NDIF_API_KEY"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from internal_policy.capture.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.capture.states import Batch, Extractor, LayerStates
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import first_line, told_in_one_line
 from internal_policy.memory import is_out_of_memory
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
 from internal_policy.models.structure import candidates
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _SEQUENCES, _LENGTH = 2, 12
 _CHECKED = ("residual_in", "attention_write", "ffn_write", "residual_out")
 _SKETCHES = 2
+_MISFIT = "the values in its config.json do not fit together, or it needs other versions of torch or transformers"
 _EQ_4 = 2.0
 """How often the rounding that eq. 4 leaves, at most. The check rounds as often itself, which counts in float64."""
 
@@ -71,8 +73,9 @@ def prove(
         UserError: what does not hold, and at which layer.
     """
     if not model.family.guessed:
-        extractor = extractor_of(model)
-        verify(extractor, seed)
+        with told_in_one_line(model.name, "it on random tokens", doing="run", advice=_MISFIT):
+            extractor = extractor_of(model)
+            verify(extractor, seed)
         return extractor
     why = "has no parts of a decoder under names that are known"
     found: list[tuple[float, LanguageModel]] = []
@@ -83,10 +86,12 @@ def prove(
         except NotProved as error:
             why = f"no structure that was tried fits ({error.why})"
             continue
-        except (AttributeError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:
             if is_out_of_memory(error):
                 raise
-            why = f"no structure that was tried fits ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            why = f"no structure that was tried fits ({type(error).__name__}: {first_line(error)})"
             continue
     if found:
         # A wrong write that is within the stream's rounding passes too: the right one errs least.

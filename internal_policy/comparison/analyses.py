@@ -33,7 +33,7 @@ from internal_policy.comparison.sources import (
     gather,
 )
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.lenses import one_lens
 from internal_policy.results import Analysis
 from internal_policy.stored import Kind, columns_of, to_cells
@@ -181,7 +181,7 @@ class AnalysisComparison:
         Raises:
             UserError: no comparison there, unfinished, broken, or written by a newer version.
         """
-        source = COMPARISON.find(Path(directory).expanduser())
+        source = COMPARISON.find(expanded(directory))
         with COMPARISON.reading(source) as manifest:
             return cls(**stored_fields(source, manifest, TABLES), path=source)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from internal_policy.errors import UserError
+from internal_policy.files import expanded
 from internal_policy.results import MANIFEST, Analysis
 
 StepsFrom = Literal["given", "name", "order"]
@@ -44,11 +45,11 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
         if isinstance(source, Analysis):
             found.append(source)
         elif isinstance(source, (str, Path)):
-            directory = Path(source).expanduser()
+            directory = expanded(source)
             if len(given) > 1 and only_figures(directory):
                 continue
             found += _by_step([Analysis.load(path) for path in _inside(directory)])
-        elif isinstance(source, Iterable):
+        elif isinstance(source, Iterable) and not isinstance(source, Mapping):
             found += gather(source)
         else:
             raise UserError(
@@ -66,7 +67,7 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     Returns:
         Its runs of digits as numbers, the rest as text.
     """
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
 
 
 def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:

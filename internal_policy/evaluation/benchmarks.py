@@ -117,11 +117,11 @@ def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> lis
     named = BENCHMARKS.get(source) if isinstance(source, str) else None
     found = read_prompts(named.source if named else source, limit=limit)
     for number, prompt in enumerate(found, start=1):
-        if prompt.answer is None or not prompt.answer.strip():
+        if prompt.unusable or not (prompt.answer or "").strip():
             where = f"{source}: record" if isinstance(source, str) else "the list of problems: item"
             raise UserError(
-                f"{where} {number} has no answer; needed for scoring is one of {', '.join(ANSWER_COLUMNS)}, "
-                "reward_model.ground_truth"
+                f"{where} {number} has {prompt.unusable or 'no answer'}; needed for scoring is one of "
+                f"{', '.join(ANSWER_COLUMNS)}, reward_model.ground_truth"
             )
     return found
 

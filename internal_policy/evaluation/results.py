@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.evaluation import benchmarks
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.stored import Kind, from_cells, read_rows, to_cells, write_rows
 from internal_policy.wording import counted
 
@@ -144,7 +144,7 @@ class Evaluation:
         Raises:
             UserError: no evaluation there, unfinished, broken, or written by a newer version.
         """
-        source = EVALUATION.find(Path(directory).expanduser())
+        source = EVALUATION.find(expanded(directory))
         with EVALUATION.reading(source) as manifest:
             # An answer such as 007, 1e3 or NA is a text.
             problems = pd.read_csv(

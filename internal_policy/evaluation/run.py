@@ -25,9 +25,10 @@ from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
+from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
-from internal_policy.models import LanguageModel, evaluating, load
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
@@ -40,6 +41,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
+@as_its_dtype_says()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
@@ -103,7 +105,7 @@ def evaluate(
     if opened is not None and (dtype, device, revision, trust_remote_code) != ("auto", "auto", None, False):
         raise UserError("a loaded model is taken as it is; leave out dtype, device, revision and trust_remote_code")
     name = opened.name if opened is not None else str(model)
-    source = as_source(benchmark)
+    source = as_source(benchmark, "benchmark", max_problems)
     if source is None:
         source = TESTBED if name.startswith("testbed/") else default_benchmark()
     config = EvaluateConfig(
@@ -130,7 +132,7 @@ def evaluate(
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
-        return _run(config, opened, source, scorer, Path(output).expanduser() / config.slug, overwrite)
+        return _run(config, opened, source, scorer, expanded(output) / config.slug, overwrite)
 
 
 def default_benchmark() -> str:

@@ -116,8 +116,16 @@ def response_limit(model: LanguageModel, wanted: int | None) -> int:
 
     Returns:
         That; else what the checkpoint's generation config says; else 1024.
+
+    Raises:
+        UserError: the checkpoint says something that is no number of tokens.
     """
     own = getattr(getattr(model.model, "generation_config", None), "max_new_tokens", None)
+    if not wanted and own is not None and (isinstance(own, bool) or not isinstance(own, int) or own < 1):
+        raise UserError(
+            f"{model.name}: generation_config.json says max_new_tokens {own!r}; needed is a number of at least 1: mend "
+            "it, or give --max-new-tokens"
+        )
     return wanted or own or DEFAULT_NEW_TOKENS
 
 
@@ -129,7 +137,16 @@ def end_ids(model: LanguageModel) -> list[int]:
 
     Returns:
         Ids, without repetition.
+
+    Raises:
+        UserError: something else than ids.
     """
     configured = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(i for i in [*ids, model.tokenizer.eos_token_id] if i is not None))
+    found = [i for i in [*ids, model.tokenizer.eos_token_id] if i is not None]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
+        raise UserError(
+            f"{model.name}: the checkpoint says eos_token_id {configured!r}; needed is a token id or a list of them: "
+            "mend generation_config.json, or config.json where there is none"
+        )
+    return list(dict.fromkeys(found))

@@ -154,6 +154,8 @@ class VllmSampler:
                 # Its "auto" makes float16 of float32.
                 dtype=str(self._model.dtype).removeprefix("torch."),
                 trust_remote_code=self._trust_remote_code,
+                # Its "auto" reads pickles too.
+                load_format="safetensors",
                 max_model_len=self._longest,
                 gpu_memory_utilization=free_share(self._model.device),
                 # The checkpoint's sampling defaults would change the policy.

@@ -29,9 +29,9 @@ from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
 from internal_policy.inspection.text import texts_of, unknown_pieces
 from internal_policy.memory import halving
-from internal_policy.models import LanguageModel, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.progress import status
-from internal_policy.prompts import Chat, Prompt, render
+from internal_policy.prompts import Chat, Prompt, render, token_ids
 from internal_policy.quiet import quiet_libraries
 from internal_policy.wording import counted
 
@@ -44,6 +44,7 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 
 @quiet_libraries()
+@as_its_dtype_says()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -139,7 +140,7 @@ def _sequence(
     _check_ids(model, ids, "the prompt", room=limit > 0)
     _tell_unknown(model, "prompt", [message["content"] for message in prompt.chat])
     if response is not None:
-        answer = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+        answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
         _check_ids(model, ids + answer, "prompt and response together", room=False)

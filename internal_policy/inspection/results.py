@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.files import expanded, write_atomically
 from internal_policy.inspection.settings import Span, check_choice
 from internal_policy.stored import Kind, from_cells, read_parquet, to_cells, write_parquet
 from internal_policy.wording import counted
@@ -168,7 +168,7 @@ class Inspection:
         Raises:
             UserError: no inspection there, broken, or written by a newer version.
         """
-        source = INSPECTION.find(Path(directory).expanduser())
+        source = INSPECTION.find(expanded(directory))
         with INSPECTION.reading(source) as manifest:
             # A token such as NA or 007 is a text.
             tokens = pd.read_csv(source / "tokens.csv", dtype={"token": str}, keep_default_na=False, na_values=[])

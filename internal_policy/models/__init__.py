@@ -6,7 +6,7 @@ from internal_policy.models.families import FAMILIES, Family
 from internal_policy.models.language_model import LanguageModel, family_of, unknown_family, wrap
 from internal_policy.models.loading import load
 from internal_policy.models.lookup import check, choose_device
-from internal_policy.models.modes import evaluating, fitting_threads
+from internal_policy.models.modes import alone, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.projection import Projection
 from internal_policy.models.unembedding import projection_of
 
@@ -15,6 +15,8 @@ __all__ = [
     "Family",
     "LanguageModel",
     "Projection",
+    "alone",
+    "as_its_dtype_says",
     "check",
     "choose_device",
     "evaluating",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
 import weakref
 from typing import Any
@@ -10,10 +12,19 @@ import torch
 
 from internal_policy.config import DTYPES, check_device_map, check_quantization
 from internal_policy.errors import UserError
+from internal_policy.loading_errors import WEIGHTS, told_in_one_line
+from internal_policy.models.checkpoint_files import refuse_unscaled, weight_files
+from internal_policy.models.families import Family
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
-from internal_policy.models.lookup import WEIGHTS, check, choose_device, told_in_one_line
-from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice
+from internal_policy.models.lookup import check, choose_device
+from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice, refuse_unknown
 from internal_policy.quiet import quiet_libraries
+
+logger = logging.getLogger(__name__)
+
+_NOT_READ = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)position_ids$|\.[qkv]+_(scale|zero_point)$")
+"""Tensors that a layer may have in a checkpoint and that no forward pass reads: buffers that are computed anew, and the
+scales by which servers quantise their caches of keys and values."""
 
 
 @quiet_libraries()
@@ -57,8 +68,11 @@ def load(
     where, config = check(name, revision=revision, trust_remote_code=trust_remote_code)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    refuse_unknown(config, name)
     refuse_twice(quantization, config, name)
     own = describe(config) is not None
+    # What was checked is what is loaded, though a branch may move meanwhile.
+    revision = getattr(config, "_commit_hash", None) or revision
     if own or quantization is not None:
         quiet_casts()
     if dtype == "auto" and not own and not _accelerated(target, device_map):
@@ -66,8 +80,12 @@ def load(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with told_in_one_line(name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    with told_in_one_line(name, WEIGHTS):
+        files = weight_files(where, config, revision, name)
+        if not own:
+            refuse_unscaled(files, name)
     if quantization is not None:
-        options["quantization_config"] = bitsandbytes(quantization, _torch_dtype(dtype, config))
+        options["quantization_config"] = bitsandbytes(quantization, _torch_dtype(dtype, config, name))
     scratch = None
     if device_map is not None:
         # Weights that are set aside on the disk in another form than the checkpoint's are written here.
@@ -88,12 +106,12 @@ def load(
             attn_implementation=attn_implementation,
             **options,
         )
-        _refuse_other_weights(report, family_of(model, name).layers, name)
+        _refuse_other_weights(report, model, family_of(model, name), name)
         if "device_map" not in options:
             model = model.to(target)
     if scratch is not None:
         weakref.finalize(model, scratch.cleanup)
-    loaded = wrap(model, tokenizer, name, getattr(config, "_commit_hash", None) or revision)
+    loaded = wrap(model, tokenizer, name, revision)
     if own and dtype != "auto" and loaded.dtype != getattr(torch, dtype):
         raise UserError(
             f"{name}: --dtype {dtype} was given with a checkpoint that is quantised ({describe(config)}) and computes "
@@ -109,23 +127,53 @@ def _accelerated(target: torch.device, device_map: str | dict[str, Any] | None) 
     return target.type == "cuda"
 
 
-def _torch_dtype(dtype: str, config: Any) -> torch.dtype:
-    found = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    return found if isinstance(found, torch.dtype) else getattr(torch, str(found))
+def _torch_dtype(dtype: str, config: Any, name: str) -> torch.dtype:
+    found = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+    found = found if isinstance(found, torch.dtype) else getattr(torch, str(found), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"{name}: config.json says dtype {config.dtype!r}; give --dtype float32 or bfloat16")
+    return found
 
 
-def _refuse_other_weights(report: Any, layers: str, name: str) -> None:
-    """Refuse a checkpoint that does not fill the model: what is missing would be random, and look like a result."""
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    # Some checkpoints carry buffers that are computed anew; a whole layer too many is another matter.
-    left_over = [k for k in unexpected if k.startswith(layers) and k.endswith(".weight")]
+def _refuse_other_weights(report: Any, model: Any, family: Family, name: str) -> None:
+    """Refuse a checkpoint that does not fill the model: what is missing would be random, and look like a result.
+
+    So would what is left over, where it is of a part that the model has: a bias that config.json leaves out.
+    """
+    unexpected = sorted(report["unexpected_keys"])
+    parts = {family.layers, family.final_norm, family.unembedding}
+    parts |= {path for path, module in model.named_modules() if module is model.get_input_embeddings()}
+    # A checkpoint of the decoder alone has its parts without the path to it.
+    parts |= {part.removeprefix(f"{family.backbone}.") for part in parts}
+    left_over = [
+        key
+        for key in unexpected
+        if key.startswith(tuple(f"{part}." for part in parts))
+        and not _NOT_READ.search(key)
+        and not _predicts_further(key, model.config)
+    ]
     for what, keys in (
-        ("lacks", missing),
+        ("lacks", sorted(report["missing_keys"])),
         ("has another shape for", sorted(str(key[0]) for key in report["mismatched_keys"])),
         ("has weights that config.json leaves no room for:", left_over),
     ):
         if keys:
             raise UserError(
-                f"{name}: the checkpoint {what} {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; "
+                f"{name}: the checkpoint {what} {keys[0]}{_more(keys)}; "
                 "give a checkpoint whose config.json and weights belong together"
             )
+    if unused := [key for key in unexpected if not _NOT_READ.search(key)]:
+        logger.warning(
+            "%s: the checkpoint also holds %s%s, which the model does not use", name, unused[0], _more(unused)
+        )
+
+
+def _more(keys: list[str]) -> str:
+    return f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+
+
+def _predicts_further(key: str, config: Any) -> bool:
+    """Whether a tensor is of a layer behind the last one, which some models were trained with to predict two tokens."""
+    layer = re.search(r"\.(\d+)\.", key)
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    return layer is not None and 0 <= int(layer[1]) - int(config.num_hidden_layers) < further

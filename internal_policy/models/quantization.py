@@ -33,6 +33,29 @@ def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
         )
 
 
+def refuse_unknown(config: Any, name: str) -> None:
+    """Refuse a quantisation that transformers does not know: it would read the packed weights as plain ones.
+
+    Args:
+        config: the checkpoint's configuration.
+        name: the model's name.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = _method(found if isinstance(found, Mapping) else found.to_dict())
+    if method not in {known.removesuffix("_4bit").removesuffix("_8bit") for known in AUTO_QUANTIZATION_CONFIG_MAPPING}:
+        raise UserError(
+            f"{name}: the checkpoint is quantised by {method!r}, which this version of transformers does not know; "
+            "give one that is not quantised, or a newer transformers"
+        )
+
+
 def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     """The transformers configuration of a quantisation.
 
@@ -132,8 +155,13 @@ def describe(config: Any) -> str | None:
     if found is None:
         return None
     settings = found if isinstance(found, Mapping) else found.to_dict()
-    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method") or "bitsandbytes"))
+    method = _method(settings)
     if settings.get("load_in_4bit"):
         return f"{method} 4-bit ({settings.get('bnb_4bit_quant_type', 'fp4')})"
     bits = 8 if settings.get("load_in_8bit") else settings.get("bits") or settings.get("w_bit")
     return f"{method} {bits}-bit" if isinstance(bits, int) else method
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    named = settings.get("quant_method") or "bitsandbytes"
+    return str(getattr(named, "value", named))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_text
+from internal_policy.files import expanded, write_text
 from internal_policy.results import REPORT, Analysis
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def write_report(
     place = directory if directory is not None else getattr(thing, "path", None)
     if place is None:
         raise UserError("this result is in memory only; give a directory for its report, or save it first")
-    target = Path(place).expanduser()
+    target = expanded(place)
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / REPORT, html)
     return target / REPORT

@@ -1,0 +1,191 @@
+"""The files that a checkpoint's weights are read from, looked at before anything reads them.
+
+Weights in pickle format can run code, and transformers reads whatever an index of shards names, also where it was asked
+for safetensors. Which file is meant is therefore decided here, by name: a hub's cache keeps its files as links to
+``../../blobs``, so that where a link leads says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from internal_policy.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+_NARROW = ("I8", "U8", "I4", "U4", "F8", "F6", "F4")
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the library refuses longer ones."""
+
+
+def weight_files(where: str, config: Any, revision: str | None, name: str) -> list[Path]:
+    """Find the files that transformers will read weights from, and refuse all but safetensors of this checkpoint.
+
+    Args:
+        where: a directory, or a hub id.
+        config: the checkpoint's configuration.
+        revision: the commit that is loaded.
+        name: the model's name.
+
+    Returns:
+        The files; of a hub model they are in the cache then. None where there are none, which loading tells.
+
+    Raises:
+        UserError: weights in pickle format, outside the checkpoint, or of adapters that would be laid over the model.
+    """
+    if _file(where, _ADAPTER, revision) is not None:
+        raise UserError(
+            f"{name}: holds LoRA adapters beside the model ({_ADAPTER}), which would be laid over its weights; merge "
+            "them (peft: model.merge_and_unload().save_pretrained(...)), or remove them where they are merged already"
+        )
+    chosen = getattr(config, "transformers_weights", None)
+    if chosen is not None:
+        _refuse_unsafe([chosen], "config.json (transformers_weights)", name, index=True)
+    elif Path(where).is_dir() and any(Path(where).glob("shard-*-model-*-of-*.safetensors")):
+        raise UserError(
+            f"{name}: the weights are in the shards of a distributed training; gather them in one model first "
+            "(model.save_pretrained(directory))"
+        )
+    for wanted in [chosen] if chosen is not None else [WEIGHTS_FILE, INDEX_FILE]:
+        found = _file(where, wanted, revision)
+        if found is not None and wanted.endswith(".json"):
+            return [path for shard in shards(found, name) if (path := _file(where, shard, revision)) is not None]
+        if found is not None:
+            return [found]
+    return []
+
+
+def shards(index: Path, name: str) -> list[str]:
+    """Read which files an index names.
+
+    Args:
+        index: the index.
+        name: the model's name.
+
+    Returns:
+        Their names, each once.
+
+    Raises:
+        UserError: an index that cannot be read, or that names something else than safetensors beside it.
+    """
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found = list(dict.fromkeys(named))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{name}: {index.name} is not an index of shards ({type(error).__name__}); download or save it again"
+        ) from error
+    _refuse_unsafe(found, index.name, name)
+    return found
+
+
+def _refuse_unsafe(files: list[Any], by: str, name: str, index: bool = False) -> None:
+    for file in files:
+        text = str(file)
+        suffixes = (".safetensors", ".safetensors.index.json") if index else (".safetensors",)
+        if not isinstance(file, str) or not text.endswith(suffixes):
+            raise UserError(
+                f"{name}: {by} names {text!r}; weights in another format may be pickles, which can run code, so only "
+                "safetensors is read. Convert with model.save_pretrained(directory)"
+            )
+        if "\\" in text or PurePosixPath(text).is_absolute() or ".." in PurePosixPath(text).parts or ":" in text:
+            raise UserError(
+                f"{name}: {by} names {text!r}, which lies outside the model; give a checkpoint whose files are all in "
+                "its own directory"
+            )
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Refuse a checkpoint of a training from which weights in pickle format would be read.
+
+    Args:
+        directory: the checkpoint.
+
+    Raises:
+        UserError: it holds such weights, or an index that names some.
+    """
+    for index in sorted(directory.rglob("*.safetensors.index.json")):
+        shards(index, str(directory))
+    for pattern in ("pytorch_model.bin*", "pytorch_model-*.bin", "adapter_model.bin"):
+        if found := next(directory.rglob(pattern), None):
+            raise UserError(
+                f"{directory}: holds weights in pickle format ({found.name}), which can run code and are not read; "
+                "remove this checkpoint, and the same command goes on from the one before"
+            )
+
+
+def refuse_unscaled(files: list[Path], name: str) -> None:
+    """Refuse weights in integers or 8-bit floats that no quantiser will scale: read as they are, they mean nothing.
+
+    Args:
+        files: safetensors files.
+        name: the model's name.
+
+    Raises:
+        UserError: there are some; the message names the first.
+    """
+    for file in files:
+        for key, (dtype, shape) in header(file).items():
+            weight = key.endswith("weight") or (len(shape) > 1 and dtype.startswith(_NARROW))
+            if dtype not in _PLAIN and weight and not is_causal_mask(key, shape):
+                raise UserError(
+                    f"{name}: {key} is stored as {dtype} and config.json has no quantization_config that says how to "
+                    "scale it; give the checkpoint with its own config.json, or one that is not quantised"
+                )
+
+
+def header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Read what a safetensors file holds, without its tensors.
+
+    Args:
+        file: the file.
+
+    Returns:
+        Dtype, as the format writes it, and shape of each tensor; empty for a file that is damaged, which loading tells.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _LONGEST_HEADER:
+                return {}
+            told = json.loads(stream.read(length))
+        return {key: (str(of["dtype"]), list(of["shape"])) for key, of in told.items() if key != "__metadata__"}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def is_causal_mask(key: str, shape: list[int]) -> bool:
+    """Tell the causal masks that old checkpoints carry in each layer, under the name of a bias.
+
+    Args:
+        key: a tensor's name.
+        shape: its shape.
+
+    Returns:
+        True for [1, 1, T, T], and for the one number that stands for what is masked.
+    """
+    return (key.endswith(".bias") and len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]) or (
+        key.endswith(".masked_bias") and len(shape) <= 1
+    )
+
+
+def _file(where: str, file: str, revision: str | None) -> Path | None:
+    if Path(where).is_dir():
+        path = Path(where) / file
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        where,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        # Without a network the cache has what is loaded, and no word of what the repository does not have.
+        _raise_exceptions_for_connection_errors=file != _ADAPTER,
+    )
+    return None if found is None else Path(found)
