@@ -12,9 +12,10 @@ from internal_policy import cli_common, cli_report
 from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, quiet_libraries, writing
+from internal_policy.shell import figure_name, is_main_process, quiet_libraries
 from internal_policy.study_models import STUDIES, Preset
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def analyze(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -150,6 +152,7 @@ def analyze(
         "tolerance": tolerance,
         "trust_remote_code": trust_remote_code,
     }
+    writes: dict[str, Any] = {"overwrite": overwrite, "wait": wait}
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
     if context.args and not patterns:
         raise typer.BadParameter(f"Got unexpected extra argument ({context.args[0]}).")
@@ -165,7 +168,7 @@ def analyze(
                 "both --preset and --own-responses were given; the models of a preset sample their own anyway: "
                 "leave it out"
             )
-        _study(preset, prompts, output, overwrite, debug, options)
+        _study(preset, prompts, output, debug, {**writes, **options})
         return
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
@@ -178,15 +181,17 @@ def analyze(
             raise UserError(f"got {len(names)} models in a sweep; a sweep is over the checkpoints of one")
         start = names[0] if names else None
         options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses}
-        _sweep(start, output, overwrite, debug, {**sources, **options})
+        _sweep(start, output, debug, {**writes, **sources, **options})
         return
     if not names and revisions:
         raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
     options["revision"] = revisions[0] if revisions else None
-    _models(names or [DEFAULTS.model], output, overwrite, debug, {**sources, **options})
+    _models(names or [DEFAULTS.model], output, writes, debug, {**sources, **options})
 
 
-def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
+def _models(
+    names: list[str], output: Path | None, writes: dict[str, Any], debug: bool, options: dict[str, Any]
+) -> None:
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, **options) for name in names]
     if len(configs) > 1:
@@ -195,6 +200,7 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
         refuse_one_place(configs)
     quiet_libraries(debug)
     from internal_policy import models, pipeline, terminal
+    from internal_policy.processes import launched
     from internal_policy.progress import status
 
     cli_common.require_key(configs[0].remote)
@@ -203,19 +209,21 @@ def _models(names: list[str], output: Path | None, overwrite: bool, debug: bool,
             models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     root = DATA if output is None else output.expanduser()
     analyses = []
-    for name in names:
-        analysis = pipeline.analyze(name, output=root, overwrite=overwrite, **options)
-        if is_main_process():
-            terminal.show(analysis)
-            cli_report.write_reports([analysis])
-        analyses.append(analysis)
+    # All of them from the start: a directory in use is told before another model is analysed.
+    with locked(*(root / config.slug for config in configs), wait=writes["wait"], state=launched()):
+        for name in names:
+            analysis = pipeline.analyze(name, output=root, **writes, **options)
+            if is_main_process():
+                terminal.show(analysis)
+                cli_report.write_reports([analysis])
+            analyses.append(analysis)
     if is_main_process():
         draw(analyses, FIGURES if output is None else root / "figures")
         document({"command": "analyze", "analyses": [cli_common.told(a) for a in analyses]})
 
 
-def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]) -> None:
-    own = {"revisions", "checkpoints", "own_responses"}
+def _sweep(start: str | None, output: Path | None, debug: bool, options: dict[str, Any]) -> None:
+    own = {"revisions", "checkpoints", "own_responses", "overwrite", "wait"}
     AnalyzeConfig(**{name: value for name, value in options.items() if name not in own})
     from internal_policy.checkpoints import targets
 
@@ -226,7 +234,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
 
     root = DATA if output is None else output.expanduser()
     each = cli_report.show_and_report if is_main_process() else None
-    analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
+    analyses = sweep(start, output=root, each=each, **options)
     if not is_main_process():
         return
     figures = FIGURES if output is None else root / "figures"
@@ -239,10 +247,9 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, debug: bool,
     document({"command": "analyze", **found})
 
 
-def _study(
-    preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, debug: bool, options: dict[str, Any]
-) -> None:
-    AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
+def _study(preset: Preset, prompts: str | None, output: Path | None, debug: bool, options: dict[str, Any]) -> None:
+    settings = {name: value for name, value in options.items() if name not in ("overwrite", "wait")}
+    AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **settings)
     quiet_libraries(debug)
     from internal_policy import summary, terminal
     from internal_policy.studies import study
@@ -250,7 +257,7 @@ def _study(
     cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else output.expanduser()
     each = cli_report.show_and_report if is_main_process() else None
-    done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
+    done = study(preset, prompts=prompts, output=root, each=each, **options)
     if not is_main_process():
         return
     summary.show_summary(f"study {preset}: {len(done.analyses)} models", done.table, done.convergence)

@@ -12,6 +12,7 @@ from internal_policy import cli_common
 from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 from internal_policy.prompts import TESTBED
 
@@ -73,6 +74,7 @@ def evaluate(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -123,11 +125,13 @@ def evaluate(
             models.check(name, revision=revision, trust_remote_code=trust_remote_code)
     root = DATA if output is None else output.expanduser()
     done = []
-    for name in names:
-        for source in sources:
-            evaluation = run(name, source, output=root, overwrite=overwrite, **options)
-            terminal.show(evaluation)
-            done.append(evaluation)
+    # All of them from the start: a directory in use is told before another model is evaluated.
+    with locked(*(root / slug for slug in slugs), wait=wait):
+        for name in names:
+            for source in sources:
+                evaluation = run(name, source, output=root, overwrite=overwrite, wait=wait, **options)
+                terminal.show(evaluation)
+                done.append(evaluation)
     compared = _compare(done, stored)
     # The same model may have been stored before it was trained further: a figure has each name once.
     known = {(e.name, e.benchmark) for e in done}
@@ -186,7 +190,7 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     """
     from internal_policy import evaluation_figures, terminal
     from internal_policy.evaluation.benchmarks import slug
-    from internal_policy.shell import figure_name, writing
+    from internal_policy.shell import figure_name
 
     models = dict.fromkeys(slug(e.name) for e in evaluations)
     benchmarks = dict.fromkeys(slug(e.benchmark) for e in evaluations)

@@ -10,6 +10,7 @@ import typer
 from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def inspect(
         Path | None,
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -78,7 +80,7 @@ def inspect(
     config = AnalyzeConfig(model=model, **options)
     check_settings(prompt, response, max_new_tokens, top_k, temperature)
     check_choice(tokens, last)
-    from internal_policy.shell import figure_name, quiet_libraries, writing
+    from internal_policy.shell import figure_name, quiet_libraries
 
     quiet_libraries(debug)
     from internal_policy.inspection import look as looking
@@ -92,19 +94,20 @@ def inspect(
     root = DATA if output is None else output.expanduser()
     directory = root / name
     figures = (FIGURES if output is None else root / "figures") / name
-    Workspace(
-        directory,
-        manifest=results.MANIFEST,
-        result_files=results.RESULT_FILES,
-        what="inspection",
-    ).check()
-    look = looking.inspect(
-        model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
-    )
-    # Nothing is written where what was asked for is not there.
-    look.positions(tokens, last)
-    with writing(directory):
-        look.save(directory)
+    with locked(directory, wait=wait):
+        Workspace(
+            directory,
+            manifest=results.MANIFEST,
+            result_files=results.RESULT_FILES,
+            what="inspection",
+        ).check()
+        look = looking.inspect(
+            model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
+        )
+        # Nothing is written where what was asked for is not there.
+        look.positions(tokens, last)
+        with writing(directory):
+            look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)
     list_files("inspection", [directory / file for file in results.RESULT_FILES])
@@ -128,7 +131,6 @@ def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: 
         UserError: it cannot be written.
     """
     from internal_policy.inspection import figure
-    from internal_policy.shell import writing
     from internal_policy.terminal import list_files
 
     with writing(directory):

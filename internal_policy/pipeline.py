@@ -23,6 +23,7 @@ from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
+from internal_policy.locks import locked
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
@@ -48,6 +49,7 @@ def analyze(
     responses: Source | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     alone: bool = False,
     **options: Any,
 ) -> Analysis:
@@ -66,6 +68,7 @@ def analyze(
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
+        wait: where another process writes there, start when it has ended.
         alone: analyse in this process, without the others that a launcher started.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -90,7 +93,9 @@ def analyze(
             stack.enter_context(evaluating(backends.module_of(model)))
             opened = backends.adopt(model, tokenizer, name, config)
         if output is not None:
-            return _run(config, opened, prompts, responses, Path(output).expanduser() / config.slug, overwrite, state)
+            directory = Path(output).expanduser() / config.slug
+            with locked(directory, wait=wait, state=state):
+                return _run(config, opened, prompts, responses, directory, overwrite, state)
         scratch: list[str] = []
         if state.is_main_process:
             scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))
@@ -136,7 +141,7 @@ def _run(
         identity["ends"] = end_ids(model)
 
     def begin() -> bool:
-        if hooked and not overwrite and any(workspace.work.glob("*")):
+        if hooked and not overwrite and workspace.begun:
             raise not_taken_up(directory, hooked)
         return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
 

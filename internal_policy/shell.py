@@ -6,11 +6,6 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from internal_policy.errors import UserError
 
 
 def figure_name(analyses: list[tuple[str, str]]) -> str:
@@ -54,25 +49,6 @@ def quiet_libraries(debug: bool) -> None:
     transformers_logging.set_verbosity_error()
     # The hub client warns at each of its retries; what comes of them is told in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Make a directory for results, and tell in one line where it, or a file in it, cannot be written.
-
-    Args:
-        directory: made where it does not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
 
 
 def rank() -> int:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from internal_policy.errors import UserError
 from internal_policy.files import write_text
+from internal_policy.locks import locked
 
 _NAMED = 4
 
@@ -115,12 +116,17 @@ class Kind:
 
         Yields:
             The directory. Until the manifest is written it holds no finished result.
+
+        Raises:
+            UserError: another process writes there.
         """
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / self.manifest).unlink(missing_ok=True)
-        yield target
-        write_text(target / self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        with locked(target):
+            target.mkdir(parents=True, exist_ok=True)
+            (target / self.manifest).unlink(missing_ok=True)
+            yield target
+            text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+            write_text(target / self.manifest, text + "\n")
 
 
 def columns_of(table: pd.DataFrame) -> dict[str, str]:

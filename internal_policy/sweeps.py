@@ -22,6 +22,7 @@ from internal_policy.checkpoints import Target, refuse_one_place, targets
 from internal_policy.config import AnalyzeConfig, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.inputs import Source, as_source
+from internal_policy.locks import locked
 from internal_policy.models.lookup import told_in_one_line
 from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
@@ -43,6 +44,7 @@ def sweep(
     responses: Source | Analysis | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
     **options: Any,
 ) -> list[Analysis]:
@@ -58,6 +60,7 @@ def sweep(
         responses: as for ``analyze``, or an earlier analysis, whose responses are taken; every checkpoint reads these.
         output: directory for results, one directory below it for each checkpoint; nothing is written without it.
         overwrite: start all over.
+        wait: where another process writes to one of these directories, start when it has ended.
         each: called with each analysis when it is done.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -83,8 +86,22 @@ def sweep(
     places = [_look_up(target, trust) for target in found]
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
-    if overwrite and output is not None:
-        start_over([Path(output).expanduser() / config.slug for config in configs])
+    directories = [] if output is None else [Path(output).expanduser() / config.slug for config in configs]
+    with locked(*directories, wait=wait, state=launched()):
+        if overwrite:
+            start_over(directories)
+        return _analyses(found, own_responses, prompts, given, output, each, options)
+
+
+def _analyses(
+    found: Sequence[Target],
+    own_responses: bool,
+    prompts: str | list[Any] | None,
+    given: str | list[Any] | None,
+    output: str | Path | None,
+    each: Callable[[Analysis], object] | None,
+    options: dict[str, Any],
+) -> list[Analysis]:
     analyses: list[Analysis] = []
     for target in found:
         wanted = dict(options)

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "shell", "output", "citation"},
-    {"files", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
+    {"errors", "shell", "output", "citation", "files"},
+    {"locks", "stored", "printing", "memory", "processes", "progress", "records", "entropy", "testbed", "statistics"},
     {"notebook"},
     {"prompts", "stages", "selection", "study_models"},
     # A result shows itself in a notebook by a figure, and a figure reads nothing of a result but its tables.
