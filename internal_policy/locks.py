@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK = ".internal-policy.lock"
 """The file that is locked while a process writes to its directory, and removed afterwards."""
 
 # What this thread holds already: a sweep holds what its analyses take again.
@@ -181,11 +181,12 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
 def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # A link that somebody left there would have another file overwritten.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except PermissionError:
         if not path.exists():
             raise
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _is_there(handle: int, path: Path) -> bool:

@@ -16,6 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 from internal_policy import Analysis, analyze
 from internal_policy.bupo import Run
 from internal_policy.evaluation import Evaluation, evaluate
+from internal_policy.locks import LOCK
 
 CHANGES = ("replace", "rename", "unlink", "remove", "rmdir")
 
@@ -124,5 +125,5 @@ def test_killed_at_each_change_of_files(place, run, load, same, least):
             assert killed(run, place, output, number, when) == -signal.SIGKILL, output
             run(place, output)
             same(straight, load(place / output))
-            left = [p for p in Path(place / output).rglob("*") if p.name.endswith(".tmp") or p.name == ".lock"]
+            left = [p for p in Path(place / output).rglob("*") if p.name.endswith(".tmp") or p.name == LOCK]
             assert left == [], output

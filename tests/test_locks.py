@@ -127,6 +127,14 @@ def test_who_waits_proceeds_as_if_it_had_started_then(model, tmp_path, caplog):
     assert everything(directory) == {directory / name: content for name, content in first_files.items()}
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / LOCK).symlink_to("mine")
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "years of work"
+
+
 def test_threads_exclude_each_other_too(tmp_path):
     told = []
 
