@@ -13,10 +13,11 @@ from internal_policy.cli_compare import compare_sweep
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.errors import UserError
 from internal_policy.files import expanded
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import figure_name, is_main_process, world_size, writing
+from internal_policy.shell import figure_name, is_main_process, world_size
 from internal_policy.study_models import STUDIES, Preset
 from internal_policy.wording import counted
 
@@ -144,6 +145,7 @@ def analyze(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -171,6 +173,7 @@ def analyze(
         "trust_remote_code": trust_remote_code,
     }
     cli_common.require_packages(backend, quantization)
+    writes: dict[str, Any] = {"overwrite": overwrite, "wait": wait}
     names, revisions, patterns = list(model or ()), list(revision or ()), list(checkpoints or ())
     if context.args and not patterns:
         raise typer.BadParameter(f"Got unexpected extra argument ({context.args[0]}).")
@@ -193,7 +196,7 @@ def analyze(
                 "both --preset and --own-responses were given; the models of a preset sample their own anyway: "
                 "leave it out"
             )
-        _study(preset, prompts, output, overwrite, {**options, "lens": lenses[0]})
+        _study(preset, prompts, output, {**writes, **options, "lens": lenses[0]})
         return
     if own_responses and not swept:
         raise UserError("--own-responses was given without a sweep; give --checkpoints, or --revision several times")
@@ -206,16 +209,16 @@ def analyze(
             raise UserError(f"got {len(names)} models in a sweep; a sweep is over the checkpoints of one")
         start = names[0] if names else None
         options |= {"revisions": revisions, "checkpoints": patterns, "own_responses": own_responses, "lens": lenses[0]}
-        _sweep(start, output, overwrite, {**sources, **options})
+        _sweep(start, output, {**writes, **sources, **options})
         return
     if not names and revisions:
         raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
     options["revision"] = revisions[0] if revisions else None
-    _models(names or [DEFAULTS.model], lenses, output, overwrite, {**sources, **options})
+    _models(names or [DEFAULTS.model], lenses, output, writes, {**sources, **options})
 
 
 def _models(
-    names: list[str], lenses: list[Lens], output: Path | None, overwrite: bool, options: dict[str, Any]
+    names: list[str], lenses: list[Lens], output: Path | None, writes: dict[str, Any], options: dict[str, Any]
 ) -> None:
     # A bad setting is told before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
@@ -227,7 +230,7 @@ def _models(
     cli_common.require_there(names, first.revision, first.prompts, first.responses)
     root = DATA if output is None else expanded(output)
     # Of several lenses the later ones read what the first one sampled, which is known when that is there.
-    alone = not overwrite and world_size() == 1 and len(lenses) == 1
+    alone = not writes["overwrite"] and world_size() == 1 and len(lenses) == 1
     done = {c.model: unchanged.complete(c, root / c.slug) if alone else None for c in configs}
     if None in done.values():
         with importing():
@@ -239,20 +242,23 @@ def _models(
                 with status(f"looking up {config.model}"):
                     models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     from internal_policy import terminal
+    from internal_policy.processes import launched
 
     analyses = []
-    for name in names:
-        # All lenses of a model first, so that each can show what the others give.
-        known = done[name]
-        if known is not None:
-            found = [known]
-        else:
-            found = sweeps.analyze_lenses(name, lenses, output=root, overwrite=overwrite, **options)
-        if is_main_process():
-            for analysis in found:
-                terminal.show(analysis)
-                cli_report.write_reports([analysis])
-        analyses += found
+    # All of them from the start: a directory in use is told before another model is analysed.
+    with locked(*(root / config.slug for config in configs), wait=writes["wait"], state=launched()):
+        for name in names:
+            # All lenses of a model first, so that each can show what the others give.
+            known = done[name]
+            if known is not None:
+                found = [known]
+            else:
+                found = sweeps.analyze_lenses(name, lenses, output=root, **writes, **options)
+            if is_main_process():
+                for analysis in found:
+                    terminal.show(analysis)
+                    cli_report.write_reports([analysis])
+            analyses += found
     if is_main_process():
         cli_report.redraw_other_lenses(analyses)
         draw(analyses, FIGURES if output is None else root / "figures")
@@ -265,8 +271,8 @@ def _told(analysis: Analysis) -> dict[str, Any]:
     return {**cli_common.told(analysis), "other_lens": None if other is None else vars(other)}
 
 
-def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
-    own = {"revisions", "checkpoints", "own_responses"}
+def _sweep(start: str | None, output: Path | None, options: dict[str, Any]) -> None:
+    own = {"revisions", "checkpoints", "own_responses", "overwrite", "wait"}
     AnalyzeConfig(**{name: value for name, value in options.items() if name not in own})
     from internal_policy.checkpoints import targets
 
@@ -278,7 +284,7 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dic
 
     root = DATA if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
-    analyses = sweep(start, output=root, overwrite=overwrite, each=each, **options)
+    analyses = sweep(start, output=root, each=each, **options)
     if not is_main_process():
         return
     figures = FIGURES if output is None else root / "figures"
@@ -291,8 +297,9 @@ def _sweep(start: str | None, output: Path | None, overwrite: bool, options: dic
     document({"command": "analyze", **found})
 
 
-def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
-    AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **options)
+def _study(preset: Preset, prompts: str | None, output: Path | None, options: dict[str, Any]) -> None:
+    settings = {name: value for name, value in options.items() if name not in ("overwrite", "wait")}
+    AnalyzeConfig(model=STUDIES[preset][0].model, prompts=prompts, **settings)
     cli_common.require_there([], None, prompts)
     with importing():
         from internal_policy import summary, terminal
@@ -301,7 +308,7 @@ def _study(preset: Preset, prompts: str | None, output: Path | None, overwrite: 
     cli_common.require_key(options["remote"])
     root = STUDY_DATA / preset if output is None else expanded(output)
     each = cli_report.show_and_report if is_main_process() else None
-    done = study(preset, prompts=prompts, output=root, overwrite=overwrite, each=each, **options)
+    done = study(preset, prompts=prompts, output=root, each=each, **options)
     if not is_main_process():
         return
     summary.show_summary(f"study {preset}: {counted(len(done.analyses), 'model')}", done.table, done.convergence)

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from internal_policy.config import BACKENDS, DEVICE_MAPS, DTYPES, GENERATORS, QUANTIZATIONS
+from internal_policy.errors import UserError
 from internal_policy.extras import require
+from internal_policy.locks import keeping
 from internal_policy.model_paths import locate
 from internal_policy.output import chosen
 from internal_policy.prompts import TEMPLATES
@@ -36,7 +38,7 @@ def completing(words: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def speaking(command: Callable[..., None]) -> Callable[..., None]:
-    """Let --json and --quiet hold while a command runs, so that help and bad options are told all the same.
+    """Let --json, --quiet and locks hold while a command runs, so that help and bad options are told all the same.
 
     Args:
         command: the function of a command.
@@ -47,14 +49,22 @@ def speaking(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def speak(**options: Any) -> None:
-        with chosen(json=options.get("as_json", False), quiet=options.get("quiet", False)):
-            command(**options)
+        with chosen(json=options.get("as_json", False), quiet=options.get("quiet", False)), keeping():
+            try:
+                command(**options)
+            except EOFError as error:
+                # typer would take it for an interrupt, and that the same command goes on would not be true.
+                raise UserError(f"a file ends too early ({error or 'EOFError'}); --debug shows which") from error
 
     return speak
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only; results are written all the same.")]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait", help="Where another process writes to the output directory, start when it has ended."),
+]
 Model = typer.Option(
     "--model",
     "-m",

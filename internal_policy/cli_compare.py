@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.cli_common import Debug, Json, Quiet
+from internal_policy.cli_common import Debug, Json, Quiet, Wait
 from internal_policy.cli_report import write_reports
 from internal_policy.errors import UserError
 from internal_policy.files import expanded
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
-from internal_policy.shell import is_number
+from internal_policy.shell import figure_name, is_number
 
 if TYPE_CHECKING:
     from internal_policy.comparison.analyses import AnalysisComparison
@@ -50,6 +51,7 @@ def compare(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    wait: Wait = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -67,11 +69,12 @@ def compare(
     # The baseline is counted in the order that is shown.
     analyses, labels, *_ = arrange(kept, label, step)
     origin = 0 if baseline is None else _place(baseline, labels)
-    comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
     root = DATA if output is None else expanded(output)
-    terminal.show_comparison(comparison)
-    names = _names(analyses, comparison.labels)
-    where = _write(comparison, names, root, FIGURES if output is None else root / "figures")
+    name = "compare--" + figure_name([(each, analyses[0].lens) for each in _names(analyses, labels)])
+    with locked(root / name, wait=wait):
+        comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
+        terminal.show_comparison(comparison)
+        where = _write(comparison, name, root, FIGURES if output is None else root / "figures")
     document({"command": "compare", **fields(comparison), "path": where})
 
 
@@ -106,7 +109,6 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
     from internal_policy.comparison import figures as comparison_figures
     from internal_policy.comparison import terminal as comparison_terminal
     from internal_policy.comparison.analyses import compare as run
-    from internal_policy.shell import figure_name, writing
 
     # The ends name a sweep, for all of a hundred checkpoints would be no name.
     ends = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
@@ -149,13 +151,11 @@ def redrawing(directory: Path) -> str:
     return shlex.join(words)
 
 
-def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures: Path) -> Path:
-    """Write the tables and the figures, each below a directory named by the analyses, and list the files."""
+def _write(comparison: AnalysisComparison, name: str, root: Path, figures: Path) -> Path:
+    """Write the tables and the figures, each below a directory of that name, and list the files."""
     from internal_policy import terminal
     from internal_policy.comparison.figures import save_all_comparisons
-    from internal_policy.shell import figure_name, writing
 
-    name = "compare--" + figure_name([(each, comparison.lens) for each in names])
     with writing(root / name):
         tables = comparison.save(root / name)
     with writing(figures / name):
@@ -166,7 +166,7 @@ def _write(comparison: AnalysisComparison, names: list[str], root: Path, figures
     return tables
 
 
-def _names(analyses: list[Analysis], labels: tuple[str, ...]) -> list[str]:
+def _names(analyses: list[Analysis], labels: list[str]) -> list[str]:
     """Names for a path: the analyses' directories, as everywhere, or the labels where these are not enough."""
     directories = [a.path.resolve().name if a.path is not None else a.name for a in analyses]
     if len(set(directories)) == len(directories):

@@ -14,10 +14,11 @@ from internal_policy.evaluation.benchmarks import BENCHMARKS, label
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.files import expanded
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 from internal_policy.progress import importing, status
 from internal_policy.prompts import TESTBED
-from internal_policy.shell import figure_name, writing
+from internal_policy.shell import figure_name
 from internal_policy.wording import counted
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def evaluate(
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -128,11 +130,13 @@ def evaluate(
             models.check(name, revision=revision, trust_remote_code=trust_remote_code)
     root = DATA if output is None else expanded(output)
     done = []
-    for name in names:
-        for source in sources:
-            evaluation = run(name, source, output=root, overwrite=overwrite, **options)
-            terminal.show(evaluation)
-            done.append(evaluation)
+    # All of them from the start: a directory in use is told before another model is evaluated.
+    with locked(*(root / slug for slug in slugs), wait=wait):
+        for name in names:
+            for source in sources:
+                evaluation = run(name, source, output=root, overwrite=overwrite, wait=wait, **options)
+                terminal.show(evaluation)
+                done.append(evaluation)
     compared = _compare(done, stored)
     # The same model may have been stored before it was trained further: a figure has each name once.
     known = {(e.name, e.benchmark) for e in done}

@@ -11,9 +11,10 @@ from internal_policy import cli_common
 from internal_policy.config import AnalyzeConfig, Lens
 from internal_policy.files import expanded
 from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, check_choice, check_settings, slug
+from internal_policy.locks import locked, writing
 from internal_policy.output import document
 from internal_policy.progress import importing
-from internal_policy.shell import figure_name, writing
+from internal_policy.shell import figure_name
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection
@@ -57,6 +58,7 @@ def inspect(
         Path | None,
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
+    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -99,10 +101,12 @@ def inspect(
     )
     # Nothing is written where what was asked for is not there.
     look.positions(tokens, last)
-    name = look.place(root, name)
-    directory, figures = root / name, (FIGURES if output is None else root / "figures") / name
-    with writing(directory):
-        look.save(directory)
+    # Alone among the looks while a free name is chosen.
+    with locked(root, wait=True):
+        name = look.place(root, name)
+        directory, figures = root / name, (FIGURES if output is None else root / "figures") / name
+        with locked(directory, wait=wait), writing(directory):
+            look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)
     list_files("inspection", [directory / file for file in results.RESULT_FILES])

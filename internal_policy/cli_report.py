@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internal_policy.cli_common import Debug, Json, Quiet
+from internal_policy.cli_common import Debug, Json, Quiet, Wait
 from internal_policy.errors import UserError
 from internal_policy.files import expanded
+from internal_policy.locks import locked, writing
 from internal_policy.output import document, written
-from internal_policy.shell import refuse_unmatched, writing
+from internal_policy.shell import refuse_unmatched
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -32,6 +33,7 @@ def report(
             help="What analyze, compare or train wrote, also mixed; one that holds several stands for all of them."
         ),
     ],
+    wait: Wait = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -47,12 +49,13 @@ def report(
         # A shell's DIR/* names the figures beside the results too.
         named = [directory for directory in named if not only_figures(directory)] or named
     held = [thing for directory in named for thing in _read(directory)]
-    for thing in held:
-        place = thing.path
-        assert place is not None
-        with writing(place):
-            path = write_report(thing)
-        terminal.list_files("report", [path])
+    places = [place for thing in held if (place := thing.path) is not None]
+    with locked(*places, wait=wait):
+        for thing, place in zip(held, places, strict=True):
+            with writing(place):
+                # Who held the directory until now may have written another result there.
+                path = write_report(type(thing).load(place))
+            terminal.list_files("report", [path])
     document({"command": "report"})
 
 

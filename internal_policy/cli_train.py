@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from internal_policy.bupo.words import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
-from internal_policy.cli_common import Debug, Json, Model, Quiet, completing, require_there, told
+from internal_policy.cli_common import Debug, Json, Model, Quiet, Wait, completing, require_there, told
 from internal_policy.cli_report import write_reports
 from internal_policy.config import DTYPES, Lens
 from internal_policy.errors import UserError
 from internal_policy.extras import require
+from internal_policy.locks import writing
 from internal_policy.output import document
 from internal_policy.progress import importing
 from internal_policy.prompts import TEMPLATES
@@ -134,6 +135,7 @@ def train(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
     prompts_split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
+    wait: Wait = False,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run the checkpoint's code.")
     ] = None,
@@ -223,7 +225,6 @@ def draw(runs: list[Run], directory: Path) -> None:
         UserError: it cannot be written.
     """
     from internal_policy import terminal, training_figures
-    from internal_policy.shell import writing
 
     with writing(directory):
         paths = training_figures.save_run_figures(runs, directory)

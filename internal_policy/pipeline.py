@@ -25,6 +25,7 @@ from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit, together
 from internal_policy.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.inspection.text import texts_of
+from internal_policy.locks import locked
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
@@ -56,6 +57,7 @@ def analyze(
     responses: Source | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     alone: bool = False,
     **options: Unpack[AnalyzeOptions],
 ) -> Analysis:
@@ -74,6 +76,7 @@ def analyze(
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
+        wait: where another process writes there, start when it has ended.
         alone: analyse in this process, without the others that a launcher started.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -109,7 +112,9 @@ def analyze(
             return add_baseline(analysis, config, source, network, partial(_capture, kind="baseline"), state)
 
         if output is not None:
-            return run(expanded(output) / config.slug, overwrite)
+            directory = expanded(output) / config.slug
+            with locked(directory, wait=wait, state=state):
+                return run(directory, overwrite)
         scratch: list[str] = []
         if state.is_main_process:
             scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))
@@ -158,7 +163,7 @@ def _run(
         identity["ends"] = end_ids(model)
 
     def begin() -> bool:
-        if hooked and not overwrite and any(workspace.work.glob("*")):
+        if hooked and not overwrite and workspace.begun:
             raise not_taken_up(directory, hooked)
         return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
 

@@ -6,8 +6,6 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from internal_policy.errors import UserError
@@ -32,25 +30,6 @@ def figure_name(analyses: list[tuple[str, str]]) -> str:
         return whole
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Make a directory for results, and tell in one line where it, or a file in it, cannot be written.
-
-    Args:
-        directory: made where it does not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from error
 
 
 # What would move the cursor, hide text, or reverse its direction, and halves of characters that no encoding has.

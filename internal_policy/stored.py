@@ -19,6 +19,7 @@ import pandas as pd
 
 from internal_policy.errors import UserError
 from internal_policy.files import write_atomically, write_text
+from internal_policy.locks import locked
 from internal_policy.shell import refuse_unmatched
 
 _NAMED = 4
@@ -134,12 +135,16 @@ class Kind:
 
         Yields:
             The directory. Until the manifest is written it holds no finished result.
+
+        Raises:
+            UserError: another process writes there.
         """
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / self.manifest).unlink(missing_ok=True)
-        yield target
-        self.write_manifest(target, manifest)
+        with locked(target):
+            target.mkdir(parents=True, exist_ok=True)
+            (target / self.manifest).unlink(missing_ok=True)
+            yield target
+            self.write_manifest(target, manifest)
 
     def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, or another in its place, whole or not at all.

@@ -23,6 +23,7 @@ from internal_policy.config import AnalyzeConfig, defaults, refuse_unknown
 from internal_policy.errors import UserError
 from internal_policy.files import expanded
 from internal_policy.loading_errors import NoNetwork
+from internal_policy.locks import locked
 from internal_policy.memory import release
 from internal_policy.models import context
 from internal_policy.models.identity import commit_now
@@ -56,6 +57,7 @@ def study(
     prompts: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
     **options: Unpack[StudyOptions],
 ) -> Study:
@@ -66,6 +68,7 @@ def study(
         prompts: as for ``analyze``; the default of each model where not given.
         output: directory for the analyses, one below it for each model; nothing is written without it.
         overwrite: start all over.
+        wait: where another process writes to one of these directories, start when it has ended.
         each: called with each analysis when it is done.
         **options: the further fields of ``AnalyzeConfig`` but ``template``, which the preset has. Where
             ``max_new_tokens`` is not among them, that of each row holds (paper: 7168).
@@ -87,8 +90,23 @@ def study(
     directories = [None if output is None else expanded(output) / config.slug for config in configs]
     if output is not None:
         _refuse_one_place(configs)
-    if overwrite:
-        start_over([directory for directory in directories if directory is not None])
+    places = [directory for directory in directories if directory is not None]
+    # The study has a file of its own beside its analyses.
+    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched()):
+        if overwrite:
+            start_over(places)
+        return _study(rows, configs, directories, prompts, output, each, settings)
+
+
+def _study(
+    rows: Sequence[StudyModel],
+    configs: Sequence[AnalyzeConfig],
+    directories: Sequence[Path | None],
+    prompts: str | None,
+    output: str | Path | None,
+    each: Callable[[Analysis], object] | None,
+    settings: Sequence[dict[str, Any]],
+) -> Study:
     taken = launched().on_main(lambda: _taken(configs, directories))
     stored = [
         Analysis.load(directory) if directory is not None and known else None

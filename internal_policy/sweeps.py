@@ -9,7 +9,7 @@ One checkpoint is in memory at a time. What is written is taken up again by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,6 +21,7 @@ from internal_policy.errors import UserError
 from internal_policy.files import expanded
 from internal_policy.inputs import Source, as_source
 from internal_policy.loading_errors import told_in_one_line
+from internal_policy.locks import locked
 from internal_policy.memory import release
 from internal_policy.options import SweepOptions, showing
 from internal_policy.pipeline import analyze
@@ -46,6 +47,7 @@ def sweep(
     responses: Source | Analysis | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
     **options: Unpack[SweepOptions],
 ) -> list[Analysis]:
@@ -61,6 +63,7 @@ def sweep(
         responses: as for ``analyze``, or an earlier analysis, whose responses are taken; every checkpoint reads these.
         output: directory for results, one directory below it for each checkpoint; nothing is written without it.
         overwrite: start all over.
+        wait: where another process writes to one of these directories, start when it has ended.
         each: called with each analysis when it is done.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -90,8 +93,22 @@ def sweep(
     places = [_look_up(target, trust) for target in found]
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
-    if overwrite and output is not None:
-        start_over([expanded(output) / config.slug for config in configs])
+    directories = [] if output is None else [expanded(output) / config.slug for config in configs]
+    with locked(*directories, wait=wait, state=launched()):
+        if overwrite:
+            start_over(directories)
+        return _analyses(found, own_responses, prompts, given, output, each, options)
+
+
+def _analyses(
+    found: Sequence[Target],
+    own_responses: bool,
+    prompts: str | list[Any] | None,
+    given: str | list[Any] | None,
+    output: str | Path | None,
+    each: Callable[[Analysis], object] | None,
+    options: Mapping[str, Any],
+) -> list[Analysis]:
     analyses: list[Analysis] = []
     for target in found:
         wanted: dict[str, Any] = dict(options)

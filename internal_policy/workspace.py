@@ -1,14 +1,21 @@
 """Work in progress on disk: finished portions of an interrupted run, found again by the same command.
 
 ``<output>/<slug>/work/`` holds ``run.json`` (what is being worked on) and a shard for each finished portion. Every file
-is renamed into place when whole, so whatever is there can be used.
+is renamed into place when whole. The name of a shard ends in a digest of its content and of what is being worked on:
+one that was damaged, or is of another run, is set aside and made again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internal_policy.errors import UserError
-from internal_policy.files import write_atomically, write_text
+from internal_policy.files import is_temporary, set_aside, write_atomically, write_text
+from internal_policy.locks import LOCK
 from internal_policy.results import MANIFEST, RESULT_FILES
 
+logger = logging.getLogger(__name__)
+
 _RUN = "run.json"
+_SHARD = re.compile(r"((?!damaged-).+-\d{7})-([0-9a-f]{16})\.npz")
+_ASIDE = re.compile(r"damaged-\d+-.*")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -110,7 +122,7 @@ class Workspace:
             before: as in `differences`.
 
         Returns:
-            True where an interrupted run is taken up.
+            True where an interrupted run is taken up. Of its portions those that are damaged have been set aside.
 
         Raises:
             UserError: not writable, or the interrupted run was of something else.
@@ -122,23 +134,22 @@ class Workspace:
                 (self.directory / self.manifest).unlink(missing_ok=True)
                 self.close()
             self.work.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():
+            old = self._identity()
+            if old is None:
                 write_text(path, json.dumps(identity, indent=2))
-                return False
+                # They are taken up where they are of this run, whatever became of what said so.
+                return self._any_whole()
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
             ) from error
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: is broken; add --overwrite to start over") from error
         differing = differences(old, json.loads(json.dumps(identity)), before)
         if differing:
             raise UserError(
                 f"{self.directory}: holds an unfinished {self.what} with other settings ({differing}); repeat its "
                 "command to go on, add --overwrite to start over, or choose another --output directory"
             )
+        self._any_whole()
         return True
 
     def shards(self, kind: str) -> Iterator[Arrays]:
@@ -151,7 +162,15 @@ class Workspace:
             The arrays of each portion.
         """
         for path in sorted(self.work.glob(f"{kind}-*.npz")):
-            with np.load(path, allow_pickle=False) as arrays:
+            data = path.read_bytes()
+            name = _SHARD.fullmatch(path.name)
+            if name is None or name[2] != self._seal(name[1], data):
+                # Of several processes another one may have been first.
+                with suppress(FileNotFoundError):
+                    aside = set_aside(path)
+                    logger.warning("%s: damaged, or of another run; kept as %s, and made again", path, aside.name)
+                continue
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 yield dict(arrays)
 
     def write(self, kind: str, first: int, arrays: Arrays) -> None:
@@ -162,28 +181,63 @@ class Workspace:
             first: the index of its first item, which no other portion has.
             arrays: what to keep.
         """
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        data, stem = buffer.getvalue(), f"{kind}-{first:07d}"
+        path = self.work / f"{stem}-{self._seal(stem, data)}.npz"
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as handle:
-                np.savez(handle, allow_pickle=False, **arrays)
-
-        write_atomically(self.work / f"{kind}-{first:07d}.npz", save)
+    @property
+    def begun(self) -> bool:
+        """Whether an unfinished run is there."""
+        return self.work.is_dir() and any(p.name == _RUN or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
 
     def close(self) -> None:
         """Drop the portions, and what a killed run left unrenamed, once the result is whole; nothing else."""
-        for path in self._files():
-            if self._ours(path) and (path.parent == self.work or path.suffix == ".tmp"):
+        # What says whose they are goes last: a kill in between leaves none that nobody knows.
+        for path in sorted(self._files(), key=lambda path: path.name == _RUN):
+            if is_temporary(path) or (path.parent == self.work and (path.name == _RUN or _SHARD.fullmatch(path.name))):
                 path.unlink(missing_ok=True)
+        self.__dict__.pop("_key", None)
         if self.work.is_dir() and not any(self.work.iterdir()):
             self.work.rmdir()
 
+    def _identity(self) -> dict[str, Any] | None:
+        """What is being worked on; None where nothing says so, or no longer legibly."""
+        path = self.work / _RUN
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
+        return None
+
+    def _any_whole(self) -> bool:
+        """Set the damaged portions aside, before other processes look, and tell whether there are others."""
+        return sum(1 for _ in self.shards("*")) > 0
+
+    @cached_property
+    def _key(self) -> bytes:
+        return json.dumps(json.loads((self.work / _RUN).read_bytes()), sort_keys=True).encode()
+
+    def _seal(self, stem: str, data: bytes) -> str:
+        digest = hashlib.sha256(self._key)
+        digest.update(stem.encode())
+        digest.update(data)
+        return digest.hexdigest()[:16]
+
     def _files(self) -> list[Path]:
-        return sorted(p for d in (self.directory, self.work) if d.is_dir() for p in d.iterdir() if p != self.work)
+        inside = (p for d in (self.directory, self.work) if d.is_dir() for p in d.iterdir())
+        return sorted(p for p in inside if p not in (self.work, self.directory / LOCK))
 
     def _ours(self, path: Path) -> bool:
         """Tell what a run writes before its manifest from what anybody else may have put there."""
-        if path.name.startswith(".") and path.suffix == ".tmp":
+        if is_temporary(path):
             return True
         if path.parent == self.work:
-            return path.name == _RUN or path.suffix == ".npz"
+            return path.name == _RUN or any(known.fullmatch(path.name) for known in (_SHARD, _ASIDE))
         return path.name in self.result_files

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "internal_policy"
 
 # A module imports from its own line or from the lines above it, never from below.
 LAYERS = [
-    {"errors", "quiet", "shell", "output", "citation", "palette", "extras", "wording"},
-    {"files", "stored", "printing", "chat_templates", "memory", "processes", "progress"},
+    {"errors", "quiet", "shell", "output", "citation", "palette", "extras", "wording", "files"},
+    {"locks", "stored", "printing", "chat_templates", "memory", "processes", "progress"},
     {"entropy", "testbed", "statistics"},
     {"training_record", "loading_errors"},
     {"records"},

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback, TrainerState
 
 from internal_policy import bupo
-from internal_policy.bupo.directory import last_checkpoint
+from internal_policy.bupo.checkpoint import last_checkpoint, seal
 from internal_policy.errors import UserError
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.training_record import training_record
@@ -165,17 +165,14 @@ def test_a_share_of_the_run_saves_after_whole_steps_only(place):
 
 
 def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
-    for name, text in {
-        **{"4": '{"global_step": 4}', "10": '{"global_step": 10}', "11": '{"global_step": 11}'},
-        **{"12": '{"global_st', "14": "", "16": None, "18": '{"global_step": 18}'},
-    }.items():
-        (tmp_path / f"checkpoint-{name}").mkdir()
-        if text is not None:
-            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(text)
-        if name != "18":
-            (tmp_path / f"checkpoint-{name}" / "rng_state.pth").touch()
-    assert last_checkpoint(tmp_path, updates_per_step=2).name == "checkpoint-10"
-    assert last_checkpoint(tmp_path / "none", updates_per_step=2) is None
+    for update in (4, 10, 11, 12, 14):
+        (tmp_path / f"checkpoint-{update}").mkdir()
+        (tmp_path / f"checkpoint-{update}" / "trainer_state.json").write_text(f'{{"global_step": {update}}}')
+        (tmp_path / f"checkpoint-{update}" / "rng_state.pth").touch()
+        if update < 12:
+            seal(tmp_path / f"checkpoint-{update}", {}, 1)
+    assert last_checkpoint(tmp_path, {}, updates_per_step=2).name == "checkpoint-10"
+    assert last_checkpoint(tmp_path / "none", {}, updates_per_step=2) is None
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from internal_policy.bupo.directory import drop_optimiser_states
+from internal_policy.bupo.checkpoint import drop_optimiser_states
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.history import FAILURES, history_of
 from internal_policy.bupo.results import (
@@ -36,11 +36,14 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
     a resumed run decides the same.
     """
 
-    def __init__(self, trainer: BuPOTrainer, dynamics: Dynamics, every: int, directory: Path) -> None:
+    def __init__(
+        self, trainer: BuPOTrainer, dynamics: Dynamics, every: int, directory: Path, resumed: Path | None = None
+    ) -> None:
         self._trainer = trainer
         self._dynamics = dynamics
         self._every = every
         self._directory = directory
+        self._resumed = resumed
         self.rows: list[dict[str, Any]] = []
         self.layers: list[pd.DataFrame] = []
         self.reason: str | None = None
@@ -48,16 +51,12 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the measurements of a resumed run, or make the first."""
-        step = self._step(state)
-        if step:
-            # A run that died after its last checkpoint measures the steps since then anew.
-            stored = read_table(self._directory / DYNAMICS)
-            if not stored.empty:
-                kept = stored[stored["step"] <= step]
-                self.rows = [{str(k): v for k, v in row.items()} for row in kept.to_dict("records")]
-            layers = read_table(self._directory / DYNAMICS_LAYERS)
-            if not layers.empty:
-                self.layers = [layers[layers["step"] <= step]]
+        if self._resumed is not None:
+            # Those of the checkpoint: a run that died later measures the steps since then anew.
+            stored = read_table(self._resumed / DYNAMICS)
+            self.rows = [{str(k): v for k, v in row.items()} for row in stored.to_dict("records")]
+            layers = read_table(self._resumed / DYNAMICS_LAYERS)
+            self.layers = [layers] if not layers.empty else []
             self._decide()
         if not self.rows:
             self._measure(state)
@@ -70,6 +69,11 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         changed = self._trainer.args.ipa_steps == step
         if step % self._every == 0 or changed or state.global_step == state.max_steps:
             self._measure(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what was measured so far with the checkpoint, for the run that goes on from there."""
+        if state.is_world_process_zero:
+            self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _step(self, state: Any) -> int:
         return int(state.global_step // self._trainer.args.updates_per_step)
@@ -88,7 +92,7 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
             for name in ("kl_mean", "policy_kl", "perplexity", "change"):
                 self._trainer.log_metric(f"dynamics/{name}", row[name])
         if state.is_world_process_zero:
-            self.write()
+            self.write(self._directory)
 
     def _decide(self) -> None:
         trainer = self._trainer
@@ -106,11 +110,15 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
         return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
 
-    def write(self) -> None:
-        """Write what was measured so far."""
+    def write(self, directory: Path) -> None:
+        """Write what was measured so far.
+
+        Args:
+            directory: the run's, or a checkpoint's.
+        """
         rows, layers = self.tables()
-        write_table(self._directory / DYNAMICS, rows)
-        write_table(self._directory / DYNAMICS_LAYERS, layers)
+        write_table(directory / DYNAMICS, rows)
+        write_table(directory / DYNAMICS_LAYERS, layers)
 
 
 class StepRecord(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed here

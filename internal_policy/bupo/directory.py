@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.bupo.checkpoint import FILES, flat, last_checkpoint, sealed_settings, settings_digest
 from internal_policy.bupo.results import (
     ADAPTER,
     CHECKPOINTS,
@@ -21,11 +22,10 @@ from internal_policy.bupo.results import (
     Run,
 )
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
-from internal_policy.comparison.sources import natural_key
 from internal_policy.errors import UserError
-from internal_policy.files import write_text
+from internal_policy.files import is_temporary, name_aside, write_text
+from internal_policy.locks import LOCK
 from internal_policy.results import REPORT
-from internal_policy.training_record import STATE
 from internal_policy.workspace import differences, in_use
 
 if TYPE_CHECKING:
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SETTINGS = "run_settings.json"
-_RANDOM_STATES = "rng_state*"
-_FOR_GOING_ON = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES)
-"""What of a checkpoint only the trainer needs; ``global_step*`` is DeepSpeed's."""
-_WHOLE = 2
-"""So many of the newest checkpoints keep all of it: the newest may be half-written when a run is killed."""
 
 
 class RunDirectory:
@@ -65,11 +60,11 @@ class RunDirectory:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
             raise UserError(f"{self.path}: cannot be written ({existing} {what}); choose another --output directory")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        held = sorted(p.name for p in self.path.iterdir() if not _passes(p)) if self.path.is_dir() else []
+        if held:
             if not self.begun:
-                held = sorted(p.name for p in self.path.iterdir())[0]
                 raise UserError(
-                    f"{self.path}: is in use for something else (it holds {held}); choose another --output directory"
+                    f"{self.path}: is in use for something else (it holds {held[0]}); choose another --output directory"
                 )
             if not overwrite and (self.path / MANIFEST).is_file():
                 Run.load(self.path)
@@ -92,48 +87,65 @@ class RunDirectory:
         logger.warning("%s: already complete; nothing to train (--overwrite starts over)", self.path)
         return run
 
-    def open(self, settings: dict[str, Any], updates_per_step: int, overwrite: bool, main: bool) -> Path | None:
+    def open(self, settings: dict[str, Any], updates_per_step: int, overwrite: bool, processes: int) -> Path | None:
         """Begin the run, or find the checkpoint from which it goes on.
 
         Args:
             settings: what was asked for.
             updates_per_step: updates on a batch of rollouts.
             overwrite: start over.
-            main: whether this process writes.
+            processes: how many train.
 
         Returns:
             The checkpoint; None where the run begins.
 
         Raises:
-            UserError: an unfinished run with other settings is there.
+            UserError: an unfinished run with other settings, or of another number of processes, is there.
         """
-        stored = self.path / _SETTINGS
+        stored, checkpoints = self.path / _SETTINGS, self.path / CHECKPOINTS
         if stored.is_file() and not overwrite:
-            try:
-                before = json.loads(stored.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{stored}: cannot be read ({error}); add --overwrite to start over") from error
+            before = self._settings(settings)
             differing = _differing(before, settings)
-            if differing and last_checkpoint(self.path / CHECKPOINTS) is None:
+            if differing and not any(checkpoints.glob(f"checkpoint-*/{FILES}")):
                 # Nothing was trained yet, so nothing is lost by starting anew.
-                self._begin(settings, main, clear=True)
+                self._begin(settings, clear=True)
                 return None
             if differing:
                 raise UserError(
                     f"{self.path}: holds an unfinished run with other settings ({differing}); repeat its command, "
                     "choose another --output directory, or add --overwrite to start over"
                 )
-            checkpoint = last_checkpoint(self.path / CHECKPOINTS, updates_per_step)
-            if checkpoint is not None:
+            checkpoint = last_checkpoint(checkpoints, before, updates_per_step, processes)
+            if checkpoint is None:
+                logger.warning("%s: no whole checkpoint is there; training from the first step", self.path)
+            else:
                 step = int(checkpoint.name.rpartition("-")[2]) // updates_per_step
                 logger.warning("%s: going on after step %d", self.path, step)
             return checkpoint
-        self._begin(settings, main, clear=overwrite)
+        self._begin(settings, clear=overwrite)
         return None
 
-    def _begin(self, settings: dict[str, Any], main: bool, *, clear: bool) -> None:
-        if not main:
-            return
+    def _settings(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The settings of the run that is there; where they are no longer legible, the checkpoints tell whose it is."""
+        stored = self.path / _SETTINGS
+        try:
+            before = json.loads(stored.read_bytes())
+        except ValueError:
+            before = None
+        if isinstance(before, dict):
+            return before
+        if any(known != settings_digest(wanted) for known in sealed_settings(self.path / CHECKPOINTS)):
+            raise UserError(
+                f"{stored}: damaged, and the checkpoints are of other settings than these; repeat the run's command, "
+                "choose another --output directory, or add --overwrite to start over"
+            )
+        # Copied: were it renamed, and this interrupted, nothing would say that the directory is a run's.
+        aside = shutil.copyfile(stored, name_aside(stored))
+        logger.warning("%s: damaged; kept as %s, and made again", stored, aside.name)
+        self._begin(wanted, clear=False)
+        return wanted
+
+    def _begin(self, settings: dict[str, Any], *, clear: bool) -> None:
         if clear:
             self._clear()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -157,6 +169,10 @@ class RunDirectory:
             tokenizer: the model's.
         """
         target, temporary = self.path / MODEL, self.path / f".{MODEL}.tmp"
+        if trainer.is_world_process_zero():
+            # A killed process may have left some of other files there.
+            shutil.rmtree(temporary, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(unwrapped, "merge_and_unload"):
             trainer.save_model(str(self.path / ADAPTER))
@@ -175,44 +191,10 @@ class RunDirectory:
             temporary.rename(target)
 
 
+def _passes(path: Path) -> bool:
+    """Whether a file is no sign of other use: the lock, and what killed processes left unrenamed."""
+    return path.name == LOCK or is_temporary(path)
+
+
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    flat = [{**s, **s.get("plan", {}), **s.get("trainer", {}), "plan": None, "trainer": None} for s in (before, now)]
-    return differences(*flat)
-
-
-def drop_optimiser_states(checkpoints: Path) -> None:
-    """Leave older checkpoints their weights, for a sweep, and the newest two all that a run needs to go on.
-
-    Args:
-        checkpoints: where the trainer puts them.
-    """
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: natural_key(path.name))
-    for path in (path for old in found[:-_WHOLE] for pattern in _FOR_GOING_ON for path in old.glob(pattern)):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def last_checkpoint(directory: Path, updates_per_step: int = 1) -> Path | None:
-    """Find the newest checkpoint from which a run can go on as if it had not stopped.
-
-    Args:
-        directory: where the trainer puts them.
-        updates_per_step: updates on a batch of rollouts.
-
-    Returns:
-        It, or None. The trainer's state is the last file of a checkpoint: without it the checkpoint is half-written.
-        One from between two updates of a step is passed over, for the rollouts of that step are not in it, and so is
-        one that holds the weights only.
-    """
-    found = []
-    for checkpoint in directory.glob("checkpoint-*"):
-        try:
-            state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-            update = int(state["global_step"])
-        except (OSError, ValueError, KeyError):
-            continue
-        if update % updates_per_step == 0 and any(checkpoint.glob(_RANDOM_STATES)):
-            found.append((update, checkpoint))
-    return max(found)[1] if found else None
+    return differences(flat(before), flat(now))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
@@ -16,7 +17,7 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.plan import Plan
 from internal_policy.bupo.words import AUTO
 from internal_policy.errors import UserError
-from internal_policy.files import write_text
+from internal_policy.files import read_lines_sealed, set_aside, write_lines_sealed
 from internal_policy.generation import Request, check_prompt_lengths, sample
 from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, context, evaluating
@@ -25,6 +26,8 @@ from internal_policy.progress import status
 from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
 from internal_policy.responses import Response
 from internal_policy.results import Analysis
+
+logger = logging.getLogger(__name__)
 
 PAPERS_PROMPTS = "zwhe99/DeepMath-103K"
 EXACT_SAMPLES = 4
@@ -210,13 +213,15 @@ def fixed_responses(
     path = directory / FIXED
     found: list[Response] = []
     if state.is_main_process:
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines_sealed(path) if path.is_file() else None
+        if lines is not None:
             found = [Response(**json.loads(line)) for line in lines]
         else:
+            if path.is_file():
+                logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
             with status("sampling the responses on which the dynamics are measured"):
                 found = _answers(model, prompts.prompts[: plan.dynamics_responses], plan, config)
-            write_text(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in found))
+            write_lines_sealed(path, [json.dumps(asdict(r), ensure_ascii=False) for r in found])
     shared: list[Response] = state.broadcast(found)
     return shared
 

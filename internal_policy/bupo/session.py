@@ -6,8 +6,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +18,14 @@ from internal_policy.bupo import plan as planning
 from internal_policy.bupo import rollouts
 from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch, StepRecord
 from internal_policy.bupo.card import write_card
+from internal_policy.bupo.checkpoint import Seal
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
 from internal_policy.bupo.proof import check_experts, proved
-from internal_policy.bupo.rehearsal import refused, rehearse
+from internal_policy.bupo.refusals import refusing
+from internal_policy.bupo.rehearsal import rehearse
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
@@ -33,7 +34,7 @@ from internal_policy.errors import UserError
 from internal_policy.evaluation.benchmarks import read_benchmark
 from internal_policy.inputs import Source, as_source
 from internal_policy.loading_errors import told_in_one_line
-from internal_policy.memory import is_out_of_memory
+from internal_policy.locks import locked
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
@@ -63,6 +64,7 @@ class Session:
         prompts: Source | None,
         reward: Any,
         overwrite: bool,
+        wait: bool,
         peft_config: Any,
         callbacks: list[Any],
     ) -> Run:
@@ -73,6 +75,7 @@ class Session:
             prompts: where the prompts come from.
             reward: as `train` takes it.
             overwrite: start over.
+            wait: where another process writes to the directory, start when it has ended.
             peft_config: a peft configuration.
             callbacks: further transformers callbacks.
 
@@ -83,6 +86,19 @@ class Session:
             UserError: bad input; what was written before it was noticed is taken up or replaced by the mended call.
         """
         state = processes(self.options)
+        with locked(self.directory, wait=wait, state=state):
+            return self._run(state, opened, prompts, reward, overwrite, peft_config, callbacks)
+
+    def _run(
+        self,
+        state: Processes,
+        opened: LanguageModel | None,
+        prompts: Source | None,
+        reward: Any,
+        overwrite: bool,
+        peft_config: Any,
+        callbacks: list[Any],
+    ) -> Run:
         directory = RunDirectory(self.directory)
         directory.check(overwrite)
         source = as_source(prompts)
@@ -114,8 +130,7 @@ class Session:
         if not overwrite and (self.directory / MANIFEST).is_file():
             return directory.finished(settings)
         # The main process changes the directory only when all others have checked it.
-        state.wait_for_everyone()
-        resumed = directory.open(settings, config.updates_per_step, overwrite, state.is_main_process)
+        resumed = state.on_main(lambda: directory.open(settings, config.updates_per_step, overwrite, state.number))
         state.wait_for_everyone()
         if resumed is not None:
             refuse_pickles(resumed)
@@ -135,7 +150,7 @@ class Session:
             config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
             logging.getLogger("trl.trainer.grpo_trainer").addFilter(_are_not_ignored)
         watched = rollouts.fixed_responses(model, stream, self.plan, config, self.directory, state)
-        with _told_in_one_line(config):
+        with refusing(config, self.directory):
             trainer = BuPOTrainer(
                 model=model.model,
                 reward_funcs=rewards,
@@ -147,10 +162,13 @@ class Session:
                 family=model.family,
                 callbacks=callbacks,
             )
-        with _told_in_one_line(config, trainer), ExitStack() as stack:
-            chronicle, watch = self._watch(stack, trainer, model, choice, watched)
+        with refusing(config, self.directory, trainer), ExitStack() as stack:
+            chronicle, watch = self._watch(stack, trainer, model, choice, watched, resumed)
+            # After the others: what they add to a checkpoint is sealed with it.
+            trainer.add_callback(Seal(trainer, settings))
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        directory.save_model(trainer, model.tokenizer)
+        with refusing(config, self.directory, trainer):
+            directory.save_model(trainer, model.tokenizer)
         history = chronicle.history()
         timings["training"] = round(float(history["seconds"].sum()), 3)
         dynamics, layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
@@ -179,8 +197,9 @@ class Session:
             trained = wrap(bare, model.tokenizer, f"{self.name} {run.label}", family=model.family)
             paths["trained"] = self._evaluate(trained, trained.name, exact, state, timings)
         if state.is_main_process:
-            run.save()
+            # Before the manifest: a run that has ended has its card.
             write_card(run)
+            run.save()
         state.wait_for_everyone()
         return run
 
@@ -266,6 +285,7 @@ class Session:
         model: LanguageModel,
         choice: LayerChoice,
         responses: list[Any],
+        resumed: Path | None,
     ) -> tuple[Chronicle, DynamicsWatch | None]:
         config = trainer.args
         # Ours replace what transformers prints and draws.
@@ -276,7 +296,7 @@ class Session:
         if responses:
             live = replace(model, model=trainer.policy_module)
             dynamics = Dynamics(live, responses, choice.layer or 1, site=config.site, lens=config.lens)
-            watch = DynamicsWatch(trainer, dynamics, rollouts.cadence(self.plan, config), self.directory)
+            watch = DynamicsWatch(trainer, dynamics, rollouts.cadence(self.plan, config), self.directory, resumed)
             trainer.add_callback(watch)
         advance = stack.enter_context(progress(f"training {self.name}", self.plan.max_steps))
         trainer.add_callback(StepRecord(config.updates_per_step))
@@ -316,24 +336,6 @@ class Session:
 def _are_not_ignored(record: logging.LogRecord) -> bool:
     """Whether this is anything but TRL's word that it ignores how a model is loaded: of the reference it does not."""
     return "You passed `model_init_kwargs`" not in str(record.msg)
-
-
-@contextmanager
-def _told_in_one_line(config: BuPOConfig, trainer: BuPOTrainer | None = None) -> Iterator[None]:
-    """Turn what TRL refuses, before its first update is done, and running out of memory into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError) as error:
-        if trainer is not None and trainer.state.global_step:
-            raise
-        raise refused(error) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory in training; lower per_device_train_batch_size (now {config.per_device_train_batch_size}) "
-            "or max_completion_length, and start over with --overwrite"
-        ) from error
 
 
 def _told_alike(peft_config: Any) -> str:

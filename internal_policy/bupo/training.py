@@ -40,6 +40,7 @@ def train(
     output: str | Path | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    wait: bool = False,
     peft_config: Any = None,
     callbacks: list[Any] | None = None,
     **options: Any,
@@ -65,6 +66,7 @@ def train(
         output: directory of the run, ``data/runs/<model>--<method>...`` by default; an interrupted run is taken up.
         tokenizer: the tokenizer of a model given as an object.
         overwrite: start over where the directory holds another run.
+        wait: where another process writes there, start when it has ended.
         peft_config: a peft configuration; ``lora_rank`` is the short way.
         callbacks: further transformers callbacks.
         **options: the fields of ``Plan`` and ``BuPOConfig``, and every other option of ``trl.GRPOConfig``, such as
@@ -98,7 +100,7 @@ def train(
     call = call_of({**given_words, "output": directory}, options)
     session = Session(name, plan, trainer_options, directory, wanted_layer, call)
     with alone(None if given_model is None else given_model.model):
-        return session.run(given_model, prompts, reward, overwrite, peft_config, callbacks or [])
+        return session.run(given_model, prompts, reward, overwrite, wait, peft_config, callbacks or [])
 
 
 def _name_of(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, LanguageModel | None]:

@@ -28,6 +28,7 @@ from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.files import expanded
 from internal_policy.generation import end_ids, refuse_generator, response_limit
 from internal_policy.inputs import Source, as_source
+from internal_policy.locks import locked
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
@@ -61,6 +62,7 @@ def evaluate(
     revision: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    wait: bool = False,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Sample responses to a benchmark's problems, score them, and compute Avg@K and Pass@K.
@@ -91,6 +93,7 @@ def evaluate(
         output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up
             from there. Without it nothing is written.
         overwrite: start over where that directory holds another evaluation.
+        wait: where another process writes there, start when it has ended.
         trust_remote_code: run code that comes with the checkpoint.
 
     Returns:
@@ -132,7 +135,9 @@ def evaluate(
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
-        return _run(config, opened, source, scorer, expanded(output) / config.slug, overwrite)
+        directory = expanded(output) / config.slug
+        with locked(directory, wait=wait):
+            return _run(config, opened, source, scorer, directory, overwrite)
 
 
 def default_benchmark() -> str:
@@ -185,7 +190,7 @@ def _run(
     }
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
-    if hooked and not overwrite and (finished is not None or any(workspace.work.glob("*"))):
+    if hooked and not overwrite and (finished is not None or workspace.begun):
         raise not_taken_up(directory, hooked, "an evaluation")
     if finished is not None:
         if differing := _differing(finished, identity):
