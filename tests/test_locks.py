@@ -21,7 +21,8 @@ from shapes import make, progressive
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from training import MODEL, SMALL, command, everything
 
-from internal_policy import UserError, analyze, bupo, locks, models
+from internal_policy import Analysis, UserError, analyze, bupo, locks, models
+from internal_policy.bupo.directory import RunDirectory
 from internal_policy.evaluation import evaluate
 from internal_policy.locks import LOCK, keeping, locked, writing
 from internal_policy.studies import study
@@ -69,7 +70,7 @@ def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, 
         "save": lambda: make(progressive(4)).save(tmp_path / "saved"),
     }
     places = {
-        "analyze": analyze.__globals__["AnalyzeConfig"](model="Qwen3ForCausalLM").slug,
+        "analyze": "Qwen3ForCausalLM",
         "evaluate": "tiny/given",
         "train": "run",
         "sweep": "--".join(checkpoint.parts[-2:]),
@@ -115,7 +116,6 @@ def test_who_waits_proceeds_as_if_it_had_started_then(model, tmp_path, caplog):
         waiting.start()
         waiting.join(timeout=0.3)
         assert waiting.is_alive()
-        make(progressive(4)).manifest()
         first_files = {p.name: p.read_bytes() for p in first.path.iterdir()}
         for name, content in first_files.items():
             (directory / name).write_bytes(content)
@@ -227,13 +227,11 @@ def test_what_a_killed_process_left_unrenamed_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
-def test_a_lock_that_was_left_behind_is_no_result(tmp_path, monkeypatch):
+def test_a_lock_that_was_left_behind_is_no_result(tmp_path):
     run = make_run(tmp_path / "run")
     (run.path / LOCK).write_text(json.dumps(HELD))
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / LOCK).write_text(json.dumps(HELD))
-    from internal_policy.bupo.directory import RunDirectory
-
     RunDirectory(run.path).check(overwrite=False)
     RunDirectory(tmp_path / "new").check(overwrite=False)
 
@@ -242,7 +240,6 @@ TWO = """
 import os, sys, time
 from internal_policy import UserError, analyze
 seed, go = int(sys.argv[1]), sys.argv[2]
-from internal_policy import pipeline
 from internal_policy.models import load
 load("testbed/qwen3")
 for _ in range(int(sys.argv[3])):
@@ -260,8 +257,6 @@ for _ in range(int(sys.argv[3])):
 
 @pytest.mark.slow
 def test_of_two_that_start_at_once_one_is_right_and_one_refused(tmp_path):
-    from internal_policy import Analysis
-
     times = 20
     expected = [analyze("testbed/qwen3", seed=s, max_responses=4, max_new_tokens=6, batch_size=2) for s in (0, 1)]
     start = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
