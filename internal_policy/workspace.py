@@ -99,6 +99,12 @@ class Workspace:
         Raises:
             UserError: not writable, or in use for something else.
         """
+        try:
+            str(self.directory.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.directory}: holds bytes that are not UTF-8; choose another --output directory"
+            ) from error
         existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             what = "is a directory that may not be written to" if existing.is_dir() else "is a file"

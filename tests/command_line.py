@@ -117,6 +117,7 @@ def make_unloadable(kind, directory, model_dir):
         "encoder": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
         "encoder-decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
         "a layer too many": {"num_hidden_layers": 2},
+        "a million layers": {"num_hidden_layers": 10**11},
         "other shapes": {"intermediate_size": 40},
         "impossible config": {"hidden_size": "wide"},
         "unheard": {"model_type": "unheard-of", "architectures": ["UnheardForCausalLM"]},

@@ -43,6 +43,7 @@ def responses(tmp_path):
         ("family", "family 'bloom' is not in the table (internal-policy models prints it) and no structure"),
         ("unheard", "cannot load its config.json"),
         ("weights missing", "the checkpoint lacks lm_head.weight and 29 more"),
+        ("a million layers", "config.json has 1e+11 layers; needed are at most 10000"),
         ("a layer too many", "has weights that config.json leaves no room for: model.layers.2."),
         ("other shapes", "has another shape for model.layers.0.mlp.down_proj.weight and 8 more"),
         ("impossible config", "cannot load its config.json"),

@@ -16,8 +16,9 @@ from rich.text import Text
 from training import command
 
 import internal_policy
-from internal_policy import printing
+from internal_policy import UserError, printing
 from internal_policy.shell import visible
+from internal_policy.workspace import Workspace
 
 HOSTILE = "a[/b][link=x]\x1b[2J\x1b]0;title\x07\x9b1m\r\u202eback\u2066\ud800\x7f"
 
@@ -101,6 +102,8 @@ def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, c
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert told in err
         assert len(err) < 2100
+    with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
+        Workspace(tmp_path / "results-\udcff").check()
     assert list(tmp_path.iterdir()) == []
 
 

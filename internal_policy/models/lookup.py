@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from internal_policy.errors import UserError
 from internal_policy.loading_errors import first_line, told_in_one_line
 from internal_policy.model_paths import locate
 from internal_policy.quiet import quiet_libraries
+
+_MOST_LAYERS = 10_000
+"""No decoder has more; a slip in a config.json would have modules made until the memory is full."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -54,10 +59,25 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
     from transformers import AutoConfig
 
     where = locate(name, revision)
+    if Path(where).is_dir():
+        # Before transformers reads it, which makes lists with an entry a layer.
+        _refuse_too_deep(Path(where), name)
     with told_in_one_line(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         _refuse_other_architectures(config, name)
     return where, config
+
+
+def _refuse_too_deep(directory: Path, name: str) -> None:
+    try:
+        settings = json.loads((directory / "config.json").read_bytes())
+        layers = settings.get("text_config", settings).get("num_hidden_layers", 0)
+    # What is wrong with it is told where it is read for good.
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return
+    if isinstance(layers, (int, float)) and layers > _MOST_LAYERS:
+        shown = f"{layers:.6g}" if layers < 1e300 else "more than 1e300"
+        raise UserError(f"{name}: config.json has {shown} layers; needed are at most {_MOST_LAYERS}")
 
 
 def _refuse_other_architectures(config: Any, name: str) -> None:
