@@ -242,11 +242,16 @@ def _models(
                 with status(f"looking up {config.model}"):
                     models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     from internal_policy import terminal
-    from internal_policy.processes import launched
+
+    state = None
+    if world_size() > 1:
+        from internal_policy.processes import launched
+
+        state = launched()
 
     analyses = []
     # All of them from the start: a directory in use is told before another model is analysed.
-    with locked(*(root / config.slug for config in configs), wait=writes["wait"], state=launched()):
+    with locked(*(root / config.slug for config in configs), wait=writes["wait"], state=state):
         for name in names:
             # All lenses of a model first, so that each can show what the others give.
             known = done[name]

@@ -58,7 +58,6 @@ def inspect(
         Path | None,
         typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
     ] = None,
-    wait: cli_common.Wait = False,
     trust_remote_code: cli_common.TrustRemoteCode = False,
     as_json: cli_common.Json = False,
     quiet: cli_common.Quiet = False,
@@ -105,7 +104,7 @@ def inspect(
     with locked(root, wait=True):
         name = look.place(root, name)
         directory, figures = root / name, (FIGURES if output is None else root / "figures") / name
-        with locked(directory, wait=wait), writing(directory):
+        with writing(directory):
             look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)

@@ -196,7 +196,7 @@ def _check(options: dict[str, Any]) -> None:
         if name in options and options[name] not in choices:
             raise UserError(f"{_flag(name)} is {options[name]!r}; needed is one of {', '.join(choices)}")
     steps = str(options.get("ipa_steps", AUTO)).strip()
-    if steps != AUTO and not is_number(steps):
+    if steps != AUTO and not (is_number(steps) and int(steps) >= 0):
         raise UserError(f"--ipa-steps is {steps}; needed is a number of steps of at least 0, or auto")
     total = options.get("max_steps")
     if steps != AUTO and isinstance(total, int) and int(steps) > total:

@@ -71,7 +71,9 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
         return f"{text}; install what is missing, then repeat this"
     if advice is not None:
         return f"{text}; {advice}"
-    if Path(name).exists() or name.startswith("testbed/"):
+    if what != WEIGHTS and name.startswith("testbed/"):
+        return f"{text}; install internal-policy again"
+    if Path(name).exists():
         return f"{text}; mend this directory, or give another"
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):

@@ -38,6 +38,7 @@ class StudyOptions(TypedDict, total=False):
     seed: int
     keep_tokens: int
     tolerance: float | None
+    random_baseline: bool
     trust_remote_code: bool
 
 

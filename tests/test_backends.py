@@ -202,7 +202,7 @@ def test_a_cell_tells_a_gap_and_a_difference(monkeypatch):
         raise ValueError("no adapter | for this\nand more")
 
     monkeypatch.setitem(OPENERS, "nnsight", refuse)
-    assert cell("llama", "nnsight") == "ValueError: no adapter / for this"
+    assert "no adapter / for this" in cell("llama", "nnsight")
     assert not same("0", cell("llama", "nnsight"), "nnsight")
 
     def louder(model):

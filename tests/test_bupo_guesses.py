@@ -117,7 +117,8 @@ def test_a_run_on_a_mixture_of_experts_found_by_structure(tmp_path, monkeypatch)
     assert len(proofs) == 1
     assert list(run.history["phase"]) == [ALIGNMENT, "grpo"]
     live = models.wrap(model, tiny_tokenizer(), family=proof.prove_family(model, None))
-    rows = pd.read_json(tmp_path / "run" / "dynamics_responses.jsonl", lines=True)
+    # Their digest is the last line.
+    rows = pd.read_json(tmp_path / "run" / "dynamics_responses.jsonl", lines=True).dropna(subset="input_ids")
     responses = read_responses(rows[["input_ids", "prompt_length"]].to_dict("records"), tiny_tokenizer(), "plain")
     again = Dynamics(live, responses, 2, site="attn").measure()
     assert run.dynamics["entropy"].iloc[-1] == pytest.approx(again.entropy, abs=FLOAT32_NATS)

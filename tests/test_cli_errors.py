@@ -164,7 +164,7 @@ def test_a_data_set_that_is_not_there(tmp_path, model_dir):
         (["--dtype", "int8"], "--dtype is 'int8'"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--prompts", "a", "--responses", "b"], "both --prompts and --responses"),
-        (["--lens", "wide"], "'wide' is not one of"),
+        (["--lens", "wide"], "--lens is 'wide'; needed is one of policy, logit-lens"),
         (["--no-such-option"], "No such option: --no-such-option"),
         (["--responses", "r.jsonl", "--temperature", "0.5"], "--temperature was given with --responses"),
     ],

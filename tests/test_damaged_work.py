@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from training import command
 from transformers import TrainerCallback
 
-from internal_policy import UserError, analyze, models, pipeline
+from internal_policy import UserError, analyze, models, pipeline, sweeps
 from internal_policy.bupo.checkpoint import FILES, drop_optimiser_states, last_checkpoint, seal
 from internal_policy.capture import reduce_responses
 from internal_policy.evaluation import evaluate
@@ -192,7 +192,7 @@ def test_a_file_that_ends_too_early_is_no_interrupt(tmp_path, monkeypatch, capsy
     def ends(*arguments, **options):
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr(pipeline, "analyze", ends)
+    monkeypatch.setattr(sweeps, "analyze", ends)
     told = command(monkeypatch, capsys, "analyze", "--output", tmp_path)
     assert told == (2, "", "error: a file ends too early (Ran out of input); --debug shows which\n")
 

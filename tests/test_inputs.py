@@ -256,7 +256,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_told_in_one_line():
 
 def test_a_chat_template_that_fails_in_many_lines_is_told_in_one():
     tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('one\\ntwo') }}")
-    with pytest.raises(UserError, match=r"the chat template refuses .* \(one\)"):
+    with pytest.raises(UserError, match=r"the chat template refuses .* \(one two\)"):
         render(Prompt("w2"), "chat", tokenizer)
 
 

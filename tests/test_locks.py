@@ -89,7 +89,6 @@ def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, 
     [
         (["compare", "analyses"], "data/comparisons/compare--007--NA"),
         (["report", "analyses"], "analyses/NA"),
-        (["inspect", "--model", "testbed/qwen3", "--prompt", "3+4=?;"], "data/inspections/testbed--qwen3"),
         (["analyze", "-m", "testbed/qwen3", "-m", "testbed/llama"], "data/analyses/testbed--llama"),
         (["evaluate", "-m", "testbed/qwen3", "-m", "testbed/llama"], "data/evaluations/testbed--llama/testbed"),
     ],

@@ -480,7 +480,10 @@ def test_a_recorded_call_is_given_again(tmp_path):
     objects = training_commands(replace(run, call={**call, "objects": ["peft_config"]}))
     assert objects.shell is None
     assert "peft_config=peft_config" in objects.python
-    assert inspect.signature(train).parameters.keys() - {"set_", "debug", "json", "quiet", "json_", "as_json"} == FLAGS
+    assert (
+        inspect.signature(train).parameters.keys() - {"set_", "debug", "wait", "json", "quiet", "json_", "as_json"}
+        == FLAGS
+    )
 
 
 def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path):

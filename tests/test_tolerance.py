@@ -451,7 +451,7 @@ def test_the_line_on_the_terminal():
     )
     assert "(layer 8); tolerance" in terminal.positions_line({**found, "site": "layer"})
     assert terminal.positions_line({**found, "site": "ffn", "few": 3}).endswith(
-        "tolerance 0.05; 3 of the 24 half-widths rest on a few positions with large values and may miss more often "
+        "; 3 of the 24 half-widths rest on a few positions with large values and may miss more often "
         "than one time in 20"
     )
 

@@ -101,7 +101,7 @@ def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; needed is a number above 0"),
         ({"top_k": -5}, "top_k is -5; needed is a number of at least 0"),
         ({"min_p": 2.0}, "min_p is 2.0; needed is a share from 0 to 1"),
-        ({"seed": 2**70}, "needed is a number from 0 to 2^32 - 1"),
+        ({"seed": 2**70}, "needed is a number of at most 4294967295"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards; give one for each"),
         ({"reward_weights": ["a"]}, "the trainer refuses its options"),
         (

@@ -21,6 +21,7 @@ from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.options import showing
 from internal_policy.quiet import quiet_libraries
 from internal_policy.results import Analysis
+from internal_policy.shell import is_number
 
 
 @quiet_libraries()
@@ -79,7 +80,7 @@ def train(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    if isinstance(layer, str) and layer.strip().isdigit():
+    if isinstance(layer, str) and is_number(layer):
         # As on the command line: the run's directory is named by it, and its page gives it again.
         layer = int(layer)
     objects = {"tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None}
