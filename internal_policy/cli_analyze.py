@@ -229,9 +229,11 @@ def _models(
     first = configs[0]
     cli_common.require_there(names, first.revision, first.prompts, first.responses)
     root = DATA if output is None else expanded(output)
-    # Of several lenses the later ones read what the first one sampled, which is known when that is there.
-    alone = not writes["overwrite"] and world_size() == 1 and len(lenses) == 1
-    done = {c.model: unchanged.complete(c, root / c.slug) if alone else None for c in configs}
+    alone = not writes["overwrite"] and world_size() == 1
+    each = {name: [c for c in configs if c.model == name] for name in names}
+    done = {
+        name: unchanged.complete(each[name], root, follow=first.responses is None) if alone else None for name in each
+    }
     if None in done.values():
         with importing():
             from internal_policy import models, sweeps
@@ -256,13 +258,13 @@ def _models(
             # All lenses of a model first, so that each can show what the others give.
             known = done[name]
             if known is not None:
-                found = [known]
+                found = known
             else:
                 found = sweeps.analyze_lenses(name, lenses, output=root, **writes, **options)
             if is_main_process():
                 for analysis in found:
                     terminal.show(analysis)
-                    cli_report.write_reports([analysis])
+                    cli_report.write_reports([analysis], keep=known is not None)
             analyses += found
     if is_main_process():
         cli_report.redraw_other_lenses(analyses)
@@ -278,18 +280,29 @@ def _told(analysis: Analysis) -> dict[str, Any]:
 
 def _sweep(start: str | None, output: Path | None, options: dict[str, Any]) -> None:
     own = {"revisions", "checkpoints", "own_responses", "overwrite", "wait"}
-    AnalyzeConfig(**{name: value for name, value in options.items() if name not in own})
-    from internal_policy.checkpoints import targets
+    settings = {name: value for name, value in options.items() if name not in own}
+    AnalyzeConfig(**settings)
+    from internal_policy.checkpoints import refuse_one_place, targets
 
     # What is not there is told before torch is imported.
-    targets(start, options["revisions"], options["checkpoints"])
+    found = targets(start, options["revisions"], options["checkpoints"])
     cli_common.require_there([start] if start else [], None, options["prompts"], options["responses"])
-    with importing():
-        from internal_policy.sweeps import sweep
-
     root = DATA if output is None else expanded(output)
-    each = cli_report.show_and_report if is_main_process() else None
-    analyses = sweep(start, output=root, each=each, **options)
+    configs = [AnalyzeConfig(model=t.model, revision=t.revision, **settings) for t in found]
+    refuse_one_place(configs)
+    own_responses = options["own_responses"]
+    alone = not options["overwrite"] and world_size() == 1 and not (own_responses and options["responses"])
+    known = unchanged.complete(configs, root, follow=not own_responses) if alone else None
+    if known is not None:
+        analyses = known
+        for analysis in analyses:
+            cli_report.show_and_report(analysis, keep=True)
+    else:
+        with importing():
+            from internal_policy.sweeps import sweep
+
+        each = cli_report.show_and_report if is_main_process() else None
+        analyses = sweep(start, output=root, each=each, **options)
     if not is_main_process():
         return
     figures = FIGURES if output is None else root / "figures"
@@ -298,8 +311,7 @@ def _sweep(start: str | None, output: Path | None, options: dict[str, Any]) -> N
         comparison = compare_sweep(analyses, figures)
     else:
         draw(analyses, figures)
-    found = {"analyses": [_told(a) for a in analyses], "comparison": comparison}
-    document({"command": "analyze", **found})
+    document({"command": "analyze", "analyses": [_told(a) for a in analyses], "comparison": comparison})
 
 
 def _study(preset: Preset, prompts: str | None, output: Path | None, options: dict[str, Any]) -> None:

@@ -107,9 +107,11 @@ def evaluate(
     names = list(dict.fromkeys(model))
     # A bad setting is told before anything heavy is imported, a bad model before another one is evaluated.
     slugs: dict[str, str] = {}
+    configs: dict[tuple[str, str], EvaluateConfig] = {}
     for name in names:
         for source in sources:
-            slug = EvaluateConfig(model=name, benchmark=label(source), **options).slug
+            configs[name, source] = config = EvaluateConfig(model=name, benchmark=label(source), **options)
+            slug = config.slug
             if slug in slugs:
                 raise UserError(
                     f"{slugs[slug]} and {name} on {source} would both be written to {slug}; "
@@ -120,21 +122,28 @@ def evaluate(
     for source in sources:
         Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
-    with importing():
-        from internal_policy import models
-        from internal_policy.evaluation import terminal
-        from internal_policy.evaluation.run import evaluate as run
+    root = DATA if output is None else expanded(output)
+    from internal_policy.evaluation.finishing import complete
 
-    for name in names:
+    ready = {(n, s): None if overwrite else complete(config, s, root) for (n, s), config in configs.items()}
+    left = [name for name in names if None in (ready[name, source] for source in sources)]
+    if left:
+        with importing():
+            from internal_policy import models
+            from internal_policy.evaluation.run import evaluate as run
+    for name in left:
         with status(f"looking up {name}"):
             models.check(name, revision=revision, trust_remote_code=trust_remote_code)
-    root = DATA if output is None else expanded(output)
+    from internal_policy.evaluation import terminal
+
     done = []
     # All of them from the start: a directory in use is told before another model is evaluated.
     with locked(*(root / slug for slug in slugs), wait=wait):
         for name in names:
             for source in sources:
-                evaluation = run(name, source, output=root, overwrite=overwrite, wait=wait, **options)
+                evaluation = ready[name, source]
+                if evaluation is None:
+                    evaluation = run(name, source, output=root, overwrite=overwrite, wait=wait, **options)
                 terminal.show(evaluation)
                 done.append(evaluation)
     compared = _compare(done, stored)

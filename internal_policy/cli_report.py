@@ -60,7 +60,11 @@ def report(
 
 
 def write_reports(
-    things: Sequence[Analysis | AnalysisComparison | Run], directory: Path | None = None, *, tell: bool = True
+    things: Sequence[Analysis | AnalysisComparison | Run],
+    directory: Path | None = None,
+    *,
+    tell: bool = True,
+    keep: bool = False,
 ) -> None:
     """Write the page of each result that is on disk already, and say where.
 
@@ -70,6 +74,7 @@ def write_reports(
         things: the results.
         directory: where a comparison's goes; the others go into their own.
         tell: whether to say where.
+        keep: leave a page that was drawn after its result was written.
     """
     from internal_policy import terminal
     from internal_policy.report import write_report
@@ -80,7 +85,9 @@ def write_reports(
         if place is None:
             continue
         try:
-            path = write_report(_placed(thing, place), place)
+            path = place / REPORT
+            if not (keep and _is_newer(path, place)):
+                path = write_report(_placed(thing, place), place)
         # Whatever it is, the result is whole without its page.
         except Exception as error:
             # A page of earlier results beside new ones would be believed.
@@ -119,6 +126,12 @@ def _placed(thing: Analysis | AnalysisComparison | Run, place: Path) -> Analysis
     return thing if thing.path is not None else replace(thing, path=place)
 
 
+def _is_newer(page: Path, place: Path) -> bool:
+    """Whether a page was drawn after the result beside it was written."""
+    results = [path.stat().st_mtime_ns for path in place.glob("*.json")]
+    return page.is_file() and bool(results) and page.stat().st_mtime_ns > max(results)
+
+
 def _is_there(path: Path) -> bool:
     # A directory that may not be entered hides what is in it.
     with suppress(OSError):
@@ -126,16 +139,17 @@ def _is_there(path: Path) -> bool:
     return False
 
 
-def show_and_report(analysis: Analysis) -> None:
+def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
     """Print the line of an analysis among many, and write its page into the directory that the line names.
 
     Args:
         analysis: the analysis.
+        keep: as for ``write_reports``.
     """
     from internal_policy import summary
 
     summary.show_line(analysis)
-    write_reports([analysis], tell=False)
+    write_reports([analysis], tell=False, keep=keep)
 
 
 def kind_of(directory: Path) -> str:

@@ -18,7 +18,7 @@ from internal_policy.locks import writing
 from internal_policy.output import document
 from internal_policy.progress import importing
 from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import is_number
+from internal_policy.shell import is_number, world_size
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -156,17 +156,23 @@ def train(
     require_there([model], revision, prompts, benchmark)
     if layer is not None:
         require_layer(layer)
-    with importing():
-        from internal_policy.bupo.training import train as run_training
+    from internal_policy.bupo.call import complete
 
-    run = run_training(**options)
-    from accelerate import PartialState
+    known = None if options["overwrite"] or world_size() > 1 else complete(options)
+    if known is not None:
+        run, is_main_process = known, True
+    else:
+        with importing():
+            from internal_policy.bupo.training import train as run_training
+        run = run_training(**options)
+        from accelerate import PartialState
 
-    if PartialState().is_main_process:
+        is_main_process = PartialState().is_main_process
+    if is_main_process:
         from internal_policy.bupo.terminal import show
 
         show(run)
-        write_reports([run])
+        write_reports([run], keep=known is not None)
         draw([run], FIGURES / run.path.resolve().name if output is None else run.path / "figures")
         document({"command": "train", "run": _fields(run)})
 

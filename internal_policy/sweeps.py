@@ -29,10 +29,8 @@ from internal_policy.processes import launched
 from internal_policy.progress import status
 from internal_policy.quiet import quiet_libraries
 from internal_policy.results import MANIFEST, Analysis
+from internal_policy.unchanged import OF_SAMPLING, RESPONSES
 from internal_policy.workspace import Workspace
-
-_OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
-"""Settings that have no meaning where responses are given; max_responses has chosen them already."""
 
 
 @quiet_libraries()
@@ -114,8 +112,9 @@ def _analyses(
         wanted: dict[str, Any] = dict(options)
         source = given
         if analyses and not own_responses:
-            source = as_source(analyses[0].sequences)
-            wanted = {name: value for name, value in options.items() if name not in _OF_SAMPLING}
+            first = analyses[0]
+            source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
+            wanted = {name: value for name, value in options.items() if name not in OF_SAMPLING}
         analysis = analyze(
             target.model,
             prompts=None if source is not None else prompts,
@@ -149,8 +148,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
     first = analyze(model, output=output, lens=lenses[0], **options)
     assert first.path is not None
     if options.get("responses") is None:
-        options = {name: value for name, value in options.items() if name not in ("prompts", *_OF_SAMPLING)}
-        options["responses"] = str(first.path / "responses.jsonl")
+        options = {name: value for name, value in options.items() if name not in ("prompts", *OF_SAMPLING)}
+        options["responses"] = str(first.path / RESPONSES)
     analyses = [first]
     for lens in lenses[1:]:
         release()

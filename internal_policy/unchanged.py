@@ -1,4 +1,4 @@
-"""A finished analysis that the same command would make again, told by the bytes of the files that it was made of.
+"""A finished result that the same command would make again, told by the bytes of the files that it was made of.
 
 Reading them takes milliseconds for the embedded models, and neither torch nor transformers. Wherever more than files on
 this disk decides, nothing is concluded, and the model is loaded and compared by all that its numbers come from.
@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULTS = AnalyzeConfig()
+RESPONSES = "responses.jsonl"
+"""Of an analysis: what others read of it as ready responses."""
+OF_SAMPLING = ("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
+"""Settings that have no meaning where responses are given; max_responses has chosen them already."""
+
 _PACKAGE = Path(__file__).parent
 _ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """Devices of Linux through which torch finds a GPU."""
@@ -31,26 +38,37 @@ _NEVER_READ = (".bin", ".pt", ".pth", ".ckpt")
 """Pickles: optimiser states beside a checkpoint, which are large."""
 
 
-def complete(config: AnalyzeConfig, directory: Path) -> Analysis | None:
-    """Find the analysis that a command would make again, without loading its model.
+def complete(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool = False) -> list[Analysis] | None:
+    """Find the analyses that a command would make again, without loading a model.
 
     Args:
-        config: the settings that were asked for.
-        directory: where the analysis would be.
+        configs: the settings that were asked for, of one analysis or several.
+        root: below it each analysis has its directory.
+        follow: whether the later ones read the responses of the first.
 
     Returns:
-        The analysis; None where there is none, or where only the model can tell.
+        All of them; None where one is not there, or where only a model can tell.
 
     Raises:
         UserError: an analysis with other settings, or a broken one.
     """
-    analysis = finished(config, directory) if directory.is_dir() else None
-    if analysis is None or not is_unchanged(config, analysis):
-        return None
-    if config.random_baseline and analysis.baseline is None:
-        return None
-    tell_complete(directory)
-    return analysis
+    found: list[Analysis] = []
+    wanted = list(configs)
+    if follow:
+        others: dict[str, Any] = {name: getattr(DEFAULTS, name) for name in OF_SAMPLING}
+        others |= {"prompts": None, "responses": str(root / configs[0].slug / RESPONSES)}
+        wanted[1:] = [replace(config, **others) for config in configs[1:]]
+    for config in wanted:
+        directory = root / config.slug
+        analysis = finished(config, directory) if directory.is_dir() else None
+        if analysis is None or not is_unchanged(config, analysis):
+            return None
+        if config.random_baseline and analysis.baseline is None:
+            return None
+        found.append(analysis)
+    for config in configs:
+        tell_complete(root / config.slug)
+    return found
 
 
 def tell_complete(directory: Path) -> None:
@@ -112,10 +130,23 @@ def is_unchanged(config: AnalyzeConfig, analysis: Analysis) -> bool:
     Returns:
         False also where that cannot be known.
     """
-    stored = analysis.config.get("files")
-    if stored is None or analysis.config.get("hooked") or analysis.model.get("quantization"):
+    return is_made_of(lambda: digest(config), analysis.config, analysis.versions)
+
+
+def is_made_of(files: Callable[[], str | None], config: Mapping[str, Any], versions: Mapping[str, str]) -> bool:
+    """Whether a result was made of the files that are there now, by the same libraries.
+
+    Args:
+        files: digests these files; asked for last, for it reads them.
+        config: of the result; ``files`` is the digest of those that it was made of.
+        versions: of the libraries, by name.
+
+    Returns:
+        False also where that cannot be known.
+    """
+    if config.get("files") is None or config.get("hooked"):
         return False
-    return all(_version(name) == known for name, known in analysis.versions.items()) and stored == digest(config)
+    return all(_version(name) == known for name, known in versions.items()) and config["files"] == files()
 
 
 def digest(config: AnalyzeConfig) -> str | None:
@@ -127,35 +158,47 @@ def digest(config: AnalyzeConfig) -> str | None:
     Returns:
         64 hexadecimal digits; None where something else decides too: the hub, a GPU, another library, remote code.
     """
-    files = _files(config)
-    if files is None:
+    elsewhere = ("backend", "remote", "generator", "device_map", "quantization", "trust_remote_code", "revision")
+    if any(getattr(config, name) != getattr(DEFAULTS, name) for name in elsewhere):
         return None
+    given = config.responses if config.responses is not None else config.prompts
+    return digest_of(config.model, [given], config.device)
+
+
+def digest_of(model: str, sources: Iterable[str | None], device: str = "auto") -> str | None:
+    """Digest the files of a model, others that are read beside them, and the code of this package.
+
+    Args:
+        model: local directory, or embedded model.
+        sources: files; ``testbed`` for the embedded tasks, which None means too where the model is embedded.
+        device: what the model is loaded on.
+
+    Returns:
+        64 hexadecimal digits; None where one of them is not on this disk, or something else decides too.
+    """
+    embedded = model in testbed.NAMES and not Path(model).exists()
+    directory = testbed.path(model) if embedded else Path(model)
+    if not _on_the_cpu(device) or not directory.is_dir() or (directory / "adapter_config.json").exists():
+        return None
+    files = list(_of_model(directory))
     found = hashlib.sha256()
     try:
+        for source in sources:
+            # The embedded tasks are code of this package. What another model reads by default is on the hub.
+            if source == TESTBED or (source is None and embedded):
+                continue
+            if source is None or not Path(source).is_file():
+                return None
+            files.append(Path(source))
+        # A library that no result names reads such weights.
+        if b"quantization_config" in (directory / "config.json").read_bytes():
+            return None
         for path in [*files, *sorted(_PACKAGE.rglob("*.py"))]:
             with path.open("rb") as opened:
                 found.update(f"{path.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.hexdigest()
-
-
-def _files(config: AnalyzeConfig) -> list[Path] | None:
-    plain = AnalyzeConfig()
-    elsewhere = ("backend", "remote", "generator", "device_map", "quantization", "trust_remote_code", "revision")
-    if any(getattr(config, name) != getattr(plain, name) for name in elsewhere) or not _on_the_cpu(config.device):
-        return None
-    embedded = config.model in testbed.NAMES and not Path(config.model).exists()
-    directory = testbed.path(config.model) if embedded else Path(config.model)
-    if not directory.is_dir() or (directory / "adapter_config.json").exists():
-        return None
-    given = config.responses if config.responses is not None else config.prompts
-    # The embedded tasks are code of this package. What another model reads by default is on the hub.
-    if given == TESTBED or (given is None and embedded):
-        return list(_of_model(directory))
-    if given is None or not Path(given).is_file():
-        return None
-    return [*_of_model(directory), Path(given)]
 
 
 def _of_model(directory: Path) -> Iterator[Path]:

@@ -36,7 +36,8 @@ def test_a_run_from_end_to_end(finished):
     place, done = finished
     out = place / "out"
     # Nothing of the libraries' own reaches the terminal.
-    assert done.stderr == "loading the libraries (torch, transformers)\n"
+    # The line is said where the process that was forked had not loaded them.
+    assert done.stderr in ("", "loading the libraries (torch, transformers)\n")
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv", "report.html"}
     drawn = {"fig4_training", "fig5_alignment_qwen3-bupo-layer-2-1-step", "fig7_policy_entropy"}

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.bupo.call import tell_complete
 from internal_policy.bupo.checkpoint import FILES, flat, last_checkpoint, sealed_settings, settings_digest
 from internal_policy.bupo.results import (
     ADAPTER,
@@ -84,7 +85,7 @@ class RunDirectory:
         run = Run.load(self.path)
         if differing := _differing(run.config, settings):
             raise in_use(self.path, "a run", differing)
-        logger.warning("%s: already complete; nothing to train (--overwrite starts over)", self.path)
+        tell_complete(self.path)
         return run
 
     def open(self, settings: dict[str, Any], updates_per_step: int, overwrite: bool, processes: int) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from internal_policy.bupo import plan as planning
-from internal_policy.bupo.call import call_of
+from internal_policy.bupo.call import call_of, digest
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
@@ -99,6 +99,7 @@ def train(
         else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
     )
     call = call_of({**given_words, "output": directory}, options)
+    call["digest"] = digest({**given_words, "output": output, **options})
     session = Session(name, plan, trainer_options, directory, wanted_layer, call)
     with alone(None if given_model is None else given_model.model):
         return session.run(given_model, prompts, reward, overwrite, wait, peft_config, callbacks or [])

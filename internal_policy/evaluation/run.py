@@ -20,7 +20,7 @@ import pandas as pd
 
 from internal_policy.config import defaults
 from internal_policy.errors import UserError
-from internal_policy.evaluation import benchmarks, metrics
+from internal_policy.evaluation import benchmarks, finishing, metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
@@ -34,7 +34,7 @@ from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.progress import status
 from internal_policy.prompts import MATH_500, TESTBED, Prompt
 from internal_policy.quiet import quiet_libraries
-from internal_policy.workspace import Workspace, differences, in_use
+from internal_policy.workspace import Workspace, in_use
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,13 @@ def _run(
     directory: Path,
     overwrite: bool,
 ) -> Evaluation:
-    finished = None if overwrite else _finished(config, directory)
+    finished = None if overwrite else finishing.finished(config, directory)
     workspace = Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="evaluation")
     if finished is None:
         workspace.check()
+    named = opened is None and isinstance(source, str)
+    # Before the model is read: what is written later into its files is then known to be another model.
+    files = finishing.digest(config, str(source)) if named else None
     with status(f"reading {config.benchmark}"):
         problems = benchmarks.read_benchmark(source, config.max_problems)
     started = time.perf_counter()
@@ -193,9 +196,9 @@ def _run(
     if hooked and not overwrite and (finished is not None or workspace.begun):
         raise not_taken_up(directory, hooked, "an evaluation")
     if finished is not None:
-        if differing := _differing(finished, identity):
+        if differing := finishing.differing_settings(finished, identity):
             raise in_use(directory, "an evaluation", differing)
-        return _with_ks(finished, config, directory, workspace)
+        return finishing.with_ks(finished, config, directory)
     if workspace.open(identity, overwrite, defaults(EvaluateConfig)):
         logger.warning("%s: going on with an unfinished evaluation", directory)
     rows = sample_all(config, model, requests, limit, scorer, workspace)
@@ -205,39 +208,11 @@ def _run(
         timings[stage] = round(sum(float(shard[f"{stage}_seconds"]) for shard in workspace.shards("sample")), 3)
     for shard in workspace.shards("sample"):
         failures.update(json.loads(str(shard["failures"])))
-    evaluation = _assemble(config, model, problems, rows, {**asdict(config), **identity})
+    evaluation = _assemble(config, model, problems, rows, {**asdict(config), **identity, "files": files})
     evaluation = replace(evaluation, failures=dict(failures), timings=timings)
     evaluation = replace(evaluation, path=evaluation.save(directory))
     workspace.close()
     return evaluation
-
-
-def _finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
-    """The evaluation that is already there; refused before the model is loaded where its settings differ."""
-    if not (directory / MANIFEST).is_file():
-        return None
-    evaluation = Evaluation.load(directory)
-    wanted = json.loads(json.dumps(config.decisive()))
-    if differing := _differing(evaluation, wanted):
-        raise in_use(directory, "an evaluation", differing)
-    return evaluation
-
-
-def _differing(evaluation: Evaluation, wanted: dict[str, Any]) -> str:
-    known = {key: value for key, value in evaluation.config.items() if key in wanted}
-    return differences(known, wanted, defaults(EvaluateConfig))
-
-
-def _with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path, workspace: Workspace) -> Evaluation:
-    """What is there already, with Pass@K for the K that are asked for now: they need no new samples."""
-    workspace.close()
-    logger.warning("%s: this evaluation is complete; nothing to sample", directory)
-    if tuple(finished.pass_at_k["k"]) == config.ks:
-        return finished
-    table = metrics.pass_table(finished.problems, config.ks)
-    changed = replace(finished, pass_at_k=table, config={**finished.config, "k": list(config.ks)})
-    changed.save(directory)
-    return changed
 
 
 def _assemble(
