@@ -122,8 +122,8 @@ def evaluate(
     root = DATA if output is None else output.expanduser()
     from internal_policy.evaluation.finishing import complete
 
-    known = {(n, s): None if overwrite else complete(config, s, root) for (n, s), config in configs.items()}
-    left = [name for name in names if None in (known[name, source] for source in sources)]
+    there = {(n, s): None if overwrite else complete(config, s, root) for (n, s), config in configs.items()}
+    left = [name for name in names if None in (there[name, source] for source in sources)]
     if left:
         with importing():
             from internal_policy import models
@@ -136,7 +136,7 @@ def evaluate(
     done = []
     for name in names:
         for source in sources:
-            evaluation = known[name, source] or run(name, source, output=root, overwrite=overwrite, **options)
+            evaluation = there[name, source] or run(name, source, output=root, overwrite=overwrite, **options)
             terminal.show(evaluation)
             done.append(evaluation)
     compared = _compare(done, stored)
