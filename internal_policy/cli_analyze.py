@@ -241,7 +241,7 @@ def _models(
                     models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     from internal_policy import terminal
 
-    analyses = []
+    analyses, new = [], []
     for name in names:
         # All lenses of a model first, so that each can show what the others give.
         known = done[name]
@@ -249,13 +249,14 @@ def _models(
             found = known
         else:
             found = sweeps.analyze_lenses(name, lenses, output=root, overwrite=overwrite, **options)
+            new += found
         if is_main_process():
             for analysis in found:
                 terminal.show(analysis)
                 cli_report.write_reports([analysis], keep=known is not None)
         analyses += found
     if is_main_process():
-        cli_report.redraw_other_lenses(analyses)
+        cli_report.redraw_other_lenses(new)
         draw(analyses, FIGURES if output is None else root / "figures")
         document({"command": "analyze", "analyses": [_told(a) for a in analyses]})
 
