@@ -251,7 +251,7 @@ def _models(
 
         state = launched()
 
-    analyses = []
+    analyses, new = [], []
     # All of them from the start: a directory in use is told before another model is analysed.
     with locked(*(root / config.slug for config in configs), wait=writes["wait"], state=state):
         for name in names:
@@ -261,13 +261,14 @@ def _models(
                 found = known
             else:
                 found = sweeps.analyze_lenses(name, lenses, output=root, **writes, **options)
+                new += found
             if is_main_process():
                 for analysis in found:
                     terminal.show(analysis)
                     cli_report.write_reports([analysis], keep=known is not None)
             analyses += found
     if is_main_process():
-        cli_report.redraw_other_lenses(analyses)
+        cli_report.redraw_other_lenses(new)
         draw(analyses, FIGURES if output is None else root / "figures")
         document({"command": "analyze", "analyses": [_told(a) for a in analyses]})
 

@@ -25,7 +25,14 @@ from internal_policy.sweeps import analyze_lenses
 OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
 RATED = {"samples": 1, "max_new_tokens": 4, "device": "cpu", "max_problems": 2}
 ASKED = {"model": "model", "prompts": "prompts.jsonl", "method": "grpo", "max_steps": 30}
-WITHOUT_A_GPU = "from internal_policy import unchanged; unchanged._ACCELERATORS = ()\n"
+PREPARED = """
+from pathlib import Path
+from matplotlib.figure import Figure
+from internal_policy import unchanged
+unchanged._ACCELERATORS = ()
+Figure.savefig = lambda figure, file, **options: isinstance(file, Path) and file.touch()
+"""
+"""Neither a GPU that this machine may have, nor the seconds that drawing takes."""
 LENSES = ("policy", "logit-lens")
 COMMANDS = {
     "lenses": "analyze --model model --prompts prompts.jsonl --lens policy --lens logit-lens --output out",
@@ -58,6 +65,8 @@ def made(tmp_path_factory):
         sweep(checkpoints="run/checkpoint-*", prompts="prompts.jsonl", output="swept", **OPTIONS)
         evaluate("model", "prompts.jsonl", output="rated", **RATED)
         keep(place / "trained", {**ASKED, "output": "trained"})
+    for manifest in (*place.glob("*/*/analysis.json"), place / "trained" / "run.json"):
+        (manifest.parent / "report.html").write_text("a page")
     return place
 
 
@@ -179,11 +188,11 @@ def test_the_layer_of_an_analysis_counts_by_its_file(place):
     assert call.digest({**ASKED, "layer": "2"}) == call.digest({**ASKED, "layer": 2})
 
 
-def test_nothing_is_loaded_for_nothing_to_do(place, monkeypatch):
+def test_nothing_is_loaded_for_nothing_to_do(place):
     short = "--max-new-tokens 4 --device cpu"
     asked = [words + ("" if kind == "run" else f" {short}") for kind, words in COMMANDS.items()]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
-    done = base(WITHOUT_A_GPU + EACH, *asked, cwd=place, absent="")
+    done = base(PREPARED + EACH, *asked, cwd=place, absent="")
     for said in done.stderr.split("# ")[1:]:
         *lines, end = said.splitlines()[1:]
         assert lines
@@ -191,12 +200,12 @@ def test_nothing_is_loaded_for_nothing_to_do(place, monkeypatch):
         # With no library behind it that was loaded.
         assert end == ""
     assert done.stderr.count("complete; nothing to ") == 6
+    assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 
 def test_a_page_is_left_where_it_is_newer_than_its_result(place, monkeypatch, capsys):
     (analysis,) = place.glob("out/*--model")
     page = analysis / "report.html"
-    page.write_text("a page")
     found = Analysis.load(analysis)
     write_reports([found], keep=True)
     assert page.read_text() == "a page"
