@@ -16,7 +16,8 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import ModuleType
 
-_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "trl")
+# The client of the hub sets the level of its own logger when it is imported, and warns of each retry.
+_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "huggingface_hub.utils._http", "trl")
 _TRANSFORMERS = "transformers.utils.logging"
 _MODULES = r"(accelerate|bitsandbytes|datasets|huggingface_hub|peft|torch|tqdm|transformers|trl)(\.|$)"
 
@@ -41,11 +42,12 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"internal_policy(\.|$)")
         # Else they warn of each process that is started.
         stack.enter_context(_environment("TOKENIZERS_PARALLELISM", "false"))
+        # First, for the hub's client sets its own level when it is imported.
+        if bars:
+            stack.enter_context(_without_bars())
         for name in _LOGGERS:
             stack.enter_context(_errors_only(logging.getLogger(name)))
         stack.enter_context(_transformers())
-        if bars:
-            stack.enter_context(_without_bars())
         yield
 
 

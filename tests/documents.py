@@ -97,13 +97,14 @@ def run_in_bash(line):
 
 FEW_STEPS = 6
 _WHY_NOT = {
-    r"^(?:make|pip|source|export) ": "makes the reader's environment",
+    r"^(?:make|pip|source|export|python3? -m venv|\S+/bin/pip) ": "makes the reader's environment",
+    r"^\.venv-harness/": "needs an environment of its own; tests/test_harness.py runs the local task",
     r"^python ": "takes minutes; tests/test_benchmarks.py and the demo run it",
     r"^(?:accelerate|torchrun) ": "needs several GPUs or processes",
     r"--remote|--generator vllm| push ": "needs the network or a GPU",
     r"--preset (?:paper|small|qwen)|--benchmark math500": "needs the hub",
     r"(?:--model|--prompts) (?!testbed/)[A-Za-z][\w.-]*/[\w.-]+": "needs the hub",
-    r"\./(?:my|other)-|--(?:checkpoints|model) '?runs/|data/analyses/(?:NAME|Qwen--)": "reads what is the reader's own",
+    r"\./(?:my|other)-|--(?:checkpoints|model) '?runs/|data/analyses/(?:NAME|Qwen--)|data/runs/my-": "reads what is the reader's own",
 }
 
 

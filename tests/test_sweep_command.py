@@ -65,7 +65,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     figures = tmp_path / "out" / "figures" / "sweep-x--checkpoint-5--x--checkpoint-100"
     for name in ("fig2_entropy_flow.pdf", "compare_heat_maps.png", "compare_layer_lines.png", "trends.csv"):
         assert (figures / name).is_file()
-    assert pd.read_csv(figures / "boundaries.csv")["step"].tolist() == list(STEPS)
+    assert pd.read_csv(figures / "boundaries.csv")["step"].tolist() == [update / 5 for update in STEPS]
     # The directory of an analysis stands for its responses.
     given = ("--responses", "out/x--checkpoint-10", "-o", "again")
     code, _, err = told(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
