@@ -145,7 +145,8 @@ def main() -> None:
             typer.echo(message, err=True)
             sys.exit(2)
         command = f"{error.ctx.info_name} " if error.ctx and error.ctx.parent else ""
-        _fail(f"{message.rstrip('.')}. See internal-policy {command}--help")
+        message = message.rstrip(".")
+        _fail(f"{message}{'' if message.endswith('?') else '.'} See internal-policy {command}--help")
     except UserError as error:
         _fail(str(error), traced=debug)
     except OSError as error:

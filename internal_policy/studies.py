@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
+
+from huggingface_hub import constants
 
 from internal_policy import models
 from internal_policy.checkpoints import refuse_one_place
@@ -116,7 +119,9 @@ def _study(
     caches: dict[str, int] = {}
     for config, before in zip(configs, stored, strict=True):
         if before is None:
-            look_up = partial(_look_up, config.model, config.trust_remote_code)
+            # Without a network each look at the hub takes half a minute of retries; one of them is enough.
+            offline = _NO_NETWORK in failures.values()
+            look_up = partial(_look_up, config.model, config.trust_remote_code, offline)
             per_token = _attempt(config.model, failures, look_up)
             caches[config.model] = config.batch_size * (config.max_new_tokens or 0) * (per_token or 0)
     unreached = [name for name, why in failures.items() if why == _NO_NETWORK]
@@ -230,11 +235,21 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     return now is None or now == commit
 
 
-def _look_up(model: str, trust_remote_code: bool) -> int | None:
+def _look_up(model: str, trust_remote_code: bool, offline: bool) -> int | None:
     """Check that the model can be had; the memory that a token of a response takes while it is sampled, in bytes."""
-    with status(f"looking up {model}"):
+    with status(f"looking up {model}"), _offline() if offline else nullcontext():
         _, config = models.check(model, trust_remote_code=trust_remote_code)
     return context.cache_bytes(config)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the hub's client look into its cache only, as HF_HUB_OFFLINE=1 does."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> Result | None:

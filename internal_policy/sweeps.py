@@ -10,6 +10,7 @@ One checkpoint is in memory at a time. What is written is taken up again by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,7 +29,7 @@ from internal_policy.pipeline import analyze
 from internal_policy.processes import launched
 from internal_policy.progress import status
 from internal_policy.quiet import quiet_libraries
-from internal_policy.results import MANIFEST, Analysis
+from internal_policy.results import ANALYSIS, MANIFEST, Analysis
 from internal_policy.unchanged import OF_SAMPLING, RESPONSES
 from internal_policy.workspace import Workspace
 
@@ -153,7 +154,12 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
     analyses = [first]
     for lens in lenses[1:]:
         release()
-        analyses.append(analyze(model, output=output, lens=lens, **options))
+        other = analyze(model, output=output, lens=lens, **options)
+        if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
+            # Which responses were cut is known of those that were sampled, and these are the same.
+            place, other = other.path, replace(other, n_truncated=first.n_truncated)
+            ANALYSIS.write_manifest(place, other.manifest())
+        analyses.append(other)
     return analyses
 
 

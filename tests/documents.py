@@ -104,7 +104,8 @@ _WHY_NOT = {
     r"--remote|--generator vllm| push ": "needs the network or a GPU",
     r"--preset (?:paper|small|qwen)|--benchmark math500": "needs the hub",
     r"(?:--model|--prompts) (?!testbed/)[A-Za-z][\w.-]*/[\w.-]+": "needs the hub",
-    r"\./(?:my|other)-|--(?:checkpoints|model) '?runs/|data/analyses/(?:NAME|Qwen--)|data/runs/my-": "reads what is the reader's own",
+    r"\./(?:my|other)-|--(?:checkpoints|model) '?runs/|data/analyses/(?:NAME|Qwen--)": "reads what is the reader's own",
+    r"data/runs/my-": "reads what is the reader's own",
 }
 
 

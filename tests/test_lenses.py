@@ -92,6 +92,7 @@ def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatc
     assert lens["path"] == str(tmp_path / "testbed--qwen3--logit-lens")
     assert lens["config"]["responses"] == str(tmp_path / "testbed--qwen3" / "responses.jsonl")
     assert policy["responses_digest"] == lens["responses_digest"]
+    assert policy["n_truncated"] == lens["n_truncated"] == 3
     answers = {"lens": "logit-lens", "boundary_layer": lens["boundary_layer"], "path": lens["path"]}
     assert policy["other_lens"] == answers
     # Sampled by itself it has the same responses too; the page of the first is drawn again to say so.

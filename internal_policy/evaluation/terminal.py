@@ -13,7 +13,7 @@ from internal_policy.evaluation.comparison import Comparison
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.printing import console as open_console
 from internal_policy.printing import percent_span, plus_minus, table
-from internal_policy.terminal import list_files
+from internal_policy.terminal import files_of, list_files
 from internal_policy.wording import counted
 
 
@@ -36,7 +36,7 @@ def show(evaluation: Evaluation) -> None:
         told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
         console.print(f"the verifier failed on some responses, which count as wrong: {told}")
     if evaluation.path is not None:
-        list_files("evaluation", sorted(p for p in evaluation.path.iterdir() if p.is_file()))
+        list_files("evaluation", files_of(evaluation.path))
 
 
 def rate_table(evaluation: Evaluation) -> Table:
