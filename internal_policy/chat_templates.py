@@ -35,7 +35,8 @@ def apply_chat_template(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -
     Raises:
         UserError: the template refuses a chat, or takes too long or too much memory for it.
     """
-    if "fork" not in multiprocessing.get_all_start_methods():
+    # A worker of a pool may have no process of its own.
+    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
         return [_checked(_apply(tokenizer, chat), chat) for chat in chats]
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)

@@ -139,8 +139,8 @@ def answer_text(value: Any) -> str | None:
     if isinstance(value, numbers.Real) and math.isfinite(value):
         number = float(value)
         return str(int(number)) if number.is_integer() and abs(number) < 1e15 else str(value)
-    if isinstance(value, Decimal):
-        return str(value)
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(int(value)) if value == value.to_integral_value() else str(value)
     raise TypeError(f"an answer that is a {type(value).__name__} ({str(value)[:40]}); needed is one text or number")
 
 

@@ -168,6 +168,9 @@ class Workspace:
             The arrays of each portion.
         """
         for path in sorted(self.work.glob(f"{kind}-*.npz")):
+            if path.name.startswith("damaged-"):
+                # Set aside before.
+                continue
             data = path.read_bytes()
             name = _SHARD.fullmatch(path.name)
             if name is None or name[2] != self._seal(name[1], data):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_training_resume import assert_same, train
@@ -13,11 +16,12 @@ from training import command
 from transformers import TrainerCallback
 
 from internal_policy import UserError, analyze, models, pipeline, sweeps
-from internal_policy.bupo.checkpoint import FILES, drop_optimiser_states, last_checkpoint, seal
+from internal_policy.bupo.checkpoint import FILES, Seal, drop_optimiser_states, last_checkpoint, seal
 from internal_policy.capture import reduce_responses
 from internal_policy.evaluation import evaluate
 from internal_policy.evaluation import sampling as evaluating
 from internal_policy.files import read_lines_sealed, write_lines_sealed
+from internal_policy.workspace import Workspace
 
 PROMPTS = ["w2 w3 w4", "w5 w6", "w7 w8 w9 w10", "w11"]
 OPTIONS = {"prompts": PROMPTS, "max_new_tokens": 6, "batch_size": 2, "samples_per_prompt": 2}
@@ -329,3 +333,29 @@ def test_a_disk_that_fills_while_training_is_told_in_one_line(stopped):
         train(place, "full", **SHORT)
     (checkpoint / "optimizer.pt").unlink()
     assert_same(straight, train(place, "full", **SHORT))
+
+
+def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
+    """Older lists are written again where optimiser states are dropped, so that times say nothing about the order."""
+    args = SimpleNamespace(save_total_limit=3, output_dir=tmp_path)
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None, num_processes=1)
+    sealing = Seal(SimpleNamespace(args=args, accelerator=accelerator), {"seed": 0})
+    for step in range(1, 8):
+        made = make_checkpoint(tmp_path, step)
+        os.utime(made, (1e9 - step, 1e9 - step))
+        drop_optimiser_states(tmp_path)
+        sealing.on_save(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
+    assert (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
+
+
+def test_what_was_set_aside_is_not_found_damaged_again(tmp_path, caplog):
+    workspace = Workspace(tmp_path / "a")
+    workspace.open({"seed": 0}, overwrite=False)
+    workspace.write("capture", 0, {"index": np.arange(3)})
+    (shard,) = workspace.work.glob("capture-*.npz")
+    flip(shard)
+    for _ in range(3):
+        Workspace(tmp_path / "a").open({"seed": 0}, overwrite=False)
+    assert len(caplog.messages) == 1
+    assert [p.name for p in workspace.work.glob("*damaged*")] == [f"damaged-1-{shard.name}"]

@@ -23,7 +23,7 @@ from internal_policy import UserError, analyze, bupo, models, sweep, testbed
 from internal_policy.bupo.rewards import ExactReward
 from internal_policy.evaluation import evaluate
 from internal_policy.inputs import as_source
-from internal_policy.prompts import NAMED_TEMPLATES, Prompt, read_prompts, render
+from internal_policy.prompts import NAMED_TEMPLATES, Prompt, answer_text, read_prompts, render
 from internal_policy.records import read_file
 from internal_policy.responses import check_responses, prompt_indices, read_responses
 
@@ -349,3 +349,9 @@ def test_an_answer_that_is_not_one_is_refused_before_anything_is_sampled(answer,
     assert not (tmp_path / "out").exists()
     # Nothing is compared with it here.
     assert read_prompts(rows)[0].problem == "2+2=?"
+
+
+@pytest.mark.parametrize("value", [4, 4.0, Decimal("4.00"), Decimal("4"), np.int64(4)])
+def test_a_number_is_answered_by_its_digits_however_it_is_stored(value):
+    assert answer_text(value) == "4"
+    assert answer_text(Decimal("1E+2")) == "100"

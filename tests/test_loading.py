@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from internal_policy import UserError, models
+from internal_policy import UserError, models, testbed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -212,3 +213,17 @@ def test_what_no_layer_reads_may_stand_in_a_checkpoint(whole, tmp_path, more, co
     said = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
     assert bool(said) == bool(told)
     assert told in "".join(said)
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {"quant_method": "mxfp4"}])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_what_the_quantiser_leaves_as_plain_numbers_is_refused(tmp_path, method, dtype):
+    directory = Path(shutil.copytree(testbed.path("testbed/llama"), tmp_path / "m"))
+    weights = load_file(directory / "model.safetensors")
+    weights |= {k: (100 * v).to(dtype) for k, v in weights.items() if "proj" in k}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, "quantization_config": method}))
+    with pytest.raises(UserError) as told:
+        models.load(str(directory))
+    assert "\n" not in str(told.value)

@@ -52,7 +52,7 @@ class Seal(TrainerCallback):  # type: ignore[misc]  # transformers is not typed 
         accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._settings, accelerator.num_processes)
-            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self._kept, use_mtime=True)
+            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self._kept)
 
 
 def seal(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
@@ -81,7 +81,7 @@ def drop_optimiser_states(directory: Path) -> None:
     """
     for _, checkpoint in sorted(_checkpoints(directory))[:-_WHOLE]:
         told = _read(checkpoint) if (checkpoint / FILES).is_file() else None
-        if told is not None:
+        if told is not None and any(map(_is_for_going_on, told["files"])):
             # First, so that at no time a file is listed that is not there.
             kept = {name: known for name, known in told["files"].items() if not _is_for_going_on(name)}
             _write(checkpoint, {**told, "files": kept})

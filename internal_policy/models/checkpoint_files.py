@@ -12,6 +12,8 @@ import struct
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from internal_policy.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -137,6 +139,36 @@ def refuse_unscaled(files: list[Path], name: str) -> None:
                     f"{name}: {key} is stored as {dtype} and config.json has no quantization_config that says how to "
                     "scale it; give the checkpoint with its own config.json, or one that is not quantised"
                 )
+
+
+def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
+    """Refuse weights in integers or 8-bit floats that the quantiser of config.json leaves to be read as plain numbers.
+
+    Args:
+        files: safetensors files.
+        model: what was loaded of them.
+        name: its name.
+
+    Raises:
+        UserError: there are some; the message names the first.
+    """
+    loaded = dict(model.named_parameters())
+    stored = {key: dtype for file in files for key, (dtype, _) in header(file).items()}
+    for key, dtype in stored.items():
+        kept = loaded.get(key)
+        if dtype in _PLAIN or kept is None:
+            continue
+        plain = (
+            type(kept) is torch.nn.Parameter and type(model.get_submodule(key.rpartition(".")[0])) is torch.nn.Linear
+        )
+        if not plain and not (kept.is_floating_point() and kept.element_size() > 1):
+            continue
+        # With scales beside it a quantiser may have made plain weights of it, as some do on a CPU.
+        if not any(other.startswith(f"{key}_scale") or other == f"{key}.absmax" for other in stored):
+            raise UserError(
+                f"{name}: {key} is stored as {dtype}, and the quantization_config of config.json has it read as plain "
+                "numbers; give the checkpoint with its own config.json, or one that is not quantised"
+            )
 
 
 def header(file: Path) -> dict[str, tuple[str, list[int]]]:

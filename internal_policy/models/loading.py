@@ -13,7 +13,7 @@ import torch
 from internal_policy.config import DTYPES, check_device_map, check_quantization
 from internal_policy.errors import UserError
 from internal_policy.loading_errors import WEIGHTS, told_in_one_line
-from internal_policy.models.checkpoint_files import refuse_unscaled, weight_files
+from internal_policy.models.checkpoint_files import refuse_read_as_plain, refuse_unscaled, weight_files
 from internal_policy.models.families import Family
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
 from internal_policy.models.lookup import check, choose_device
@@ -107,6 +107,8 @@ def load(
             **options,
         )
         _refuse_other_weights(report, model, family_of(model, name), name)
+        if own:
+            refuse_read_as_plain(files, model, name)
         if "device_map" not in options:
             model = model.to(target)
     if scratch is not None:
