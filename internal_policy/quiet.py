@@ -42,12 +42,11 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"internal_policy(\.|$)")
         # Else they warn of each process that is started.
         stack.enter_context(_environment("TOKENIZERS_PARALLELISM", "false"))
-        # First, for the hub's client sets its own level when it is imported.
-        if bars:
-            stack.enter_context(_without_bars())
         for name in _LOGGERS:
             stack.enter_context(_errors_only(logging.getLogger(name)))
         stack.enter_context(_transformers())
+        if bars:
+            stack.enter_context(_without_bars())
         yield
 
 

@@ -67,6 +67,8 @@ def test_what_the_caller_has_chosen_comes_back_even_after_an_error(shown, monkey
 
 def test_a_library_that_is_imported_meanwhile_is_quiet_and_then_has_its_usual_state(monkeypatch):
     name, logger = "transformers.utils.logging", logging.getLogger("transformers")
+    # A command that ran in this process before may have switched them off.
+    hub.enable_progress_bars()
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
