@@ -174,8 +174,9 @@ from internal_policy.locks import locked
 from pathlib import Path
 with locked(Path(sys.argv[1])):
     subprocess.Popen(["sleep", "60"])
-    if child := os.fork():
-        print(child, flush=True)
+    if not os.fork():
+        # Only now has the child let go of the lock: the parent may be killed before the child has run at all.
+        print("forked", flush=True)
     time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, start_new_session=True)
