@@ -21,6 +21,7 @@ slow: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 # The site, in build/docs; a warning ends it. (The variable silences a notice of the theme's about another program.)
@@ -39,7 +40,7 @@ experiment: setup
 	$(BIN)/python benchmarks/stored_results.py
 
 testbed: setup
-	$(BIN)/python -m internal_policy.testbed.make
+	$(BIN)/python scripts/testbed/make.py
 
 # Runs every notebook in a fresh kernel, offline, and stores its outputs.
 notebooks: setup

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from internal_policy import analyze
-from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses
-from internal_policy.capture.hooks import first_tensor
-from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, definition
+from internal_policy.data.responses import Response, pad
+from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, reference
 from internal_policy.entropy.streaming import block_sizes
+from internal_policy.extractors import QUANTITIES, HookExtractor, Reducer, reduce_responses
+from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import LanguageModel
-from internal_policy.responses import Response, pad
 
 STATES = ("layer_in", "layer_out", "attn_in", "attn_out", "ffn_in", "ffn_out")
 """The states of a layer whose entropies are wanted; eqs. 11-13 take their differences in pairs."""
@@ -176,7 +176,7 @@ def in_float64(model: LanguageModel) -> Run:
         What finds the figures that the others are measured against.
     """
     weight = model.projection.weight.double()
-    return _by_hooks(model, lambda state: definition.policy_entropy(state.double(), weight))
+    return _by_hooks(model, lambda state: reference.policy_entropy(state.double(), weight))
 
 
 def transformer_lens(model: LanguageModel) -> Run:
@@ -188,7 +188,7 @@ def transformer_lens(model: LanguageModel) -> Run:
     Returns:
         What is timed.
     """
-    from internal_policy.capture.transformer_lens import from_model
+    from internal_policy.extractors.transformer_lens import from_model
 
     bridge, weight = from_model(model).bridge, model.projection.weight
     hooks = {

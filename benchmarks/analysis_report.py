@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from internal_policy.files import write_atomically, write_text
-from internal_policy.style import ATTENTION, FEED_FORWARD, NEUTRAL, figure_legend, panel_grid, paper_style
+from internal_policy.plotting.style import ATTENTION, FEED_FORWARD, NEUTRAL, figure_legend, panel_grid, paper_style
+from internal_policy.utils.io import write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, FIGURES, PAGE = ROOT / "data/benchmarks", ROOT / "figures/benchmarks", ROOT / "docs/benchmarks.md"

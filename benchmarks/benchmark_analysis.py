@@ -36,8 +36,8 @@ import torch
 from analysis_jobs import LARGE, MODEL, SMALL, Job, own_responses, random_response
 
 from internal_policy import analyze
-from internal_policy.files import write_text
-from internal_policy.quiet import quiet_libraries
+from internal_policy.utils.io import write_text
+from internal_policy.utils.quiet import quiet_libraries
 
 LAYER = 7
 """Boundary layer of the embedded model, as `internal-policy analyze` finds it."""

@@ -59,7 +59,7 @@ def working_memory(run: Callable[[], object], device: torch.device) -> float:
 
 def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
     """Print one line for a number of tokens."""
-    from internal_policy.entropy import definition, triton_kernel
+    from internal_policy.entropy import reference, triton_kernel
 
     device, (vocab, width) = unembedding.device, unembedding.shape
     states = torch.randn(tokens, width, device=device).to(unembedding.dtype)
@@ -72,7 +72,7 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
     }
     entropy = triton_kernel.policy_entropy(states, unembedding)
     rows = slice(0, min(tokens, CHECKED_ROWS))
-    exact = definition.policy_entropy(states[rows], unembedding)
+    exact = reference.policy_entropy(states[rows], unembedding)
     error = (entropy[rows].double() - exact).abs().max().item()
     if device.type != "cuda":
         print(f"{tokens:6d} tokens: largest error {error:.1e} nats (interpreted: no rates)")

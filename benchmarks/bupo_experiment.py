@@ -25,13 +25,13 @@ import torch
 from scipy import stats
 
 from internal_policy import bupo
-from internal_policy.alignment_figures import alignment_dynamics
 from internal_policy.bupo.results import write_table
-from internal_policy.errors import UserError
+from internal_policy.cli.display import list_files
 from internal_policy.evaluation import Evaluation, compare, evaluate
-from internal_policy.style import save_figure
-from internal_policy.terminal import list_files
-from internal_policy.training_figures import policy_entropy_curves, training_curves
+from internal_policy.plotting.alignment import alignment_dynamics
+from internal_policy.plotting.style import save_figure
+from internal_policy.plotting.training import policy_entropy_curves, training_curves
+from internal_policy.utils.errors import UserError
 
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}
 """What `internal-policy analyze` finds."""
@@ -131,7 +131,7 @@ def run_job(
         **setting,
     )
     end = measured(run.model_dir, root / job.name / "held-out", problems)
-    return run.with_evaluations(start, end), end
+    return bupo.attach_evaluations(run, start, end), end
 
 
 def measured(model: Path | str, output: Path, problems: int) -> Evaluation:

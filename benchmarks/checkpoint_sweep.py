@@ -21,10 +21,10 @@ import torch
 from matplotlib.figure import Figure
 
 from internal_policy import bupo, compare, sweep
-from internal_policy.comparison import figures as drawings
-from internal_policy.comparison.analyses import AnalysisComparison
-from internal_policy.errors import UserError
-from internal_policy.files import write_atomically
+from internal_policy.comparison.results import AnalysisComparison
+from internal_policy.plotting import comparison as drawings
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import write_atomically
 
 MODEL, LAYER = "testbed/qwen3", 7
 """What is trained, and its boundary layer as `internal-policy analyze` finds it."""

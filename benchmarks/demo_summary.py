@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from internal_policy import Analysis
+from internal_policy.analysis.results import MANIFEST, REPORT
 from internal_policy.bupo import Run
 from internal_policy.report import write_report
-from internal_policy.results import MANIFEST, REPORT
 
 ANALYSES = Path("data/analyses")
 """Where `internal-policy analyze` leaves its results."""

@@ -10,53 +10,56 @@ bupo.train("testbed/qwen3", layer=analysis)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from internal_policy.quiet import import_quietly
+from internal_policy.utils.citation import __version__
+from internal_policy.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from internal_policy import bupo, figures
-    from internal_policy.comparison.analyses import AnalysisComparison, compare
+    from internal_policy import bupo, plotting
+    from internal_policy.analysis.config import AnalyzeConfig
+    from internal_policy.analysis.layer_selection import Selection, select_layer
+    from internal_policy.analysis.pipeline import analyze
+    from internal_policy.analysis.results import Analysis
+    from internal_policy.analysis.sources import load_analyses
+    from internal_policy.analysis.sweep import sweep
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
-    from internal_policy.config import AnalyzeConfig
-    from internal_policy.errors import UserError
+    from internal_policy.comparison.results import AnalysisComparison, compare
+    from internal_policy.comparison.study import study
+    from internal_policy.comparison.study_results import Study
     from internal_policy.evaluation import Evaluation, evaluate
-    from internal_policy.inspection.look import inspect
+    from internal_policy.inspection.inspect import inspect
     from internal_policy.inspection.results import Inspection
-    from internal_policy.pipeline import analyze
     from internal_policy.report import write_report
-    from internal_policy.results import Analysis
-    from internal_policy.selection import Selection, select_layer
-    from internal_policy.studies import study
-    from internal_policy.study_results import Study
-    from internal_policy.sweeps import sweep
+    from internal_policy.utils.errors import UserError
 
-__version__ = "0.1.0"
+
+_MODULES = ("bupo", "data", "evaluation", "models", "plotting", "report")
+"""Also to be had from the package, as ``internal_policy.plotting``, without an import of their own."""
 
 _HOME = {
-    "Analysis": "results",
-    "AnalysisComparison": "comparison.analyses",
-    "AnalyzeConfig": "config",
+    **dict.fromkeys(_MODULES, ""),
+    "Analysis": "analysis.results",
+    "AnalysisComparison": "comparison.results",
+    "AnalyzeConfig": "analysis.config",
     "Convergence": "comparison.convergence",
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.results",
     "Inspection": "inspection.results",
-    "Selection": "selection",
-    "Study": "study_results",
-    "UserError": "errors",
-    "analyze": "pipeline",
-    "compare": "comparison.analyses",
+    "Selection": "analysis.layer_selection",
+    "Study": "comparison.study_results",
+    "UserError": "utils.errors",
+    "analyze": "analysis.pipeline",
+    "compare": "comparison.results",
     "convergence_table": "comparison.convergence",
-    "evaluate": "evaluation",
-    "inspect": "inspection.look",
+    "evaluate": "evaluation.pipeline",
+    "inspect": "inspection.inspect",
+    "load_analyses": "analysis.sources",
     "measure_convergence": "comparison.convergence",
-    "select_layer": "selection",
-    "study": "studies",
-    "sweep": "sweeps",
+    "select_layer": "analysis.layer_selection",
+    "study": "comparison.study",
+    "sweep": "analysis.sweep",
     "write_report": "report",
 }
-
-_MODULES = ("bupo", "evaluation", "figures", "models", "report", "testbed")
-"""Also to be had from the package, as ``internal_policy.figures``, without an import of their own."""
 
 __all__ = [
     "Analysis",
@@ -68,29 +71,20 @@ __all__ = [
     "Selection",
     "Study",
     "UserError",
+    "__version__",
     "analyze",
     "bupo",
     "compare",
     "convergence_table",
     "evaluate",
-    "figures",
     "inspect",
+    "load_analyses",
     "measure_convergence",
+    "plotting",
     "select_layer",
     "study",
     "sweep",
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that ``import internal_policy`` costs nothing."""
-    if name in _MODULES:
-        return import_quietly(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_tokenizer
 
 from internal_policy import models
-from internal_policy.capture import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks
-from internal_policy.entropy import definition
-from internal_policy.responses import read_responses
+from internal_policy.data.responses import read_responses
+from internal_policy.entropy import reference
+from internal_policy.extractors import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks
 
 # float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
 # bfloat16 carries 8: were anything summed in it, the entropies would be off by 1e-2.
@@ -45,7 +45,7 @@ def from_the_same_states(model, states, lens):
     def entropy(x, normed):
         x = head.final_norm(x) if normed else x
         bias = None if head.bias is None else head.bias.double()
-        return definition.policy_entropy(x.double(), head.weight.double(), bias, scale=head.scale, softcap=head.softcap)
+        return reference.policy_entropy(x.double(), head.weight.double(), bias, scale=head.scale, softcap=head.softcap)
 
     def cosine(a, b):
         return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))

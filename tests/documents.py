@@ -72,7 +72,7 @@ def run_blocks(path, shown, scratch, work, timeout):
     program = scratch / f"{path.stem.replace('-', '_')}_blocks.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = scratch / "internal-policy"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m internal_policy.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m internal_policy.cli.main "$@"\n')
     command.chmod(0o755)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "Agg"}
     places = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
@@ -98,8 +98,8 @@ def run_in_bash(line):
 FEW_STEPS = 6
 _WHY_NOT = {
     r"^(?:make|pip|source|export|python3? -m venv|\S+/bin/pip) ": "makes the reader's environment",
-    r"^\.venv-harness/": "needs an environment of its own; tests/test_harness.py runs the local task",
-    r"^python ": "takes minutes; tests/test_benchmarks.py and the demo run it",
+    r"^\.venv-harness/": "needs an environment of its own; tests/project/test_harness.py runs the local task",
+    r"^python ": "takes minutes; tests/benchmarks/test_benchmarks.py and the demo run it",
     r"^(?:accelerate|torchrun) ": "needs several GPUs or processes",
     r"--remote|--generator vllm| push ": "needs the network or a GPU",
     r"--preset (?:paper|small|qwen)|--benchmark math500": "needs the hub",

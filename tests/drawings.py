@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from internal_policy import style
+from internal_policy.plotting import style
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from trainers import aligning, left_padded
 
 from internal_policy import models
-from internal_policy.capture import residual_hooks
+from internal_policy.extractors import residual_hooks
 
 # Float32 products of width 32 against float64: some 1e-6.
 FLOAT32 = 1e-5

@@ -17,8 +17,8 @@ import torch  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-import internal_policy.pipeline  # noqa: F401
-from internal_policy.cli import main
+import internal_policy.analysis.pipeline  # noqa: F401
+from internal_policy.cli.main import main
 
 
 def become(job: dict) -> None:

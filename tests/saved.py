@@ -8,8 +8,8 @@ from rated import rated
 from shapes import make, progressive
 from test_inspection_figure import made as make_inspection
 
-from internal_policy import Analysis, Study, compare
-from internal_policy.study_models import StudyModel
+from internal_policy import Study, compare, load_analyses
+from internal_policy.comparison.study_models import StudyModel
 
 
 def save_one_of_each(root):
@@ -22,5 +22,5 @@ def save_one_of_each(root):
     rated([3, 9, 16]).save(root / "evaluation")
     make_inspection(n_layers=3, n_tokens=12, prompt=5).save(root / "inspection")
     rows = tuple(StudyModel(name, "chat") for name in ("some/007", "some/NA"))
-    Study(rows, tuple(Analysis.load_all(root / "analyses")), {"other": "why"}).record(root / "analyses")
+    Study(rows, tuple(load_analyses(root / "analyses")), {"other": "why"}).record(root / "analyses")
     return root

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from internal_policy import statistics
-from internal_policy.results import Analysis
-from internal_policy.selection import select_layer
+from internal_policy.analysis.layer_selection import select_layer
+from internal_policy.analysis.results import Analysis
 
 
 def abrupt(n_layers=28, vocab=128_256, falls=3, early=0.0):

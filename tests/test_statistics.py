@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from internal_policy.errors import UserError
 from internal_policy.statistics import (
     QUANTITIES,
     bootstrap_means,
@@ -16,6 +15,7 @@ from internal_policy.statistics import (
     layer_table,
     policy_entropy,
 )
+from internal_policy.utils.errors import UserError
 
 ROUNDING = 1e-12  # sums of a few hundred float64 numbers of order 1
 

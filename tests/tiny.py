@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from internal_policy.entropy import definition
+from internal_policy.entropy import reference as definition
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 61

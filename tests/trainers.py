@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.capture import residual_hooks
+from internal_policy.extractors import residual_hooks
 from internal_policy.models import wrap
 
 LAYERS = 4

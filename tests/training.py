@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from internal_policy import UserError, bupo, cli
+from internal_policy import UserError, bupo
+from internal_policy.cli import main as cli
 
 MODEL = "testbed/qwen3"
 LAYERS = 8

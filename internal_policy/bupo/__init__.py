@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.extras import require
-from internal_policy.quiet import import_quietly
+from internal_policy.utils.extras import require
+from internal_policy.utils.quiet import import_quietly
 
 if TYPE_CHECKING:
+    from internal_policy.bupo.card import attach_evaluations
     from internal_policy.bupo.config import BuPOConfig
     from internal_policy.bupo.forward import internal_forward
+    from internal_policy.bupo.hub import push_to_hub
     from internal_policy.bupo.results import Run
     from internal_policy.bupo.trainer import BuPOTrainer
     from internal_policy.bupo.training import train
@@ -27,12 +29,14 @@ _HOME = {
     "BuPOTrainer": "trainer",
     "Run": "results",
     "internal_forward": "forward",
+    "attach_evaluations": "card",
+    "push_to_hub": "hub",
     "train": "training",
 }
 
 _OF_TRL = ("BuPOConfig", "BuPOTrainer", "train")
 
-__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "internal_forward", "train"]
+__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "attach_evaluations", "internal_forward", "push_to_hub", "train"]
 
 
 def __getattr__(name: str) -> Any:

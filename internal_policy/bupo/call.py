@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internal_policy import unchanged
+from internal_policy.analysis import unchanged
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.results import MANIFEST as ANALYSIS_MANIFEST
+from internal_policy.analysis.results import Analysis
+from internal_policy.bupo.presets import AUTO, DATA, VERIFIERS
 from internal_policy.bupo.results import MANIFEST, Run
-from internal_policy.bupo.words import AUTO, DATA, VERIFIERS
-from internal_policy.config import AnalyzeConfig
-from internal_policy.files import expanded
-from internal_policy.records import SUFFIXES
-from internal_policy.results import MANIFEST as ANALYSIS_MANIFEST
-from internal_policy.results import Analysis
-from internal_policy.shell import is_number
+from internal_policy.data.records import SUFFIXES
+from internal_policy.utils.io import expanded
+from internal_policy.utils.shell import is_number
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,9 @@ from transformers.trainer_callback import ExportableState
 from internal_policy.bupo.checkpoint import drop_optimiser_states
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.history import FAILURES, history_of
-from internal_policy.bupo.results import (
-    DYNAMICS,
-    DYNAMICS_LAYERS,
-    HISTORY,
-    read_table,
-    write_table,
-)
-from internal_policy.bupo.rewards import failures_of
-from internal_policy.bupo.words import ALIGNMENT, AUTO, after_alignment
+from internal_policy.bupo.presets import ALIGNMENT, AUTO, after_alignment
+from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
+from internal_policy.rewards.functions import failures_of
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internal_policy.bupo import places
-from internal_policy.bupo.words import ALIGNMENT
-from internal_policy.citation import bibtex
-from internal_policy.errors import UserError
-from internal_policy.files import write_text
-from internal_policy.printing import number, percent_span
-from internal_policy.wording import counted
+from internal_policy.bupo.presets import ALIGNMENT
+from internal_policy.bupo.results import EVALUATIONS, Run
+from internal_policy.utils.citation import bibtex
+from internal_policy.utils.console import number, percent_span
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import write_text
+from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-    from internal_policy.bupo.results import Run
+    from internal_policy.evaluation import Evaluation
 
 CARD = "README.md"
 BEGIN, END = "<!-- internal_policy: begin -->", "<!-- internal_policy: end -->"
@@ -297,3 +299,23 @@ def _count(n: int, what: str) -> str:
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def attach_evaluations(run: Run, start: Evaluation, trained: Evaluation) -> Run:
+    """Add evaluations that were made apart from the training, so that the run's report and model card have them.
+
+    Args:
+        run: the run.
+        start: of the model as it was given.
+        trained: of the trained model, on the same problems.
+
+    Returns:
+        The run, whose directory holds copies of both.
+    """
+    paths = {"start": f"{EVALUATIONS}/start", "trained": f"{EVALUATIONS}/trained"}
+    for which, evaluation in (("start", start), ("trained", trained)):
+        evaluation.save(run.path / paths[which])
+    evaluated = replace(run, evaluation_paths=paths)
+    evaluated.save()
+    write_card(evaluated)
+    return evaluated

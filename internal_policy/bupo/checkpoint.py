@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from internal_policy.errors import UserError
-from internal_policy.files import remove_stale, set_aside, write_text
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import remove_stale, set_aside, write_text
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer

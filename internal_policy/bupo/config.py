@@ -8,9 +8,9 @@ from typing import Any, get_args
 import torch
 from trl import GRPOConfig
 
-from internal_policy.bupo.words import AGGREGATIONS, AUTO, METHODS, SITES, Site
-from internal_policy.config import Lens
-from internal_policy.errors import UserError
+from internal_policy.bupo.presets import AGGREGATIONS, AUTO, METHODS, SITES, Site
+from internal_policy.models.options import Lens
+from internal_policy.utils.errors import UserError
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.analysis.results import REPORT
 from internal_policy.bupo.call import tell_complete
 from internal_policy.bupo.checkpoint import FILES, flat, last_checkpoint, sealed_settings, settings_digest
 from internal_policy.bupo.results import (
@@ -23,11 +24,10 @@ from internal_policy.bupo.results import (
     Run,
 )
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
-from internal_policy.errors import UserError
-from internal_policy.files import is_temporary, name_aside, write_text
-from internal_policy.locks import LOCK
-from internal_policy.results import REPORT
-from internal_policy.workspace import differences, in_use
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import is_temporary, name_aside, write_text
+from internal_policy.utils.locks import LOCK
+from internal_policy.utils.workspace import differences, in_use
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer

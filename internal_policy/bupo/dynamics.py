@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.words import SITES, Site
-from internal_policy.capture import LayerStates, residual_hooks
-from internal_policy.config import Lens
+from internal_policy.bupo.presets import SITES, Site
+from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
-from internal_policy.errors import UserError
+from internal_policy.extractors import LayerStates, residual_hooks
 from internal_policy.models import LanguageModel, context, evaluating, projection_of
-from internal_policy.responses import Response, check_responses, pad, prompt_indices
+from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
+from internal_policy.utils.errors import UserError
 
 _POSITIONS = 2048
 """States are normed and compared so many positions at a time, however many tokens a batch has."""

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from internal_policy.bupo.words import Site
-from internal_policy.capture.hooks import first_tensor
-from internal_policy.config import Lens
-from internal_policy.errors import UserError
+from internal_policy.bupo.presets import Site
+from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import Family, family_of
+from internal_policy.models.options import Lens
+from internal_policy.utils.errors import UserError
 
 
 class _Last(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
-from internal_policy.entropy.trained import trained_log_probs
+from internal_policy.entropy.log_probs import trained_log_probs
 from internal_policy.models import Family, projection_of
 
 _IGNORED = -100

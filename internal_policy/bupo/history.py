@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.bupo.words import ALIGNMENT, after_alignment
+from internal_policy.bupo.presets import ALIGNMENT, after_alignment
 
 
 def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, alignment_lr: float) -> pd.DataFrame:

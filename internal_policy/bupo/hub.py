@@ -6,18 +6,14 @@ import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from internal_policy.bupo.card import CARD, write_card
-from internal_policy.bupo.results import MANIFEST
-from internal_policy.errors import UserError
-from internal_policy.loading_errors import shorten
-from internal_policy.models.network import is_of_http
-from internal_policy.progress import status
-from internal_policy.wording import counted
-
-if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+from internal_policy.bupo.results import MANIFEST, Run
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.loading_errors import shorten
+from internal_policy.utils.network import is_of_http
+from internal_policy.utils.progress import status
+from internal_policy.utils.wording import counted
 
 UPLOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", CARD),
@@ -30,23 +26,23 @@ _REFUSED_CARD = f"Invalid metadata in {CARD}"
 """How the hub's client begins to tell of a card's metadata, in an exception without a type of its own."""
 
 
-def push(
+def push_to_hub(
     run: Run, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
 ) -> str:
-    """Upload a run's model with a fresh card; see ``Run.push_to_hub``.
+    """Upload the trained model with its card to the hub; neither checkpoints nor the optimiser's state.
 
     Args:
         run: the run.
-        repo_id: ``name`` or ``owner/name``.
+        repo_id: the repository, ``name`` or ``owner/name``; made where it does not exist.
         private: make it private, where it is made.
-        token: of the hub.
-        revision: branch to upload to.
+        token: of the hub; the one of ``HF_TOKEN`` or ``hf auth login`` where not given.
+        revision: branch to upload to; made where it does not exist.
 
     Returns:
         The repository's address.
 
     Raises:
-        UserError: nothing whole to push, or the hub refuses or cannot be reached.
+        UserError: the run has not ended, its model is gone, or the hub refuses or cannot be reached.
     """
     if not (run.path / MANIFEST).is_file():
         raise UserError(f"{run.path}: holds a run that has not ended (no {MANIFEST}); repeat its command, then push it")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.forward import check_layer
-from internal_policy.bupo.words import AUTO, require_layer
-from internal_policy.errors import UserError
+from internal_policy.bupo.presets import AUTO, require_layer
 from internal_policy.models import LanguageModel
-from internal_policy.printing import few_prompts
-from internal_policy.results import Analysis
-from internal_policy.shell import is_number
+from internal_policy.utils.console import few_prompts
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.shell import is_number
 
 
 @dataclass(frozen=True)

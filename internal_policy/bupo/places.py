@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from internal_policy.records import SUFFIXES
+from internal_policy.data.records import SUFFIXES
 
 _ABSOLUTE = re.compile(r"[/~]|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\")
 _SETTINGS = re.compile(

@@ -12,14 +12,16 @@ from typing import Any, get_args, get_type_hints
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 from trl.import_utils import is_vllm_available
 
+from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.bupo.config import BuPOConfig, one_of
+from internal_policy.bupo.presets import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
 from internal_policy.bupo.rehearsal import refused
-from internal_policy.bupo.words import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
-from internal_policy.config import DTYPES, MOST_PROMPTS, AnalyzeConfig, refuse_too_large
-from internal_policy.errors import UserError
-from internal_policy.prompts import TEMPLATES
-from internal_policy.shell import is_number
-from internal_policy.wording import counted
+from internal_policy.data.prompts import TEMPLATES
+from internal_policy.models.options import DTYPES
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.shell import is_number
+from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large
+from internal_policy.utils.wording import counted
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
@@ -34,7 +36,7 @@ _SETTLED = {
     "model_init_kwargs": "the words of `train` say how the model is loaded (dtype, revision, attn_implementation)",
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
-        "a finished run is pushed by run.push_to_hub(repo_id) or `internal-policy push RUN --repo NAME`, without "
+        "a finished run is pushed by bupo.push_to_hub(run, repo_id) or `internal-policy push RUN --repo NAME`, without "
         "checkpoints and optimiser states",
     ),
     "resume_from_checkpoint": "a run is taken up by the same call with the same output",

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from internal_policy.bupo.config import BuPOConfig
-from internal_policy.capture import prove
-from internal_policy.errors import UserError
+from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, evaluating, wrap
+from internal_policy.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

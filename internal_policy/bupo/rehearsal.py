@@ -10,7 +10,7 @@ from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
 from internal_policy.bupo.config import BuPOConfig, one_of
-from internal_policy.errors import UserError
+from internal_policy.utils.errors import UserError
 
 _CHOICES = {
     "importance_sampling_level": ("token", "sequence"),

@@ -6,18 +6,18 @@ A directory holds one run. ``run.json`` is written last: a directory without it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.bupo.words import AUTO
-from internal_policy.errors import UserError
-from internal_policy.files import expanded, write_atomically
-from internal_policy.stored import EXACT, Kind
-from internal_policy.wording import counted
+from internal_policy.bupo.presets import AUTO
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded, write_atomically
+from internal_policy.utils.result_format import EXACT, Kind
+from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -94,26 +94,6 @@ class Run:
 
         return Evaluation.load(self.path / self.evaluation_paths[which]) if which in self.evaluation_paths else None
 
-    def with_evaluations(self, start: Evaluation, trained: Evaluation) -> Run:
-        """Add evaluations that were made apart from the training, so that the run's report and model card have them.
-
-        Args:
-            start: of the model as it was given.
-            trained: of the trained model, on the same problems.
-
-        Returns:
-            The run, whose directory holds copies of both.
-        """
-        from internal_policy.bupo.card import write_card
-
-        paths = {"start": f"{EVALUATIONS}/start", "trained": f"{EVALUATIONS}/trained"}
-        for which, evaluation in (("start", start), ("trained", trained)):
-            evaluation.save(self.path / paths[which])
-        run = replace(self, evaluation_paths=paths)
-        run.save()
-        write_card(run)
-        return run
-
     @property
     def label(self) -> str:
         """What figures call it."""
@@ -156,9 +136,8 @@ class Run:
         return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
 
     def _repr_html_(self) -> str:
-        from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
-        from internal_policy.training_figures import training_curves
+        from internal_policy.utils.console import number
+        from internal_policy.utils.html import Rows, card
 
         def span(rows: pd.DataFrame, column: str, form: str) -> str:
             ends = rows[column].iloc[[0, -1]] if column in rows else (None, None)
@@ -186,34 +165,12 @@ class Run:
             left=("phase",),
             note="first and last step of each phase; entropy in nats",
         )
-        figure = None if self.history.empty else training_curves([self])
-        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table, figure)
+        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table)
 
     def __repr__(self) -> str:
         reward = self.history.get("reward", pd.Series(dtype=float))
         moved = f", reward {reward.iloc[0]:.3f} to {reward.iloc[-1]:.3f}" if len(reward) else ""
         return f"Run({self.name!r}: {self.label}; {counted(len(self.history), 'step')}{moved}; {str(self.path)!r})"
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
-    ) -> str:
-        """Upload the trained model with its card to the hub; neither checkpoints nor the optimiser's state.
-
-        Args:
-            repo_id: the repository, ``name`` or ``owner/name``; made where it does not exist.
-            private: make it private, where it is made.
-            token: of the hub; the one of ``HF_TOKEN`` or ``hf auth login`` where not given.
-            revision: branch to upload to; made where it does not exist.
-
-        Returns:
-            The repository's address.
-
-        Raises:
-            UserError: the run has not ended, its model is gone, or the hub refuses or cannot be reached.
-        """
-        from internal_policy.bupo.hub import push
-
-        return push(self, repo_id, private=private, token=token, revision=revision)
 
     @classmethod
     def load(cls, directory: str | Path) -> Run:
@@ -295,3 +252,30 @@ def read_table(path: Path) -> pd.DataFrame:
         return table
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return pd.DataFrame()
+
+
+def why_no_dynamics(run: Run) -> str | None:
+    """Say why there is no fig. 5 of a run.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The sentence; None where there is one.
+    """
+    name = f"{run.name}, {run.label}"
+    if run.dynamics.empty:
+        how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
+        return f"{name}: there is no figure 5 of this run: no dynamics were measured ({how})"
+    if run.dynamics_layers.empty:
+        return (
+            f"{name}: there is no figure 5 of this run: it compares a layer with the layers above it, and layer "
+            f"{run.layer} is the model's last"
+        )
+    return None
+
+
+def last_alignment_step(run: Run) -> int | None:
+    """Return the last step of alignment, if there was one and training went on after it."""
+    steps = run.ipa_steps or 0
+    return steps if len(run.history) and 0 < steps < run.history["step"].max() else None

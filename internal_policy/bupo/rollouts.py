@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.plan import Plan
-from internal_policy.bupo.words import AUTO
-from internal_policy.errors import UserError
-from internal_policy.files import read_lines_sealed, set_aside, write_lines_sealed
+from internal_policy.bupo.presets import AUTO
+from internal_policy.data.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
+from internal_policy.data.responses import Response
 from internal_policy.generation import Request, check_prompt_lengths, sample
-from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, context, evaluating
-from internal_policy.processes import Processes
-from internal_policy.progress import status
-from internal_policy.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
-from internal_policy.responses import Response
-from internal_policy.results import Analysis
+from internal_policy.utils.distributed import Processes
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
+from internal_policy.utils.memory import halving
+from internal_policy.utils.progress import status
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def stream(
     micro_steps = config.max_steps * config.gradient_accumulation_steps
     needed = groups * ceil(micro_steps / (config.steps_per_generation * config.num_iterations))
     if is_exact(name, source):
-        from internal_policy.testbed import tasks
+        from internal_policy.data import arithmetic as tasks
 
         problems = tasks.problems(needed, seed=_STREAM_SEED + config.seed)
         found = [Prompt(p.prompt, p.answer) for p in problems]
@@ -273,7 +273,7 @@ def analyse(
     Returns:
         The analysis.
     """
-    from internal_policy.pipeline import analyze
+    from internal_policy.analysis.pipeline import analyze
 
     return analyze(
         model.model,

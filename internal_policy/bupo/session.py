@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo import rollouts
 from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch, StepRecord
@@ -23,24 +24,23 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
+from internal_policy.bupo.presets import ALIGNMENT, AUTO
 from internal_policy.bupo.proof import check_experts, proved
 from internal_policy.bupo.refusals import refusing
 from internal_policy.bupo.rehearsal import rehearse
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
-from internal_policy.bupo.rewards import as_rewards, compare
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.bupo.words import ALIGNMENT, AUTO
-from internal_policy.errors import UserError
-from internal_policy.evaluation.benchmarks import read_benchmark
-from internal_policy.inputs import Source, as_source
-from internal_policy.loading_errors import told_in_one_line
-from internal_policy.locks import locked
+from internal_policy.data.benchmarks import read_benchmark
+from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
-from internal_policy.processes import Processes, processes
-from internal_policy.progress import progress, status
-from internal_policy.prompts import TESTBED
+from internal_policy.rewards.functions import as_rewards, compare
+from internal_policy.utils.distributed import Processes, processes
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.loading_errors import told_in_one_line
+from internal_policy.utils.locks import locked
+from internal_policy.utils.progress import progress, status
 
 logger = logging.getLogger(__name__)
 

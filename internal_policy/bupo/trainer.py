@@ -21,10 +21,10 @@ from internal_policy.bupo.advantages import leave_one_out, whitened
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.forward import check_layer, counted_positions, internal_forward
 from internal_policy.bupo.head import streamed_head, streams
+from internal_policy.bupo.presets import AUTO
 from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
-from internal_policy.bupo.words import AUTO
-from internal_policy.errors import UserError
 from internal_policy.models import Family, evaluating
+from internal_policy.utils.errors import UserError
 
 _CITATION = """@article{tan2025bottomup,
     title   = {{Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies}},

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
+from internal_policy.analysis.inputs import Source
+from internal_policy.analysis.options import showing
+from internal_policy.analysis.results import Analysis
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.call import call_of, digest
 from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.presets import AUTO, DATA
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
-from internal_policy.bupo.words import AUTO, DATA
-from internal_policy.errors import UserError
-from internal_policy.files import expanded
-from internal_policy.inputs import Source
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
-from internal_policy.options import showing
-from internal_policy.quiet import quiet_libraries
-from internal_policy.results import Analysis
-from internal_policy.shell import is_number
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.shell import is_number
 
 
 @quiet_libraries()

@@ -10,22 +10,13 @@ Importing this package loads nothing heavy, and nothing in it needs a model or t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from internal_policy.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from internal_policy.comparison.analyses import AnalysisComparison, compare
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence
-    from internal_policy.comparison.figures import save_all_comparisons
-
-_HOME = {
-    "AnalysisComparison": "analyses",
-    "Convergence": "convergence",
-    "compare": "analyses",
-    "convergence_table": "convergence",
-    "measure_convergence": "convergence",
-    "save_all_comparisons": "figures",
-}
+    from internal_policy.comparison.results import AnalysisComparison, compare
 
 __all__ = [
     "AnalysisComparison",
@@ -33,16 +24,15 @@ __all__ = [
     "compare",
     "convergence_table",
     "measure_convergence",
-    "save_all_comparisons",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AnalysisComparison": "results",
+        "Convergence": "convergence",
+        "compare": "results",
+        "convergence_table": "convergence",
+        "measure_convergence": "convergence",
+    },
+)

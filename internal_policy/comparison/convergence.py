@@ -54,7 +54,7 @@ from internal_policy.comparison.fall import (
 from internal_policy.statistics import Floats, bootstrap_means, clustered_mean
 
 if TYPE_CHECKING:
-    from internal_policy.results import Analysis
+    from internal_policy.analysis.results import Analysis
 
 Reading = Literal["progressive", "abrupt", "mixed", "none"]
 

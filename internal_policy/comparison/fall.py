@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from internal_policy.errors import UserError
 from internal_policy.statistics import Floats
+from internal_policy.utils.errors import UserError
 
 LAST = 3
 """How many layers "the last three" are."""

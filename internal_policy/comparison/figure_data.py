@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from internal_policy.errors import UserError
+from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from internal_policy.comparison.analyses import AnalysisComparison
+    from internal_policy.comparison.results import AnalysisComparison
 
 MAPS = {"entropy": ("layer", "entropy_out"), "attn": ("attn", "change"), "ffn": ("ffn", "change")}
 """Site and column of what is shown per layer and checkpoint."""

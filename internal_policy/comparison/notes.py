@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy import printing
-from internal_policy.comparison.items import Item
-from internal_policy.comparison.sources import StepsFrom, architecture_differences, without_step
-from internal_policy.results import Analysis
+from internal_policy.analysis.results import Analysis
+from internal_policy.analysis.sources import StepsFrom, architecture_differences, without_step
+from internal_policy.comparison.pairing import Item
+from internal_policy.utils import console
 
 _SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens", "generator")
 _MODEL = ("dtype", "quantization", "device")
@@ -125,7 +125,7 @@ def few_prompts(items: Sequence[Item]) -> list[str]:
     labels: dict[int, list[str]] = {}
     for item in items:
         labels.setdefault(item.analysis.n_prompts, []).append(item.label)
-    found = ((who, printing.few_prompts(n)) for n, who in sorted(labels.items()))
+    found = ((who, console.few_prompts(n)) for n, who in sorted(labels.items()))
     return [
         f"{'all analyses' if len(who) == len(items) else ', '.join(who)} {'has' if len(who) == 1 else 'have'} {few}"
         for who, few in found

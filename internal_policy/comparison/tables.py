@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from internal_policy.comparison.items import DEPTHS, QUANTITIES, Item, combine, grouped, paired
-from internal_policy.lenses import other_lens
-from internal_policy.results import Analysis
-from internal_policy.selection import STAGES
+from internal_policy.analysis.layer_selection import STAGES
+from internal_policy.analysis.lenses import other_lens
+from internal_policy.analysis.results import Analysis
+from internal_policy.comparison.pairing import DEPTHS, QUANTITIES, Item, combine, grouped, paired
 from internal_policy.statistics import SITES, Floats, clustered_mean
 
 TREND_COLUMNS = (
@@ -243,3 +243,32 @@ def _stacked(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
     ends = ["value", "baseline_value", "difference", "stderr", "low", "high"]
     ends += ["paired", "same_vocabulary", "n_responses"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "step", *keys, *ends])
+
+
+def other_lens_of(boundaries: pd.DataFrame) -> str | None:
+    """Name the other lens under which the same responses were analysed.
+
+    Args:
+        boundaries: of a comparison.
+
+    Returns:
+        The lens; None where none of the analyses was.
+    """
+    # Comparisons that are stored from before it was looked for lack the column.
+    named = [lens for lens in boundaries.get("other_lens", ()) if not pd.isna(lens)]
+    return str(named[0]) if named else None
+
+
+def under_other_lens(row: dict[Hashable, Any]) -> str:
+    """Write the boundary layer under the other lens.
+
+    Args:
+        row: of the boundaries of a comparison.
+
+    Returns:
+        The layer or ``none``; a stroke where it was not measured.
+    """
+    if pd.isna(row.get("other_lens")):
+        return "-"
+    layer = row["other_lens_boundary_layer"]
+    return "none" if pd.isna(layer) else str(layer)

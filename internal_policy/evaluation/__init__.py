@@ -10,35 +10,25 @@ Importing this package loads neither torch nor transformers; ``evaluate`` does, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from internal_policy.quiet import import_quietly
+from internal_policy.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from internal_policy.evaluation.benchmarks import BENCHMARKS
-    from internal_policy.evaluation.comparison import Comparison, compare
     from internal_policy.evaluation.metrics import pass_at_k
+    from internal_policy.evaluation.paired_tests import Comparison, compare
+    from internal_policy.evaluation.pipeline import evaluate
     from internal_policy.evaluation.results import Evaluation
-    from internal_policy.evaluation.run import evaluate
 
-_HOME = {
-    "BENCHMARKS": "benchmarks",
-    "Comparison": "comparison",
-    "Evaluation": "results",
-    "compare": "comparison",
-    "evaluate": "run",
-    "pass_at_k": "metrics",
-}
+__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "pass_at_k"]
 
-__all__ = ["BENCHMARKS", "Comparison", "Evaluation", "compare", "evaluate", "pass_at_k"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name in _HOME:
-        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Comparison": "paired_tests",
+        "Evaluation": "results",
+        "compare": "paired_tests",
+        "evaluate": "pipeline",
+        "pass_at_k": "metrics",
+    },
+)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from internal_policy.config import AnalyzeConfig, refuse_too_large
-from internal_policy.errors import UserError
-from internal_policy.evaluation import benchmarks
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.data import benchmarks
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.validation import refuse_too_large
 
 PAPER_K = (1, 4, 16, 64, 256)
 """The K of arXiv 2512.19673v3, section 5 and appendix A.5."""

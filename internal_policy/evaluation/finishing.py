@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internal_policy import unchanged
-from internal_policy.config import defaults
+from internal_policy.analysis import unchanged
+from internal_policy.analysis.config import defaults
+from internal_policy.data.benchmarks import BENCHMARKS
+from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
-from internal_policy.evaluation.benchmarks import BENCHMARKS
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.scoring import reward_name
-from internal_policy.prompts import TESTBED
-from internal_policy.workspace import Workspace, differences, in_use
+from internal_policy.utils.workspace import Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from internal_policy import statistics
-from internal_policy.errors import UserError
 from internal_policy.statistics import Floats
+from internal_policy.utils.errors import UserError
 
 LEVEL = 0.95
 

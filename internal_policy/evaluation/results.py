@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.evaluation import benchmarks
-from internal_policy.files import expanded, write_atomically
-from internal_policy.stored import Kind, from_cells, read_rows, to_cells, write_rows
-from internal_policy.wording import counted
+from internal_policy.data import benchmarks
+from internal_policy.utils.io import expanded, write_atomically
+from internal_policy.utils.result_format import Kind, from_cells, read_rows, to_cells, write_rows
+from internal_policy.utils.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
@@ -166,9 +166,8 @@ class Evaluation:
             )
 
     def _repr_html_(self) -> str:
-        from internal_policy.evaluation_figures import pass_at_k
-        from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
+        from internal_policy.utils.console import number
+        from internal_policy.utils.html import Rows, card
 
         def row(name: str, value: float, low: float, high: float) -> tuple[str, str, str]:
             span = "-" if low != low else f"{100 * low:.2f} to {100 * high:.2f}"
@@ -185,7 +184,7 @@ class Evaluation:
             f"{self.n_truncated} truncated" if self.n_truncated else "",
         )
         table = Rows(("", "%", "95% interval"), cells, left=("",), note="percent; intervals over problems")
-        return card("Evaluation", f"{self.name} on {self.benchmark}", facts, table, pass_at_k([self]))
+        return card("Evaluation", f"{self.name} on {self.benchmark}", facts, table)
 
     def __repr__(self) -> str:
         return (

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from internal_policy.config import MOST_PROMPTS
-from internal_policy.errors import UserError
+from internal_policy.data.prompts import Prompt, render_all
+from internal_policy.data.responses import Response
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
-from internal_policy.memory import halving
 from internal_policy.models import LanguageModel, fitting_threads
-from internal_policy.progress import progress
-from internal_policy.prompts import Prompt, render_all
-from internal_policy.responses import Response
-from internal_policy.workspace import Workspace
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.memory import halving
+from internal_policy.utils.progress import progress
+from internal_policy.utils.validation import MOST_PROMPTS
+from internal_policy.utils.workspace import Workspace
 
 _MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy.errors import UserError
-from internal_policy.prompts import Prompt
-from internal_policy.wording import counted
+from internal_policy.data.prompts import Prompt
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.wording import counted
 
 
 def reward_name(reward: Any, *, exact: bool) -> str:
@@ -44,9 +44,9 @@ class Scorer:
         Raises:
             UserError: no such reward, or several: what is correct must be one thing.
         """
-        from internal_policy.bupo import rewards
+        from internal_policy.rewards import functions
 
-        found = rewards.as_rewards(reward, exact=exact)
+        found = functions.as_rewards(reward, exact=exact)
         if len(found) != 1:
             raise UserError(f"{len(found)} rewards were given; an evaluation needs one, which says what is correct")
         self._rewards = found
@@ -64,12 +64,12 @@ class Scorer:
         Raises:
             UserError: a score that is not from 0 to 1.
         """
-        from internal_policy.bupo import rewards
+        from internal_policy.rewards import functions
 
         before = self._failures()
         answers = [prompt.answer or "" for prompt in prompts]
         asked = [prompt.content for prompt in prompts]
-        scores = [float(s) for s in rewards.score(self._rewards[0], list(texts), answers, asked)]
+        scores = [float(s) for s in functions.score(self._rewards[0], list(texts), answers, asked)]
         if len(scores) != len(texts):
             raise UserError(
                 f"the reward gave {counted(len(scores), 'score')} for {counted(len(texts), 'response')}; "
@@ -80,6 +80,6 @@ class Scorer:
         return scores, dict(self._failures() - before)
 
     def _failures(self) -> Counter[str]:
-        from internal_policy.bupo import rewards
+        from internal_policy.rewards import functions
 
-        return Counter(rewards.failures_of(self._rewards))
+        return Counter(functions.failures_of(self._rewards))

@@ -14,7 +14,7 @@ from internal_policy.generation.requests import (
     response_limit,
 )
 from internal_policy.generation.sampling import RowSampler, sample
-from internal_policy.generation.vllm_engine import VllmSampler, refuse_generator, together
+from internal_policy.generation.vllm import VllmSampler, refuse_generator, together
 
 __all__ = [
     "DEFAULT_NEW_TOKENS",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from internal_policy.errors import UserError
+from internal_policy.data.prompts import Prompt
+from internal_policy.data.responses import Response
 from internal_policy.models import LanguageModel
-from internal_policy.prompts import Prompt
-from internal_policy.responses import Response
+from internal_policy.utils.errors import UserError
 
 DEFAULT_NEW_TOKENS = 1024
 

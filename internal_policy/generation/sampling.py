@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internal_policy.data.responses import Response, pad
 from internal_policy.generation.requests import Request, end_ids, limits, to_responses
 from internal_policy.models import LanguageModel
-from internal_policy.responses import Response, pad
 
 _LEAVE_TOGETHER = 16
 """A round ends when one in so many of its responses has ended: fewer rounds, each of which costs some milliseconds."""

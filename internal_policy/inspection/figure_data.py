@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from internal_policy.errors import UserError
 from internal_policy.inspection.settings import SITES, Site, Span
+from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection

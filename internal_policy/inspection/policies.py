@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from internal_policy.capture import LayerStates
-from internal_policy.config import Lens
 from internal_policy.entropy.streaming import block_sizes
+from internal_policy.extractors import LayerStates
 from internal_policy.inspection.settings import SITES
 from internal_policy.models import Projection
+from internal_policy.models.options import Lens
 
 FIRST_SITES = (*SITES, "embedding")
 """Layer 1 adds the policy of H^0."""

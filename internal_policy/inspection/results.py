@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.errors import UserError
-from internal_policy.files import expanded, write_atomically
 from internal_policy.inspection.settings import Span, check_choice
-from internal_policy.stored import Kind, from_cells, read_parquet, to_cells, write_parquet
-from internal_policy.wording import counted
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded, write_atomically
+from internal_policy.utils.result_format import Kind, from_cells, read_parquet, to_cells, write_parquet
+from internal_policy.utils.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
@@ -183,9 +183,8 @@ class Inspection:
             )
 
     def _repr_html_(self) -> str:
-        from internal_policy.inspection.figure import inspection_map
-        from internal_policy.notebook import Rows, card
-        from internal_policy.printing import number
+        from internal_policy.utils.console import number
+        from internal_policy.utils.html import Rows, card
 
         shown = self.positions(None, min(_SHOWN, self.n_tokens))
         texts = self.tokens.set_index("position")["token"]
@@ -208,7 +207,7 @@ class Inspection:
             f"{counted(self.n_layers, 'layer')}, lens {self.lens}",
         )
         table = Rows(headings, cells, left=headings[1:4], note=note)
-        return card("Inspection", self.name, facts, table, inspection_map(self, ["layer"]))
+        return card("Inspection", self.name, facts, table)
 
     def __repr__(self) -> str:
         return (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal, TypeAlias, get_args
 
-from internal_policy.config import refuse_too_large
-from internal_policy.errors import UserError
-from internal_policy.prompts import Chat, content_of, whole_text
+from internal_policy.data.prompts import Chat, content_of, whole_text
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.validation import refuse_too_large
 
 DEFAULT_NEW_TOKENS = 32
 LAST = 24

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from internal_policy.models.families import FAMILIES, Family
-from internal_policy.models.language_model import LanguageModel, family_of, unknown_family, wrap
-from internal_policy.models.loading import load
-from internal_policy.models.lookup import check, choose_device
-from internal_policy.models.modes import alone, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.models.projection import Projection
-from internal_policy.models.unembedding import projection_of
+from typing import TYPE_CHECKING
+
+from internal_policy.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from internal_policy.models.families import FAMILIES, Family
+    from internal_policy.models.language_model import LanguageModel, family_of, unknown_family, wrap
+    from internal_policy.models.loading import load
+    from internal_policy.models.lookup import check, choose_device
+    from internal_policy.models.modes import alone, as_its_dtype_says, evaluating, fitting_threads
+    from internal_policy.models.projection import Projection
+    from internal_policy.models.unembedding import projection_of
 
 __all__ = [
     "FAMILIES",
@@ -27,3 +32,16 @@ __all__ = [
     "unknown_family",
     "wrap",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("FAMILIES", "Family"), "families"),
+        **dict.fromkeys(("LanguageModel", "family_of", "unknown_family", "wrap"), "language_model"),
+        "load": "loading",
+        **dict.fromkeys(("check", "choose_device"), "lookup"),
+        **dict.fromkeys(("alone", "as_its_dtype_says", "evaluating", "fitting_threads"), "modes"),
+        "Projection": "projection",
+        "projection_of": "unembedding",
+    },
+)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from internal_policy.errors import UserError
+from internal_policy.utils.errors import UserError
 
 _LIBRARIES = frozenset(
     {

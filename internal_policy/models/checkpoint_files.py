@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from internal_policy.errors import UserError
+from internal_policy.utils.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

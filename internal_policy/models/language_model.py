@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from internal_policy.errors import UserError
-from internal_policy.models import context, identity, placement, quantization
+from internal_policy.models import context, devices, fingerprint, quantization
 from internal_policy.models.families import FAMILIES, Family
 from internal_policy.models.projection import Projection
 from internal_policy.models.structure import candidates
 from internal_policy.models.unembedding import projection_of
-from internal_policy.progress import status
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.progress import status
 
 _MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,12 +73,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the token ids go."""
-        return placement.input_device(self.model)
+        return devices.input_device(self.model)
 
     @property
     def placement(self) -> str:
         """The devices that hold weights, in order of the decoder, such as ``cpu`` or ``cuda:0, cuda:1, cpu, disk``."""
-        return placement.describe(self.model)
+        return devices.describe(self.model)
 
     @property
     def quantization(self) -> str | None:
@@ -141,7 +141,7 @@ class LanguageModel:
             16 hexadecimal digits; the same wherever the weights are.
         """
         with status(f"reading all weights of {self.name}"):
-            return identity.digest(self.model)
+            return fingerprint.digest(self.model)
 
 
 def wrap(

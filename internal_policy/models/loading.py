@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from internal_policy.config import DTYPES, check_device_map, check_quantization
-from internal_policy.errors import UserError
-from internal_policy.loading_errors import WEIGHTS, told_in_one_line
 from internal_policy.models.checkpoint_files import refuse_read_as_plain, refuse_unscaled, weight_files
 from internal_policy.models.families import Family
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
 from internal_policy.models.lookup import check, choose_device
+from internal_policy.models.options import DTYPES, check_device_map, check_quantization
 from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice, refuse_unknown
-from internal_policy.quiet import quiet_libraries
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.loading_errors import WEIGHTS, told_in_one_line
+from internal_policy.utils.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from internal_policy.errors import UserError
-from internal_policy.loading_errors import first_line, told_in_one_line
-from internal_policy.model_paths import locate
-from internal_policy.quiet import quiet_libraries
+from internal_policy.models.paths import locate
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.loading_errors import first_line, told_in_one_line
+from internal_policy.utils.quiet import quiet_libraries
 
 _MOST_LAYERS = 10_000
 """No decoder has more; a slip in a config.json would have modules made until the memory is full."""

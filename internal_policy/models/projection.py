@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internal_policy.config import Lens
 from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropies
+from internal_policy.models.options import Lens
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from internal_policy.errors import UserError
+from internal_policy.utils.errors import UserError
 
 _REPACKS = "support_avx512bf16_for_cpu"
 """The attribute of bitsandbytes' 4-bit layers that lets them repack their weights."""

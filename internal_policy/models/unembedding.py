@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.errors import UserError
-from internal_policy.models import placement
+from internal_policy.models import devices
 from internal_policy.models.families import Family
 from internal_policy.models.projection import Projection
+from internal_policy.utils.errors import UserError
 
 _ROWS = 1024
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,11 +58,11 @@ def _matrix(model: Any, path: str) -> tuple[Tensor, Tensor | None]:
     bias: Tensor | None = getattr(head, "bias", None)
     if weight is None or type(weight) not in _DENSE or weight.dtype not in _PLAIN or weight.ndim != 2:
         return _by_calls(model, head, path)
-    device = placement.execution_device(head)
+    device = devices.execution_device(head)
     if device is None:
         return weight.detach(), None if bias is None else bias.detach()
-    weight = placement.resident(model, f"{path}.weight", weight.detach()).to(device)
-    return weight, None if bias is None else placement.resident(model, f"{path}.bias", bias.detach()).to(device)
+    weight = devices.resident(model, f"{path}.weight", weight.detach()).to(device)
+    return weight, None if bias is None else devices.resident(model, f"{path}.bias", bias.detach()).to(device)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
     embedding = model.get_input_embeddings().weight
     width = int(getattr(head, "in_features", embedding.shape[1]))
     dtype = embedding.dtype if embedding.dtype in _PLAIN else torch.float32
-    device = placement.execution_device(head) or _device_of(head)
+    device = devices.execution_device(head) or _device_of(head)
 
     def call(states: Tensor) -> Tensor:
         out: Tensor = head(states)

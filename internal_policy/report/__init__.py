@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internal_policy.errors import UserError
-from internal_policy.files import expanded, write_text
-from internal_policy.results import REPORT, Analysis
+from internal_policy.analysis.results import REPORT, Analysis
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded, write_text
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
-    from internal_policy.comparison.analyses import AnalysisComparison
+    from internal_policy.comparison.results import AnalysisComparison
 
 __all__ = ["analysis_report", "comparison_report", "training_report", "write_report"]
 
@@ -51,7 +51,7 @@ def comparison_report(comparison: AnalysisComparison) -> str:
     Returns:
         HTML.
     """
-    from internal_policy.report.compared import page
+    from internal_policy.report.comparison import page
 
     return page(comparison)
 
@@ -86,7 +86,7 @@ def write_report(
         UserError: the result is in memory only, and no directory was given; or nothing that can be reported on was.
     """
     from internal_policy.bupo.results import Run
-    from internal_policy.comparison.analyses import AnalysisComparison
+    from internal_policy.comparison.results import AnalysisComparison
 
     if isinstance(thing, Run):
         html = training_report(thing)

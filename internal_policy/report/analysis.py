@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy import lenses, terminal
+from internal_policy.analysis import lenses
+from internal_policy.analysis.layer_selection import COVERS, STAGES
+from internal_policy.analysis.remarks import positions_line, remarks
+from internal_policy.analysis.results import Analysis
 from internal_policy.comparison.convergence import Convergence, measure_convergence
-from internal_policy.errors import UserError
-from internal_policy.palette import STAGES as STAGE_LOOKS
-from internal_policy.printing import few_prompts, of_resamples
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
 from internal_policy.report.numbers import interval, number, spans
 from internal_policy.report.page import clean, render
 from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
-from internal_policy.results import Analysis
-from internal_policy.selection import COVERS, STAGES
-from internal_policy.wording import counted
+from internal_policy.utils.console import few_prompts, of_resamples
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.palette import STAGES as STAGE_LOOKS
+from internal_policy.utils.wording import counted
 
 
 def page(analyses: Sequence[Analysis]) -> str:
@@ -74,10 +75,10 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "name": clean(analysis.name),
         "summary": summary(analysis, convergence),
         "target": target(analysis),
-        "remarks": terminal.remarks(analysis),
+        "remarks": remarks(analysis),
         "other_lens": lenses.sentence(analysis),
         "few": few_prompts(analysis.n_prompts),
-        "positions": None if analysis.positions is None else terminal.positions_line(analysis.positions),
+        "positions": None if analysis.positions is None else positions_line(analysis.positions),
         "stages": stages(analysis),
         "strip": [
             {"layer": n, "stage": stage, "mark": STAGE_LOOKS[stage].sign, "target": n == analysis.boundary_layer}

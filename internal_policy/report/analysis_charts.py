@@ -10,8 +10,8 @@ import numpy as np
 from internal_policy.report.charts import Chart, look, point
 
 if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
     from internal_policy.comparison.convergence import Convergence
-    from internal_policy.results import Analysis
 
 _SITES = (
     ("layer output", "layer", "entropy_out", "stream", True),

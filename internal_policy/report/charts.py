@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy import palette
 from internal_policy.report.numbers import plain, plain_all
+from internal_policy.utils import palette
 
 _LONGEST = 36
 """Characters of a name beside a value, where a phone has room for both."""

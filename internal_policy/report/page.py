@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from internal_policy import __version__, palette
-from internal_policy.citation import bibtex
 from internal_policy.report.numbers import interval, number
-from internal_policy.wording import counted
+from internal_policy.utils import palette
+from internal_policy.utils.citation import __version__, bibtex
+from internal_policy.utils.wording import counted
 
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.comparison.sources import labels_from
-from internal_policy.config import AnalyzeConfig
-from internal_policy.errors import UserError
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.sources import labels_from
 from internal_policy.report.page import clean
+from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from internal_policy.results import Analysis
+    from internal_policy.analysis.results import Analysis
 
 ANALYSES = "data/analyses"
 COMPARISONS = "data/comparisons"

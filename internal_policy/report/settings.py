@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.report.page import clean
 
 if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
     from internal_policy.bupo.results import Run
-    from internal_policy.results import Analysis
 
 _MOST = 400
 

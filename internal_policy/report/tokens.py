@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from internal_policy.analysis.results import Analysis
 from internal_policy.report.page import clean
-from internal_policy.results import Analysis
-from internal_policy.wording import counted
+from internal_policy.utils.wording import counted
 
 SITES = ("layer", "attn", "ffn")
 MOST_VALUES = 1_500_000

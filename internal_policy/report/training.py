@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.alignment_figures import last_alignment_step, why_no_dynamics
-from internal_policy.bupo.words import ALIGNMENT
-from internal_policy.figure_data import FIRST_STEP, trailing_mean, window_for
+from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, trailing_mean, window_for
+from internal_policy.bupo.presets import ALIGNMENT
+from internal_policy.bupo.results import last_alignment_step, why_no_dynamics
 from internal_policy.report.charts import Chart, look, series_look
 from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
 from internal_policy.report.reproduce_training import training_commands
 from internal_policy.report.settings import settings_of
-from internal_policy.training_figures import SMOOTH
-from internal_policy.wording import counted
+from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.results import Run
@@ -234,8 +233,8 @@ def _step_axis(chart: Chart, steps: Any) -> None:
 
 
 def _evaluated(run: Run) -> dict[str, Any] | None:
+    from internal_policy.data.benchmarks import title
     from internal_policy.evaluation import compare
-    from internal_policy.evaluation.benchmarks import title
 
     start, trained = run.evaluation_start, run.evaluation
     known = {name: e for name, e in (("start", start), ("trained", trained)) if e is not None}

@@ -1,0 +1,137 @@
+"""Which checkpoints are meant: revisions of a hub model, or directories found by globs, in natural order."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.sources import natural_key
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+
+_CHECKPOINT = "checkpoint-*"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One checkpoint to analyse."""
+
+    model: str
+    """Hub id, directory, or embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    def __str__(self) -> str:
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
+
+def targets(
+    model: str | None, revisions: str | Sequence[str] = (), checkpoints: str | Path | Iterable[str | Path] = ()
+) -> list[Target]:
+    """List what a sweep goes through.
+
+    Args:
+        model: the model whose revisions they are, or the model that the training of the checkpoints began with.
+        revisions: branches, tags or commits of it, in the order in which they are to stand.
+        checkpoints: directories and globs; see `find_checkpoints`.
+
+    Returns:
+        The checkpoints: revisions as they were given; directories in natural order, after the model if there is one.
+
+    Raises:
+        UserError: nothing to go through, both kinds, or a checkpoint that is none.
+    """
+    patterns = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    revisions = [revisions] if isinstance(revisions, str) else revisions
+    if revisions and patterns:
+        raise UserError("both --revision and --checkpoints were given; revisions are of a hub model, checkpoints local")
+    if revisions:
+        if model is None:
+            raise UserError(f"--revision {revisions[0]} was given without --model; name the hub model that it is of")
+        return [Target(model, revision) for revision in dict.fromkeys(revisions)]
+    if not patterns:
+        raise UserError("nothing to sweep over; give --revision several times, or --checkpoints 'RUN/checkpoint-*'")
+    found = [Target(str(path)) for path in find_checkpoints(patterns)]
+    return [*([Target(str(model))] if model is not None else []), *found]
+
+
+def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
+    """Find checkpoints on disk.
+
+    A directory that holds ``checkpoint-*`` directories, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does,
+    stands for these; what it holds beside them (a final model) is not looked at, for the last checkpoint is the same.
+
+    Args:
+        patterns: directories, and globs as a shell has them.
+
+    Returns:
+        The checkpoints, each once, in natural order: checkpoint-5, checkpoint-10, checkpoint-100.
+
+    Raises:
+        UserError: a pattern that matches nothing, or something that is not a checkpoint.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        if not str(pattern):
+            raise UserError("--checkpoints is empty; name a training run's directory, or quote a glob")
+        for path in _matches(str(expanded(pattern))):
+            found |= {checkpoint.resolve(): checkpoint for checkpoint in _inside(path)}
+    return sorted(found.values(), key=lambda path: natural_key(str(path)))
+
+
+def _matches(pattern: str) -> list[Path]:
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    if matches := glob.glob(pattern, recursive=True):  # noqa: PTH207 - pathlib refuses absolute patterns.
+        return [Path(match) for match in matches]
+    if glob.has_magic(pattern):
+        raise UserError(f"--checkpoints {pattern}: matches nothing; name the run's directory, or quote another glob")
+    advice = "a hub model's checkpoints are given by --model and --revision" if pattern.count("/") <= 1 else ""
+    raise UserError(f"--checkpoints {pattern}: no such directory; {advice or 'name a run or its checkpoints'}")
+
+
+def _inside(path: Path) -> list[Path]:
+    """The checkpoints that a directory stands for: those that it holds, or itself."""
+    for place in (path, path / "checkpoints"):
+        if held := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
+            return [checkpoint for p in held for checkpoint in _itself(p)]
+    return _itself(path)
+
+
+def _itself(path: Path) -> list[Path]:
+    if (path / "config.json").is_file():
+        return [path]
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: holds LoRA adapters without their base model; merge them first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...), and its tokenizer)"
+        )
+    if (path / "model" / "config.json").is_file():
+        raise UserError(f"{path}: a run without checkpoints; its result is a model: give --model {path / 'model'}")
+    raise UserError(
+        f"{path}: is not a checkpoint (no config.json), nor a run with checkpoint-* directories; "
+        "name a run, or a glob that matches checkpoints only"
+    )
+
+
+def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
+    """Refuse analyses of different models that would be written to one directory.
+
+    Args:
+        configs: what is to be analysed; the same model twice is none of this.
+
+    Raises:
+        UserError: two would overwrite each other.
+    """
+    taken: dict[str, tuple[Any, ...]] = {}
+    for config in configs:
+        model = config.model, config.revision
+        if taken.setdefault(config.slug, model) != model:
+            raise UserError(
+                f"{Target(*taken[config.slug])} and {Target(*model)} would both be written to {config.slug}; "
+                "analyse them one by one, each with its own --output"
+            )

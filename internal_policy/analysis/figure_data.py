@@ -1,0 +1,235 @@
+"""The numbers in the figures, as tidy tables: what `figures` draws and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
+
+ModuleSite = Literal["attn", "ffn"]
+T = TypeVar("T")
+OneOrMany: TypeAlias = T | Iterable[T]
+"""What the figures take: one result, or several."""
+
+SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
+SMOOTH = 5
+"""Steps in the trailing mean of the curves of a training (figs. 4 and 7)."""
+FIRST_STEP = 1
+"""The step whose responses were sampled before any update."""
+_ERRORS = ("stderr", "low", "high")
+FLOW_POINTS = (
+    ("input", "layer", "entropy_in", -0.375),
+    ("ATTN", "attn", "entropy_out", -0.125),
+    ("FFN", "ffn", "entropy_out", 0.125),
+    ("output", "layer", "entropy_out", 0.375),
+)
+"""Point, site and column it is read from, and where it stands about its layer's tick, layers."""
+
+
+def listed(given: T | Iterable[T]) -> list[T]:
+    """Return what a figure was given as a list.
+
+    Args:
+        given: One result, or several.
+
+    Returns:
+        All of them.
+    """
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def trailing_mean(values: pd.Series, window: int) -> pd.Series:
+    """Smooth a quantity over the steps of a training by what came before each step, never by what came after it.
+
+    Step 1 samples from the model that no update has changed yet. It stays as it is, and no mean reaches back to it.
+
+    Args:
+        values: A value for each step, with the steps as a sorted index; NaN where it was not measured.
+        window: Steps in the mean; there are fewer behind the first ones.
+
+    Returns:
+        The same steps; NaN where there was none.
+    """
+    trained = values[values.index > FIRST_STEP]
+    # Where a step was not measured there is nothing to draw, however near its neighbours are.
+    means = trained.rolling(window, min_periods=1).mean().where(trained.notna())
+    smoothed: pd.Series = pd.concat([values[values.index <= FIRST_STEP], means])
+    return smoothed
+
+
+def window_for(n_steps: int, window: int) -> int:
+    """Leave a training unsmoothed that is too short for it.
+
+    Args:
+        n_steps: Steps of the longest training in the figure.
+        window: Steps in a mean.
+
+    Returns:
+        The window if at least two means of so many steps differ, else 1, which draws the steps alone.
+    """
+    return window if n_steps >= window + FIRST_STEP + 1 else 1
+
+
+def entropy_flow_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 2.
+
+    Args:
+        analyses: One analysis, or one for each panel.
+
+    Returns:
+        A row for each panel, layer and point (input, ATTN, FFN, output), then one for the `policy` and one for the
+        `uniform` distribution's ln V, which have no layer. `position` is the x coordinate; entropies are in nats.
+    """
+    return _stack(analyses, _flow_rows)
+
+
+def entropy_change_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 3.
+
+    Args:
+        analyses: One analysis, or one for each column of panels.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the entropy change in nats, the layer's stage, and whether it
+        is the boundary layer.
+    """
+    return _stack(analyses, _change_rows)
+
+
+def residual_cosine_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 12.
+
+    Args:
+        analyses: One analysis, or one for each panel.
+
+    Returns:
+        A row for each panel, site (attn, ffn) and layer: the cosine similarity of what the module writes with the
+        residual stream that it is added to.
+    """
+    return _stack(analyses, _cosine_rows)
+
+
+def baseline_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the grey lines in figs. 2 and 3: the same responses through random weights.
+
+    Args:
+        analyses: One analysis for each panel; those without a baseline have no rows.
+
+    Returns:
+        A row for each panel, site (layer, attn, ffn), layer and quantity (entropy at the output, change), with its
+        `value` in nats.
+    """
+    parts = [pd.DataFrame(columns=["panel", "model", "lens", "layer", "site", "value", *_ERRORS, "quantity"])]
+    for panel, analysis in enumerate(listed(analyses), start=1):
+        if analysis.baseline is None:
+            continue
+        random = replace(analysis, layers=analysis.baseline)
+        for site in ("layer", *SITE_LABELS):
+            for quantity, column in (("entropy", "entropy_out"), ("change", "change")):
+                rows = _site_rows(random, site, column, "value").assign(quantity=quantity)
+                rows = rows.assign(panel=panel, model=analysis.name, lens=analysis.lens)
+                parts.append(rows[parts[0].columns])
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def stage_sketch_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of fig. 1c.
+
+    Args:
+        analyses: One analysis, or one for each strip.
+
+    Returns:
+        A row for each panel (the strip, from 1) and layer: its stage, where it starts and ends as a share of the depth,
+        and whether it is the boundary layer.
+    """
+    return _stack(analyses, _stage_rows)
+
+
+def _stack(given: OneOrMany[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of every analysis under one another, with the panel (from 1), model and lens."""
+    analyses = listed(given)
+    require_some(analyses)
+    parts = []
+    for panel, analysis in enumerate(analyses, start=1):
+        part = rows(analysis)
+        part.insert(0, "panel", panel)
+        part.insert(1, "model", analysis.name)
+        part.insert(2, "lens", analysis.lens)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _site_rows(analysis: Analysis, site: str, column: str, name: str) -> pd.DataFrame:
+    """Return a site's layers in order, with one of its statistics under `name`, its standard error and 95% interval."""
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    return pd.DataFrame(
+        {
+            "layer": rows["layer"].to_numpy(dtype="int64"),
+            "site": site,
+            name: rows[column].to_numpy(dtype=float),
+            **{end: rows[f"{column}_{end}"].to_numpy(dtype=float) for end in _ERRORS},
+        }
+    )
+
+
+def _flow_rows(analysis: Analysis) -> pd.DataFrame:
+    parts = []
+    for point, site, column, offset in FLOW_POINTS:
+        part = _site_rows(analysis, site, column, "entropy").drop(columns="site")
+        part.insert(1, "point", point)
+        part.insert(2, "position", part["layer"] + offset)
+        parts.append(part)
+    frame = pd.concat(parts).sort_values("position", kind="stable").astype({"layer": "Int64"})
+    policy = analysis.policy_entropy
+    ends = pd.DataFrame(
+        {
+            "layer": pd.array([pd.NA, pd.NA], dtype="Int64"),
+            "point": ["policy", "uniform"],
+            "position": [analysis.n_layers + 0.5 + policy_gap(analysis.n_layers) / 2, np.nan],
+            "entropy": [float(policy["mean"]), float(np.log(analysis.vocab_size))],
+            **{end: [float(policy.get(end, np.nan)), np.nan] for end in _ERRORS},
+        }
+    )
+    return pd.concat([frame, ends], ignore_index=True)
+
+
+def policy_gap(n_layers: int) -> float:
+    """Return the width of the strip after the last layer in which the policy stands, layers."""
+    return max(1.0, 0.07 * n_layers)
+
+
+def _change_rows(analysis: Analysis) -> pd.DataFrame:
+    frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
+    frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
+    frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    return frame
+
+
+def _stage_rows(analysis: Analysis) -> pd.DataFrame:
+    layers = np.arange(1, analysis.n_layers + 1)
+    ends = {"start": (layers - 1) / analysis.n_layers, "end": layers / analysis.n_layers}
+    boundary = layers == analysis.boundary_layer
+    return pd.DataFrame({"layer": layers, "stage": list(analysis.stages), **ends, "boundary": boundary})
+
+
+def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
+    return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
+
+
+def require_some(analyses: Sequence[Analysis]) -> None:
+    """Refuse to draw nothing.
+
+    Args:
+        analyses: What is to be drawn.
+
+    Raises:
+        ValueError: There is no analysis.
+    """
+    if not analyses:
+        raise ValueError("Got no analysis; a figure needs at least one.")

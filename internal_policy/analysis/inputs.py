@@ -1,0 +1,164 @@
+"""What is analysed: ready responses, or requests to sample them; read and checked before anything long begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.data.prompts import MATH_500, TESTBED, read_prompts, render_all
+from internal_policy.data.responses import Response, check_responses, read_responses
+from internal_policy.generation import Request, check_prompt_lengths
+from internal_policy.models import LanguageModel, testbed
+from internal_policy.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_MANY_UNKNOWN = 0.05
+"""Share of unknown tokens from which on a text is not in the tokenizer's language."""
+
+Source = str | Path | Iterable[Any]
+"""A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
+
+
+def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -> str | list[Any] | None:
+    """Bring what a user may pass into one of two forms.
+
+    Args:
+        source: a name or path, or records.
+        what: the argument's name.
+        limit: of what has no length, such as a stream, at most so many are taken.
+
+    Returns:
+        The name, or a list of records; None stays None.
+
+    Raises:
+        UserError: something that does not stand for records in an order: a dict, of splits or of columns; a set.
+    """
+    if source is None or isinstance(source, (str, Path)):
+        return None if source is None else str(source)
+    if isinstance(source, pd.DataFrame):
+        rows = source.astype(object).where(source.notna(), None)
+        return list(rows.to_dict("records"))
+    kind = type(source).__name__
+    if isinstance(source, Mapping):
+        # Such as a DatasetDict: a list of it would be its keys.
+        keys = ", ".join(repr(key) for key in list(source)[:4])
+        raise UserError(
+            f"{what} is a {kind} with {keys or 'nothing in it'}; needed is a list of records: choose one entry of a "
+            f"dict of splits ({what}=data['test']), or put a single record in a list"
+        )
+    if isinstance(source, (Set, bytes, bytearray)) or not isinstance(source, Iterable):
+        more = ", whose order is another in each process" if isinstance(source, Set) else ""
+        raise UserError(
+            f"{what} is a {kind}{more}; needed is a list of texts or records, a DataFrame, a name or a path"
+        )
+    bounded = isinstance(limit, int) and limit > 0 and not hasattr(source, "__len__")
+    return list(islice(source, limit) if bounded else source)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is analysed: ready responses, or requests to sample them."""
+
+    requests: list[Request]
+    responses: list[Response]
+    reward: Callable[[str, str], bool] | None = None
+
+    def digest(self) -> str:
+        """A digest of what was read, so that a changed file of the same name is noticed.
+
+        Returns:
+            16 hexadecimal digits: of the ids of prompts, or of all that is known of ready responses, whose texts and
+            rewards stand in the result.
+        """
+        read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+
+def _is_local(source: str | list[Any]) -> bool:
+    return isinstance(source, list) or source == TESTBED or Path(source).exists()
+
+
+def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
+    """Whether the model is an embedded one, or was trained from one and reads no other text."""
+    if config.model.startswith("testbed/"):
+        return True
+    words: dict[str, int] = json.loads((testbed.path("testbed/qwen3") / "tokenizer.json").read_text(encoding="utf-8"))[
+        "model"
+    ]["vocab"]
+    own: dict[str, int] = model.tokenizer.get_vocab()
+    return own == words
+
+
+def _tell_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
+    """Say so where much of the text is in words that the tokenizer does not have."""
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    ids = np.concatenate([np.asarray(s) for s in sequences])
+    share = float((ids == unknown).mean())
+    if share > _MANY_UNKNOWN:
+        logger.warning(
+            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, and the numbers say little",
+            *(100 * share, model.tokenizer.unk_token, model.name),
+        )
+
+
+def gather_inputs(
+    config: AnalyzeConfig,
+    model: LanguageModel,
+    prompts: str | list[Any] | None = None,
+    responses: str | list[Any] | None = None,
+) -> Inputs:
+    """Read and check what is to be analysed, before anything long begins.
+
+    Args:
+        config: the settings.
+        model: the model that will read it.
+        prompts: where the prompts come from; the default for this model where both are None.
+        responses: ready responses.
+
+    Returns:
+        Requests to sample, or responses.
+
+    Raises:
+        UserError: bad input.
+    """
+    if responses is not None:
+        ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
+        check_responses(ready, model.vocab_size, model.max_length)
+        _tell_unknown(model, (r.input_ids for r in ready))
+        return Inputs([], ready)
+    if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
+        raise UserError(
+            f"--prompts-split {config.prompts_split} was given with a local file; splits are of hub data sets"
+        )
+    source = prompts if prompts is not None else TESTBED if _is_embedded(config, model) else MATH_500
+    wanted = config.max_responses or DEFAULT_RESPONSES
+    needed = -(-wanted // config.samples_per_prompt)
+    prompts_read = read_prompts(source, split=config.prompts_split, limit=needed)
+    rendered = render_all(prompts_read, config.template, model.tokenizer)
+    asked = (
+        Request(prompt, ids, number, sample_index)
+        for number, (prompt, ids) in enumerate(zip(prompts_read, rendered, strict=True))
+        for sample_index in range(config.samples_per_prompt)
+    )
+    requests = list(islice(asked, wanted))
+    check_prompt_lengths(requests, model)
+    _tell_unknown(model, (r.prompt_ids for r in requests))
+    reward = None
+    if source == TESTBED:
+        from internal_policy.data import arithmetic as tasks
+
+        reward = tasks.check
+    return Inputs(requests, [], reward)

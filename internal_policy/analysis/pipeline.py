@@ -1,0 +1,338 @@
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Unpack
+
+import numpy as np
+
+from internal_policy import statistics
+from internal_policy.analysis import tables, unchanged
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
+from internal_policy.analysis.layer_selection import select_layer
+from internal_policy.analysis.options import AnalyzeOptions, showing
+from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
+from internal_policy.analysis.random_baseline import add_baseline, architecture
+from internal_policy.analysis.results import Analysis, workspace_of
+from internal_policy.analysis.training_record import training_record
+from internal_policy.data.prompts import Prompt
+from internal_policy.data.responses import Response
+from internal_policy.data.token_text import texts_of
+from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
+from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
+from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.utils import sharding
+from internal_policy.utils.distributed import Processes, launched
+from internal_policy.utils.io import expanded
+from internal_policy.utils.locks import locked
+from internal_policy.utils.memory import halving
+from internal_policy.utils.progress import progress, status
+from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.workspace import Arrays, Workspace, in_use
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
+
+
+@quiet_libraries()
+@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
+@as_its_dtype_says()
+def analyze(
+    model: Any = "testbed/qwen3",
+    tokenizer: Any = None,
+    *,
+    prompts: Source | None = None,
+    responses: Source | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    wait: bool = False,
+    alone: bool = False,
+    **options: Unpack[AnalyzeOptions],
+) -> Analysis:
+    """Analyse the internal policies of one causal language model.
+
+    Under ``accelerate launch`` or torchrun the processes share the responses out, and each returns the whole analysis.
+
+    Args:
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
+            ``transformer_lens`` TransformerBridge, or an ``nnsight`` model.
+        tokenizer: the tokenizer of a transformers model given as an object; the others bring theirs.
+        prompts: hub data set id, parquet, jsonl or json file, or a list or DataFrame: texts, chats, or records with a
+            ``prompt``.
+        responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records (see
+            ``read_responses``); ``analysis.sequences`` is one.
+        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
+            Without it nothing is written.
+        overwrite: start over where the output directory holds another analysis.
+        wait: where another process writes there, start when it has ended.
+        alone: analyse in this process, without the others that a launcher started.
+        **options: the further fields of ``AnalyzeConfig``.
+
+    Returns:
+        The analysis, with its tables as DataFrames.
+
+    Raises:
+        UserError: bad input; the message says what to do.
+    """
+    refuse_unknown(options)
+    in_memory = registry.is_object(model, tokenizer, options)
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    responses = as_source(responses, "responses", most)
+    name = registry.name_of(model) if in_memory else str(model)
+    if in_memory and (library := registry.library_of(model)):
+        options = {"backend": library, **options}
+    config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    state = Processes() if alone else launched()
+    refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
+    with ExitStack() as stack:
+        opened = None
+        if in_memory:
+            stack.enter_context(evaluating(registry.module_of(model)))
+            opened = registry.adopt(model, tokenizer, name, config)
+        network = registry.module_of(model) if in_memory else None
+        source = architecture(config, network) if config.random_baseline else None
+
+        def run(directory: Path, overwrite: bool) -> Analysis:
+            analysis = _run(config, opened, prompts, responses, directory, overwrite, state)
+            if source is None or analysis.baseline is not None:
+                return analysis
+            return add_baseline(analysis, config, source, network, partial(_capture, kind="baseline"), state)
+
+        if output is not None:
+            directory = expanded(output) / config.slug
+            with locked(directory, wait=wait, state=state):
+                return run(directory, overwrite)
+        scratch: list[str] = []
+        if state.is_main_process:
+            scratch.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-")))
+        directory = Path(state.broadcast(scratch[:1])[0]) / "run"
+        analysis = replace(run(directory, False), path=None)
+        state.wait_for_everyone()
+        return analysis
+
+
+def _label(source: str | list[Any] | None) -> str | None:
+    """What the settings call a source: its name, or how many records were given."""
+    return f"{len(source)} given" if isinstance(source, list) else source
+
+
+def _run(
+    config: AnalyzeConfig,
+    opened: registry.Opener | None,
+    prompts: str | list[Any] | None,
+    responses: str | list[Any] | None,
+    directory: Path,
+    overwrite: bool,
+    state: Processes,
+) -> Analysis:
+    finished = None if overwrite else unchanged.finished(config, directory)
+    workspace = workspace_of(directory)
+    if finished is None:
+        workspace.check()
+    named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
+    # Before the model is read: what is written later into its files is then known to be another model.
+    files = unchanged.digest(config) if named else None
+    started = time.perf_counter()
+    with status(f"loading {config.model}"):
+        extractor = (opened or registry.opener(config, state.device if state.number > 1 else None))()
+    model = extractor.model
+    load_seconds = time.perf_counter() - started
+    inputs = gather_inputs(config, model, prompts, responses)
+    identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    identity["hooked"] = hooked or None
+    if model.rounds_by_batch:
+        identity["batch_size"] = config.batch_size
+    if inputs.requests:
+        # Each kind of device has random streams of its own.
+        identity["sampled_on"] = model.device.type
+        identity["token_limit"] = response_limit(model, config.max_new_tokens)
+        identity["ends"] = end_ids(model)
+
+    def begin() -> bool:
+        if hooked and not overwrite and workspace.begun:
+            raise not_taken_up(directory, hooked)
+        return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
+
+    if finished is not None:
+        if hooked:
+            raise not_taken_up(directory, hooked)
+        if differing := unchanged.differing_settings(finished, identity):
+            raise in_use(directory, "an analysis", differing)
+        if config.random_baseline and finished.baseline is None:
+            return finished
+        state.on_main(workspace.close)
+        if state.is_main_process:
+            unchanged.tell_complete(directory)
+        return finished
+    # The main process changes the directory only when all others have looked at it.
+    if state.on_main(begin) and state.is_main_process:
+        logger.warning("%s: going on with an unfinished analysis", directory)
+    with fitting_threads(model):
+        sampled = _generate(config, extractor, inputs, workspace, state)
+        captured = _capture(config, extractor, sampled, workspace, state)
+
+    def assemble() -> None:
+        timings = {"load": round(load_seconds, 3)}
+        for stage in ("generate", "capture"):
+            timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
+        analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity, "files": files}, timings)
+        if inputs.requests:
+            ends = set(end_ids(model))
+            cut = [r for r in sampled if r.input_ids[-1] not in ends]
+            analysis = replace(analysis, n_truncated=len(cut))
+        analysis.save(directory)
+        workspace.close()
+
+    state.on_main(assemble)
+    return Analysis.load(directory)
+
+
+def _generate(
+    config: AnalyzeConfig, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
+) -> list[Response]:
+    if not inputs.requests:
+        return inputs.responses
+    found = _sampled(workspace)
+    limit = response_limit(extractor.model, config.max_new_tokens)
+    size = together(config.generator, config.batch_size)
+    batches = sharding.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
+    mine = [i for batch in batches for i in batch]
+    with (
+        samplers.sampling(extractor, config, inputs.requests, limit) as draw,
+        progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
+    ):
+        run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        for batch in sharding.left(batches, set(found)):
+            started = time.perf_counter()
+            new = halving([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
+            new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
+            lines = np.array([json.dumps(asdict(r)) for r in new])
+            seconds = np.array(time.perf_counter() - started)
+            workspace.write("generate", batch[0], {"index": np.array(batch), "json": lines, "seconds": seconds})
+            advance(len(batch))
+    state.wait_for_everyone()
+    found = _sampled(workspace)
+    sharding.require_all(len(found), len(inputs.requests), workspace)
+    return [found[i] for i in range(len(found))]
+
+
+def _sampled(workspace: Workspace) -> dict[int, Response]:
+    """The responses that are on disk, by their number."""
+    found: dict[int, Response] = {}
+    for shard in workspace.shards("generate"):
+        found |= {
+            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
+        }
+    return found
+
+
+def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], bool] | None) -> Response:
+    if reward is None or prompt.answer is None:
+        return response
+    return replace(response, reward=float(reward(response.response, prompt.answer)))
+
+
+def _capture(
+    config: AnalyzeConfig,
+    extractor: Extractor,
+    responses: list[Response],
+    workspace: Workspace,
+    state: Processes,
+    kind: str = "capture",
+) -> Captured:
+    reducer = Reducer(extractor, config.lens)
+    if config.tolerance is not None:
+
+        def run_chosen(batch: Sequence[Chosen]) -> list[TokenValues]:
+            return reduce_responses(reducer, [r for r, _ in batch], "right", [tokens for _, tokens in batch])
+
+        return capture_in_rounds(config, responses, run_chosen, workspace, state)
+    done = {int(i) for shard in workspace.shards(kind) for i in shard["index"]}
+
+    def run(batch: Sequence[Response]) -> list[TokenValues]:
+        return reduce_responses(reducer, batch)
+
+    batches = sharding.batches([len(r.input_ids) for r in responses], config.batch_size, state)
+    mine = {i for batch in batches for i in batch}
+    what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
+    with progress(what, len(mine), len(done & mine)) as advance:
+        for batch in sharding.left(batches, done):
+            started = time.perf_counter()
+            values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
+            kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
+            empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
+            arrays: Arrays = {
+                "index": np.array(batch),
+                "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
+                "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
+                "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
+                "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
+                "seconds": np.array(time.perf_counter() - started),
+            }
+            workspace.write(kind, batch[0], arrays)
+            advance(len(batch))
+    state.wait_for_everyone()
+    captured = list(workspace.shards(kind))
+    sharding.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
+    return Captured(captured)
+
+
+def _assemble(
+    config: AnalyzeConfig,
+    model: LanguageModel,
+    responses: list[Response],
+    captured: Captured,
+    settings: dict[str, Any],
+    timings: dict[str, float],
+) -> Analysis:
+    sample = captured.sample
+    tokens = None if sample is None else sample.tokens
+    per_response = tables.response_table(captured.portions, responses, tokens)
+    layers = statistics.layer_table(per_response)
+    if sample is not None:
+        layers["change_half_width"] = sample.half_widths.ravel()
+    selection = select_layer(SimpleNamespace(layers=layers, responses=per_response), seed=config.seed)
+    kept = responses[: config.keep_tokens]
+    texts = texts_of(model.tokenizer, (i for r in kept for i in r.input_ids[r.prompt_length :]))
+    return Analysis(
+        name=config.model if config.revision is None else f"{config.model}@{config.revision}",
+        model={
+            "id": config.model,
+            "revision": model.revision,
+            "family": model.family.name,
+            "layers": model.n_layers,
+            "vocabulary": model.vocab_size,
+            "hidden_size": int(model.projection.weight.shape[1]),
+            "parameters": model.n_parameters,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "device": "ndif" if config.remote else model.placement,
+            **({"training": record} if (record := training_record(config.model)) else {}),
+        },
+        config=settings,
+        layers=layers,
+        responses=per_response,
+        tokens=tables.token_table(captured.portions, responses, config.keep_tokens, tokens, texts),
+        sequences=tables.sequence_table(responses),
+        policy_entropy=statistics.policy_entropy(per_response),
+        selection=selection,
+        positions=None if sample is None else sample.summary(),
+        timings=timings,
+        versions={name: metadata.version(name) for name in _LIBRARIES},
+    )

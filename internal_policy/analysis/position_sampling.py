@@ -1,0 +1,243 @@
+"""Capture at chosen positions only, in rounds, until every entropy change is known well enough.
+
+The first round takes some positions of every block of similar ones, the second as many as the first says are needed;
+a third is rare. Each round is one pass over the responses that it has positions in. What a round found is on disk
+before the next is settled, and so is how far each round goes, so an interrupted run goes on with the same positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.position_subset import Design, design_positions
+from internal_policy.analysis.sampling_error import (
+    Estimate,
+    estimate,
+    known_well_enough,
+    positions_needed,
+    response_means,
+)
+from internal_policy.data.responses import Response
+from internal_policy.extractors import QUANTITIES, TokenValues
+from internal_policy.statistics import SITES, Floats, Ints
+from internal_policy.utils.distributed import Processes
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.memory import halving
+from internal_policy.utils.progress import progress
+from internal_policy.utils.sharding import batches, left, require_all
+from internal_policy.utils.workspace import Arrays, Workspace
+
+MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
+
+Chosen: TypeAlias = tuple[Response, Ints]
+"""A response, and which of its tokens to analyse, from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class PositionSample:
+    """Which positions were analysed, and how far the changes may be off for it."""
+
+    tolerance: float
+    """What was asked for, nats."""
+    tokens: list[Ints]
+    """Analysed tokens of each response, from 0, ascending."""
+    total: int
+    """All positions."""
+    rounds: int
+    """In how many rounds."""
+    half_widths: Floats
+    """Half of the 95% interval of each change for what all positions would give, nats, [L, 3] in order of SITES."""
+    few: int = 0
+    """How many of the half-widths hang on a few positions and may miss more often than one time in 20."""
+
+    def summary(self) -> dict[str, float | int | str]:
+        """What the manifest holds.
+
+        Returns:
+            tolerance, analysed, total, rounds, the largest half_width with its layer (from 1) and site, and how many
+            of the half-widths rest on a few positions.
+        """
+        layer, site = np.unravel_index(int(self.half_widths.argmax()), self.half_widths.shape)
+        return {
+            "tolerance": self.tolerance,
+            "analysed": sum(map(len, self.tokens)),
+            "total": self.total,
+            "rounds": self.rounds,
+            "half_width": float(self.half_widths.max()),
+            "layer": int(layer) + 1,
+            "site": SITES[int(site)],
+            "few": self.few,
+            "changes": int(self.half_widths.size),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """The numbers of all responses."""
+
+    portions: list[Arrays]
+    """``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2] of some responses; ``token_layers`` [n, L, Q] and
+    ``token_policy`` [n, 2] of those that are kept token by token."""
+    sample: PositionSample | None = None
+    """Which positions these are of; None where of all."""
+
+
+def capture_in_rounds(
+    config: AnalyzeConfig,
+    responses: Sequence[Response],
+    run: Callable[[Sequence[Chosen]], list[TokenValues]],
+    workspace: Workspace,
+    state: Processes,
+) -> Captured:
+    """Analyse positions until every half-width is under the tolerance, or there are no more.
+
+    Args:
+        config: the settings, with a tolerance.
+        responses: all responses, in order.
+        run: analyses a batch.
+        workspace: where the portions go.
+        state: the processes; all take the same decisions.
+
+    Returns:
+        Estimates for every response.
+
+    Raises:
+        UserError: out of memory, or the processes share no directory.
+    """
+    tolerance = float(config.tolerance or 0)
+    design = design_positions(responses, config.seed)
+    ends = [0, _settled(1, lambda: design.pilot, workspace, state)]
+    values = np.zeros((0, 0))
+    while True:
+        chosen = design.order[ends[-2] : ends[-1]]
+        found = _round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
+        values = np.concatenate([values, found]) if len(values) else found
+        estimated = estimate(design, _changes(values))
+
+        def next_end(last: int = ends[-1], known: Estimate = estimated) -> int:
+            enough = known_well_enough(design, known, tolerance)
+            return last if enough else positions_needed(design, known, tolerance)
+
+        end = _settled(len(ends), next_end, workspace, state)
+        if end == ends[-1]:
+            break
+        ends.append(end)
+    half_widths = estimated.half_width.reshape(-1, len(SITES))
+    few = int(estimated.rests_on_few(len(design.order)).sum())
+    return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
+
+
+def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
+    """Where a round ends, counted in all positions so far; where the last one did if there is none.
+
+    One process decides for all, and once for all: another machine's or library's rounding could settle on another
+    number, and what an interrupted run has of a round are the positions that were chosen then.
+    """
+
+    def settle() -> int:
+        for settled in workspace.shards(f"end-{number}"):
+            return int(settled["end"])
+        end = choose()
+        workspace.write(f"end-{number}", 0, {"end": np.array(end)})
+        return end
+
+    return state.on_main(settle)
+
+
+def _round(
+    number: int,
+    chosen: Ints,
+    design: Design,
+    config: AnalyzeConfig,
+    responses: Sequence[Response],
+    run: Callable[[Sequence[Chosen]], list[TokenValues]],
+    workspace: Workspace,
+    state: Processes,
+) -> Floats:
+    """One round's numbers in the order of the chosen positions, [n, L * Q + 2]."""
+    kind = f"capture-{number}"
+    ordered = np.sort(chosen)
+    concerned, first = np.unique(design.response[ordered], return_index=True)
+    positions = dict(zip(concerned.tolist(), np.split(ordered, first[1:]), strict=True))
+    indices = list(positions)
+    done: set[int] = set()
+    for shard in workspace.shards(kind):
+        of_shard = [positions.get(int(i), ordered[:0]) for i in shard["index"]]
+        if not np.array_equal(shard["positions"], np.concatenate(of_shard)):
+            raise _others(number, workspace)
+        done.update(map(int, shard["index"]))
+    mine = [
+        [indices[i] for i in b]
+        for b in batches([len(responses[i].input_ids) for i in indices], config.batch_size, state)
+    ]
+    n_mine = {i for batch in mine for i in batch}
+    with progress(f"analysing responses, round {number}", len(n_mine), len(done & n_mine)) as advance:
+        for batch in left(mine, done):
+            started = time.perf_counter()
+            reduced = halving([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
+            rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
+            arrays: Arrays = {
+                "index": np.array(batch),
+                "positions": np.concatenate([positions[i] for i in batch]),
+                "values": np.concatenate(rows),
+                "seconds": np.array(time.perf_counter() - started),
+            }
+            workspace.write(kind, batch[0], arrays)
+            advance(len(batch))
+    state.wait_for_everyone()
+    shards = list(workspace.shards(kind))
+    require_all(sum(len(shard["index"]) for shard in shards), len(indices), workspace)
+    there = np.concatenate([shard["positions"] for shard in shards])
+    if not np.array_equal(np.sort(there), ordered):
+        raise _others(number, workspace)
+    values = np.concatenate([shard["values"] for shard in shards])[np.argsort(there)]
+    return values[np.searchsorted(ordered, chosen)].astype(np.float64)
+
+
+def _others(number: int, workspace: Workspace) -> UserError:
+    return UserError(
+        f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as another "
+        "version of internal_policy or numpy may choose; add --overwrite to start over, or choose another --output "
+        "directory"
+    )
+
+
+def _changes(values: Floats) -> Floats:
+    """Entropy changes of eqs. 11-13, [n, 3 L]: the sites of layer 1, then those of layer 2."""
+    layers = values[:, :-2].reshape(len(values), -1, len(QUANTITIES))
+    into, out = ([QUANTITIES.index(f"{site}_{end}") for site in SITES] for end in ("in", "out"))
+    return (layers[:, :, out] - layers[:, :, into]).reshape(len(values), -1)
+
+
+def _captured(
+    config: AnalyzeConfig,
+    design: Design,
+    values: Floats,
+    responses: Sequence[Response],
+    tolerance: float,
+    rounds: int,
+    half_widths: Floats,
+    few: int,
+) -> Captured:
+    ordered = np.argsort(design.order[: len(values)])
+    positions = design.order[: len(values)][ordered]
+    tokens = np.split(
+        design.token[positions], np.searchsorted(design.response[positions], np.arange(1, len(responses)))
+    )
+    means = response_means(design, values)
+    shape = (len(half_widths), len(QUANTITIES))
+    kept = values[ordered][: sum(len(t) for t in tokens[: config.keep_tokens])].astype(np.float32)
+    portion: Arrays = {
+        "index": np.arange(len(responses)),
+        "layers": means[:, :-2].reshape(-1, *shape),
+        "policy": means[:, -2:],
+        "token_layers": kept[:, :-2].reshape(-1, *shape),
+        "token_policy": kept[:, -2:],
+    }
+    return Captured([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))

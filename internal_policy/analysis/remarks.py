@@ -1,0 +1,83 @@
+"""What terminal and report say of an analysis beside its layers and its boundary layer, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from internal_policy.analysis.results import Analysis
+from internal_policy.utils.wording import counted
+
+
+def remarks(analysis: Analysis) -> list[str]:
+    """Say what is to be said beside the layers and the boundary layer.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        The policy's entropy, then responses that were cut, the mean reward, and the baseline, each where there is one.
+    """
+    entropy = analysis.policy_entropy
+    found = [
+        f"policy entropy H(π_θ) {entropy['mean']:.4f}{plus_stderr(entropy['stderr'], 4)} nats; "
+        f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}"
+    ]
+    if analysis.n_truncated:
+        found.append(
+            f"{analysis.n_truncated} of {counted(analysis.n_responses, 'response')} reached the limit of tokens "
+            "before they ended (--max-new-tokens)"
+        )
+    rewards = analysis.sequences["reward"].dropna()
+    if len(rewards):
+        found.append(f"mean reward {float(rewards.mean()):.3f} over {counted(len(rewards), 'response')}")
+    if analysis.baseline is not None and analysis.baseline_model is not None:
+        random, boundary = analysis.baseline_model, analysis.baseline_model["boundary_layer"]
+        changes = analysis.baseline.loc[analysis.baseline["site"] == "ffn", "change"]
+        found.append(
+            f"random weights of the same architecture (seed {random['seed']}): policy entropy "
+            f"{random['policy_entropy']['mean']:.4f} nats, ΔH FFN from {changes.min():+.3f} to {changes.max():+.3f}, "
+            f"{'no boundary layer' if boundary is None else f'boundary layer {boundary}'}"
+        )
+    return found
+
+
+def positions_line(positions: Mapping[str, Any]) -> str:
+    """Say how many positions were analysed and what that costs in certainty.
+
+    Args:
+        positions: of an Analysis with a tolerance.
+
+    Returns:
+        One line.
+    """
+    analysed, total, rounds = positions["analysed"], positions["total"], positions["rounds"]
+    in_rounds = f"in {counted(rounds, 'round')}"
+    if analysed == total:
+        return f"analysed all {total} positions {in_rounds}; tolerance {positions['tolerance']:g} nats needs them all"
+    site = {"attn": ", ATTN", "ffn": ", FFN"}.get(positions["site"], "")
+    few = ""
+    if positions["few"]:
+        few = (
+            f"; {positions['few']} of the {positions['changes']} half-widths rest on a few positions with large values "
+            "and may miss more often than one time in 20"
+        )
+    return (
+        f"analysed {analysed} of {total} positions ({analysed / total:.1%}) {in_rounds}; largest half-width of a 95% "
+        f"interval from that choice {positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
+        f"{positions['tolerance']:g}; ± is the standard error over prompts{few}"
+    )
+
+
+def plus_stderr(stderr: Any, digits: int = 3) -> str:
+    """Write a standard error behind its mean.
+
+    Args:
+        stderr: nats; NaN of a single prompt, which has none.
+        digits: behind the point.
+
+    Returns:
+        ``±0.012``; an empty text where there is none.
+    """
+    return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"

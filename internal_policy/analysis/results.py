@@ -1,0 +1,332 @@
+"""The result of an analysis, in memory and on disk.
+
+A directory holds one analysis of one checkpoint. ``analysis.json`` is written last: a directory without it is not an
+analysis, so nothing half-written is ever read as whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from internal_policy.analysis.layer_selection import COVERS, Selection
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded, write_atomically
+from internal_policy.utils.result_format import Kind, read_parquet, read_rows, write_parquet, write_rows
+from internal_policy.utils.wording import counted
+from internal_policy.utils.workspace import Workspace
+
+SCHEMA_VERSION = 1
+MANIFEST = "analysis.json"
+REPORT = "report.html"
+"""The page that is drawn of a result; results are whole without it."""
+BASELINE = "baseline.csv"
+_FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
+RESULT_FILES = (*_FILES, MANIFEST, REPORT)
+ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Entropies of the internal policies of one checkpoint, with the boundary layer.
+
+    All entropies are in nats, all layers are counted from 1.
+    """
+
+    name: str
+    """The model's name."""
+    model: dict[str, Any]
+    """id, revision, family, layers L, vocabulary V, hidden size d, dtype, device."""
+    config: dict[str, Any]
+    """The settings, with digests of weights and inputs."""
+    layers: pd.DataFrame
+    """One row per layer and site (layer, attn, ffn): means over tokens with clustered standard errors; with a tolerance
+    also change_half_width, how far the change may be off because not every position was analysed."""
+    responses: pd.DataFrame
+    """One row per response, layer and site: the means of that response; with a tolerance estimates of them."""
+    tokens: pd.DataFrame
+    """One row per analysed token, layer and site, for the responses that were kept token by token; token_text is how
+    the token is shown (analyses from before it was stored lack the column)."""
+    sequences: pd.DataFrame
+    """What was analysed: prompt, response, input_ids, prompt_length, reward."""
+    policy_entropy: dict[str, float]
+    """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
+    selection: Selection
+    """Boundary layer, stages, and how sure they are."""
+    positions: dict[str, Any] | None = None
+    """Where a tolerance was given: tolerance, analysed and total positions, rounds, and the largest half_width of an
+    entropy change with its layer and site; None where every position was analysed."""
+    n_truncated: int | None = None
+    """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
+    baseline: pd.DataFrame | None = None
+    """The rows of `layers` for the same responses through random weights of the same architecture, where asked for."""
+    baseline_model: dict[str, Any] | None = None
+    """Of these weights: seed, digest, boundary_layer and policy_entropy (as of the analysis)."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds spent in each stage."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions."""
+    path: Path | None = None
+    """Where it is on disk."""
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return int(self.model["layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.model["vocabulary"])
+
+    @property
+    def n_parameters(self) -> int | None:
+        """The model's parameters; None in analyses from before they were counted."""
+        return self.model.get("parameters")
+
+    @property
+    def lens(self) -> str:
+        """``policy`` or ``logit-lens``."""
+        return str(self.config["lens"])
+
+    @property
+    def boundary_layer(self) -> int | None:
+        """The boundary layer, from 1; None where the rule has no answer."""
+        return self.selection.boundary_layer
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """exploration, integration or convergence, for layers 1..L."""
+        return self.selection.stages
+
+    @property
+    def n_responses(self) -> int:
+        """Number of responses."""
+        return len(self.sequences)
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of distinct prompts, over which standard errors are clustered and resamples are drawn."""
+        return int(self.responses["prompt"].nunique())
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of response tokens."""
+        return int(self.layers["n_tokens"].iloc[0])
+
+    @property
+    def extent(self) -> str:
+        """How much was analysed: ``32 responses, 7100 tokens``, or ``428 of 7100 tokens`` where a part was chosen."""
+        chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
+        return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
+
+    @cached_property
+    def responses_digest(self) -> str:
+        """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in whatever order."""
+        rows = zip(self.sequences["prompt_length"], self.sequences["input_ids"], strict=True)
+        read = sorted([int(length), *map(int, ids)] for length, ids in rows)
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+    def curve(self, site: str, value: str = "change") -> pd.Series:
+        """One column of ``layers`` for one site.
+
+        Args:
+            site: layer, attn or ffn.
+            value: a column: change, entropy_in, entropy_out, cosine, or one of their ``_stderr``.
+
+        Returns:
+            [L] values, indexed by layer from 1.
+
+        Raises:
+            UserError: no such site or column.
+        """
+        columns = [name for name in self.layers if name not in ("layer", "site")]
+        for name, asked, known in (("site", site, self.layers["site"].unique()), ("value", value, columns)):
+            if asked not in known:
+                raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(map(str, known))}")
+        rows = self.layers[self.layers["site"] == site]
+        return rows.set_index("layer")[value]
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the analysis to a directory; the manifest last.
+
+        Args:
+            directory: made where it does not exist; files of the same names are replaced.
+
+        Returns:
+            The directory.
+        """
+        with ANALYSIS.writing(directory, self.manifest()) as target:
+            write_atomically(target / "layers.csv", lambda p: self.layers.to_csv(p, index=False))
+            write_parquet(target / "responses.parquet", self.responses)
+            write_parquet(target / "tokens.parquet", self.tokens)
+            write_rows(target / "responses.jsonl", self.sequences)
+            (target / BASELINE).unlink(missing_ok=True)
+            self._write_baseline(target)
+        return target
+
+    def save_baseline(self) -> None:
+        """Write the baseline into the analysis' directory, beside what is there; the manifest last."""
+        assert self.path is not None
+        self._write_baseline(self.path)
+        ANALYSIS.write_manifest(self.path, self.manifest())
+
+    def _write_baseline(self, directory: Path) -> None:
+        if (baseline := self.baseline) is not None:
+            write_atomically(directory / BASELINE, lambda p: baseline.to_csv(p, index=False))
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``analysis.json`` holds.
+
+        Returns:
+            JSON-able fields; NaN is null.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "model": self.model,
+            "config": self.config,
+            "n_responses": self.n_responses,
+            "n_tokens": self.n_tokens,
+            "responses_digest": self.responses_digest,
+            "positions": self.positions,
+            "n_truncated": self.n_truncated,
+            "boundary_layer": self.boundary_layer,
+            "stages": list(self.stages),
+            "selection": self.selection.to_dict(),
+            "policy_entropy": _without_nan(self.policy_entropy),
+            "baseline": None
+            if self.baseline_model is None
+            else {**self.baseline_model, "policy_entropy": _without_nan(self.baseline_model["policy_entropy"])},
+            "timings": self.timings,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Analysis:
+        """Read an analysis from disk.
+
+        Args:
+            directory: of one analysis, or one that holds a single analysis.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            UserError: no analysis there, unfinished, broken, or written by a newer version.
+        """
+        source = ANALYSIS.find(expanded(directory))
+        with ANALYSIS.reading(source) as manifest:
+            baseline = manifest.get("baseline")
+            analysis = cls(
+                name=manifest["name"],
+                model=manifest["model"],
+                config=manifest["config"],
+                layers=pd.read_csv(source / "layers.csv"),
+                responses=read_parquet(source / "responses.parquet"),
+                tokens=read_parquet(source / "tokens.parquet"),
+                sequences=read_rows(source / "responses.jsonl"),
+                policy_entropy=_with_nan(manifest["policy_entropy"]),
+                selection=Selection.from_dict(manifest["selection"]),
+                positions=manifest.get("positions"),
+                n_truncated=manifest["n_truncated"],
+                baseline=None if baseline is None else pd.read_csv(source / BASELINE),
+                baseline_model=baseline and {**baseline, "policy_entropy": _with_nan(baseline["policy_entropy"])},
+                timings=manifest["timings"],
+                versions=manifest["versions"],
+                path=source,
+            )
+            _check_agreement(analysis, manifest)
+            return analysis
+
+    def _repr_html_(self) -> str:
+        from internal_policy.utils.console import few_prompts, number
+        from internal_policy.utils.html import Rows, card
+
+        ends = {site: self.curve(site) for site in ("attn", "ffn")}
+        entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
+        for stage, run in groupby(self.stages):
+            end = start + len(list(run)) - 1
+            means = (number(curve.loc[start:end].mean(), "+.3f") for curve in ends.values())
+            span = str(start) if start == end else f"{start}-{end}"
+            cells.append((stage, span, number(entropy.loc[end]), *means))
+            start = end + 1
+        boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
+        facts = (
+            boundary,
+            "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
+            few_prompts(self.n_prompts) or "",
+            f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
+            f"policy entropy {number(self.policy_entropy['mean'])} nats",
+        )
+        headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
+        table = Rows(headings, cells, left=("stage",), note="nats; .layers has every layer, with standard errors")
+        return card("Analysis", self.name, facts, table)
+
+    def __repr__(self) -> str:
+        boundary = "none" if self.boundary_layer is None else self.boundary_layer
+        return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"
+
+
+def workspace_of(directory: Path) -> Workspace:
+    """Name the unfinished work of an analysis.
+
+    Args:
+        directory: of the analysis.
+
+    Returns:
+        Its workspace; nothing is made yet.
+    """
+    return Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="analysis")
+
+
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {k: None if v != v else v for k, v in values.items()}
+
+
+def _with_nan(values: dict[str, float | None]) -> dict[str, float]:
+    return {k: float("nan") if v is None else v for k, v in values.items()}
+
+
+_NUMBERS = ("entropy_in", "entropy_out", "change", "cosine")
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "layers": ("layer", "n_tokens", *_NUMBERS, "change_stderr", "change_low", "change_high"),
+    "responses": ("response", "prompt", "layer", "n_tokens", *_NUMBERS),
+    "tokens": ("response", "token", "layer", *_NUMBERS),
+    "sequences": ("prompt_length",),
+}
+"""The columns of numbers that the tables of an analysis have at least."""
+_TEXT_COLUMNS = {"layers": ("site",), "responses": ("site",), "tokens": ("site",), "sequences": ("prompt", "response")}
+
+
+def _check_agreement(analysis: Analysis, manifest: dict[str, Any]) -> None:
+    """Refuse tables that lack a column, have another type in one, or are of another analysis than the manifest."""
+    for name in _COLUMNS:
+        table: pd.DataFrame = getattr(analysis, name)
+        if name == "tokens" and table.empty:
+            continue
+        if lacking := [c for c in (*_COLUMNS[name], *_TEXT_COLUMNS[name]) if c not in table]:
+            raise ValueError(f"{name} has no column {lacking[0]}")
+        if other := [c for c in _COLUMNS[name] if table[c].dtype.kind not in "iuf"]:
+            raise ValueError(f"{name} has a column {other[0]} that does not hold numbers")
+    n_layers = analysis.n_layers
+    rows = set(zip(analysis.layers["layer"], analysis.layers["site"], strict=True))
+    wanted = {(layer, site) for layer in range(1, n_layers + 1) for site in ("layer", "attn", "ffn")}
+    for what, found, told in (
+        ("layers and sites", rows, wanted),
+        ("rows of layers", len(analysis.layers), 3 * n_layers),
+        ("stages", len(analysis.stages), n_layers),
+        ("responses", analysis.n_responses, manifest["n_responses"]),
+        ("responses with means", analysis.responses["response"].nunique(), manifest["n_responses"]),
+        ("tokens", analysis.n_tokens, manifest["n_tokens"]),
+        ("boundary layers", analysis.boundary_layer, manifest["boundary_layer"]),
+    ):
+        if found != told:
+            raise ValueError(f"its tables and its manifest disagree about {what}")

@@ -1,0 +1,303 @@
+"""What is compared: analyses from objects and directories, what to call each, and which step of a training it is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from internal_policy.analysis.results import MANIFEST, Analysis
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+
+StepsFrom = Literal["given", "name", "order"]
+Unit = Literal["step", "update"]
+"""What the numbers count: batches of rollouts, or the trainer's updates where their number in a step is not known."""
+
+_ARCHITECTURE = {
+    **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
+    "hidden_size": "hidden sizes",
+}
+_FIGURES = "figures"
+_STEP = re.compile(r"(?:^|[^a-z0-9])(checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
+
+
+def load_analyses(directory: str | Path) -> list[Analysis]:
+    """Read every analysis below a directory, such as those of a sweep.
+
+    Args:
+        directory: of one analysis, or above several.
+
+    Returns:
+        The analyses, in the order of their steps where their names tell them, else of their names.
+
+    Raises:
+        UserError: no analysis there, or a broken one.
+    """
+    return gather([directory])
+
+
+def gather(sources: Iterable[Any]) -> list[Analysis]:
+    """Load what is not loaded yet; a directory that holds several analyses stands for all of them.
+
+    These are in the order of their steps where the names tell each one's own, else in natural order. Among several, a
+    directory of figures is passed over: ``compare DIR/*`` names the one that ``analyze --output DIR`` wrote.
+
+    Args:
+        sources: analyses, directories, or lists of them.
+
+    Returns:
+        The analyses.
+
+    Raises:
+        UserError: a directory without an analysis, or something else than an analysis or a path.
+    """
+    found: list[Analysis] = []
+    given = list(sources)
+    for source in given:
+        if isinstance(source, Analysis):
+            found.append(source)
+        elif isinstance(source, (str, Path)):
+            directory = expanded(source)
+            if len(given) > 1 and only_figures(directory):
+                continue
+            found += _by_step([Analysis.load(path) for path in _inside(directory)])
+        elif isinstance(source, Iterable) and not isinstance(source, Mapping):
+            found += gather(source)
+        else:
+            raise UserError(
+                f"got a {type(source).__name__} to compare; needed are analyses or directories that analyze wrote"
+            )
+    return found
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts checkpoint-5 before checkpoint-10.
+
+    Args:
+        text: a name.
+
+    Returns:
+        Its runs of digits as numbers, the rest as text.
+    """
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
+
+
+def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:
+    """What to call each analysis.
+
+    Args:
+        analyses: the analyses.
+        labels: what the user calls them.
+
+    Returns:
+        The labels; without any as much of the end of each model's name as tells them apart, or else of the directory's,
+        or else numbered.
+
+    Raises:
+        UserError: not one label for each, or two the same.
+    """
+    if labels is not None:
+        told = [str(label) for label in labels]
+        if len(told) != len(analyses):
+            raise UserError(f"got {len(told)} labels for {len(analyses)} analyses; give one for each, in their order")
+        if twice := next((label for label in told if told.count(label) > 1), None):
+            raise UserError(f"the label {twice!r} was given twice; give each analysis one of its own")
+        return told
+    return labels_from([a.name for a in analyses], [a.path for a in analyses])
+
+
+def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
+    """Tell analyses apart by as little as does it.
+
+    Args:
+        names: of their models.
+        paths: their directories; None of those in memory.
+
+    Returns:
+        As much of the end of each name as tells them apart, or else of the directory's, or else numbered.
+    """
+    models = [name.strip("/").split("/") for name in names]
+    directories = [
+        name.split("/") if path is None else list(path.resolve().parts[1:])
+        for name, path in zip(names, paths, strict=True)
+    ]
+    for parts in (models, directories):
+        for depth in range(1, 1 + max(map(len, parts), default=0)):
+            tails = ["/".join(part[-depth:]) for part in parts]
+            if len(set(tails)) == len(tails):
+                return tails
+    tails = ["/".join(model[-1:]) for model in models]
+    return [f"{tail} ({tails[: i + 1].count(tail)})" for i, tail in enumerate(tails)]
+
+
+def training_steps(
+    analyses: Sequence[Analysis], steps: Sequence[float] | None = None
+) -> tuple[list[float], StepsFrom, Unit]:
+    """Which step of a training each analysis is of.
+
+    Names of the form checkpoint-40 count updates. They are converted where each of these checkpoints recorded how many
+    updates a step has, as those of ``bupo`` do; else the numbers stay what they are, and the unit says so.
+
+    Args:
+        analyses: the analyses.
+        steps: what the user says.
+
+    Returns:
+        The steps; where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where one
+        of the same architecture may have none and is then the start, step 0; else order: none are known, and the
+        places from 0 stand in; and what they count.
+
+    Raises:
+        UserError: not one finite step for each.
+    """
+    if steps is not None:
+        if len(steps) != len(analyses):
+            raise UserError(f"got {len(steps)} steps for {len(analyses)} analyses; give one for each, in their order")
+        given = [float(step) for step in steps]
+        if not all(map(math.isfinite, given)):
+            raise UserError(f"the steps are {', '.join(map(str, given))}; needed are finite numbers")
+        return given, "given", "step"
+    named, unit = _told(analyses)
+    known = [step for step in named if step is not None]
+    alike = not architecture_differences(analyses)
+    if len(known) == len(named) - 1 and min(known, default=0.0) > 0 and alike:
+        # The model that a training started from bears no step.
+        return [0.0 if step is None else step for step in named], "name", unit
+    if len(known) == len(named):
+        return known, "name", unit
+    return [float(i) for i in range(len(analyses))], "order", "step"
+
+
+def without_step(analyses: Sequence[Analysis]) -> list[int]:
+    """Find the analyses whose names tell no step.
+
+    Args:
+        analyses: the analyses.
+
+    Returns:
+        Their places, from 0.
+    """
+    return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
+
+
+def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
+    """Tell whether the analyses could be of one training.
+
+    Args:
+        analyses: the analyses.
+
+    Returns:
+        What differs, with its values: family, layers, vocabulary or hidden size; what an analysis does not tell is
+        left out.
+    """
+    found = []
+    for key, told in _ARCHITECTURE.items():
+        values = list(dict.fromkeys(v for a in analyses if (v := a.model.get(key)) is not None))
+        if len(values) > 1:
+            found.append(f"{told} {', '.join(map(str, values))}")
+    return found
+
+
+def arrange(
+    analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
+) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
+    """Name the analyses, find their steps, and put the model that the training started from first.
+
+    Args:
+        analyses: the analyses.
+        labels: what the user calls them, in this order.
+        steps: what the user says, in this order; the order then stays.
+
+    Returns:
+        The analyses, their labels, their steps, where the steps come from, and what they count.
+
+    Raises:
+        UserError: labels or steps that do not fit.
+    """
+    names = unique_labels(analyses, labels)
+    numbers, steps_from, unit = training_steps(analyses, steps)
+    start = without_step(analyses) if steps_from == "name" else []
+    order = [*start, *(i for i in range(len(analyses)) if i not in start)]
+    return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from, unit
+
+
+def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
+    """Find the analysis that the others are compared with.
+
+    Args:
+        baseline: its label, or its place from 0.
+        labels: the labels.
+
+    Returns:
+        Its place.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(baseline, str):
+        if baseline in labels:
+            return list(labels).index(baseline)
+        raise UserError(f"no analysis is called {baseline!r}; the baseline is one of {', '.join(labels)}")
+    if not -len(labels) <= baseline < len(labels):
+        raise UserError(f"baseline is {baseline}; there are {len(labels)} analyses, from 0 to {len(labels) - 1}")
+    return baseline % len(labels)
+
+
+def _inside(directory: Path) -> list[Path]:
+    """The analyses that a directory holds; itself where it is one, or where nothing is found, for the message."""
+    if (directory / MANIFEST).is_file():
+        return [directory]
+    for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
+        if found := [path.parent for path in directory.glob(pattern)]:
+            return sorted(found, key=lambda path: natural_key(str(path.relative_to(directory))))
+    return [directory]
+
+
+def only_figures(directory: Path) -> bool:
+    """Whether a directory is the one of figures that a command wrote beside its results.
+
+    Args:
+        directory: any path.
+
+    Returns:
+        True where it has that name and holds no analysis.
+    """
+    empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
+    return directory.name == _FIGURES and directory.is_dir() and empty
+
+
+def _by_step(analyses: list[Analysis]) -> list[Analysis]:
+    """In the order of the steps where these are known; two runs side by side stay apart."""
+    steps, steps_from, _ = training_steps(analyses)
+    if steps_from == "order" or len(set(steps)) < len(steps):
+        return analyses
+    return [analyses[i] for i in sorted(range(len(steps)), key=steps.__getitem__)]
+
+
+def _told(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
+    """The number of each name: of steps where all can be had in steps, else as it stands there."""
+    named = [_named(a) for a in analyses]
+    steps = [None if name is None else _in_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
+    if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):
+        return steps, "step"
+    return [None if name is None else name[1] for name in named], "update"
+
+
+def _in_steps(analysis: Analysis, word: str, number: float) -> float | None:
+    if "step" in word.lower():
+        return number
+    record = analysis.model.get("training") or {}
+    return number / record["updates_per_step"] if record.get("updates") == number else None
+
+
+def _named(analysis: Analysis) -> tuple[str, float] | None:
+    """Word and number at the end of the first of its names that has them."""
+    names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
+    directory = analysis.path.name if analysis.path is not None else None
+    for name in (*names, directory):
+        if name and (match := _STEP.search(str(name).rstrip("/"))):
+            return match[1], float(match[2])
+    return None

@@ -1,0 +1,217 @@
+"""Checkpoints of one training, analysed one after the other on the same responses.
+
+    analyses = sweep(checkpoints="runs/x", output="data/analyses")
+    analyses = sweep("Qwen/Qwen3-4B", revisions=["step-100", "step-200"])
+    compare(analyses)
+
+One checkpoint is in memory at a time. What is written is taken up again by the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from internal_policy import models
+from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.inputs import Source, as_source
+from internal_policy.analysis.options import SweepOptions, showing
+from internal_policy.analysis.pipeline import analyze
+from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis, workspace_of
+from internal_policy.analysis.unchanged import OF_SAMPLING, RESPONSES
+from internal_policy.extractors.nnsight_library import load_nnsight, require_key
+from internal_policy.models.options import Lens
+from internal_policy.utils.distributed import launched
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+from internal_policy.utils.loading_errors import told_in_one_line
+from internal_policy.utils.locks import locked
+from internal_policy.utils.memory import release
+from internal_policy.utils.progress import status
+from internal_policy.utils.quiet import quiet_libraries
+
+
+@quiet_libraries()
+@showing(AnalyzeConfig, names=SweepOptions.__optional_keys__)
+def sweep(
+    model: str | None = None,
+    *,
+    revisions: str | Sequence[str] = (),
+    checkpoints: str | Path | Iterable[str | Path] = (),
+    own_responses: bool = False,
+    prompts: Source | None = None,
+    responses: Source | Analysis | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    wait: bool = False,
+    each: Callable[[Analysis], object] | None = None,
+    **options: Unpack[SweepOptions],
+) -> list[Analysis]:
+    """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
+
+    Args:
+        model: the hub model whose revisions are meant; with `checkpoints` the model that their training began with,
+            which is then analysed first.
+        revisions: branches, tags or commits, in the order in which they are to stand.
+        checkpoints: directories, globs, or a training run's directory; taken in natural order.
+        own_responses: let each checkpoint sample responses of its own.
+        prompts: as for ``analyze``; the first checkpoint answers them.
+        responses: as for ``analyze``, or an earlier analysis, whose responses are taken; every checkpoint reads these.
+        output: directory for results, one directory below it for each checkpoint; nothing is written without it.
+        overwrite: start all over.
+        wait: where another process writes to one of these directories, start when it has ended.
+        each: called with each analysis when it is done.
+        **options: the further fields of ``AnalyzeConfig``.
+
+    Returns:
+        One analysis for each checkpoint, in order.
+
+    Raises:
+        UserError: bad input, told before the first checkpoint is analysed wherever it can be known.
+    """
+    found = targets(model, revisions, checkpoints)
+    if own_responses and responses is not None:
+        raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
+    most = options.get("max_responses")
+    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
+    given = as_source(_sequences(responses), "responses", most)
+    refuse_unknown(options)
+    if "revision" in options:
+        raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
+    sources: dict[str, Any] = {"prompts": prompts, "responses": given}
+    sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
+    configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
+    refuse_one_place(configs)
+    if configs[0].remote is True:
+        # The hub is not asked for what no key would let run.
+        require_key(load_nnsight())
+    trust = bool(options.get("trust_remote_code", False))
+    places = [_look_up(target, trust) for target in found]
+    if not own_responses:
+        _require_one_vocabulary(found, places, trust)
+    directories = [] if output is None else [expanded(output) / config.slug for config in configs]
+    with locked(*directories, wait=wait, state=launched()):
+        if overwrite:
+            start_over(directories)
+        return _analyses(found, own_responses, prompts, given, output, each, options)
+
+
+def _analyses(
+    found: Sequence[Target],
+    own_responses: bool,
+    prompts: str | list[Any] | None,
+    given: str | list[Any] | None,
+    output: str | Path | None,
+    each: Callable[[Analysis], object] | None,
+    options: Mapping[str, Any],
+) -> list[Analysis]:
+    analyses: list[Analysis] = []
+    for target in found:
+        wanted: dict[str, Any] = dict(options)
+        source = given
+        if analyses and not own_responses:
+            first = analyses[0]
+            source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
+            wanted = {name: value for name, value in options.items() if name not in OF_SAMPLING}
+        analysis = analyze(
+            target.model,
+            prompts=None if source is not None else prompts,
+            responses=source,
+            output=output,
+            revision=target.revision,
+            **wanted,
+        )
+        analyses.append(analysis)
+        release()
+        if each is not None:
+            each(analysis)
+    return analyses
+
+
+def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
+    """Analyse one model under several lenses, all on the responses of the first.
+
+    Args:
+        model: as for ``analyze``.
+        lenses: the lenses, each once.
+        output: directory for results, one directory below it for each lens.
+        **options: as for ``analyze``, but the lens.
+
+    Returns:
+        An analysis for each lens.
+
+    Raises:
+        UserError: bad input.
+    """
+    first = analyze(model, output=output, lens=lenses[0], **options)
+    assert first.path is not None
+    if options.get("responses") is None:
+        options = {name: value for name, value in options.items() if name not in ("prompts", *OF_SAMPLING)}
+        options["responses"] = str(first.path / RESPONSES)
+    analyses = [first]
+    for lens in lenses[1:]:
+        release()
+        other = analyze(model, output=output, lens=lens, **options)
+        if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
+            # Which responses were cut is known of those that were sampled, and these are the same.
+            place, other = other.path, replace(other, n_truncated=first.n_truncated)
+            ANALYSIS.write_manifest(place, other.manifest())
+        analyses.append(other)
+    return analyses
+
+
+def start_over(directories: Iterable[Path]) -> None:
+    """Drop all results that are to be made anew, at once: an interrupted sweep then holds none of before.
+
+    Args:
+        directories: one for each analysis.
+
+    Raises:
+        UserError: one of them is not writable, or in use for something else.
+    """
+    workspaces = [workspace_of(directory) for directory in directories]
+
+    def drop() -> None:
+        for workspace in workspaces:
+            workspace.check()
+        for workspace in workspaces:
+            (workspace.directory / MANIFEST).unlink(missing_ok=True)
+            workspace.close()
+
+    launched().on_main(drop)
+
+
+def _sequences(responses: Source | Analysis | None) -> Source | None:
+    return responses.sequences if isinstance(responses, Analysis) else responses
+
+
+def _look_up(target: Target, trust_remote_code: bool) -> str:
+    with status(f"looking up {target}"):
+        return models.check(target.model, revision=target.revision, trust_remote_code=trust_remote_code)[0]
+
+
+def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trust_remote_code: bool) -> None:
+    """Refuse checkpoints among which an id stands for different tokens: the same ids would be other responses."""
+    if len(found) < 2:
+        return
+    first: dict[str, int] = {}
+    for target, where in zip(found, places, strict=True):
+        vocabulary = _vocabulary(target, where, trust_remote_code)
+        first = first or vocabulary
+        if vocabulary != first:
+            token = min(vocabulary.items() ^ first.items(), key=lambda item: item[1])[0]
+            raise UserError(
+                f"{target}: another tokenizer than {found[0]} (they differ in {token!r}), so the same ids would be "
+                "other responses; add --own-responses, or sweep over checkpoints of one training"
+            )
+
+
+def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    with told_in_one_line(str(target), "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
+    return dict(tokenizer.get_vocab())

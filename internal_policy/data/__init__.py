@@ -1,0 +1,1 @@
+"""Prompts, templates, responses, benchmarks and the arithmetic of the embedded models."""

@@ -1,0 +1,138 @@
+"""Benchmarks: named ones, files, hub data sets and lists, all of them problems with a reference answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internal_policy.data import records
+from internal_policy.data.prompts import ANSWER_COLUMNS, TESTBED, Prompt, read_prompts
+from internal_policy.utils.errors import UserError
+
+DEFAULT_SAMPLES = 16
+TESTBED_PROBLEMS = 256
+TESTBED_SEED = 20_261_121
+"""Other problems than those that an analysis of an embedded model reads (`prompts.TESTBED_SEED`)."""
+GIVEN = "given"
+"""What a list of problems is called."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a named benchmark comes from, and how often the paper samples each problem."""
+
+    title: str
+    """As the paper writes it."""
+    source: str
+    """A hub data set id."""
+    samples: int
+    """K of Avg@K (arXiv 2512.19673v3, section 5 and appendix A.5)."""
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "math500": Benchmark("MATH500", "HuggingFaceH4/MATH-500", 16),
+    "amc23": Benchmark("AMC23", "math-ai/amc23", 16),
+    # math-ai/aime24 has the answer only within its solutions.
+    "aime24": Benchmark("AIME24", "HuggingFaceH4/aime_2024", 32),
+    "aime25": Benchmark("AIME25", "math-ai/aime25", 32),
+    TESTBED: Benchmark("testbed", TESTBED, DEFAULT_SAMPLES),
+}
+"""The paper's four (the ids are of data sets on the Hugging Face hub), and held-out problems of the embedded tasks."""
+
+
+def label(source: str | Sequence[Any]) -> str:
+    """Name a benchmark in files and figures.
+
+    Args:
+        source: a name of `BENCHMARKS`, a path, a hub data set id, or a list of problems.
+
+    Returns:
+        The name; a file's name without its suffix; the id; ``given`` for a list.
+    """
+    if not isinstance(source, str):
+        return GIVEN
+    is_file = Path(source).suffix in records.SUFFIXES
+    return source if source in BENCHMARKS or not is_file else Path(source).stem
+
+
+def title(name: str) -> str:
+    """Write a benchmark's name as figures and tables show it.
+
+    Args:
+        name: what `label` returned.
+
+    Returns:
+        ``MATH500`` for ``math500``; other names as they are.
+    """
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def slug(name: str) -> str:
+    """Make a benchmark's name safe in a path.
+
+    Args:
+        name: what `label` returned.
+
+    Returns:
+        ``owner--data`` for ``owner/data``.
+    """
+    return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name.replace("/", "--")).strip(".") or GIVEN
+
+
+def default_samples(name: str) -> int:
+    """How often the paper samples each problem of a benchmark.
+
+    Args:
+        name: what `label` returned.
+
+    Returns:
+        16, or 32 for AIME.
+    """
+    return BENCHMARKS[name].samples if name in BENCHMARKS else DEFAULT_SAMPLES
+
+
+def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> list[Prompt]:
+    """Read problems with their answers.
+
+    Args:
+        source: a name of `BENCHMARKS`, a parquet, jsonl or json file, a hub data set id, or a list of records with
+            a prompt (or problem, question) and an answer (or final_answer, reward_model.ground_truth).
+        limit: at most so many, from the start.
+
+    Returns:
+        The problems.
+
+    Raises:
+        UserError: unreadable, empty, or a problem without an answer.
+    """
+    if isinstance(source, str) and source == TESTBED:
+        from internal_policy.data import arithmetic as tasks
+
+        drawn = tasks.problems(limit or TESTBED_PROBLEMS, seed=TESTBED_SEED)
+        return [Prompt(p.prompt, p.answer) for p in drawn]
+    named = BENCHMARKS.get(source) if isinstance(source, str) else None
+    found = read_prompts(named.source if named else source, limit=limit)
+    for number, prompt in enumerate(found, start=1):
+        if prompt.unusable or not (prompt.answer or "").strip():
+            where = f"{source}: record" if isinstance(source, str) else "the list of problems: item"
+            raise UserError(
+                f"{where} {number} has {prompt.unusable or 'no answer'}; needed for scoring is one of "
+                f"{', '.join(ANSWER_COLUMNS)}, reward_model.ground_truth"
+            )
+    return found
+
+
+def digest(problems: Sequence[tuple[str, str]]) -> str:
+    """A digest of bare questions and answers, by which evaluations of the same problems know one another.
+
+    Args:
+        problems: question and answer of each, in order.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps([list(p) for p in problems]).encode()).hexdigest()[:16]

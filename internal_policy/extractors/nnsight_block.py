@@ -1,0 +1,175 @@
+"""What runs inside an nnsight trace: beside the model, be it here or on an NDIF server.
+
+A server gets these functions as source, without this package. So they carry no decorators, define no classes and
+reach weights through modules only: a server may run them in another process than the model, where calling a module
+works and reading its weight does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internal_policy.extractors.hooks import first_tensor, pick
+
+_COLUMNS = 1024
+_CHOSEN = 1e4
+
+
+def reduce_layers(
+    root: Any,
+    row: dict[str, Any],
+    positions: Tensor,
+    reduce: Callable[[Any, Any], Tensor],
+    at_once: int,
+    make_states: Callable[..., Any],
+    projection: Any,
+) -> list[Tensor]:
+    """Reduce the states of layers 1..L while the forward pass makes them.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts, ``multiplier`` of the writes.
+        positions: [n] flat indices into B * T.
+        reduce: what to make of a group of layers.
+        at_once: layers in a group.
+        make_states: builds ``LayerStates``.
+        projection: E_u and LN_final.
+
+    Returns:
+        What ``reduce`` made of each group.
+    """
+    blocks = root.get(row["layers"])
+    values: list[Tensor] = []
+    group: list[Any] = []
+    for layer, block in enumerate(blocks, start=1):
+        # Locations must be read in the order in which the forward pass comes by.
+        read = {
+            "residual_in": received(block),
+            "attention_in": received(block.get(row["attention"])),
+            "attention_write": first_tensor(block.get(row["attention_write"]).output),
+            "ffn_in": received(block.get(row["ffn"])),
+            "ffn_write": first_tensor(block.get(row["ffn_write"]).output),
+            "residual_out": first_tensor(block.output),
+        }
+        with torch.no_grad():
+            states = {name: pick(tensor, positions) for name, tensor in read.items()}
+            del read
+            if row["multiplier"] != 1.0:
+                for name in ("attention_write", "ffn_write"):
+                    states[name] = states[name] * row["multiplier"]
+            if group:
+                # One copy of what one layer gave and the next received.
+                states["residual_in"] = group[-1].residual_out.to(states["residual_out"].device)
+            group.append(make_states(layer=layer, **states))
+            del states
+            if len(group) == at_once or layer == len(blocks):
+                values.append(reduce(group, projection))
+                group = []
+    return values
+
+
+def reduce_logits(
+    root: Any, row: dict[str, Any], positions: Tensor, reduce: Callable[[Tensor, Tensor, Any], Tensor], projection: Any
+) -> Tensor:
+    """Reduce the model's own logits and H^L.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts.
+        positions: [n] flat indices into B * T.
+        reduce: what to make of them.
+        projection: E_u and LN_final.
+
+    Returns:
+        What ``reduce`` made of them.
+    """
+    last = first_tensor(root.get(row["layers"])[-1].output)
+    own = root.output.logits
+    with torch.no_grad():
+        return reduce(pick(own, positions), pick(last, positions), projection)
+
+
+def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor], Tensor] | None) -> None:
+    """Choose the next token of each sequence, and leave greedy search nothing else to take.
+
+    Args:
+        root: the nnsight model, at a step of generation.
+        row: path of the unembedding; ``transform`` of the logits.
+        sampler: adds noise to [B, V] logits on cpu; none for the most probable token.
+    """
+    head = root.get(row["unembedding"])
+    projected = head.output
+    with torch.no_grad():
+        scores = projected[:, -1] * row["transform"]["scale"]
+        softcap = row["transform"]["softcap"]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.float().cpu()
+        chosen = (scores if sampler is None else sampler(None, scores)).argmax(dim=-1).to(projected.device)
+        decided = torch.zeros_like(projected)
+        decided[:, -1].scatter_(1, chosen[:, None], _CHOSEN)
+    head.output = decided
+
+
+def received(module: Any) -> Tensor:
+    """Read the states that a module receives.
+
+    Args:
+        module: its envoy.
+
+    Returns:
+        [B, T, d].
+    """
+    arguments, named = module.inputs
+    return first_tensor(arguments) if arguments else named["hidden_states"]
+
+
+def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[..., Any]) -> Any:
+    """Build the projection from the modules beside which this runs.
+
+    Args:
+        root: the nnsight model.
+        row: paths of the parts; ``vocabulary``, ``width``, ``dtype``, ``biased`` and ``transform`` of the unembedding.
+        make_projection: builds ``Projection``.
+
+    Returns:
+        The projection.
+    """
+    head = root.get(row["unembedding"])
+    with torch.no_grad():
+        weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+        if weight is None or weight.is_meta or tuple(weight.shape) != (row["vocabulary"], row["width"]):
+            here = "cpu" if weight is None or weight.is_meta else weight.device
+            weight, bias = weight_by_calls(head, row, here)
+        return make_projection(
+            weight=weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            final_norm=root.get(row["final_norm"]),
+            **row["transform"],
+        )
+
+
+def weight_by_calls(head: Callable[[Tensor], Tensor], row: dict[str, Any], device: Any) -> tuple[Tensor, Tensor | None]:
+    """Read E_u where only calls of its module work: the identity matrix, projected, is its transpose.
+
+    Args:
+        head: the unembedding module.
+        row: ``width``, ``dtype`` and ``biased``.
+        device: where its inputs go.
+
+    Returns:
+        E_u [V, d] and its bias [V], where it has one.
+    """
+    dtype = getattr(torch, row["dtype"])
+    bias = head(torch.zeros(1, row["width"], dtype=dtype, device=device))[0] if row["biased"] else None
+    rows = []
+    for first in range(0, row["width"], _COLUMNS):
+        unit = torch.zeros(min(_COLUMNS, row["width"] - first), row["width"], dtype=dtype, device=device)
+        unit[:, first : first + len(unit)].fill_diagonal_(1)
+        projected = head(unit)
+        rows.append(projected if bias is None else projected - bias)
+    return torch.cat(rows).T, bias

@@ -1,0 +1,238 @@
+"""Reduce states to one number per token, layer and site, where they are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from internal_policy.data.responses import Response, pad
+from internal_policy.extractors.base import Batch, Extractor, LayerStates
+from internal_policy.models import LanguageModel, Projection, context
+from internal_policy.models.options import Lens
+from internal_policy.utils.errors import UserError
+
+QUANTITIES = (
+    "layer_in",
+    "layer_out",
+    "attn_in",
+    "attn_out",
+    "attn_cosine",
+    "ffn_in",
+    "ffn_out",
+    "ffn_cosine",
+)
+"""What is kept of a layer: entropies in nats under the lens, and the cosines of each write with what it is added to."""
+
+
+_MODULES = ("attention_in", "attention_write", "ffn_in", "ffn_write")
+_POSITIONS = 2048
+"""States are converted so many positions at a time, however many tokens a batch has."""
+_STATES_BUDGET = 128 * 2**20
+"""Bytes of states that may wait for one another."""
+_LEAST_LAYERS = 4
+"""So many layers are reduced together even beyond the budget, where that saves products."""
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """The numbers of n analysed tokens."""
+
+    layers: NDArray[np.float32]
+    """[n, L, len(QUANTITIES)]."""
+    policy: NDArray[np.float32]
+    """[n, 2]: entropy of H^L without the final norm, and of pi_theta = softmax(LN_final(H^L) E_u^T)."""
+
+
+class Reducer:
+    """Runs a backend and arranges what it reduced; holds [n, L] numbers and no states."""
+
+    def __init__(self, extractor: Extractor, lens: Lens) -> None:
+        self._extractor = extractor
+        self._lens = lens
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model that runs."""
+        return self._extractor.model
+
+    def __call__(self, batch: Batch) -> TokenValues:
+        """Run one batch.
+
+        Args:
+            batch: the sequences and the n positions to analyse.
+
+        Returns:
+            The numbers of the n tokens, in the order of ``batch.positions``.
+
+        Raises:
+            UserError: NaN or inf in a state.
+
+        Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
+        """
+        model = self.model
+        summed = adds_up(model, self._lens)
+        reduce = partial(
+            reduce_layers, lens=self._lens, summed=summed, n_layers=model.n_layers, parallel=model.parallel
+        )
+        at_once = layers_at_once(model, len(batch.positions), summed)
+        columns = np.concatenate([part.cpu().numpy() for part in self._extractor.run(batch, reduce, at_once)], axis=1)
+        layers = columns[:, 1:-2].reshape(len(columns), model.n_layers, len(QUANTITIES) - 1)
+        # H(H^{l-1}) is the previous layer's H(H^l): each distinct state is projected once.
+        before = np.concatenate([columns[:, None, :1], layers[:, :-1, :1]], axis=1)
+        values = TokenValues(np.concatenate([before, layers], axis=2), columns[:, -2:])
+        self._refuse_non_finite(values)
+        return values
+
+    def _refuse_non_finite(self, values: TokenValues) -> None:
+        finite = np.isfinite(values.layers).all(axis=0)
+        if not finite.all():
+            layer, quantity = np.unravel_index(int(np.argmin(finite)), finite.shape)
+            where = f"in the states of layer {layer + 1} ({QUANTITIES[quantity]})"
+        elif not np.isfinite(values.policy).all():
+            where = "in the final policy's logits"
+        else:
+            return
+        raise UserError(
+            f"{self.model.name}: NaN or inf {where}; they overflow in this dtype or the weights are broken: "
+            "try --dtype float32 or bfloat16"
+        )
+
+
+def adds_up(model: LanguageModel, lens: Lens) -> bool:
+    """Whether the logits of H^l are the sum of those of its terms (eq. 4), to the last digits.
+
+    A stream of 16 bits is rounded after each addition, products in TF32 before it; a lens with a norm is not linear.
+
+    Args:
+        model: the model.
+        lens: ``policy`` or ``logit-lens``.
+
+    Returns:
+        True where they are.
+    """
+    rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
+
+
+def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
+    """How many layers to reduce together: the more, the fewer products and the larger.
+
+    Args:
+        model: the model.
+        n_positions: n.
+        summed: whether logits add up.
+
+    Returns:
+        As many layers as have their states in a fixed budget; more where the alternative is a fifth product a layer.
+    """
+    of_a_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
+    least = _LEAST_LAYERS if summed else 1
+    return min(model.n_layers, max(least, _STATES_BUDGET // max(1, of_a_layer)))
+
+
+def reduce_layers(
+    group: Sequence[LayerStates], projection: Projection, *, lens: Lens, summed: bool, n_layers: int, parallel: bool
+) -> Tensor:
+    """Reduce consecutive layers; it needs nothing but its arguments, so that it can run on another machine.
+
+    Args:
+        group: the states of k layers at n positions.
+        projection: E_u and LN_final.
+        lens: ``policy`` or ``logit-lens``.
+        summed: whether to add the logits of H^l up, rather than to project it.
+        n_layers: L.
+        parallel: whether the FFN's write is added to H^{l-1}, beside the attention's.
+
+    Returns:
+        [n, 7 k] QUANTITIES but the first, layer by layer, float32; before those of layer 1 a column with the first,
+        H(H^0); after those of layer L the entropies of H^L without the final norm and of pi_theta.
+    """
+    portions = zip(*(states.split(_POSITIONS) for states in group), strict=True)
+    return torch.cat([_reduce(part, projection, lens, summed, n_layers, parallel) for part in portions])
+
+
+def _reduce(
+    group: Sequence[LayerStates], projection: Projection, lens: Lens, summed: bool, n_layers: int, parallel: bool
+) -> Tensor:
+    first, last = group[0], group[-1]
+    states: dict[tuple[int, str], Tensor] = {}
+    sums: dict[tuple[int, str], list[int]] = {}
+    if summed or first.layer == 1:
+        states[first.layer, "residual_in"] = first.residual_in
+    for s in group:
+        states |= {(s.layer, name): getattr(s, name) for name in _MODULES}
+        if summed:
+            start = [] if sums else [0]
+            sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
+        else:
+            states[s.layer, "residual_out"] = s.residual_out
+    projected = [projection.through(lens, state) for state in states.values()]
+    if last.layer == n_layers:
+        # What the lens leaves out: the policy with the final norm, or the layer without it.
+        other = projection.normed(last.residual_out) if lens == "policy" else last.residual_out
+        states[n_layers, "other"] = other
+        projected.append(other)
+    found = dict(zip([*states, *sums], projection.entropies(projected, list(sums.values())), strict=True))
+    columns = [found[1, "residual_in"]] if first.layer == 1 else []
+    for s in group:
+        layer_out, attn_in, attn_out, ffn_in, ffn_out = (found[s.layer, name] for name in ("residual_out", *_MODULES))
+        before = s.residual_in.float()
+        attn_write, ffn_write = s.attention_write.float(), s.ffn_write.float()
+        attn_cosine = cosine_similarity(attn_write, before, dim=-1)
+        ffn_cosine = cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1)
+        columns += [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
+    if last.layer == n_layers:
+        own, other = found[n_layers, "residual_out"], found[n_layers, "other"]
+        columns += [own, other] if lens == "policy" else [other, own]
+    return torch.stack([c.to(columns[0].device) for c in columns], dim=-1)
+
+
+def reduce_responses(
+    reducer: Reducer,
+    responses: Sequence[Response],
+    side: Literal["left", "right"] = "right",
+    tokens: Sequence[NDArray[np.int64]] | None = None,
+) -> list[TokenValues]:
+    """Analyse some responses in one forward pass, or in two where a long one would change what a short one gives.
+
+    Args:
+        reducer: capture and reduction.
+        responses: the batch.
+        side: where the padding goes; it changes nothing.
+        tokens: which tokens of each response, from 0; all of them by default.
+
+    Returns:
+        The numbers of each response's tokens, [n_i, ...], in order.
+    """
+    chosen = [np.arange(r.n_tokens) for r in responses] if tokens is None else tokens
+    values: dict[int, TokenValues] = {}
+    for group in context.groups([len(r.input_ids) for r in responses], reducer.model.length_switch):
+        found = _reduce_together(reducer, [responses[i] for i in group], side, [chosen[i] for i in group])
+        values |= zip(group, found, strict=True)
+    return [values[i] for i in range(len(responses))]
+
+
+def _reduce_together(
+    reducer: Reducer,
+    responses: Sequence[Response],
+    side: Literal["left", "right"],
+    tokens: Sequence[NDArray[np.int64]],
+) -> list[TokenValues]:
+    ids, mask = pad([r.input_ids for r in responses], side)
+    width = ids.shape[1]
+    positions = []
+    for row, (response, chosen) in enumerate(zip(responses, tokens, strict=True)):
+        start = row * width + (width - len(response.input_ids) if side == "left" else 0)
+        positions.append(start + response.prompt_length - 1 + chosen)
+    values = reducer(Batch(ids, mask, torch.from_numpy(np.concatenate(positions))))
+    ends = np.cumsum([len(p) for p in positions])[:-1]
+    parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
+    return [TokenValues(layers, policy) for layers, policy in parts]

@@ -1,0 +1,198 @@
+"""Sample with vLLM, where it is installed and asked for: the same prompts, limits and ends through its own engine.
+
+vLLM loads the weights a second time, beside the model that is captured from, into the GPU memory that is still free;
+the engine is given up before the states are captured. Written against ``vllm.LLM`` of vLLM 0.33.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internal_policy.data.responses import Response
+from internal_policy.generation.requests import Request, end_ids, limits, to_responses
+from internal_policy.models import LanguageModel, check
+from internal_policy.utils.errors import UserError
+
+_TOGETHER = 1024
+"""Requests that are handed to vLLM at once, for it batches by itself; so many are lost by an interruption."""
+_OF_FREE_MEMORY = 0.9
+"""The rest is room for what the captured model allocates beside its weights."""
+
+
+def together(generator: str, batch_size: int) -> int:
+    """How many requests are handed over at once.
+
+    Args:
+        generator: ``transformers`` or ``vllm``.
+        batch_size: what the user said.
+
+    Returns:
+        The batch size; for vLLM, which batches by itself, at least 1024.
+    """
+    return max(batch_size, _TOGETHER) if generator == "vllm" else batch_size
+
+
+def refuse_generator(generator: str, *, in_memory: bool, processes: int = 1) -> None:
+    """Refuse a generator that cannot sample here, before any model is loaded.
+
+    Args:
+        generator: ``transformers`` or ``vllm``.
+        in_memory: whether the model was given as an object.
+        processes: processes that share the work out.
+
+    Raises:
+        UserError: vLLM is not installed, has no checkpoint to load, or would be one of many.
+    """
+    if generator != "vllm":
+        return
+    if in_memory:
+        raise UserError(
+            "generator 'vllm' was given with a model object, and vLLM loads the weights itself; give the model's name "
+            "or directory, or leave generator out"
+        )
+    if processes > 1:
+        raise UserError(
+            f"--generator vllm was given to {processes} processes and takes the GPU for itself; start one process, or "
+            "leave --generator out"
+        )
+    if find_spec("vllm") is None:
+        raise UserError(
+            "--generator vllm needs the package vllm and a GPU; install it with `pip install vllm`, or leave "
+            "--generator out"
+        )
+
+
+class VllmSampler:
+    """Does what ``generation.sample`` does, by vLLM: ``with VllmSampler(...) as sample``.
+
+    The engine is started by the first call, so that a run which has everything already starts none.
+    """
+
+    def __init__(
+        self, model: LanguageModel, requests: Sequence[Request], max_new_tokens: int, trust_remote_code: bool
+    ) -> None:
+        """Settle what the engine is started with.
+
+        Args:
+            model: the model, loaded by its name; its revision and dtype are those that vLLM loads.
+            requests: all that will be sampled.
+            max_new_tokens: at most so many response tokens.
+            trust_remote_code: run code that comes with the checkpoint.
+
+        Raises:
+            UserError: the model is not on the GPU that vLLM takes.
+        """
+        require_first_gpu(model.device)
+        self._model, self._trust_remote_code = model, trust_remote_code
+        room = limits(model, requests, max_new_tokens)
+        self._longest = max((len(r.prompt_ids) + n for r, n in zip(requests, room, strict=True)), default=1)
+        self._engine: Any = None
+
+    def __enter__(self) -> VllmSampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is None:
+            return
+        self._engine = None
+        import_module("vllm.distributed").cleanup_dist_env_and_memory()
+
+    def __call__(
+        self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Response]:
+        """Sample one response a request.
+
+        Args:
+            requests: what to sample; vLLM reads the common start of prompts once.
+            max_new_tokens: at most so many response tokens; fewer where the context ends first.
+            temperature: divides the logits; 0 takes the most probable token.
+            seed: seed of the whole run.
+
+        Returns:
+            The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+
+        Raises:
+            UserError: vLLM cannot load the model.
+        """
+        vllm: Any = import_module("vllm")
+        if self._engine is None:
+            self._engine = self._started()
+        room = limits(self._model, requests, max_new_tokens)
+        params = [
+            vllm.SamplingParams(
+                n=1,
+                temperature=temperature,
+                seed=request.stream(seed),
+                max_tokens=limit,
+                # Of the ends that vLLM finds by itself none counts: these are all.
+                ignore_eos=True,
+                stop_token_ids=end_ids(self._model),
+                detokenize=False,
+            )
+            for request, limit in zip(requests, room, strict=True)
+        ]
+        prompts = [vllm.TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
+        outputs = self._engine.generate(prompts, params, use_tqdm=False)
+        sampled = [list(output.outputs[0].token_ids) for output in outputs]
+        return to_responses(self._model, requests, sampled, room)
+
+    def _started(self) -> Any:
+        vllm: Any = import_module("vllm")
+        where, _ = check(self._model.name, revision=self._model.revision, trust_remote_code=self._trust_remote_code)
+        revision = None if Path(where).is_dir() else self._model.revision
+        try:
+            return vllm.LLM(
+                model=where,
+                revision=revision,
+                tokenizer_revision=revision,
+                # Its "auto" makes float16 of float32.
+                dtype=str(self._model.dtype).removeprefix("torch."),
+                trust_remote_code=self._trust_remote_code,
+                # Its "auto" reads pickles too.
+                load_format="safetensors",
+                max_model_len=self._longest,
+                gpu_memory_utilization=free_share(self._model.device),
+                # The checkpoint's sampling defaults would change the policy.
+                generation_config="vllm",
+            )
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{self._model.name}: vLLM cannot load it ({why}); leave --generator out") from error
+
+
+def require_first_gpu(device: torch.device) -> None:
+    """Refuse a model that is elsewhere than where vLLM samples.
+
+    Args:
+        device: the model's.
+
+    Raises:
+        UserError: it is not the first GPU.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--generator vllm needs a GPU and the model is on {device}; leave --generator out")
+    if device.index not in (None, 0):
+        raise UserError(
+            f"--generator vllm was given with --device {device}, and vLLM takes the first GPU; choose one by "
+            "CUDA_VISIBLE_DEVICES and leave --device out"
+        )
+
+
+def free_share(device: torch.device) -> float:
+    """The part of a GPU's memory that vLLM may take, beside the model that is there already.
+
+    Args:
+        device: the GPU.
+
+    Returns:
+        From 0 to 1, of the whole memory.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return float(_OF_FREE_MEMORY * free / total)

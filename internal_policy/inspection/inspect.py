@@ -1,0 +1,281 @@
+"""Look into one prompt: what every internal policy says at every token (arXiv 2512.19673v3, eqs. 5-7).
+
+look = inspect("testbed/qwen3", prompt="a=22,b=a-3,c=b*2;c?")
+look.values        # DataFrame: entropy, top tokens, rank of the true next token, per position, layer and site
+look.tokens        # DataFrame: the tokens, and which are the prompt's
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.data.prompts import Chat, Prompt, render, token_ids
+from internal_policy.data.token_text import texts_of, unknown_pieces
+from internal_policy.extractors import Batch, Extractor, registry
+from internal_policy.generation import Request, samplers
+from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
+from internal_policy.inspection.results import Inspection
+from internal_policy.inspection.settings import SITES, check_settings
+from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
+from internal_policy.models.options import Lens
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.memory import halving
+from internal_policy.utils.progress import status
+from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.wording import counted
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = "shorten the prompt, use --dtype bfloat16 or another --device"
+_LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
+_MOST_PIECES = 8
+_KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_probability")
+
+
+@quiet_libraries()
+@as_its_dtype_says()
+def inspect(
+    model: Any = "testbed/qwen3",
+    tokenizer: Any = None,
+    *,
+    prompt: str | Chat,
+    response: str | None = None,
+    max_new_tokens: int | None = None,
+    template: str = "chat",
+    lens: Lens = "policy",
+    top_k: int = 5,
+    temperature: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    quantization: str | None = None,
+    backend: str | None = None,
+    remote: bool | str = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Look into one prompt, and into a response to it.
+
+    Args:
+        model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
+            ``transformer_lens`` TransformerBridge, or an ``nnsight`` model.
+        tokenizer: the tokenizer of a transformers model given as an object; the others bring theirs.
+        prompt: text, or a chat.
+        response: what was answered; sampled where not given.
+        max_new_tokens: at most so many sampled tokens: 32 unless a response is given; 0 looks at the prompt only.
+        template: how the prompt is templated: chat, plain, qwen-math, qwen3, octothinker.
+        lens: ``policy`` projects states as they are; ``logit-lens`` applies the final norm first.
+        top_k: how many tokens of each policy to keep.
+        temperature: of the sampling; 0 takes the most probable token. Policies are always those of temperature 1.
+        seed: of the sampling.
+        dtype: auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16.
+        device: auto (cuda, mps, cpu) or a torch device.
+        device_map: ``auto`` spreads the model over all devices.
+        quantization: ``8bit`` or ``4bit``.
+        backend: ``hooks`` (the default), ``transformer-lens`` or ``nnsight``.
+        remote: run the model on NDIF, with ``backend="nnsight"``.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        The inspection; entropies in nats.
+
+    Raises:
+        UserError: bad input; the message says what to do.
+    """
+    loading: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "device_map": device_map,
+        "quantization": quantization,
+        "trust_remote_code": trust_remote_code,
+    }
+    in_memory = registry.is_object(model, tokenizer, [k for k, v in loading.items() if v not in (None, "auto", False)])
+    name = registry.name_of(model) if in_memory else str(model)
+    own = registry.library_of(model) if in_memory else None
+    config = AnalyzeConfig(
+        model=name,
+        template=template,
+        lens=lens,
+        temperature=temperature,
+        seed=seed,
+        backend=backend or own or "hooks",
+        remote=remote,
+        **({} if in_memory else loading),
+    )
+    content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
+    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    with ExitStack() as stack:
+        if in_memory:
+            stack.enter_context(evaluating(registry.module_of(model)))
+        with status(f"loading {name}"):
+            extractor = opened()
+        stack.enter_context(fitting_threads(extractor.model))
+        ids, length = _sequence(extractor, config, content, response, limit)
+        with status(f"looking at {counted(len(ids), 'token')}"):
+            look = _look(extractor, config, ids, length, top_k, limit)
+        asked = {"prompt": content, **({} if response is None else {"response": response})}
+        return replace(look, config={**look.config, **asked})
+
+
+def _sequence(
+    extractor: Extractor, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
+) -> tuple[list[int], int]:
+    """The ids of prompt and response, and how many are the prompt's."""
+    model, prompt = extractor.model, Prompt(content)
+    ids = render(prompt, config.template, model.tokenizer)
+    _check_ids(model, ids, "the prompt", room=limit > 0)
+    _tell_unknown(model, "prompt", [message["content"] for message in prompt.chat])
+    if response is not None:
+        answer = token_ids(model.tokenizer, response, add_special_tokens=False)
+        if not answer:
+            raise UserError(f"the response {response!r} has no tokens; needed is at least one")
+        _check_ids(model, ids + answer, "prompt and response together", room=False)
+        _tell_unknown(model, "response", [response])
+        return ids + answer, len(ids)
+    if limit == 0:
+        return ids, len(ids)
+
+    draw = samplers.sampler(extractor, config)
+
+    def run(requests: Sequence[Request]) -> list[list[int]]:
+        sampled = draw(requests, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
+        return [r.input_ids for r in sampled]
+
+    with status("sampling a response"):
+        return halving([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
+
+
+def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -> None:
+    if not ids:
+        raise UserError(f"{what} has no tokens; needed is at least one")
+    if max(ids) >= model.vocab_size:
+        raise UserError(
+            f"{what}: id {max(ids)} is beyond the vocabulary of {model.vocab_size}; does this tokenizer belong to this "
+            "model?"
+        )
+    if model.max_length is not None and len(ids) + room > model.max_length:
+        advice = "shorten it" + (", or give --max-new-tokens 0" if room and len(ids) == model.max_length else "")
+        raise UserError(f"{what}: {len(ids)} tokens, and the model's context is {model.max_length}; {advice}")
+
+
+def _tell_unknown(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
+    """Say what the model cannot read: what is shown is then of another text than the one that was given."""
+    found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(model.tokenizer, text))
+    if not found:
+        return
+    named = ", ".join(f"'{piece}'" for piece in list(found)[:_MOST_PIECES])
+    more = f" and {len(found) - _MOST_PIECES} more" if len(found) > _MOST_PIECES else ""
+    logger.warning(
+        "%s: its tokenizer does not know %s%s of the %s and reads %s instead",
+        *(model.name, named, more, what, model.tokenizer.unk_token),
+    )
+
+
+def _look(
+    extractor: Extractor, config: AnalyzeConfig, ids: list[int], length: int, top_k: int, limit: int
+) -> Inspection:
+    model = extractor.model
+    top_k = min(top_k, model.vocab_size)
+    n = len(ids)
+    row = torch.tensor([ids])
+    reduce = partial(
+        look_at_layer,
+        next_ids=torch.tensor([*ids[1:], 0]),
+        lens=config.lens,
+        n_layers=model.n_layers,
+        top_k=top_k,
+    )
+
+    def run(batches: Sequence[Batch]) -> list[list[NDArray[np.float32]]]:
+        return [[values.cpu().numpy() for values in extractor.run(batch, reduce)] for batch in batches]
+
+    layers = halving([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
+    values = _value_table(layers, ids, top_k, model)
+    texts = texts_of(model.tokenizer, [*ids, *pd.unique(values[_columns(top_k, "id")].to_numpy().ravel())])
+    named = {f"top{k}_token": values[f"top{k}_id"].map(texts) for k in range(1, top_k + 1)}
+    values = pd.concat([values, pd.DataFrame(named)], axis=1)[[*_KEYS, *_columns(top_k, "id", "token", "probability")]]
+    tokens = pd.DataFrame(
+        {
+            "position": np.arange(1, n + 1),
+            "part": np.where(np.arange(n) < length, "prompt", "response"),
+            "id": ids,
+            "token": [texts[i] for i in ids],
+        }
+    )
+    return Inspection(
+        name=config.model if config.revision is None else f"{config.model}@{config.revision}",
+        model={
+            "id": config.model,
+            "revision": model.revision,
+            "family": model.family.name,
+            "layers": model.n_layers,
+            "vocabulary": model.vocab_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+        },
+        config={
+            "lens": config.lens,
+            "template": config.template,
+            "top_k": top_k,
+            **({"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed} if limit else {}),
+            "weights": model.fingerprint(),
+        },
+        tokens=tokens,
+        values=values,
+        versions={library: metadata.version(library) for library in _LIBRARIES},
+    )
+
+
+def _columns(top_k: int, *parts: str) -> list[str]:
+    return [f"top{k}_{part}" for k in range(1, top_k + 1) for part in parts]
+
+
+def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, model: LanguageModel) -> pd.DataFrame:
+    """Long form of what ``look_at_layer`` gives of each layer, [S, n, 3 + 2 top_k]."""
+    n = len(ids)
+    best, probable = slice(N_SCALARS, N_SCALARS + top_k), slice(N_SCALARS + top_k, None)
+    frames = []
+    for layer, found in enumerate(layers, start=1):
+        sites = [*(FIRST_SITES if layer == 1 else SITES), *(LAST_SITES if layer == len(layers) else ())]
+        for site, columns in zip(sites, found, strict=True):
+            at, called = (0, "layer") if site == "embedding" else (layer, site)
+            if not np.isfinite(columns).all():
+                raise UserError(
+                    f"{model.name}: NaN or inf in the states of layer {at} ({called}); they overflow in this dtype or "
+                    "the weights are broken: try --dtype float32 or bfloat16"
+                )
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "position": np.arange(1, n + 1),
+                        "layer": at,
+                        "site": called,
+                        "entropy": columns[:, 0],
+                        # Nothing came after the last token.
+                        "next_id": pd.array([*ids[1:], pd.NA], dtype="Int64"),
+                        "next_rank": pd.array([*columns[:-1, 1].astype(np.int64), pd.NA], dtype="Int64"),
+                        "next_probability": np.append(columns[:-1, 2], np.float32(np.nan)),
+                        **dict(zip(_columns(top_k, "id"), columns[:, best].T.astype(np.int64), strict=True)),
+                        **dict(zip(_columns(top_k, "probability"), columns[:, probable].T, strict=True)),
+                    }
+                )
+            )
+    order = {site: i for i, site in enumerate((*SITES, *LAST_SITES))}
+    table = pd.concat(frames, ignore_index=True)
+    places = table["site"].map(order)
+    return table.loc[np.lexsort((places, table["layer"], table["position"]))].reset_index(drop=True)

@@ -1,0 +1,96 @@
+"""Where the weights of a model are: on one device, on several, or set aside by accelerate until they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internal_policy.utils.errors import UserError
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the token ids of a forward pass go.
+
+    Args:
+        model: a transformers causal LM.
+
+    Returns:
+        The device on which the input embedding runs, also where its weights are kept elsewhere meanwhile.
+    """
+    try:
+        module: nn.Module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        module = model
+    for hook in _hooks(module):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def describe(model: Any) -> str:
+    """Name the devices that hold the weights.
+
+    Args:
+        model: a transformers causal LM.
+
+    Returns:
+        Each device once, in order of the device map, such as ``cuda:0, cuda:1, cpu, disk``.
+    """
+    placed = getattr(model, "hf_device_map", None)
+    if not placed:
+        return str(input_device(model))
+    names = (d if d == "disk" else str(torch.device(d)) for d in placed.values())
+    return ", ".join(dict.fromkeys(names))
+
+
+def resident(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Fetch a weight that accelerate keeps elsewhere until its module runs.
+
+    Args:
+        model: the model.
+        name: the weight's name in the state dict.
+        tensor: what the state dict has under it.
+
+    Returns:
+        The tensor itself, or a copy of the weight that it stands for: on the CPU, in its dtype.
+
+    Raises:
+        UserError: the weight is nowhere.
+    """
+    if not tensor.is_meta:
+        return tensor
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:depth]))):
+            kept = getattr(hook, "weights_map", None)
+            try:
+                found: Tensor | None = None if kept is None else kept[".".join(parts[depth:])]
+            except KeyError:
+                continue
+            if found is not None:
+                return found.to(tensor.dtype)
+    raise UserError(f"{name} has no values (it is on meta and nothing was set aside for it); load the model again")
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where a module runs whose weights accelerate keeps elsewhere.
+
+    Args:
+        module: the module.
+
+    Returns:
+        The device; None where no weights are set aside for it.
+    """
+    for hook in _hooks(module):
+        if getattr(hook, "weights_map", None) is not None and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return None
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))

@@ -1,0 +1,54 @@
+"""The values that the options of a model may take, and their checks. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.validation import require_one_of
+
+Lens = Literal["policy", "logit-lens"]
+"""``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
+DEFAULT_LENS: Lens = "policy"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The ways in which accelerate shares a model out among the devices of a machine."""
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
+    """Refuse a device map that is none, or that contradicts the device.
+
+    Args:
+        device_map: one of ``DEVICE_MAPS``, a dict from module paths to devices, or None.
+        device: ``auto`` or a torch device.
+
+    Raises:
+        UserError: what contradicts.
+    """
+    if device_map is None:
+        return
+    if not isinstance(device_map, (str, dict)):
+        raise UserError(f"device_map is a {type(device_map).__name__}; needed is a name or a dict")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise UserError(
+            f"--device-map is {device_map!r}; needed is one of {', '.join(DEVICE_MAPS)} (one device is --device)"
+        )
+    if device != "auto":
+        raise UserError(
+            f"--device {device} was given with --device-map, which places the model itself; leave one of them out"
+        )
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Refuse a quantisation that does not exist.
+
+    Args:
+        quantization: one of ``QUANTIZATIONS``, or None.
+
+    Raises:
+        UserError: it is another.
+    """
+    if quantization is not None:
+        require_one_of("--quantization", quantization, QUANTIZATIONS)

@@ -1,0 +1,63 @@
+"""Where the files of a model are, told without torch or transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from internal_policy.models import testbed
+from internal_policy.utils.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def locate(name: str, revision: str | None) -> str:
+    """Find what a model's name stands for, and refuse a directory that holds no model; nothing is loaded.
+
+    Args:
+        name: hub id, local directory, or an embedded model.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The directory, or the hub id.
+
+    Raises:
+        UserError: no such directory, or not one that can be loaded.
+    """
+    if name.split("/")[0] == "testbed" and not Path(name).exists():
+        if revision is not None:
+            raise UserError(
+                f"{name}: --revision {revision} was given with an embedded model; revisions exist on the hub only"
+            )
+        return str(testbed.path(name))
+    directory = Path(name)
+    if not directory.exists():
+        if directory.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"{name}: no such directory; give a directory with config.json and *.safetensors, or a hub id"
+            )
+        return name
+    if not directory.is_dir():
+        raise UserError(f"{name}: is a file; give the directory that holds config.json and *.safetensors")
+    if revision is not None:
+        raise UserError(
+            f"{name}: --revision {revision} was given with a local directory; revisions exist on the hub only"
+        )
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{name}: no config.json in this directory; save the model with model.save_pretrained(directory)"
+        )
+    if not any((directory / f).is_file() for f in _TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: no tokenizer in this directory; save the model's own with tokenizer.save_pretrained(directory)"
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise UserError(
+                f"{name}: weights in pickle format only ({pickles[0]}); pickle can run code, so only safetensors is "
+                "read. Convert with model.save_pretrained(directory)"
+            )
+        raise UserError(
+            f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
+        )
+    return str(directory)

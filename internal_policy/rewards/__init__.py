@@ -1,0 +1,1 @@
+"""Rewards of responses, which training and evaluation share."""

@@ -1,0 +1,124 @@
+"""The processes of a program that `accelerate launch` or torchrun started several times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.shell import world_size
+
+_PATIENCE = 24 * 3600
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The data-parallel processes of this run; by default there is this one only."""
+
+    number: int = 1
+    """How many."""
+    rank: int = 0
+    """Which of them this is, from 0."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """This process's device, where there are several."""
+    sharded: bool = False
+    """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes the results."""
+        return self.rank == 0
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes are here."""
+        if self.number > 1:
+            from accelerate.utils import wait_for_everyone
+
+            wait_for_everyone()
+
+    def broadcast(self, value: Any) -> Any:
+        """Hand the main process's value to all.
+
+        Args:
+            value: what the main process has; ignored elsewhere.
+
+        Returns:
+            The main process's value.
+        """
+        if self.number == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def on_main(self, do: Callable[[], T]) -> T:
+        """Do something in the main process when all have arrived, and hand what came of it to all.
+
+        Args:
+            do: called in the main process only.
+
+        Returns:
+            What it returned there.
+
+        Raises:
+            UserError: in every process, where it was raised in the main one.
+        """
+        self.wait_for_everyone()
+        value: Any = None
+        if self.is_main_process:
+            try:
+                value = do()
+            except UserError as error:
+                self.broadcast((False, str(error)))
+                raise
+        fine, value = self.broadcast((True, value))
+        if not fine:
+            raise UserError(value)
+        done: T = value
+        return done
+
+
+def processes(options: Mapping[str, Any]) -> Processes:
+    """Find out how a training run was launched.
+
+    Args:
+        options: the trainer's options.
+
+    Returns:
+        The processes.
+    """
+    kinds = (os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
+    sharded = any(kinds) or bool(options.get("fsdp") or options.get("deepspeed"))
+    # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
+    timeout = float(options.get("ddp_timeout") or _PATIENCE)
+    return _started(bool(options.get("use_cpu")), timeout, sharded)
+
+
+def launched() -> Processes:
+    """Find out whether this program was launched as several processes.
+
+    Returns:
+        The processes; a single one where nothing launched more.
+    """
+    return _started(False, _PATIENCE, False) if world_size() > 1 else Processes()
+
+
+def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
+    from accelerate import PartialState
+
+    cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"} or not torch.cuda.is_available()
+    try:
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{world_size()} processes are announced and cannot meet ({str(error).splitlines()[0][:150]}); "
+            "start with accelerate launch or torchrun, or unset WORLD_SIZE"
+        ) from error
+    return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)

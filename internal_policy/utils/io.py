@@ -1,0 +1,154 @@
+"""Write files whole or not at all, and know afterwards whether they still are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+from internal_policy.utils.errors import UserError
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.internal-policy\.tmp")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name in the same directory, flush it to disk, then rename.
+
+    Args:
+        path: the file's final name.
+        write: writes the whole content to the path that it is given.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.internal-policy.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in UTF-8.
+
+    Args:
+        path: the file's final name.
+        text: its content.
+    """
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def expanded(path: str | Path) -> Path:
+    """Put a user's home directory in place of ``~`` or ``~name``.
+
+    Args:
+        path: what was given.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: there is no such user, or nobody's home is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: no home directory is known for {Path(path).parts[0]!r}; give the whole path"
+        ) from error
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether a file is one that `write_atomically` had not yet renamed.
+
+    Args:
+        path: any file.
+
+    Returns:
+        True where it has such a name.
+    """
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove what killed processes left unrenamed.
+
+    Args:
+        directory: looked at itself, not below.
+    """
+    for path in directory.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is not None and not _runs(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that nothing takes it for whole and nobody loses it.
+
+    Args:
+        path: a file or a directory.
+
+    Returns:
+        Its new name.
+    """
+    return path.rename(name_aside(path))
+
+
+def name_aside(path: Path) -> Path:
+    """Find the name under which what is damaged is kept.
+
+    Args:
+        path: a file or a directory.
+
+    Returns:
+        A name beside it that is not taken.
+    """
+    return next(p for n in count(1) if not (p := path.with_name(f"damaged-{n}-{path.name}")).exists())
+
+
+def write_lines_sealed(path: Path, lines: list[str]) -> None:
+    """Write lines of JSON whole or not at all, and a digest of them as the last.
+
+    Args:
+        path: the file's final name.
+        lines: each without its end.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    write_text(path, text + json.dumps({"sha256": _digest(text)}) + "\n")
+
+
+def read_lines_sealed(path: Path) -> list[str] | None:
+    """Read what `write_lines_sealed` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The lines; None where they are not what was written.
+    """
+    try:
+        # Not splitlines: a text may hold any other line ending, unescaped.
+        *lines, seal, end = path.read_bytes().decode("utf-8").split("\n")
+        known = json.loads(seal)["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    whole = end == "" and known == _digest("".join(f"{line}\n" for line in lines))
+    return lines if whole else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

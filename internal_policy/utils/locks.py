@@ -1,0 +1,229 @@
+"""One writer at a time for a directory: a lock that the system gives back when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import remove_stale
+
+if TYPE_CHECKING:
+    from internal_policy.utils.distributed import Processes
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".internal-policy.lock"
+"""The file that is locked while a process writes to its directory, and removed afterwards."""
+
+# What this thread holds already: a sweep holds what its analyses take again.
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+_keeper: ContextVar[ExitStack | None] = ContextVar("keeper", default=None)
+_handles: set[int] = set()
+
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+@contextmanager
+def locked(*directories: Path, wait: bool = False, state: Processes | None = None) -> Iterator[None]:
+    """Keep other processes from writing to some directories.
+
+    Args:
+        *directories: made where they do not exist, and removed again where nothing was written to them.
+        wait: where another process writes to one of them, wait until it has ended.
+        state: the processes of this run, of which the main one holds the locks; by default this is the only one.
+
+    Raises:
+        UserError: another process writes to one of them, or it cannot be written to.
+    """
+    with ExitStack() as own:
+        stack = _keeper.get() or own
+
+        def take() -> None:
+            # In one order everywhere: of two that wait for each other neither would ever go on.
+            for place, directory in sorted({path.resolve(): path for path in directories}.items()):
+                stack.enter_context(_lock(place, directory, wait))
+
+        if state is None:
+            take()
+        else:
+            state.on_main(take)
+        yield
+        if state is not None:
+            # The others may still be reading what was written.
+            state.wait_for_everyone()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Hold every lock that is taken meanwhile until the end: a command draws its figures after its result is whole."""
+    with ExitStack() as stack:
+        token = _keeper.set(stack)
+        try:
+            yield
+        finally:
+            _keeper.reset(token)
+
+
+@contextmanager
+def writing(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    """Make a directory for results or figures, alone in it, and tell in one line where it cannot be written.
+
+    Args:
+        directory: made where it does not exist.
+        wait: as in `locked`.
+
+    Raises:
+        UserError: it, or a file in it, cannot be written.
+    """
+    with locked(directory, wait=wait):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{directory}: cannot be written ({error.strerror or error}); choose another --output"
+            ) from error
+
+
+@contextmanager
+def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
+    if place in _held.get():
+        yield
+        return
+    missing = [path for path in (place, *place.parents) if not path.exists()]
+    handle = _take(place, directory, wait)
+    if handle is None:
+        yield
+        return
+    _handles.add(handle)
+    _held.set(_held.get() | {place})
+    try:
+        remove_stale(place)
+        yield
+    finally:
+        _held.set(_held.get() - {place})
+        _handles.discard(handle)
+        with suppress(OSError):
+            # While it is locked: who waits for it sees afterwards that it is gone, and makes a new one.
+            (place / LOCK).unlink()
+        os.close(handle)
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _take(place: Path, directory: Path, wait: bool) -> int | None:
+    """Lock a directory's file and say in it who holds it; None where there can be no lock.
+
+    Messages name the directory as it was given.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such lock.
+        return None
+    path = place / LOCK
+    while True:
+        try:
+            handle = _open(path)
+        except FileNotFoundError:
+            # Who held it has just removed the directory, which was left empty.
+            continue
+        except OSError as error:
+            if error.errno in _NOT_WRITABLE:
+                # Nothing can be written there, and what is told of it depends on what is there.
+                return None
+            raise UserError(
+                f"{directory}: cannot be written ({error.strerror or error}); choose another --output directory"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            who = _holder(handle)
+            if not wait:
+                os.close(handle)
+                raise UserError(
+                    f"{directory}: another process is writing there ({who}); add --wait to start when it has ended, "
+                    "or choose another --output directory"
+                ) from None
+            try:
+                _await(handle, directory, who)
+            except BaseException:
+                os.close(handle)
+                raise
+        except OSError as error:
+            os.close(handle)
+            logger.warning(
+                "%s: its file system has no locks (%s), so nothing keeps a second process from writing there",
+                *(directory, error.strerror or error),
+            )
+            return None
+        if _is_there(handle, path):
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+            with suppress(OSError):
+                # Not ours to write where another user's process was killed; the lock itself holds all the same.
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(me).encode(), 0)
+            return handle
+        os.close(handle)
+
+
+def _open(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A link that somebody left there would have another file overwritten.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    """Whether the locked file is still the directory's: who held it before has removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _await(handle: int, directory: Path, who: str) -> None:
+    import fcntl
+
+    from internal_policy.utils.progress import status
+
+    logger.warning("%s: another process is writing there (%s); waiting until it has ended", directory, who)
+    with status(f"waiting for {who}"):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _holder(handle: int) -> str:
+    try:
+        held = json.loads(os.pread(handle, 1000, 0))
+        return f"process {held['pid']} on {held['host']} since {held['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not yet said which"
+
+
+def _after_fork() -> None:
+    """Let go of what a forked child has inherited: one that outlives its parent must not keep the locks."""
+    for handle in _handles:
+        with suppress(OSError):
+            os.close(handle)
+    _handles.clear()
+    _held.set(frozenset())
+    _keeper.set(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,114 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from internal_policy.utils.errors import UserError
+
+
+def figure_name(analyses: list[tuple[str, str]]) -> str:
+    """Name a directory for the figures of some analyses, short enough for any file system.
+
+    Args:
+        analyses: the directory's name and the lens of each.
+
+    Returns:
+        All names where they are few; else the first, how many more, and a digest of all.
+    """
+    names = list(
+        dict.fromkeys(
+            name if lens == "policy" or name.endswith(f"--{lens}") else f"{name}--{lens}" for name, lens in analyses
+        )
+    )
+    whole = "--".join(names)
+    if len(whole) <= 120:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
+
+
+# What would move the cursor, hide text, or reverse its direction, and halves of characters that no encoding has.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\ud800-\udfff]")
+_LINE_ENDS = {ord(end): "\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"} | {ord("\t"): " "}
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a whole number, with or without a sign, that Python reads.
+
+    Args:
+        text: any; ``²`` is a digit and no number, and one of 5000 digits is refused by ``int``.
+
+    Returns:
+        True where ``int(text)`` gives a number of at most 18 digits.
+    """
+    return bool(re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text))
+
+
+def visible(text: str, *, one_line: bool = False) -> str:
+    """Replace the characters of a text that a terminal would obey rather than show.
+
+    Args:
+        text: any; names, templates and files may hold anything.
+        one_line: replace ends of lines and tabs as well.
+
+    Returns:
+        The text with control pictures (U+2400 and following) or the replacement character in their place.
+    """
+    if one_line:
+        text = text.translate(_LINE_ENDS)
+    return _UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), text)
+
+
+def _picture(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"
+
+
+def refuse_unmatched(directory: Path) -> None:
+    """Refuse a pattern that the shell left as it was because nothing matches.
+
+    Args:
+        directory: as it was given.
+
+    Raises:
+        UserError: it is a pattern, and no path.
+    """
+    if glob.has_magic(str(directory)) and not directory.exists():
+        raise UserError(f"{directory}: nothing matches this pattern; leave it out, or name what is there")
+
+
+def rank() -> int:
+    """Tell which process this is, of those that accelerate, torchrun or MPI started.
+
+    Returns:
+        From 0; 0 where there is one only.
+    """
+    return _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK") or 0
+
+
+def world_size() -> int:
+    """Tell how many processes accelerate, torchrun or MPI started.
+
+    Returns:
+        Their number, at least 1.
+    """
+    return _launched("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") or 1
+
+
+def _launched(*names: str) -> int | None:
+    return next((int(os.environ[name]) for name in names if is_number(os.environ.get(name, ""))), None)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks to the user: the only one, or the first of those that a launcher started.
+
+    Returns:
+        False in the others.
+    """
+    return rank() == 0

@@ -1,0 +1,251 @@
+"""Work in progress on disk: finished portions of an interrupted run, found again by the same command.
+
+``<output>/<slug>/work/`` holds ``run.json`` (what is being worked on) and a shard for each finished portion. Every file
+is renamed into place when whole. The name of a shard ends in a digest of its content and of what is being worked on:
+one that was damaged, or is of another run, is set aside and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import is_temporary, set_aside, write_atomically, write_text
+from internal_policy.utils.locks import LOCK
+
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+_SHARD = re.compile(r"((?!damaged-).+-\d{7})-([0-9a-f]{16})\.npz")
+_ASIDE = re.compile(r"damaged-\d+-.*")
+Arrays = dict[str, NDArray[Any]]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
+    """Name the settings that differ.
+
+    Args:
+        old: what is on disk.
+        new: what was asked for.
+        before: what a setting that `old` lacks stands for, where it was written before there was that setting.
+
+    Returns:
+        ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
+    """
+    old = {**{k: v for k, v in (before or {}).items() if k in new}, **old}
+    keys = sorted(old.keys() | new.keys())
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
+
+
+def in_use(directory: Path, what: str, differing: str) -> UserError:
+    """Make the error for a directory that holds a finished result of other settings.
+
+    Args:
+        directory: the directory.
+        what: ``an analysis``, ``a run``.
+        differing: what `differences` found.
+
+    Returns:
+        The error, to be raised.
+    """
+    return UserError(
+        f"{directory}: already holds {what} with other settings ({differing}); choose another --output directory, "
+        "or add --overwrite to start over"
+    )
+
+
+class Workspace:
+    """The portions of one run."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        manifest: str,
+        result_files: Sequence[str],
+        what: str,
+    ) -> None:
+        """Name the directory; nothing is made yet.
+
+        Args:
+            directory: of one result.
+            manifest: the file that a whole result has, written last.
+            result_files: all files of a result.
+            what: what messages call the result.
+        """
+        self.directory = directory
+        self.work = directory / "work"
+        self.manifest = manifest
+        self.result_files = result_files
+        self.what = what
+
+    def check(self) -> None:
+        """Refuse a directory that is not ours or not writable, before anything long begins; make nothing yet.
+
+        Raises:
+            UserError: not writable, or in use for something else.
+        """
+        try:
+            str(self.directory.absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.directory}: holds bytes that are not UTF-8; choose another --output directory"
+            ) from error
+        existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
+            raise UserError(
+                f"{self.directory}: cannot be written ({existing} {what}); choose another --output directory"
+            )
+        manifest = (self.directory / self.manifest).is_file()
+        others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
+        if others:
+            raise UserError(
+                f"{self.directory}: is in use for something else (it holds {others[0].relative_to(self.directory)}); "
+                "choose another --output directory"
+            )
+
+    def open(self, identity: dict[str, Any], overwrite: bool, before: Mapping[str, Any] | None = None) -> bool:
+        """Begin a run, or take up the one that was interrupted.
+
+        Args:
+            identity: settings, weights and inputs that decide the numbers.
+            overwrite: delete what an earlier run left there.
+            before: as in `differences`.
+
+        Returns:
+            True where an interrupted run is taken up. Of its portions those that are damaged have been set aside.
+
+        Raises:
+            UserError: not writable, or the interrupted run was of something else.
+        """
+        path = self.work / _RUN
+        try:
+            if overwrite:
+                # The manifest goes first: a kill in between leaves nothing that reads as a result.
+                (self.directory / self.manifest).unlink(missing_ok=True)
+                self.close()
+            self.work.mkdir(parents=True, exist_ok=True)
+            old = self._identity()
+            if old is None:
+                write_text(path, json.dumps(identity, indent=2))
+                # They are taken up where they are of this run, whatever became of what said so.
+                return self._any_whole()
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
+            ) from error
+        differing = differences(old, json.loads(json.dumps(identity)), before)
+        if differing:
+            raise UserError(
+                f"{self.directory}: holds an unfinished {self.what} with other settings ({differing}); repeat its "
+                "command to go on, add --overwrite to start over, or choose another --output directory"
+            )
+        self._any_whole()
+        return True
+
+    def shards(self, kind: str) -> Iterator[Arrays]:
+        """Read the finished portions of a stage.
+
+        Args:
+            kind: the stage's name.
+
+        Yields:
+            The arrays of each portion.
+        """
+        for path in sorted(self.work.glob(f"{kind}-*.npz")):
+            if path.name.startswith("damaged-"):
+                # Set aside before.
+                continue
+            data = path.read_bytes()
+            name = _SHARD.fullmatch(path.name)
+            if name is None or name[2] != self._seal(name[1], data):
+                # Of several processes another one may have been first.
+                with suppress(FileNotFoundError):
+                    aside = set_aside(path)
+                    logger.warning("%s: damaged, or of another run; kept as %s, and made again", path, aside.name)
+                continue
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                yield dict(arrays)
+
+    def write(self, kind: str, first: int, arrays: Arrays) -> None:
+        """Write a finished portion.
+
+        Args:
+            kind: the stage's name.
+            first: the index of its first item, which no other portion has.
+            arrays: what to keep.
+        """
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        data, stem = buffer.getvalue(), f"{kind}-{first:07d}"
+        path = self.work / f"{stem}-{self._seal(stem, data)}.npz"
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+    @property
+    def begun(self) -> bool:
+        """Whether an unfinished run is there."""
+        return self.work.is_dir() and any(p.name == _RUN or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
+
+    def close(self) -> None:
+        """Drop the portions, and what a killed run left unrenamed, once the result is whole; nothing else."""
+        # What says whose they are goes last: a kill in between leaves none that nobody knows.
+        for path in sorted(self._files(), key=lambda path: path.name == _RUN):
+            if is_temporary(path) or (path.parent == self.work and (path.name == _RUN or _SHARD.fullmatch(path.name))):
+                path.unlink(missing_ok=True)
+        self.__dict__.pop("_key", None)
+        if self.work.is_dir() and not any(self.work.iterdir()):
+            self.work.rmdir()
+
+    def _identity(self) -> dict[str, Any] | None:
+        """What is being worked on; None where nothing says so, or no longer legibly."""
+        path = self.work / _RUN
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
+        return None
+
+    def _any_whole(self) -> bool:
+        """Set the damaged portions aside, before other processes look, and tell whether there are others."""
+        return sum(1 for _ in self.shards("*")) > 0
+
+    @cached_property
+    def _key(self) -> bytes:
+        return json.dumps(json.loads((self.work / _RUN).read_bytes()), sort_keys=True).encode()
+
+    def _seal(self, stem: str, data: bytes) -> str:
+        digest = hashlib.sha256(self._key)
+        digest.update(stem.encode())
+        digest.update(data)
+        return digest.hexdigest()[:16]
+
+    def _files(self) -> list[Path]:
+        inside = (p for d in (self.directory, self.work) if d.is_dir() for p in d.iterdir())
+        return sorted(p for p in inside if p not in (self.work, self.directory / LOCK))
+
+    def _ours(self, path: Path) -> bool:
+        """Tell what a run writes before its manifest from what anybody else may have put there."""
+        if is_temporary(path):
+            return True
+        if path.parent == self.work:
+            return path.name == _RUN or any(known.fullmatch(path.name) for known in (_SHARD, _ASIDE))
+        return path.name in self.result_files

@@ -1,0 +1,114 @@
+"""The answer under the other lens: measured on the same responses, recognised as such, and shown beside the first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from shapes import make, progressive
+from typer.testing import CliRunner
+
+from internal_policy import Analysis, UserError, compare
+from internal_policy.analysis import lenses
+from internal_policy.cli import display as terminal
+from internal_policy.cli import display_comparison as comparison_terminal
+from internal_policy.cli.main import app
+from internal_policy.report import analysis_report, comparison_report
+
+
+def under(lens, root, name="m", answer=None, **options):
+    """An analysis under a lens, on disk."""
+    made = make(progressive(6), name, lens=lens, prompts=4, **options)
+    entropy = {"mean": 0.3, "stderr": 0.02, "final_state_mean": 0.4, "final_state_stderr": 0.02}
+    made = replace(made, selection=replace(made.selection, boundary_layer=answer), policy_entropy=entropy)
+    return Analysis.load(made.save(root / (name if lens == "policy" else f"{name}--{lens}")))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [under(lens, tmp_path, answer=answer) for lens, answer in (("policy", 4), ("logit-lens", 1))]
+
+
+def test_each_finds_the_answer_of_the_other_and_says_whether_they_agree(pair, capsys):
+    policy, lens = pair
+    assert lenses.other_lens(policy) == lenses.LensAnswer("logit-lens", 1, lens.path)
+    assert lenses.other_lens(lens) == lenses.LensAnswer("policy", 4, policy.path)
+    told = "under the logit lens the same responses give layer 1, so the answer depends on the lens"
+    assert lenses.sentence(policy) == told
+    assert f"{told}. Its entropy" in analysis_report(policy)
+    assert told in policy._repr_html_()
+    terminal.show(policy)
+    assert told in " ".join(capsys.readouterr().out.split())
+    alike = replace(policy, selection=replace(policy.selection, boundary_layer=1))
+    assert lenses.sentence(alike) == "under the logit lens the same responses give layer 1 too"
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"data_seed": 1}, {"samples": 2}])
+def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
+    policy = under("policy", tmp_path)
+    under("logit-lens", tmp_path, **other)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "analysis.json").write_text("{")
+    assert policy.other_lens is None
+    assert lenses.sentence(policy) is None
+
+
+def test_responses_are_the_same_by_their_ids_in_whatever_order():
+    one = make(progressive(6), prompts=4)
+    turned = replace(one, sequences=one.sequences.iloc[::-1].assign(response="else", reward=1.0))
+    assert turned.responses_digest == one.responses_digest
+    longer = replace(one, sequences=one.sequences.assign(prompt_length=2))
+    assert longer.responses_digest != one.responses_digest
+
+
+def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, capsys):
+    under("policy", tmp_path, "n", answer=None, seed=2)
+    comparison = compare(tmp_path)
+    assert comparison.labels == ("m", "n")
+    rows = comparison.boundaries[["other_lens", "other_lens_boundary_layer"]].to_dict("records")
+    assert rows[0] == {"other_lens": "logit-lens", "other_lens_boundary_layer": 1}
+    assert rows[1]["other_lens"] is None or pd.isna(rows[1]["other_lens"])
+    comparison_terminal.show_comparison(comparison)
+    out = capsys.readouterr().out
+    assert "4 (1)" in out
+    assert "none (-)" in out
+    assert "Boundary, lens logit-lens" in comparison_report(comparison)
+    # In memory there is no directory to look into.
+    found = compare([replace(a, path=None) for a in (*pair, Analysis.load(tmp_path / "n"))])
+    assert found.boundaries["other_lens_boundary_layer"].tolist()[0] == 1
+    with pytest.raises(UserError, match=r"got m under two lenses, with the boundary layers 4 \(policy\) and 1"):
+        compare(pair)
+
+
+def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatch):
+    monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
+
+    def run(*lens):
+        few = ["--max-responses", "3", "--max-new-tokens", "6", "--json"]
+        command = ["analyze", *few, "-o", str(tmp_path), *(word for name in lens for word in ("--lens", name))]
+        return json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)["analyses"]
+
+    policy, lens = run("policy", "logit-lens")
+    assert lens["path"] == str(tmp_path / "testbed--qwen3--logit-lens")
+    assert lens["config"]["responses"] == str(tmp_path / "testbed--qwen3" / "responses.jsonl")
+    assert policy["responses_digest"] == lens["responses_digest"]
+    assert policy["n_truncated"] == lens["n_truncated"] == 3
+    answers = {"lens": "logit-lens", "boundary_layer": lens["boundary_layer"], "path": lens["path"]}
+    assert policy["other_lens"] == answers
+    # Sampled by itself it has the same responses too; the page of the first is drawn again to say so.
+    page = tmp_path / "testbed--qwen3" / "report.html"
+    page.write_text("of before")
+    (tmp_path / "testbed--qwen3--logit-lens" / "analysis.json").unlink()
+    (lens,) = run("logit-lens")
+    assert lens["config"]["responses"] is None
+    assert lens["other_lens"]["path"] == policy["path"]
+    assert "nder the logit lens the same responses give" in page.read_text()
+
+
+@pytest.mark.parametrize("of_several", [["--preset", "testbed"], ["--checkpoints", "runs/x"]])
+def test_several_lenses_of_a_sweep_are_refused(of_several):
+    command = ["analyze", *of_several, "--lens", "policy", "--lens", "logit-lens"]
+    with pytest.raises(UserError, match=r"got 2 lenses for a .*; run it once for each"):
+        CliRunner().invoke(app, command, catch_exceptions=False)

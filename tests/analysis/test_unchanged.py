@@ -1,0 +1,141 @@
+"""A finished analysis is recognised by the files that it was made of, and by nothing less."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+from test_extras import base
+from test_first_words import EACH
+
+from internal_policy import AnalyzeConfig, analyze
+from internal_policy.analysis import unchanged
+from internal_policy.models import testbed
+
+OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("made")
+    shutil.copytree(testbed.path("testbed/qwen3"), place / "model")
+    (place / "prompts.jsonl").write_text('{"prompt": "a=2,b=a+1;b?"}\n{"prompt": "a=5;a?"}\n')
+    analyze(place / "model", prompts=place / "prompts.jsonl", output=place / "out", **OPTIONS)
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    """A copy; of the directory of the analysis too, which is named by the model's."""
+    return shutil.copytree(made, tmp_path / made.name)
+
+
+def asked(place, **other):
+    options = {"prompts": str(place / "prompts.jsonl"), **OPTIONS, **other}
+    return AnalyzeConfig(model=str(place / "model"), **options)
+
+
+def complete(place, **other):
+    found = unchanged.complete([asked(place, **other)], place / "out")
+    return None if found is None else found[0]
+
+
+def add_template(place):
+    (place / "model" / "additional_chat_templates").mkdir()
+    (place / "model" / "additional_chat_templates" / "x.jinja").write_text("")
+
+
+def change_a_byte(path, at=-1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_same_files_give_the_same_analysis(place):
+    found = complete(place)
+    assert found.n_responses == 2
+    # Neither is read when a model is loaded.
+    (place / "model" / "optimizer.pt").write_bytes(b"x")
+    (place / "model" / "checkpoint-1").mkdir()
+    assert complete(place) is not None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_another_byte_is_noticed(name, place):
+    change_a_byte(place / "model" / name)
+    assert complete(place) is None
+
+
+CHANGES = {
+    "prompts": lambda place: change_a_byte(place / "prompts.jsonl", at=14),
+    "no prompts": lambda place: (place / "prompts.jsonl").unlink(),
+    "a file more": lambda place: (place / "model" / "chat_template.jinja").write_text("{{ messages }}"),
+    "a template more": add_template,
+    "an adapter": lambda place: (place / "model" / "adapter_config.json").write_text("{}"),
+    "a template": lambda place: (
+        shutil.copytree(place / "out", place / "model" / "additional_chat_templates")
+        and (place / "model" / "additional_chat_templates" / "x.jinja").write_text("")
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_other_files_are_noticed(change, place):
+    change(place)
+    assert complete(place) is None
+
+
+def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path):
+    analysis = complete(place)
+    other = dataclasses.replace(analysis, versions={**analysis.versions, "torch": "1.0"})
+    assert not unchanged.is_unchanged(asked(place), other)
+    for unknown in ({"files": None}, {"hooked": ["a hook"]}):
+        assert not unchanged.is_unchanged(
+            asked(place), dataclasses.replace(analysis, config={**analysis.config, **unknown})
+        )
+    (tmp_path / "code.py").write_text("")
+    monkeypatch.setattr(unchanged, "_PACKAGE", tmp_path)
+    assert complete(place) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompts": None},
+        {"prompts": "owner/name"},
+        {"device": "cuda"},
+        {"device_map": "auto", "device": "auto"},
+        {"quantization": "4bit"},
+        {"backend": "nnsight"},
+        {"trust_remote_code": True},
+        {"model": "owner/name"},
+    ],
+)
+def test_where_more_than_files_decides_nothing_is_concluded(other, place):
+    assert unchanged.digest(asked(place)) is not None
+    assert unchanged.digest(dataclasses.replace(asked(place), **other)) is None
+
+
+def test_a_gpu_may_be_what_auto_means(monkeypatch, tmp_path):
+    monkeypatch.setattr(unchanged, "Path", lambda name: tmp_path)
+    assert unchanged._on_the_cpu("auto") == (unchanged.sys.platform == "linux")
+    (tmp_path / "nvidia0").touch()
+    assert not unchanged._on_the_cpu("auto")
+    assert unchanged._on_the_cpu("cpu")
+
+
+def test_nothing_is_loaded_for_nothing_to_do(place):
+    words = f"analyze --model {place / 'model'} --prompts {place / 'prompts.jsonl'} --max-responses 2 --output out"
+    words += " --max-new-tokens 4 --device cpu"
+    done = base(EACH, words, words + " --seed 3", cwd=place, absent="")
+    assert "2 responses" in done.stdout
+    first, second = done.stderr.split("# ")[1:]
+    line, end = first.splitlines()[1:]
+    assert line.startswith("out/")
+    assert line.endswith(": already complete; nothing to do (--overwrite starts over)")
+    # With no library behind it that was loaded.
+    assert end == ""
+    # Other settings are told at once, too.
+    assert "with other settings (seed 0 -> 3)" in second
+    assert second.splitlines()[-1] == "2"

@@ -1,0 +1,217 @@
+"""Finished sweeps, lenses, evaluations and runs are recognised by their files, as one analysis is."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from finished import make
+from test_extras import base
+from test_first_words import EACH
+from test_unchanged import change_a_byte
+
+from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
+from internal_policy.analysis import unchanged
+from internal_policy.analysis.sweep import analyze_lenses
+from internal_policy.bupo import call
+from internal_policy.cli.report import write_reports
+from internal_policy.evaluation import evaluate
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.finishing import complete, digest
+from internal_policy.models import testbed
+
+OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
+RATED = {"samples": 1, "max_new_tokens": 4, "device": "cpu", "max_problems": 2}
+ASKED = {"model": "model", "prompts": "prompts.jsonl", "method": "grpo", "max_steps": 30}
+PREPARED = """
+from pathlib import Path
+from matplotlib.figure import Figure
+from internal_policy import unchanged
+unchanged._ACCELERATORS = ()
+Figure.savefig = lambda figure, file, **options: isinstance(file, Path) and file.touch()
+"""
+"""Neither a GPU that this machine may have, nor the seconds that drawing takes."""
+LENSES = ("policy", "logit-lens")
+COMMANDS = {
+    "lenses": "analyze --model model --prompts prompts.jsonl --lens policy --lens logit-lens --output out",
+    "sweep": "analyze --checkpoints 'run/checkpoint-*' --prompts prompts.jsonl --output swept",
+    "evaluation": "evaluate --model model --benchmark prompts.jsonl --samples 1 --max-problems 2 --output rated",
+    "run": "train --model model --prompts prompts.jsonl --method grpo --max-steps 30 --output trained",
+}
+
+
+def keep(path, options):
+    """A finished run that says which call made it."""
+    run = make(path)
+    said = {"words": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call.digest(options)}
+    versions = {"torch": metadata.version("torch")}
+    run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
+    run.save()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("made")
+    for name in ("model", "run/checkpoint-1", "run/checkpoint-2"):
+        shutil.copytree(testbed.path("testbed/qwen3"), place / name)
+    lines = ('{"prompt": "a=2,b=a+1;b?", "answer": "3"}', '{"prompt": "a=5;a?", "answer": "5"}')
+    (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(unchanged, "_ACCELERATORS", ())
+        analyze_lenses("model", LENSES, prompts="prompts.jsonl", output="out", **OPTIONS)
+        sweep(checkpoints="run/checkpoint-*", prompts="prompts.jsonl", output="swept", **OPTIONS)
+        evaluate("model", "prompts.jsonl", output="rated", **RATED)
+        keep(place / "trained", {**ASKED, "output": "trained"})
+    for manifest in (*place.glob("*/*/analysis.json"), place / "trained" / "run.json"):
+        (manifest.parent / "report.html").write_text("a page")
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy, in which the results are called as they were."""
+    copy = shutil.copytree(made, tmp_path / made.name)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(unchanged, "_ACCELERATORS", ())
+    return copy
+
+
+def find(kind, place, **other):
+    if kind == "run":
+        return call.complete({**ASKED, "output": "trained", **other})
+    if kind == "evaluation":
+        config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
+        return complete(config, "prompts.jsonl", place / "rated")
+    options = {"prompts": "prompts.jsonl", **OPTIONS, **other}
+    if kind == "lenses":
+        configs = [AnalyzeConfig(model="model", lens=lens, **options) for lens in LENSES]
+        return unchanged.complete(configs, place / "out", follow=True)
+    configs = [AnalyzeConfig(model=f"run/checkpoint-{i}", **options) for i in (1, 2)]
+    return unchanged.complete(configs, place / "swept", follow=True)
+
+
+CHANGED = {
+    "lenses": ("model/model.safetensors", "prompts.jsonl"),
+    "sweep": ("run/checkpoint-2/model.safetensors", "prompts.jsonl"),
+    "evaluation": ("model/tokenizer.json", "prompts.jsonl"),
+    "run": ("model/model.safetensors", "prompts.jsonl"),
+}
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_another_byte_is_noticed(kind, place):
+    assert find(kind, place) is not None
+    for pattern in CHANGED[kind]:
+        (path,) = place.glob(pattern)
+        # Of a text a digit, so that the file can still be read.
+        at = path.read_bytes().index(b"a=2") + 2 if path.suffix == ".jsonl" else -1
+        change_a_byte(path, at)
+        assert find(kind, place) is None
+        change_a_byte(path, at)
+    assert find(kind, place) is not None
+
+
+@pytest.mark.parametrize("kind", ["lenses", "sweep", "evaluation"])
+def test_other_settings_are_refused_as_before(kind, place):
+    with pytest.raises(UserError, match="with other settings"):
+        find(kind, place, seed=3)
+
+
+def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
+    for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
+        assert find("evaluation", place, **other) is None
+    asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
+    assert digest(asked, "prompts.jsonl") is not None
+    Path("math500").write_text("of the hub all the same")
+    for source in ("math500", "owner/name"):
+        assert digest(asked, source) is None
+    for other in ({"reward": "module:function"}, {"trust_remote_code": True}, {"revision": "main"}):
+        assert digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
+    # Other K are computed from what is there.
+    assert list(find("evaluation", place, k=[1]).pass_at_k["k"]) == [1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"eval_samples": 0},
+        {"max_steps": 31},
+        {"method": "bupo"},
+        {"output": "elsewhere"},
+        {"output": None},
+        {"prompts": None},
+        {"prompts": "owner/name"},
+        {"prompts": ["a=2;a?"]},
+        {"model": "owner/name"},
+        {"reward": "module:function"},
+        {"reward": len},
+        {"revision": "main"},
+        {"trust_remote_code": True},
+        {"attn_implementation": "eager"},
+        {"layer": 2},
+        {"layer": "nowhere"},
+        {"benchmark": "math500"},
+        {"callbacks": [len]},
+    ],
+    ids=str,
+)
+def test_a_run_that_another_call_made_is_not_taken(other, place):
+    assert find("run", place, **other) is None
+
+
+def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
+    monkeypatch.setattr(unchanged, "_version", lambda name: "1.0")
+    assert find("run", place) is None
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(unchanged, "_ACCELERATORS", ("null",))
+    assert find("run", place) is None
+
+
+def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
+    keep(Path("data/runs/its-name"), ASKED)
+    assert find("run", place, output=None).path == Path("data/runs/its-name")
+    Path("data/runs/its-name").rename("data/runs/another")
+    assert find("run", place, output=None) is None
+
+
+def test_the_layer_of_an_analysis_counts_by_its_file(place):
+    (analysis,) = place.glob("out/*--model")
+    before = call.digest({**ASKED, "layer": str(analysis)})
+    change_a_byte(analysis / "analysis.json")
+    assert before not in (None, call.digest({**ASKED, "layer": str(analysis)}))
+    # The command line has text where Python has a number.
+    assert call.digest({**ASKED, "layer": "2"}) == call.digest({**ASKED, "layer": 2})
+
+
+def test_nothing_is_loaded_for_nothing_to_do(place):
+    short = "--max-new-tokens 4 --device cpu"
+    asked = [words + ("" if kind == "run" else f" {short}") for kind, words in COMMANDS.items()]
+    asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
+    done = base(PREPARED + EACH, *asked, cwd=place, absent="")
+    for said in done.stderr.split("# ")[1:]:
+        *lines, end = said.splitlines()[1:]
+        assert lines
+        assert all("complete; nothing to " in line for line in lines), said
+        # With no library behind it that was loaded.
+        assert end == ""
+    assert done.stderr.count("complete; nothing to ") == 6
+    assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
+
+
+def test_a_page_is_left_where_it_is_newer_than_its_result(place, monkeypatch, capsys):
+    (analysis,) = place.glob("out/*--model")
+    page = analysis / "report.html"
+    found = Analysis.load(analysis)
+    write_reports([found], keep=True)
+    assert page.read_text() == "a page"
+    assert "report.html" in capsys.readouterr().out
+    os.utime(page, ns=(0, 0))
+    write_reports([found], keep=True)
+    assert page.read_text() != "a page"

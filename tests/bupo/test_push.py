@@ -1,0 +1,242 @@
+"""A trained model on the hub: what is uploaded, and what is refused. The hub itself is played."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import socket
+import threading
+import traceback
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import make as testbed_make
+import pytest
+from finished import HELD, KEPT_HERE, make
+from huggingface_hub import HfApi, constants
+from training import command
+
+from internal_policy import UserError
+from internal_policy.bupo import Run, plan, push_to_hub
+from internal_policy.extractors.nnsight_library import told_in_one_line
+
+SECRET = "hf_NobodyMaySeeThis"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub was asked, at the boundary to the network; ``fails`` is raised by the next request."""
+    asked = SimpleNamespace(calls=[], fails=None, card=None)
+
+    def create_repo(self, repo_id, **words):
+        asked.calls.append(("create_repo", repo_id, self.token, words))
+        if asked.fails is not None:
+            raise asked.fails
+        whole = repo_id if "/" in repo_id else f"me/{repo_id}"
+        return type("Made", (str,), {"repo_id": whole})(f"https://huggingface.co/{whole}")
+
+    def upload_folder(self, **words):
+        asked.calls.append(("upload_folder", words))
+        asked.card = (words["folder_path"] / "README.md").read_text()
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo, **words: asked.calls.append(("branch", repo, words)))
+    return asked
+
+
+def test_only_what_transformers_loads_is_uploaded(tmp_path, hub):
+    run = make(tmp_path / "run")
+    url = push_to_hub(run, "mine", private=True, token="hf_x", revision="try")
+    assert url == "https://huggingface.co/me/mine"
+    made, branch, (_, words) = hub.calls
+    assert made == ("create_repo", "mine", "hf_x", {"repo_type": "model", "private": True, "exist_ok": True})
+    assert branch == ("branch", "me/mine", {"branch": "try", "exist_ok": True})
+    assert (words["repo_id"], words["revision"], words["folder_path"]) == ("me/mine", "try", run.model_dir)
+    files = {p.name for p in run.model_dir.iterdir()}
+    sent = {f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in words["allow_patterns"])}
+    assert sent == HELD
+    assert files - sent == set(KEPT_HERE)
+    assert 'from_pretrained("me/mine")' in hub.card.replace("'", '"')
+
+
+def test_what_is_not_whole_is_not_pushed(tmp_path, hub):
+    run = make(tmp_path / "run")
+    (run.model_dir / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no model"):
+        push_to_hub(run, "me/it")
+    (run.path / "run.json").unlink()
+    with pytest.raises(UserError, match="has not ended"):
+        push_to_hub(run, "me/it")
+    with pytest.raises(UserError, match="has not ended"):
+        Run.load(run.path)
+    assert hub.calls == []
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The hub's real client, which asks this address and may use the network."""
+
+    def ask(port):
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    return ask
+
+
+@pytest.fixture
+def answering(online):
+    """A server in place of the hub: ``answers`` gives status and body by the address's last part."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, body = answers.get(self.path.rpartition("/")[2], answers.get("*", (404, {})))
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    online(server.server_port)
+    answers["create"] = 200, {"url": f"http://127.0.0.1:{server.server_port}/me/it"}
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, "log in with `hf auth login`, or set HF_TOKEN"),
+        (403, "a token that may write there"),
+        (500, "check the network and the name"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(tmp_path, answering, status, message):
+    answering.update({"create": (status, {"error": "no"}), "*": (status, {"error": "no"})})
+    with pytest.raises(UserError, match=message) as info:
+        push_to_hub(make(tmp_path / "run"), "me/it")
+    assert "\n" not in str(info.value)
+
+
+def test_metadata_that_the_hub_refuses_names_the_card(tmp_path, answering):
+    answering["validate-yaml"] = 400, {"errors": [{"message": '"license" must be one of [mit]'}, {"message": "and"}]}
+    run = make(tmp_path / "run")
+    with pytest.raises(UserError) as info:
+        push_to_hub(run, "me/it")
+    assert str(info.value) == (
+        f'{run.model_dir}/README.md: the hub refuses its metadata ("license" must be one of [mit] - and); mend it, '
+        "then push again"
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, online, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        online(free.getsockname()[1])
+        make(tmp_path / "run")
+        code, out, err = command(monkeypatch, capsys, "push", tmp_path / "run", "--repo", "me/it")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: me/it: cannot be pushed (")
+    assert "check the network" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fails", [OSError("disk"), RuntimeError("upload"), ValueError("branch")])
+def test_what_the_client_fails_with_is_one_line(tmp_path, hub, fails):
+    hub.fails = fails
+    with pytest.raises(UserError, match=rf"cannot be pushed \({fails}\)"):
+        push_to_hub(make(tmp_path / "run"), "me/it")
+    hub.fails = ZeroDivisionError("a defect of the program")
+    with pytest.raises(ZeroDivisionError):
+        push_to_hub(Run.load(tmp_path / "run"), "me/it")
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2", "httpcore", "httpcore2"])
+def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
+    hub.fails = type("ConnectError", (Exception,), {"__module__": f"{library}._exceptions"})("no route to host")
+    with pytest.raises(UserError, match=r"cannot be pushed \(no route to host\); check the network"):
+        push_to_hub(make(tmp_path / "run"), "me/it")
+    with pytest.raises(UserError, match="no connection to NDIF"), told_in_one_line("m"):
+        raise hub.fails
+
+
+def test_a_token_is_in_no_message(tmp_path, hub):
+    run = make(tmp_path / "run")
+    push_to_hub(run, "me/it", token=f"{SECRET}\n")
+    assert hub.calls[0][2] == SECRET
+    told = []
+    for token, fails in (
+        (f"{SECRET[:6]}\n{SECRET[6:]}", None),
+        (f"{SECRET}é", None),
+        ("own-secret", ValueError(f"{'x' * 195}own-secret")),
+        ("own-secret", ValueError("Illegal header value b'Bearer own-secret'")),
+        (None, ValueError(f"Illegal header value b'Bearer {SECRET}'")),
+        (None, ValueError(SECRET)),
+    ):
+        hub.fails = fails
+        with pytest.raises(UserError) as info:
+            push_to_hub(run, "me/it", token=token)
+        assert "\n" not in str(info.value)
+        # A notebook shows the whole chain, with the lines of this file.
+        told += [line for line in traceback.format_exception(info.value) if "info" not in line]
+        assert info.value.__cause__ is None
+    text = "".join(told)
+    assert not [part for part in (SECRET[:6], SECRET[6:], "own-secret", "own-s") if part in text]
+    with pytest.raises(UserError, match="token= is empty"):
+        push_to_hub(run, "me/it", token=" \n")
+
+
+def test_the_recipe_keeps_the_http_library_quiet(monkeypatch, tmp_path):
+    monkeypatch.setattr(testbed_make, "make", lambda *_, **__: None)
+    libraries = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    before = [library.level for library in libraries]
+    try:
+        for library in libraries:
+            library.setLevel(logging.NOTSET)
+        testbed_make.main(["--out", str(tmp_path)])
+        assert [library.level for library in libraries] == [logging.WARNING] * 2
+    finally:
+        for library, level in zip(libraries, before, strict=True):
+            library.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"), [("me/it", "while HF_HUB_OFFLINE is set"), ("a b!", "is no name of a repository")]
+)
+def test_the_real_client_without_a_network_is_one_line(tmp_path, monkeypatch, capsys, repo, message):
+    make(tmp_path / "run")
+    code, out, err = command(monkeypatch, capsys, "push", tmp_path / "run", "--repo", repo)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {repo}: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_the_command_tells_where_it_is(tmp_path, monkeypatch, capsys, hub):
+    make(tmp_path / "run")
+    words = ("push", tmp_path / "run", "--repo", "it", "--private")
+    assert command(monkeypatch, capsys, *words) == (0, "pushed: https://huggingface.co/me/it\n", "")
+    assert hub.calls[0][3]["private"]
+    code, out, _ = command(monkeypatch, capsys, *words, "--json")
+    assert (code, json.loads(out)["url"]) == (0, "https://huggingface.co/me/it")
+    code, _, err = command(monkeypatch, capsys, "push", tmp_path / "nowhere", "--repo", "it")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_transformers_own_push_is_refused():
+    # It would upload the checkpoints with the optimiser's state while the run is going on.
+    with pytest.raises(UserError, match="internal-policy push RUN --repo NAME"):
+        plan.split("testbed/qwen3", {}, {"push_to_hub": True})

@@ -1,0 +1,79 @@
+"""What a command says before it loads anything: that it loads, or that what it was given is not there."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  (there already)
+from documents import ROOT
+from test_extras import base
+
+from internal_policy.utils.progress import importing
+
+LINE = "loading the libraries (torch, transformers)"
+MISSING = {
+    "analyze --model ./nowhere": "./nowhere: no such directory",
+    "analyze --model testbed/qwen4": "no testbed model is called 'testbed/qwen4'",
+    "analyze --prompts none.jsonl": "none.jsonl: no such file",
+    "analyze --responses none.json": "none.json: no such file",
+    "analyze --preset testbed --prompts none.jsonl": "none.jsonl: no such file",
+    "analyze --model ./nowhere --checkpoints .": "./nowhere: no such directory",
+    "train --model ./nowhere": "./nowhere: no such directory",
+    "train --prompts none.parquet": "none.parquet: no such file",
+    "train --benchmark none.json": "none.json: no such file",
+    "train --layer ./nowhere": "layer is './nowhere'; needed is a number from 1, auto",
+    "evaluate --model ./nowhere --benchmark testbed": "./nowhere: no such directory",
+    "evaluate --model testbed/qwen3 --benchmark none.jsonl": "none.jsonl: no such file",
+    "inspect --model ./nowhere --prompt 1": "./nowhere: no such directory",
+}
+
+
+EACH = """
+import shlex, sys
+from internal_policy import cli
+for line in sys.argv[1:]:
+    sys.argv[1:] = shlex.split(line)
+    print("#", line, file=sys.stderr)
+    try:
+        cli.main()
+    except (SystemExit, ImportError) as end:
+        print(end, *{"torch", "transformers", "trl", "datasets"} & {*sys.modules}, file=sys.stderr)
+"""
+
+
+def said(commands, cwd, absent):
+    """What each command wrote on standard error, all in one process that had loaded nothing before."""
+    return [part.splitlines()[1:] for part in base(EACH, *commands, cwd=cwd, absent=absent).stderr.split("# ")[1:]]
+
+
+def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
+    told = said(MISSING, tmp_path, absent="")
+    assert [end for _, end in told] == ["2"] * len(MISSING)
+    for (line, _), wanted in zip(told, MISSING.values(), strict=True):
+        assert line.startswith("error: ")
+        assert wanted in line
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_the_first_words_come_before_the_libraries(tmp_path):
+    commands = [
+        "analyze",
+        "analyze --preset testbed",
+        f"analyze --checkpoints {ROOT / 'data/testbed/qwen3'}",
+        "evaluate --model testbed/qwen3",
+        "inspect --model testbed/qwen3 --prompt 1",
+        "train",
+    ]
+    told = said(commands, tmp_path, absent="torch,transformers")
+    assert [line for line, _ in told] == [LINE] * len(commands)
+    for quiet in ("--quiet", "--json"):
+        told += said([f"analyze {quiet}"], tmp_path, absent="torch,transformers")
+    # Which of the two is missed first is the order of the imports.
+    assert all(lines[-1].startswith("No module named ") for lines in told)
+    assert len(told[-1]) == 1
+
+
+def test_nothing_is_said_where_the_libraries_are_there(capsys):
+    with importing():
+        pass
+    assert capsys.readouterr() == ("", "")

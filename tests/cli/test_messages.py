@@ -1,0 +1,101 @@
+"""What commands and results say: whole, in the right number, and of the command that was given."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+from documents import ROOT
+from typer.testing import CliRunner
+
+from internal_policy import Analysis, UserError, bupo
+from internal_policy.bupo import plan
+from internal_policy.bupo import train as training
+from internal_policy.cli import display as terminal
+from internal_policy.cli import main as cli
+from internal_policy.comparison import study as studies
+from internal_policy.utils import loading_errors
+from internal_policy.utils.wording import counted
+
+
+def test_one_thing_is_not_several():
+    assert [counted(n, "response") for n in (0, 1, 2)] == ["0 responses", "1 response", "2 responses"]
+    assert (counted(1, "analysis"), counted(3, "analysis")) == ("1 analysis", "3 analyses")
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return Analysis.load(ROOT / "data" / "experiments" / "analyses" / "qwen3-start")
+
+
+def test_results_count_in_the_right_number(analysis):
+    one = replace(analysis, sequences=analysis.sequences[:1])
+    for said in (repr(one), terminal.layer_table(one).title):
+        assert "1 response, " in said
+
+
+def test_a_part_of_the_positions_is_told_as_a_part(analysis):
+    positions = {"analysed": 428, "total": analysis.n_tokens, "rounds": 1, "tolerance": 0.05}
+    positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
+    some = replace(analysis, positions=positions)
+    part = f"428 of {analysis.n_tokens} tokens"
+    for said in (repr(some), terminal.layer_table(some).title):
+        assert part in said
+    # Two errors stand side by side, and each says which it is.
+    said = terminal.positions_line(positions)
+    assert "largest half-width of a 95% interval from that choice 0.048 nats (layer 3, FFN)" in said
+    assert said.endswith("± is the standard error over prompts")
+
+
+def test_the_list_of_commands_is_not_cut(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
+    assert "..." not in said.partition("Commands:")[2]
+    assert "find the boundary layer, draw the figures." in said
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["analyze", "--nope"], "internal-policy analyze --help"),
+        (["train", "--max-steps", "x"], "internal-policy train --help"),
+        (["nope"], "internal-policy --help"),
+    ],
+)
+def test_a_usage_error_names_the_help_of_its_command(words, end, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["internal-policy", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.endswith(f". See {end}\n")
+
+
+def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
+    assert plan.slug("testbed/qwen3", None, "bupo", "auto", 6, 0) == "testbed--qwen3--bupo-auto-s6-seed0"
+    assert plan.slug("testbed/qwen3", None, "bupo", 7, 6, 0) == "testbed--qwen3--bupo-l7-s6-seed0"
+    seen = []
+    monkeypatch.setattr(training, "Session", lambda *arguments: seen.append(arguments))
+    with pytest.raises(AttributeError):
+        bupo.train("testbed/qwen3", layer=" 7", max_steps=2)
+    *_, layer, call = seen[0]
+    assert (layer, call["words"]["layer"]) == (7, 7)
+
+
+def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
+    def offline(model, **options):
+        with loading_errors.told_in_one_line(model, "its config.json"):
+            raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    real = studies.models.check
+    monkeypatch.setattr(studies.models, "check", offline)
+    with pytest.raises(UserError, match=r"no network, and the hub's cache has none of the 5 models: .*testbed"):
+        studies.study("small", output=tmp_path)
+    assert caplog.messages == []
+    # What is on this disk is analysed all the same.
+    monkeypatch.setattr(studies.models, "check", lambda m, **o: real(m, **o) if m.startswith("testbed") else offline(m))
+    monkeypatch.setattr(studies, "analyze", lambda model, **options: pytest.fail("analysed"))
+    rows = (*studies.STUDIES["small"], *studies.STUDIES["testbed"])
+    with pytest.raises(pytest.fail.Exception):
+        studies.study(rows, output=tmp_path)
+    (said,) = caplog.messages
+    assert said.startswith("no network, and the hub's cache does not have meta-llama/Llama-3.2-1B-Instruct, ")

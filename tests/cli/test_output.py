@@ -1,0 +1,276 @@
+"""What a command says: tables, one JSON document, or nothing; in colours, and to a shell that completes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from command_line import run
+from saved import save_one_of_each
+from training import command
+
+import internal_policy
+from internal_policy import Analysis, AnalysisComparison, AnalyzeConfig, UserError, compare
+from internal_policy.bupo import Run
+from internal_policy.cli import display_comparison as comparison_terminal
+from internal_policy.comparison.results import TABLES
+from internal_policy.plotting import analysis as figures
+from internal_policy.plotting import comparison as comparison_figures
+from internal_policy.utils import output as output
+from internal_policy.utils.progress import progress, status
+
+COMMAND = Path(sys.executable).with_name("internal-policy")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return save_one_of_each(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture(scope="module")
+def comparison(place):
+    return compare(place / "analyses")
+
+
+def told(monkeypatch, capsys, *arguments):
+    """The one JSON document on standard output."""
+    code, out, err = command(monkeypatch, capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing takes most of the time, and is tested elsewhere."""
+    for module, name in ((comparison_figures, "save_comparison_figures"), (figures, "save_analysis_figures")):
+        monkeypatch.setattr(module, name, lambda results, directory: [directory / "figure.png"])
+    monkeypatch.setattr("internal_policy.report.write_report", lambda thing, place=None: place / "report.html")
+
+
+def test_json_is_one_document_with_what_was_written(place, tmp_path, monkeypatch, capsys, undrawn):
+    found = told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
+    assert found["command"] == "compare"
+    assert set(found["tables"]) == set(TABLES)
+    assert found["tables"]["trends"] == []
+    written = [Path(path) for path in found["files"]["comparison"]]
+    assert {p.name for p in written} == {p.name for p in Path(found["path"]).iterdir()}
+    assert all(p.is_file() for p in written)
+    (Path(found["path"]) / "report.html").touch()
+    assert told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
+    found = told(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
+    assert found == {"command": "figures", "files": {"figures": [str(tmp_path / "NA" / "figure.png")]}}
+
+
+def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, undrawn):
+    words = ("--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
+    found = told(monkeypatch, capsys, "analyze", *words)
+    (analysis,) = found["analyses"]
+    # Without a model it is the one that AnalyzeConfig has, and that train begins with.
+    assert analysis["name"] == AnalyzeConfig().model == "testbed/qwen3"
+    loaded = Analysis.load(analysis["path"])
+    assert analysis["boundary_layer"] == loaded.boundary_layer
+    assert analysis["selection"]["confidence"] == loaded.selection.confidence
+    assert analysis["stages"] == list(loaded.stages)
+    assert set(found["files"]) == {"analysis", "figures", "report"}
+    # A page of the first run is beside the results by now, and told in its own place all the same.
+    (tmp_path / "testbed--qwen3" / "report.html").touch()
+    assert told(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
+    found = told(monkeypatch, capsys, "models")
+    assert set(found) == {"command", "families", "files"}
+    assert found["families"]["llama"]["layers"] == "model.layers"
+
+
+@pytest.mark.slow
+def test_what_is_said_beside_it_goes_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
+    words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
+    (analysis,) = told(monkeypatch, capsys, "analyze", *words)["analyses"]
+    code, out, err = command(monkeypatch, capsys, "analyze", *words, "--json")
+    assert (code, json.loads(out)["analyses"][0]["path"]) == (0, analysis["path"])
+    assert err.endswith("already complete; nothing to do (--overwrite starts over)\n")
+    assert command(monkeypatch, capsys, "analyze", *words, "--quiet") == (0, "", "")
+
+
+@pytest.mark.slow
+def test_json_of_the_commands_that_need_a_model(tmp_path, monkeypatch, capsys):
+    words = ("--prompt", "a=3;a?", "--max-new-tokens", "2", "-o", tmp_path / "i")
+    found = told(monkeypatch, capsys, "inspect", "-m", "testbed/llama", *words)
+    assert found["inspection"]["n_tokens"] == len({row["position"] for row in found["values"]})
+    words = ("--max-problems", "2", "--samples", "2", "-o", tmp_path / "e")
+    found = told(monkeypatch, capsys, "evaluate", "-m", "testbed/llama", "-m", "testbed/qwen3", *words)
+    assert [e["name"] for e in found["evaluations"]] == ["testbed/llama", "testbed/qwen3"]
+    assert found["comparisons"][0]["n_problems"] == 2
+    words = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2", "--mini-batches", "1")
+    more = ("--num-generations", "4", "--eval-problems", "2", "--max-completion-length", "8", "-o", tmp_path / "r")
+    found = told(monkeypatch, capsys, "train", *words, *more)
+    assert found["run"]["layer"] == 2
+    assert found["run"]["evaluations"]["trained"]["avg"]["mean"] == Run.load(tmp_path / "r").evaluation.avg["mean"]
+
+
+def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn):
+    before = sys.stdout
+    assert command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path, "-q") == (0, "", "")
+    assert AnalysisComparison.load(tmp_path).labels == ("007", "NA")
+    assert sys.stdout is before
+    assert not output.is_quiet()
+    _, out, _ = command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
+    assert "2 analyses, lens policy" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("word", ["figures", "report", "compare"])
+def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    line = "error: data/runs/*: nothing matches this pattern; leave it out, or name what is there\n"
+    assert command(monkeypatch, capsys, word, "analyses", "data/runs/*") == (2, "", line)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option):
+    code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option, "--debug")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["analyze", "--json", "--max-responses", "x"],
+        ["compare", "-q"],
+        ["models", "--json", "extra"],
+        ["analyze", "--json", "stray"],
+        ["compare", "nowhere", "--json", "-q"],
+    ],
+    ids=" ".join,
+)
+def test_after_an_error_a_session_prints_again(words, capsys):
+    before = sys.stdout
+    with pytest.raises((UserError, internal_policy.cli.main.UsageError)):
+        internal_policy.cli.main.app(words, standalone_mode=False)
+    assert sys.stdout is before
+    assert not output.is_quiet()
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
+    code, out, _ = command(monkeypatch, capsys, "compare", option, "--help")
+    assert code == 0
+    assert "Compare two or more analyses" in out
+
+
+NOISE = """
+import ctypes, os, subprocess, sys
+from internal_policy import output
+
+def noise(by):
+    print(f"print {by}")
+    print(f"sys {by}", file=sys.__stdout__)
+    os.write(1, f"descriptor {by}\\n".encode())
+    subprocess.run(["echo", f"child {by}"], check=True)
+    # Into C's buffer, which is written when it is full or the process ends.
+    ctypes.CDLL(None).puts(f"compiled {by}".encode())
+
+print("before")
+with output.chosen(json="json" in sys.argv, quiet="quiet" in sys.argv):
+    noise("meanwhile")
+    output.document({"a": 1})
+    noise("later")
+print("after")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
+def test_nobody_else_writes_into_the_document():
+    # Buffers are what is to be emptied in time.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+    def heard(*words):
+        command = [sys.executable, "-c", NOISE, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout, set(done.stderr.split("\n")) - {""}
+
+    document = json.dumps({"a": 1, "files": {}}, indent=2)
+    beside = {f"{who} {by}" for who in ("sys", "descriptor", "child", "compiled") for by in ("meanwhile", "later")}
+    assert heard("json") == (f"before\n{document}\nafter\n", beside)
+    assert heard("json", "quiet") == (f"before\n{document}\nafter\n", set())
+    assert heard("quiet") == ("before\nafter\n", set())
+
+
+@pytest.mark.slow
+def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
+    (tmp_path / "loud.py").write_text(
+        "import os, subprocess\n\n\ndef reward(prompts, completions, **columns):\n"
+        "    subprocess.run(['echo', 'from a child'], check=True)\n    os.write(1, b'from here')\n"
+        "    return [float(i % 2) for i, _ in enumerate(completions)]\n"
+    )
+    small = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "1", "--prompts-per-step", "2", "--mini-batches", "1")
+    more = ("--num-generations", "2", "--eval-samples", "0", "--max-completion-length", "4", "--dynamics-every", "0")
+    words = ("train", "--reward", "loud:reward", *small, *more, "-o", "run", "--json")
+    done = run(*words, cwd=tmp_path, code=0, PYTHONPATH=str(tmp_path))
+    assert json.loads(done.stdout)["run"]["layer"] == 2
+    assert "from a child" in done.stderr
+
+
+def test_what_json_does_not_have_is_null():
+    odd = {"a": float("nan"), "b": [float("inf"), pd.NA], "c": Path("x"), "t": pd.DataFrame({"n": [1.5, None]})}
+    assert output.plain(odd) == {"a": None, "b": [None, None], "c": "x", "t": [{"n": 1.5}, {"n": None}]}
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({}, False),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False),
+        ({"FORCE_COLOR": "1", "TERM": "xterm-256color"}, True),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsys, environment, coloured):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    comparison_terminal.show_comparison(comparison)
+    with progress("x", 2) as advance, status("y"):
+        advance(1)
+    told = capsys.readouterr()
+    assert ("\x1b[33m" in told.out) == coloured
+    assert ("\x1b" in told.out) == ("FORCE_COLOR" in environment)
+    # A bar that moves would spoil a log, in colours or not.
+    assert told.err == ""
+
+
+def shell(words, **environment):
+    known = {"env": {**os.environ, **environment}, "stdin": subprocess.DEVNULL}
+    return subprocess.run([COMMAND, *words], capture_output=True, text=True, check=True, **known).stdout
+
+
+def test_completion_is_of_the_shell_that_is_named():
+    assert "#compdef internal-policy" in shell(["--show-completion", "zsh"])
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("analyze --model te", ["testbed/qwen3", "testbed/llama"]),
+        ("train --preset q", ["qwen", "qwen3-8b"]),
+    ],
+)
+def test_values_are_completed(words, found):
+    asked = {"COMP_WORDS": f"internal-policy {words}", "COMP_CWORD": "3"}
+    assert shell([], _INTERNAL_POLICY_COMPLETE="complete_bash", **asked).split() == found
+
+
+def test_nothing_of_the_hubs_own_settings_is_overridden():
+    sources = "\n".join(p.read_text() for p in Path(internal_policy.__file__).parent.rglob("*.py"))
+    assert not any(f"{word}=" in sources for word in ("cache_dir", "local_files_only", "HF_HOME", "HF_HUB_CACHE"))

@@ -1,0 +1,279 @@
+"""The head of training: gradients of log-probabilities and entropies in blocks, and what an update makes and holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_operation_counts import Operations
+from tiny import VOCAB as VOCAB_OF_TINY
+from tiny import tiny_model, tiny_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from trainers import LAYERS, aligning
+from trl.trainer.utils import add_fused_lm_head
+
+from internal_policy import models
+from internal_policy.bupo import head
+from internal_policy.bupo import trainer as trainer_module
+from internal_policy.bupo.dynamics import Dynamics
+from internal_policy.bupo.plan import Plan
+from internal_policy.bupo.presets import preset
+from internal_policy.bupo.rollouts import cadence
+from internal_policy.data.responses import read_responses
+from internal_policy.entropy import log_probs as trained
+from internal_policy.entropy.log_probs import trained_log_probs
+from internal_policy.models import family_of
+
+N, WIDTH, VOCAB = 37, 16, 101
+# torch's counter knows the product that makes its sum only.
+IN_PLACE = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
+TRANSFORMS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "scale": {"scale": 0.25},
+    "soft cap": {"softcap": 2.0},
+    "all": {"temperature": 1.3, "scale": 3.0, "softcap": 4.0},
+}
+
+
+def operands(bias, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size, factor=1.0):
+        return (factor * torch.randn(*size, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    states, weight = draw(N, WIDTH), draw(VOCAB, WIDTH, factor=0.5)
+    targets = torch.randint(VOCAB, (N,), generator=generator)
+    return states, weight, draw(VOCAB) if bias else None, targets
+
+
+def plain(states, weight, bias, targets, *, temperature=1.0, scale=1.0, softcap=None):
+    """The definition with all its logits, for autograd to differentiate."""
+    z = states @ weight.T
+    z = (z if bias is None else z + bias) * scale
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    log_p = z.log_softmax(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def gradients(pair, wants, *leaves):
+    """Gradients of a loss that weighs each token's two numbers by their own factors."""
+    generator = torch.Generator().manual_seed(7)
+    a, b = torch.randn(2, N, generator=generator, dtype=torch.float64)
+    loss = sum((f * value).sum() for f, value, wanted in zip((a, b), pair, wants, strict=True) if wanted)
+    return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Ragged blocks in both directions: 37 states by 8, 101 of the vocabulary by 10."""
+    monkeypatch.setattr(trained, "block_sizes", lambda *_: (8, 10))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)])
+def test_values_and_gradients_are_those_of_the_definition(transform, bias, wants):
+    *tensors, targets = operands(bias)
+    expected = plain(*tensors, targets, **transform)
+    found = trained_log_probs(tensors[0], targets, *tensors[1:], entropy=True, **transform)
+    # Float64 sums of 101 terms in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(gradients(found, wants, *tensors), gradients(expected, wants, *tensors), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_autocast_rounds_the_operands_and_nothing_else():
+    *tensors, targets = operands(bias=False, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = trained_log_probs(tensors[0], targets, *tensors[1:], entropy=True)
+    rounded = [t.detach().bfloat16().double().requires_grad_() for t in tensors[:2]]
+    expected = plain(*rounded, None, targets)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        # Float32 sums of 101 terms of size 10.
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    mine, theirs = gradients(found, (True, True), *tensors[:2]), gradients(expected, (True, True), *rounded)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_states_whose_loss_is_flat_cost_nothing_in_backward():
+    *tensors, targets = operands(bias=True)
+    a = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a[::3] = 0.0
+    with FlopCounterMode(display=False) as forward:
+        log_probs, entropies = trained_log_probs(tensors[0], targets, *tensors[1:])
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as backward:
+        found = torch.autograd.grad(log_probs, tensors, a)
+    product = 2 * WIDTH * VOCAB
+    assert entropies is None
+    assert forward.get_total_flops() == N * product
+    assert backward.get_total_flops() == 3 * int((a != 0).sum()) * product
+    expected = torch.autograd.grad(plain(*tensors, targets)[0], tensors, a)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    still = torch.autograd.grad(trained_log_probs(tensors[0], targets, *tensors[1:])[0], tensors, 0 * a)
+    assert not any(g.any() for g in still)
+
+
+def test_nan_in_a_loss_is_not_hidden():
+    *tensors, targets = operands(bias=False)
+    log_probs, _ = trained_log_probs(tensors[0], targets, tensors[1])
+    grad = torch.zeros(N, dtype=torch.float64)
+    grad[4] = torch.nan
+    to_states, to_weight = torch.autograd.grad(log_probs, tensors[:2], grad)
+    assert to_states[4].isnan().all()
+    assert to_weight.isnan().all()
+
+
+@pytest.mark.parametrize("targets", [torch.full((N,), VOCAB), torch.full((N,), -1), torch.zeros(N - 1).long()])
+def test_targets_that_do_not_fit_are_refused(targets):
+    states, weight, _, _ = operands(bias=False)
+    with pytest.raises(ValueError, match="needed"):
+        trained_log_probs(states, targets, weight)
+
+
+def rollouts(vocab, rows=6, prompt=30, completion=40):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, completion, dtype=torch.long)
+    for row in range(rows):
+        mask[row, completion - 3 * row :] = 0
+    return {
+        "prompt_ids": torch.randint(vocab, (rows, prompt), generator=generator),
+        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
+        "completion_ids": torch.randint(vocab, (rows, completion), generator=generator),
+        "completion_mask": mask,
+        "advantages": torch.linspace(-1.5, 1.0, rows),
+        "num_items_in_batch": mask.sum(),
+        "aligns": torch.tensor(True),
+    }
+
+
+def ready(tmp_path, model, **changed):
+    trainer = aligning(tmp_path, model, **changed)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+def test_memory_of_an_update_grows_by_the_gradient_of_the_unembedding_and_not_by_logits(tmp_path):
+    small, large = 20_011, 40_009
+    peaks = []
+    for vocab in (small, large):
+        trainer = ready(tmp_path, tiny_model("qwen3", layers=LAYERS, vocab=vocab, context=128))
+        with Operations() as counted:
+            trainer._compute_loss(trainer.model, rollouts(vocab)).backward()
+        peaks.append(counted.peak)
+    width = trainer.policy_module.config.hidden_size
+    # A gradient of E_u, and one of the untied embedding, of width float32 numbers for each new entry.
+    assert peaks[1] - peaks[0] <= 2.01 * (large - small) * width * 4
+    # The logits of the scored tokens alone are more.
+    assert peaks[1] < 6 * 40 * large * 4 / 2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "cohere", "gemma2", "granite", "phi", "gpt2"])
+def test_an_update_is_that_of_trls_head_and_scores_responses_only(tmp_path, monkeypatch, family):
+    scored, found = [], []
+    score = head.trained_log_probs
+    monkeypatch.setattr(
+        head, "trained_log_probs", lambda *args, **kw: scored.append(len(args[0])) or score(*args, **kw)
+    )
+    batch = rollouts(VOCAB_OF_TINY, prompt=5, completion=20)
+    for streamed in (True, False):
+        monkeypatch.setattr(trainer_module, "streams", lambda _, streamed=streamed: streamed)
+        model = tiny_model(family, layers=LAYERS, tied=family == "cohere")
+        trainer = ready(tmp_path, model, temperature=0.7)
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        found.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert scored == [int(batch["completion_mask"].sum())]
+    assert found[0].keys() == found[1].keys()
+    for name, theirs in found[1].items():
+        # Float32 sums in another order, through three layers.
+        torch.testing.assert_close(found[0][name], theirs, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_head_is_gone_on_any_exit(patched):
+    model = tiny_model("llama")
+    if patched:
+        add_fused_lm_head(model)
+    before = model.__dict__.get("forward")
+    ids = torch.tensor([[3, 4, 5]])
+    logits = model(ids).logits
+
+    def look_and_fail():
+        labels = torch.tensor([[-100, 4, -100]])
+        found = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        assert found.entropy is None
+        assert found.label_mask.tolist() == [[True, False]]
+        # Float32 products of width 32.
+        assert found.log_probs[0].tolist() == pytest.approx([logits[0, 0].log_softmax(-1)[4].item(), 0.0], abs=1e-5)
+        assert torch.equal(model(ids).logits, logits)
+        empty = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True).log_probs
+        empty.sum().backward()
+        assert not model.lm_head.weight.grad.any()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), head.streamed_head(model, family_of(model, "tiny"), 1.0, entropy=False):
+        look_and_fail()
+    assert model.__dict__.get("forward") is before
+
+
+def test_the_entropy_of_the_policy_costs_no_pass_of_its_own_where_old_log_probabilities_are_of_it(tmp_path):
+    logged, passes = [], []
+    for drops_out in (False, True):
+        trainer = aligning(tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4)
+        # What drops out is measured without it, by a pass of its own.
+        trainer._drops_out = drops_out
+        ran = []
+        trainer.policy_module.model.norm.register_forward_hook(lambda *_, ran=ran: ran.append(torch.is_grad_enabled()))
+        generate = trainer._generate
+        trainer._generate = lambda *args, generate=generate, ran=ran: (generate(*args), ran.clear())[0]
+        trainer.train()
+        logged.append([h["policy_entropy"] for h in trainer.state.log_history if "policy_entropy" in h])
+        passes.append(ran.count(False))
+    # Of 8 rollouts, 4 at a time: the old log-probabilities, and the measurement.
+    assert passes == [2, 4]
+    # Float32 sums in another order: in the first phase both have a pass of their own.
+    assert logged[0] == pytest.approx(logged[1], abs=1e-5)
+
+
+def flops(work):
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counted:
+        work()
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize("named", ["testbed", "qwen"])
+def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
+    """Operations at the default cadence against those of updates and old log-probabilities, sampling left out."""
+    settings = preset(named)
+    layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
+    # 924 entries stand to a layer of this width as Qwen3-4B's vocabulary to one of its layers.
+    model = tiny_model("qwen3", layers=layers, vocab=vocab, context=80)
+    trainer = ready(tmp_path, model, layer=layer)
+    batch = rollouts(vocab, rows=4, prompt=20, completion=20)
+    batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    records = [{"input_ids": row.tolist(), "prompt_length": 20} for row in ids]
+    tokenizer = tiny_tokenizer(vocab)
+    watch = Dynamics(models.wrap(model, tokenizer), read_responses(records, tokenizer, "plain"), layer)
+
+    def update(aligns):
+        inputs = {**batch, "aligns": torch.tensor(aligns)}
+        trainer._compute_loss(trainer.model, inputs).backward()
+        with trainer._policy(aligns), torch.no_grad():
+            trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 20)
+
+    plan = Plan(**{name: settings[name] for name in ("max_steps", "prompts_per_step") if name in settings})
+    steps, ipa = plan.max_steps, settings["ipa_steps"]
+    rollouts_a_step = plan.prompts_per_step * settings.get("num_generations", 8)
+    trained = rollouts_a_step * (ipa * flops(lambda: update(True)) + (steps - ipa) * flops(lambda: update(False)))
+    assert [cadence(Plan(max_steps=n), trainer.args) for n in (1, 10, 12, 60, 300)] == [1, 1, 2, 6, 30]
+    # Before the first step, every so many, and where the phase changes.
+    measurements = steps // cadence(plan, trainer.args) + 2
+    measured = measurements * plan.dynamics_responses * flops(watch.measure)
+    entropy = flops(lambda: trainer._measure_policy_entropy(batch, None))
+    measured += ipa * trainer.args.entropy_sequences * entropy
+    assert 0 < measured < 0.05 * trained

@@ -1,0 +1,395 @@
+"""The fused kernel against the definition, in triton's interpreter; and what it compiles to.
+
+The interpreter is chosen when the kernel's module is imported, so it has a process of its own, which is sent tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from internal_policy.entropy import dispatch, policy_entropy, reference, token_log_probs
+from internal_policy.entropy.tiles import Blocks, choices, slices_of_vocabulary
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is for Linux only")
+
+# float32 logits of size ~10 are rounded at ~1e-6; sums over the vocabulary average that out, a single one does not.
+FLOAT32_NATS = 1e-5
+SMALL = Blocks(16, 32, 16)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    # spawned, so that nothing of this process is there; the variable is read when the child imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            # The package alone has imported no triton.
+            assert pool.submit(starts_with).result(timeout=300) == (False, True)
+            del os.environ["TRITON_INTERPRET"]
+            yield pool
+    finally:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+
+def starts_with():
+    imported = "triton" in sys.modules
+    from internal_policy.entropy import triton_kernel
+
+    return imported, triton_kernel.INTERPRETED
+
+
+def run(quantity, *operands, **options):
+    """What the kernel gives; runs in the interpreter's process."""
+    from internal_policy.entropy import triton_kernel
+
+    return getattr(triton_kernel, quantity)(*operands, **options)
+
+
+def run_both(*operands, **options):
+    """The kernel's entropies and log-probabilities; runs in the interpreter's process."""
+    from internal_policy.entropy import triton_kernel
+
+    sums = triton_kernel.online_sums(*operands, **options)
+    return sums.entropy(), sums.log_probs()
+
+
+def run_through_dispatch(*operands, **options):
+    """What the public functions give where the kernel serves; runs in the interpreter's process."""
+    from internal_policy.entropy import dispatch, triton_kernel
+
+    calls = []
+    serves, sums = dispatch.serves, triton_kernel.online_sums
+    dispatch.serves = lambda *_: True
+    triton_kernel.online_sums = lambda *args, **kwargs: calls.append(1) or sums(*args, **kwargs)
+    try:
+        states, targets, unembedding, bias = operands
+        entropy = policy_entropy(states, unembedding, bias, **options)
+        return entropy, token_log_probs(states, targets, unembedding, bias, **options), len(calls)
+    finally:
+        dispatch.serves, triton_kernel.online_sums = serves, sums
+
+
+def run_tuned(*operands):
+    """What the fastest blocks give, and how often a launch was timed; runs in the interpreter's process."""
+    from internal_policy.entropy import tiles, triton_kernel
+
+    timed = []
+
+    def milliseconds(launch, quantiles):
+        launch()
+        timed.append(1)
+        return [float(len(timed))] * len(quantiles)
+
+    # As on a GPU, but for the clock and the size of blocks.
+    kept = triton_kernel._milliseconds, triton_kernel.INTERPRETED, tiles.choices
+    triton_kernel._milliseconds, triton_kernel.INTERPRETED = milliseconds, False
+    tiles.choices = lambda *_, **__: (Blocks(16, 64, 16), SMALL)
+    try:
+        twice = [triton_kernel.policy_entropy(*operands) for _ in range(2)]
+        return twice, triton_kernel.policy_entropy(operands[0][:5], operands[1]), len(timed)
+    finally:
+        triton_kernel._milliseconds, triton_kernel.INTERPRETED, tiles.choices = kept
+
+
+def random(n=37, d=24, vocab=101, size=1.0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    states = torch.randn(n, d, generator=g) * size
+    targets = torch.randint(vocab, (n,), generator=g)
+    return states.to(dtype), targets, (torch.randn(vocab, d, generator=g) / d**0.5).to(dtype)
+
+
+def check(interpreter, states, targets, unembedding, bias=None, *, cut=None, atol=FLOAT32_NATS, **options):
+    kernel = {"blocks": SMALL} | (cut or {})
+    operands = (states, unembedding, bias, targets)
+    entropy, log_probs = interpreter.submit(run_both, *operands, **options, **kernel).result(300)
+    assert entropy.dtype == log_probs.dtype == torch.float32
+    own = reference.policy_entropy(states, unembedding, bias, **options)
+    torch.testing.assert_close(entropy.double(), own, rtol=0, atol=atol, equal_nan=True)
+    own = reference.token_log_probs(states, targets, unembedding, bias, **options)
+    torch.testing.assert_close(log_probs.double(), own, rtol=0, atol=atol, equal_nan=True)
+    return entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_definition_where_nothing_is_a_multiple_of_a_block(interpreter, dtype):
+    check(interpreter, *random(dtype=dtype))
+
+
+def test_operands_of_two_dtypes_are_multiplied_in_float32(interpreter):
+    states, targets, unembedding = random()
+    check(interpreter, states, targets, unembedding.bfloat16())
+    check(interpreter, states.half(), targets, unembedding)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.25}, {"softcap": 5.0}, {"scale": 3.0, "softcap": 2.0}])
+def test_bias_scale_and_soft_cap_belong_to_the_projection(interpreter, options):
+    states, targets, unembedding = random(size=4)
+    check(interpreter, states, targets, unembedding, torch.randn(101), **options)
+
+
+def test_a_soft_cap_far_above_the_logits_changes_them_by_rounding_only(interpreter):
+    # tanh(x) from exponentials alone would err by 1e-7 of the cap: 1e-3 here.
+    states, targets, unembedding = random()
+    check(interpreter, states, targets, unembedding, softcap=1e4)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 7])
+@pytest.mark.parametrize("place", [0, 100])
+def test_the_maximum_may_be_in_any_slice(interpreter, slices, place):
+    # Two more likely tokens, at the place and beside it, so that the entropy is not that of one token alone.
+    states, targets, unembedding = random(n=3)
+    unembedding[place] = states[0] / states[0].norm() * 4
+    unembedding[place - 1] = states[0] / states[0].norm() * 3.9
+    # 101 entries are four tiles of 32, so that the last of seven slices have none.
+    check(interpreter, states, targets, unembedding, cut={"slices": slices})
+
+
+@pytest.mark.parametrize(("n", "d", "vocab"), [(1, 1, 1), (1, 40, 3), (16, 32, 64), (17, 5, 65)])
+def test_any_shape(interpreter, n, d, vocab):
+    check(interpreter, *random(n, d, vocab))
+
+
+def test_no_states_give_no_numbers(interpreter):
+    assert interpreter.submit(run, "policy_entropy", torch.empty(0, 8), torch.empty(5, 8)).result(300).shape == (0,)
+
+
+def test_states_of_any_stride(interpreter):
+    states, targets, unembedding = random(n=20)
+    wide = torch.zeros(20, 3, 24)
+    wide[:, 1] = states
+    check(interpreter, wide[:, 1], targets, unembedding.T.contiguous().T)
+
+
+def test_extremes(interpreter):
+    def entropy(states, unembedding):
+        return interpreter.submit(run, "policy_entropy", states, unembedding, blocks=SMALL).result(300)
+
+    unembedding = torch.eye(70)
+    assert entropy(torch.zeros(1, 70), unembedding).item() == pytest.approx(math.log(70), abs=1e-5)
+    assert entropy(1e6 * torch.eye(70)[:1], unembedding).item() == 0.0
+
+
+def test_logits_of_size_1e4(interpreter):
+    # float32 holds logits near 1e4 to 1e-3, and an entropy is as uncertain as the logits of the likely tokens.
+    states, targets, unembedding = random(n=8, d=64, size=1e4)
+    states[::2] = states[::2].round()
+    check(interpreter, states, targets, unembedding, atol=1e-2)
+    # The gaps of these logits are exact, and so are their entropies.
+    unembedding = (torch.arange(101)[:, None] % 3).float()
+    check(interpreter, torch.full((2, 1), 1.0), torch.tensor([0, 99]), unembedding, torch.full((101,), 1e4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_state_gives_nan_in_its_row_only(interpreter, bad):
+    states, targets, unembedding = random(n=5)
+    states[2, 1] = bad
+    entropy = check(interpreter, states, targets, unembedding)
+    assert entropy.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_an_impossible_token_is_no_obstacle_to_the_log_probability_of_others(interpreter):
+    # A whole tile of padding entries, first: an exponential taken from a maximum of -inf would be NaN.
+    states, _, unembedding = random(n=3)
+    bias = torch.zeros(101)
+    bias[:40] = -torch.inf
+    check(interpreter, states, torch.tensor([40, 100, 3]), unembedding, bias)
+
+
+def test_a_certain_token_has_log_probability_zero_and_never_more(interpreter):
+    states = torch.randn(40, 24) * 30
+    targets = (states @ torch.eye(24)).argmax(1)
+    ours = interpreter.submit(run, "token_log_probs", states, targets, torch.eye(24), blocks=SMALL).result(300)
+    assert ours.max() <= 0
+
+
+def test_the_public_functions_give_the_kernels_numbers(interpreter):
+    states, targets, unembedding = random(size=2)
+    bias = torch.randn(101)
+    options = {"scale": 0.5, "softcap": 3.0, "memory_budget": 2**20}
+    operands = (states, targets, unembedding, bias)
+    entropy, log_probs, calls = interpreter.submit(run_through_dispatch, *operands, **options).result(300)
+    assert calls == 2
+    torch.testing.assert_close(entropy, policy_entropy(states, unembedding, bias, **options), rtol=0, atol=FLOAT32_NATS)
+    own = token_log_probs(states, targets, unembedding, bias, **options)
+    torch.testing.assert_close(log_probs, own, rtol=0, atol=FLOAT32_NATS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "d", "vocab"), [(130, 96, 2001), (64, 80, 4096), (3, 257, 1023)])
+def test_larger_shapes_in_the_blocks_of_a_gpu(interpreter, n, d, vocab, dtype):
+    operands = random(n, d, vocab, dtype=dtype)
+    for blocks in choices(n, half=dtype != torch.float32, tf32=False):
+        check(interpreter, *operands, cut={"blocks": blocks})
+
+
+def test_blocks_are_timed_once_for_a_width_and_vocabulary(interpreter):
+    states, _, unembedding = random()
+    twice, few, timed = interpreter.submit(run_tuned, states, unembedding).result(300)
+    own = reference.policy_entropy(states, unembedding)
+    for ours in (*twice, few):
+        torch.testing.assert_close(ours.double(), own[: len(ours)], rtol=0, atol=FLOAT32_NATS)
+    assert timed == 2
+
+
+# Whether it compiles, which the interpreter does not show: both read the source in ways of their own.
+
+
+def compiled(blocks, capability, dtype="bf16", other=None, precision="ieee", **flags):
+    """PTX of the kernel, made without a GPU."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from internal_policy.entropy.triton_source import online_sums
+
+    names = online_sums.arg_names
+    constants = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TARGET": True, "EVEN_K": True, "WIDEN": other is not None}
+    constants |= {"PRECISION": precision, "GROUP": 16, "x_col": 1, "e_col": 1} | blocks.meta() | flags
+    types = {"x_ptr": f"*{dtype}", "e_ptr": f"*{other or dtype}", "bias_ptr": f"*{other or dtype}"}
+    types |= {"target_ptr": "*i64", "sums_ptr": "*fp32", "chosen_ptr": "*fp32", "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = [name for name in names if name.endswith("_ptr") or name in ("d", "vocab", "x_row", "e_row")]
+    source = ASTSource(
+        online_sums,
+        {name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+
+
+def test_it_compiles_to_tensor_cores_without_a_gpu():
+    assert "wgmma.mma_async" in compiled(Blocks(64, 64, 64, stages=2), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("n", [64, 4096])
+def test_all_blocks_of_16_bit_products_compile(capability, n):
+    instruction = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
+    for blocks in choices(n, half=True, tf32=False):
+        assert instruction in compiled(blocks, capability, "fp16", EVEN_K=False)
+        assert instruction in compiled(blocks, capability, HAS_BIAS=False, HAS_SOFTCAP=False, HAS_TARGET=False)
+
+
+@pytest.mark.slow
+def test_all_blocks_of_float32_products_compile():
+    for blocks in choices(64, half=False, tf32=True):
+        assert "tf32" in compiled(blocks, 90, "fp32", precision="tf32")
+    for blocks in choices(64, half=False, tf32=False):
+        assert "mma" not in compiled(blocks, 90, "fp32")
+        assert "mma" not in compiled(blocks, 90, "fp32", "bf16")
+
+
+# Where the kernel serves, and what happens where it cannot.
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    monkeypatch.setattr(dispatch, "_failures", set())
+    monkeypatch.setattr(dispatch, "serves", lambda *_: True)
+
+
+def twice(caplog):
+    states, targets, unembedding = random()
+    with caplog.at_level(logging.WARNING, "internal_policy"):
+        for _ in range(2):
+            own = reference.policy_entropy(states, unembedding)
+            torch.testing.assert_close(policy_entropy(states, unembedding).double(), own, rtol=0, atol=FLOAT32_NATS)
+            own = reference.token_log_probs(states, targets, unembedding)
+            ours = token_log_probs(states, targets, unembedding).double()
+            torch.testing.assert_close(ours, own, rtol=0, atol=FLOAT32_NATS)
+    (record,) = caplog.records
+    return record.getMessage()
+
+
+def test_without_triton_the_blocks_do_it_and_say_so_once(untried, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "internal_policy.entropy.triton_kernel", None)
+    monkeypatch.delattr("internal_policy.entropy.triton_kernel", raising=False)
+    assert "triton is not installed" in twice(caplog)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel would run")
+def test_a_kernel_that_cannot_be_launched_is_told_once(untried, caplog):
+    # Triton's own error: there is no driver here.
+    assert "driver" in twice(caplog)
+
+
+def test_memory_that_runs_out_is_for_the_caller(untried, monkeypatch):
+    from internal_policy.entropy import triton_kernel
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_kernel, "policy_entropy", fail)
+    states, _, unembedding = random()
+    with pytest.raises(torch.OutOfMemoryError):
+        policy_entropy(states, unembedding)
+
+
+def operand(*shape, dtype=torch.bfloat16, device="cuda:0"):
+    return SimpleNamespace(shape=shape, ndim=len(shape), dtype=dtype, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("states", "unembedding", "serves"),
+    [
+        (operand(4, 8), operand(9, 8), True),
+        (operand(4, 8, dtype=torch.float16), operand(9, 8, dtype=torch.float16), True),
+        (operand(4, 8, dtype=torch.float32), operand(9, 8, dtype=torch.float32), False),
+        (operand(4, 8, dtype=torch.float64), operand(9, 8, dtype=torch.float64), False),
+        (operand(4, 8, dtype=torch.float32), operand(9, 8), False),
+        (operand(4, 8, device="cpu"), operand(9, 8, device="cpu"), False),
+        (operand(4, 8), operand(9, 8, device="cuda:1"), False),
+        (operand(4, 8), operand(9, 7), False),
+        (operand(8), operand(9, 8), False),
+    ],
+)
+def test_the_kernel_serves_products_that_have_tensor_cores(monkeypatch, states, unembedding, serves):
+    monkeypatch.setattr(dispatch, "_has_matrix_units", lambda _: True)
+    assert dispatch.serves(states, unembedding, None) is serves
+
+
+def test_float32_is_served_where_torch_may_round_it_to_tf32(monkeypatch):
+    monkeypatch.setattr(dispatch, "_has_matrix_units", lambda _: True)
+    states, unembedding = operand(4, 8, dtype=torch.float32), operand(9, 8, dtype=torch.float32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert dispatch.serves(states, unembedding, None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not dispatch.serves(states, unembedding, None)
+
+
+# How the work is cut.
+
+
+@pytest.mark.parametrize("n", [1, 100, 1024, 4096, 8192, 65_536])
+@pytest.mark.parametrize("processors", [108, 132])
+def test_slices_fill_the_device(n, processors):
+    blocks = choices(n, half=True, tf32=False)[0]
+    slices = slices_of_vocabulary(n, 151_936, processors, blocks, 128 * 2**20)
+    programs, tiles = math.ceil(n / blocks.rows) * slices, math.ceil(151_936 / blocks.vocab)
+    assert programs >= 0.85 * processors
+    # The busiest processor against an even share of all tiles.
+    busiest = math.ceil(programs / processors) * math.ceil(tiles / slices)
+    assert busiest <= 1.15 * math.ceil(n / blocks.rows) * tiles / processors
+
+
+def test_slices_keep_to_the_budget_and_to_the_tiles():
+    blocks = choices(4096, half=True, tf32=False)[0]
+    assert slices_of_vocabulary(4096, 151_936, 132, blocks, 24 * 4096 * 3) <= 3
+    assert slices_of_vocabulary(4096, 151_936, 132, blocks, 1) == 1
+    assert slices_of_vocabulary(4, 300, 132, blocks, 2**20) <= 2

@@ -1,0 +1,316 @@
+"""Evaluation of real models: numbers, resuming, what is on disk, what is refused, the command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from rated import exact, rated
+from typer.testing import CliRunner
+
+from internal_policy import UserError, models
+from internal_policy.cli.evaluate import evaluate as command
+from internal_policy.data import arithmetic as tasks
+from internal_policy.data import benchmarks
+from internal_policy.data.prompts import TESTBED_SEED
+from internal_policy.evaluation import Evaluation, compare, evaluate, sampling
+from internal_policy.evaluation.config import EvaluateConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
+FEW = {"samples": 4, "max_problems": 8, "max_new_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return evaluate("testbed/qwen3", **FEW)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return evaluate("testbed/llama", **FEW)
+
+
+def test_a_comparison_with_itself_finds_nothing(qwen3):
+    c = compare(qwen3, qwen3)
+    assert (c.difference, c.p_value, c.p_permutation, c.n_equal) == (0.0, 1.0, 1.0, qwen3.n_problems)
+    assert c.low < 0 < c.high
+    assert c.differing == {}
+
+
+def test_a_comparison_tells_settings_that_differ_and_refuses_other_problems(qwen3, llama):
+    assert "samples" in compare(rated([1, 2], n=16), rated([1, 2], n=32)).differing
+    assert compare(qwen3, llama).n_problems == 8
+    with pytest.raises(UserError, match=r"8 problems .* on 2 "):
+        compare(qwen3, rated([1, 2]))
+    other = replace(qwen3, problems=qwen3.problems.assign(answer="5"))
+    with pytest.raises(UserError, match="differ in problem 1"):
+        compare(qwen3, other)
+
+
+def test_an_evaluation_is_what_its_samples_say(qwen3):
+    answers = dict(zip(qwen3.problems["problem"], qwen3.problems["answer"], strict=True))
+    scores = [float(tasks.check(s["response"], answers[s["problem"]])) for s in qwen3.samples.to_dict("records")]
+    assert scores == list(qwen3.samples["score"])
+    correct = pd.Series(scores).groupby(qwen3.samples["problem"].to_numpy()).sum()
+    assert list(correct) == list(qwen3.problems["correct"])
+    assert 0 < correct.sum() < 32
+    assert qwen3.avg["mean"] == pytest.approx(np.mean(scores))
+    assert list(qwen3.pass_at_k["k"]) == [1, 4]
+    assert list(qwen3.pass_at_k["value"]) == pytest.approx(
+        [np.mean([exact(4, int(c), k) for c in correct]) for k in (1, 4)]
+    )
+    assert len(set(qwen3.samples.loc[qwen3.samples["problem"] == 1, "response"])) > 1, (
+        "samples have streams of their own"
+    )
+
+
+def test_the_testbeds_problems_are_not_those_of_an_analysis():
+    analysed = {p.prompt for p in tasks.problems(256, seed=TESTBED_SEED)}
+    assert len([p for p in benchmarks.read_benchmark("testbed") if p.problem in analysed]) <= 8
+
+
+def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatch):
+    def small_memory(model, requests, **options):
+        if len(requests) > 8:
+            raise MemoryError
+        return real(model, requests, **options)
+
+    real = sampling.sample
+    monkeypatch.setattr(sampling, "sample", small_memory)
+    again = evaluate("testbed/qwen3", batch_size=11, **FEW)
+    pd.testing.assert_frame_equal(again.samples, qwen3.samples, check_exact=True)
+
+
+def test_a_loaded_model_is_taken_as_it_is_and_given_back_in_its_mode(qwen3):
+    model = models.load("testbed/qwen3")
+    model.model.train()
+    model.layers[0].eval()
+    problems = [{"question": p.problem, "final_answer": p.answer} for p in benchmarks.read_benchmark("testbed", 8)]
+    again = evaluate(model, pd.DataFrame(problems), **FEW, reward="exact")
+    pd.testing.assert_frame_equal(again.problems, qwen3.problems, check_exact=True)
+    assert model.model.training
+    assert not model.layers[0].training
+    with pytest.raises(UserError, match="taken as it is"):
+        evaluate(model, "testbed", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"models\.wrap"):
+        evaluate(model.model, "testbed")
+
+
+def test_the_mathematical_verifier_agrees_on_plain_numbers(qwen3, tmp_path):
+    rows = qwen3.problems[["prompt", "answer"]].to_dict("records")
+    rows[0]["answer"] = f"\\frac{{{2 * int(rows[0]['answer'])}}}{{2}}"
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    again = evaluate("testbed/qwen3", str(path), **FEW)
+    assert (again.benchmark, again.config["reward"]) == ("some", "math")
+    assert list(again.problems["correct"]) == list(qwen3.problems["correct"])
+
+
+def test_crashes_of_a_reward_are_counted_and_bad_scores_refused():
+    def fragile(prompts, completions, answer, **_):
+        if any(len(c) > 30 for c in completions):
+            raise ValueError("too long")
+        return [0.5] * len(completions)
+
+    got = evaluate("testbed/qwen3", reward=fragile, **FEW)
+    long = sum(len(r) > 30 for r in got.samples["response"])
+    assert 0 < long < 32
+    assert got.failures == {"crashes": long}
+    assert got.mean_score == pytest.approx(0.5 * (32 - long) / 32)
+    assert got.avg["mean"] == 0.0, "half a point is not correct"
+    with pytest.raises(UserError, match=r"gave 2\.0; needed"):
+        evaluate("testbed/qwen3", reward=lambda completions, **_: [2.0] * len(completions), **FEW)
+    with pytest.raises(UserError, match="2 rewards"):
+        evaluate("testbed/qwen3", reward=["math", "exact"], **FEW)
+
+
+def test_what_is_read_back_is_what_was_written(tmp_path):
+    evaluation = rated([3, 0, 16], name="é")
+    nasty = pd.DataFrame(
+        {"prompt": ['a "quoted",\r\nline\rand\n\n', " NA", "\u2028x,y"], "answer": ["007", "NA", "1e3"]}
+    )
+    evaluation = replace(evaluation, problems=evaluation.problems.assign(**nasty))
+    again = Evaluation.load(evaluation.save(tmp_path / "one"))
+    pd.testing.assert_frame_equal(again.problems, evaluation.problems, check_exact=True)
+    pd.testing.assert_frame_equal(again.pass_at_k, evaluation.pass_at_k, check_exact=True)
+    pd.testing.assert_frame_equal(again.samples, evaluation.samples, check_exact=True)
+    assert again.avg == evaluation.avg
+    assert again.digest() == evaluation.digest()
+    assert np.isnan(Evaluation.load(rated([3]).save(tmp_path / "single")).avg["stderr"])
+
+
+def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no finished evaluation"):
+        Evaluation.load(tmp_path)
+    target = rated([1, 2]).save(tmp_path / "m" / "b")
+    assert Evaluation.load(tmp_path).path == target
+    rated([1, 2]).save(tmp_path / "m" / "c")
+    with pytest.raises(UserError, match="holds 2 evaluations"):
+        Evaluation.load(tmp_path)
+    (target / "samples.jsonl").write_text('{"problem"')
+    with pytest.raises(UserError, match=r"samples\.jsonl is not what was written there"):
+        Evaluation.load(target)
+    manifest = json.loads((target / "evaluation.json").read_text())
+    (target / "evaluation.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        Evaluation.load(target)
+
+
+def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_path, monkeypatch):
+    first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
+    assert first.path == tmp_path / "testbed--qwen3" / "testbed"
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
+    monkeypatch.setattr(sampling, "sample", None)
+    again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
+    assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
+    for other, told in (
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"max_problems": 7}, "problems"),
+        ({"samples": 5}, "samples 4 -> 5"),
+    ):
+        with pytest.raises(UserError, match=f"already holds an evaluation .*{told}"):
+            evaluate("testbed/qwen3", output=tmp_path, **(FEW | other))
+
+
+def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
+    options = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
+    code = (
+        "import sys; from internal_policy.evaluation import evaluate; "
+        f"evaluate('testbed/llama', output=sys.argv[1], batch_size=6, **{options!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    begun = time.perf_counter()
+    while len(list(tmp_path.glob("*/*/work/*.npz"))) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.perf_counter() - begun < 120
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with pytest.raises(UserError, match="no finished evaluation"):
+        Evaluation.load(tmp_path)
+    assert 3 <= len(list(tmp_path.glob("*/*/work/*.npz"))) < 12
+    with pytest.raises(UserError, match=r"unfinished evaluation with other settings \(seed 0 -> 1"):
+        evaluate("testbed/llama", output=tmp_path, seed=1, **options)
+    resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
+    straight = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
+    assert resumed.avg == straight.avg
+    assert sorted(p.name for p in resumed.path.iterdir()) == sorted(
+        ["evaluation.json", "problems.csv", "pass_at_k.csv", "samples.jsonl"]
+    )
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data, which is not part of the project")
+@pytest.mark.parametrize(
+    ("file", "n"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
+)
+def test_the_files_of_trainers_can_be_read(file, n):
+    problems = benchmarks.read_benchmark(str(DATA / f"{file}.parquet"))
+    assert len(problems) == n
+    assert all(p.answer and "put your final answer" not in p.problem for p in problems)
+
+
+def test_a_problem_without_an_answer_is_named(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": " "}]))
+    with pytest.raises(UserError, match=r"p\.json: record 2 has no answer"):
+        benchmarks.read_benchmark(str(path))
+    with pytest.raises(UserError, match="item 1 has no answer"):
+        evaluate("testbed/qwen3", ["1+1?"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"samples": 0}, "--samples is 0"),
+        ({"samples": 2.5}, "--samples is 2.5"),
+        ({"samples": 4, "k": [1, 8]}, "--k holds 8 and there are 4"),
+        ({"k": []}, "--k is empty"),
+        ({"samples": 4, "temperature": 0}, "all of them are equal"),
+        ({"max_problems": -1}, "--max-problems is -1"),
+        ({"template": "x"}, "--template is 'x'"),
+        ({"reward": "x"}, "reward 'x' is unknown"),
+    ],
+)
+def test_bad_settings_are_refused(options, told):
+    with pytest.raises(UserError, match=told):
+        evaluate("testbed/qwen3", **options)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(command)
+    return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_the_command_evaluates_compares_and_draws(run, tmp_path):
+    few = ("--samples", 4, "--max-problems", 8, "--max-new-tokens", 40)
+    done = run("--model", "testbed/qwen3", "--model", "testbed/llama", *few)
+    assert done.exit_code == 0, done.exception
+    assert "testbed/qwen3 less testbed/llama on testbed" in done.output
+    assert len(list(tmp_path.glob("data/evaluations/*/testbed/evaluation.json"))) == 2
+    assert sorted(p.name for p in tmp_path.glob("figures/testbed--qwen3--testbed--llama--testbed/*.png")) == [
+        "fig15_pass_at_k_by_benchmark.png",
+        "fig6_pass_at_k.png",
+    ]
+    done = run(
+        "--model", "testbed/qwen3", *few, "--against", "data/evaluations/testbed--llama", "--k", 2, "--output", "o"
+    )
+    assert done.exit_code == 0, done.exception
+    assert "testbed/qwen3 less testbed/llama on testbed" in done.output
+    assert list(Evaluation.load("o").pass_at_k["k"]) == [2]
+    assert len(list(tmp_path.glob("o/figures/*/*.pdf"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--samples", "0"), "--samples is 0"),
+        (("--reward", "nothing"), "reward 'nothing' is unknown"),
+        (("--against", "nowhere"), "no finished evaluation here"),
+        (("--model", "nowhere/at/all"), "no such directory"),
+        (("--benchmark", "nowhere.jsonl"), "no such file"),
+        (("--benchmark", "a/x.jsonl", "--benchmark", "b/x.jsonl"), "would both be written"),
+    ],
+)
+def test_the_command_refuses_in_one_line(run, arguments, told):
+    error = run("--model", "testbed/qwen3", *arguments).exception
+    assert isinstance(error, UserError)
+    assert told in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_stored_evaluation_of_other_problems_is_refused_before_the_work(run, tmp_path):
+    rated([1, 2]).save(tmp_path / "stored")
+    error = run("--model", "testbed/qwen3", "--max-problems", 8, "--against", "stored").exception
+    assert isinstance(error, UserError)
+    assert "2 problems of b, and asked for are the 8 of testbed" in str(error)
+    assert not (tmp_path / "data").exists()
+
+
+def test_every_setting_is_an_option_and_the_command_imports_nothing_heavy(run):
+    text = run("--help").output
+    for field in fields(EvaluateConfig):
+        assert "--" + field.name.replace("_", "-") in text
+    code = (
+        "import sys, internal_policy.cli.evaluate as c, internal_policy.evaluation.config; "
+        "print({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)); "
+        "import internal_policy.evaluation.results, internal_policy.evaluation.paired_tests, "
+        "internal_policy.plotting.evaluation; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.splitlines() == ["set()", "set()"]

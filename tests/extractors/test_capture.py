@@ -1,0 +1,187 @@
+"""Captured numbers against the definitions in float64; padding, batches, hooks and the proof of eq. 4."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
+
+from internal_policy import UserError, models
+from internal_policy.data.responses import read_responses
+from internal_policy.extractors import (
+    QUANTITIES,
+    HookExtractor,
+    Reducer,
+    reduce,
+    reduce_responses,
+    residual_hooks,
+    verify,
+)
+from internal_policy.models.families import FAMILIES as TABLE
+from internal_policy.models.families import Family
+
+# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
+FLOAT32_NATS = 1e-5
+
+
+def captured(model, records, side="right", lens="policy"):
+    tokenizer = tiny_tokenizer()
+    wrapped = models.wrap(model, tokenizer)
+    responses = read_responses(records, tokenizer, "plain")
+    return reduce_responses(Reducer(HookExtractor(wrapped), lens), responses, side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side):
+    model = tiny_model(model_type, tied=tied, kv_heads=kv_heads)
+    records = ragged_responses()
+    ours = captured(model, records, side)
+    oracle = copy.deepcopy(model)
+    for record, values in zip(records, ours, strict=True):
+        rows, policy = reference(oracle, record)
+        assert values.layers.shape == (len(record["input_ids"]) - record["prompt_length"], 3, len(QUANTITIES))
+        for layer, row in enumerate(rows):
+            for q, name in enumerate(QUANTITIES):
+                np.testing.assert_allclose(
+                    values.layers[:, layer, q], row[name], rtol=0, atol=FLOAT32_NATS, err_msg=name
+                )
+        np.testing.assert_allclose(values.policy, policy, rtol=0, atol=FLOAT32_NATS)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_policy_entropy_is_that_of_the_models_own_logits(model_type):
+    model = tiny_model(model_type)
+    records = ragged_responses()
+    for record, values in zip(records, captured(model, records), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([record["input_ids"]]), use_cache=False).logits[0]
+        own = torch.distributions.Categorical(logits=logits.double()).entropy()[record["prompt_length"] - 1 : -1]
+        np.testing.assert_allclose(values.policy[:, 1], own.numpy(), rtol=0, atol=FLOAT32_NATS)
+
+
+def test_logit_lens_applies_the_final_norm_and_ends_at_the_policy():
+    model = tiny_model("qwen3")
+    records = ragged_responses()
+    plain, lens = captured(model, records), captured(model, records, lens="logit-lens")
+    out = QUANTITIES.index("layer_out")
+    for a, b in zip(plain, lens, strict=True):
+        # Entropies of one and the same state differ only by the products' block shapes.
+        np.testing.assert_allclose(b.layers[:, -1, out], a.policy[:, 1], rtol=0, atol=FLOAT32_NATS)
+        np.testing.assert_allclose(b.policy, a.policy, rtol=0, atol=FLOAT32_NATS)
+        assert np.abs(a.layers[:, 0, out] - b.layers[:, 0, out]).max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_neither_batch_size_nor_padding_side_matters(model_type):
+    model = tiny_model(model_type)
+    records = ragged_responses(7)
+    alone = [captured(model, [r])[0] for r in records]
+    for side in ("left", "right"):
+        for one, together in zip(alone, captured(model, records, side), strict=True):
+            np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_hooks_are_gone_on_any_exit():
+    model = models.wrap(tiny_model("llama"), tiny_tokenizer())
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
+
+    def fail(states):
+        assert hooks() > 0
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"), residual_hooks(model, torch.arange(3), fail):
+        model.backbone(input_ids=torch.tensor([[2, 3, 4]]))
+    assert hooks() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_passes_the_proof_in_every_dtype(model_type, dtype):
+    model = tiny_model(model_type, tied=True).to(dtype)
+    verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
+
+
+POST_NORMS = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}
+
+
+def test_a_wrong_row_is_refused_by_eq_4(monkeypatch):
+    # Gemma 2 norms what its modules write: the raw outputs are not the writes.
+    monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", logit_softcap="final_logit_softcapping"))
+    with pytest.raises(UserError, match=r"eq\. 4 fails in layer 1"):
+        verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
+
+
+def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
+    monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", **POST_NORMS))
+    with pytest.raises(UserError, match="does not give the model's own logits"):
+        verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
+    model = tiny_model("llama", mlp_bias=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.bias[5] = size
+        model.model.layers[2].mlp.down_proj.bias[5] = -size
+    verify(HookExtractor(models.wrap(model.to(dtype), tiny_tokenizer())))
+
+
+def test_logits_that_overflow_in_the_last_step_only_are_told():
+    model = tiny_model("qwen3")
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(UserError, match="NaN or inf in the final policy's logits"):
+        captured(model, ragged_responses())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])
+def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch):
+    model = tiny_model(model_type, layers=6)
+    together = captured(model, ragged_responses())
+    monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
+    for least in (1, 4):
+        monkeypatch.setattr(reduce, "_LEAST_LAYERS", least)
+        for one, other in zip(captured(model, ragged_responses()), together, strict=True):
+            # The running sum begins elsewhere, so that its last bits differ.
+            np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_positions_are_reduced_in_portions(monkeypatch):
+    whole = captured(tiny_model("qwen3"), ragged_responses(5))
+    monkeypatch.setattr(reduce, "_POSITIONS", 7)
+    parts = captured(tiny_model("qwen3"), ragged_responses(5))
+    for one, other in zip(whole, parts, strict=True):
+        # The same numbers up to float32 rounding of differently shaped products.
+        np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
+        np.testing.assert_allclose(one.policy, other.policy, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_a_model_without_its_head_is_refused():
+    with pytest.raises(UserError, match="this LlamaModel has no model; needed is a causal LM with its head"):
+        models.wrap(tiny_model("llama").model, tiny_tokenizer())
+    with pytest.raises(UserError, match="got a int"):
+        models.wrap(42, tiny_tokenizer())
+
+
+def test_non_finite_weights_are_refused_with_the_layer():
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"layer 2 \(ffn_write\)"):
+        verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
+
+
+def test_states_that_overflow_on_some_token_are_refused_with_the_layer():
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] = float("inf")
+    with pytest.raises(UserError, match="in the states of layer 1"):
+        captured(model, [{"input_ids": [2, 3, 60, 4], "prompt_length": 2}])

@@ -1,0 +1,673 @@
+"""What tells models apart: the digest of weights, configuration and code, and the hooks that no digest knows."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+
+import pytest
+import torch
+from simulated import DEVICE, Devices
+from tiny import ragged_responses, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, models
+from internal_policy.evaluation import evaluate
+from internal_policy.extractors import HookExtractor, prove, transformer_lens
+from internal_policy.extractors import nnsight as nnsight_backend
+from internal_policy.models.attachments import attached
+from internal_policy.models.fingerprint import _PORTION, _plain, digest
+from internal_policy.utils.result_format import write_manifest
+
+
+def changed(change, model_type="gemma2", **options):
+    model = tiny_model(model_type, **options)
+    before = digest(model)
+    with torch.no_grad():
+        change(model)
+    return digest(model) != before
+
+
+def swap(weight):
+    weight[[2, 5]] = weight[[5, 2]]
+
+
+CHANGES = {
+    "the last bit of one weight": lambda m: m.model.layers[1].mlp.down_proj.weight.view(torch.int32)[3, 5].add_(1),
+    "an embedding": lambda m: m.model.embed_tokens.weight[60, 31].mul_(1.5),
+    "a norm": lambda m: m.model.norm.weight[-1].add_(1e-6),
+    "two rows swapped": lambda m: swap(m.model.layers[0].self_attn.q_proj.weight),
+    "two layers swapped": lambda m: m.model.layers.insert(0, m.model.layers.pop(1)),
+    "the sign of zero": lambda m: m.model.layers[0].mlp.up_proj.weight.zero_().neg_(),
+    "position frequencies": lambda m: m.model.rotary_emb.inv_freq[3].mul_(1.02),
+    "a scale of embeddings": lambda m: m.model.embed_tokens.embed_scale.mul_(1.02),
+    "an epsilon": lambda m: setattr(m.model.norm, "eps", 1e-5),
+    "a scale of attention": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.3),
+    "an activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.GELU()),
+    "softcap": lambda m: setattr(m.config, "final_logit_softcapping", 3.0),
+    "sliding window": lambda m: setattr(m.config, "sliding_window", 9),
+    "layer types": lambda m: setattr(m.config, "layer_types", ["full_attention"] * 3),
+    "rope theta": lambda m: m.config.rope_parameters.update(rope_theta=5e4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_anywhere_is_seen(change):
+    assert changed(change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: None,
+        lambda m: setattr(m.config, "use_cache", False),
+        lambda m: setattr(m.config, "_name_or_path", "elsewhere"),
+        lambda m: setattr(m.config, "pad_token_id", 1),
+        lambda m: m.set_attn_implementation("eager"),
+        lambda m: m.train(),
+        lambda m: m(torch.arange(2, 60)[None], output_hidden_states=True),
+        lambda m: m.generate(torch.arange(2, 9)[None], max_new_tokens=3),
+        lambda m: [setattr(p, "data", p.data.t().contiguous().t()) for p in m.parameters() if p.ndim == 2],
+    ],
+)
+def test_what_decides_no_numbers_is_not_seen(change):
+    assert not changed(change)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "linear"])
+def test_position_frequencies_may_follow_the_length(rope_type):
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
+    run = lambda m: m(torch.arange(2, 60).repeat(3)[None])  # noqa: E731
+    assert not changed(run, "llama", context=32, rope_parameters=rope)
+    theta = lambda m: m.config.rope_parameters.update(factor=3.0)  # noqa: E731
+    assert changed(theta, "llama", context=32, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_and_loaded_it_is_the_same(model_type, tied, tmp_path):
+    model = tiny_model(model_type, tied=tied)
+    for place in ("one", "two"):
+        model.save_pretrained(tmp_path / place)
+    found = {digest(AutoModelForCausalLM.from_pretrained(tmp_path / place)) for place in ("one", "two")}
+    assert found == {digest(model)}
+    assert digest(copy.deepcopy(model)) == digest(model)
+    assert digest(tiny_model(model_type, tied=tied, seed=1)) != digest(model)
+
+
+def test_a_tied_weight_is_the_same_wherever_each_of_its_names_is():
+    from accelerate import dispatch_model
+
+    whole = tiny_model("qwen3", tied=True)
+    told = digest(whole)
+    with Devices():
+        plan = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": torch.device(DEVICE, 0)}
+        plan |= {f"model.layers.{i}": torch.device(DEVICE, 0) for i in range(3)} | {"model.norm": "cpu"}
+        split = dispatch_model(copy.deepcopy(whole), plan, main_device=torch.device(DEVICE, 0))
+        assert digest(split) == told
+        assert attached(split) == []
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool]
+)
+def test_every_dtype_is_read_bit_by_bit(dtype):
+    model = tiny_model("llama")
+    norm = model.model.norm
+    found = set()
+    for values in ([0, 1, 1], [0, 1, 0], [1, 1, 0], [], [[0, 1, 1]]):
+        norm.register_buffer("extra", torch.tensor(values, dtype=torch.float32).to(dtype))
+        found.add(digest(model))
+    norm.extra = torch.tensor(1.0).to(dtype)
+    found.add(digest(model))
+    assert len(found) == 6
+
+
+def test_every_portion_of_a_large_tensor_is_read():
+    model = tiny_model("llama")
+    model.register_buffer("large", torch.zeros(2 * _PORTION + 3, dtype=torch.int8))
+    found = {digest(model)}
+    for place in (_PORTION - 1, _PORTION, -1):
+        model.large[place] = 1
+        found.add(digest(model))
+    assert len(found) == 4
+
+
+def test_settings_are_told_alike_in_every_process():
+    class Odd:
+        pass
+
+    told = [_plain({"b": {"x", "y"}, 1: Odd(), "torch_dtype": "float32", "_private": 3}) for _ in range(2)]
+    assert told[0] == told[1]
+    assert told[0].keys() == {"b", "1"}
+    assert _plain({"scale": torch.tensor([1.0, 2.0]), "kind": torch.float32}) == {
+        "scale": [1.0, 2.0],
+        "kind": "torch.float32",
+    }
+
+
+OWN = """
+from transformers import LlamaForCausalLM
+from .helper import scale
+
+class Own(LlamaForCausalLM):
+    def forward(self, *arguments, **options):
+        out = super().forward(*arguments, **options)
+        out.logits = scale(out.logits)
+        return out
+"""
+
+
+def test_the_code_of_a_checkpoint_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    found = []
+    for place, factor in (("one", 1), ("two", 1), ("one", 2)):
+        directory = tmp_path / place
+        model = tiny_model("llama")
+        model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+        model.save_pretrained(directory)
+        (directory / "modeling_own.py").write_text(OWN)
+        (directory / "helper.py").write_text(f"def scale(x):\n    return {factor} * x\n")
+        found.append(digest(AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)))
+    assert found[0] == found[1] != found[2]
+    assert found[0] != digest(tiny_model("llama"))
+
+
+BACKENDS = {
+    "hooks": HookExtractor,
+    "transformer-lens": transformer_lens.from_model,
+    "nnsight": nnsight_backend.from_model,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_as_it_was_loaded_has_nothing_attached(backend):
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer())
+    before = model.fingerprint()
+    extractor = prove(model, BACKENDS[backend])
+    around = getattr(extractor, "bridge", getattr(extractor, "_root", None))
+    assert attached(extractor.model.model, around) == []
+    assert extractor.model.fingerprint() == before
+    model.model(torch.arange(2, 9)[None], output_hidden_states=True)
+    assert attached(model.model) == []
+
+
+def test_wrapped_by_a_library_it_has_nothing_attached():
+    nnsight = pytest.importorskip("nnsight")
+    model = tiny_model("qwen3")
+    before = digest(model)
+    root = nnsight.NNsight(model)
+    with root.trace(torch.arange(2, 9)[None]):
+        root.model.layers[1].output.save()
+    assert attached(model, root) == []
+    assert digest(model) == before
+    with root.edit(inplace=True):
+        root.model.layers[1].mlp.output[:] = 0
+    assert attached(model, root) == ["nnsight edit"]
+
+
+def test_bridged_it_has_nothing_attached():
+    extractor = transformer_lens.from_model(models.wrap(tiny_model("qwen3"), tiny_tokenizer()))
+    bridge = extractor.bridge
+    assert attached(bridge.original_model, bridge) == []
+    bridge.blocks[1].mlp.register_forward_hook(double)
+    found = attached(transformer_lens.from_bridge(bridge, tiny_tokenizer()).model.model, bridge)
+    assert found == ["model.layers.1.mlp: forward hook"]
+
+
+def double(module, args, output):
+    return 2 * output
+
+
+def watch(module, args):
+    return None
+
+
+@functools.wraps(nn.Linear.forward)
+def disguised(self, x):
+    return 2 * nn.Linear.forward.__wrapped__(self, x)
+
+
+ATTACHED = {
+    "mlp: forward hook": lambda m: m.register_forward_hook(double),
+    "mlp: forward pre-hook": lambda m: m.register_forward_pre_hook(watch),
+    "mlp.act_fn: forward hook": lambda m: m.act_fn.register_forward_hook(functools.partial(double)),
+    "mlp: replaced forward": lambda m: setattr(m, "forward", lambda x: x),
+    "mlp.up_proj: replaced forward": lambda m: setattr(m.up_proj, "forward", m.gate_proj.forward),
+    "mlp.gate_proj: replaced forward": lambda m: setattr(m.gate_proj, "forward", disguised.__get__(m.gate_proj)),
+}
+
+
+@pytest.mark.parametrize(("place", "attach"), ATTACHED.items(), ids=ATTACHED)
+def test_code_that_is_attached_is_listed(place, attach):
+    model = tiny_model("qwen3")
+    attach(model.model.layers[2].mlp)
+    assert attached(model) == [f"model.layers.2.{place}"]
+    attach(model.model.layers[0].mlp)
+    assert attached(model) == [f"model.layers.{i}.{place}" for i in (0, 2)]
+
+
+def test_it_is_listed_where_libraries_are_at_work_too():
+    from accelerate import dispatch_model
+
+    nnsight = pytest.importorskip("nnsight")
+    model = tiny_model("qwen3")
+    model.model.layers[2].mlp.forward = lambda x: x
+    wrapped = copy.deepcopy(model)
+    root = nnsight.NNsight(wrapped)
+    assert attached(wrapped, root) == ["model.layers.2.mlp: replaced forward"]
+    placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert "_hf_hook" in vars(placed)
+    assert attached(placed) == ["model.layers.2.mlp: replaced forward"]
+
+
+def test_a_class_and_every_module_count(monkeypatch):
+    model = tiny_model("qwen3")
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        assert attached(model) == ["every module: forward hook"]
+    finally:
+        handle.remove()
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
+    assert attached(model) == [f"model.layers.{i}.mlp: replaced forward of Qwen3MLP" for i in range(3)]
+
+
+def test_a_class_whose_source_nobody_has_counts():
+    names = {"nn": nn}
+    exec("class Typed(nn.Identity):\n    def forward(self, x):\n        return x", names)
+    model = tiny_model("qwen3")
+    model.model.layers[1].mlp.act_fn = names["Typed"]()
+    assert attached(model) == ["model.layers.1.mlp.act_fn: class Typed without a source"]
+
+
+def disable(model):
+    model.disable_adapters()
+
+
+def scale(model):
+    model.model.layers[1].self_attn.o_proj.scaling["default"] *= 8
+
+
+def another(model):
+    model.set_adapter("other")
+
+
+@pytest.fixture
+def adapted():
+    """A model with two adapters in it, of which one is at work."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3")
+    for name in ("other", "default"):
+        options = {"target_modules": ["o_proj", "down_proj"], "init_lora_weights": False}
+        model.add_adapter(peft.LoraConfig(r=2, **options), name)
+    return model
+
+
+@pytest.mark.parametrize("change", [disable, scale, another])
+def test_which_adapters_are_at_work_counts(change, adapted):
+    before = digest(adapted)
+    adapted(torch.arange(2, 9)[None])
+    assert digest(copy.deepcopy(adapted)) == digest(adapted) == before
+    assert attached(adapted) == []
+    change(adapted)
+    assert digest(adapted) != before
+
+
+def test_an_adapter_put_back_to_work_is_the_same(adapted):
+    before = digest(adapted)
+    adapted.disable_adapters()
+    adapted.enable_adapters()
+    adapted.set_adapter("other")
+    adapted.set_adapter("default")
+    assert digest(adapted) == before
+
+
+class Ablated(nn.Module):
+    def __init__(self, units, mode):
+        super().__init__()
+        self.units, self.mode = units, mode
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.clone()
+        self.seen[..., list(self.units)] *= self.mode == "keep"
+        return self.seen
+
+
+def test_the_settings_of_somebodys_own_modules_count():
+    model = tiny_model("qwen3")
+    found = set()
+    for units, mode in (([1, 3], "drop"), ([1, 4], "drop"), ({1, 4}, "keep"), ([1, 4], "keep")):
+        model.model.layers[1].mlp.act_fn = Ablated(units, mode)
+        found.add(told := digest(model))
+        model(torch.arange(2, 9)[None])
+        assert digest(model) == told
+    assert len(found) == 3
+
+
+def one_head_less(module, query, key, value, mask, **options):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    output, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
+    return output * (torch.arange(output.shape[2]) != 1)[:, None], weights
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What somebody's attention, masks and experts are registered as, until the test is over."""
+    from transformers.integrations import moe
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    attention, masks, experts = (
+        interface._global_mapping for interface in (AttentionInterface, AttentionMaskInterface, moe.ExpertsInterface)
+    )
+    for names, name, function in (
+        (attention, "ablated", one_head_less),
+        (masks, "ablated", sdpa_mask),
+        (attention, "masked", attention["sdpa"]),
+        (masks, "masked", lambda *given, **options: sdpa_mask(*given, **options)),
+        (attention, "scaled", functools.partial(attention["sdpa"], scaling=0.1)),
+        (attention, "kernels-community/some", one_head_less),
+        (attention, "somebody/some", attention["flash_attention_2"]),
+        (experts, "routed", lambda self, states, *given: states),
+    ):
+        monkeypatch.setitem(names, name, function)
+    return {"attn": {"eager", *attention} - {"ablated", "masked", "scaled", "somebody/some"}, "experts": set(experts)}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ablated", ["attention function 'ablated'"]),
+        ("masked", ["mask function 'masked'"]),
+        ("scaled", ["attention function 'scaled'"]),
+        ("somebody/some", ["attention function 'somebody/some'"]),
+    ],
+)
+def test_functions_that_a_name_in_the_configuration_stands_for_are_listed(name, told, registered):
+    model = tiny_model("qwen3")
+    model.config._attn_implementation_internal = name
+    assert attached(model) == told
+    for library in registered["attn"]:
+        model.config._attn_implementation_internal = library
+        assert attached(model) == [], library
+
+
+def test_somebodys_experts_are_listed(registered):
+    model = tiny_model("qwen3_moe")
+    for name in ("eager", *registered["experts"]):
+        model.config._experts_implementation = name
+        assert attached(model) == (["experts function 'routed'"] if name == "routed" else []), name
+
+
+def test_what_trl_puts_before_a_forward_is_not_listed():
+    trl = pytest.importorskip("trl.trainer.utils")
+    model, ids = tiny_model("qwen3"), torch.arange(2, 9)[None]
+    logits = model(ids).logits
+    trl.add_fused_lm_head(model)
+    assert "forward" in vars(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert attached(model) == []
+
+
+def test_a_replaced_eager_attention_is_listed(monkeypatch):
+    model = tiny_model("qwen3", attention="eager")
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.eager_attention_forward", one_head_less)
+    assert attached(model) == ["attention function 'eager'"]
+    model.set_attn_implementation("sdpa")
+    assert attached(model) == []
+
+
+ATTENDS = """
+from transformers import AttentionInterface, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+def attend(*arguments, **options):
+    return sdpa_attention_forward(*arguments, **options)
+
+def made(factor):
+    return lambda *arguments, **options: factor * attend(*arguments, **options)
+
+class Attends(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_the_attention_that_comes_with_a_checkpoint_is_in_its_digest(registered, tmp_path, monkeypatch):
+    from transformers.modeling_utils import AttentionInterface
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    model = tiny_model("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_attends.Attends"}
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "modeling_attends.py").write_text(ATTENDS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    code = vars(sys.modules[type(model).__module__])
+    model.config._attn_implementation_internal = "own"
+    for function, told in ((code["attend"], []), (code["made"](2), ["attention function 'own'"])):
+        monkeypatch.setitem(AttentionInterface._global_mapping, "own", function)
+        assert attached(model) == told
+
+
+@pytest.fixture
+def subject():
+    return tiny_model("gemma2"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
+
+
+@pytest.mark.parametrize("what", ["the last bit of one weight", "softcap", "an epsilon", "two rows swapped"])
+def test_a_changed_model_is_not_taken_for_what_was_analysed(what, subject, tmp_path):
+    model, options = subject
+    done = analyze(model, **options, output=tmp_path)
+    with torch.no_grad():
+        CHANGES[what](model)
+    with pytest.raises(UserError, match=r"already holds an analysis with other settings \(weights \w+ -> \w+\)"):
+        analyze(model, **options, output=tmp_path)
+    assert Analysis.load(done.path).config["weights"] == done.config["weights"]
+
+
+def test_a_hooked_model_is_never_taken_for_what_was_analysed(subject, tmp_path):
+    model, options = subject
+    plain = analyze(model, **options, output=tmp_path)
+    handles = [model.model.layers[i].mlp.register_forward_hook(double) for i in (0, 2)]
+    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*no digest can tell.*overwrite=True"
+    with pytest.raises(UserError, match=told):
+        analyze(model, **options, output=tmp_path)
+    hooked = analyze(model, **options, output=tmp_path, overwrite=True)
+    assert hooked.config["hooked"] == [f"model.layers.{i}.mlp: forward hook" for i in (0, 2)]
+    assert hooked.layers["entropy_out"].tolist() != plain.layers["entropy_out"].tolist()
+    with pytest.raises(UserError, match=told):
+        analyze(model, **options, output=tmp_path)
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(UserError, match=r"already holds an analysis with other settings \(hooked \["):
+        analyze(model, **options, output=tmp_path)
+    assert analyze(model, **options, output=tmp_path / "new").config["hooked"] is None
+
+
+def test_a_hooked_model_does_not_go_on_with_what_was_begun(subject, tmp_path, monkeypatch):
+    from internal_policy.analysis import pipeline
+
+    model, options = subject
+    model.model.layers[1].register_forward_pre_hook(watch)
+    monkeypatch.setattr(pipeline, "_capture", lambda *a: (_ for _ in ()).throw(RuntimeError))
+    for expected in (RuntimeError, UserError):
+        with pytest.raises(expected):
+            analyze(model, **options, output=tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"model.layers.1: forward pre-hook"):
+        analyze(model, **options, output=tmp_path)
+    assert analyze(model, **options, output=tmp_path, overwrite=True).config["hooked"]
+
+
+def test_what_ends_a_response_counts_where_responses_are_sampled(tmp_path):
+    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "max_new_tokens": 3, "output": tmp_path}
+    analyze(model, prompts=["w2 w3"], **options)
+    model.generation_config.eos_token_id = [1, 7]
+    with pytest.raises(UserError, match=r"other settings \(ends \[1\] -> \[1, 7\]\)"):
+        analyze(model, prompts=["w2 w3"], **options)
+
+
+def test_a_model_with_its_adapters_off_is_not_taken_for_the_one_with_them(adapted, tmp_path):
+    options = {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3), "output": tmp_path}
+    analyze(adapted, **options)
+    adapted.disable_adapters()
+    with pytest.raises(UserError, match=r"other settings \(weights \w+ -> \w+\)"):
+        analyze(adapted, **options)
+
+
+def test_a_model_with_somebodys_attention_is_never_taken_for_what_was_analysed(registered, tmp_path):
+    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
+    plain = analyze(model, **options, output=tmp_path)
+    model.set_attn_implementation("ablated")
+    with pytest.raises(UserError, match=r"holds an analysis.*\(attention function 'ablated'\)"):
+        analyze(model, **options, output=tmp_path)
+    ablated = analyze(model, **options, output=tmp_path, overwrite=True)
+    assert ablated.config["hooked"] == ["attention function 'ablated'"]
+    assert ablated.layers["entropy_out"].tolist() != plain.layers["entropy_out"].tolist()
+
+
+@pytest.fixture
+def problems():
+    return {"benchmark": [{"prompt": "w2 w3", "answer": "w4"}], "samples": 2, "max_new_tokens": 3, "template": "plain"}
+
+
+def test_a_hooked_model_is_never_taken_for_what_was_evaluated(problems, tmp_path, monkeypatch):
+    from internal_policy.evaluation import pipeline as run
+
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    options = {**problems, "output": tmp_path}
+    assert evaluate(model, **options).config["hooked"] is None
+    handle = model.model.model.layers[1].mlp.register_forward_hook(double)
+    told = r"holds an evaluation.*\(model.layers.1.mlp: forward hook\).*overwrite=True"
+    with pytest.raises(UserError, match=told):
+        evaluate(model, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "sample_all", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            evaluate(model, **options, overwrite=True)
+    with pytest.raises(UserError, match=told):
+        evaluate(model, **options)
+    assert evaluate(model, **options, overwrite=True).config["hooked"] == ["model.layers.1.mlp: forward hook"]
+    handle.remove()
+    with pytest.raises(UserError, match=r"already holds an evaluation with other settings \(hooked \["):
+        evaluate(model, **options)
+
+
+def test_what_ends_a_sample_counts(problems, tmp_path):
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    evaluate(model, **problems, output=tmp_path)
+    model.model.generation_config.eos_token_id = [1, 7]
+    with pytest.raises(UserError, match=r"other settings \(ends \[1\] -> \[1, 7\]\)"):
+        evaluate(model, **problems, output=tmp_path)
+
+
+def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
+    from internal_policy import bupo
+    from internal_policy.bupo import session
+
+    model = tiny_model("qwen3")
+    model.model.layers[1].mlp.register_forward_hook(double)
+    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
+    options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
+    prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
+
+    def train(**more):
+        told = models.wrap(model, tiny_tokenizer(), "tiny")
+        bupo.train(told.model, prompts, tokenizer=told.tokenizer, output=tmp_path / "run", **options, **more)
+
+    for expected, more in ((KeyError, {}), (UserError, {}), (KeyError, {"overwrite": True})):
+        told = r"holds a run.*\(model.layers.1.mlp: forward hook\)" if expected is UserError else None
+        with pytest.raises(expected, match=told):
+            train(**more)
+    settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
+    assert settings["hooked"] == ["model.layers.1.mlp: forward hook"]
+
+
+@pytest.mark.parametrize("change", [{"reward": 0.0}, {"reward": None}, {"response": "w9"}, {"prompt": "w9"}])
+def test_all_that_is_known_of_ready_responses_counts(change, tmp_path):
+    given = [{**each, "reward": 1.0, "prompt": "w2", "response": "w3"} for each in ragged_responses(3)]
+    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "output": tmp_path}
+    done = analyze(model, responses=given, **options)
+    assert analyze(model, responses=given, **options).path == done.path
+    with pytest.raises(UserError, match=r"other settings \(inputs \w+ -> \w+\)"):
+        analyze(model, responses=[*given[:2], {**given[2], **change}], **options)
+
+
+LATER = ("generator", "tolerance", "quantization", "hooked")
+"""Settings that results have lacked once."""
+
+
+def without(path, *names):
+    """Make a file of results as one that was written before there were these settings."""
+    told = json.loads(path.read_text())
+    settings = told.get("config", told)
+    for name in names:
+        settings.pop(name, None)
+    if told.pop("seal", None):
+        write_manifest(path.parent, path.name, told, tuple(told.pop("sha256")))
+    else:
+        path.write_text(json.dumps(told))
+
+
+def test_what_was_analysed_before_there_was_a_setting_is_taken(subject, tmp_path):
+    model, options = subject
+    done = analyze(model, **options, output=tmp_path)
+    without(done.path / "analysis.json", *LATER)
+    assert analyze(model, **options, output=tmp_path).layers.equals(done.layers)
+    with pytest.raises(UserError, match=r"other settings \(tolerance None -> 0.5\)"):
+        analyze(model, **options, output=tmp_path, tolerance=0.5)
+    without(done.path / "analysis.json", "weights")
+    with pytest.raises(UserError, match=r"other settings \(weights None -> \w+\)"):
+        analyze(model, **options, output=tmp_path)
+
+
+def test_what_was_begun_before_there_was_a_setting_goes_on(subject, tmp_path, monkeypatch):
+    from internal_policy.analysis import pipeline
+
+    model, options = subject
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_capture", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        with pytest.raises(RuntimeError):
+            analyze(model, **options, output=tmp_path)
+    (begun,) = tmp_path.glob("*/work/run.json")
+    without(begun, *LATER)
+    with pytest.raises(UserError, match=r"unfinished analysis with other settings \(tolerance None -> 0.5\)"):
+        analyze(model, **options, output=tmp_path, tolerance=0.5)
+    assert analyze(model, **options, output=tmp_path).path == begun.parents[1]
+
+
+def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_path):
+    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
+    done = evaluate(model, **problems, output=tmp_path)
+    without(done.path / "evaluation.json", *LATER)
+    assert evaluate(model, **problems, output=tmp_path).samples.equals(done.samples)
+    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 1\)"):
+        evaluate(model, **problems, output=tmp_path, seed=1)
+
+
+def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    model, options = subject
+    for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
+        # Only what the configuration says: quantised weights need a package that is not everywhere.
+        model.config.quantization_config = settings
+        output = tmp_path / str(settings)
+        wrapped = models.wrap(model, tiny_tokenizer(), "tiny")
+        analyze(model, **options, output=output)
+        evaluate(wrapped, **problems, output=output)
+        if settings == {"load_in_8bit": True}:
+            with pytest.raises(UserError, match=r"an analysis with other settings \(batch_size 16 -> 2\)"):
+                analyze(model, **options, output=output, batch_size=2)
+            with pytest.raises(UserError, match=r"an evaluation with other settings \(batch_size 64 -> 2\)"):
+                evaluate(wrapped, **problems, output=output, batch_size=2)
+        else:
+            analyze(model, **options, output=output, batch_size=2)
+            evaluate(wrapped, **problems, output=output, batch_size=2)

@@ -1,0 +1,96 @@
+"""README, CONTRIBUTING and CHANGELOG: their links hold, the module tree is that of the package, the version is one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "internal_policy"
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_relative_link_points_at_something(document):
+    prose = re.sub(r"^ *```.*?^ *```", "", text_of(ROOT / document), flags=re.S | re.M)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        place = ROOT / (path or document)
+        assert place.exists(), f"{document} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", text_of(place), flags=re.M)
+            anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{document} links to {target}"
+
+
+def test_the_module_tree_has_every_module_and_no_other():
+    tree = re.search(r"^internal_policy/\n(.*?)^\S", text_of(ROOT / "CONTRIBUTING.md"), flags=re.S | re.M)[1]
+    named, folder = [], PACKAGE
+    for line in tree.splitlines():
+        # Names of the top level stand at two spaces; what is deeper goes on telling of the line above.
+        entries, _, told = line.strip().partition("   ")
+        if line.startswith("   "):
+            entries, told = "", line
+        for entry in entries.split():
+            assert list(PACKAGE.glob(entry.rstrip("/"))), f"there is no {entry}"
+            folder = PACKAGE / entry if entry.endswith("/") else PACKAGE
+            named.append(entry.rstrip("/"))
+        for module in re.findall(r"\w+\.py\b", told):
+            assert (folder / module).is_file(), f"{folder.name} has no {module}"
+    modules = {path.name for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    for module in modules - {"__init__.py"}:
+        assert any(Path(module).match(pattern) for pattern in named), f"{module} is not in the tree of CONTRIBUTING.md"
+
+
+def test_the_version_is_the_same_everywhere():
+    from internal_policy import __version__
+
+    for document, pattern in (("pyproject.toml", r'^version = "(.*)"$'), ("CITATION.cff", r"^version: (.*)$")):
+        assert re.search(pattern, text_of(ROOT / document), flags=re.M)[1] == __version__, document
+
+
+# What stands where in arXiv 2512.19673v3, and a word of it that the text around a reference has.
+PLACES = {
+    "section 3.2": "entrop|stage|H_Layer|response tokens",
+    "section 5": "Avg@K|Pass@K|evaluation|PAPER_K",
+    "appendix A.2": "template",
+    "appendix A.5": r"Avg@K|Pass@K|PAPER_K|C\(n",
+    "appendix B.2": "baseline",
+    "appendix B.5": "cosine",
+    "table 1": "AIME25",
+    "table 4": "model|twelve",
+    "table 7": "209|analysis against",
+    "table 8": "update|setting|temperature|response",
+    "table 9": "Olympiad|lm-evaluation-harness|other abilities",
+    "table 10": "AIME25",
+}
+
+
+def test_references_to_the_paper_point_at_what_is_there():
+    reference = re.compile(r"\b(section|appendix|tables?)\s+([AB]\.\d|\d+(?:\.\d)?(?:-\d+)?)")
+    others = re.compile(r"Techniques|Sampling|Expansion|arXiv (?!2512)|Contributor")
+    found = set()
+    for folder in ("internal_policy", "docs", "benchmarks", "notebooks", "README.md"):
+        root = ROOT / folder
+        for path in [root] if root.is_file() else sorted({*root.rglob("*.py"), *root.rglob("*.md")}):
+            text = text_of(path)
+            for match in reference.finditer(text):
+                before, around = (
+                    text[max(match.start() - 150, 0) : match.start()],
+                    text[max(match.start() - 300, 0) :][:500],
+                )
+                if not re.search("paper|2512.19673|the baseline of", around) or others.search(before):
+                    continue
+                place = f"{match[1]} {match[2]}"
+                assert place in PLACES, f"{path.relative_to(ROOT)}: {place}"
+                assert re.search(PLACES[place], around), f"{path.relative_to(ROOT)}: {place}"
+                found.add(place)
+    assert {"section 5", "appendix A.2", "appendix A.5", "table 8"} <= found

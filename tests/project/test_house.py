@@ -1,0 +1,184 @@
+"""Rules of the house that a reviewer would otherwise have to watch: imports, start-up, the wheel, the documents."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from documents import ROOT, python_blocks, run_python
+
+README = ROOT / "README.md"
+PACKAGE = ROOT / "internal_policy"
+
+HEAVY = ("torch", "transformers", "trl", "nnsight", "transformer_lens", "pandas", "matplotlib", "datasets")
+
+
+def modules():
+    """The modules of the package and the imports in each, lazy and typing-only ones too."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found = {}
+    for name, path in paths.items():
+        targets = set()
+        # A package's own names come from its modules, on first use.
+        for node in ast.walk(ast.parse(path.read_text())) if path.name != "__init__.py" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "internal_policy":
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets |= {each if each in paths else node.module for each in whole}
+        found[name] = targets - {name}
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    # What is left when modules that import nothing left are taken away again and again.
+    left = modules()
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_few_modules_stand_outside_the_folders():
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+def lint_imports(root):
+    command = [
+        str(Path(sys.executable).with_name("lint-imports")),
+        "--no-cache",
+        "--config",
+        str(root / "pyproject.toml"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("utils/errors.py", "from internal_policy.models import load\n"),
+        ("analysis/results.py", "def later():\n    from internal_policy.plotting import entropy_change\n"),
+        ("rewards/functions.py", "if TYPE_CHECKING:\n    from internal_policy.bupo.results import Run\n"),
+        ("evaluation/results.py", "def later():\n    from internal_policy.inspection.results import Inspection\n"),
+    ],
+    ids=["at the top", "lazy", "typing only", "sideways"],
+)
+def test_an_import_that_points_up_is_refused(tmp_path, module, line):
+    """By the contracts of import-linter, which ``make check`` runs; there they hold."""
+    shutil.copytree(PACKAGE, tmp_path / "internal_policy", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "internal_policy" / module).open("a") as file:
+        file.write(f"\n\n{line}")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Imports point down BROKEN" in done.stdout
+
+
+def test_an_import_loads_nothing_heavy():
+    code = "import sys, internal_policy, internal_policy.cli.main, internal_policy.models.testbed; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & set(HEAVY)
+
+
+def test_figures_and_results_need_no_torch():
+    code = (
+        "import sys, internal_policy.plotting.analysis, internal_policy.analysis.results;"
+        "import internal_policy.report.analysis;"
+        "print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded
+
+
+def test_help_answers_at_once():
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "internal_policy.cli.main", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Processor time, and the best of several: what the command costs, not what else the machine is doing.
+    assert min(seconds() for _ in range(5)) < 0.4
+
+
+def test_every_option_of_the_configuration_is_on_the_command_line():
+    from dataclasses import fields
+
+    from internal_policy import AnalyzeConfig
+
+    text = subprocess.run(
+        [sys.executable, "-m", "internal_policy.cli.main", "analyze", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": str(ROOT)},
+    ).stdout
+    for field in fields(AnalyzeConfig):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
+    from internal_policy.utils.shell import figure_name
+
+    paper = [(f"some-organisation--some-model-{i}B-Instruct-2507", "policy") for i in range(12)]
+    assert figure_name(paper[:1]) == paper[0][0]
+    assert len(figure_name(paper)) < 255
+    assert figure_name(paper) != figure_name(paper[:11])
+    assert figure_name([("m", "policy"), ("m", "logit-lens")]) == "m--m--logit-lens"
+    assert figure_name([("m--logit-lens", "logit-lens")]) == "m--logit-lens"
+
+
+def test_every_public_name_can_be_had():
+    import internal_policy
+
+    for name in internal_policy.__all__:
+        assert getattr(internal_policy, name) is not None
+    with pytest.raises(AttributeError):
+        internal_policy.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: f"line {block.line}")
+def test_the_readmes_python_runs(block, tmp_path):
+    # Each by itself: a reader copies one of them.
+    run_python(README, [block], tmp_path, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for model in ("qwen3", "llama"):
+        assert f"internal_policy/models/weights/{model}/model.safetensors" in names
+    assert "internal_policy/py.typed" in names
+    assets = (PACKAGE / "report" / "assets").iterdir()
+    assert {f"internal_policy/report/assets/{path.name}" for path in assets} <= set(names)
+    assert sum(f.stat().st_size for f in (tmp_path / "site").rglob("weights/**/*") if f.is_file()) <= 12 * 2**20
+    code = (
+        "import internal_policy, json; from internal_policy import analyze; from internal_policy.models import testbed; "
+        "a = analyze('testbed/llama', max_responses=4); "
+        "print(json.dumps([internal_policy.__file__, str(testbed.path('testbed/llama')), a.n_responses]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package, weights, n = json.loads(done.stdout.splitlines()[-1])
+    assert package.startswith(str(tmp_path))
+    assert weights.startswith(str(tmp_path))
+    assert n == 4

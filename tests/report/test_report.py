@@ -1,0 +1,551 @@
+"""The report: its numbers are those of the result, what is foreign is text, and it loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import inspect
+import json
+import re
+import shlex
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from shapes import make, progressive
+from typer.testing import CliRunner
+
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
+from internal_policy.bupo.results import Run
+from internal_policy.cli.compare import redrawing
+from internal_policy.cli.main import app
+from internal_policy.cli.report import write_reports
+from internal_policy.cli.train import train
+from internal_policy.comparison import AnalysisComparison, measure_convergence
+from internal_policy.comparison.figure_data import shown_names
+from internal_policy.plotting import analysis as figures
+from internal_policy.report import analysis_report, comparison_report, training_report, write_report
+from internal_policy.report import tokens as token_views
+from internal_policy.report.analysis import summary as analysis_summary
+from internal_policy.report.analysis_charts import fall_chart
+from internal_policy.report.numbers import number
+from internal_policy.report.reproduce import analysis_commands
+from internal_policy.report.reproduce_training import FLAGS, training_commands
+from internal_policy.utils.citation import bibtex
+
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ROOT / "data" / "experiments"
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><script>window.ran = 1</script>",
+    '<img src=x onerror="window.ran = 1">',
+    "' onmouseover='window.ran = 1",
+    "<!--<script>",
+    "{{ 7 * 7 }}",
+    "half \ud83d, \0, \u2028, &lt;b&gt;",
+)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, their texts, and the data that it holds."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.scripts, self.styles, self.open = [], [], [], []
+        self.text, self.parts, self.heads = "", {}, []
+        self.feed(html)
+        self.close()
+        (data,) = [text for kind, text in self.scripts if kind == "application/json"]
+        self.data = json.loads(data)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        if tag in {"meta", "link", "br", "input"}:
+            return
+        self.open.append((tag, attributes))
+        if tag == "th" and attributes.get("scope") == "row":
+            self.heads.append("")
+        if tag == "script":
+            self.scripts.append((attributes.get("type", ""), ""))
+
+    def handle_endtag(self, tag):
+        if any(name == tag for name, _ in self.open):
+            while self.open.pop()[0] != tag:
+                pass
+
+    def handle_data(self, data):
+        tag = self.open[-1][0] if self.open else ""
+        if tag == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif tag == "style":
+            self.styles.append(data)
+        else:
+            self.text += data
+            for name, own in self.open:
+                if part := own.get("data-part"):
+                    self.parts[part] = self.parts.get(part, "") + data
+                if name == "th" and own.get("scope") == "row":
+                    self.heads[-1] += data
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    return analyze("testbed/qwen3", max_responses=6, keep_tokens=3, max_new_tokens=16, output=root)
+
+
+@pytest.fixture(scope="module")
+def page(saved):
+    return Page(analysis_report(saved))
+
+
+def unpack(response, n_layers):
+    """The values of a response as the page's script reads them, nats."""
+    values = np.frombuffer(base64.b64decode(response["values"]), "<i2") / 1000
+    n = len(response["ids"])
+    return values[: 6 * n_layers * n].reshape(3, 2, n_layers, n), values[6 * n_layers * n :]
+
+
+def line(spec, name):
+    return next(trace for trace in spec["traces"] if trace["name"] == name and trace.get("hoverinfo") != "skip")
+
+
+def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
+    chosen, fall = saved.selection, measure_convergence(saved)
+    said = page.parts["summary"]
+    assert f"testbed/qwen3 has {saved.n_layers} layers" in said
+    assert f"on 6 responses ({saved.n_tokens} tokens)" in said
+    assert (
+        f"boundary layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
+        in said
+    )
+    assert "100.0% of" not in page.text
+    adverb = {"abrupt": "abruptly", "progressive": "progressively"}[fall.reading]
+    assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in said
+    assert page.parts["target"] == str(chosen.boundary_layer)
+    assert chosen.reason.rpartition("; ")[0] in page.text
+    # What the terminal says of it, too.
+    assert f"olicy entropy H(π_θ) {saved.policy_entropy['mean']:.4f}±" in page.text
+    assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
+
+
+def test_an_analysis_knows_how_large_its_model_is(saved):
+    # Shared embedding and unembedding are counted once.
+    assert 0.6e6 < saved.n_parameters < 0.7e6
+    assert figures.plot_residual_cosine(saved).get_title() == f"{saved.name} (0.67 M parameters)"
+
+
+def test_a_model_without_a_boundary_layer_says_why(saved):
+    none = select_layer([0.3] * 8, stderr=[0.001] * 8)
+    page = Page(analysis_report(replace(saved, selection=none)))
+    # Its reason has a semicolon within brackets, and one before the confidence.
+    why = "dH_FFN still explores at the last layer, 8 (+0.3 nats; +0.3 on average from layer 1 on), so it never turns"
+    assert none.reason == f"{why}; all 1000 resamples give no boundary layer"
+    assert f"it has no boundary layer, for {why} ({none.agreement}, which" in page.parts["summary"]
+    assert page.parts["target"] == "none"
+    assert page.data["tokens"]["a1-tokens"]["target"] is None
+
+
+def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
+    flow, change = page.data["charts"]["a1-flow"], page.data["charts"]["a1-change"]
+    for spec, name, site, column in (
+        (flow, "layer output", "layer", "entropy_out"),
+        (flow, "layer input", "layer", "entropy_in"),
+        (flow, "ATTN output", "attn", "entropy_out"),
+        (flow, "ATTN input", "attn", "entropy_in"),
+        (flow, "FFN output", "ffn", "entropy_out"),
+        (flow, "FFN input", "ffn", "entropy_in"),
+        (change, "layer", "layer", "change"),
+        (change, "ATTN", "attn", "change"),
+        (change, "FFN", "ffn", "change"),
+    ):
+        drawn = line(spec, name)
+        np.testing.assert_allclose(drawn["y"], saved.curve(site, column), atol=1e-6)
+        ends = np.column_stack([saved.curve(site, f"{column}_{end}") for end in ("low", "high")])
+        np.testing.assert_allclose(drawn["customdata"], ends, atol=1e-6)
+        assert drawn["x"] == list(range(1, 9))
+    layer = next(part for tag, part in page.elements if tag == "li" and "target" in part.get("class", ""))
+    assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
+    # Its stage can be heard, not only pointed at.
+    for n, stage in enumerate(saved.stages, start=1):
+        assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
+    # Each layer once, in the table and in the strip of stages.
+    assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"]
+    assert sum(tag == "li" and "layer " in part.get("title", "") for tag, part in page.elements) == 8
+    for value in saved.curve("ffn"):
+        assert number(value, "+.3f") in page.parts["layers"]
+
+
+def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(page):
+    spec = page.data["charts"]["a1-flow"]
+    axis, drawn = spec["layout"]["xaxis2"], line(spec, "policy π_θ")
+    assert drawn["xaxis"] == "x2"
+    assert drawn["x"][0] > 8
+    assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True)) == {drawn["x"][0]: "final policy"}
+    assert (axis["overlaying"], axis["matches"], axis["showticklabels"]) == ("x", "x", False)
+    assert [trace["name"] for trace in spec["traces"] if "xaxis" in trace] == ["policy π_θ"]
+
+
+def test_a_model_of_one_layer_has_no_even_fall():
+    one = make(progressive(1), prompts=4, noise=0.05)
+    convergence = measure_convergence(one)
+    assert " has 1 layer; on " in analysis_summary(one, convergence)
+    assert [entry["name"] for entry in fall_chart(convergence).spec()["key"]] == ["fallen"]
+
+
+def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
+    view = page.data["tokens"]["a1-tokens"]
+    assert [r["number"] for r in view["responses"]] == [1, 2, 3]
+    for response, shown in enumerate(view["responses"]):
+        rows = saved.tokens[saved.tokens["response"] == response]
+        values, policy = unpack(shown, 8)
+        for i, site in enumerate(("layer", "attn", "ffn")):
+            for q, column in enumerate(("entropy_out", "change")):
+                wanted = rows[rows["site"] == site].pivot_table(index="layer", columns="token", values=column)
+                np.testing.assert_allclose(values[i, q], wanted, atol=5.1e-4)
+        np.testing.assert_allclose(policy, rows[rows["site"] == "policy"]["entropy_out"], atol=5.1e-4)
+        sequence = saved.sequences.iloc[response]
+        assert shown["ids"] == sequence["input_ids"][sequence["prompt_length"] :]
+        assert "".join(shown["texts"]).removesuffix("<eos>").replace("·", " ") == sequence["response"]
+
+
+def test_an_analysis_from_before_token_texts_shows_ids(saved):
+    older = replace(saved, tokens=saved.tokens.drop(columns="token_text"))
+    page = Page(analysis_report(older))
+    shown = page.data["tokens"]["a1-tokens"]["responses"][0]
+    assert shown["texts"] == [f"#{i}" for i in shown["ids"]]
+    assert "stores no texts of single tokens" in page.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (None, ""),
+        (float("nan"), ""),
+        ([{"role": "user"}, {"content": "four"}], "user: \n\n: four"),
+        ([{"role": "tool", "content": None}], "tool: "),
+    ],
+)
+def test_a_prompt_that_lacks_something_is_shown_as_far_as_it_goes(saved, prompt, shown):
+    sequences = saved.sequences.assign(prompt=pd.Series([prompt] * len(saved.sequences), dtype=object))
+    view = token_views.token_view(replace(saved, sequences=sequences))
+    assert view["data"]["responses"][0]["prompt"] == shown
+
+
+def hostile(saved):
+    """The analysis with something foreign wherever a name or a text may come from."""
+    tokens = saved.tokens.copy()
+    texts = [HOSTILE[i % len(HOSTILE)] for i in tokens["token"]]
+    tokens["token_text"] = pd.Series(texts, index=tokens.index, dtype=object)
+    sequences = saved.sequences.copy()
+    sequences["response"] = pd.Series([" ".join(HOSTILE)] * len(sequences), index=sequences.index, dtype=object)
+    sequences["prompt"] = [[{"role": HOSTILE[0], "content": HOSTILE[1]}]] * len(sequences)
+    name = "".join(HOSTILE)
+    return replace(
+        saved,
+        name=name,
+        model={**saved.model, "id": name, "family": HOSTILE[2], "dtype": HOSTILE[0]},
+        config={**saved.config, "model": name, "template": HOSTILE[1], HOSTILE[0]: HOSTILE[2], "prompts": HOSTILE[3]},
+        selection=replace(saved.selection, reason=f"because {HOSTILE[0]}"),
+        tokens=tokens,
+        sequences=sequences,
+        path=Path("data") / HOSTILE[0],
+    )
+
+
+def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
+    analysis = hostile(saved)
+    found = Page(analysis_report([analysis, analysis]))
+    single = {tag for tag, _ in page.elements}
+    assert {tag for tag, _ in found.elements} <= single | {"nav", "ul"}
+    assert len(found.scripts) == len(page.scripts)
+    assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
+    for text in HOSTILE[:5]:
+        assert text in found.text
+    assert "49" not in found.parts["summary"].split("has")[0]
+    shown = found.data["tokens"]["a1-tokens"]["responses"][0]
+    assert shown["texts"][:6] == list(HOSTILE[:6])
+    assert shown["texts"][6] == "half ?, \ufffd, \u2028, &lt;b&gt;"
+    assert HOSTILE[1] in shown["prompt"]
+    # The command is one for a shell, whatever the name holds.
+    command = analysis_commands(analysis).shell
+    assert command is None or len(shlex.split(command)) >= 4
+
+
+def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path):
+    names = ['<b>"it\'s"</b>', "$attn"]
+    compared = compare(saved, saved, labels=names)
+    found = Page(comparison_report(compared))
+    traces = [trace for spec in found.data["charts"].values() for trace in spec["traces"]]
+    assert {trace["name"] for trace in traces} == {'&lt;b&gt;"it\'s"&lt;/b&gt;', "$attn", "boundary layer"}
+    assert names[0] in found.text
+    assert not [tag for tag, _ in found.elements if tag == "b"]
+
+
+def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "data", "srcset", "poster"):
+            if name in attributes and tag != "a":
+                assert attributes[name] == "data:,"
+        if tag == "a":
+            assert attributes["href"] == "https://arxiv.org/abs/2512.19673"
+        assert "url(" not in attributes.get("style", "")
+    for style in page.styles:
+        assert "url(" not in style
+        assert "@import" not in style
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    run = [text for kind, text in page.scripts if not kind]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert re.findall(r"sha256-([^']+)", policy) == digests
+    assert "plotly.js v" in run[1][:200]
+    assert "unsafe-eval" not in policy
+    assert len(run) == 5
+
+
+def coloured(value, key=""):
+    """The page's own names of colours, as any colour."""
+    if isinstance(value, str) and key in {"color", "fillcolor"} and value[0] in "$@":
+        return "#123456"
+    if isinstance(value, list):
+        return [coloured(item, key) for item in value]
+    return {k: coloured(v, k) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def test_plotly_takes_every_figure(page):
+    from plotly import graph_objects
+
+    run = Run.load(next(iter(sorted((STORED / "runs").glob("*bupo*")))))
+    specs = [page, Page(training_report(run)), Page(comparison_report(AnalysisComparison.load(STORED / "sweep")))]
+    for name, spec in ((name, spec) for found in specs for name, spec in found.data["charts"].items()):
+        figure = graph_objects.Figure(coloured(spec["traces"]), coloured(spec["layout"]))
+        assert len(figure.data) >= 1, name
+        places = [i for entry in spec["key"] for i in entry["traces"]]
+        assert sorted(places) == list(range(len(figure.data)))
+
+
+def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatch):
+    monkeypatch.setattr(token_views, "MOST_TOKENS", 5)
+    view = token_views.token_view(saved)
+    assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 5, 5]
+    assert "3 responses are cut after 5 tokens" in view["told"]["notes"][0]
+    np.testing.assert_allclose(
+        unpack(view["data"]["responses"][0], 8)[0][0, 0, 7],
+        saved.tokens.query("response == 0 and site == 'layer' and layer == 8")["entropy_out"][:5],
+        atol=5.1e-4,
+    )
+    monkeypatch.setattr(token_views, "MOST_VALUES", 7 * (6 * 8 + 1))
+    view = token_views.token_view(saved)
+    assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 2]
+    assert "1 kept response left out" in " ".join(view["told"]["notes"])
+
+
+def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
+    some = saved.tokens[saved.tokens["token"] % 3 == 0]
+    positions = {"tolerance": 0.1, "analysed": 20, "total": 60, "rounds": 2, "half_width": 0.09, "layer": 3}
+    positions |= {"few": 0, "changes": 24}
+    found = Page(analysis_report(replace(saved, tokens=some, positions={**positions, "site": "ffn"})))
+    assert "Chosen by tolerance: analysed 20 of 60 positions (33.3%)" in found.text
+    shown = found.data["tokens"]["a1-tokens"]["responses"][0]
+    assert shown["places"][:3] == [1, 4, 7]
+    assert "gaps are marked" in found.text
+    without = Page(analysis_report(replace(saved, tokens=saved.tokens[:0])))
+    assert without.data["tokens"] == {}
+
+
+def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
+    again = analysis_commands(saved)
+    words = shlex.split(again.shell)
+    asked = []
+    monkeypatch.setattr("internal_policy.cli.analyze._models", lambda *given: asked.append(given))
+    done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    names, lenses, output, _, options = asked[0]
+    assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
+    config = AnalyzeConfig(model=names[0], **options)
+    assert {k: v for k, v in config.decisive().items() if saved.config[k] != v} == {}
+    # In a new place, so that the finished one is not just read.
+    found = {}
+    exec(
+        again.python.replace("\nanalyze(", "\nanalysis = analyze(").replace(
+            str(saved.path.parent), str(saved.path.parent / "again")
+        ),
+        found,
+    )
+    pd.testing.assert_frame_equal(found["analysis"].layers, saved.layers)
+
+
+def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_path):
+    given = analyze("testbed/qwen3", responses=saved.sequences, output=tmp_path, keep_tokens=0)
+    again = analysis_commands(given)
+    words = shlex.split(again.shell)
+    assert words[: words.index("--output")] == [
+        *("internal-policy", "analyze", "--model", "testbed/qwen3"),
+        *("--responses", str(given.path / "responses.jsonl"), "--keep-tokens", "0"),
+    ]
+    assert "given from Python" in again.notes[1]
+    found = analyze("testbed/qwen3", responses=given.path / "responses.jsonl", keep_tokens=0)
+    pd.testing.assert_frame_equal(found.layers, given.layers)
+
+
+def test_a_report_is_written_whole_beside_its_result(saved, tmp_path):
+    path = write_report(saved)
+    assert path == saved.path / "report.html"
+    assert path.read_bytes() == write_report(Analysis.load(saved.path), tmp_path).read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(UserError, match="in memory only"):
+        write_report(replace(saved, path=None))
+    with pytest.raises(UserError, match="needed is an analysis, a comparison or a run"):
+        write_report("data/analyses")
+    with pytest.raises(UserError, match="give at least one"):
+        analysis_report([])
+
+
+def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
+    stored = AnalysisComparison.load(STORED / "sweep")
+    page = Page(comparison_report(stored))
+    for row in stored.convergence.to_dict("records"):
+        assert number(row["total_drop"]) in page.parts["convergence"]
+    for row in stored.boundaries.to_dict("records"):
+        assert row["label"] in page.parts["boundaries"]
+    spec = page.data["charts"]["c5"]
+    frame = stored.differences.query("site == 'attn' and quantity == 'change'")
+    for label, rows in frame.groupby("label"):
+        drawn = line(spec, shown_names(stored)[label])
+        np.testing.assert_allclose(drawn["y"], rows["difference"], atol=1e-6)
+    (command,) = [text for text in re.findall(r"internal-policy compare [^\n]+", page.text) if "checkpoint-6" in text]
+    assert command.strip() == redrawing(STORED / "sweep")
+
+
+def test_a_comparison_is_the_same_read_back(saved, tmp_path):
+    other = replace(saved, name="another")
+    made = compare(saved, other, labels=["NA", "007"], seed=3)
+    read = AnalysisComparison.load(made.save(tmp_path))
+    assert comparison_report(read) == comparison_report(replace(made, path=tmp_path))
+    assert read.labels == ("NA", "007")
+    assert (read.seed, read.path) == (3, tmp_path)
+
+
+RUN = sorted((STORED / "runs").glob("qwen3-bupo*"))
+
+
+def test_a_training_run_has_its_curves_phases_and_command():
+    run = Run.load(RUN[0])
+    page = Page(training_report(run))
+    for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
+        chart = page.data["charts"][name]
+        np.testing.assert_allclose(line(chart, "each step")["y"], run.history[column], atol=1e-6)
+        # Step 1 was sampled before any update: no mean reaches back to it.
+        means = line(chart, "mean of the last 5 steps")
+        wanted = run.history[column][1:].rolling(5, min_periods=1).mean()
+        assert means["x"] == list(run.history["step"][1:])
+        np.testing.assert_allclose(means["y"], wanted, atol=1e-6)
+        assert means["line"]["width"] > 2 > line(chart, "each step")["line"]["width"]
+        areas = [s for s in chart["layout"]["shapes"] if s["type"] == "rect"]
+        assert [area["x1"] for area in areas] == [run.ipa_steps + 0.5]
+    assert page.parts["target"] == str(run.layer)
+    words = shlex.split(training_commands(run).shell)
+    assert words[:2] == ["internal-policy", "train"]
+    assert words[words.index("--layer") + 1] == str(run.layer)
+    assert words[words.index("--seed") + 1] == str(run.config["trainer"]["seed"])
+    assert "rebuilt from its settings" in page.text
+
+
+def test_a_short_training_is_drawn_step_by_step():
+    run = Run.load(RUN[0])
+    (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
+    assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
+
+
+def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the_steps():
+    run = Run.load(RUN[0])
+    last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
+    assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
+    one = run.dynamics_layers[run.dynamics_layers["layer"] == 8]
+    charts = Page(training_report(replace(run, dynamics_layers=one))).data["charts"]
+    similarity = list(charts.values())[-1]["traces"]
+    assert [trace["x"] for trace in similarity] == [list(one["step"])]
+
+
+def test_a_recorded_call_is_given_again(tmp_path):
+    run = Run.load(RUN[0])
+    call = {"words": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
+    again = training_commands(replace(run, call=call))
+    assert shlex.split(again.shell)[2:] == [
+        *("--model", "a b", "--reward", "mod:f", "--set", "beta=0.1", "--report-to", "none")
+    ]
+    objects = training_commands(replace(run, call={**call, "objects": ["peft_config"]}))
+    assert objects.shell is None
+    assert "peft_config=peft_config" in objects.python
+    assert (
+        inspect.signature(train).parameters.keys() - {"set_", "debug", "wait", "json", "quiet", "json_", "as_json"}
+        == FLAGS
+    )
+
+
+def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path):
+    def command(*arguments):
+        return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "200"})
+
+    saved.save(tmp_path / "data" / "one")
+    compare(saved, saved).save(tmp_path / "data" / "compare--both")
+    done = command(tmp_path / "data")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.parent.name for p in tmp_path.rglob("report.html")) == ["compare--both", "one"]
+    assert done.output.count("(report.html)") == 2
+    (tmp_path / "empty").mkdir()
+    evaluation = next((STORED / "evaluations").rglob("evaluation.json")).parent
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "analysis.json").write_text("{")
+    for place, told in (
+        (tmp_path / "empty", "no finished analysis here"),
+        (tmp_path / "nowhere", "no finished analysis here"),
+        (evaluation, "holds an evaluation, of which there is no report"),
+        (broken, "broken analysis"),
+    ):
+        (tmp_path / "data" / "one" / "report.html").unlink(missing_ok=True)
+        failed = command(tmp_path / "data", place)
+        assert isinstance(failed.exception, UserError), failed.output
+        assert told in str(failed.exception)
+        # A bad one is told before any is drawn.
+        assert not (tmp_path / "data" / "one" / "report.html").exists()
+
+
+def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
+    place = saved.save(tmp_path / "a")
+    (place / "report.html").write_text("of another analysis")
+
+    def fail(thing):
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr("internal_policy.report.analysis_report", fail)
+    write_reports([Analysis.load(place)])
+    assert not (place / "report.html").exists()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in told
+    assert Analysis.load(place).n_responses == 6
+
+
+def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
+    place = saved.save(tmp_path / "a")
+    # Neither replaced nor removed, whoever asks.
+    (place / "report.html").mkdir()
+    write_reports([Analysis.load(place)])
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (IsADirectoryError" in told
+    assert "), and the page there is of earlier results; the results are whole" in told
+
+
+def test_bibtex_has_the_facts_of_the_citation_file():
+    facts, entries = (ROOT / "CITATION.cff").read_text(), bibtex()
+    for title in re.findall(r'title: "([^"]+)"', facts):
+        assert title in entries
+    for family, given in re.findall(r"family-names: (\w+), given-names: (\w+)", facts):
+        assert f"{family}, {given}" in " ".join(entries.split())
+    assert f"version = {{{re.search(r'version: (0.*)', facts)[1]}}}" in entries
+    assert "eprint        = {2512.19673}" in entries

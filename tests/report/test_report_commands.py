@@ -1,0 +1,161 @@
+"""What a report says of a training, and what it tells to type to make a result again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from shapes import make, progressive
+
+from internal_policy import Analysis, UserError, compare
+from internal_policy.analysis.sources import gather
+from internal_policy.bupo.results import Run
+from internal_policy.cli.report import report, write_reports
+from internal_policy.report import training_report
+from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words
+from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.training import summary
+
+STORED = Path(__file__).resolve().parents[2] / "data" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Run.load(STORED / "runs" / "qwen3-bupo-l7-s3-seed0")
+
+
+def phased(run, *phases, **trainer):
+    """The run as if its steps had been of these phases."""
+    config = {**run.config, "trainer": {**run.config["trainer"], **trainer}}
+    n = len(run.history)
+    names = [name for name, steps in phases for _ in range(steps)]
+    assert len(names) == n
+    return replace(run, config=config, history=run.history.assign(phase=names), ipa_steps=names.count("ipa"))
+
+
+@pytest.mark.parametrize(
+    ("phases", "trainer", "told"),
+    [
+        ((("ipa", 3), ("grpo", 27)), {}, "alignment of layer 7 for 3 steps, then GRPO for 27 steps"),
+        ((("ipa", 1), ("grpo", 29)), {}, "alignment of layer 7 for 1 step, then GRPO for 29 steps"),
+        ((("ipa", 3), ("rloo", 27)), {}, "alignment of layer 7 for 3 steps, then RLOO for 27 steps"),
+        ((("ipa", 30),), {}, "BuPO, layer 7, 30 steps: internal policy alignment of layer 7 for 30 steps"),
+        ((("grpo", 30),), {}, "no internal policy alignment of layer 7, GRPO for 30 steps"),
+        ((("ipa", 30),), {"site": "attn"}, ": internal policy alignment of the attention in layer 7 for 30 steps"),
+        ((("ipa", 30),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 30 steps"),
+    ],
+)
+def test_the_course_of_a_training_is_that_of_its_phases(run, phases, trainer, told):
+    assert f"{told}. The mean reward" in summary(phased(run, *phases, **trainer), None)
+
+
+def test_a_training_without_a_layer_has_no_course():
+    plain = Run.load(STORED / "runs" / "qwen3-grpo-seed0")
+    assert "was trained for 30 steps with GRPO. The mean reward" in summary(plain, None)
+
+
+def test_a_page_shades_no_alignment_where_there_was_none(run):
+    html = training_report(phased(run, ("grpo", 30)))
+    assert "Internal policy alignment is shaded" not in html
+    assert "Layer chosen" in html
+    html = training_report(phased(run, ("ipa", 3), ("grpo", 27), site="ffn"))
+    assert "Internal policy alignment is shaded" in html
+    assert "Layer optimised first" in html
+    assert "<dt>Site</dt><dd>FFN</dd>" in html
+
+
+def test_the_reward_is_a_mean_over_a_tenth_of_the_steps_at_each_end(run):
+    rewards = run.history["reward"]
+    start, end = rewards.iloc[:3].mean(), rewards.iloc[-3:].mean()
+    assert f"from {start:.3f} over the first 3 steps to {end:.3f} over the last 3." in summary(run, None)
+    few = replace(run, history=run.history.iloc[:9])
+    told = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
+    assert told in summary(few, None)
+    assert "reward" not in summary(replace(run, history=run.history.iloc[:1]), None)
+
+
+@pytest.fixture
+def manifest():
+    return json.loads((STORED / "sweep" / "comparison.json").read_text())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_labels_of_the_user_are_given_again_though_names_end_with_them(manifest, known):
+    manifest.pop("labels_given", None)
+    assert "--label" not in comparison_words(manifest, "here")
+    assert "labels" not in comparison_commands(manifest).python
+    rows = manifest["analyses"]
+    for row in rows[1:]:
+        row["label"] = row["label"].removeprefix("checkpoint-")
+    rows[0]["label"] = "-start"
+    manifest |= {"baseline": "6", **({"labels_given": True} if known else {})}
+    words = comparison_words(manifest, "here")
+    assert words[2 + len(rows) :][:3] == ["--label=-start", "--label", "6"]
+    assert words[-2:] == ["--baseline", "6"]
+    assert "labels=['-start', '6', '12'," in comparison_commands(manifest).python
+
+
+def test_labels_of_the_user_are_given_again_though_they_are_those_of_the_names(manifest):
+    # With labels of the user's own the figures name what they else number.
+    assert "--label" in comparison_words({**manifest, "labels_given": True}, "here")
+
+
+def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
+    default = comparison_commands(manifest, Path("data/comparisons/compare--a--b"))
+    assert "--output" not in default.shell
+    other = comparison_commands(manifest, Path("my place/compare--a--b"))
+    assert shlex.split(other.shell) == [*shlex.split(default.shell), "--output", "my place"]
+    assert other.python.endswith(".save('my place/compare--a--b')")
+    # What another command wrote lies below no --output of this one.
+    assert "--output" not in comparison_commands(manifest, Path("figures/sweep-a-b")).shell
+    assert ".save(" not in comparison_commands(manifest).python
+    # The command's own comparison has no path yet when its page is written.
+    stored = [STORED / "analyses" / name for name in ("qwen3-start", "qwen3-bupo")]
+    made = compare(*stored)
+    place = made.save(tmp_path / "compare--x")
+    write_reports([made], place, tell=False)
+    assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
+
+
+def test_beside_every_command_it_is_said_that_it_may_only_read(run, manifest):
+    analysis = analysis_commands(Analysis.load(STORED / "analyses" / "qwen3-start")).notes[0]
+    assert "is read and nothing is computed" in analysis
+    training = training_commands(run).notes[0]
+    assert "is read and nothing is trained; where it is not, it goes on" in training
+    for told in (analysis, training):
+        assert "another output, or add --overwrite (overwrite=True in Python)" in told
+    (compared,) = comparison_commands(manifest).notes
+    assert "computed from the analyses as they are in their directories now" in compared
+    assert "--overwrite" not in compared
+
+
+def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
+    for name in ("a", "b"):
+        make(progressive(2), name, prompts=2).save(tmp_path / name)
+    (tmp_path / "figures" / "a").mkdir(parents=True)
+    (tmp_path / "figures" / "a" / "flow.png").write_bytes(b"")
+    assert [found.name for found in gather(sorted(tmp_path.iterdir()))] == ["a", "b"]
+    # Named alone, or by another name, it is no slip of a wildcard.
+    with pytest.raises(UserError, match="figures: no finished analysis here"):
+        gather([tmp_path / "figures"])
+    with pytest.raises(UserError, match="nowhere/figures: no finished analysis here"):
+        gather([tmp_path / "a", tmp_path / "nowhere" / "figures"])
+    (tmp_path / "figures").rename(tmp_path / "drawn")
+    with pytest.raises(UserError, match="drawn: no finished analysis here"):
+        gather([tmp_path / "a", tmp_path / "drawn"])
+    make(progressive(2), "c", prompts=2).save(tmp_path / "figures" / "c")
+    assert [found.name for found in gather([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
+
+
+def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):
+    for name, stored in (("one", "qwen3-start"), ("two", "llama-start")):
+        shutil.copytree(STORED / "analyses" / stored, tmp_path / name)
+    (tmp_path / "figures" / "one").mkdir(parents=True)
+    report(sorted(tmp_path.iterdir()))
+    assert {path.parent.name for path in tmp_path.rglob("report.html")} == {"one", "two"}
+    with pytest.raises(UserError, match="no finished analysis here"):
+        report([tmp_path / "figures"])

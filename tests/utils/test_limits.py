@@ -1,0 +1,52 @@
+"""Counts that no run gets through are refused before anything of that size is made."""
+
+from __future__ import annotations
+
+import pytest
+
+from internal_policy import AnalyzeConfig, UserError
+from internal_policy.bupo import plan as planning
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.inspection.settings import check_settings
+from internal_policy.utils.shell import is_number
+from internal_policy.utils.validation import LARGEST
+
+HUGE = (10**11, 10**30, 10**4500)
+
+
+@pytest.mark.parametrize("value", HUGE, ids=["1e11", "1e30", "1e4500"])
+@pytest.mark.parametrize(
+    "name", ["max_responses", "samples_per_prompt", "max_new_tokens", "batch_size", "seed", "keep_tokens"]
+)
+def test_an_analysis_refuses_a_count_beyond_its_limit(name, value):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UserError, match=rf"^{flag} is [0-9a-z+. ]+; needed is a number of at most {LARGEST[name]}$"):
+        AnalyzeConfig(**{name: value})
+    assert getattr(AnalyzeConfig(**{name: LARGEST[name]}), name) == LARGEST[name]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=["1e11", "1e30", "1e4500"])
+def test_so_do_evaluation_inspection_and_training(value):
+    for name in ("samples", "max_problems", "max_new_tokens"):
+        with pytest.raises(UserError, match="needed is a number of at most"):
+            EvaluateConfig(model="testbed/qwen3", benchmark="testbed", **{name: value})
+    for name in ("max_new_tokens", "top_k"):
+        with pytest.raises(UserError, match="needed is a number of at most"):
+            check_settings("a?", None, **{"max_new_tokens": 4, "top_k": 1, name: value})
+    for name in ("max_steps", "prompts_per_step", "lora_rank", "num_generations", "max_completion_length", "seed"):
+        with pytest.raises(UserError, match=f"{name} is .* at most {LARGEST[name]}"):
+            planning.split("testbed/qwen3", {}, {name: value})
+
+
+def test_a_product_of_counts_has_a_limit_too():
+    with pytest.raises(UserError, match="steps of 100000 prompts are more than the 10000000 prompts of one run"):
+        planning.split("testbed/qwen3", {}, {"max_steps": 10**6, "prompts_per_step": 10**5})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", True), (" -7 ", True), ("+12", True), ("٣", True), ("²", False), ("9" * 5000, False), ("", False)],
+)
+def test_what_is_a_number_is_what_python_reads(text, number):
+    assert is_number(text) == number
+    assert not number or isinstance(int(text), int)
