@@ -18,7 +18,7 @@ from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.results import MANIFEST as ANALYSIS_MANIFEST
 from internal_policy.analysis.results import Analysis
-from internal_policy.bupo.presets import AUTO, DATA, VERIFIERS
+from internal_policy.bupo.config import AUTO, DATA, VERIFIERS
 from internal_policy.bupo.results import MANIFEST, Run
 from internal_policy.data.records import SUFFIXES
 from internal_policy.utils.io import expanded

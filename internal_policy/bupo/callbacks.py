@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from internal_policy.bupo.checkpoint import drop_optimiser_states
+from internal_policy.bupo.config import ALIGNMENT, AUTO, second_phase
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.history import FAILURES, history_of
-from internal_policy.bupo.presets import ALIGNMENT, AUTO, after_alignment
 from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
 from internal_policy.rewards.functions import failures_of
 
@@ -78,7 +78,7 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         measured = self._dynamics.measure()
         step = self._step(state)
         row = measured.row()
-        phase = ALIGNMENT if batch_aligned else after_alignment(self._trainer.args.method)
+        phase = ALIGNMENT if batch_aligned else second_phase(self._trainer.args.method)
         self.rows.append({"step": step, "phase": phase, **row})
         self.layers.append(measured.layers.assign(step=step))
         self._decide()

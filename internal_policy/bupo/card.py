@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internal_policy.bupo import places
-from internal_policy.bupo.presets import ALIGNMENT
+from internal_policy.bupo.config import ALIGNMENT
 from internal_policy.bupo.results import EVALUATIONS, Run
 from internal_policy.utils.citation import bibtex
 from internal_policy.utils.console import number, percent_span

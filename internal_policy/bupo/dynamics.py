@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.presets import SITES, Site
+from internal_policy.bupo.config import SITES, Site
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from internal_policy.bupo.presets import Site
+from internal_policy.bupo.config import Site
 from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import Family, family_of
 from internal_policy.models.options import Lens

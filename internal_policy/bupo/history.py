@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.bupo.presets import ALIGNMENT, after_alignment
+from internal_policy.bupo.config import ALIGNMENT, second_phase
 
 
 def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, alignment_lr: float) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def history_of(log: list[dict[str, Any]], updates_per_step: int, method: str, al
         rates = entry.get("learning_rate")
         row: dict[str, Any] = {
             "step": entry["step"] // updates_per_step,
-            "phase": ALIGNMENT if aligns else after_alignment(method),
+            "phase": ALIGNMENT if aligns else second_phase(method),
             **{name: entry.get(source) for name, source in _COLUMNS.items()},
             "learning_rate": None if rates is None else rates * (alignment_lr if aligns else 1.0),
         }

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.analysis.results import Analysis
+from internal_policy.bupo.config import AUTO, require_layer
 from internal_policy.bupo.forward import check_layer
-from internal_policy.bupo.presets import AUTO, require_layer
 from internal_policy.models import LanguageModel
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.errors import UserError

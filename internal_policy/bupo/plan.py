@@ -13,14 +13,14 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from trl.import_utils import is_vllm_available
 
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.bupo.config import BuPOConfig, one_of
-from internal_policy.bupo.presets import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS, preset
+from internal_policy.bupo.config import AUTO, METHODS, PAPER, PRESETS, STEP_OPTIONS
 from internal_policy.bupo.rehearsal import refused
+from internal_policy.bupo.trainer_config import BuPOConfig, one_of
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.shell import is_number
-from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large
+from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large, require_one_of
 from internal_policy.utils.wording import counted
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
@@ -117,7 +117,9 @@ def split(model: str, words: Mapping[str, Any], options: Mapping[str, Any]) -> t
             hint = f"; did you mean {near[0]}?" if near else "; known are those of `train`, BuPOConfig and GRPOConfig"
             raise UserError(f"unknown option {name!r}{hint}")
     named = given.get("preset") or ("testbed" if model.startswith("testbed/") else None)
-    defaults = preset(str(named)) if named else {**PAPER, "ipa_steps": PRESETS["llama"]["ipa_steps"]}
+    if named:
+        require_one_of("preset", named, PRESETS)
+    defaults = dict(PRESETS[str(named)] if named else PAPER)
     merged = {**defaults, **given, "preset": named}
     if any(name in given for name in _TRLS_BATCH):
         if both := [name for name in _OURS_BATCH if name in given]:

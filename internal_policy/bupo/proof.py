@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, evaluating, wrap
 from internal_policy.utils.errors import UserError

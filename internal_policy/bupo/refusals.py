@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.rehearsal import refused
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.memory import is_out_of_memory
 

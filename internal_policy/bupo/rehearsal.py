@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from internal_policy.bupo.config import BuPOConfig, one_of
+from internal_policy.bupo.trainer_config import BuPOConfig, one_of
 from internal_policy.utils.errors import UserError
 
 _CHOICES = {

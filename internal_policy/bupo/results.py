@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.bupo.presets import AUTO
+from internal_policy.bupo.config import AUTO
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import EXACT, Kind

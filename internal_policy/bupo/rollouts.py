@@ -14,9 +14,9 @@ import numpy as np
 from datasets import Dataset
 
 from internal_policy.analysis.results import Analysis
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.config import AUTO
 from internal_policy.bupo.plan import Plan
-from internal_policy.bupo.presets import AUTO
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
 from internal_policy.data.responses import Response
 from internal_policy.generation import Request, check_prompt_lengths, sample

@@ -20,16 +20,16 @@ from internal_policy.bupo import rollouts
 from internal_policy.bupo.callbacks import Chronicle, DynamicsWatch, StepRecord
 from internal_policy.bupo.card import write_card
 from internal_policy.bupo.checkpoint import Seal
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.config import ALIGNMENT, AUTO
 from internal_policy.bupo.directory import RunDirectory
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.layer import LayerChoice, choose_layer
-from internal_policy.bupo.presets import ALIGNMENT, AUTO
 from internal_policy.bupo.proof import check_experts, proved
 from internal_policy.bupo.refusals import refusing
 from internal_policy.bupo.rehearsal import rehearse
 from internal_policy.bupo.results import CHECKPOINTS, EVALUATIONS, MANIFEST, Run
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, load, wrap

@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from internal_policy.bupo.advantages import leave_one_out, whitened
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.config import AUTO
 from internal_policy.bupo.forward import check_layer, counted_positions, internal_forward
 from internal_policy.bupo.head import streamed_head, streams
-from internal_policy.bupo.presets import AUTO
 from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.models import Family, evaluating
 from internal_policy.utils.errors import UserError
 

@@ -13,10 +13,10 @@ from internal_policy.analysis.options import showing
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.call import call_of, digest
-from internal_policy.bupo.config import BuPOConfig
-from internal_policy.bupo.presets import AUTO, DATA
+from internal_policy.bupo.config import AUTO, DATA
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.presets import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
+from internal_policy.bupo.config import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
 from internal_policy.cli.common import Debug, Json, Model, Quiet, Wait, completing, require_there, told
 from internal_policy.cli.report import write_reports
 from internal_policy.data.prompts import TEMPLATES

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, trailing_mean, window_for
-from internal_policy.bupo.presets import ALIGNMENT
+from internal_policy.bupo.config import ALIGNMENT
 from internal_policy.bupo.results import last_alignment_step, why_no_dynamics
 from internal_policy.report.charts import Chart, look, series_look
 from internal_policy.report.numbers import interval, number

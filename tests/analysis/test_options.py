@@ -10,8 +10,8 @@ import pytest
 
 from internal_policy import AnalyzeConfig, UserError, analyze, bupo, study, sweep
 from internal_policy.analysis.options import AnalyzeOptions
-from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.plan import Plan
+from internal_policy.bupo.trainer_config import BuPOConfig
 
 OF_ONE_MODEL = {"revision", "template"}
 

@@ -13,10 +13,10 @@ from training import refused
 
 from internal_policy import UserError, bupo, models
 from internal_policy.bupo import proof
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo.config import ALIGNMENT
 from internal_policy.bupo.dynamics import Dynamics
-from internal_policy.bupo.presets import ALIGNMENT
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.responses import read_responses
 
 

@@ -14,9 +14,9 @@ from trl.trainer.utils import add_fused_lm_head
 from internal_policy import models
 from internal_policy.bupo import head
 from internal_policy.bupo import trainer as trainer_module
+from internal_policy.bupo.config import PRESETS
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.plan import Plan
-from internal_policy.bupo.presets import preset
 from internal_policy.bupo.rollouts import cadence
 from internal_policy.data.responses import read_responses
 from internal_policy.entropy import log_probs as trained
@@ -248,7 +248,7 @@ def flops(work):
 @pytest.mark.parametrize("named", ["testbed", "qwen"])
 def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
     """Operations at the default cadence against those of updates and old log-probabilities, sampling left out."""
-    settings = preset(named)
+    settings = dict(PRESETS[named])
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
     # 924 entries stand to a layer of this width as Qwen3-4B's vocabulary to one of its layers.
     model = tiny_model("qwen3", layers=layers, vocab=vocab, context=80)
