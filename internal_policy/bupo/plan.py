@@ -19,8 +19,8 @@ from internal_policy.bupo.trainer_config import BuPOConfig, one_of
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import MOST_PROMPTS, refuse_too_large, require_one_of
 from internal_policy.utils.shell import is_number
-from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large, require_one_of
 from internal_policy.utils.wording import counted
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from internal_policy.analysis.inputs import Source
-from internal_policy.analysis.options import showing
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo import plan as planning
 from internal_policy.bupo.call import call_of, digest
@@ -20,12 +19,13 @@ from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
+from internal_policy.utils.options import takes_options
 from internal_policy.utils.quiet import quiet_libraries
 from internal_policy.utils.shell import is_number
 
 
 @quiet_libraries()
-@showing(planning.Plan, BuPOConfig)
+@takes_options(planning.Plan, BuPOConfig, more=True)
 @as_its_dtype_says()
 @torch.inference_mode(False)
 @torch.enable_grad()

@@ -653,8 +653,8 @@ def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_pa
 
 
 def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
-    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
-    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).cache_key()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").cache_key()
     model, options = subject
     for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
         # Only what the configuration says: quantised weights need a package that is not everywhere.
