@@ -16,11 +16,10 @@ from internal_policy.utils.extras import require
 from internal_policy.utils.quiet import import_quietly
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.card import attach_evaluations
     from internal_policy.bupo.config import TrainConfig
     from internal_policy.bupo.forward import internal_forward
-    from internal_policy.bupo.hub import push_to_hub
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.hub import attach_evaluations, push_to_hub
+    from internal_policy.bupo.run import Run
     from internal_policy.bupo.trainer import BuPOTrainer
     from internal_policy.bupo.trainer_config import BuPOConfig
     from internal_policy.bupo.training import train
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 _HOME = {
     "BuPOConfig": "trainer_config",
     "BuPOTrainer": "trainer",
-    "Run": "results",
+    "Run": "run",
     "internal_forward": "forward",
-    "attach_evaluations": "card",
+    "attach_evaluations": "hub",
     "push_to_hub": "hub",
     "TrainConfig": "config",
     "train": "training",

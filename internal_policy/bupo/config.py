@@ -30,6 +30,8 @@ SITES = get_args(Site)
 METHODS = ("bupo", "grpo", "rloo", "reinforce++")
 AGGREGATIONS = ("sequence-mean", "token-mean")
 AUTO = "auto"
+PAPER_PROMPTS = "zwhe99/DeepMath-103K"
+"""The prompts of the paper, the default of every model that is not embedded."""
 VERIFIERS = ("math", "exact")
 """Rewards by name; both compare a response with a reference answer."""
 ALIGNMENT = "ipa"
@@ -201,7 +203,15 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 require_one_of(name, getattr(self, name), choices)
         if isinstance(self.ipa_steps, (bool, float)) or (isinstance(self.ipa_steps, str) and self.ipa_steps != AUTO):
-            raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps of at least 0, or auto")
+            raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps or auto")
+        if isinstance(self.layer, (bool, float)):
+            raise UserError(
+                f"layer is a {type(self.layer).__name__}; needed is a number from 1, an Analysis, its path, or auto"
+            )
+        if self.save_steps is not None and self.save_steps > 1 and self.save_steps != int(self.save_steps):
+            raise UserError(
+                f"save_steps is {self.save_steps}; needed is a number of steps, or a share of the run below 1"
+            )
         if self.method != "bupo" and self.ipa_steps not in (None, 0):
             raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
         ours = [name for name in ("prompts_per_step", "mini_batches") if getattr(self, name) is not None]
@@ -226,8 +236,8 @@ class TrainConfig:
         """
         given: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in options.items()}
         ours = {name: value for name, value in given.items() if name in _FIELDS and value is not None}
-        ours.setdefault("trl_options", {name: value for name, value in given.items() if name not in _FIELDS})
-        return cls(**ours)
+        others = {name: value for name, value in given.items() if name not in _FIELDS}
+        return cls(**{**ours, "trl_options": {**ours.get("trl_options", {}), **others}})
 
     def to_keywords(self) -> dict[str, Any]:
         """Write down what differs from the defaults.
@@ -337,7 +347,7 @@ def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
             raise UserError(f"{message} a number")
         if name in _AT_LEAST and value < _AT_LEAST[name]:
             raise UserError(f"{message} at least {_AT_LEAST[name]}")
-        if name in ("temperature", "top_p") and (value <= 0 or (name == "top_p" and value > 1)):
+        if name in ("temperature", "top_p", "save_steps") and (value <= 0 or (name == "top_p" and value > 1)):
             raise UserError(f"{message} a number above 0" + (", at most 1" if name == "top_p" else ""))
 
 

@@ -1,16 +1,34 @@
-"""The settings of a training run: TRL's, and ours on top."""
+"""``BuPOConfig``: the settings of ``trl.GRPOConfig`` and those of internal policies, and how it is built.
+
+TRL counts updates and the samples of one process; ``TrainConfig`` counts steps and prompts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+import difflib
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import torch
 from trl import GRPOConfig
 
-from internal_policy.bupo.config import AGGREGATIONS, AUTO, METHODS, SITES, Site
+from internal_policy.bupo.config import (
+    AGGREGATIONS,
+    AUTO,
+    METHODS,
+    SITES,
+    STEP_OPTIONS,
+    TRL_BATCH_OPTIONS,
+    Site,
+    TrainConfig,
+    check_values,
+)
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import require_one_of
+from internal_policy.utils.wording import counted
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.
@@ -28,40 +46,68 @@ _WRONG_IN_PHASE_ONE = {
 }
 
 
+_ROW_PER_STEP = "the history has a row per step"
+_EVALUATION = "the evaluation before and after the training is that of benchmark="
+_SETTLED = {
+    **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step"), _ROW_PER_STEP),
+    **dict.fromkeys(("eval_strategy", "do_eval", "eval_steps", "eval_on_start", "load_best_model_at_end"), _EVALUATION),
+    "shuffle_dataset": "the order of the prompts follows from the seed, so that a resumed run sees the same",
+    "num_train_epochs": "the run has max_steps steps, over as many passes through the prompts as that takes",
+    "disable_tqdm": "progress is shown where standard error is a terminal",
+    "model_init_kwargs": "the keywords of `train` say how the model is loaded (dtype, revision, attn_implementation)",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+        "a finished run is pushed by bupo.push_to_hub(run, repo_id) or `internal-policy push RUN --repo NAME`, without "
+        "checkpoints and optimiser states",
+    ),
+    "resume_from_checkpoint": "a run is continued by the same call with the same output",
+}
+"""Options of transformers that `train` settles, and why."""
+_OF_POLICY = (
+    *("method", "ipa_learning_rate", "site", "lens", "aggregation", "freeze_layers", "upper_lr_scale"),
+    *("entropy_sequences", "seed", "learning_rate", "num_generations", "temperature"),
+)
+"""Fields of ``TrainConfig`` that ``BuPOConfig`` has under the same name and with the same meaning."""
+_LARGEST_BATCH = {"cpu": 64, "cuda": 4}
+_CHECKPOINTS_IN_A_RUN = 10
+"""At most, and at least five and the last where the run has more steps than this: enough to see a trend."""
+
+
 @dataclass
 class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """Settings of ``BuPOTrainer``: every option of ``trl.GRPOConfig``, and those of internal policies.
 
     A *step* is one batch of rollouts with all updates on it, as in the paper; TRL's ``max_steps``, ``save_steps`` and
-    the like count updates, of which a step has ``updates_per_step``.
+    the like count updates, of which a step has ``updates_per_step``. What the fields of ``TrainConfig`` with the same
+    names mean, they mean here.
     """
 
-    method: str = field(default="bupo", metadata={"help": "bupo, grpo, rloo or reinforce++."})
-    """Which advantages, and whether an internal policy comes first: bupo, grpo, rloo, reinforce++."""
-    layer: int | None = field(default=None, metadata={"help": "Layer whose policy is optimised first, from 1."})
-    """l, from 1: the layer whose policy is optimised in the first phase; also the mark for ``upper_lr_scale``."""
-    ipa_steps: int | str = field(default=0, metadata={"help": "Steps of the first phase, or auto."})
+    method: str = "bupo"
+    """bupo, grpo, rloo or reinforce++: which advantages, and whether an internal policy comes first."""
+    layer: int | None = None
+    """l, from 1: the layer whose policy is optimised in the first phase; ``upper_lr_scale`` applies above it."""
+    ipa_steps: int | str = 0
     """Steps of internal policy alignment; ``auto`` ends it by its own dynamics, at half of the run at the latest."""
-    ipa_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the first phase."})
-    """Learning rate in the first phase, with the same schedule; ``learning_rate`` where not given."""
-    site: Site = field(default="layer", metadata={"help": "layer, attn or ffn."})
-    """What is projected: the layer's output, or what its attention or its FFN writes."""
-    lens: Lens = field(default="policy", metadata={"help": "policy (no final norm) or logit-lens."})
-    """``policy`` as the paper; ``logit-lens`` applies the final norm (the paper's ablation)."""
-    aggregation: str | None = field(default=None, metadata={"help": "sequence-mean (eq. 3) or token-mean."})
-    """Mean of the loss: over sequences of their token means (arXiv 2512.19673v3, eq. 3), or over all tokens."""
-    loss_type: str | None = field(default=None, metadata={"help": "TRL's loss_type, in place of aggregation."})
+    ipa_learning_rate: float | None = None
+    """Learning rate in the first phase, with the same schedule; ``learning_rate`` where it is None."""
+    site: Site = "layer"
+    """What is projected: the layer's output, or what its attention (attn) or its FFN (ffn) writes."""
+    lens: Lens = "policy"
+    """``policy`` as in the paper; ``logit-lens`` applies the final norm (the paper's ablation)."""
+    aggregation: str | None = None
+    """Mean of the loss: sequence-mean (arXiv 2512.19673v3, eq. 3) or token-mean."""
+    loss_type: str | None = None
     """TRL's own name of a loss, in place of ``aggregation``."""
-    freeze_layers: int = field(default=0, metadata={"help": "Freeze the embedding and layers 1..n."})
-    """Layers 1..n and an untied embedding get no update (the baseline of appendix B.2)."""
-    upper_lr_scale: float = field(default=1.0, metadata={"help": "Factor on the learning rate above the layer."})
-    """Factor on the learning rate of layers above ``layer`` (the baseline of appendix B.2: 0.1)."""
-    entropy_sequences: int = field(default=64, metadata={"help": "Rollouts of a step that policy_entropy is from."})
-    """Entropy of pi_theta is measured on so many rollouts of each step, over all processes; 0 leaves it out."""
-    ddp_find_unused_parameters: bool | None = field(default=None, metadata={"help": "On where there is a first phase."})
-    """DDP's search for parameters without gradient: on where there is a first phase, unless it is set."""
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 mixed precision; on cuda by default."})
-    """bfloat16 mixed precision; by default where cuda has it."""
+    freeze_layers: int = 0
+    """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
+    upper_lr_scale: float = 1.0
+    """Factor on the learning rate of the layers above ``layer`` (a baseline of appendix B.2 uses 0.1)."""
+    entropy_sequences: int = 64
+    """Rollouts of a step on which the entropy of pi_theta is measured, over all processes; 0 leaves it out."""
+    ddp_find_unused_parameters: bool | None = None
+    """DDP's search for parameters without gradient; by default on where there is a first phase."""
+    bf16: bool | None = None
+    """bfloat16 mixed precision; by default on where cuda has it."""
 
     def __post_init__(self) -> None:
         """Complete the settings and refuse those that would train something else than they say.
@@ -69,18 +115,18 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
         Raises:
             UserError: a value out of range, or an option that has no meaning for an internal policy.
         """
-        one_of("method", self.method, METHODS)
-        one_of("site", self.site, SITES)
-        one_of("lens", self.lens, get_args(Lens))
+        require_one_of("method", self.method, METHODS)
+        require_one_of("site", self.site, SITES)
+        require_one_of("lens", self.lens, get_args(Lens))
         if self.loss_type is None:
             self.aggregation = self.aggregation or "sequence-mean"
-            one_of("aggregation", self.aggregation, AGGREGATIONS)
+            require_one_of("aggregation", self.aggregation, AGGREGATIONS)
             self.loss_type = _LOSS_TYPES[self.aggregation]
         elif self.aggregation is not None and self.loss_type != _LOSS_TYPES.get(self.aggregation):
             raise UserError(
                 f"both aggregation={self.aggregation!r} and loss_type={self.loss_type!r} were given; give one of them"
             )
-        one_of("loss_type", self.loss_type, _TRLS_LOSS_TYPES)
+        require_one_of("loss_type", self.loss_type, _TRLS_LOSS_TYPES)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.aligns:
@@ -89,7 +135,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 self.ddp_find_unused_parameters = True
             self._refuse_what_alignment_would_make_wrong()
         super().__post_init__()
-        self._check_steps()
+        self.check_steps()
 
     @property
     def aligns(self) -> bool:
@@ -139,11 +185,17 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 "use non-reentrant gradient checkpointing"
             )
 
-    def _check_steps(self) -> None:
+    def check_steps(self) -> None:
+        """Check the settings that depend on the layer and on the number of steps, which may be settled late.
+
+        Raises:
+            UserError: they contradict each other.
+        """
         if self.method == "bupo" and self.layer is None and self.ipa_steps != 0:
             raise UserError("method='bupo' without layer; give the layer whose policy comes first, from 1")
         if isinstance(self.ipa_steps, str):
-            one_of("ipa_steps", self.ipa_steps, (AUTO,), "a number of steps or auto")
+            if self.ipa_steps != AUTO:
+                raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps or auto")
         elif isinstance(self.ipa_steps, bool) or self.ipa_steps < 0:
             raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps of at least 0, or auto")
         if self.ipa_learning_rate is not None and (self.ipa_learning_rate < 0 or not self.learning_rate > 0):
@@ -197,17 +249,130 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             )
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...], needed: str | None = None) -> None:
-    """Check a choice.
+def check_trl_options(config: TrainConfig) -> None:
+    """Check the options that are passed on to TRL by name.
 
     Args:
-        name: the option.
-        value: what was given.
-        choices: what there is.
-        needed: how to say it, where the choices are not all.
+        config: the run's settings.
 
     Raises:
-        UserError: another value.
+        UserError: an unknown option, one that ``train`` settles itself, or a value of another type or out of range.
     """
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; needed is {needed or 'one of ' + ', '.join(choices)}")
+    ours = {f.name for f in fields(TrainConfig)}
+    # What TrainConfig has is set there, and the directory of the checkpoints is the run's.
+    known = {f.name for f in fields(BuPOConfig) if f.init} - {*ours, "output_dir"}
+    for name in config.trl_options:
+        if name in _SETTLED:
+            raise UserError(f"{name} cannot be chosen: {_SETTLED[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(ours | known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; known are the fields of TrainConfig and of GRPOConfig"
+            raise UserError(f"unknown option {name!r}{hint}")
+    check_values(config.trl_options, get_type_hints(BuPOConfig))
+
+
+def make_trainer_config(
+    config: TrainConfig, layer: int | None, checkpoints: Path, processes: int, device: str
+) -> BuPOConfig:
+    """Build the trainer's configuration, once for a run.
+
+    Args:
+        config: the run's settings, with those of its preset.
+        layer: l, from 1; None where there is none.
+        checkpoints: directory of the checkpoints.
+        processes: number of data-parallel processes.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        The configuration, in TRL's terms.
+
+    Raises:
+        UserError: batch sizes that do not divide, or a value that TRL refuses.
+    """
+    options = dict(config.trl_options)
+    # Filled in by the preset.
+    assert config.ipa_steps is not None
+    assert config.max_steps is not None
+    if options.get("use_vllm"):
+        # It cannot be used with an internal policy, and the methods are to be compared on the same terms.
+        options.setdefault("vllm_importance_sampling_correction", False)
+    if not any(name in options for name in TRL_BATCH_OPTIONS):
+        options |= _batch(config, processes, device)
+    steps: dict[str, Any] = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
+    steps["logging_steps"] = 1
+    steps["max_steps"] = config.max_steps
+    steps["save_steps"] = config.save_steps or math.ceil(config.max_steps / _CHECKPOINTS_IN_A_RUN)
+    if config.max_completion_length is not None:
+        options["max_completion_length"] = config.max_completion_length
+    # In TRL a mixture of experts has a load-balancing loss of its own; eq. 10 has none, in either phase.
+    options.setdefault("router_aux_loss_coef", 0.0)
+    options.setdefault("gradient_checkpointing", device == "cuda")
+    options.setdefault("use_cpu", device == "cpu")
+    try:
+        built = BuPOConfig(
+            output_dir=str(checkpoints),
+            layer=layer,
+            ipa_steps=config.ipa_steps,
+            report_to=config.report_to or "none",
+            # The order of the prompts is settled before: TRL's sampler would start over with each resumed run.
+            shuffle_dataset=False,
+            disable_tqdm=True,
+            **{name: getattr(config, name) for name in _OF_POLICY},
+            **options,
+        )
+    # A missing package, such as deepspeed, is told by an ImportError.
+    except (ValueError, TypeError, ImportError) as error:
+        raise refused(error) from error
+    # Only now it is known how many updates a step has.
+    for name, value in steps.items():
+        setattr(built, name, _updates(name, value, config.max_steps, built.updates_per_step))
+    built.check_steps()
+    return built
+
+
+def refused(error: Exception) -> UserError:
+    """Say which of its options the trainer refuses.
+
+    Args:
+        error: what it raised.
+
+    Returns:
+        The error in one line.
+    """
+    return UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300] or type(error).__name__}")
+
+
+def _updates(name: str, value: Any, max_steps: int, factor: int) -> Any:
+    """Convert steps, or a share of the run where below 1, to updates."""
+    if isinstance(value, int) or value >= 1:
+        return value * factor
+    # A checkpoint between two updates of a step would be of no use: the rollouts are not in it.
+    return value if name == "warmup_steps" else max(1, round(value * max_steps)) * factor
+
+
+def _batch(config: TrainConfig, processes: int, device: str) -> dict[str, int]:
+    """Split the rollouts of a step into mini-batches, and those into what a process computes at a time."""
+    assert config.prompts_per_step
+    assert config.mini_batches
+    samples = config.prompts_per_step * config.num_generations
+    share, rest = divmod(samples, config.mini_batches * processes)
+    rollouts = f"{config.prompts_per_step} prompts x {config.num_generations} generations"
+    if rest or not share:
+        raise UserError(
+            f"{rollouts} do not divide into {config.mini_batches} mini-batches on {counted(processes, 'process')}; "
+            "change prompts_per_step, num_generations or mini_batches"
+        )
+    size = config.trl_options.get("per_device_train_batch_size")
+    if size is None:
+        largest = _LARGEST_BATCH.get(device, _LARGEST_BATCH["cuda"])
+        size = max(n for n in range(1, min(share, largest) + 1) if share % n == 0)
+    elif share % size:
+        raise UserError(
+            f"per_device_train_batch_size is {size}, and {rollouts} give {share} samples a process and mini-batch; "
+            "needed is a divisor of that"
+        )
+    return {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": share // size,
+        "steps_per_generation": share // size * config.mini_batches,
+    }

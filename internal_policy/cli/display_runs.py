@@ -19,7 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from internal_policy.bupo.results import Run
+from internal_policy.bupo.run import Run
 from internal_policy.cli.display import files_of, list_files
 from internal_policy.data.benchmarks import title
 from internal_policy.evaluation.paired_tests import Comparison

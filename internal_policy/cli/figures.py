@@ -33,7 +33,7 @@ class FiguresCommand(ConsoleOptions):
             UserError: no finished result, or a directory that cannot be written.
         """
         from internal_policy.analysis.sources import gather
-        from internal_policy.bupo.results import Run
+        from internal_policy.bupo.run import Run
         from internal_policy.evaluation.results import EVALUATION, Evaluation
         from internal_policy.inspection.results import INSPECTION, Inspection
         from internal_policy.utils.console import say

@@ -19,7 +19,7 @@ from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import world_size
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 _FROM_PYTHON_ONLY = ("tokenizer", "peft_config", "callbacks", "trl_options")
 
@@ -52,9 +52,9 @@ class TrainCommand(TrainConfig, SetOptions):
         require_there([config.model], config.revision, config.prompts, config.benchmark)
         if config.layer is not None:
             require_layer(str(config.layer))
-        from internal_policy.bupo.call import complete
+        from internal_policy.bupo.run import find_finished
 
-        known = None if config.overwrite or world_size() > 1 else complete({"model": config.model, **options})
+        known = None if config.overwrite or world_size() > 1 else find_finished(config)
         if known is not None:
             run, is_main_process = known, True
         else:
