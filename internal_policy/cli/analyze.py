@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
 from internal_policy.cli import report
 from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_there, to_json
@@ -20,7 +19,6 @@ from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.options import option
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name, is_main_process, world_size
 from internal_policy.utils.wording import counted
 
@@ -126,6 +124,9 @@ def _models(command: AnalyzeCommand) -> None:
     options["revision"] = command.revision[0] if command.revision else None
     # Bad settings are refused before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
+    from internal_policy.analysis import unchanged
+    from internal_policy.utils.progress import importing, status
+
     if len(configs) > 1:
         from internal_policy.analysis.checkpoints import refuse_one_place
 
@@ -189,7 +190,9 @@ def _to_json(analysis: Analysis) -> dict[str, Any]:
 def _sweep(command: AnalyzeCommand) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(**settings)
+    from internal_policy.analysis import unchanged
     from internal_policy.analysis.checkpoints import refuse_one_place, targets
+    from internal_policy.utils.progress import importing
 
     start = command.model[0] if command.model else None
     # A shell that was given no quotes has turned the glob into many words.
@@ -236,6 +239,8 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
     AnalyzeConfig(model=STUDIES[preset][0].model, **settings)
     del settings["responses"]
     require_there([], None, command.prompts)
+    from internal_policy.utils.progress import importing
+
     with importing():
         from internal_policy.cli.display import list_files, show_study
         from internal_policy.comparison.study import study

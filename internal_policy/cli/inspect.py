@@ -10,7 +10,6 @@ from internal_policy.cli.command import OutputOptions, require_packages, require
 from internal_policy.inspection.config import InspectConfig, Site, check_choice
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection
@@ -38,6 +37,8 @@ class InspectCommand(InspectConfig, OutputOptions):
         check_choice(self.tokens, self.last)
         require_packages(self.backend, self.quantization)
         require_there([self.model], self.revision)
+        from internal_policy.utils.progress import importing
+
         with importing():
             from internal_policy.cli.display import list_files
             from internal_policy.cli.display_runs import show_inspection

@@ -15,7 +15,6 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.extras import require
 from internal_policy.utils.locks import writing
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import world_size
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ class TrainCommand(TrainConfig, SetOptions):
         if config.layer is not None:
             require_layer(str(config.layer))
         from internal_policy.bupo.run import find_finished
+        from internal_policy.utils.progress import importing
 
         known = None if config.overwrite or world_size() > 1 else find_finished(config)
         if known is not None:

@@ -69,11 +69,11 @@ def analysis_commands(analysis: Analysis) -> Commands:
     place = None if root == ANALYSES else root
     model = str(config.get("model", analysis.model["id"]))
     notes += _about(analysis, model)
-    config_again = AnalyzeConfig(model=model, **options)
+    settings = {"model": model, **options}
     words = [
         "internal-policy",
         "analyze",
-        *command_line_of(config_again, always=("model",)),
+        *command_line_of(AnalyzeConfig, settings, always=("model",)),
         *words_of("output", place),
     ]
     given = {**options, "output": root or ANALYSES}

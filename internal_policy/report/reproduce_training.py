@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.bupo.config import TrainConfig
 from internal_policy.report.page import clean
 from internal_policy.report.reproduce import Commands, call
-from internal_policy.utils.options import options_of, words_of
+from internal_policy.utils.options import command_line_of, options_of, words_of
 
 if TYPE_CHECKING:
     from internal_policy.bupo.run import Run
-
-FLAGS = frozenset(options_of(TrainConfig))
-"""Options of ``internal-policy train``; what else was set is given with --set."""
 
 
 def training_commands(run: Run) -> Commands:
@@ -45,11 +42,10 @@ def training_commands(run: Run) -> Commands:
     return Commands(shell and clean(shell), clean(python), tuple(notes))
 
 
-def _words(told: Mapping[str, Any]) -> list[str]:
-    found: list[str] = []
-    for name, value in told.items():
-        if name in FLAGS:
-            found += words_of(name, value)
-        else:
-            found += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return found
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    others = [f"{name}={_text(value)}" for name, value in settings.items() if name not in options_of(TrainConfig)]
+    return [*command_line_of(TrainConfig, settings, always=("model",)), *words_of("set", others)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
