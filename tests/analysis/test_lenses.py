@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis import lenses
+from internal_policy.cli.main import app
 from internal_policy.cli import display as terminal
 from internal_policy.cli import display_comparison as comparison_terminal
-from internal_policy.cli.main import app
 from internal_policy.report import analysis_report, comparison_report
 
 
@@ -51,7 +51,7 @@ def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
     under("logit-lens", tmp_path, **other)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "analysis.json").write_text("{")
-    assert policy.other_lens is None
+    assert lenses.other_lens(policy) is None
     assert lenses.sentence(policy) is None
 
 

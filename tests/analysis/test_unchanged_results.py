@@ -30,7 +30,7 @@ ASKED = {"model": "model", "prompts": "prompts.jsonl", "method": "grpo", "max_st
 PREPARED = """
 from pathlib import Path
 from matplotlib.figure import Figure
-from internal_policy import unchanged
+from internal_policy.analysis import unchanged
 unchanged._ACCELERATORS = ()
 Figure.savefig = lambda figure, file, **options: isinstance(file, Path) and file.touch()
 """

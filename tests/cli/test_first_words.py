@@ -28,7 +28,7 @@ MISSING = {
 
 EACH = """
 import shlex, sys
-from internal_policy import cli
+from internal_policy.cli import main as cli
 for line in sys.argv[1:]:
     sys.argv[1:] = shlex.split(line)
     print("#", line, file=sys.stderr)

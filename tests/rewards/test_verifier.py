@@ -160,7 +160,7 @@ def test_a_sealed_process_can_do_nothing_but_compare(tmp_path):
     (tmp_path / "keep").write_text("x")
     code = (
         "import ctypes, json, os, socket, subprocess, sys, sympy\n"
-        "from internal_policy.bupo import verifier_worker as worker\n"
+        "from internal_policy.rewards import math_verifier_worker as worker\n"
         f"target, keep = {str(tmp_path / 'made')!r}, {str(tmp_path / 'keep')!r}\n"
         "payload = \"__import__('os').system('touch \" + target + \"')\"\n"
         f"tries = [(t, compile(t, 'tries', 'eval' if '=1' not in t else 'exec')) for t in {tries!r}]\n"

@@ -14,7 +14,7 @@ from documents import ROOT
 ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm,seaborn"
 LOADED = """
 import sys
-from internal_policy import cli
+from internal_policy.cli import main as cli
 try:
     cli.main()
 finally:
@@ -52,7 +52,7 @@ def test_a_command_names_the_extra_that_it_needs(words, what, package, extra, tm
 def test_python_names_the_extra_that_it_needs(tmp_path):
     code = """
 from internal_policy import UserError, bupo
-from internal_policy.bupo.rewards import as_rewards
+from internal_policy.rewards.functions import as_rewards
 train = lambda: bupo.train("testbed/qwen3", max_steps=1)
 for do in (train, lambda: bupo.BuPOTrainer, lambda: as_rewards("math", exact=True)):
     try:
@@ -70,7 +70,7 @@ print(bupo.Run.__name__, len(as_rewards("exact", exact=True)))
 
 EACH_LINE = """
 import shlex, sys
-from internal_policy import cli
+from internal_policy.cli import main as cli
 for line in sys.argv[1:]:
     sys.argv[1:] = shlex.split(line)
     try:
