@@ -35,7 +35,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
-from internal_policy.rewards.functions import as_rewards, compare
+from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.distributed import Processes, processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.loading_errors import told_in_one_line
@@ -122,7 +122,7 @@ class Session:
         config = self._config(choice.layer or open_layer, state)
         self._refuse(config, model, state, exact, peft_config)
         rehearse(config, rewards)
-        stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
+        stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=needs_answers(rewards))
         hooked = attached(model.model)
         if hooked and not overwrite and directory.begun:
             raise not_taken_up(self.directory, hooked, "a run")

@@ -88,7 +88,7 @@ def evaluate(
         batch_size: responses sampled together; in float32 it does not change the result.
         dtype: auto, float32, bfloat16, float16.
         device: auto (cuda, mps, cpu) or a torch device.
-        reward: what scores a response, as `bupo.rewards.as_rewards` takes it: from 0 to 1, and a response is correct
+        reward: what scores a response, as `rewards.functions.as_rewards` takes it: from 0 to 1, and a response is correct
             where the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
         revision: branch, tag or commit on the hub.
         output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up

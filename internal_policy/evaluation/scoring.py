@@ -38,7 +38,7 @@ class Scorer:
         """Find the reward.
 
         Args:
-            reward: what `bupo.rewards.as_rewards` takes; None for the verifier.
+            reward: what `rewards.functions.as_rewards` takes; None for the verifier.
             exact: verify by the exact answer of the embedded tasks.
 
         Raises:
@@ -82,4 +82,4 @@ class Scorer:
     def _failures(self) -> Counter[str]:
         from internal_policy.rewards import functions
 
-        return Counter(functions.failures_of(self._rewards))
+        return Counter(functions.count_failures(self._rewards))

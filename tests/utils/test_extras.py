@@ -52,7 +52,7 @@ def test_a_command_names_the_extra_that_it_needs(words, what, package, extra, tm
 def test_python_names_the_extra_that_it_needs(tmp_path):
     code = """
 from internal_policy import UserError, bupo
-from internal_policy.bupo.rewards import as_rewards
+from internal_policy.rewards.functions import as_rewards
 train = lambda: bupo.train("testbed/qwen3", max_steps=1)
 for do in (train, lambda: bupo.BuPOTrainer, lambda: as_rewards("math", exact=True)):
     try:
