@@ -18,14 +18,15 @@ from typing import Any, Unpack
 import numpy as np
 
 from internal_policy import statistics
-from internal_policy.analysis import tables, unchanged
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis import tables
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.options import AnalyzeOptions, showing
 from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.analysis.random_baseline import add_baseline, architecture
-from internal_policy.analysis.results import Analysis, workspace_of
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.training_record import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
@@ -41,7 +42,7 @@ from internal_policy.utils.locks import locked
 from internal_policy.utils.memory import halving
 from internal_policy.utils.progress import progress, status
 from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.workspace import Arrays, Workspace, in_use
+from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +141,20 @@ def _run(
     overwrite: bool,
     state: Processes,
 ) -> Analysis:
-    finished = None if overwrite else unchanged.finished(config, directory)
-    workspace = workspace_of(directory)
+    finished = None if overwrite else load_finished(config, directory)
+    workspace = Workspace(directory, ANALYSIS)
     if finished is None:
         workspace.check()
     named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
     # Before the model is read: what is written later into its files is then known to be another model.
-    files = unchanged.digest(config) if named else None
+    files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         extractor = (opened or registry.opener(config, state.device if state.number > 1 else None))()
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
     hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
@@ -167,18 +168,17 @@ def _run(
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
             raise not_taken_up(directory, hooked)
-        return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
+        return workspace.open(identity, overwrite)
 
     if finished is not None:
         if hooked:
             raise not_taken_up(directory, hooked)
-        if differing := unchanged.differing_settings(finished, identity):
-            raise in_use(directory, "an analysis", differing)
+        ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
             return finished
         state.on_main(workspace.close)
         if state.is_main_process:
-            unchanged.tell_complete(directory)
+            report_finished(directory)
         return finished
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:

@@ -20,7 +20,7 @@ from internal_policy.analysis import tables
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import Captured
-from internal_policy.analysis.results import Analysis, workspace_of
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.responses import Response
 from internal_policy.extractors import Extractor
 from internal_policy.extractors.verify import prove
@@ -84,7 +84,7 @@ def add_baseline(
     with status(f"making random weights for {config.model}"):
         extractor = prove(_random_model(analysis, config, source, _device(config, network, state)))
     seed_and_weights = {"seed": config.seed, "weights": extractor.model.fingerprint()}
-    workspace = workspace_of(analysis.path)
+    workspace = Workspace(analysis.path, ANALYSIS)
     identity = {"baseline": seed_and_weights, "responses": analysis.responses_digest, "lens": config.lens}
     state.on_main(lambda: workspace.open(identity, overwrite=False))
     rows: Any = analysis.sequences.to_dict("records")

@@ -17,11 +17,11 @@ from typing import Any, Unpack
 from internal_policy import models
 from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.options import SweepOptions, showing
 from internal_policy.analysis.pipeline import analyze
-from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis, workspace_of
-from internal_policy.analysis.unchanged import OF_SAMPLING, RESPONSES
+from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis
 from internal_policy.extractors.nnsight_library import load_nnsight, require_key
 from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import launched
@@ -32,6 +32,7 @@ from internal_policy.utils.locks import locked
 from internal_policy.utils.memory import release
 from internal_policy.utils.progress import status
 from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.workspace import Workspace
 
 
 @quiet_libraries()
@@ -115,7 +116,7 @@ def _analyses(
         if analyses and not own_responses:
             first = analyses[0]
             source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
-            wanted = {name: value for name, value in options.items() if name not in OF_SAMPLING}
+            wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
         analysis = analyze(
             target.model,
             prompts=None if source is not None else prompts,
@@ -149,7 +150,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
     first = analyze(model, output=output, lens=lenses[0], **options)
     assert first.path is not None
     if options.get("responses") is None:
-        options = {name: value for name, value in options.items() if name not in ("prompts", *OF_SAMPLING)}
+        options = {name: value for name, value in options.items() if name not in ("prompts", *SAMPLING_OPTIONS)}
         options["responses"] = str(first.path / RESPONSES)
     analyses = [first]
     for lens in lenses[1:]:
@@ -172,7 +173,7 @@ def start_over(directories: Iterable[Path]) -> None:
     Raises:
         UserError: one of them is not writable, or in use for something else.
     """
-    workspaces = [workspace_of(directory) for directory in directories]
+    workspaces = [Workspace(directory, ANALYSIS) for directory in directories]
 
     def drop() -> None:
         for workspace in workspaces:

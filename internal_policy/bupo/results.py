@@ -16,7 +16,8 @@ import pandas as pd
 from internal_policy.bupo.presets import AUTO
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import EXACT, Kind
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import EXACT
 from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
-RUN = Kind(
+RUN = ResultFormat(
     *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
     (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
 )

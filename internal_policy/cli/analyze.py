@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import common
 from internal_policy.cli import report as cli_report
 from internal_policy.cli.compare import compare_sweep
@@ -234,9 +234,7 @@ def _models(
     root = DATA if output is None else expanded(output)
     alone = not writes["overwrite"] and world_size() == 1
     each = {name: [c for c in configs if c.model == name] for name in names}
-    done = {
-        name: unchanged.complete(each[name], root, follow=first.responses is None) if alone else None for name in each
-    }
+    done = {name: find_finished(each[name], root, follow=first.responses is None) if alone else None for name in each}
     if None in done.values():
         with importing():
             from internal_policy import models
@@ -299,7 +297,7 @@ def _sweep(start: str | None, output: Path | None, options: dict[str, Any]) -> N
     refuse_one_place(configs)
     own_responses = options["own_responses"]
     alone = not options["overwrite"] and world_size() == 1 and not (own_responses and options["responses"])
-    known = unchanged.complete(configs, root, follow=not own_responses) if alone else None
+    known = find_finished(configs, root, follow=not own_responses) if alone else None
     if known is not None:
         analyses = known
         for analysis in analyses:

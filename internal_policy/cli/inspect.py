@@ -95,7 +95,7 @@ def inspect(
 
     name = f"{figure_name([(config.slug, lens)])}--{slug(prompt)}"
     root = DATA if output is None else expanded(output)
-    Workspace(root / name, manifest=results.MANIFEST, result_files=results.RESULT_FILES, what="inspection").check()
+    Workspace(root / name, results.INSPECTION).check()
     look = looking.inspect(
         model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
     )
@@ -109,7 +109,7 @@ def inspect(
             look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)
-    list_files("inspection", [directory / file for file in results.RESULT_FILES])
+    list_files("inspection", [directory / file for file in (*results.INSPECTION.files, results.MANIFEST)])
     draw(look, figures, tokens=tokens, last=last)
     shown = inspection_data(look, [site], tokens=tokens, last=last)
     document(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.utils.result_format import read_columns
+from internal_policy.utils.table_io import read_columns
 
 _SOURCE = ("model", "path", "weights", "inputs")
 

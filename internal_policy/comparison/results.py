@@ -36,13 +36,14 @@ from internal_policy.comparison.loading import stored_fields
 from internal_policy.comparison.pairing import Item, paired
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, columns_of, to_cells
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import columns_of, to_cells
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
 TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
 _FILES = tuple(f"{name}.csv" for name in TABLES)
-COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
+COMPARISON = ResultFormat("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ what is finished of hub models without loading them.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,12 +21,12 @@ from huggingface_hub import constants
 
 from internal_policy import models
 from internal_policy.analysis.checkpoints import refuse_one_place
-from internal_policy.analysis.config import AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis.config import AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.finished import is_up_to_date
 from internal_policy.analysis.options import StudyOptions, showing
 from internal_policy.analysis.pipeline import analyze
-from internal_policy.analysis.results import MANIFEST, Analysis, workspace_of
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.sweep import start_over
-from internal_policy.analysis.unchanged import is_unchanged
 from internal_policy.comparison.study_models import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context
@@ -40,8 +39,9 @@ from internal_policy.utils.locks import locked
 from internal_policy.utils.memory import release
 from internal_policy.utils.progress import status
 from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.result_format import describe_differences
 from internal_policy.utils.wording import counted
-from internal_policy.utils.workspace import differences
+from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -202,14 +202,14 @@ def _taken(configs: Sequence[AnalyzeConfig], directories: Sequence[Path | None])
     """Which analyses are finished and need no model; directories that cannot be written to are told here."""
     for directory in directories:
         # A finished analysis is read, or `analyze` says what is wrong with it.
-        if directory is not None and not (directory / MANIFEST).is_file():
-            workspace_of(directory).check()
+        if directory is not None and not ANALYSIS.is_in(directory):
+            Workspace(directory, ANALYSIS).check()
     return [_is_finished(config, directory) for config, directory in zip(configs, directories, strict=True)]
 
 
 def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     """Whether an analysis of these settings, prompts and weights is there, and that is known without its model."""
-    if directory is None or not (directory / MANIFEST).is_file():
+    if directory is None or not ANALYSIS.is_in(directory):
         return False
     try:
         analysis = Analysis.load(directory)
@@ -218,14 +218,14 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
         return False
     if config.random_baseline and analysis.baseline is None:
         return False
-    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
+    wanted = {**config.cache_key(), "prompts": config.prompts, "model": config.model}
     known = {key: value for key, value in analysis.config.items() if key in wanted}
-    if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
+    if analysis.config.get("hooked") or describe_differences(known, wanted):
         return False
     # What is on this disk may have changed since: where its files do not tell, `analyze` loads and compares.
     here = config.model.startswith("testbed/") or Path(config.model).exists()
     if here or (config.prompts is not None and Path(config.prompts).exists()):
-        return is_unchanged(config, analysis)
+        return is_up_to_date(config, analysis)
     commit = analysis.model.get("revision")
     if commit is None:
         return True

@@ -180,9 +180,9 @@ def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_th
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, prompts=__file__, **QUICK)
     # So may models on this disk: embedded ones, and what a name stands for here.
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: True)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: True)
     assert len(study("testbed", output=root, **QUICK).analyses) == 2
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: False)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: False)
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study("testbed", output=root, **QUICK)
     with monkeypatch.context() as here:
