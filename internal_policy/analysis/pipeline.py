@@ -19,6 +19,7 @@ import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables
+from internal_policy.analysis.checkpoints import training_record
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
 from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
@@ -27,7 +28,6 @@ from internal_policy.analysis.options import AnalyzeOptions, showing
 from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import ANALYSIS, Analysis
-from internal_policy.analysis.training_record import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
@@ -35,13 +35,17 @@ from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_r
 from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.attachments import attached, not_taken_up
-from internal_policy.utils import sharding
-from internal_policy.utils.distributed import Processes, launched
+from internal_policy.utils.distributed import (
+    Processes,
+    batches_of_process,
+    launched_processes,
+    require_all_responses,
+    run_with_oom_retry,
+    unfinished_batches,
+)
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import progress, status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import progress, quiet_libraries, status
 from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
@@ -98,7 +102,7 @@ def analyze(
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
-    state = Processes() if alone else launched()
+    state = Processes() if alone else launched_processes()
     refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
         opened = None
@@ -211,16 +215,16 @@ def _generate(
     found = _sampled(workspace)
     limit = response_limit(extractor.model, config.max_new_tokens)
     size = together(config.generator, config.batch_size)
-    batches = sharding.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
+    batches = batches_of_process([len(r.prompt_ids) for r in inputs.requests], size, state)
     mine = [i for batch in batches for i in batch]
     with (
         samplers.sampling(extractor, config, inputs.requests, limit) as draw,
         progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
     ):
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-        for batch in sharding.left(batches, set(found)):
+        for batch in unfinished_batches(batches, set(found)):
             started = time.perf_counter()
-            new = halving([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
+            new = run_with_oom_retry([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
             new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
             lines = np.array([json.dumps(asdict(r)) for r in new])
             seconds = np.array(time.perf_counter() - started)
@@ -228,7 +232,7 @@ def _generate(
             advance(len(batch))
     state.wait_for_everyone()
     found = _sampled(workspace)
-    sharding.require_all(len(found), len(inputs.requests), workspace)
+    require_all_responses(len(found), len(inputs.requests), workspace.directory)
     return [found[i] for i in range(len(found))]
 
 
@@ -268,13 +272,13 @@ def _capture(
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    batches = sharding.batches([len(r.input_ids) for r in responses], config.batch_size, state)
+    batches = batches_of_process([len(r.input_ids) for r in responses], config.batch_size, state)
     mine = {i for batch in batches for i in batch}
     what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
     with progress(what, len(mine), len(done & mine)) as advance:
-        for batch in sharding.left(batches, done):
+        for batch in unfinished_batches(batches, done):
             started = time.perf_counter()
-            values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
+            values = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
             kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
             empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
             arrays: Arrays = {
@@ -289,7 +293,7 @@ def _capture(
             advance(len(batch))
     state.wait_for_everyone()
     captured = list(workspace.shards(kind))
-    sharding.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
+    require_all_responses(sum(len(shard["index"]) for shard in captured), len(responses), workspace.directory)
     return Captured(captured)
 
 

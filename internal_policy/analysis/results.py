@@ -17,11 +17,10 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import COVERS, Selection
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
 from internal_policy.utils.table_io import read_parquet, read_rows, write_parquet, write_rows
-from internal_policy.utils.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"

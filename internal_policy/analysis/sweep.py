@@ -24,14 +24,11 @@ from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis
 from internal_policy.extractors.nnsight_library import load_nnsight, require_key
 from internal_policy.models.options import Lens
-from internal_policy.utils.distributed import launched
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.distributed import launched_processes, release_memory
+from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.io import expanded
-from internal_policy.utils.loading_errors import told_in_one_line
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import release
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.workspace import Workspace
 
 
@@ -94,7 +91,7 @@ def sweep(
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     directories = [] if output is None else [expanded(output) / config.slug for config in configs]
-    with locked(*directories, wait=wait, state=launched()):
+    with locked(*directories, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(directories)
         return _analyses(found, own_responses, prompts, given, output, each, options)
@@ -126,7 +123,7 @@ def _analyses(
             **wanted,
         )
         analyses.append(analysis)
-        release()
+        release_memory()
         if each is not None:
             each(analysis)
     return analyses
@@ -154,7 +151,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
         options["responses"] = str(first.path / RESPONSES)
     analyses = [first]
     for lens in lenses[1:]:
-        release()
+        release_memory()
         other = analyze(model, output=output, lens=lens, **options)
         if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
             # Which responses were cut is known of those that were sampled, and these are the same.
@@ -182,7 +179,7 @@ def start_over(directories: Iterable[Path]) -> None:
             (workspace.directory / MANIFEST).unlink(missing_ok=True)
             workspace.close()
 
-    launched().on_main(drop)
+    launched_processes().on_main(drop)
 
 
 def _sequences(responses: Source | Analysis | None) -> Source | None:
@@ -213,6 +210,6 @@ def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trus
 def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
     from transformers import AutoTokenizer
 
-    with told_in_one_line(str(target), "its tokenizer"):
+    with as_user_error(str(target), "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
     return dict(tokenizer.get_vocab())

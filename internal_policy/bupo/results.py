@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.bupo.presets import AUTO
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
 from internal_policy.utils.table_io import EXACT
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation

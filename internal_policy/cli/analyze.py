@@ -16,13 +16,12 @@ from internal_policy.cli.compare import compare_sweep
 from internal_policy.comparison.study_models import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing, status
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name, is_main_process, world_size
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -249,9 +248,9 @@ def _models(
 
     state = None
     if world_size() > 1:
-        from internal_policy.utils.distributed import launched
+        from internal_policy.utils.distributed import launched_processes
 
-        state = launched()
+        state = launched_processes()
 
     analyses, new = [], []
     # All of them from the start: a directory in use is told before another model is analysed.
@@ -277,9 +276,9 @@ def _models(
 
 def _told(analysis: Analysis) -> dict[str, Any]:
     """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.lenses import other_lens
+    from internal_policy.analysis.remarks import find_other_lens
 
-    other = other_lens(analysis)
+    other = find_other_lens(analysis)
     return {**common.told(analysis), "other_lens": None if other is None else vars(other)}
 
 

@@ -13,8 +13,8 @@ from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, 
 from internal_policy.models.options import Lens
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import figure_name
 
 if TYPE_CHECKING:

@@ -19,16 +19,9 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.analysis.lenses import one_lens
+from internal_policy.analysis.remarks import keep_one_lens
 from internal_policy.analysis.results import Analysis
-from internal_policy.analysis.sources import (
-    StepsFrom,
-    Unit,
-    architecture_differences,
-    arrange,
-    baseline_index,
-    gather,
-)
+from internal_policy.analysis.sources import StepsFrom, Unit, architecture_differences, arrange, baseline_index, gather
 from internal_policy.comparison import notes as telling
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
@@ -220,7 +213,7 @@ def compare(
         UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
     """
     found = gather(analyses)
-    found, aside = one_lens(found)
+    found, aside = keep_one_lens(found)
     if len(found) < 2 and aside:
         answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
         raise UserError(

@@ -31,16 +31,12 @@ from internal_policy.comparison.study_models import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
-from internal_policy.utils.distributed import launched
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.distributed import launched_processes, release_memory
+from internal_policy.utils.errors import NoNetwork, UserError, counted
 from internal_policy.utils.io import expanded
-from internal_policy.utils.loading_errors import NoNetwork
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import release
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.result_format import describe_differences
-from internal_policy.utils.wording import counted
 from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -95,7 +91,7 @@ def study(
         _refuse_one_place(configs)
     places = [directory for directory in directories if directory is not None]
     # The study has a file of its own beside its analyses.
-    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched()):
+    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(places)
         return _study(rows, configs, directories, prompts, output, each, settings)
@@ -110,7 +106,7 @@ def _study(
     each: Callable[[Analysis], object] | None,
     settings: Sequence[dict[str, Any]],
 ) -> Study:
-    taken = launched().on_main(lambda: _taken(configs, directories))
+    taken = launched_processes().on_main(lambda: _taken(configs, directories))
     stored = [
         Analysis.load(directory) if directory is not None and known else None
         for directory, known in zip(directories, taken, strict=True)
@@ -140,7 +136,7 @@ def _study(
             continue
         run = partial(analyze, row.model, prompts=prompts, output=output, **own)
         analysis = before if before is not None else _attempt(row.model, failures, run)
-        release()
+        release_memory()
         if analysis is None:
             continue
         done.append((row, analysis))
@@ -151,7 +147,7 @@ def _study(
         raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
     found = Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
     if output is not None:
-        launched().on_main(partial(found.record, expanded(output)))
+        launched_processes().on_main(partial(found.record, expanded(output)))
     return found
 
 
@@ -256,7 +252,7 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
     try:
         return do()
     except UserError as error:
-        if launched().number > 1:
+        if launched_processes().number > 1:
             # It may be this process's own, and the others wait for it; all of them end, as the launcher sees to.
             raise
         if isinstance(error, NoNetwork):
@@ -266,7 +262,7 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
         failures[model] = str(error).removeprefix(f"{model}: ")
     # Hours of other models are not to be lost to what one checkpoint's code or one driver raises.
     except Exception as error:
-        if launched().number > 1:
+        if launched_processes().number > 1:
             raise
         failures[model] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.debug("%s", model, exc_info=error)

@@ -19,9 +19,9 @@ from internal_policy.analysis.sources import unique_labels
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.results import AnalysisComparison, compare
 from internal_policy.comparison.study_models import StudyModel
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.result_format import ResultFormat
-from internal_policy.utils.wording import counted
 
 SCHEMA_VERSION = 2
 MANIFEST = "study.json"

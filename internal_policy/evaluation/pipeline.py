@@ -31,8 +31,7 @@ from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.result_format import library_version
 from internal_policy.utils.workspace import Workspace
 

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.data import benchmarks
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
 from internal_policy.utils.table_io import from_cells, read_rows, to_cells, write_rows
-from internal_policy.utils.wording import counted
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"

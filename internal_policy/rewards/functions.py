@@ -19,9 +19,8 @@ from internal_policy.data import arithmetic as tasks
 from internal_policy.data.prompts import answer_text
 from internal_policy.rewards.guard import Guarded, GuardedAsync, is_module, one_line
 from internal_policy.rewards.math_verifier import Failures, MathVerifier, boxed_answer
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.imports import require_package
 
 __all__ = [
     "ExactReward",
@@ -50,7 +49,7 @@ class MathReward:
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None) -> None:
         # Before the responses are sampled, not when the first of them is to be compared.
-        require("math_verify", "the reward math", "train")
+        require_package("math_verify", "the reward math", "train")
         self.__name__ = "math_reward"
         self.verifier = MathVerifier(time_limit, workers)
 

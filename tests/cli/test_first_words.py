@@ -6,7 +6,7 @@ import torch  # noqa: F401  (there already)
 from base_installation import EACH, run_base
 from documents import ROOT
 
-from internal_policy.utils.progress import importing
+from internal_policy.utils.logging import importing
 
 LINE = "loading the libraries (torch, transformers)"
 MISSING = {

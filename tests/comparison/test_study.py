@@ -97,7 +97,7 @@ def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, c
         return papers.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
-    monkeypatch.setattr(studies, "release", lambda: None)
+    monkeypatch.setattr(studies, "release_memory", lambda: None)
     monkeypatch.setattr(studies.models, "check", lambda name, **more: (name, looked_up))
     study("paper")
     # Those with a context of 4096 leave 1024 of it for the prompt.

@@ -186,7 +186,7 @@ def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     options = {"samples": 2, "batch_size": 2, "max_new_tokens": 5}
     whole = evaluate(wrapped, problems, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "halving", stop_after(2, evaluating.halving))
+        patch.setattr(evaluating, "run_with_oom_retry", stop_after(2, evaluating.run_with_oom_retry))
         with pytest.raises(KeyboardInterrupt):
             evaluate(wrapped, problems, output=tmp_path, **options)
     damage(next(tmp_path.rglob("sample-*.npz")))
