@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.finished import source_digest
 from internal_policy.analysis.results import MANIFEST as ANALYSIS_MANIFEST
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.presets import AUTO, DATA, VERIFIERS
 from internal_policy.bupo.results import MANIFEST, Run
 from internal_policy.data.records import SUFFIXES
 from internal_policy.utils.io import expanded
+from internal_policy.utils.result_format import is_up_to_date
 from internal_policy.utils.shell import is_number
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def digest(options: Mapping[str, Any]) -> str | None:
         told = json.dumps(said, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
         return None
-    files = unchanged.digest_of(model, sources)
+    files = source_digest(model, sources)
     return None if files is None else hashlib.sha256(f"{files} {told}".encode()).hexdigest()
 
 
@@ -116,7 +117,7 @@ def complete(options: Mapping[str, Any]) -> Run | None:
             known = {"files": call["digest"], "hooked": config["hooked"]}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
-        if here and unchanged.is_made_of(asked, known, versions):
+        if here and is_up_to_date(known, versions, asked):
             run = Run.load(place)
             tell_complete(place)
             return run

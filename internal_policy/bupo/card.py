@@ -19,9 +19,8 @@ from internal_policy.bupo.presets import ALIGNMENT
 from internal_policy.bupo.results import EVALUATIONS, Run
 from internal_policy.utils.citation import bibtex
 from internal_policy.utils.console import number, percent_span
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import write_text
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

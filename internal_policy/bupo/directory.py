@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,14 @@ from internal_policy.bupo.results import (
     HISTORY,
     MANIFEST,
     MODEL,
+    RUN,
     Run,
 )
 from internal_policy.bupo.rollouts import ANALYSIS, FIXED
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import is_temporary, name_aside, write_text
+from internal_policy.utils.io import is_temporary, name_aside, require_writable, write_text
 from internal_policy.utils.locks import LOCK
-from internal_policy.utils.workspace import differences, in_use
+from internal_policy.utils.result_format import describe_differences
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
@@ -57,10 +57,7 @@ class RunDirectory:
         Raises:
             UserError: not writable, in use for something else, or a run that cannot be read.
         """
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
-            raise UserError(f"{self.path}: cannot be written ({existing} {what}); choose another --output directory")
+        require_writable(self.path)
         held = sorted(p.name for p in self.path.iterdir() if not _passes(p)) if self.path.is_dir() else []
         if held:
             if not self.begun:
@@ -83,8 +80,9 @@ class RunDirectory:
             UserError: it was made with other settings.
         """
         run = Run.load(self.path)
-        if differing := _differing(run.config, settings):
-            raise in_use(self.path, "a run", differing)
+        # A setting that one of them lacks is compared as well.
+        before = flat(run.config)
+        RUN.check_settings(self.path, before, {**dict.fromkeys(before), **flat(settings)})
         tell_complete(self.path)
         return run
 
@@ -198,4 +196,4 @@ def _passes(path: Path) -> bool:
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return differences(flat(before), flat(now))
+    return describe_differences(flat(before), flat(now))

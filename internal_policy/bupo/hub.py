@@ -9,11 +9,8 @@ from contextlib import contextmanager
 
 from internal_policy.bupo.card import CARD, write_card
 from internal_policy.bupo.results import MANIFEST, Run
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import shorten
-from internal_policy.utils.network import is_of_http
-from internal_policy.utils.progress import status
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import UserError, counted, is_http_error, shorten
+from internal_policy.utils.logging import status
 
 UPLOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", CARD),
@@ -92,7 +89,7 @@ def _told_in_one_line(run: Run, repo_id: str, token: str | None) -> Iterator[Non
         yield
     except Exception as error:
         # Of the client's own checks, of its upload's threads and Rust code, and of the network.
-        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_of_http(error):
+        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_http_error(error):
             raise
         line = _line(error, run, repo_id, _masked(str(error), token))
         chain = "".join(traceback.format_exception(error))

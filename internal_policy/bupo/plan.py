@@ -18,10 +18,9 @@ from internal_policy.bupo.presets import AUTO, METHODS, PAPER, PRESETS, STEP_OPT
 from internal_policy.bupo.rehearsal import refused
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.shell import is_number
 from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large
-from internal_policy.utils.wording import counted
 
 _OURS_BATCH = ("prompts_per_step", "mini_batches")
 _TRLS_BATCH = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")

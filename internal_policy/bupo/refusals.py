@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 
 from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.rehearsal import refused
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.memory import is_out_of_memory
+from internal_policy.utils.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer

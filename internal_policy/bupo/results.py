@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.bupo.presets import AUTO
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import EXACT, Kind
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import EXACT
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -28,7 +28,7 @@ HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
-RUN = Kind(
+RUN = ResultFormat(
     *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
     (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
 )

@@ -21,11 +21,10 @@ from internal_policy.data.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_
 from internal_policy.data.responses import Response
 from internal_policy.generation import Request, check_prompt_lengths, sample
 from internal_policy.models import LanguageModel, context, evaluating
-from internal_policy.utils.distributed import Processes
+from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +229,7 @@ def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: Bu
     rendered = render_all(prompts, plan.template, model.tokenizer)
     requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=True))]
     with evaluating(model.model):
-        found = halving(
+        found = run_with_oom_retry(
             requests,
             lambda part: sample(
                 model, part, max_new_tokens=config.max_completion_length, temperature=1.0, seed=config.seed

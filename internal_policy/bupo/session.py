@@ -36,11 +36,10 @@ from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
 from internal_policy.rewards.functions import as_rewards, needs_answers
-from internal_policy.utils.distributed import Processes, processes
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
+from internal_policy.utils.distributed import Processes, training_processes
+from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.locks import locked
-from internal_policy.utils.progress import progress, status
+from internal_policy.utils.logging import progress, status
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class Session:
         Raises:
             UserError: bad input; what was written before it was noticed is taken up or replaced by the mended call.
         """
-        state = processes(self.options)
+        state = training_processes(self.options)
         with locked(self.directory, wait=wait, state=state):
             return self._run(state, opened, prompts, reward, overwrite, peft_config, callbacks)
 
@@ -237,7 +236,7 @@ class Session:
         """Refuse a reference model that TRL could not read again from where the policy came from, or only in pickle."""
         where = str(model.config._name_or_path)
         advice = "beta needs the model as it was before training: save it, and give its directory"
-        with told_in_one_line(self.name, "the reference model", advice=advice):
+        with as_user_error(self.name, "the reference model", advice=advice):
             if not weight_files(where, model.config, model.revision, self.name):
                 raise UserError(
                     f"{self.name}: no safetensors weights in {where!r} to read the reference model from; {advice}"

@@ -20,7 +20,7 @@ from internal_policy.bupo.session import Session
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries
 from internal_policy.utils.shell import is_number
 
 

@@ -19,22 +19,16 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.analysis.lenses import one_lens
+from internal_policy.analysis.remarks import keep_one_lens
 from internal_policy.analysis.results import Analysis
-from internal_policy.analysis.sources import (
-    StepsFrom,
-    Unit,
-    architecture_differences,
-    arrange,
-    baseline_index,
-    gather,
-)
+from internal_policy.analysis.sources import StepsFrom, Unit, architecture_differences, arrange, baseline_index, gather
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
 from internal_policy.comparison.pairing import Item, is_paired
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, columns_of, read_columns, to_cells
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import columns_of, read_columns, to_cells
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
@@ -42,7 +36,7 @@ TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "
 _FILES = tuple(f"{name}.csv" for name in TABLES)
 _SOURCE = ("model", "path", "weights", "inputs")
 _STORED_AS_IS = ("baseline", "lens", "steps_from", "unit", "one_architecture", "labels_given", "seed", "no_trends")
-COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
+COMPARISON = ResultFormat("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
@@ -229,7 +223,7 @@ def compare(
         UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
     """
     found = gather(analyses)
-    found, aside = one_lens(found)
+    found, aside = keep_one_lens(found)
     if len(found) < 2 and aside:
         answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
         raise UserError(

@@ -10,7 +10,6 @@ finished analyses without loading their models.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,26 +21,23 @@ from huggingface_hub import constants
 
 from internal_policy import models
 from internal_policy.analysis.checkpoints import refuse_one_place
-from internal_policy.analysis.config import AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis.config import AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.finished import is_up_to_date
 from internal_policy.analysis.options import StudyOptions, showing
 from internal_policy.analysis.pipeline import analyze
-from internal_policy.analysis.results import MANIFEST, Analysis, workspace_of
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.sweep import start_over
-from internal_policy.analysis.unchanged import is_unchanged
 from internal_policy.comparison.study_presets import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
-from internal_policy.utils.distributed import launched
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.distributed import launched_processes, release_memory
+from internal_policy.utils.errors import NoNetwork, UserError, counted
 from internal_policy.utils.io import expanded
-from internal_policy.utils.loading_errors import NoNetwork
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import release
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.wording import counted
-from internal_policy.utils.workspace import differences
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.result_format import describe_differences
+from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +91,7 @@ def study(
         _refuse_one_place(configs)
     places = [directory for directory in directories if directory is not None]
     # The study has a file of its own beside its analyses.
-    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched()):
+    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(places)
         return _study(rows, configs, directories, prompts, output, each, settings)
@@ -110,7 +106,7 @@ def _study(
     each: Callable[[Analysis], object] | None,
     settings: Sequence[dict[str, Any]],
 ) -> Study:
-    finished = launched().on_main(lambda: _are_finished(configs, directories))
+    finished = launched_processes().on_main(lambda: _are_finished(configs, directories))
     stored = [
         Analysis.load(directory) if directory is not None and known else None
         for directory, known in zip(directories, finished, strict=True)
@@ -140,7 +136,7 @@ def _study(
             continue
         run = partial(analyze, row.model, prompts=prompts, output=output, **own)
         analysis = before if before is not None else _attempt(row.model, failures, run)
-        release()
+        release_memory()
         if analysis is None:
             continue
         done.append((row, analysis))
@@ -151,7 +147,7 @@ def _study(
         raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
     found = Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
     if output is not None:
-        launched().on_main(partial(found.record, expanded(output)))
+        launched_processes().on_main(partial(found.record, expanded(output)))
     return found
 
 
@@ -202,14 +198,14 @@ def _are_finished(configs: Sequence[AnalyzeConfig], directories: Sequence[Path |
     """Whether each analysis is finished and needs no model; a directory that cannot be written to is refused here."""
     for directory in directories:
         # A finished analysis is read, or `analyze` reports what is wrong with it.
-        if directory is not None and not (directory / MANIFEST).is_file():
-            workspace_of(directory).check()
+        if directory is not None and not ANALYSIS.is_in(directory):
+            Workspace(directory, ANALYSIS).check()
     return [_is_finished(config, directory) for config, directory in zip(configs, directories, strict=True)]
 
 
 def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
     """Whether an analysis of these settings, prompts and weights exists, as far as is known without the model."""
-    if directory is None or not (directory / MANIFEST).is_file():
+    if directory is None or not ANALYSIS.is_in(directory):
         return False
     try:
         analysis = Analysis.load(directory)
@@ -218,14 +214,14 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
         return False
     if config.random_baseline and analysis.baseline is None:
         return False
-    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
+    wanted = {**config.cache_key(), "prompts": config.prompts, "model": config.model}
     known = {key: value for key, value in analysis.config.items() if key in wanted}
-    if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
+    if analysis.config.get("hooked") or describe_differences(known, wanted):
         return False
     # Files on this disk may have changed since; if their digests do not decide, `analyze` loads and compares.
     here = config.model.startswith("testbed/") or Path(config.model).exists()
     if here or (config.prompts is not None and Path(config.prompts).exists()):
-        return is_unchanged(config, analysis)
+        return is_up_to_date(config, analysis)
     commit = analysis.model.get("revision")
     if commit is None:
         return True
@@ -256,7 +252,7 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
     try:
         return do()
     except UserError as error:
-        if launched().number > 1:
+        if launched_processes().number > 1:
             # The failure may be this process's alone, with the others waiting; the launcher ends all of them.
             raise
         if isinstance(error, NoNetwork):
@@ -266,7 +262,7 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
         failures[model] = str(error).removeprefix(f"{model}: ")
     # Hours of work on other models must not be lost to what one checkpoint's code or one driver raises.
     except Exception as error:
-        if launched().number > 1:
+        if launched_processes().number > 1:
             raise
         failures[model] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.debug("%s", model, exc_info=error)

@@ -20,13 +20,13 @@ from internal_policy.analysis.sources import unique_labels
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.results import AnalysisComparison, compare
 from internal_policy.comparison.study_presets import StudyModel
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded
-from internal_policy.utils.result_format import Kind
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
 
 SCHEMA_VERSION = 2
 MANIFEST = "study.json"
-STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
+STUDY = ResultFormat("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
 
 
 @dataclass(frozen=True)

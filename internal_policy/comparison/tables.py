@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import STAGES
-from internal_policy.analysis.lenses import other_lens
+from internal_policy.analysis.remarks import find_other_lens
 from internal_policy.analysis.results import Analysis
 from internal_policy.analysis.sources import StepsFrom, architecture_differences, without_step
 from internal_policy.comparison.pairing import DEPTHS, QUANTITIES, Item, combine, group_paired, is_paired
@@ -177,7 +177,7 @@ def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysi
         a, stages = item.analysis, item.analysis.stages
         layers = {s: [layer for layer, stage in enumerate(stages, start=1) if stage == s] for s in STAGES}
         mine, theirs = a.boundary_layer, origin.boundary_layer
-        other = other_lens(a, aside)
+        other = find_other_lens(a, aside)
         move, depth_move = None, np.nan
         if mine is not None and theirs is not None:
             depth_move = mine / a.n_layers - theirs / origin.n_layers

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from internal_policy.analysis import unchanged
-from internal_policy.analysis.config import defaults
+from internal_policy.analysis.finished import source_digest
 from internal_policy.data.benchmarks import BENCHMARKS
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
+from internal_policy.evaluation.results import EVALUATION, Evaluation
 from internal_policy.evaluation.scoring import reward_name
-from internal_policy.utils.workspace import Workspace, differences, in_use
+from internal_policy.utils.result_format import is_up_to_date
+from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ def complete(config: EvaluateConfig, source: str, root: Path) -> Evaluation | No
     evaluation = finished(config, directory)
     if evaluation is None or evaluation.config.get("max_problems") != config.max_problems:
         return None
-    if not unchanged.is_made_of(partial(digest, config, source), evaluation.config, evaluation.versions):
+    if not is_up_to_date(evaluation.config, evaluation.versions, partial(digest, config, source)):
         return None
     return with_ks(evaluation, config, directory)
 
@@ -60,7 +58,7 @@ def digest(config: EvaluateConfig, source: str) -> str | None:
     foreign = config.trust_remote_code or config.generator != "transformers" or config.reward not in ("math", "exact")
     if on_the_hub or foreign or config.revision is not None:
         return None
-    return unchanged.digest_of(config.model, [source], config.device)
+    return source_digest(config.model, [source], config.device)
 
 
 def finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
@@ -76,27 +74,11 @@ def finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
     Raises:
         UserError: an evaluation with other settings, or a broken one.
     """
-    if not (directory / MANIFEST).is_file():
+    if not EVALUATION.is_in(directory):
         return None
     evaluation = Evaluation.load(directory)
-    wanted = json.loads(json.dumps(config.decisive()))
-    if differing := differing_settings(evaluation, wanted):
-        raise in_use(directory, "an evaluation", differing)
+    EVALUATION.check_settings(directory, evaluation.config, config.cache_key())
     return evaluation
-
-
-def differing_settings(evaluation: Evaluation, wanted: dict[str, Any]) -> str:
-    """Name the settings of an evaluation that are not those that were asked for.
-
-    Args:
-        evaluation: what is on disk.
-        wanted: what was asked for, or a part of it.
-
-    Returns:
-        As `workspace.differences` gives it; empty where nothing differs.
-    """
-    known = {key: value for key, value in evaluation.config.items() if key in wanted}
-    return differences(known, wanted, defaults(EvaluateConfig))
 
 
 def with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path) -> Evaluation:
@@ -110,7 +92,7 @@ def with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path) -> Ev
     Returns:
         The evaluation, which is written again where K are others.
     """
-    Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="evaluation").close()
+    Workspace(directory, EVALUATION).close()
     logger.warning("%s: this evaluation is complete; nothing to sample", directory)
     if tuple(finished.pass_at_k["k"]) == config.ks:
         return finished

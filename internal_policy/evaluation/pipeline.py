@@ -11,20 +11,18 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from internal_policy.analysis.config import defaults
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import MATH_500, TESTBED, Prompt
 from internal_policy.evaluation import finishing, metrics
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
+from internal_policy.evaluation.results import EVALUATION, Evaluation
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import end_ids, refuse_generator, response_limit
@@ -33,9 +31,9 @@ from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.workspace import Workspace, in_use
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.result_format import library_version
+from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +157,7 @@ def _run(
     overwrite: bool,
 ) -> Evaluation:
     finished = None if overwrite else finishing.finished(config, directory)
-    workspace = Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="evaluation")
+    workspace = Workspace(directory, EVALUATION)
     if finished is None:
         workspace.check()
     named = opened is None and isinstance(source, str)
@@ -181,7 +179,7 @@ def _run(
     limit = response_limit(model, config.max_new_tokens)
     hooked = attached(model.model)
     identity = {
-        **config.decisive(),
+        **config.cache_key(),
         "weights": model.fingerprint(),
         "problems": benchmarks.digest([(p.problem, p.answer or "") for p in problems]),
         "inputs": hashlib.sha256(json.dumps([r.prompt_ids for r in requests]).encode()).hexdigest()[:16],
@@ -197,10 +195,9 @@ def _run(
     if hooked and not overwrite and (finished is not None or workspace.begun):
         raise not_taken_up(directory, hooked, "an evaluation")
     if finished is not None:
-        if differing := finishing.differing_settings(finished, identity):
-            raise in_use(directory, "an evaluation", differing)
+        EVALUATION.check_settings(directory, finished.config, identity)
         return finishing.with_ks(finished, config, directory)
-    if workspace.open(identity, overwrite, defaults(EvaluateConfig)):
+    if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished evaluation", directory)
     rows = sample_all(config, model, requests, limit, scorer, workspace)
     timings = {"load": round(load_seconds, 3)}
@@ -252,12 +249,5 @@ def _assemble(
         pass_at_k=metrics.pass_table(table, config.ks),
         avg=metrics.average(table),
         samples=samples,
-        versions={name: v for name in _LIBRARIES if (v := _version(name)) is not None},
+        versions={name: v for name in _LIBRARIES if (v := library_version(name)) is not None},
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -15,15 +15,17 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.data import benchmarks
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, from_cells, read_rows, to_cells, write_rows
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import from_cells, read_rows, to_cells, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
 _FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl")
-RESULT_FILES = (*_FILES, MANIFEST)
-EVALUATION = Kind("evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, _FILES, depth=2)
+EVALUATION = ResultFormat(
+    "evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, _FILES, depth=2
+)
 _TEXTS = ("prompt", "answer")
 
 

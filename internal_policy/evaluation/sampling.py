@@ -17,9 +17,9 @@ from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
 from internal_policy.models import LanguageModel, fitting_threads
+from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import progress
+from internal_policy.utils.logging import progress
 from internal_policy.utils.validation import MOST_PROMPTS
 from internal_policy.utils.workspace import Workspace
 
@@ -94,7 +94,7 @@ def sample_all(
             if not batch:
                 continue
             clock = [time.perf_counter()]
-            responses = halving([requests[i] for i in batch], run, _MEMORY_ADVICE)
+            responses = run_with_oom_retry([requests[i] for i in batch], run, _MEMORY_ADVICE)
             clock.append(time.perf_counter())
             scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
             clock.append(time.perf_counter())

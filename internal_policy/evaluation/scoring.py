@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from internal_policy.data.prompts import Prompt
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import UserError, counted
 
 
 def reward_name(reward: Any, *, exact: bool) -> str:

@@ -30,11 +30,9 @@ from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
 from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.wording import counted
+from internal_policy.utils.distributed import run_with_oom_retry
+from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.logging import quiet_libraries, status
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +155,7 @@ def _sequence(
         return [r.input_ids for r in sampled]
 
     with status("sampling a response"):
-        return halving([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
+        return run_with_oom_retry([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
 
 
 def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -> None:
@@ -204,7 +202,7 @@ def _look(
     def run(batches: Sequence[Batch]) -> list[list[NDArray[np.float32]]]:
         return [[values.cpu().numpy() for values in extractor.run(batch, reduce)] for batch in batches]
 
-    layers = halving([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
+    layers = run_with_oom_retry([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
     values = _value_table(layers, ids, top_k, model)
     texts = texts_of(model.tokenizer, [*ids, *pd.unique(values[_columns(top_k, "id")].to_numpy().ravel())])
     named = {f"top{k}_token": values[f"top{k}_id"].map(texts) for k in range(1, top_k + 1)}

@@ -15,18 +15,17 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.inspection.settings import Span, check_choice
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, from_cells, read_parquet, to_cells, write_parquet
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import from_cells, read_parquet, to_cells, write_parquet
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
-RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
 _SHOWN = 8
 """Rows of the small table in a notebook."""
 _FILES = ("values.parquet", "tokens.csv")
-INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION, _FILES)
+INSPECTION = ResultFormat("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)

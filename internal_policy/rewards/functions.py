@@ -22,9 +22,8 @@ from typing import Any
 from internal_policy.data import arithmetic as tasks
 from internal_policy.data.prompts import answer_text
 from internal_policy.rewards.math_verifier import Failures, MathVerifier
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.imports import require_package
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class MathReward:
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None) -> None:
         # Raised here rather than after the responses have been sampled.
-        require("math_verify", "the reward math", "train")
+        require_package("math_verify", "the reward math", "train")
         self.__name__ = "math_reward"
         self.verifier = MathVerifier(time_limit, workers)
 

@@ -98,7 +98,7 @@ def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, c
         return papers.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
-    monkeypatch.setattr(studies, "release", lambda: None)
+    monkeypatch.setattr(studies, "release_memory", lambda: None)
     monkeypatch.setattr(studies.models, "check", lambda name, **more: (name, looked_up))
     study("paper")
     # Those with a context of 4096 leave 1024 of it for the prompt.
@@ -181,9 +181,9 @@ def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_th
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, prompts=__file__, **QUICK)
     # So may models on this disk: embedded ones, and what a name stands for here.
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: True)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: True)
     assert len(study("testbed", output=root, **QUICK).analyses) == 2
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: False)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: False)
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study("testbed", output=root, **QUICK)
     with monkeypatch.context() as here:
