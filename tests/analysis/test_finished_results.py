@@ -19,8 +19,8 @@ from internal_policy.analysis.sweep import analyze_lenses
 from internal_policy.bupo import call
 from internal_policy.cli.report import write_reports
 from internal_policy.evaluation import evaluate
+from internal_policy.evaluation import results as evaluations
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.finishing import complete, digest
 from internal_policy.models import testbed
 from internal_policy.utils import result_format
 
@@ -86,7 +86,7 @@ def find(kind, place, **other):
         return call.complete({**ASKED, "output": "trained", **other})
     if kind == "evaluation":
         config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
-        return complete(config, "prompts.jsonl", place / "rated")
+        return evaluations.find_finished(config, "prompts.jsonl", place / "rated")
     options = {"prompts": "prompts.jsonl", **OPTIONS, **other}
     if kind == "lenses":
         configs = [AnalyzeConfig(model="model", lens=lens, **options) for lens in LENSES]
@@ -126,12 +126,12 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
     for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
         assert find("evaluation", place, **other) is None
     asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
-    assert digest(asked, "prompts.jsonl") is not None
+    assert evaluations.config_digest(asked, "prompts.jsonl") is not None
     Path("math500").write_text("of the hub all the same")
     for source in ("math500", "owner/name"):
-        assert digest(asked, source) is None
+        assert evaluations.config_digest(asked, source) is None
     for other in ({"reward": "module:function"}, {"trust_remote_code": True}, {"revision": "main"}):
-        assert digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
+        assert evaluations.config_digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
     # Other K are computed from what is there.
     assert list(find("evaluation", place, k=[1]).pass_at_k["k"]) == [1]
 

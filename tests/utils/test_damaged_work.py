@@ -21,7 +21,7 @@ from internal_policy.analysis import sweep as sweeps
 from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo.checkpoint import FILES, Seal, drop_optimiser_states, last_checkpoint, seal
 from internal_policy.evaluation import evaluate
-from internal_policy.evaluation import sampling as evaluating
+from internal_policy.evaluation import pipeline as evaluating
 from internal_policy.extractors import reduce_responses
 from internal_policy.utils.io import read_lines_sealed, write_lines_sealed
 from internal_policy.utils.workspace import Workspace
