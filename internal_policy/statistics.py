@@ -62,9 +62,9 @@ def confidence_interval(
     interval covers about 0.92.
 
     Mean +- t * stderr with C-1 degrees of freedom covers only 0.90 if long responses are also the uncertain ones, so
-    two standard corrections are applied, each of which vanishes for many equal clusters. A cluster's residual is divided
-    by (1 - its share of the tokens) (the delete-one jackknife), and the degrees of freedom follow from the residuals'
-    fourth moment (Satterthwaite), at most C-1.
+    two standard corrections are applied, each of which vanishes for many equal clusters. A cluster's residual is
+    divided by (1 - its share of the tokens) (the delete-one jackknife), and the degrees of freedom follow from the
+    residuals' fourth moment (Satterthwaite), at most C-1.
 
     Args:
         values: per-response means over tokens, [G, K]; NaN where not defined.
