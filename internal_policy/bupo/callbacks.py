@@ -17,7 +17,7 @@ from internal_policy.bupo.config import ALIGNMENT, AUTO, second_phase
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.resume import drop_optimizer_states, list_files
 from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
-from internal_policy.rewards.functions import failures_of
+from internal_policy.rewards.functions import count_failures
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
@@ -190,7 +190,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         """Count a step when all its updates are done, and the rewards that failed in it."""
         if state.global_step % self._trainer.args.updates_per_step == 0:
             # Each process scores its own share of the rollouts.
-            total = failures_of(self._trainer.reward_funcs)
+            total = count_failures(self._trainer.reward_funcs)
             since = torch.tensor([float(total[kind] - self._failures.get(kind, 0)) for kind in sorted(total)])
             everywhere = self._trainer.accelerator.reduce(since.to(self._trainer.accelerator.device), reduction="sum")
             for kind, number in zip(sorted(total), everywhere.tolist(), strict=True):

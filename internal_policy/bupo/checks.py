@@ -29,9 +29,7 @@ from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, evaluating, wrap
 from internal_policy.models.checkpoint_files import weight_files
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
-from internal_policy.utils.memory import is_out_of_memory
+from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
 from internal_policy.utils.validation import require_one_of
 
 logger = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ def check_run(
         # TRL reads the reference model again, from where the policy came from, and not from pickles.
         where = str(model.config._name_or_path)
         advice = "beta needs the model as it was before training: save it, and give its directory"
-        with told_in_one_line(config.model, "the reference model", advice=advice):
+        with as_user_error(config.model, "the reference model", advice=advice):
             if not weight_files(where, model.config, model.revision, config.model):
                 raise UserError(
                     f"{config.model}: no safetensors weights in {where!r} to read the reference model from; {advice}"

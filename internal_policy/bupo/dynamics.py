@@ -35,11 +35,10 @@ from internal_policy.generation import Request, sample
 from internal_policy.models import LanguageModel, context, evaluating, projection_of
 from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
-from internal_policy.utils.distributed import Processes
+from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +277,7 @@ def fixed_responses(
             rendered = render_all(prompts[: config.dynamics_responses], config.template or "chat", model.tokenizer)
             requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=False))]
             with status("sampling the responses on which the dynamics are measured"), evaluating(model.model):
-                found = halving(
+                found = run_with_oom_retry(
                     requests,
                     lambda part: sample(model, part, max_new_tokens=max_new_tokens, temperature=1.0, seed=config.seed),
                     "lower max_completion_length",

@@ -22,12 +22,9 @@ from internal_policy.bupo.config import ALIGNMENT, PAPER_PROMPTS, TRL_BATCH_OPTI
 from internal_policy.bupo.run import EVALUATIONS, MANIFEST, Run
 from internal_policy.utils.citation import bibtex
 from internal_policy.utils.console import number, percent_span
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted, is_http_error, shorten
 from internal_policy.utils.io import write_text
-from internal_policy.utils.loading_errors import shorten
-from internal_policy.utils.network import is_of_http
-from internal_policy.utils.progress import status
-from internal_policy.utils.wording import counted
+from internal_policy.utils.logging import status
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -430,7 +427,7 @@ def _errors_in_one_line(run: Run, repo_id: str, token: str | None) -> Iterator[N
         yield
     except Exception as error:
         # Of the client's own checks, of its upload's threads and Rust code, and of the network.
-        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_of_http(error):
+        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_http_error(error):
             raise
         line = _line(error, run, repo_id, _masked(str(error), token))
         chain = "".join(traceback.format_exception(error))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +29,22 @@ from internal_policy.bupo.run import (
     HISTORY,
     MANIFEST,
     MODEL,
+    RUN,
     Run,
     warn_complete,
 )
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import is_temporary, name_aside, remove_stale, set_aside, write_text
+from internal_policy.utils.io import (
+    is_temporary,
+    name_aside,
+    remove_stale,
+    require_writable,
+    set_aside,
+    sha256_of,
+    write_text,
+)
 from internal_policy.utils.locks import LOCK
-from internal_policy.utils.workspace import differences, in_use
+from internal_policy.utils.result_format import describe_differences
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +80,7 @@ class RunDirectory:
         Raises:
             UserError: not writable, in use for something else, or a run that cannot be read.
         """
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
-            raise UserError(f"{self.path}: cannot be written ({existing} {what}); choose another --output directory")
+        require_writable(self.path)
         others = (
             [p for p in self.path.iterdir() if p.name != LOCK and not is_temporary(p)] if self.path.is_dir() else []
         )
@@ -100,8 +105,8 @@ class RunDirectory:
             UserError: it was made with other settings.
         """
         run = Run.load(self.path)
-        if differing := differences(run.config, settings):
-            raise in_use(self.path, "a run", differing)
+        # A setting that one of them lacks is compared as well.
+        RUN.check_settings(self.path, run.config, {**dict.fromkeys(run.config), **settings})
         warn_complete(self.path)
         return run
 
@@ -125,7 +130,7 @@ class RunDirectory:
             self._begin(settings, clear=overwrite)
             return None
         before = self._read_settings(settings)
-        if differing := differences(before, settings):
+        if differing := describe_differences(before, settings):
             if not any(checkpoints.glob(f"checkpoint-*/{FILES}")):
                 # Nothing was trained yet, so nothing is lost by starting anew.
                 self._begin(settings, clear=True)
@@ -187,7 +192,7 @@ def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> No
     with ThreadPoolExecutor() as pool:
         files = {
             str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, pool.map(_digest, paths), strict=True)
+            for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)
         }
     _write_list(checkpoint, {"settings": settings_digest(settings), "processes": processes, "files": files})
 
@@ -304,15 +309,10 @@ def _fault(checkpoint: Path, listed: dict[str, Any], settings: dict[str, Any]) -
         if path.stat().st_size != listed["files"][name]["bytes"]:
             return f"{name} is damaged"
     with ThreadPoolExecutor() as pool:
-        for (name, known), digest in zip(listed["files"].items(), pool.map(_digest, paths.values()), strict=True):
+        for (name, known), digest in zip(listed["files"].items(), pool.map(sha256_of, paths.values()), strict=True):
             if digest != known["sha256"]:
                 return f"{name} is damaged"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _list_digest(listed: dict[str, Any]) -> str:

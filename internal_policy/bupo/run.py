@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.analysis.results import MANIFEST as ANALYSIS_MANIFEST
+from internal_policy.analysis.finished import source_digest
+from internal_policy.analysis.results import ANALYSIS as ANALYSIS_FORMAT
 from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig
 from internal_policy.data.records import SUFFIXES
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import EXACT, Kind
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat, is_up_to_date
+from internal_policy.utils.table_io import EXACT
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -38,7 +38,7 @@ HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
-RUN = Kind(
+RUN = ResultFormat(
     *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
     (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
 )
@@ -308,7 +308,7 @@ def find_finished(config: TrainConfig) -> Run | None:
         known = {"files": call["digest"], "hooked": stored["config"]["hooked"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not in_place or not unchanged.is_made_of(partial(call_digest, config), known, versions):
+    if not in_place or not is_up_to_date(known, versions, partial(call_digest, config)):
         return None
     run = Run.load(directory)
     warn_complete(directory)
@@ -339,7 +339,7 @@ def call_digest(config: TrainConfig) -> str | None:
         return None
     sources = [config.prompts, *([config.benchmark] if config.benchmark is not None else [])]
     if isinstance(config.layer, str) and config.layer != AUTO:
-        sources.append(str(expanded(config.layer) / ANALYSIS_MANIFEST))
+        sources.append(str(expanded(config.layer) / ANALYSIS_FORMAT.manifest))
     options = {name: value for name, value in config.to_keywords().items() if name not in ("overwrite", "wait")}
     # By default the directory is named by the settings.
     options |= {"layer": str(config.layer or AUTO), "output": config.output is not None}
@@ -348,7 +348,7 @@ def call_digest(config: TrainConfig) -> str | None:
         text = json.dumps(options, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
         return None
-    files = unchanged.digest_of(config.model, sources)
+    files = source_digest(config.model, sources)
     return None if files is None else hashlib.sha256(f"{files} {text}".encode()).hexdigest()
 
 

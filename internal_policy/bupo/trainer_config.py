@@ -26,9 +26,8 @@ from internal_policy.bupo.config import (
     check_values,
 )
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.validation import require_one_of
-from internal_policy.utils.wording import counted
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.

@@ -44,13 +44,12 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, alone, as_its_dtype_says, load, wrap
 from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles
-from internal_policy.rewards.functions import as_rewards, compare
+from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
-from internal_policy.utils.distributed import Processes, processes
+from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.locks import locked
-from internal_policy.utils.progress import progress, status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import progress, quiet_libraries, status
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ def train(
     call = _describe_call(config, [name for name, value in objects.items() if value is not None], model)
     config = config.with_preset()
     check_trl_options(config)
-    state = processes(config.trl_options)
+    state = training_processes(config.trl_options)
     with alone(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
         choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
         return _train(config, call, state, opened, prompts, choice, reward, peft_config, callbacks or [])
@@ -152,7 +151,7 @@ def _train(
     evaluates = config.eval_samples != 0 and (config.benchmark is not None or testbed)
     check_run(config, trainer_config, model, peft_config, state.sharded, measures=interval > 0, evaluates=evaluates)
     try_options(trainer_config, rewards)
-    dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=compare(rewards))
+    dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=needs_answers(rewards))
     hooked = attached(model.model)
     if hooked and not config.overwrite and directory.begun:
         raise not_taken_up(path, hooked, "a run")

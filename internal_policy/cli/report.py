@@ -113,11 +113,11 @@ def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
     Args:
         analyses: what has just been analysed.
     """
-    from internal_policy.analysis.lenses import other_lens
+    from internal_policy.analysis.remarks import find_other_lens
     from internal_policy.analysis.results import REPORT, Analysis
 
     paths = [analysis.path for analysis in analyses]
-    for other in (other_lens(analysis) for analysis in analyses):
+    for other in (find_other_lens(analysis) for analysis in analyses):
         if other is not None and other.path not in paths and other.path is not None and _is_there(other.path / REPORT):
             write_reports([Analysis.load(other.path)], tell=False)
 

@@ -14,10 +14,10 @@ from internal_policy.cli.report import write_reports
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES, Lens
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.locks import writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import is_number, world_size
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def train(
     # What was not given is left to the preset.
     given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
-    require("trl", "training", "train")
+    require_package("trl", "training", "train")
     _check(options)
     require_there([model], revision, prompts, benchmark)
     if layer is not None:

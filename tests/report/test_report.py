@@ -367,7 +367,7 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     names, lenses, output, _, options = asked[0]
     assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
     config = AnalyzeConfig(model=names[0], **options)
-    assert {k: v for k, v in config.decisive().items() if saved.config[k] != v} == {}
+    assert {k: v for k, v in config.cache_key().items() if saved.config[k] != v} == {}
     # In a new place, so that the finished one is not just read.
     found = {}
     exec(

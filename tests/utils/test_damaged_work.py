@@ -18,13 +18,14 @@ from transformers import TrainerCallback
 from internal_policy import UserError, analyze, models
 from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.results import workspace_of
+from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo.callbacks import CheckpointDigestCallback
 from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, list_files
 from internal_policy.evaluation import evaluate
-from internal_policy.evaluation import sampling as evaluating
+from internal_policy.evaluation import pipeline as evaluating
 from internal_policy.extractors import reduce_responses
 from internal_policy.utils.io import read_lines_sealed, write_lines_sealed
+from internal_policy.utils.workspace import Workspace
 
 PROMPTS = ["w2 w3 w4", "w5 w6", "w7 w8 w9 w10", "w11"]
 OPTIONS = {"prompts": PROMPTS, "max_new_tokens": 6, "batch_size": 2, "samples_per_prompt": 2}
@@ -186,7 +187,7 @@ def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     options = {"samples": 2, "batch_size": 2, "max_new_tokens": 5}
     whole = evaluate(wrapped, problems, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "halving", stop_after(2, evaluating.halving))
+        patch.setattr(evaluating, "run_with_oom_retry", stop_after(2, evaluating.run_with_oom_retry))
         with pytest.raises(KeyboardInterrupt):
             evaluate(wrapped, problems, output=tmp_path, **options)
     damage(next(tmp_path.rglob("sample-*.npz")))
@@ -352,12 +353,12 @@ def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
 
 
 def test_what_was_set_aside_is_not_found_damaged_again(tmp_path, caplog):
-    workspace = workspace_of(tmp_path / "a")
+    workspace = Workspace(tmp_path / "a", ANALYSIS)
     workspace.open({"seed": 0}, overwrite=False)
     workspace.write("capture", 0, {"index": np.arange(3)})
     (shard,) = workspace.work.glob("capture-*.npz")
     flip(shard)
     for _ in range(3):
-        workspace_of(tmp_path / "a").open({"seed": 0}, overwrite=False)
+        Workspace(tmp_path / "a", ANALYSIS).open({"seed": 0}, overwrite=False)
     assert len(caplog.messages) == 1
     assert [p.name for p in workspace.work.glob("*damaged*")] == [f"damaged-1-{shard.name}"]
