@@ -110,11 +110,7 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         trainer.alignment_ended = self.reason is not None
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return what was measured.
-
-        Returns:
-            A row per measurement; a row per measurement and later layer.
-        """
+        """Return what was measured: a row per measurement, and a row per measurement and later layer."""
         layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
         return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
 
@@ -131,11 +127,7 @@ class StepCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self._updates_per_step = updates_per_step
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of this callback.
-
-        Returns:
-            The arguments from which transformers could make it again.
-        """
+        """Return the arguments from which transformers could make this callback again."""
         return {"args": {"updates_per_step": self._updates_per_step}, "attributes": {}}
 
 
@@ -149,11 +141,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._failures: dict[str, int] = {}
 
     def history(self) -> pd.DataFrame:
-        """Turn the trainer's log into a table.
-
-        Returns:
-            A row per step so far.
-        """
+        """Turn the trainer's log into a table with a row per step so far."""
         args = self._trainer.args
         rows = []
         for entry in self._trainer.state.log_history:
@@ -176,11 +164,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         return pd.DataFrame(rows)
 
     def failures(self) -> dict[str, int]:
-        """Count the rewards that failed in the whole run, over all processes.
-
-        Returns:
-            How many, by kind.
-        """
+        """Count the rewards that failed in the whole run, by kind, over all processes."""
         total: Counter[str] = Counter()
         for entry in self._trainer.state.log_history:
             total.update({k.removeprefix(_FAILURES): int(v) for k, v in entry.items() if k.startswith(_FAILURES)})

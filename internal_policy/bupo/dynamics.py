@@ -76,11 +76,7 @@ class Measurement:
     """A row for each later layer m = l+1..L: layer, cosine of pi^l's state with H^m, kl = KL(pi^l || pi^m)."""
 
     def row(self) -> dict[str, float]:
-        """Everything but the table of later layers.
-
-        Returns:
-            Numbers by name, for a row of a table.
-        """
+        """Return everything but the table of later layers, for a row of a table."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
 
 
@@ -228,15 +224,7 @@ class Dynamics:
 
 
 def eval_interval(config: TrainConfig, layer: int | None) -> int:
-    """Number of steps between two measurements of the dynamics.
-
-    Args:
-        config: the run's settings.
-        layer: l, from 1; None where there is none.
-
-    Returns:
-        The interval in steps; 0 where nothing is measured.
-    """
+    """Return the number of steps between two measurements of the dynamics; 0 where nothing is measured."""
     if layer is None:
         return 0
     if config.dynamics_every is not None:
@@ -254,16 +242,7 @@ def fixed_responses(
 ) -> list[Response]:
     """Sample the responses on which the dynamics are measured, once per run, from the policy as it was given.
 
-    Args:
-        model: the model before training.
-        prompts: those of the run, the first of which are answered.
-        config: the run's settings.
-        max_new_tokens: largest number of tokens of a response.
-        directory: the run's; the responses are kept there for a resumed run.
-        state: the processes.
-
-    Returns:
-        The responses that have tokens.
+    They are kept in the run's directory, for a resumed run.
     """
     path = directory / FIXED_RESPONSES
     found: list[Response] = []

@@ -184,14 +184,7 @@ def write_card(run: Run, repo_id: str | None = None) -> Path:
 
 
 def metadata(run: Run) -> ModelCardData:
-    """What the hub reads of a card.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The licence is unknown unless the model is an embedded one; the base model is named where it is on the hub.
-    """
+    """Return what the hub reads of a card. The licence is unknown but for an embedded model, whose licence is ours."""
     from huggingface_hub import ModelCardData
 
     embedded = run.name.startswith("testbed/")
@@ -207,15 +200,7 @@ def metadata(run: Run) -> ModelCardData:
 
 
 def body(run: Run, repo_id: str | None = None) -> str:
-    """What a reader reads of a card.
-
-    Args:
-        run: the run.
-        repo_id: where the model is pushed to; without it the card shows no way to load it from there.
-
-    Returns:
-        Markdown.
-    """
+    """Return the card in Markdown; only with ``repo_id`` it shows how to load the model from there."""
     from jinja2 import Environment
 
     start, trained, steps = run.evaluation_start, run.evaluation, len(run.history)
@@ -255,14 +240,7 @@ def body(run: Run, repo_id: str | None = None) -> str:
 
 
 def code(value: Any) -> str:
-    """Write a value as code, where Markdown has no markup and HTML no tags.
-
-    Args:
-        value: any.
-
-    Returns:
-        One line; also in a table.
-    """
+    """Write a value in one line as code, where Markdown has no markup and HTML no tags."""
     text = " ".join(str(value).split()).replace("|", "¦")
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -270,14 +248,7 @@ def code(value: Any) -> str:
 
 
 def prose(value: Any) -> str:
-    """Write a text so that no character of it is markup.
-
-    Args:
-        value: any.
-
-    Returns:
-        One line.
-    """
+    """Write a text in one line so that no character of it is markup."""
     return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", " ".join(str(value).split()))
 
 

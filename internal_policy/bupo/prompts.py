@@ -29,15 +29,7 @@ _TRL_COLUMNS = {
 
 
 def is_testbed(model: str, source: str | list[Any] | None) -> bool:
-    """Whether the prompts are the embedded tasks, whose answers are checked exactly.
-
-    Args:
-        model: the model's name.
-        source: where the prompts come from.
-
-    Returns:
-        True for ``testbed``, and for an embedded model's default.
-    """
+    """Whether the prompts are the embedded tasks, whose answers are checked exactly."""
     return source == TESTBED or (source is None and model.startswith("testbed/"))
 
 
@@ -56,10 +48,6 @@ class PromptDataset:
 
     def to_trl(self, template: str, tokenizer: Any) -> Dataset:
         """Bring the prompts into TRL's form.
-
-        Args:
-            template: how a problem becomes a prompt.
-            tokenizer: the model's.
 
         Returns:
             Rows with ``prompt`` (a chat where the tokenizer has a template for it, else text), ``answer``, and the

@@ -72,14 +72,7 @@ class RunDirectory:
         return any((self.path / name).is_file() for name in (MANIFEST, SETTINGS))
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a directory that is not a run's or not writable, before anything long begins.
-
-        Args:
-            overwrite: whether what is there may be replaced.
-
-        Raises:
-            UserError: not writable, in use for something else, or a run that cannot be read.
-        """
+        """Refuse, before anything long begins, a directory that is not a run's or not writable, or a broken run."""
         require_writable(self.path)
         others = (
             [p for p in self.path.iterdir() if p.name != LOCK and not is_temporary(p)] if self.path.is_dir() else []
@@ -93,17 +86,7 @@ class RunDirectory:
             Run.load(self.path)
 
     def finished(self, settings: dict[str, Any]) -> Run:
-        """Read the finished run that is there.
-
-        Args:
-            settings: what was asked for.
-
-        Returns:
-            The run.
-
-        Raises:
-            UserError: it was made with other settings.
-        """
+        """Read the finished run that is there, and refuse one of other settings."""
         run = Run.load(self.path)
         # A setting that one of them lacks is compared as well.
         RUN.check_settings(self.path, run.config, {**dict.fromkeys(run.config), **settings})
@@ -181,13 +164,7 @@ class RunDirectory:
 
 
 def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
-    """Write the list of a checkpoint's files, which makes it a whole one.
-
-    Args:
-        checkpoint: its directory, with all of its files.
-        settings: of the run.
-        processes: how many trained.
-    """
+    """Write the list of a checkpoint's files, which makes it a whole one."""
     paths = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != FILES)
     with ThreadPoolExecutor() as pool:
         files = {
@@ -198,11 +175,7 @@ def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> No
 
 
 def drop_optimizer_states(directory: Path) -> None:
-    """Leave older checkpoints only their weights, and the newest two all that a run needs to go on.
-
-    Args:
-        directory: where the trainer writes them.
-    """
+    """Leave older checkpoints only their weights, and the newest two all that a run needs to go on."""
     for _, checkpoint in sorted(_checkpoints(directory))[:-_KEPT_WHOLE]:
         listed = _read_list(checkpoint)
         if listed is not None and any(map(_is_to_go_on, listed["files"])):
@@ -219,20 +192,11 @@ def drop_optimizer_states(directory: Path) -> None:
 def last_checkpoint(
     directory: Path, settings: dict[str, Any], updates_per_step: int = 1, processes: int = 1
 ) -> Path | None:
-    """Find the newest checkpoint from which a run can go on as if it had not stopped.
+    """Find the newest checkpoint from which a run can go on as if it had not stopped; None where there is none.
 
     A checkpoint that was not written to its end is passed over, and written again in its turn; so is an older one of
-    which only the weights were kept. One that was damaged, or is of other settings, is set aside.
-
-    Args:
-        directory: where the trainer writes them.
-        settings: of the run.
-        updates_per_step: updates on a batch of rollouts. A checkpoint between two of them is passed over: the rollouts
-            of that step are not in it.
-        processes: how many train now.
-
-    Returns:
-        The checkpoint's directory, or None.
+    which only the weights were kept, and one between two updates of a step, whose rollouts are not in it. One that was
+    damaged, or is of other settings, is set aside.
 
     Raises:
         UserError: it is of another number of processes, each of which has random numbers of its own.
@@ -263,14 +227,7 @@ def last_checkpoint(
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Digest a run's settings.
-
-    Args:
-        settings: what decides the result.
-
-    Returns:
-        64 hexadecimal digits, the same for equal settings; one that is missing means the same as None.
-    """
+    """Digest a run's settings; one that is missing means the same as None."""
     known = {name: value for name, value in settings.items() if value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

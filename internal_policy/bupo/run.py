@@ -139,11 +139,7 @@ class Run:
         RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
-
-        Returns:
-            JSON-able fields.
-        """
+        """Return what ``run.json`` holds."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
 
@@ -234,24 +230,12 @@ _PLAIN = (
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as csv, whole or not at all.
-
-    Args:
-        path: the file.
-        table: its rows.
-    """
+    """Write a table as csv, atomically."""
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_table`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows; none where it is not there or has no columns.
-    """
+    """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
     try:
         # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
@@ -261,14 +245,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def why_no_dynamics(run: Run) -> str | None:
-    """Say why there is no fig. 5 of a run.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The sentence; None where there is one.
-    """
+    """Say why there is no figure 5 of a run; None where there is one."""
     name = f"{run.name}, {run.label}"
     if run.dynamics.empty:
         how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
@@ -288,17 +265,7 @@ def last_alignment_step(run: Run) -> int | None:
 
 
 def find_finished(config: TrainConfig) -> Run | None:
-    """Find the finished run that a call would return, without loading its model, torch or TRL.
-
-    Args:
-        config: the settings, as they were asked for.
-
-    Returns:
-        The run; None where there is none, or where only the model can tell.
-
-    Raises:
-        UserError: a broken run.
-    """
+    """Find the finished run that a call would return, without torch or a model; None where only they can tell."""
     directory = config.directory
     try:
         stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -316,19 +283,12 @@ def find_finished(config: TrainConfig) -> Run | None:
 
 
 def warn_complete(directory: Path) -> None:
-    """Say that there is nothing to do.
-
-    Args:
-        directory: of the run.
-    """
+    """Say that there is nothing to do."""
     logger.warning("%s: already complete; nothing to train (--overwrite starts over)", directory)
 
 
 def call_digest(config: TrainConfig) -> str | None:
     """Digest the settings of a call, with the files that they name and the code of this package.
-
-    Args:
-        config: the settings, as they were asked for.
 
     Returns:
         64 hexadecimal digits; None where something else decides too: the hub, a GPU, other code.
@@ -353,14 +313,7 @@ def call_digest(config: TrainConfig) -> str | None:
 
 
 def is_on_the_hub(value: Any) -> bool:
-    """Whether a model or a data set was read from the hub.
-
-    Args:
-        value: its name or path, or a model object.
-
-    Returns:
-        False for a local path and an embedded model, and where it cannot be known.
-    """
+    """Whether a model or a data set was read from the hub, by its name or, for a model, by the object."""
     if isinstance(value, (str, Path)):
         name = str(value)
         local = Path(name).exists() or name.endswith(SUFFIXES) or name.startswith("testbed/")

@@ -150,12 +150,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return optimizer
 
     def log_metric(self, name: str, value: float) -> None:
-        """Add a number to the log of the current step, and so to what ``report_to`` names.
-
-        Args:
-            name: its name.
-            value: its value; the mean is logged where there are several.
-        """
+        """Add a number to the log of the current step, and so to what ``report_to`` names."""
         self._metrics["train"][name].append(value)
 
     @contextmanager

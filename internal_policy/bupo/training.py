@@ -260,14 +260,7 @@ class LayerChoice:
     """The model that the analysis was of."""
 
     def check(self, model: LanguageModel) -> None:
-        """Check that the layer is one of this model.
-
-        Args:
-            model: the model to be trained.
-
-        Raises:
-            UserError: out of range, or of an analysis of another model.
-        """
+        """Refuse a layer that the model does not have, and an analysis of another model."""
         expected = {
             "family": model.family.name,
             "layers": model.n_layers,
@@ -286,16 +279,9 @@ class LayerChoice:
 
 
 def choose_layer(layer: Any) -> LayerChoice:
-    """Turn what the user gave into a layer.
+    """Turn a number from 1, an ``Analysis``, its directory, ``auto`` or None into a layer and the reason for it.
 
-    Args:
-        layer: a number from 1, an ``Analysis``, its directory, ``auto``, or None.
-
-    Returns:
-        The choice; without a layer for ``auto``, whose analysis has yet to be made, and for None.
-
-    Raises:
-        UserError: not a layer, or an analysis without a boundary layer.
+    ``auto``, whose analysis has yet to be made, and None give no layer.
     """
     if layer is None or layer == AUTO:
         return LayerChoice(None, "")
