@@ -30,8 +30,7 @@ from internal_policy.extractors.nnsight_library import (
 )
 from internal_policy.extractors.nnsight_shipping import by_value, plain
 from internal_policy.models import LanguageModel, Projection, check, wrap
-from internal_policy.utils import loading_errors
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, as_user_error
 
 __all__ = ["NnsightExtractor", "RemoteLanguageModel", "from_hub", "from_model", "from_nnsight", "is_nnsight"]
 
@@ -231,7 +230,7 @@ def from_hub(
     if destination(remote) is True and Path(where).exists():
         raise UserError(f"{name}: NDIF has models of the hub only; leave --remote out for a model on this machine")
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with loading_errors.told_in_one_line(name, "its configuration and tokenizer"), told_in_one_line(name):
+    with as_user_error(name, "its configuration and tokenizer"), told_in_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation

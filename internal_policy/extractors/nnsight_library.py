@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from internal_policy.models import LanguageModel
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import shorten
-from internal_policy.utils.network import is_of_http
+from internal_policy.utils.errors import UserError, is_http_error, shorten
 
 KEY = "NDIF_API_KEY"
 
@@ -148,7 +146,7 @@ def told_in_one_line(name: str) -> Iterator[None]:
                 f"{name}: NDIF refused or failed: {shorten(lines[-1], 300)}; "
                 "see https://nnsight.net/status/ for the models that it hosts, or leave --remote out"
             ) from error
-        if isinstance(error, OSError) or is_of_http(error) or kind.startswith(("websocket.", "huggingface_hub.")):
+        if isinstance(error, OSError) or is_http_error(error) or kind.startswith(("websocket.", "huggingface_hub.")):
             raise UserError(
                 f"{name}: no connection to NDIF or the hub ({shorten(lines[0])}); check the name and the network"
             ) from error

@@ -16,7 +16,7 @@ from internal_policy.models.projection import Projection
 from internal_policy.models.structure import candidates
 from internal_policy.models.unembedding import projection_of
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 _MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from internal_policy.models.paths import locate
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import first_line, told_in_one_line
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.errors import UserError, as_user_error, first_line
+from internal_policy.utils.logging import quiet_libraries
 
 _MOST_LAYERS = 10_000
 """No decoder has more; a slip in a config.json would have modules made until the memory is full."""
@@ -62,7 +61,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
     if Path(where).is_dir():
         # Before transformers reads it, which makes lists with an entry a layer.
         _refuse_too_deep(Path(where), name)
-    with told_in_one_line(name, "its config.json"):
+    with as_user_error(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         _refuse_other_architectures(config, name)
     return where, config

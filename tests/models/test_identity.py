@@ -20,7 +20,6 @@ from internal_policy.extractors import HookExtractor, prove, transformer_lens
 from internal_policy.extractors import nnsight as nnsight_backend
 from internal_policy.models.attachments import attached
 from internal_policy.models.fingerprint import _PORTION, _plain, digest
-from internal_policy.utils.result_format import write_manifest
 
 
 def changed(change, model_type="gemma2", **options):
@@ -569,11 +568,11 @@ def test_what_ends_a_sample_counts(problems, tmp_path):
 
 def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import session
+    from internal_policy.bupo import training
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
-    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(training, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
     options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
     options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
@@ -600,61 +599,9 @@ def test_all_that_is_known_of_ready_responses_counts(change, tmp_path):
         analyze(model, responses=[*given[:2], {**given[2], **change}], **options)
 
 
-LATER = ("generator", "tolerance", "quantization", "hooked")
-"""Settings that results have lacked once."""
-
-
-def without(path, *names):
-    """Make a file of results as one that was written before there were these settings."""
-    told = json.loads(path.read_text())
-    settings = told.get("config", told)
-    for name in names:
-        settings.pop(name, None)
-    if told.pop("seal", None):
-        write_manifest(path.parent, path.name, told, tuple(told.pop("sha256")))
-    else:
-        path.write_text(json.dumps(told))
-
-
-def test_what_was_analysed_before_there_was_a_setting_is_taken(subject, tmp_path):
-    model, options = subject
-    done = analyze(model, **options, output=tmp_path)
-    without(done.path / "analysis.json", *LATER)
-    assert analyze(model, **options, output=tmp_path).layers.equals(done.layers)
-    with pytest.raises(UserError, match=r"other settings \(tolerance None -> 0.5\)"):
-        analyze(model, **options, output=tmp_path, tolerance=0.5)
-    without(done.path / "analysis.json", "weights")
-    with pytest.raises(UserError, match=r"other settings \(weights None -> \w+\)"):
-        analyze(model, **options, output=tmp_path)
-
-
-def test_what_was_begun_before_there_was_a_setting_goes_on(subject, tmp_path, monkeypatch):
-    from internal_policy.analysis import pipeline
-
-    model, options = subject
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_capture", lambda *a: (_ for _ in ()).throw(RuntimeError))
-        with pytest.raises(RuntimeError):
-            analyze(model, **options, output=tmp_path)
-    (begun,) = tmp_path.glob("*/work/run.json")
-    without(begun, *LATER)
-    with pytest.raises(UserError, match=r"unfinished analysis with other settings \(tolerance None -> 0.5\)"):
-        analyze(model, **options, output=tmp_path, tolerance=0.5)
-    assert analyze(model, **options, output=tmp_path).path == begun.parents[1]
-
-
-def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_path):
-    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
-    done = evaluate(model, **problems, output=tmp_path)
-    without(done.path / "evaluation.json", *LATER)
-    assert evaluate(model, **problems, output=tmp_path).samples.equals(done.samples)
-    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 1\)"):
-        evaluate(model, **problems, output=tmp_path, seed=1)
-
-
 def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
-    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
-    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).cache_key()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").cache_key()
     model, options = subject
     for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
         # Only what the configuration says: quantised weights need a package that is not everywhere.
