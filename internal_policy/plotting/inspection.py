@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from internal_policy.analysis.figure_data import OneOrMany
+from internal_policy.inspection.config import SITES, Site, Span
 from internal_policy.inspection.figure_data import inspection_data
-from internal_policy.inspection.settings import SITES, Site, Span
 from internal_policy.plotting import style
 from internal_policy.plotting.fonts import drawable, fit, font
 from internal_policy.plotting.marks import color_map, panels_of
