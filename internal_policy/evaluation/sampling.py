@@ -19,9 +19,8 @@ from internal_policy.generation import Request, VllmSampler, check_prompt_length
 from internal_policy.models import LanguageModel, fitting_threads
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.logging import progress
 from internal_policy.utils.validation import MOST_PROMPTS
-from internal_policy.utils.workspace import Workspace
+from internal_policy.utils.workspace import Arrays, Workspace
 
 _MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"
 
@@ -76,43 +75,32 @@ def sample_all(
     Returns:
         A row a request, in order: problem, sample, response, score, n_tokens, truncated.
     """
-    found: dict[int, dict[str, Any]] = {}
-    for shard in workspace.shards("sample"):
-        found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
     ends = set(end_ids(model))
+    with _drawing(config, model, requests, limit) as run, fitting_threads(model):
 
-    size = together(config.generator, config.batch_size)
-    # Prompts of one length together, the longest first: what does not fit in memory is told early.
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-    with (
-        _drawing(config, model, requests, limit) as run,
-        progress("sampling responses", len(requests), len(found)) as advance,
-        fitting_threads(model),
-    ):
-        for start in range(0, len(order), size):
-            batch = [i for i in order[start : start + size] if i not in found]
-            if not batch:
-                continue
-            clock = [time.perf_counter()]
+        def sample_batch(batch: list[int]) -> Arrays:
+            started = time.perf_counter()
             responses = run_with_oom_retry([requests[i] for i in batch], run, _MEMORY_ADVICE)
-            clock.append(time.perf_counter())
+            sampled = time.perf_counter()
             scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
-            clock.append(time.perf_counter())
-            new = {i: _row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)}
-            workspace.write(
-                "sample",
-                batch[0],
-                {
-                    "index": np.array(batch),
-                    "json": np.array([json.dumps(row) for row in new.values()]),
-                    "failures": np.array(json.dumps(failures)),
-                    "sample_seconds": np.array(clock[1] - clock[0]),
-                    "score_seconds": np.array(clock[2] - clock[1]),
-                },
-            )
-            found |= new
-            advance(len(batch))
-    return [found[i] for i in range(len(requests))]
+            scored = time.perf_counter()
+            rows = [_row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)]
+            return {
+                "json": np.array([json.dumps(row) for row in rows]),
+                "failures": np.array(json.dumps(failures)),
+                "sample_seconds": np.array(sampled - started),
+                "score_seconds": np.array(scored - sampled),
+            }
+
+        portions = workspace.run_stage(
+            "sample",
+            {i: len(request.prompt_ids) for i, request in enumerate(requests)},
+            together(config.generator, config.batch_size),
+            sample_batch,
+            description="sampling responses",
+        )
+    lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
+    return [json.loads(lines[i]) for i in range(len(requests))]
 
 
 @contextmanager
