@@ -177,7 +177,7 @@ def _models(command: AnalyzeCommand) -> None:
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
     """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.remarks import find_other_lens
+    from internal_policy.analysis.results import find_other_lens
 
     other = find_other_lens(analysis)
     return {**to_json(analysis), "other_lens": None if other is None else vars(other)}

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
-from internal_policy.analysis.remarks import other_lens_sentence, plus_stderr, positions_line, remarks
-from internal_policy.analysis.results import REPORT, Analysis
+from internal_policy.analysis.remarks import plus_stderr, positions_line, remarks
+from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
 from internal_policy.utils.console import console as open_console

@@ -12,6 +12,7 @@ from internal_policy.bupo.config import TrainConfig, require_layer
 from internal_policy.cli.command import FIGURES, ConsoleOptions, require_there, to_json
 from internal_policy.cli.report import write_reports
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.locks import writing
 from internal_policy.utils.logging import importing
 from internal_policy.utils.output import print_json

@@ -10,7 +10,7 @@ import pytest
 from shapes import make, progressive
 
 from internal_policy import Analysis, UserError, compare
-from internal_policy.analysis.remarks import LensResult, find_other_lens, other_lens_sentence
+from internal_policy.analysis.results import LensResult, find_other_lens, other_lens_sentence
 from internal_policy.cli import display
 from internal_policy.cli.main import run as run_command
 from internal_policy.report import analysis_report, comparison_report
