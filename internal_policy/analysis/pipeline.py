@@ -32,8 +32,8 @@ from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
 from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils import sharding
 from internal_policy.utils.distributed import Processes, launched
 from internal_policy.utils.io import expanded
@@ -50,7 +50,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 @quiet_libraries()
 @showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
-@as_its_dtype_says()
+@without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -102,7 +102,7 @@ def analyze(
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
+            stack.enter_context(eval_mode(registry.module_of(model)))
             opened = registry.adopt(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
         source = architecture(config, network) if config.random_baseline else None
@@ -154,7 +154,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
-    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
@@ -166,12 +166,12 @@ def _run(
 
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
 
     if finished is not None:
         if hooked:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         if differing := unchanged.differing_settings(finished, identity):
             raise in_use(directory, "an analysis", differing)
         if config.random_baseline and finished.baseline is None:
@@ -183,7 +183,7 @@ def _run(
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
-    with fitting_threads(model):
+    with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)
 

@@ -26,7 +26,7 @@ from internal_policy.bupo.presets import SITES, Site
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
-from internal_policy.models import LanguageModel, context, evaluating, projection_of
+from internal_policy.models import LanguageModel, context, eval_mode, projection_of
 from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
 from internal_policy.utils.errors import UserError
@@ -134,7 +134,7 @@ class Dynamics:
         model = _read_anew(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
-        with evaluating(model.model), torch.no_grad():
+        with eval_mode(model.model), torch.no_grad():
             for batch in self._batches(context.switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
                     sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
@@ -185,7 +185,7 @@ class Dynamics:
         held: list[Tensor] = []
 
         def divergence(own: Tensor, other: Tensor) -> Tensor:
-            return policy_divergence(head.through(self.lens, own), other, head.weight, head.bias, **options)
+            return policy_divergence(head.apply_lens(self.lens, own), other, head.weight, head.bias, **options)
 
         def keep(name: str, layer: int, parts: Iterable[Tensor]) -> None:
             values[name, layer] = torch.cat(list(parts)).cpu().double()
@@ -196,13 +196,13 @@ class Dynamics:
                 own = {"layer": out, "attn": states.attention_write, "ffn": states.ffn_write}[self.site].to(device)
                 held.append(own)
                 for name, x in (("before", states.residual_in.to(device)), ("after", out), ("entropy", own)):
-                    keep(name, layer, (head.entropy(head.through(self.lens, part)) for part in _parts(x)))
+                    keep(name, layer, (head.entropy(head.apply_lens(self.lens, part)) for part in _parts(x)))
             pairs = [pair for x in held for pair in zip(_parts(x), _parts(out), strict=True)]
             if layer > self.layer:
                 keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
-                keep("kl", layer, (divergence(a, head.through(self.lens, b)) for a, b in pairs))
+                keep("kl", layer, (divergence(a, head.apply_lens(self.lens, b)) for a, b in pairs))
             if layer == model.n_layers:
-                normed = [head.normed(b) for _, b in pairs]
+                normed = [head.apply_final_norm(b) for _, b in pairs]
                 keep("policy_entropy", layer, map(head.entropy, normed))
                 keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
                 tokens = zip(normed, _parts(targets), strict=True)

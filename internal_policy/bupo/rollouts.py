@@ -20,7 +20,7 @@ from internal_policy.bupo.presets import AUTO
 from internal_policy.data.prompts import NAMED_TEMPLATES, TESTBED, Prompt, read_prompts, render_all
 from internal_policy.data.responses import Response
 from internal_policy.generation import Request, check_prompt_lengths, sample
-from internal_policy.models import LanguageModel, context, evaluating
+from internal_policy.models import LanguageModel, context, eval_mode
 from internal_policy.utils.distributed import Processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
@@ -229,7 +229,7 @@ def fixed_responses(
 def _answers(model: LanguageModel, prompts: list[Prompt], plan: Plan, config: BuPOConfig) -> list[Response]:
     rendered = render_all(prompts, plan.template, model.tokenizer)
     requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=True))]
-    with evaluating(model.model):
+    with eval_mode(model.model):
         found = halving(
             requests,
             lambda part: sample(

@@ -33,8 +33,8 @@ from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, load, wrap
-from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.models.checkpoint_files import refuse_pickles, weight_files
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.rewards.functions import as_rewards, compare
 from internal_policy.utils.distributed import Processes, processes
 from internal_policy.utils.errors import UserError
@@ -123,9 +123,9 @@ class Session:
         self._refuse(config, model, state, exact, peft_config)
         rehearse(config, rewards)
         stream = rollouts.stream(self.name, source, self.plan, config, model, needs_answer=compare(rewards))
-        hooked = attached(model.model)
+        hooked = attached_code(model.model)
         if hooked and not overwrite and directory.begun:
-            raise not_taken_up(self.directory, hooked, "a run")
+            raise resume_refused(self.directory, hooked, "a run")
         settings = {**self._settings(choice, model, stream, peft_config, rewards), "hooked": hooked or None}
         if not overwrite and (self.directory / MANIFEST).is_file():
             return directory.finished(settings)

@@ -23,7 +23,7 @@ from internal_policy.bupo.forward import check_layer, counted_positions, interna
 from internal_policy.bupo.head import streamed_head, streams
 from internal_policy.bupo.presets import AUTO
 from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
-from internal_policy.models import Family, evaluating
+from internal_policy.models import Family, eval_mode
 from internal_policy.utils.errors import UserError
 
 _CITATION = """@article{tan2025bottomup,
@@ -258,7 +258,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             entropies = known[rows]
         else:
             # Without dropout, so that a measurement draws no random numbers from the training's stream.
-            with self._policy(False, measuring=True), evaluating(self.model):
+            with self._policy(False, measuring=True), eval_mode(self.model):
                 _, entropies, _ = self._get_per_token_logps_and_entropies(
                     self.model,
                     torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),

@@ -17,7 +17,7 @@ from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.presets import AUTO, DATA
 from internal_policy.bupo.results import Run
 from internal_policy.bupo.session import Session
-from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
+from internal_policy.models import LanguageModel, exclusive_use, without_autocast, wrap
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.quiet import quiet_libraries
@@ -26,7 +26,7 @@ from internal_policy.utils.shell import is_number
 
 @quiet_libraries()
 @showing(planning.Plan, BuPOConfig)
-@as_its_dtype_says()
+@without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
@@ -101,7 +101,7 @@ def train(
     call = call_of({**given_words, "output": directory}, options)
     call["digest"] = digest({**given_words, "output": output, **options})
     session = Session(name, plan, trainer_options, directory, wanted_layer, call)
-    with alone(None if given_model is None else given_model.model):
+    with exclusive_use(None if given_model is None else given_model.model):
         return session.run(given_model, prompts, reward, overwrite, wait, peft_config, callbacks or [])
 
 

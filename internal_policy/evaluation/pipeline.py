@@ -28,8 +28,8 @@ from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluatio
 from internal_policy.evaluation.sampling import sample_all, to_requests
 from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import end_ids, refuse_generator, response_limit
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models import LanguageModel, eval_mode, load, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
@@ -43,7 +43,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
-@as_its_dtype_says()
+@without_autocast()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
@@ -132,7 +132,7 @@ def evaluate(
     )
     refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)
-    with evaluating(opened.model if opened is not None else None):
+    with eval_mode(opened.model if opened is not None else None):
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
@@ -179,7 +179,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     requests = to_requests(config, model, problems)
     limit = response_limit(model, config.max_new_tokens)
-    hooked = attached(model.model)
+    hooked = attached_code(model.model)
     identity = {
         **config.decisive(),
         "weights": model.fingerprint(),
@@ -195,7 +195,7 @@ def _run(
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
     if hooked and not overwrite and (finished is not None or workspace.begun):
-        raise not_taken_up(directory, hooked, "an evaluation")
+        raise resume_refused(directory, hooked, "an evaluation")
     if finished is not None:
         if differing := finishing.differing_settings(finished, identity):
             raise in_use(directory, "an evaluation", differing)

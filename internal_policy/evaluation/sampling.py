@@ -16,7 +16,7 @@ from internal_policy.data.responses import Response
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
-from internal_policy.models import LanguageModel, fitting_threads
+from internal_policy.models import LanguageModel, limit_threads
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.memory import halving
 from internal_policy.utils.progress import progress
@@ -87,7 +87,7 @@ def sample_all(
     with (
         _drawing(config, model, requests, limit) as run,
         progress("sampling responses", len(requests), len(found)) as advance,
-        fitting_threads(model),
+        limit_threads(model),
     ):
         for start in range(0, len(order), size):
             batch = [i for i in order[start : start + size] if i not in found]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.extractors.base import Batch, LayerGroups, LayerReduction, LayerStates, LogitReduction
-from internal_policy.models import LanguageModel, as_its_dtype_says
+from internal_policy.models import LanguageModel, without_autocast
 
 
 @contextmanager
@@ -106,7 +106,7 @@ class HookExtractor:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
-    @as_its_dtype_says()
+    @without_autocast()
     @torch.no_grad()
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
@@ -118,7 +118,7 @@ class HookExtractor:
             self.model.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
         return groups.reduced
 
-    @as_its_dtype_says()
+    @without_autocast()
     @torch.no_grad()
     def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:
         """Run the whole model once; see ``Extractor.logits``."""

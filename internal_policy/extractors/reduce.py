@@ -174,10 +174,10 @@ def _reduce(
             sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
         else:
             states[s.layer, "residual_out"] = s.residual_out
-    projected = [projection.through(lens, state) for state in states.values()]
+    projected = [projection.apply_lens(lens, state) for state in states.values()]
     if last.layer == n_layers:
         # What the lens leaves out: the policy with the final norm, or the layer without it.
-        other = projection.normed(last.residual_out) if lens == "policy" else last.residual_out
+        other = projection.apply_final_norm(last.residual_out) if lens == "policy" else last.residual_out
         states[n_layers, "other"] = other
         projected.append(other)
     found = dict(zip([*states, *sums], projection.entropies(projected, list(sums.values())), strict=True))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from internal_policy.extractors.base import Batch, Extractor, LayerStates
 from internal_policy.extractors.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
-from internal_policy.models.structure import candidates
+from internal_policy.models.families import guess_families
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.loading_errors import first_line, told_in_one_line
 from internal_policy.utils.memory import is_out_of_memory
@@ -79,7 +79,7 @@ def prove(
         return extractor
     why = "has no parts of a decoder under names that are known"
     found: list[tuple[float, LanguageModel]] = []
-    for family in candidates(model.model):
+    for family in guess_families(model.model):
         tried = wrap(model.model, model.tokenizer, model.name, model.revision, family)
         try:
             found.append((verify(HookExtractor(tried), seed), tried))

@@ -1,4 +1,4 @@
-"""Where the weights of a model are: on one device, on several, or set aside by accelerate until they are needed."""
+"""Which device to use, and where the weights of a model are: on one, on several, or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.loading_errors import first_line
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve ``auto`` to cuda, mps or cpu, and check that a named device is there.
+
+    Args:
+        device: ``auto`` or a torch device.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: not a device, or not on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
+    return chosen
 
 
 def input_device(model: Any) -> torch.device:

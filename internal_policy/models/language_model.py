@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.models import context, devices, fingerprint, quantization
-from internal_policy.models.families import FAMILIES, Family
-from internal_policy.models.projection import Projection
-from internal_policy.models.structure import candidates
-from internal_policy.models.unembedding import projection_of
+from internal_policy.models.families import FAMILIES, Family, guess_families
+from internal_policy.models.projection import Projection, projection_of
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.progress import status
 
@@ -195,7 +193,7 @@ def family_of(model: Any, name: str) -> Family:
         UserError: no row, and no structure that is known.
     """
     model_type = model.config.model_type
-    family = FAMILIES.get(model_type) or next(candidates(model), None)
+    family = FAMILIES.get(model_type) or next(guess_families(model), None)
     if family is None:
         raise unknown_family(name, model_type, "has no parts of a decoder under names that are known")
     return family

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from internal_policy.models.checkpoint_files import refuse_read_as_plain, refuse_unscaled, weight_files
+from internal_policy.models.devices import choose_device
 from internal_policy.models.families import Family
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
-from internal_policy.models.lookup import check, choose_device
 from internal_policy.models.options import DTYPES, check_device_map, check_quantization
+from internal_policy.models.paths import locate
 from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice, refuse_unknown
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.loading_errors import WEIGHTS, told_in_one_line
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 _NOT_READ = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)position_ids$|\.[qkv]+_(scale|zero_point)$")
 """Tensors that a layer may have in a checkpoint and that no forward pass reads: buffers that are computed anew, and the
 scales by which servers quantise their caches of keys and values."""
+_MOST_LAYERS = 10_000
+"""No decoder has more; a slip in a config.json would have modules made until the memory is full."""
 
 
 @quiet_libraries()
@@ -179,3 +184,57 @@ def _predicts_further(key: str, config: Any) -> bool:
     layer = re.search(r"\.(\d+)\.", key)
     further = getattr(config, "num_nextn_predict_layers", None) or 0
     return layer is not None and 0 <= int(layer[1]) - int(config.num_hidden_layers) < further
+
+
+@quiet_libraries()
+def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """Check that a name stands for a causal LM, without loading its weights.
+
+    Args:
+        name: hub id, local directory, or an embedded model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        What transformers loads it from, and its configuration.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
+    """
+    from transformers import AutoConfig
+
+    where = locate(name, revision)
+    if Path(where).is_dir():
+        # Before transformers reads it, which makes lists with an entry a layer.
+        _refuse_too_deep(Path(where), name)
+    with told_in_one_line(name, "its config.json"):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        _refuse_other_architectures(config, name)
+    return where, config
+
+
+def _refuse_too_deep(directory: Path, name: str) -> None:
+    try:
+        settings = json.loads((directory / "config.json").read_bytes())
+        layers = settings.get("text_config", settings).get("num_hidden_layers", 0)
+    # What is wrong with it is told where it is read for good.
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return
+    if isinstance(layers, (int, float)) and layers > _MOST_LAYERS:
+        shown = f"{layers:.6g}" if layers < 1e300 else "more than 1e300"
+        raise UserError(f"{name}: config.json has {shown} layers; needed are at most {_MOST_LAYERS}")
+
+
+def _refuse_other_architectures(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {config.model_type} is an encoder-decoder model; needed is a decoder-only causal LM")
+    named = getattr(config, "architectures", None) or []
+    architectures = [str(a) for a in (named if isinstance(named, (list, tuple)) else [named])]
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal):
+        what = architectures[0] if architectures else config.model_type
+        raise UserError(
+            f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM"
+        )

@@ -21,7 +21,7 @@ _making = threading.Lock()
 
 
 @contextmanager
-def alone(model: Any) -> Iterator[None]:
+def exclusive_use(model: Any) -> Iterator[None]:
     """Keep other threads from the model: hooks of two would see the states of both, and modes be set back too early.
 
     Args:
@@ -37,13 +37,13 @@ def alone(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Have a model alone and in evaluation mode, and put each of its modules back into its own mode on any exit.
 
     Args:
         model: the model; anything but a module is left alone.
     """
-    with alone(model):
+    with exclusive_use(model):
         modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
         try:
             if modes:
@@ -55,7 +55,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def as_its_dtype_says() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Compute outside the caller's autocast, which rounds to 16 bits what is called float32, and its default device."""
     with ExitStack() as stack:
         for kind in _AUTOCAST:
@@ -67,7 +67,7 @@ def as_its_dtype_says() -> Iterator[None]:
 
 
 @contextmanager
-def fitting_threads(model: LanguageModel) -> Iterator[None]:
+def limit_threads(model: LanguageModel) -> Iterator[None]:
     """Use one thread where the products are so small that handing them over costs more than it saves.
 
     Args:

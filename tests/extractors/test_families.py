@@ -24,8 +24,8 @@ from internal_policy.extractors import (
     residual_hooks,
     verify,
 )
-from internal_policy.models import structure
 from internal_policy.models.families import FAMILIES as TABLE
+from internal_policy.models.families import guess_families
 
 # float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
 FLOAT32_NATS = 1e-5
@@ -259,7 +259,7 @@ def test_a_family_that_no_structure_fits_is_refused_with_what_to_do(model_type, 
 
 def test_every_guess_names_parts_that_are_there():
     model = tiny_model("gemma2")
-    for family in structure.candidates(model):
+    for family in guess_families(model):
         models.wrap(model, tiny_tokenizer(), family=family)
 
 

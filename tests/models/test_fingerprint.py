@@ -18,8 +18,7 @@ from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, models
 from internal_policy.evaluation import evaluate
 from internal_policy.extractors import HookExtractor, prove, transformer_lens
 from internal_policy.extractors import nnsight as nnsight_backend
-from internal_policy.models.attachments import attached
-from internal_policy.models.fingerprint import _PORTION, _plain, digest
+from internal_policy.models.fingerprint import _PORTION, _plain, attached_code, digest
 from internal_policy.utils.result_format import write_manifest
 
 
@@ -108,7 +107,7 @@ def test_a_tied_weight_is_the_same_wherever_each_of_its_names_is():
         plan |= {f"model.layers.{i}": torch.device(DEVICE, 0) for i in range(3)} | {"model.norm": "cpu"}
         split = dispatch_model(copy.deepcopy(whole), plan, main_device=torch.device(DEVICE, 0))
         assert digest(split) == told
-        assert attached(split) == []
+        assert attached_code(split) == []
 
 
 @pytest.mark.parametrize(
@@ -190,10 +189,10 @@ def test_a_model_as_it_was_loaded_has_nothing_attached(backend):
     before = model.fingerprint()
     extractor = prove(model, BACKENDS[backend])
     around = getattr(extractor, "bridge", getattr(extractor, "_root", None))
-    assert attached(extractor.model.model, around) == []
+    assert attached_code(extractor.model.model, around) == []
     assert extractor.model.fingerprint() == before
     model.model(torch.arange(2, 9)[None], output_hidden_states=True)
-    assert attached(model.model) == []
+    assert attached_code(model.model) == []
 
 
 def test_wrapped_by_a_library_it_has_nothing_attached():
@@ -203,19 +202,19 @@ def test_wrapped_by_a_library_it_has_nothing_attached():
     root = nnsight.NNsight(model)
     with root.trace(torch.arange(2, 9)[None]):
         root.model.layers[1].output.save()
-    assert attached(model, root) == []
+    assert attached_code(model, root) == []
     assert digest(model) == before
     with root.edit(inplace=True):
         root.model.layers[1].mlp.output[:] = 0
-    assert attached(model, root) == ["nnsight edit"]
+    assert attached_code(model, root) == ["nnsight edit"]
 
 
 def test_bridged_it_has_nothing_attached():
     extractor = transformer_lens.from_model(models.wrap(tiny_model("qwen3"), tiny_tokenizer()))
     bridge = extractor.bridge
-    assert attached(bridge.original_model, bridge) == []
+    assert attached_code(bridge.original_model, bridge) == []
     bridge.blocks[1].mlp.register_forward_hook(double)
-    found = attached(transformer_lens.from_bridge(bridge, tiny_tokenizer()).model.model, bridge)
+    found = attached_code(transformer_lens.from_bridge(bridge, tiny_tokenizer()).model.model, bridge)
     assert found == ["model.layers.1.mlp: forward hook"]
 
 
@@ -246,9 +245,9 @@ ATTACHED = {
 def test_code_that_is_attached_is_listed(place, attach):
     model = tiny_model("qwen3")
     attach(model.model.layers[2].mlp)
-    assert attached(model) == [f"model.layers.2.{place}"]
+    assert attached_code(model) == [f"model.layers.2.{place}"]
     attach(model.model.layers[0].mlp)
-    assert attached(model) == [f"model.layers.{i}.{place}" for i in (0, 2)]
+    assert attached_code(model) == [f"model.layers.{i}.{place}" for i in (0, 2)]
 
 
 def test_it_is_listed_where_libraries_are_at_work_too():
@@ -259,29 +258,29 @@ def test_it_is_listed_where_libraries_are_at_work_too():
     model.model.layers[2].mlp.forward = lambda x: x
     wrapped = copy.deepcopy(model)
     root = nnsight.NNsight(wrapped)
-    assert attached(wrapped, root) == ["model.layers.2.mlp: replaced forward"]
+    assert attached_code(wrapped, root) == ["model.layers.2.mlp: replaced forward"]
     placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
     assert "_hf_hook" in vars(placed)
-    assert attached(placed) == ["model.layers.2.mlp: replaced forward"]
+    assert attached_code(placed) == ["model.layers.2.mlp: replaced forward"]
 
 
 def test_a_class_and_every_module_count(monkeypatch):
     model = tiny_model("qwen3")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:
-        assert attached(model) == ["every module: forward hook"]
+        assert attached_code(model) == ["every module: forward hook"]
     finally:
         handle.remove()
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
-    assert attached(model) == [f"model.layers.{i}.mlp: replaced forward of Qwen3MLP" for i in range(3)]
+    assert attached_code(model) == [f"model.layers.{i}.mlp: replaced forward of Qwen3MLP" for i in range(3)]
 
 
 def test_a_class_whose_source_nobody_has_counts():
-    names = {"nn": nn}
+    names = {"nn": nn, "__name__": "__main__"}
     exec("class Typed(nn.Identity):\n    def forward(self, x):\n        return x", names)
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.act_fn = names["Typed"]()
-    assert attached(model) == ["model.layers.1.mlp.act_fn: class Typed without a source"]
+    assert attached_code(model) == ["class Typed without a source"]
 
 
 def disable(model):
@@ -312,7 +311,7 @@ def test_which_adapters_are_at_work_counts(change, adapted):
     before = digest(adapted)
     adapted(torch.arange(2, 9)[None])
     assert digest(copy.deepcopy(adapted)) == digest(adapted) == before
-    assert attached(adapted) == []
+    assert attached_code(adapted) == []
     change(adapted)
     assert digest(adapted) != before
 
@@ -392,17 +391,17 @@ def registered(monkeypatch):
 def test_functions_that_a_name_in_the_configuration_stands_for_are_listed(name, told, registered):
     model = tiny_model("qwen3")
     model.config._attn_implementation_internal = name
-    assert attached(model) == told
+    assert attached_code(model) == told
     for library in registered["attn"]:
         model.config._attn_implementation_internal = library
-        assert attached(model) == [], library
+        assert attached_code(model) == [], library
 
 
 def test_somebodys_experts_are_listed(registered):
     model = tiny_model("qwen3_moe")
     for name in ("eager", *registered["experts"]):
         model.config._experts_implementation = name
-        assert attached(model) == (["experts function 'routed'"] if name == "routed" else []), name
+        assert attached_code(model) == (["experts function 'routed'"] if name == "routed" else []), name
 
 
 def test_what_trl_puts_before_a_forward_is_not_listed():
@@ -412,15 +411,15 @@ def test_what_trl_puts_before_a_forward_is_not_listed():
     trl.add_fused_lm_head(model)
     assert "forward" in vars(model)
     assert torch.equal(model(ids).logits, logits)
-    assert attached(model) == []
+    assert attached_code(model) == []
 
 
 def test_a_replaced_eager_attention_is_listed(monkeypatch):
     model = tiny_model("qwen3", attention="eager")
     monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.eager_attention_forward", one_head_less)
-    assert attached(model) == ["attention function 'eager'"]
+    assert attached_code(model) == ["attention function 'eager'"]
     model.set_attn_implementation("sdpa")
-    assert attached(model) == []
+    assert attached_code(model) == []
 
 
 ATTENDS = """
@@ -452,7 +451,7 @@ def test_the_attention_that_comes_with_a_checkpoint_is_in_its_digest(registered,
     model.config._attn_implementation_internal = "own"
     for function, told in ((code["attend"], []), (code["made"](2), ["attention function 'own'"])):
         monkeypatch.setitem(AttentionInterface._global_mapping, "own", function)
-        assert attached(model) == told
+        assert attached_code(model) == told
 
 
 @pytest.fixture
@@ -475,7 +474,7 @@ def test_a_hooked_model_is_never_taken_for_what_was_analysed(subject, tmp_path):
     model, options = subject
     plain = analyze(model, **options, output=tmp_path)
     handles = [model.model.layers[i].mlp.register_forward_hook(double) for i in (0, 2)]
-    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*no digest can tell.*overwrite=True"
+    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*which no digest covers.*overwrite=True"
     with pytest.raises(UserError, match=told):
         analyze(model, **options, output=tmp_path)
     hooked = analyze(model, **options, output=tmp_path, overwrite=True)
