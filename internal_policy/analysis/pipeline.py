@@ -103,7 +103,7 @@ def analyze(
         opened = None
         if in_memory:
             stack.enter_context(eval_mode(registry.module_of(model)))
-            opened = registry.adopt(model, tokenizer, name, config)
+            opened = registry.wrap_in_memory(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
         source = architecture(config, network) if config.random_baseline else None
 

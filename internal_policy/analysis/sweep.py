@@ -22,7 +22,7 @@ from internal_policy.analysis.options import SweepOptions, showing
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis, workspace_of
 from internal_policy.analysis.unchanged import OF_SAMPLING, RESPONSES
-from internal_policy.extractors.nnsight_library import load_nnsight, require_key
+from internal_policy.extractors.nnsight import load_nnsight, require_key
 from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import launched
 from internal_policy.utils.errors import UserError

@@ -1,4 +1,7 @@
-"""How the fused kernel cuts its work: tiles of states by vocabulary, and slices of vocabulary."""
+"""How the fused kernel divides its work into tiles of states by vocabulary, and slices of vocabulary.
+
+Apart from ``triton_kernel``, so that the division can be computed where triton is not installed.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ INTERPRETED = Blocks(16, 64, 32)
 
 
 def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
-    """Blocks among which the fastest is looked for.
+    """List the blocks among which the fastest is chosen by measurement.
 
     Args:
         n: rows.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from internal_policy.data.responses import Response
 from internal_policy.extractors.nnsight import NnsightExtractor
-from internal_policy.extractors.nnsight_block import choose_token
+from internal_policy.extractors.nnsight_trace import choose_token
 from internal_policy.generation import Request, sample
 from internal_policy.utils.errors import UserError
 

@@ -118,7 +118,7 @@ def inspect(
         **({} if in_memory else loading),
     )
     content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
-    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
             stack.enter_context(eval_mode(registry.module_of(model)))

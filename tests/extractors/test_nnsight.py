@@ -22,8 +22,8 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import read_responses
 from internal_policy.extractors import Batch, HookExtractor, Reducer, reduce_responses, verify
 from internal_policy.extractors import nnsight as backend
-from internal_policy.extractors.nnsight_block import weight_by_calls
-from internal_policy.extractors.nnsight_library import told_in_one_line
+from internal_policy.extractors.nnsight import one_line_errors
+from internal_policy.extractors.nnsight_trace import weight_by_calls
 from internal_policy.generation import Request, sample
 from internal_policy.generation.ndif import remote_sample
 
@@ -75,7 +75,7 @@ def test_agreement_with_the_hooks(model_type, remote):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_modules_that_run_in_another_order_are_told_in_one_line(remote):
+def test_modules_that_run_in_another_order_are_one_line_errors(remote):
     model = wrapped("llama")
     model = replace(model, family=replace(model.family, attention="mlp", ffn="self_attn"))
     with pytest.raises(UserError, match="use --backend hooks") as error:
@@ -159,7 +159,7 @@ def test_what_is_no_nnsight_model_is_told_without_loading_it(monkeypatch):
     assert "nnsight" not in sys.modules
 
 
-def test_a_missing_library_is_told_in_one_line(monkeypatch):
+def test_a_missing_library_is_one_line_errors(monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'") as error:
         backend.from_model(wrapped("llama"))
@@ -188,7 +188,7 @@ def test_a_model_on_this_machine_is_not_on_ndif(monkeypatch):
 def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
     from nnsight.intervention.backends.remote import RemoteError
 
-    with pytest.raises(torch.OutOfMemoryError), told_in_one_line("m"):
+    with pytest.raises(torch.OutOfMemoryError), one_line_errors("m"):
         raise RemoteError("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory.")
 
 
@@ -291,7 +291,7 @@ def test_a_server_samples_the_same_responses_and_sends_ids_only(server, remote):
     assert server.account()["result"] < _ENVELOPE
 
 
-def test_what_the_server_refuses_is_told_in_one_line(server, remote, monkeypatch):
+def test_what_the_server_refuses_is_one_line_errors(server, remote, monkeypatch):
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero") as error:
         remote.run(batch(), lambda states, projection: 1 / 0)
     assert one_line(error)

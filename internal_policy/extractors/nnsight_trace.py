@@ -1,7 +1,7 @@
-"""What runs inside an nnsight trace: beside the model, be it here or on an NDIF server.
+"""What runs inside an nnsight trace, next to the model: in this process or on an NDIF server.
 
-A server gets these functions as source, without this package. So they carry no decorators, define no classes and
-reach weights through modules only: a server may run them in another process than the model, where calling a module
+A server receives these functions as source, without this package. Therefore they have no decorators, define no classes
+and reach weights through modules only: a server may run them in another process than the model, where calling a module
 works and reading its weight does not.
 """
 
@@ -25,7 +25,7 @@ def reduce_layers(
     positions: Tensor,
     reduce: Callable[[Any, Any], Tensor],
     at_once: int,
-    make_states: Callable[..., Any],
+    states_class: Callable[..., Any],
     projection: Any,
 ) -> list[Tensor]:
     """Reduce the states of layers 1..L while the forward pass makes them.
@@ -36,7 +36,7 @@ def reduce_layers(
         positions: [n] flat indices into B * T.
         reduce: what to make of a group of layers.
         at_once: layers in a group.
-        make_states: builds ``LayerStates``.
+        states_class: ``LayerStates``, or the plain class that a server can build.
         projection: E_u and LN_final.
 
     Returns:
@@ -64,7 +64,7 @@ def reduce_layers(
             if group:
                 # One copy of what one layer gave and the next received.
                 states["residual_in"] = group[-1].residual_out.to(states["residual_out"].device)
-            group.append(make_states(layer=layer, **states))
+            group.append(states_class(layer=layer, **states))
             del states
             if len(group) == at_once or layer == len(blocks):
                 values.append(reduce(group, projection))
@@ -94,7 +94,7 @@ def reduce_logits(
 
 
 def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor], Tensor] | None) -> None:
-    """Choose the next token of each sequence, and leave greedy search nothing else to take.
+    """Choose the next token of each sequence, and leave greedy search no other choice.
 
     Args:
         root: the nnsight model, at a step of generation.
@@ -128,13 +128,13 @@ def received(module: Any) -> Tensor:
     return first_tensor(arguments) if arguments else named["hidden_states"]
 
 
-def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[..., Any]) -> Any:
-    """Build the projection from the modules beside which this runs.
+def build_projection(root: Any, row: dict[str, Any], projection_class: Callable[..., Any]) -> Any:
+    """Build the projection from the model's modules, where they are.
 
     Args:
         root: the nnsight model.
         row: paths of the parts; ``vocabulary``, ``width``, ``dtype``, ``biased`` and ``transform`` of the unembedding.
-        make_projection: builds ``Projection``.
+        projection_class: ``Projection``, or the plain class that a server can build.
 
     Returns:
         The projection.
@@ -145,7 +145,7 @@ def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[.
         if weight is None or weight.is_meta or tuple(weight.shape) != (row["vocabulary"], row["width"]):
             here = "cpu" if weight is None or weight.is_meta else weight.device
             weight, bias = weight_by_calls(head, row, here)
-        return make_projection(
+        return projection_class(
             weight=weight.detach(),
             bias=None if bias is None else bias.detach(),
             final_norm=root.get(row["final_norm"]),
