@@ -31,7 +31,7 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
+from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils import sharding
@@ -210,11 +210,11 @@ def _generate(
         return inputs.responses
     found = _sampled(workspace)
     limit = response_limit(extractor.model, config.max_new_tokens)
-    size = together(config.generator, config.batch_size)
+    size = effective_batch_size(config.generator, config.batch_size)
     batches = sharding.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
     mine = [i for batch in batches for i in batch]
     with (
-        samplers.sampling(extractor, config, inputs.requests, limit) as draw,
+        samplers.open_sampler(extractor, config, inputs.requests, limit) as draw,
         progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
     ):
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)

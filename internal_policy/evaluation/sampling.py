@@ -15,7 +15,7 @@ from internal_policy.data.prompts import Prompt, render_all
 from internal_policy.data.responses import Response
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
-from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, end_ids, sample, together
+from internal_policy.generation import Request, VllmSampler, check_prompt_lengths, effective_batch_size, end_ids, sample
 from internal_policy.models import LanguageModel, limit_threads
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.memory import halving
@@ -81,7 +81,7 @@ def sample_all(
         found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
     ends = set(end_ids(model))
 
-    size = together(config.generator, config.batch_size)
+    size = effective_batch_size(config.generator, config.batch_size)
     # Prompts of one length together, the longest first: what does not fit in memory is told early.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
     with (

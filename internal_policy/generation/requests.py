@@ -1,4 +1,4 @@
-"""What is sampled: one request a response, with its stream of random numbers, how long it may be and what ends it."""
+"""Requests to sample responses: one per response, with its random seed, its length limit and its end tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Request:
     sample_index: int
     """Which sample of that prompt, from 0."""
 
-    def stream(self, seed: int) -> int:
-        """The seed of this response's own stream of random numbers.
+    def stream_seed(self, seed: int) -> int:
+        """Derive the seed of this response's own stream of random numbers.
 
         Args:
             seed: seed of the whole run.
@@ -45,7 +45,7 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
     """Check that every prompt leaves room for a response.
 
     Args:
-        requests: what will be sampled.
+        requests: the requests.
         model: the model.
 
     Raises:
@@ -67,16 +67,16 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
             )
 
 
-def limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
-    """How long each response may be.
+def length_limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
+    """Compute how long each response may be.
 
     Args:
         model: the model.
-        requests: what will be sampled.
-        max_new_tokens: at most so many response tokens.
+        requests: the requests.
+        max_new_tokens: limit on the tokens of a response.
 
     Returns:
-        Tokens of each; fewer than wanted where the context ends first.
+        The limit of each response, which is lower where the context ends earlier.
     """
     if model.max_length is None:
         return [max_new_tokens] * len(requests)
@@ -84,22 +84,22 @@ def limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: in
 
 
 def to_responses(
-    model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], room: Sequence[int]
+    model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> list[Response]:
-    """Cut what was sampled where the response ends, and decode it.
+    """Truncate the sampled ids where each response ends, and decode them.
 
     Args:
         model: the model.
-        requests: what was sampled.
-        sampled: new ids of each request.
-        room: how many of them there may be, see `limits`.
+        requests: the requests.
+        sampled: the sampled ids of each.
+        limits: the limits of ``length_limits``.
 
     Returns:
-        The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+        The responses, each with its end-of-sequence token if one was sampled.
     """
     ends = set(end_ids(model))
     responses = []
-    for request, row, limit in zip(requests, sampled, room, strict=True):
+    for request, row, limit in zip(requests, sampled, limits, strict=True):
         stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         answer = list(row[: min(stop, limit)])
         text = model.tokenizer.decode(answer, skip_special_tokens=True)
@@ -108,38 +108,38 @@ def to_responses(
 
 
 def response_limit(model: LanguageModel, wanted: int | None) -> int:
-    """The longest response to sample.
+    """Choose the limit on the tokens of a response.
 
     Args:
         model: the model.
-        wanted: what the user said, if anything.
+        wanted: the limit that the user set, if any.
 
     Returns:
-        That; else what the checkpoint's generation config says; else 1024.
+        That limit, else the one in the checkpoint's generation config, else 1024.
 
     Raises:
-        UserError: the checkpoint says something that is no number of tokens.
+        UserError: the checkpoint's limit is not a number of tokens.
     """
     own = getattr(getattr(model.model, "generation_config", None), "max_new_tokens", None)
     if not wanted and own is not None and (isinstance(own, bool) or not isinstance(own, int) or own < 1):
         raise UserError(
-            f"{model.name}: generation_config.json says max_new_tokens {own!r}; needed is a number of at least 1: mend "
-            "it, or give --max-new-tokens"
+            f"{model.name}: generation_config.json says max_new_tokens {own!r}; needed is a number of at least 1: "
+            "correct it, or give --max-new-tokens"
         )
     return wanted or own or DEFAULT_NEW_TOKENS
 
 
 def end_ids(model: LanguageModel) -> list[int]:
-    """The ids that end a response: of the model's generation config and of the tokenizer.
+    """Collect the ids that end a response, from the model's generation config and the tokenizer.
 
     Args:
         model: the model.
 
     Returns:
-        Ids, without repetition.
+        The ids, without duplicates.
 
     Raises:
-        UserError: something else than ids.
+        UserError: the checkpoint's end tokens are not ids.
     """
     configured = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -147,6 +147,6 @@ def end_ids(model: LanguageModel) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
         raise UserError(
             f"{model.name}: the checkpoint says eos_token_id {configured!r}; needed is a token id or a list of them: "
-            "mend generation_config.json, or config.json where there is none"
+            "correct generation_config.json, or config.json where there is none"
         )
     return list(dict.fromkeys(found))

@@ -25,7 +25,7 @@ from internal_policy.extractors import nnsight as backend
 from internal_policy.extractors.nnsight import one_line_errors
 from internal_policy.extractors.nnsight_trace import weight_by_calls
 from internal_policy.generation import Request, sample
-from internal_policy.generation.ndif import remote_sample
+from internal_policy.generation.samplers import sample_remotely
 
 nnsight = pytest.importorskip("nnsight")
 
@@ -208,12 +208,12 @@ def test_sampling_beside_the_model_gives_the_same_responses(temperature):
     model.model.generation_config.repetition_penalty = 3.0
     model.model.generation_config.min_new_tokens = 5
     options = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
-    assert remote_sample(backend.from_model(model, "local"), requests(), **options) == sample(
+    assert sample_remotely(backend.from_model(model, "local"), requests(), **options) == sample(
         model, requests(), **options
     )
     model.model.generation_config.suppress_tokens = [7]
     with pytest.raises(UserError, match="suppress_tokens"):
-        remote_sample(backend.from_model(model, "local"), requests(), **options)
+        sample_remotely(backend.from_model(model, "local"), requests(), **options)
 
 
 class Server:
@@ -287,7 +287,7 @@ def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_
 
 def test_a_server_samples_the_same_responses_and_sends_ids_only(server, remote):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    assert remote_sample(remote, requests(), **options) == sample(server.model, requests(), **options)
+    assert sample_remotely(remote, requests(), **options) == sample(server.model, requests(), **options)
     assert server.account()["result"] < _ENVELOPE
 
 

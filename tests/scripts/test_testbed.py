@@ -10,13 +10,12 @@ from pathlib import Path
 import make as make_module
 import pytest
 import torch
+import train as train_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import accuracy, respond
-from muon import Muon, orthogonalise
-from recipe import Recipe, build_model
-from tokenizer import WORDS, make_tokenizer
-from train import draw_batch, lr_scale, train
+from recipe import WORDS, Recipe, build_model, make_tokenizer
+from train import Muon, draw_batch, lr_scale, orthogonalise, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from internal_policy.data.arithmetic import check, make_problem, problems
@@ -193,7 +192,7 @@ def test_unknown_name_is_a_user_error():
 
 def test_missing_weights_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(testbed, "__file__", str(tmp_path / "internal_policy" / "testbed" / "__init__.py"))
-    with pytest.raises(UserError, match="python -m internal_policy"):
+    with pytest.raises(UserError, match="make testbed"):
         testbed.path("testbed/llama")
 
 
@@ -238,7 +237,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch):
     whole = build_model("qwen3", TINY, tokenizer)
     train(whole, tokenizer, TINY)
 
-    monkeypatch.setattr("internal_policy.models.testbed.train.SAVE_EVERY", 2)
+    monkeypatch.setattr(train_module, "SAVE_EVERY", 2)
 
     def stop(step: int, loss: float) -> None:
         if step == 3:
