@@ -135,7 +135,7 @@ class Dynamics:
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
         with eval_mode(model.model), torch.no_grad():
-            for batch in self._batches(context.switch(model.config)):
+            for batch in self._batches(context.length_switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
                     sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
                     if name == "loss":
@@ -167,7 +167,7 @@ class Dynamics:
         """The responses in order of length; those on either side of LongRoPE's switch never run together."""
         for start in range(0, len(self._responses), self._batch_size):
             batch = self._responses[start : start + self._batch_size]
-            for group in context.groups([len(r.input_ids) for r in batch], switch):
+            for group in context.group_by_length([len(r.input_ids) for r in batch], switch):
                 yield [batch[i] for i in group]
 
     def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:

@@ -181,7 +181,7 @@ def _fitting(found: list[Prompt], plan: Plan, config: BuPOConfig, model: Languag
             f"{room - config.max_completion_length} tokens, and the model's context is {model.max_length}; "
             "lower max_completion_length or max_prompt_length"
         )
-    switch = context.switch(model.config)
+    switch = context.length_switch(model.config)
     if switch is not None and room > switch:
         raise UserError(
             f"max_completion_length is {config.max_completion_length}, the longest prompt has "

@@ -46,8 +46,8 @@ def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
     Args:
         rng: The source of randomness.
         level: The number of derived variables, from 1 to 4.
-        slip: The probability that a result in the solution is off by 1 or 2; the wrong value is carried forward, as
-            a person's slip would be. `answer` is right all the same.
+        slip: The probability that a result in the solution is off by 1 or 2. The wrong value is carried forward, as
+            with a person's slip; `answer` is right regardless.
 
     Returns:
         The problem.
@@ -92,14 +92,14 @@ def problems(n: int, seed: int, levels: Sequence[int] = (2, 3, 4)) -> list[Probl
 
 
 def check(response_text: str, answer: str) -> bool:
-    r"""Say whether the last ``\boxed{}`` of a response holds the answer, exactly.
+    r"""Check whether the last ``\boxed{}`` of a response contains exactly the answer.
 
     Args:
-        response_text: Any text; one without a complete ``\boxed{}`` is wrong.
+        response_text: Any text; a text without a complete ``\boxed{}`` is wrong.
         answer: The right answer, as in `Problem.answer`.
 
     Returns:
-        True if the last boxed text, outer white space apart, is the answer.
+        True if the last boxed text is the answer, apart from surrounding white space.
     """
     boxed = _BOXED.findall(response_text)
     return bool(boxed) and boxed[-1].strip() == answer.strip()

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, and the templates that turn them into what a model reads."""
+"""Prompts: their sources, and the templates that turn them into the text that a model reads."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The other columns of its record."""
     unusable: str = field(default="", compare=False, repr=False)
-    """What the answer is, where no response can be compared with it, such as a list."""
+    """What the answer is if no response can be compared with it, such as a list; otherwise empty."""
 
     @property
     def problem(self) -> str:
-        """The bare question: the text, or what the user said last."""
+        """The bare question: the text, or the last message of the user."""
         if isinstance(self.content, str):
             return self.content
         said = [m["content"] for m in self.content if m["role"] == "user"]
@@ -61,7 +61,7 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
     Args:
         source: hub data set id, path of a parquet, jsonl or json file, ``testbed``, or a list of texts or records.
         split: split of a hub data set.
-        limit: at most so many, from the start.
+        limit: maximum number of prompts, from the start.
 
     Returns:
         The prompts.
@@ -112,25 +112,25 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
         text = answer_text(answer)
         return Prompt(content, None if text is None else whole_text(text, f"{where}, its answer"), others)
     except TypeError as error:
-        # Only what compares with an answer needs one.
+        # Only rewards and evaluations need an answer.
         return Prompt(content, repr(answer), others, unusable=str(error))
     except ValueError as error:
         raise UserError(f"{where}: an answer of thousands of digits cannot be written; give it as text") from error
 
 
 def answer_text(value: Any) -> str | None:
-    """Write a reference answer as a response would have it.
+    """Format a reference answer as text.
 
     Args:
-        value: what the data have.
+        value: the value in the data.
 
     Returns:
-        The text; of a number its digits, 4 and not 4.0 for a whole one, as a column of integers with a gap becomes one
-        of floats. None for no answer.
+        The text, or None for no answer. A whole number is 4 and not 4.0, since a column of integers with a missing
+        value becomes one of floats.
 
     Raises:
-        TypeError: something that is not one answer, such as a list; the message says what.
-        ValueError: a number of more digits than Python writes.
+        TypeError: the value is not a single answer, such as a list; the message describes it.
+        ValueError: the number has more digits than Python converts to text.
     """
     if value is None or isinstance(value, str):
         return value
@@ -148,14 +148,14 @@ def content_of(value: Any, where: str) -> str | Chat:
     """Check that a value is a text or a chat.
 
     Args:
-        value: what the file holds.
-        where: its place, for the message.
+        value: the value in the file.
+        where: its position, for the message.
 
     Returns:
-        The text, or the chat with role and content only.
+        The text, or the chat reduced to role and content.
 
     Raises:
-        UserError: neither, or empty.
+        UserError: it is neither, or it is empty.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -172,17 +172,17 @@ def content_of(value: Any, where: str) -> str | Chat:
 
 
 def whole_text(text: str, where: str) -> str:
-    """Refuse half a character, as a response cut in the middle of an emoji ends with.
+    """Refuse half a character, with which a response ends that was cut in the middle of an emoji.
 
     Args:
-        text: what was read.
-        where: its place, for the message.
+        text: the text.
+        where: its position, for the message.
 
     Returns:
         The text.
 
     Raises:
-        UserError: it holds a lone surrogate, which no tokenizer and no file takes.
+        UserError: it contains a lone surrogate, which no tokenizer and no file accepts.
     """
     try:
         text.encode("utf-8")
@@ -224,7 +224,7 @@ TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
 
 
 def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
-    """Turn one prompt into the ids that the model reads, as ``render_all`` does.
+    """Turn one prompt into token ids; see ``render_all``.
 
     Args:
         prompt: the question.
@@ -241,10 +241,10 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
 
 
 def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list[list[int]]:
-    """Turn prompts into the ids that the model reads.
+    """Turn prompts into token ids.
 
-    ``chat`` applies the tokenizer's chat template and falls back to plain text where it has none; ``plain`` takes the
-    text as it is; the named templates build the paper's prompts from the bare question.
+    ``chat`` applies the tokenizer's chat template and falls back to plain text if it has none; ``plain`` uses the
+    text unchanged; the named templates build the paper's prompts from the bare question.
 
     Args:
         prompts: the questions.
@@ -255,7 +255,7 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
         Token ids of each.
 
     Raises:
-        UserError: unknown template, or a chat that the tokenizer's template refuses or does not get done with.
+        UserError: unknown template, or a chat that the tokenizer's template refuses or does not finish.
     """
     if template in NAMED_TEMPLATES:
         return [token_ids(tokenizer, NAMED_TEMPLATES[template](p.problem)) for p in prompts]
@@ -263,7 +263,7 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
         texts = apply_chat_template(tokenizer, [p.chat for p in prompts])
-        # The chat template writes the special tokens itself.
+        # The chat template adds the special tokens itself.
         return [token_ids(tokenizer, text, add_special_tokens=False) for text in texts]
     return [token_ids(tokenizer, "\n\n".join(m["content"] for m in p.chat)) for p in prompts]
 
@@ -274,7 +274,7 @@ def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     Args:
         tokenizer: the model's tokenizer.
         text: the text.
-        **options: of the tokenizer, such as ``add_special_tokens``.
+        **options: options of the tokenizer, such as ``add_special_tokens``.
 
     Returns:
         Its token ids.

@@ -215,7 +215,7 @@ def reduce_responses(
     """
     chosen = [np.arange(r.n_tokens) for r in responses] if tokens is None else tokens
     values: dict[int, TokenValues] = {}
-    for group in context.groups([len(r.input_ids) for r in responses], reducer.model.length_switch):
+    for group in context.group_by_length([len(r.input_ids) for r in responses], reducer.model.length_switch):
         found = _reduce_together(reducer, [responses[i] for i in group], side, [chosen[i] for i in group])
         values |= zip(group, found, strict=True)
     return [values[i] for i in range(len(responses))]

@@ -22,7 +22,7 @@ def choose_device(device: str) -> torch.device:
         The device.
 
     Raises:
-        UserError: not a device, or not on this machine.
+        UserError: it is not a device, or this machine does not have it.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -37,13 +37,13 @@ def choose_device(device: str) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the token ids of a forward pass go.
+    """Find the device of the token ids of a forward pass.
 
     Args:
         model: a transformers causal LM.
 
     Returns:
-        The device on which the input embedding runs, also where its weights are kept elsewhere meanwhile.
+        The device on which the input embedding runs, even if its weights are offloaded.
     """
     try:
         module: nn.Module = model.get_input_embeddings()
@@ -62,7 +62,7 @@ def describe(model: Any) -> str:
         model: a transformers causal LM.
 
     Returns:
-        Each device once, in order of the device map, such as ``cuda:0, cuda:1, cpu, disk``.
+        Each device once, in the order of the device map, such as ``cuda:0, cuda:1, cpu, disk``.
     """
     placed = getattr(model, "hf_device_map", None)
     if not placed:
@@ -71,19 +71,19 @@ def describe(model: Any) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def resident(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Fetch a weight that accelerate keeps elsewhere until its module runs.
+def materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Fetch a weight that accelerate offloads until its module runs.
 
     Args:
         model: the model.
         name: the weight's name in the state dict.
-        tensor: what the state dict has under it.
+        tensor: the entry of the state dict.
 
     Returns:
-        The tensor itself, or a copy of the weight that it stands for: on the CPU, in its dtype.
+        The tensor itself, or a copy of the offloaded weight on the CPU, in the tensor's dtype.
 
     Raises:
-        UserError: the weight is nowhere.
+        UserError: the weight has no values.
     """
     if not tensor.is_meta:
         return tensor
@@ -97,17 +97,17 @@ def resident(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
                 continue
             if found is not None:
                 return found.to(tensor.dtype)
-    raise UserError(f"{name} has no values (it is on meta and nothing was set aside for it); load the model again")
+    raise UserError(f"{name} has no values (it is on the meta device and was not offloaded); load the model again")
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module runs whose weights accelerate keeps elsewhere.
+    """Find where a module runs whose weights accelerate offloads.
 
     Args:
         module: the module.
 
     Returns:
-        The device; None where no weights are set aside for it.
+        The device, or None if its weights are not offloaded.
     """
     for hook in _hooks(module):
         if getattr(hook, "weights_map", None) is not None and hook.execution_device is not None:

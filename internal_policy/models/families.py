@@ -35,13 +35,13 @@ class Family:
     unembedding: str = "lm_head"
     """The linear module that holds E_u (and a bias, where there is one)."""
     attention: str = "self_attn"
-    """The attention module: its input is LN_in(H(2l-2)), normed, as it receives it."""
+    """The attention module, whose input is the normed state LN_in(H(2l-2))."""
     ffn: str = "mlp"
-    """The feed-forward module or mixture of experts: its input is LN_mid(H(2l-1)), normed, as it receives it."""
+    """The feed-forward module or mixture of experts, whose input is the normed state LN_mid(H(2l-1))."""
     attention_write: str | None = None
-    """The module whose output is A^l, where a post-norm follows the attention; the attention itself otherwise."""
+    """The module whose output is A^l: the post-norm if one follows the attention, else (None) the attention."""
     ffn_write: str | None = None
-    """The module whose output is F^l, where a post-norm follows the FFN; the FFN itself otherwise."""
+    """The module whose output is F^l: the post-norm if one follows the FFN, else (None) the FFN."""
     write_multiplier: str | None = None
     """The config field with the factor on both writes."""
     parallel: bool | str = False
@@ -55,10 +55,10 @@ class Family:
     logit_divisor: str | None = None
     """The config field with a divisor of the logits."""
     guessed: bool = False
-    """Whether the row was found by structure and not written down."""
+    """Whether the row was guessed from the structure and is not in the table."""
 
     def sites(self) -> tuple[str, str, str, str]:
-        """Where a layer is listened to.
+        """List the modules of a layer whose inputs and outputs are captured.
 
         Returns:
             Paths from the layer: the attention (its input), the module whose output is A^l, the FFN (its input), the
@@ -67,18 +67,18 @@ class Family:
         return self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
 
     def is_parallel(self, config: Any) -> bool:
-        """Tell a parallel block from a sequential one.
+        """Check whether blocks are parallel or sequential.
 
         Args:
             config: the model's configuration.
 
         Returns:
-            True where the FFN does not see what the attention of its layer wrote.
+            True if the FFN does not see what the attention of its layer wrote.
         """
         return bool(getattr(config, self.parallel)) if isinstance(self.parallel, str) else self.parallel
 
     def multiplier(self, config: Any) -> float:
-        """Read what a model multiplies both writes by before it adds them.
+        """Read the factor by which a model multiplies both writes before it adds them.
 
         Args:
             config: the model's configuration.

@@ -97,7 +97,7 @@ def digest(model: nn.Module) -> str:
         stored = tensors[names[0]]
         if not isinstance(stored, Tensor):
             return [_plain(stored)]
-        tensor = devices.resident(model, names[0], stored)
+        tensor = devices.materialize(model, names[0], stored)
         return [str(tensor.dtype), list(tensor.shape), _digest_of(tensor, exact=names[0] not in unsaved)]
 
     # A thread has one tensor at a time, and hashing lets the others run.

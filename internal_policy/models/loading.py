@@ -1,4 +1,4 @@
-"""Load a causal language model with its tokenizer, in the precision and on the devices that were asked for."""
+"""Load a causal language model with its tokenizer, in the requested precision and on the requested devices."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from internal_policy.utils.quiet import quiet_libraries
 logger = logging.getLogger(__name__)
 
 _NOT_READ = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)position_ids$|\.[qkv]+_(scale|zero_point)$")
-"""Tensors that a layer may have in a checkpoint and that no forward pass reads: buffers that are computed anew, and the
-scales by which servers quantise their caches of keys and values."""
+"""Tensors of a checkpoint that no forward pass reads: buffers that are recomputed, and the scales with which servers
+quantise their caches of keys and values."""
 _MOST_LAYERS = 10_000
-"""No decoder has more; a slip in a config.json would have modules made until the memory is full."""
+"""No decoder has more; an error in config.json would otherwise create modules until the memory is full."""
 
 
 @quiet_libraries()
@@ -49,15 +49,15 @@ def load(
     Args:
         name: hub id, local directory, or an embedded model (``testbed/qwen3``, ``testbed/llama``).
         revision: branch, tag or commit on the hub.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda, and where it is
-            quantised; float32 elsewhere.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda or if it is quantised,
+            else float32.
         device: ``auto`` (cuda, mps, cpu) or a torch device.
         trust_remote_code: run code that comes with the checkpoint.
-        attn_implementation: transformers' attention; its own choice where not given.
-        device_map: share the layers out among devices, instead of one ``device``: ``auto`` and accelerate's other
-            names, or a dict from module paths to devices, ``cpu`` and ``disk`` among them.
-        quantization: ``8bit`` or ``4bit``: quantise the weights of the layers while loading, by bitsandbytes. A
-            checkpoint that is quantised already needs nothing.
+        attn_implementation: transformers' attention; its own choice by default.
+        device_map: distribute the layers over devices, instead of one ``device``: ``auto`` and accelerate's other
+            names, or a dict from module paths to devices, including ``cpu`` and ``disk``.
+        quantization: ``8bit`` or ``4bit``: quantise the weights of the layers while loading, with bitsandbytes. A
+            checkpoint that is already quantised does not need it.
 
     Returns:
         The model on its devices, in evaluation mode.
@@ -76,7 +76,7 @@ def load(
     refuse_unknown(config, name)
     refuse_twice(quantization, config, name)
     own = describe(config) is not None
-    # What was checked is what is loaded, though a branch may move meanwhile.
+    # Load the commit that was checked, even if the branch moves in the meantime.
     revision = getattr(config, "_commit_hash", None) or revision
     if own or quantization is not None:
         quiet_casts()
@@ -93,7 +93,7 @@ def load(
         options["quantization_config"] = bitsandbytes(quantization, _torch_dtype(dtype, config, name))
     scratch = None
     if device_map is not None:
-        # Weights that are set aside on the disk in another form than the checkpoint's are written here.
+        # Weights that are offloaded to disk in another format than the checkpoint's are written here.
         scratch = tempfile.TemporaryDirectory(prefix="internal-policy-offload-")
         options |= {"device_map": device_map, "offload_folder": scratch.name}
     elif own or quantization is not None:
@@ -106,7 +106,7 @@ def load(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            # Shapes that differ then stand in the report, which is read here, instead of on the terminal.
+            # Different shapes are then in the report, which is checked below, and not on the terminal.
             ignore_mismatched_sizes=True,
             attn_implementation=attn_implementation,
             **options,
@@ -128,7 +128,7 @@ def load(
 
 
 def _accelerated(target: torch.device, device_map: str | dict[str, Any] | None) -> bool:
-    """Whether the checkpoint's own dtype is the natural one: some layers run on cuda."""
+    """Whether some layers run on cuda, where the checkpoint's own dtype is the default."""
     if isinstance(device_map, dict):
         return any(d != "disk" and torch.device(d).type == "cuda" for d in device_map.values())
     return target.type == "cuda"
@@ -143,14 +143,14 @@ def _torch_dtype(dtype: str, config: Any, name: str) -> torch.dtype:
 
 
 def _refuse_other_weights(report: Any, model: Any, family: Family, name: str) -> None:
-    """Refuse a checkpoint that does not fill the model: what is missing would be random, and look like a result.
+    """Refuse a checkpoint that does not fill the model, whose missing weights would be random.
 
-    So would what is left over, where it is of a part that the model has: a bias that config.json leaves out.
+    Also refuse one with unused weights of a part that the model has, such as a bias that config.json leaves out.
     """
     unexpected = sorted(report["unexpected_keys"])
     parts = {family.layers, family.final_norm, family.unembedding}
     parts |= {path for path, module in model.named_modules() if module is model.get_input_embeddings()}
-    # A checkpoint of the decoder alone has its parts without the path to it.
+    # A checkpoint of the decoder alone names its parts without the path to the decoder.
     parts |= {part.removeprefix(f"{family.backbone}.") for part in parts}
     left_over = [
         key
@@ -180,7 +180,7 @@ def _more(keys: list[str]) -> str:
 
 
 def _predicts_further(key: str, config: Any) -> bool:
-    """Whether a tensor is of a layer behind the last one, which some models were trained with to predict two tokens."""
+    """Whether a tensor belongs to an extra layer after the last one, with which some models predict further tokens."""
     layer = re.search(r"\.(\d+)\.", key)
     further = getattr(config, "num_nextn_predict_layers", None) or 0
     return layer is not None and 0 <= int(layer[1]) - int(config.num_hidden_layers) < further
@@ -188,7 +188,7 @@ def _predicts_further(key: str, config: Any) -> bool:
 
 @quiet_libraries()
 def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
-    """Check that a name stands for a causal LM, without loading its weights.
+    """Check that a name refers to a causal LM, without loading its weights.
 
     Args:
         name: hub id, local directory, or an embedded model.
@@ -196,7 +196,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
         trust_remote_code: run code that comes with the checkpoint.
 
     Returns:
-        What transformers loads it from, and its configuration.
+        The directory or hub id from which transformers loads it, and its configuration.
 
     Raises:
         UserError: what cannot be loaded, and why.
@@ -205,7 +205,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
 
     where = locate(name, revision)
     if Path(where).is_dir():
-        # Before transformers reads it, which makes lists with an entry a layer.
+        # Before transformers reads it, which creates lists with one entry per layer.
         _refuse_too_deep(Path(where), name)
     with told_in_one_line(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
@@ -217,7 +217,7 @@ def _refuse_too_deep(directory: Path, name: str) -> None:
     try:
         settings = json.loads((directory / "config.json").read_bytes())
         layers = settings.get("text_config", settings).get("num_hidden_layers", 0)
-    # What is wrong with it is told where it is read for good.
+    # Loading the configuration reports what is wrong with it.
     except (OSError, ValueError, RecursionError, AttributeError):
         return
     if isinstance(layers, (int, float)) and layers > _MOST_LAYERS:

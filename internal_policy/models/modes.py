@@ -1,4 +1,4 @@
-"""How a model runs for a while: alone, in evaluation mode, as its dtype says, on threads that suit its size."""
+"""Contexts in which a model runs: exclusively, in evaluation mode, without autocast, on suitable threads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _making = threading.Lock()
 
 @contextmanager
 def exclusive_use(model: Any) -> Iterator[None]:
-    """Keep other threads from the model: hooks of two would see the states of both, and modes be set back too early.
+    """Make other threads wait for a model: their hooks would see each other's states and reset modes too early.
 
     Args:
-        model: the model, whose other users wait; anything but a module is left alone.
+        model: the model; anything but a module is ignored.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -38,10 +38,10 @@ def exclusive_use(model: Any) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Have a model alone and in evaluation mode, and put each of its modules back into its own mode on any exit.
+    """Use a model exclusively and in evaluation mode, and restore the mode of each of its modules on any exit.
 
     Args:
-        model: the model; anything but a module is left alone.
+        model: the model; anything but a module is ignored.
     """
     with exclusive_use(model):
         modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
@@ -56,7 +56,7 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Compute outside the caller's autocast, which rounds to 16 bits what is called float32, and its default device."""
+    """Disable the caller's autocast, which would round float32 products to 16 bits, and its default device."""
     with ExitStack() as stack:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
@@ -68,7 +68,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def limit_threads(model: LanguageModel) -> Iterator[None]:
-    """Use one thread where the products are so small that handing them over costs more than it saves.
+    """Use one thread if the products are so small that distributing them costs more than it saves.
 
     Args:
         model: the model that will run.

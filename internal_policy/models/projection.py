@@ -1,4 +1,4 @@
-"""The unembedding as a matrix E_u, whatever keeps its weights, and the projection of states by it."""
+"""The unembedding as a matrix E_u, whether plain, offloaded or quantised, and the projection of states by it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from internal_policy.utils.errors import UserError
 
 _ROWS = 1024
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Some libraries pack weights into a subclass of tensors.
+# Some libraries pack weights into a subclass of Tensor.
 _DENSE: tuple[type, ...] = (Tensor, nn.Parameter)
-# Rounding of a product in the head's dtype is some eps; a head that quantises what it receives is off by half a step
-# of 8 bits, 1/254 of the largest number, in each of its inputs.
+# A product in the head's dtype is rounded by a few eps. A head that quantises its inputs to 8 bits errs by half a step,
+# 1/254 of the largest number, in each of them.
 _ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
 class Projection:
-    """E_u and what the model does to the logits: soft cap, scale and bias belong to the projection."""
+    """E_u with everything that the model does to the logits: bias, scale and soft cap belong to the projection."""
 
     weight: Tensor
     """[V, d] unembedding matrix E_u."""
@@ -58,7 +58,7 @@ class Projection:
 
         Args:
             states: S states of the same N positions, [N, d] each.
-            sums: R lists of places in ``states``; see ``policy_entropies``.
+            sums: R lists of indices into ``states``; see ``policy_entropies``.
 
         Returns:
             [S + R, N] nats, float32. Source: arXiv 2512.19673v3, eqs. 4 and 7.
@@ -81,23 +81,23 @@ class Projection:
             states: [N, d].
 
         Returns:
-            [N, d] what E_u projects, in the states' dtype: the norm is the model's own module.
+            [N, d] the states that E_u projects, in their dtype; the norm is the model's own module.
         """
         return states if lens == "policy" else self.apply_final_norm(states)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
-        """Apply LN_final, where its weights are.
+        """Apply LN_final on the device of its weights.
 
         Args:
             states: [N, d].
 
         Returns:
-            [N, d] on the device of E_u, which tied weights keep beside the input embedding.
+            [N, d] on the device of E_u, which for tied weights is that of the input embedding.
         """
         return self.final_norm(states).to(self.weight.device)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits in the states' dtype, as the model computes them; for a few states only.
+        """Compute logits in the states' dtype, as the model does; for a few states only.
 
         Args:
             states: [N, d].
@@ -110,18 +110,18 @@ class Projection:
 
 
 def projection_of(model: Any, family: Family) -> Projection:
-    """Read E_u, the model's own transform of its logits and LN_final from a model as it is now.
+    """Read E_u, the transform of the logits and LN_final from the current state of a model.
 
     Args:
         model: a transformers causal LM.
         family: where its parts are.
 
     Returns:
-        The projection. E_u of an unembedding that accelerate sets aside, or that is quantised, is made once and stays
-        on the device where the unembedding runs.
+        The projection. E_u of an offloaded or quantised unembedding is computed once, and stays on the device where
+        the unembedding runs.
 
     Raises:
-        UserError: an unembedding that no matrix stands for.
+        UserError: no matrix represents the unembedding.
     """
     weight, bias = _matrix(model, family.unembedding)
     scale = 1.0
@@ -148,15 +148,15 @@ def _matrix(model: Any, path: str) -> tuple[Tensor, Tensor | None]:
     device = devices.execution_device(head)
     if device is None:
         return weight.detach(), None if bias is None else bias.detach()
-    weight = devices.resident(model, f"{path}.weight", weight.detach()).to(device)
-    return weight, None if bias is None else devices.resident(model, f"{path}.bias", bias.detach()).to(device)
+    weight = devices.materialize(model, f"{path}.weight", weight.detach()).to(device)
+    return weight, None if bias is None else devices.materialize(model, f"{path}.bias", bias.detach()).to(device)
 
 
 @torch.no_grad()
 def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
-    """E_u of a quantised unembedding: what it makes of the identity matrix is its transpose, to the last bit.
+    """Compute E_u of a quantised unembedding by projecting the identity matrix, which gives its transpose exactly.
 
-    It is the same for every way to pack weights, and the dequantised weights as the model itself multiplies by them.
+    This works for every way to pack weights, and gives the dequantised weights that the model itself multiplies by.
     """
     embedding = model.get_input_embeddings().weight
     width = int(getattr(head, "in_features", embedding.shape[1]))

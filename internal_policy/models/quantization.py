@@ -1,4 +1,4 @@
-"""Quantised weights, as transformers loads them: what was asked for, and what a checkpoint brings."""
+"""Quantised weights: those requested with ``--quantization``, and those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
 
 
 def refuse_unknown(config: Any, name: str) -> None:
-    """Refuse a quantisation that transformers does not know: it would read the packed weights as plain ones.
+    """Refuse a quantisation that transformers does not know, and whose packed weights it would read as plain ones.
 
     Args:
         config: the checkpoint's configuration.
@@ -57,14 +57,14 @@ def refuse_unknown(config: Any, name: str) -> None:
 
 
 def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
-    """The transformers configuration of a quantisation.
+    """Create the transformers configuration of a quantisation.
 
     Args:
         quantization: ``8bit`` (LLM.int8) or ``4bit`` (nf4).
-        dtype: what the model computes in.
+        dtype: the dtype in which the model computes.
 
     Returns:
-        A ``BitsAndBytesConfig``; the unembedding and the norms are left as they are.
+        A ``BitsAndBytesConfig``, which quantises neither the unembedding nor the norms.
     """
     from transformers import BitsAndBytesConfig
 
@@ -74,18 +74,18 @@ def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def keep_exact(model: Any, name: str) -> None:
-    """See to it that 4-bit layers on a CPU compute what their codes and scales say, and in the dtype of the model.
+    """Make 4-bit layers on a CPU compute with their codes and scales, in the dtype of the model.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then makes in bfloat16;
-    it takes certain shapes only, and a state dict that is read later scrambles the weights. On any CPU with AVX512 it
-    takes wrong scales where a row does not hold whole blocks of weights that share one.
+    On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then computes in
+    bfloat16. This works for certain shapes only, and reading a state dict afterwards scrambles the weights. On any CPU
+    with AVX512 it uses wrong scales if the blocks of weights that share a scale cross the ends of rows.
 
     Args:
-        model: a transformers causal LM; without 4-bit layers nothing is done.
+        model: a transformers causal LM, with or without 4-bit layers.
         name: its name, for the message.
 
     Raises:
-        UserError: a layer that is dequantised wrongly here, or weights that were repacked already.
+        UserError: a layer is dequantised wrongly on this CPU, or its weights were already repacked.
     """
     for module in model.modules():
         if hasattr(module, _REPACKS):
@@ -106,7 +106,7 @@ def _refuse_wrong(weight: Any, name: str) -> None:
         )
     columns = state.shape[-1]
     if columns % state.blocksize:
-        # In a single row the blocks follow each other, as they do in memory.
+        # In a single row the blocks follow one another as they do in memory.
         one_row = copy(state)
         one_row.shape = torch.Size((1, state.shape.numel()))
         if not torch.equal(dequantize_4bit(weight.data, state).reshape(1, -1), dequantize_4bit(weight.data, one_row)):
@@ -117,38 +117,35 @@ def _refuse_wrong(weight: Any, name: str) -> None:
 
 
 def quiet_casts() -> None:
-    """Keep bitsandbytes from telling once a process that its 8-bit products round their input to float16.
-
-    That is LLM.int8 itself, and nothing to be done about; other warnings of it are left alone.
-    """
-    # A filter that is there already is not added again.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_tells_no_cast)
+    """Suppress the warning of bitsandbytes that 8-bit products round their input to float16, as LLM.int8 defines."""
+    # A filter that is already there is not added again.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_about_casts)
 
 
-def _tells_no_cast(record: logging.LogRecord) -> bool:
+def _is_not_about_casts(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def rounds_by_batch(config: Any) -> bool:
-    """Whether what a model computes of a sequence depends on the sequences beside it, as LLM.int8 does.
+    """Check whether the results for a sequence depend on the rest of its batch, as with LLM.int8.
 
     Args:
         config: of a checkpoint, or of a model in memory.
 
     Returns:
-        True where it does, by more than rounding in the last bits.
+        Whether they do, by more than rounding in the last bits.
     """
     return describe(config) == "bitsandbytes 8-bit"
 
 
 def describe(config: Any) -> str | None:
-    """Name the quantisation that a configuration speaks of.
+    """Name the quantisation of a configuration.
 
     Args:
         config: of a checkpoint, or of a model in memory.
 
     Returns:
-        The method with its bits, such as ``bitsandbytes 8-bit`` or ``gptq 4-bit``; None where the weights are not
+        The method with its bits, such as ``bitsandbytes 8-bit`` or ``gptq 4-bit``; None if the weights are not
         quantised.
     """
     found = getattr(config, "quantization_config", None)

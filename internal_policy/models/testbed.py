@@ -1,6 +1,6 @@
-"""The embedded models: two small language models that come with the package.
+"""The embedded models: two small language models that ship with the package.
 
-Importing this module loads neither torch nor transformers, so that a command can name its default cheaply.
+Importing this module loads neither torch nor transformers, so that a command can name its default quickly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ def path(name: str) -> Path:
         name: One of `NAMES`.
 
     Returns:
-        A directory that ``from_pretrained`` of transformers loads: the one inside the installed package, else the
-        one in ``data/testbed`` of the repository.
+        A directory for ``from_pretrained``: inside the installed package, else ``data/testbed`` of the repository.
     """
     if name not in NAMES:
         raise UserError(f"no testbed model is called {name!r}; there are {' and '.join(NAMES)}: use one of these")
