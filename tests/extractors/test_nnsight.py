@@ -65,7 +65,9 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gpt2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("llama", "gpt_neox"))]
+)
 def test_agreement_with_the_hooks(model_type, remote):
     model = wrapped(model_type, tied=model_type == "gpt2")
     extractor = backend.from_model(model, remote)
@@ -75,7 +77,7 @@ def test_agreement_with_the_hooks(model_type, remote):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_modules_that_run_in_another_order_are_one_line_errors(remote):
+def test_modules_that_run_in_another_order_are_reported_in_one_line(remote):
     model = wrapped("llama")
     model = replace(model, family=replace(model.family, attention="mlp", ffn="self_attn"))
     with pytest.raises(UserError, match="use --backend hooks") as error:
@@ -159,7 +161,7 @@ def test_what_is_no_nnsight_model_is_told_without_loading_it(monkeypatch):
     assert "nnsight" not in sys.modules
 
 
-def test_a_missing_library_is_one_line_errors(monkeypatch):
+def test_a_missing_library_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'") as error:
         backend.from_model(wrapped("llama"))
@@ -270,6 +272,7 @@ def remote(server, monkeypatch):
     return backend.from_hub(server.directory, attn_implementation="eager")
 
 
+@pytest.mark.slow
 def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_only(server, remote):
     assert all(parameter.is_meta for parameter in remote.model.model.parameters())
     ours, n_layers, width = captured(remote), remote.model.n_layers, 32
@@ -285,13 +288,15 @@ def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_
     assert [server.account()["result"] < _ENVELOPE for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_server_samples_the_same_responses_and_sends_ids_only(server, remote):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     assert sample_remotely(remote, requests(), **options) == sample(server.model, requests(), **options)
     assert server.account()["result"] < _ENVELOPE
 
 
-def test_what_the_server_refuses_is_one_line_errors(server, remote, monkeypatch):
+@pytest.mark.slow
+def test_an_error_of_the_server_is_one_line(server, remote, monkeypatch):
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero") as error:
         remote.run(batch(), lambda states, projection: 1 / 0)
     assert one_line(error)
@@ -305,6 +310,7 @@ def test_what_the_server_refuses_is_one_line_errors(server, remote, monkeypatch)
     assert one_line(error)
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_the_weights_in_another_process_gives_the_same_figures(server, remote):
     urllib.request.urlopen(f"{server.host}/hide-weights").close()
     assert_agreement(captured(remote, "logit-lens"), captured(HookExtractor(server.model), "logit-lens"))
