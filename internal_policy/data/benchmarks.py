@@ -45,14 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def label(source: str | Sequence[Any]) -> str:
-    """Derive the name of a benchmark in files and figures.
-
-    Args:
-        source: a name of `BENCHMARKS`, a path, a hub data set id, or a list of problems.
-
-    Returns:
-        The name, a file's name without its suffix, the id, or ``given`` for a list.
-    """
+    """Derive the name of a benchmark: its own, a file's name without suffix, a hub id, or ``given`` for a list."""
     if not isinstance(source, str):
         return GIVEN
     is_file = Path(source).suffix in records.SUFFIXES
@@ -60,38 +53,17 @@ def label(source: str | Sequence[Any]) -> str:
 
 
 def title(name: str) -> str:
-    """Format a benchmark's name for figures and tables.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        ``MATH500`` for ``math500``; other names unchanged.
-    """
+    """Format a benchmark's name for figures and tables: ``MATH500`` for ``math500``; other names are unchanged."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 
 def slug(name: str) -> str:
-    """Make a benchmark's name safe in a path.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        ``owner--data`` for ``owner/data``.
-    """
+    """Make a benchmark's name safe in a path: ``owner--data`` for ``owner/data``."""
     return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name.replace("/", "--")).strip(".") or GIVEN
 
 
 def default_samples(name: str) -> int:
-    """Look up how often the paper samples each problem of a benchmark.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        16, or 32 for AIME.
-    """
+    """Look up how often the paper samples each problem of a benchmark: 16 times, or 32 times for AIME."""
     return BENCHMARKS[name].samples if name in BENCHMARKS else DEFAULT_SAMPLES
 
 
@@ -127,12 +99,5 @@ def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> lis
 
 
 def digest(problems: Sequence[tuple[str, str]]) -> str:
-    """Compute a digest of bare questions and answers, which identifies evaluations of the same problems.
-
-    Args:
-        problems: question and answer of each, in order.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Compute a digest of bare questions and answers, which identifies evaluations of the same problems."""
     return hashlib.sha256(json.dumps([list(p) for p in problems]).encode()).hexdigest()[:16]

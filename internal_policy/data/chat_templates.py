@@ -25,15 +25,8 @@ LONGEST = 10_000_000
 def apply_chat_template(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -> list[str]:
     """Apply the tokenizer's template to chats, up to the start of the assistant's turn.
 
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        chats: role and content of each message.
-
-    Returns:
-        A text for each chat.
-
     Raises:
-        UserError: the template refuses a chat, or takes too long or too much memory for it.
+        UserError: the template refuses a chat, or needs too much time or memory for it.
     """
     # A daemonic worker of a pool may not start processes.
     if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:

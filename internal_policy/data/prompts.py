@@ -119,14 +119,9 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
 
 
 def answer_text(value: Any) -> str | None:
-    """Format a reference answer as text.
+    """Format a reference answer as text; None for no answer.
 
-    Args:
-        value: the value in the data.
-
-    Returns:
-        The text, or None for no answer. A whole number is 4 and not 4.0, since a column of integers with a missing
-        value becomes one of floats.
+    A whole number is 4 and not 4.0, since a column of integers with a missing value becomes one of floats.
 
     Raises:
         TypeError: the value is not a single answer, such as a list; the message describes it.
@@ -145,18 +140,7 @@ def answer_text(value: Any) -> str | None:
 
 
 def content_of(value: Any, where: str) -> str | Chat:
-    """Check that a value is a text or a chat.
-
-    Args:
-        value: the value in the file.
-        where: its position, for the message.
-
-    Returns:
-        The text, or the chat reduced to role and content.
-
-    Raises:
-        UserError: it is neither, or it is empty.
-    """
+    """Check that a value is a text or a chat, which is reduced to role and content; ``where`` is its position."""
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{where} is an empty text; needed is a question")
@@ -174,15 +158,7 @@ def content_of(value: Any, where: str) -> str | Chat:
 def whole_text(text: str, where: str) -> str:
     """Refuse half a character, with which a response ends that was cut in the middle of an emoji.
 
-    Args:
-        text: the text.
-        where: its position, for the message.
-
-    Returns:
-        The text.
-
-    Raises:
-        UserError: it contains a lone surrogate, which no tokenizer and no file accepts.
+    No tokenizer and no file accepts such a lone surrogate.
     """
     try:
         text.encode("utf-8")
@@ -224,19 +200,7 @@ TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
 
 
 def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
-    """Turn one prompt into token ids; see ``render_all``.
-
-    Args:
-        prompt: the question.
-        template: one of ``TEMPLATES``.
-        tokenizer: the model's tokenizer.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        UserError: unknown template, or a chat that the tokenizer's template refuses.
-    """
+    """Turn one prompt into token ids; see ``render_all``."""
     return render_all([prompt], template, tokenizer)[0]
 
 
@@ -269,19 +233,7 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Tokenise a text.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the text.
-        **options: options of the tokenizer, such as ``add_special_tokens``.
-
-    Returns:
-        Its token ids.
-
-    Raises:
-        UserError: the tokenizer fails on it.
-    """
+    """Tokenise a text, with one-line errors; ``options`` are those of the tokenizer."""
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     advice = "needed is a tokenizer that knows every text (an unknown token, or bytes)"
     with told_in_one_line(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):

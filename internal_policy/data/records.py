@@ -18,14 +18,7 @@ _MOST_BYTES, _MOST_ROWS = 16 * 2**30, 10_000_000
 
 
 def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read a parquet, jsonl or json file.
-
-    Args:
-        path: the file; json contains a list of objects, jsonl one object per line.
-        limit: maximum number of records, from the start.
-
-    Returns:
-        One dict a record.
+    """Read the first ``limit`` records of a parquet, jsonl (one object per line) or json file (a list of objects).
 
     Raises:
         UserError: the file is missing, empty, not UTF-8, broken at line N, or of another format.
@@ -47,14 +40,7 @@ def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path without a file.
-
-    Args:
-        path: the path.
-
-    Raises:
-        UserError: there is no file, or the path is a directory.
-    """
+    """Refuse a path without a file."""
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a {', '.join(SUFFIXES)} file or a hub data set id")
     if not path.is_file():
@@ -62,14 +48,7 @@ def require_file(path: Path) -> None:
 
 
 def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
-    """Read a data set of the hub.
-
-    Args:
-        name: ``owner/name``.
-        split: the split; by default ``test`` if there is one, else the first.
-
-    Returns:
-        One dict a record.
+    """Read a split of a data set of the hub; by default ``test`` if there is one, else the first.
 
     Raises:
         UserError: unknown data set or split, or no network.
@@ -156,18 +135,7 @@ def _parse(text: str, path: Path, line: int | None = None, needed: str = "") -> 
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
-    """Check that a value is a record.
-
-    Args:
-        value: the value.
-        where: its position, for the message.
-
-    Returns:
-        The record as a dict.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """Check that a value is a record, and return it as a dict; ``where`` names its position in the message."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where} holds a {type(value).__name__}; needed is a JSON object")
     return dict(value)

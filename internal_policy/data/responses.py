@@ -51,14 +51,7 @@ class Response:
 
 
 def prompt_indices(responses: Sequence[Response]) -> list[int]:
-    """Number the distinct prompts, so that several samples of one prompt share an index.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        One index per response, from 0, in order of first appearance.
-    """
+    """Number the distinct prompts from 0 in order of appearance, so that samples of one prompt share an index."""
     seen: dict[tuple[int, ...], int] = {}
     return [seen.setdefault(r.prompt_ids, len(seen)) for r in responses]
 
@@ -172,11 +165,6 @@ def _reward(row: Mapping[str, Any], place: str) -> float | None:
 
 def check_responses(responses: Iterable[Response], vocab_size: int, max_length: int | None) -> None:
     """Check ids and lengths against the model, before anything is computed.
-
-    Args:
-        responses: the responses.
-        vocab_size: V.
-        max_length: the model's context, if it has one.
 
     Raises:
         UserError: a prompt without tokens, ids beyond the vocabulary, or a sequence longer than the context.

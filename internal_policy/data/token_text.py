@@ -29,28 +29,12 @@ _BYTES = _byte_alphabet()
 
 
 def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """Format tokens so that different ones look different.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        ids: token ids, which may repeat and may be beyond the tokenizer's vocabulary.
-
-    Returns:
-        The text of each id.
-    """
+    """Format each token id as a visible text that differs from others; ids may be beyond the vocabulary."""
     return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
 
 
 def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
-    """Find the parts of a text that the tokenizer does not know.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the text.
-
-    Returns:
-        The pieces that become its unknown token, each once, in visible form.
-    """
+    """Find the parts of a text that become the tokenizer's unknown token, each once, in visible form."""
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return []
@@ -88,14 +72,7 @@ def _text(tokenizer: Any, token_id: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Format a text so that all of it is visible on one line.
-
-    Args:
-        text: any text; bytes that form no character are lone surrogates, as from ``surrogateescape``.
-
-    Returns:
-        The text with marks.
-    """
+    """Format a text so that all of it is visible on one line; lone surrogates stand for incomplete characters."""
     text = _HALVES.sub(lambda m: f"<{m[0].encode('utf-8', 'surrogateescape').hex().upper()}>", text)
     shown = "".join(_MARKS.get(c) or (f"<U+{ord(c):04X}>" if unicodedata.category(c) in _UNSEEN else c) for c in text)
     # A combining mark would attach to whatever precedes the cell.

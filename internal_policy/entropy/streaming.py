@@ -40,6 +40,16 @@ _failures: set[str] = set()
 """Why the fused kernel is not tried again: what fails to compile once fails at every call."""
 
 
+def check_shapes(states: Tensor, unembedding: Tensor, bias: Tensor | None) -> None:
+    """Refuse operands that do not fit each other with a ``ValueError``."""
+    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
+        raise ValueError(
+            f"got states {tuple(states.shape)} and unembedding {tuple(unembedding.shape)}; needed [N, d] and [V, d]"
+        )
+    if bias is not None and bias.shape != unembedding.shape[:1]:
+        raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{len(unembedding)}]")
+
+
 def block_sizes(d: int, vocab: int, memory_budget: int, device: torch.device, element_size: int = 4) -> tuple[int, int]:
     """Choose the sizes of the blocks of states and of vocabulary from a memory budget.
 
@@ -186,19 +196,11 @@ def fused(
 
 
 def kernel_is_faster(states: Tensor, unembedding: Tensor, *rest: Tensor | None) -> bool:
-    """Whether the fused kernel applies to these operands and is faster than the blocks of torch.
+    """Whether the fused kernel applies to these operands (see ``fused``) and is faster than the blocks of torch.
 
     It is on CUDA devices with bfloat16 products (Ampere or later), for operands of one 16-bit dtype, and for float32
     where torch may round products to TF32. For products in full float32, which no tensor cores compute, cuBLAS is
     faster. Operands that do not fit each other are left to the checks of the functions that go block by block.
-
-    Args:
-        states: [N, d] states.
-        unembedding: [V, d] unembedding matrix E_u.
-        rest: the targets where the quantity has any, and the bias or None.
-
-    Returns:
-        True where the kernel is to be used.
     """
     device, dtype, bias = states.device, states.dtype, rest[-1]
     if device.type != "cuda" or dtype != unembedding.dtype or device != unembedding.device:
@@ -250,16 +252,10 @@ def _block_by_block(
     memory_budget: int,
 ) -> Tensor:
     first_state = states[0]
-    if first_state.ndim != 2 or unembedding.ndim != 2 or first_state.shape[1] != unembedding.shape[1]:
-        raise ValueError(
-            f"got states {tuple(first_state.shape)} and unembedding {tuple(unembedding.shape)}; "
-            "needed [N, d] and [V, d]"
-        )
+    check_shapes(first_state, unembedding, bias)
     if len(shapes := {tuple(state.shape) for state in states}) > 1:
         raise ValueError(f"got states of shapes {sorted(shapes)}; needed are equal shapes")
     vocab, d = unembedding.shape
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{vocab}]")
     # Each sum starts from the previous one, whose logits are in the rows above its own.
     added = [[len(states) + i - 1, *terms] if i else list(terms) for i, terms in enumerate(sums)]
     device = first_state.device

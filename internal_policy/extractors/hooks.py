@@ -75,27 +75,12 @@ def _hook_layer(
 
 
 def pick(states: Tensor, positions: Tensor) -> Tensor:
-    """Select positions from a batch.
-
-    Args:
-        states: [B, T, d], or [B * T, d] as in some mixtures of experts.
-        positions: [n] flat indices into B * T.
-
-    Returns:
-        [n, d].
-    """
+    """Select the [n, d] states at flat positions of a batch [B, T, d], or [B * T, d] as in some mixtures of experts."""
     return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Take the states from what a module receives or returns: attention modules return tuples, MLPs a tensor.
-
-    Args:
-        value: a tensor, or a tuple whose first element is one.
-
-    Returns:
-        The tensor.
-    """
+    """Take the states from what a module receives or returns: attention modules return tuples, MLPs a tensor."""
     tensor: Tensor = value if isinstance(value, Tensor) else value[0]
     return tensor
 

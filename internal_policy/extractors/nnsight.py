@@ -51,11 +51,7 @@ class RemoteLanguageModel(LanguageModel):
         return torch.device("cpu")
 
     def fingerprint(self) -> str:
-        """A digest of name and commit, since the weights cannot be read.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Compute a digest of name and commit, since the weights cannot be read."""
         return hashlib.sha256(f"{self.name}@{self.revision}".encode()).hexdigest()[:16]
 
 
@@ -63,15 +59,10 @@ class NnsightExtractor:
     """The nnsight backend; see ``Extractor``."""
 
     def __init__(self, model: LanguageModel, root: Any = None, remote: Remote = False) -> None:
-        """Take a model.
-
-        Args:
-            model: the model.
-            root: its nnsight model, where there is one already.
-            remote: where to run it.
+        """Connect a model, its nnsight model if there is one already, and the place where it runs.
 
         Raises:
-            UserError: nnsight is not installed; no key for NDIF; an nnsight model that cannot run remotely.
+            UserError: nnsight is not installed, there is no key for NDIF, or the nnsight model cannot run remotely.
         """
         self.model = model
         self.remote = remote
@@ -105,11 +96,7 @@ class NnsightExtractor:
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Any, dict[str, Any], Any, Any]]:
-        """Open the model for one trace.
-
-        Yields:
-            The nnsight model, the arguments that say where to trace it, and what builds projection and states there.
-        """
+        """Yield nnsight model, arguments of its trace, and what builds projection and states there."""
         with ExitStack() as stack:
             stack.enter_context(one_line_errors(self.model.name))
             stack.enter_context(torch.no_grad())
@@ -129,11 +116,7 @@ class NnsightExtractor:
         return self.model.forward_arguments(batch.input_ids, batch.attention_mask)
 
     def row(self) -> dict[str, Any]:
-        """Describe the model to a trace in strings and numbers, which travel to any server.
-
-        Returns:
-            Paths of its parts, factors, and the shape of the unembedding.
-        """
+        """Describe the model to a trace in strings and numbers, which travel to any server."""
         family, projection = self.model.family, self.model.projection
         attention, attention_write, ffn, ffn_write = family.sites()
         return {
@@ -148,7 +131,6 @@ class NnsightExtractor:
             "vocabulary": self.model.vocab_size,
             "width": int(projection.weight.shape[1]),
             "dtype": str(projection.weight.dtype).removeprefix("torch."),
-            "biased": projection.bias is not None,
             "transform": {
                 "scale": projection.scale,
                 "softcap": projection.softcap,
@@ -158,18 +140,7 @@ class NnsightExtractor:
 
 
 def from_model(model: LanguageModel, remote: Remote = False) -> NnsightExtractor:
-    """Capture from a transformers model in memory.
-
-    Args:
-        model: the model; it is left as it was.
-        remote: False, or ``local`` to try what NDIF would do.
-
-    Returns:
-        The extractor.
-
-    Raises:
-        UserError: nnsight is not installed, or the model would have to travel.
-    """
+    """Capture from a transformers model in memory, which does not change; ``local`` tries what NDIF would do."""
     if remote not in (False, "local"):
         raise UserError(f"{model.name}: a model in memory does not travel to NDIF; give its name on the hub")
     return NnsightExtractor(model, remote=remote)
@@ -264,27 +235,13 @@ def _generation_config(name: str, revision: str | None) -> Any:
 
 
 def is_nnsight(value: object) -> bool:
-    """Check whether an object is an nnsight model, without importing nnsight.
-
-    Args:
-        value: any object.
-
-    Returns:
-        Whether it is one.
-    """
+    """Check whether an object is an nnsight model, without importing nnsight."""
     nnsight = sys.modules.get("nnsight")
     return nnsight is not None and isinstance(value, nnsight.Envoy)
 
 
 def load_nnsight() -> Any:
-    """Import nnsight.
-
-    Returns:
-        The library.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import nnsight, or say how to install it."""
     try:
         return importlib.import_module("nnsight")
     except ImportError as error:
@@ -294,14 +251,7 @@ def load_nnsight() -> Any:
 
 
 def require_key(nnsight: Any) -> None:
-    """Pass the key for NDIF from the environment to nnsight.
-
-    Args:
-        nnsight: the library.
-
-    Raises:
-        UserError: there is none there, and nnsight has stored none.
-    """
+    """Pass the key for NDIF from the environment to nnsight, which may also have stored one."""
     settings = importlib.import_module(f"{nnsight.__name__}.schema.config").CONFIG.API
     settings.APIKEY = os.environ.get(KEY) or settings.APIKEY
     if not settings.APIKEY:
@@ -346,9 +296,6 @@ def _wrapped(nnsight: Any, model: LanguageModel, remote: Remote) -> Iterator[Any
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
     """Turn an exception of nnsight, NDIF or the network into an error message of one line.
-
-    Args:
-        name: the model's name.
 
     Raises:
         UserError: what went wrong.

@@ -111,13 +111,6 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
 
     They are not for a stream of 16 bits, which is rounded after each addition, for products in TF32, which are rounded
     before it, and for a lens with a norm, which is not linear.
-
-    Args:
-        model: the model.
-        lens: ``policy`` or ``logit-lens``.
-
-    Returns:
-        True if they are.
     """
     rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
@@ -126,13 +119,7 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
 def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
     """Choose how many layers to reduce together: more layers mean fewer and larger products.
 
-    Args:
-        model: the model.
-        n_positions: n.
-        summed: whether logits are additive.
-
-    Returns:
-        As many layers as fit their states in a fixed budget, and more where that saves a fifth product per layer.
+    As many as fit their states in a fixed budget, and more where additive logits save a fifth product per layer.
     """
     bytes_per_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
     least = _LEAST_LAYERS if summed else 1

@@ -48,14 +48,11 @@ Opener: TypeAlias = Callable[[], Extractor]
 
 
 def opener(config: _Options, device: torch.device | None = None) -> Opener:
-    """Prepare to open a model that is given by its name.
+    """Prepare to open a model by its name: to load it, prove eq. 4 through the backend, and return the backend.
 
     Args:
         config: the configuration, with the backend.
         device: the device of this process, if several processes have one each.
-
-    Returns:
-        A function that loads the model, proves eq. 4 through the backend, and returns the backend.
     """
 
     def open_model() -> Extractor:
@@ -97,9 +94,6 @@ def is_object(model: Any, tokenizer: Any, given: Iterable[str]) -> bool:
         tokenizer: its tokenizer, if the caller gave one.
         given: names of the options that the caller set.
 
-    Returns:
-        Whether the model is an object in memory.
-
     Raises:
         UserError: options of loading with an object, or a tokenizer with a name.
     """
@@ -113,16 +107,13 @@ def is_object(model: Any, tokenizer: Any, given: Iterable[str]) -> bool:
 
 
 def wrap_in_memory(value: Any, tokenizer: Any, name: str, config: _Options) -> Opener:
-    """Prepare to open a model that is in memory.
+    """Prepare to open a model that is in memory: to prove eq. 4 through the backend, and return the backend.
 
     Args:
         value: a transformers model, a TransformerBridge, or an nnsight model.
         tokenizer: its tokenizer; a bridge and an nnsight model may bring their own.
-        name: what to call it.
+        name: its name in results.
         config: the configuration, with the backend.
-
-    Returns:
-        A function that proves eq. 4 through the backend, and returns the backend.
 
     Raises:
         UserError: a transformers model without its tokenizer, or a backend that is not the object's own.
@@ -147,14 +138,7 @@ def wrap_in_memory(value: Any, tokenizer: Any, name: str, config: _Options) -> O
 
 
 def name_of(value: Any) -> str:
-    """Name a model that is in memory.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        What it was loaded from, or else the name of its class.
-    """
+    """Name a model in memory by what it was loaded from, or else by its class."""
     module = module_of(value)
     config = getattr(module, "config", None)
     name = getattr(module, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(module).__name__
@@ -162,14 +146,7 @@ def name_of(value: Any) -> str:
 
 
 def module_of(value: Any) -> Any:
-    """Find the transformers model inside an object.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        The module; the object itself where it is one.
-    """
+    """Find the transformers model inside a TransformerBridge or an nnsight model, or return the object itself."""
     own = library_of(value)
     if own == "transformer-lens":
         return value.original_model
@@ -177,14 +154,7 @@ def module_of(value: Any) -> Any:
 
 
 def library_of(value: Any) -> str | None:
-    """Find which library's object a model is.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        The name of the backend that captures from it; None for a transformers model.
-    """
+    """Find which library's object a model is: the name of its backend, or None for a transformers model."""
     if transformer_lens.is_bridge(value):
         return "transformer-lens"
     return "nnsight" if nnsight.is_nnsight(value) else None

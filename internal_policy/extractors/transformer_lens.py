@@ -205,14 +205,7 @@ def from_bridge(bridge: Any, tokenizer: Any = None, name: str | None = None) -> 
 
 
 def is_bridge(value: object) -> bool:
-    """Check whether an object is a ``TransformerBridge``, without importing transformer-lens.
-
-    Args:
-        value: any object.
-
-    Returns:
-        Whether it is one.
-    """
+    """Check whether an object is a ``TransformerBridge``, without importing transformer-lens."""
     library = sys.modules.get("transformer_lens.model_bridge")
     return library is not None and isinstance(value, library.TransformerBridge)
 

@@ -45,14 +45,7 @@ class NotProved(UserError):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Bound the relative error of the logits by rounding: of the final norm, of a product and of a transform.
-
-    Args:
-        dtype: the model's dtype.
-
-    Returns:
-        The bound on ||error|| / ||logits||.
-    """
+    """Bound ||error|| / ||logits|| by rounding: of the final norm, of a product and of a transform."""
     return 16 * torch.finfo(dtype).eps
 
 

@@ -29,28 +29,13 @@ class Request:
     """Which sample of that prompt, from 0."""
 
     def stream_seed(self, seed: int) -> int:
-        """Derive the seed of this response's own stream of random numbers.
-
-        Args:
-            seed: seed of the whole run.
-
-        Returns:
-            From 0 to 2^32 - 1.
-        """
+        """Derive the seed, below 2^32, of this response's own stream of random numbers from the seed of the run."""
         sequence = np.random.SeedSequence((seed, self.prompt_index, self.sample_index))
         return int(sequence.generate_state(1)[0])
 
 
 def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> None:
-    """Check that every prompt leaves room for a response.
-
-    Args:
-        requests: the requests.
-        model: the model.
-
-    Raises:
-        UserError: a prompt fills the context, is empty, or has ids beyond the vocabulary.
-    """
+    """Refuse a prompt that fills the context, is empty, or has ids beyond the vocabulary."""
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:
@@ -68,16 +53,7 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
 
 
 def length_limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
-    """Compute how long each response may be.
-
-    Args:
-        model: the model.
-        requests: the requests.
-        max_new_tokens: limit on the tokens of a response.
-
-    Returns:
-        The limit of each response, which is lower where the context ends earlier.
-    """
+    """Compute how long each response may be: ``max_new_tokens``, or less where the context ends earlier."""
     if model.max_length is None:
         return [max_new_tokens] * len(requests)
     return [min(max_new_tokens, model.max_length - len(r.prompt_ids)) for r in requests]
@@ -86,17 +62,7 @@ def length_limits(model: LanguageModel, requests: Sequence[Request], max_new_tok
 def to_responses(
     model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> list[Response]:
-    """Truncate the sampled ids where each response ends, and decode them.
-
-    Args:
-        model: the model.
-        requests: the requests.
-        sampled: the sampled ids of each.
-        limits: the limits of ``length_limits``.
-
-    Returns:
-        The responses, each with its end-of-sequence token if one was sampled.
-    """
+    """Truncate the sampled ids where each response ends, and decode them; an end token belongs to its response."""
     ends = set(end_ids(model))
     responses = []
     for request, row, limit in zip(requests, sampled, limits, strict=True):
@@ -108,14 +74,7 @@ def to_responses(
 
 
 def response_limit(model: LanguageModel, wanted: int | None) -> int:
-    """Choose the limit on the tokens of a response.
-
-    Args:
-        model: the model.
-        wanted: the limit that the user set, if any.
-
-    Returns:
-        That limit, else the one in the checkpoint's generation config, else 1024.
+    """Choose the limit on the tokens of a response: the user's, else that of the generation config, else 1024.
 
     Raises:
         UserError: the checkpoint's limit is not a number of tokens.
@@ -130,13 +89,7 @@ def response_limit(model: LanguageModel, wanted: int | None) -> int:
 
 
 def end_ids(model: LanguageModel) -> list[int]:
-    """Collect the ids that end a response, from the model's generation config and the tokenizer.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The ids, without duplicates.
+    """Collect the ids that end a response, from the model's generation config and the tokenizer, without duplicates.
 
     Raises:
         UserError: the checkpoint's end tokens are not ids.

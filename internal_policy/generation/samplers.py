@@ -48,15 +48,7 @@ class _Options(Protocol):
 
 
 def sampler(extractor: Extractor, config: _Options) -> Callable[..., list[Response]]:
-    """Choose the function that samples responses where the model is.
-
-    Args:
-        extractor: the backend.
-        config: the configuration.
-
-    Returns:
-        ``generation.sample`` or ``sample_remotely``, without the first argument.
-    """
+    """Choose the function that samples responses where the model is: ``sample`` or ``sample_remotely``."""
     if config.remote:
         # Only this backend opens remote models.
         return partial(sample_remotely, cast(NnsightExtractor, extractor))
@@ -77,9 +69,6 @@ def open_sampler(
 
     Yields:
         The function that `sampler` returns, or a ``VllmSampler``.
-
-    Raises:
-        UserError: vLLM was requested, and the model is not on the device where vLLM samples.
     """
     if config.generator == "vllm":
         with VllmSampler(extractor.model, requests, max_new_tokens, config.trust_remote_code) as draw:
@@ -130,17 +119,7 @@ class _Generating:
     def generate(
         self, input_ids: Tensor, *, attention_mask: Tensor, generation_config: Any, logits_processor: Sequence[Any]
     ) -> Tensor:
-        """Generate; the sampler chooses each token where the model is.
-
-        Args:
-            input_ids: [B, T], padded on the left.
-            attention_mask: [B, T].
-            generation_config: the length limit and the end tokens.
-            logits_processor: the sampler, or nothing for the most probable token.
-
-        Returns:
-            [B, T + new] ids.
-        """
+        """Generate [B, T + new] ids from left-padded ids [B, T]; the sampler chooses each token where the model is."""
         own = self._model.generation_config
         generation_config.update(**{k: v for k, v in _NEUTRAL.items() if getattr(own, k, None) not in (None, v)})
         sampler = next(iter(logits_processor), None)

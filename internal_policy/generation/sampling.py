@@ -34,15 +34,7 @@ class RowSampler:
         self._steps = 0
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Add the noise.
-
-        Args:
-            input_ids: [B, T], not used.
-            scores: [B, V] logits.
-
-        Returns:
-            [B, V] float32, whose argmax is the sample.
-        """
+        """Add the noise to [B, V] logits; the argmax of the float32 result is the sample."""
         exponential = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(exponential, self._generators, strict=True):
             row.exponential_(generator=generator)

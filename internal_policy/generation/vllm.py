@@ -26,28 +26,17 @@ _SHARE_OF_FREE_MEMORY = 0.9
 
 
 def effective_batch_size(generator: str, batch_size: int) -> int:
-    """Compute how many requests are passed to the generator at a time.
-
-    Args:
-        generator: ``transformers`` or ``vllm``.
-        batch_size: the batch size of the configuration.
-
-    Returns:
-        The batch size; for vLLM, which batches by itself, at least 1024.
-    """
+    """Compute how many requests are passed to the generator at a time; vLLM, which batches by itself, gets 1024."""
     return max(batch_size, _MIN_BATCH) if generator == "vllm" else batch_size
 
 
 def refuse_generator(generator: str, *, in_memory: bool, processes: int = 1) -> None:
-    """Refuse a generator that cannot sample here, before any model is loaded.
+    """Refuse vLLM, before any model is loaded, if it is not installed or cannot sample from this model.
 
     Args:
         generator: ``transformers`` or ``vllm``.
         in_memory: whether the model was given as an object.
         processes: number of processes that share the work.
-
-    Raises:
-        UserError: vLLM is not installed, has no checkpoint to load, or would run in several processes.
     """
     if generator != "vllm":
         return
@@ -84,9 +73,6 @@ class VllmSampler:
             requests: all requests that will be sampled.
             max_new_tokens: limit on the tokens of a response.
             trust_remote_code: run code that comes with the checkpoint.
-
-        Raises:
-            UserError: the model is not on the GPU that vLLM uses.
         """
         require_first_gpu(model.device)
         self._model, self._trust_remote_code = model, trust_remote_code
@@ -106,16 +92,7 @@ class VllmSampler:
     def __call__(
         self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Response]:
-        """Sample one response a request.
-
-        Args:
-            requests: the requests; vLLM reads a common prefix of prompts once.
-            max_new_tokens: limit on the tokens of a response; the context may end earlier.
-            temperature: divides the logits; 0 takes the most probable token.
-            seed: seed of the whole run.
-
-        Returns:
-            The responses, each with its end-of-sequence token if one was sampled.
+        """Sample one response per request; see ``generation.sample``.
 
         Raises:
             UserError: vLLM cannot load the model.
@@ -167,14 +144,7 @@ class VllmSampler:
 
 
 def require_first_gpu(device: torch.device) -> None:
-    """Refuse a model that is not on the GPU that vLLM uses.
-
-    Args:
-        device: the device of the model.
-
-    Raises:
-        UserError: it is not the first GPU.
-    """
+    """Refuse a model that is not on the GPU that vLLM uses."""
     if device.type != "cuda":
         raise UserError(f"--generator vllm needs a GPU and the model is on {device}; leave --generator out")
     if device.index not in (None, 0):
@@ -185,14 +155,7 @@ def require_first_gpu(device: torch.device) -> None:
 
 
 def free_share(device: torch.device) -> float:
-    """Compute the share of a GPU's memory that vLLM may take, next to the model that is already there.
-
-    Args:
-        device: the GPU.
-
-    Returns:
-        A fraction of the whole memory, from 0 to 1.
-    """
+    """Compute the share of a GPU's memory that vLLM may take, next to the model that is already there."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return float(_SHARE_OF_FREE_MEMORY * free / total)

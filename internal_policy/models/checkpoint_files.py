@@ -26,16 +26,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 def weight_files(where: str, config: Any, revision: str | None, name: str) -> list[Path]:
-    """Find the files from which transformers will read weights, and refuse all but safetensors of this checkpoint.
-
-    Args:
-        where: a directory, or a hub id.
-        config: the checkpoint's configuration.
-        revision: the commit that is loaded.
-        name: the model's name.
-
-    Returns:
-        The files, which for a hub model are then in the cache; empty if there are none, which loading reports.
+    """Find the files from which transformers will read weights; an empty list if there are none.
 
     Raises:
         UserError: weights in pickle format, outside the checkpoint, or of adapters that would change the model.
@@ -63,18 +54,7 @@ def weight_files(where: str, config: Any, revision: str | None, name: str) -> li
 
 
 def shards(index: Path, name: str) -> list[str]:
-    """Read which files an index names.
-
-    Args:
-        index: the index.
-        name: the model's name.
-
-    Returns:
-        Their names without duplicates.
-
-    Raises:
-        UserError: the index cannot be read, or names anything but safetensors files in its directory.
-    """
+    """Read the names of the files in an index, without duplicates, and refuse all but safetensors in its directory."""
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         found = list(dict.fromkeys(named))
@@ -103,14 +83,7 @@ def _refuse_unsafe(files: list[Any], by: str, name: str, index: bool = False) ->
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Refuse a checkpoint of a training run from which weights in pickle format would be read.
-
-    Args:
-        directory: the checkpoint.
-
-    Raises:
-        UserError: it contains such weights, or an index that names them.
-    """
+    """Refuse a checkpoint of a training run from which weights in pickle format would be read."""
     for index in sorted(directory.rglob("*.safetensors.index.json")):
         shards(index, str(directory))
     for pattern in ("pytorch_model.bin*", "pytorch_model-*.bin", "adapter_model.bin"):
@@ -122,15 +95,7 @@ def refuse_pickles(directory: Path) -> None:
 
 
 def refuse_unscaled(files: list[Path], name: str) -> None:
-    """Refuse weights in integers or 8-bit floats that no quantiser will scale, and that are meaningless unscaled.
-
-    Args:
-        files: safetensors files.
-        name: the model's name.
-
-    Raises:
-        UserError: there are such weights; the message names the first.
-    """
+    """Refuse weights in integers or 8-bit floats that no quantiser will scale, and that are meaningless unscaled."""
     for file in files:
         for key, (dtype, shape) in header(file).items():
             weight = key.endswith("weight") or (len(shape) > 1 and dtype.startswith(_NARROW))
@@ -142,16 +107,7 @@ def refuse_unscaled(files: list[Path], name: str) -> None:
 
 
 def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
-    """Refuse weights in integers or 8-bit floats that were read as plain numbers despite a quantiser in config.json.
-
-    Args:
-        files: safetensors files.
-        model: the model that was loaded from them.
-        name: its name.
-
-    Raises:
-        UserError: there are such weights; the message names the first.
-    """
+    """Refuse weights in integers or 8-bit floats that were read as plain numbers despite a quantiser in config.json."""
     loaded = dict(model.named_parameters())
     stored = {key: dtype for file in files for key, (dtype, _) in header(file).items()}
     for key, dtype in stored.items():
@@ -172,14 +128,7 @@ def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
 
 
 def header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read the header of a safetensors file.
-
-    Args:
-        file: the file.
-
-    Returns:
-        Dtype, as the format names it, and shape of each tensor; empty for a damaged file, which loading reports.
-    """
+    """Read dtype and shape of each tensor of a safetensors file; empty for a damaged file, which loading reports."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -193,15 +142,7 @@ def header(file: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def is_causal_mask(key: str, shape: list[int]) -> bool:
-    """Recognise the causal masks that old checkpoints store in each layer under the name of a bias.
-
-    Args:
-        key: a tensor's name.
-        shape: its shape.
-
-    Returns:
-        True for a mask [1, 1, T, T], and for the single number that replaces masked scores.
-    """
+    """Recognise the causal masks [1, 1, T, T] of old checkpoints, which are called biases, and their fill value."""
     return (key.endswith(".bias") and len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]) or (
         key.endswith(".masked_bias") and len(shape) <= 1
     )

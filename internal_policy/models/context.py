@@ -7,14 +7,10 @@ from typing import Any
 
 
 def max_length(config: Any) -> int | None:
-    """Find the longest sequence that a model is configured for.
+    """Find the longest sequence that a model is configured for; None if its configuration names no length.
 
-    Args:
-        config: its transformers configuration.
-
-    Returns:
-        ``max_position_embeddings``, or with YaRN, whose checkpoints often leave that at the original length, the
-        original length times the factor if that is more. None if the configuration names no length.
+    That is ``max_position_embeddings``, or with YaRN, whose checkpoints often leave that at the original length, the
+    original length times the factor if that is more.
     """
     length = getattr(config, "max_position_embeddings", None)
     if not length:
@@ -23,14 +19,9 @@ def max_length(config: Any) -> int | None:
 
 
 def cache_bytes(config: Any) -> int | None:
-    """Compute the memory that a position of one sequence takes in the cache of keys and values.
+    """Compute the bytes that one position takes in the cache of keys and values of all layers, in 16 bits.
 
-    Args:
-        config: the transformers configuration.
-
-    Returns:
-        Bytes of the keys and values of all layers in 16 bits, ignoring sliding windows. None if the configuration
-        does not name the sizes.
+    Sliding windows are ignored. None if the configuration does not name the sizes.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -40,16 +31,10 @@ def cache_bytes(config: Any) -> int | None:
 
 
 def length_switch(config: Any) -> int | None:
-    """Find the length beyond which LongRoPE uses its long factors for the whole batch.
+    """Find the length beyond which LongRoPE uses its long factors for the whole batch; None for other models.
 
     transformers chooses by the longest sequence of a batch, so that a long sequence changes the results of a short one.
     Code that forms batches keeps sequences on either side of this length apart (``group_by_length``).
-
-    Args:
-        config: the transformers configuration.
-
-    Returns:
-        The length, or None if the lengths in a batch do not matter.
     """
     found = [rope for rope in _ropes(config) if _kind(rope) == "longrope"]
     lengths = [
@@ -60,15 +45,7 @@ def length_switch(config: Any) -> int | None:
 
 
 def group_by_length(lengths: list[int], boundary: int | None) -> list[list[int]]:
-    """Split a batch into groups of sequences that may run together.
-
-    Args:
-        lengths: tokens of each sequence.
-        boundary: the result of ``length_switch`` for the model.
-
-    Returns:
-        Indices into ``lengths``, in order; a single group if ``boundary`` is None.
-    """
+    """Split a batch into groups of sequences that may run together; the groups hold indices into ``lengths``."""
     if boundary is None:
         return [list(range(len(lengths)))]
     short = [i for i, length in enumerate(lengths) if length <= boundary]

@@ -13,17 +13,7 @@ from internal_policy.utils.loading_errors import first_line
 
 
 def choose_device(device: str) -> torch.device:
-    """Resolve ``auto`` to cuda, mps or cpu, and check that a named device is there.
-
-    Args:
-        device: ``auto`` or a torch device.
-
-    Returns:
-        The device.
-
-    Raises:
-        UserError: it is not a device, or this machine does not have it.
-    """
+    """Resolve ``auto`` to cuda, mps or cpu, and refuse a device that this machine does not have."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -37,14 +27,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def input_device(model: Any) -> torch.device:
-    """Find the device of the token ids of a forward pass.
-
-    Args:
-        model: a transformers causal LM.
-
-    Returns:
-        The device on which the input embedding runs, even if its weights are offloaded.
-    """
+    """Find the device of the token ids, on which the input embedding runs even if its weights are offloaded."""
     try:
         module: nn.Module = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -56,14 +39,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def describe(model: Any) -> str:
-    """Name the devices that hold the weights.
-
-    Args:
-        model: a transformers causal LM.
-
-    Returns:
-        Each device once, in the order of the device map, such as ``cuda:0, cuda:1, cpu, disk``.
-    """
+    """Name the devices of the weights in the order of the device map, such as ``cuda:0, cuda:1, cpu, disk``."""
     placed = getattr(model, "hf_device_map", None)
     if not placed:
         return str(input_device(model))
@@ -81,9 +57,6 @@ def materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
     Returns:
         The tensor itself, or a copy of the offloaded weight on the CPU, in the tensor's dtype.
-
-    Raises:
-        UserError: the weight has no values.
     """
     if not tensor.is_meta:
         return tensor
@@ -101,14 +74,7 @@ def materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Find where a module runs whose weights accelerate offloads.
-
-    Args:
-        module: the module.
-
-    Returns:
-        The device, or None if its weights are not offloaded.
-    """
+    """Find where a module runs whose weights accelerate offloads; None if they are not offloaded."""
     for hook in _hooks(module):
         if getattr(hook, "weights_map", None) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)

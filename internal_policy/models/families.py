@@ -58,34 +58,15 @@ class Family:
     """Whether the row was guessed from the structure and is not in the table."""
 
     def sites(self) -> tuple[str, str, str, str]:
-        """List the modules of a layer whose inputs and outputs are captured.
-
-        Returns:
-            Paths from the layer: the attention (its input), the module whose output is A^l, the FFN (its input), the
-            module whose output is F^l.
-        """
+        """List the modules of a layer to capture: attention (input), A^l (output), FFN (input), F^l (output)."""
         return self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
 
     def is_parallel(self, config: Any) -> bool:
-        """Check whether blocks are parallel or sequential.
-
-        Args:
-            config: the model's configuration.
-
-        Returns:
-            True if the FFN does not see what the attention of its layer wrote.
-        """
+        """Whether blocks are parallel: the FFN does not see what the attention of its layer wrote."""
         return bool(getattr(config, self.parallel)) if isinstance(self.parallel, str) else self.parallel
 
     def multiplier(self, config: Any) -> float:
-        """Read the factor by which a model multiplies both writes before it adds them.
-
-        Args:
-            config: the model's configuration.
-
-        Returns:
-            The factor; 1 for most.
-        """
+        """Read the factor by which a model multiplies both writes before it adds them; 1 for most."""
         return float(getattr(config, self.write_multiplier)) if self.write_multiplier else 1.0
 
 

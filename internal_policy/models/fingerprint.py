@@ -77,13 +77,9 @@ _TABLE = 4096
 
 
 def digest(model: nn.Module) -> str:
-    """Digest what the numbers of a model come from.
+    """Compute a digest of 16 hexadecimal digits of everything that the numbers of a model depend on.
 
-    Args:
-        model: a transformers causal LM, wherever its weights are.
-
-    Returns:
-        16 hexadecimal digits; any other bit of a weight, another configuration or other classes give others.
+    Any other bit of a weight, another configuration or other classes give another digest.
     """
     unsaved = _unsaved(model)
     tensors = {**model.state_dict(), **unsaved}
@@ -265,14 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def commit_now(name: str) -> str | None:
-    """Find the commit that a hub model stands for now, without reading the model.
-
-    Args:
-        name: hub id.
-
-    Returns:
-        That of the hub, else that of the cache; None where neither can be had.
-    """
+    """Find the commit of a hub model from the hub, else from the cache; None if neither has it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -329,15 +318,12 @@ def attached_code(model: nn.Module, wrapper: Any = None) -> list[str]:
 
 
 def resume_refused(directory: Path, attached: Sequence[str], what: str = "an analysis") -> UserError:
-    """Create the error for a directory whose result cannot be compared with a model that has attached code.
+    """Create the error for a directory with a result, since it cannot be compared with a model that has attached code.
 
     Args:
         directory: the directory of the result.
-        attached: what ``attached_code`` found on the model, not empty.
+        attached: the result of ``attached_code`` for the model, not empty.
         what: ``an analysis``, ``an evaluation``, ``a run``.
-
-    Returns:
-        The error, to be raised.
     """
     more = f" and {len(attached) - 1} more" if len(attached) > 1 else ""
     return UserError(

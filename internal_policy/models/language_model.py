@@ -180,14 +180,7 @@ def wrap(
 
 
 def family_of(model: Any, name: str) -> Family:
-    """Look up where the parts of a model are.
-
-    Args:
-        model: a transformers causal LM.
-        name: its name, for the message.
-
-    Returns:
-        Its row of the table, or for a model type without one the likeliest guess by structure.
+    """Look up the row of a model's family, or guess one by structure for a model type without a row.
 
     Raises:
         UserError: there is no row, and no known structure.
@@ -200,16 +193,7 @@ def family_of(model: Any, name: str) -> Family:
 
 
 def unknown_family(name: str, model_type: str, why: str) -> UserError:
-    """Create the error for a model without a row, for which none could be guessed.
-
-    Args:
-        name: the model's name.
-        model_type: its ``config.model_type``.
-        why: what was tried.
-
-    Returns:
-        The error.
-    """
+    """Create the error for a model without a row; ``why`` says why none could be guessed."""
     return UserError(
         f"{name}: family {model_type!r} is not in the table (internal-policy models prints it) and {why}; "
         "to add it, write one row in internal_policy/models/families.py"

@@ -24,8 +24,7 @@ _making = threading.Lock()
 def exclusive_use(model: Any) -> Iterator[None]:
     """Make other threads wait for a model: their hooks would see each other's states and reset modes too early.
 
-    Args:
-        model: the model; anything but a module is ignored.
+    Anything but a module is ignored, here and by ``eval_mode``.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -38,11 +37,7 @@ def exclusive_use(model: Any) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Use a model exclusively and in evaluation mode, and restore the mode of each of its modules on any exit.
-
-    Args:
-        model: the model; anything but a module is ignored.
-    """
+    """Use a model exclusively and in evaluation mode, and restore the mode of each of its modules on any exit."""
     with exclusive_use(model):
         modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
         try:
@@ -68,11 +63,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def limit_threads(model: LanguageModel) -> Iterator[None]:
-    """Use one thread if the products are so small that distributing them costs more than it saves.
-
-    Args:
-        model: the model that will run.
-    """
+    """Use one thread if the products are so small that distributing them costs more than it saves."""
     threads = torch.get_num_threads()
     if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
         torch.set_num_threads(1)

@@ -18,15 +18,7 @@ QUANTIZATIONS = ("8bit", "4bit")
 
 
 def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
-    """Refuse a device map that is invalid or contradicts the device.
-
-    Args:
-        device_map: one of ``DEVICE_MAPS``, a dict from module paths to devices, or None.
-        device: ``auto`` or a torch device.
-
-    Raises:
-        UserError: what is invalid.
-    """
+    """Refuse a device map that is neither None, one of ``DEVICE_MAPS`` nor a dict, or that contradicts the device."""
     if device_map is None:
         return
     if not isinstance(device_map, (str, dict)):
@@ -42,13 +34,6 @@ def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> No
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Refuse a quantisation that does not exist.
-
-    Args:
-        quantization: one of ``QUANTIZATIONS``, or None.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Refuse a quantisation that does not exist."""
     if quantization is not None:
         require_one_of("--quantization", quantization, QUANTIZATIONS)

@@ -11,18 +11,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 
 def locate(name: str, revision: str | None) -> str:
-    """Resolve a model's name, and refuse a directory without a model; nothing is loaded.
-
-    Args:
-        name: hub id, local directory, or an embedded model.
-        revision: branch, tag or commit on the hub.
-
-    Returns:
-        The directory, or the hub id.
-
-    Raises:
-        UserError: there is no such directory, or it cannot be loaded.
-    """
+    """Resolve a model's name to a directory or hub id, and refuse a directory without a model; nothing is loaded."""
     if name.split("/")[0] == "testbed" and not Path(name).exists():
         if revision is not None:
             raise UserError(

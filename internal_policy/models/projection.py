@@ -16,7 +16,6 @@ from internal_policy.models.families import Family
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
 
-_ROWS = 1024
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Some libraries pack weights into a subclass of Tensor.
 _DENSE: tuple[type, ...] = (Tensor, nn.Parameter)
@@ -154,10 +153,7 @@ def _matrix(model: Any, path: str) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
-    """Compute E_u of a quantised unembedding by projecting the identity matrix, which gives its transpose exactly.
-
-    This works for every way to pack weights, and gives the dequantised weights that the model itself multiplies by.
-    """
+    """E_u of a quantised unembedding, whose bits do not depend on the way in which the weights are packed."""
     embedding = model.get_input_embeddings().weight
     width = int(getattr(head, "in_features", embedding.shape[1]))
     dtype = embedding.dtype if embedding.dtype in _PLAIN else torch.float32
@@ -167,15 +163,32 @@ def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
         out: Tensor = head(states)
         return out
 
+    weight, bias = weight_by_calls(call, width, dtype, device)
+    _refuse_inexact(call, weight, bias, dtype, device, f"{getattr(model, 'name_or_path', '') or 'model'}: {path}")
+    return weight, bias
+
+
+def weight_by_calls(
+    call: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Read E_u [V, d] and its bias where only calls work: projecting the identity matrix gives the exact transpose.
+
+    Args:
+        call: the unembedding.
+        width: d.
+        dtype: dtype of its inputs.
+        device: device of its inputs.
+
+    Returns:
+        E_u with the values by which the model itself multiplies, and its bias [V] if it is not 0.
+    """
     zero = call(torch.zeros(1, width, dtype=dtype, device=device))[0]
     bias = zero if bool(zero.any()) else None
     weight = torch.empty(zero.numel(), width, dtype=zero.dtype, device=zero.device)
-    for first in range(0, width, _ROWS):
-        unit = torch.zeros(min(_ROWS, width - first), width, dtype=dtype, device=device)
+    for first in range(0, width, 1024):
+        unit = torch.zeros(min(1024, width - first), width, dtype=dtype, device=device)
         unit[:, first : first + len(unit)].fill_diagonal_(1)
-        columns = call(unit) if bias is None else call(unit) - bias
-        weight[:, first : first + len(unit)] = columns.T
-    _refuse_inexact(call, weight, bias, dtype, device, f"{getattr(model, 'name_or_path', '') or 'model'}: {path}")
+        weight[:, first : first + len(unit)] = (call(unit) if bias is None else call(unit) - bias).T
     return weight, bias
 
 

@@ -16,16 +16,7 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 
 def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
-    """Refuse to quantise a checkpoint that is quantised already.
-
-    Args:
-        quantization: ``8bit``, ``4bit`` or None.
-        config: the checkpoint's configuration.
-        name: the model's name.
-
-    Raises:
-        UserError: both.
-    """
+    """Refuse to quantise a checkpoint that is already quantised."""
     if quantization is not None and (own := describe(config)) is not None:
         raise UserError(
             f"{name}: --quantization {quantization} was given with a checkpoint that is quantised already ({own}); "
@@ -34,15 +25,7 @@ def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
 
 
 def refuse_unknown(config: Any, name: str) -> None:
-    """Refuse a quantisation that transformers does not know, and whose packed weights it would read as plain ones.
-
-    Args:
-        config: the checkpoint's configuration.
-        name: the model's name.
-
-    Raises:
-        UserError: it is unknown.
-    """
+    """Refuse a quantisation that transformers does not know, and whose packed weights it would read as plain ones."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     found = getattr(config, "quantization_config", None)
@@ -57,15 +40,7 @@ def refuse_unknown(config: Any, name: str) -> None:
 
 
 def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
-    """Create the transformers configuration of a quantisation.
-
-    Args:
-        quantization: ``8bit`` (LLM.int8) or ``4bit`` (nf4).
-        dtype: the dtype in which the model computes.
-
-    Returns:
-        A ``BitsAndBytesConfig``, which quantises neither the unembedding nor the norms.
-    """
+    """Create the ``BitsAndBytesConfig`` of ``8bit`` (LLM.int8) or ``4bit`` (nf4), which computes in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
@@ -79,10 +54,6 @@ def keep_exact(model: Any, name: str) -> None:
     On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then computes in
     bfloat16. This works for certain shapes only, and reading a state dict afterwards scrambles the weights. On any CPU
     with AVX512 it uses wrong scales if the blocks of weights that share a scale cross the ends of rows.
-
-    Args:
-        model: a transformers causal LM, with or without 4-bit layers.
-        name: its name, for the message.
 
     Raises:
         UserError: a layer is dequantised wrongly on this CPU, or its weights were already repacked.
@@ -127,27 +98,12 @@ def _is_not_about_casts(record: logging.LogRecord) -> bool:
 
 
 def rounds_by_batch(config: Any) -> bool:
-    """Check whether the results for a sequence depend on the rest of its batch, as with LLM.int8.
-
-    Args:
-        config: of a checkpoint, or of a model in memory.
-
-    Returns:
-        Whether they do, by more than rounding in the last bits.
-    """
+    """Whether the results for a sequence depend on the rest of its batch, as with LLM.int8."""
     return describe(config) == "bitsandbytes 8-bit"
 
 
 def describe(config: Any) -> str | None:
-    """Name the quantisation of a configuration.
-
-    Args:
-        config: of a checkpoint, or of a model in memory.
-
-    Returns:
-        The method with its bits, such as ``bitsandbytes 8-bit`` or ``gptq 4-bit``; None if the weights are not
-        quantised.
-    """
+    """Name the quantisation of a configuration, such as ``gptq 4-bit``; None if its weights are not quantised."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None

@@ -13,13 +13,10 @@ NAMES = ("testbed/qwen3", "testbed/llama")
 
 
 def path(name: str) -> Path:
-    """Find the directory of a testbed model.
+    """Find the directory of a testbed model: inside the installed package, else in ``data/testbed`` of the repository.
 
-    Args:
-        name: One of `NAMES`.
-
-    Returns:
-        A directory for ``from_pretrained``: inside the installed package, else ``data/testbed`` of the repository.
+    Raises:
+        UserError: there is no such model, or it was not trained yet.
     """
     if name not in NAMES:
         raise UserError(f"no testbed model is called {name!r}; there are {' and '.join(NAMES)}: use one of these")

@@ -23,9 +23,9 @@ from internal_policy.data.responses import read_responses
 from internal_policy.extractors import Batch, HookExtractor, Reducer, reduce_responses, verify
 from internal_policy.extractors import nnsight as backend
 from internal_policy.extractors.nnsight import one_line_errors
-from internal_policy.extractors.nnsight_trace import weight_by_calls
 from internal_policy.generation import Request, sample
 from internal_policy.generation.samplers import sample_remotely
+from internal_policy.models.projection import weight_by_calls
 
 nnsight = pytest.importorskip("nnsight")
 
@@ -197,7 +197,7 @@ def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_unembedding_is_read_by_calling_it(bias):
     head = torch.nn.Linear(1500, 40, bias=bias)
-    weight, read = weight_by_calls(head, {"width": 1500, "dtype": "float32", "biased": bias}, "cpu")
+    weight, read = weight_by_calls(head, 1500, torch.float32, "cpu")
     # Adding a bias and taking it away again rounds once each.
     torch.testing.assert_close(weight, head.weight, rtol=0, atol=4e-9 if bias else 0)
     assert torch.equal(read, head.bias) if bias else read is None
