@@ -26,11 +26,6 @@ DATA = Path("data/comparisons")
 class CompareCommand(OutputOptions):
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
 
-    from internal_policy.analysis.results import keep_one_lens
-    from internal_policy.analysis.sources import arrange, gather
-    from internal_policy.cli import display_comparison
-    from internal_policy.comparison.results import compare as run
-
     directories: tuple[Path, ...] = option(positional=True)
     """What analyze wrote; a directory that holds several analyses stands for all of them."""
     baseline: str | None = None
@@ -50,6 +45,7 @@ class CompareCommand(OutputOptions):
             UserError: options that do not fit the analyses, or what the comparison refuses.
         """
         check_options(self)
+        from internal_policy.analysis.results import keep_one_lens
         from internal_policy.analysis.sources import arrange, gather
         from internal_policy.cli.display import show_comparison
         from internal_policy.comparison.results import compare

@@ -27,7 +27,7 @@ from internal_policy.generation import Request, samplers
 from internal_policy.inspection.config import SITES, InspectConfig
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.logging import quiet_libraries, status
@@ -43,7 +43,7 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 @quiet_libraries()
 @takes_options(InspectConfig)
-@as_its_dtype_says()
+@without_autocast()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -72,13 +72,13 @@ def inspect(
     if options.get("backend") is None:
         options["backend"] = (registry.library_of(model) if in_memory else None) or "hooks"
     config = InspectConfig(model=name, prompt=prompt, **options)
-    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
+            stack.enter_context(eval_mode(registry.module_of(model)))
         with status(f"loading {name}"):
             extractor = opened()
-        stack.enter_context(fitting_threads(extractor.model))
+        stack.enter_context(limit_threads(extractor.model))
         ids, length = _sequence(extractor, config)
         with status(f"looking at {counted(len(ids), 'token')}"):
             look = _look(extractor, config, ids, length)
@@ -96,7 +96,7 @@ def _sequence(extractor: Extractor, config: InspectConfig) -> tuple[list[int], i
         answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
-        _check_ids(model, ids + answer, "prompt and response together", room=False)
+        _check_ids(model, ids + answer, "prompt and response effective_batch_size", room=False)
         _warn_of_unknown_text(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:
