@@ -276,7 +276,7 @@ def _models(
 
 def _told(analysis: Analysis) -> dict[str, Any]:
     """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.remarks import find_other_lens
+    from internal_policy.analysis.results import find_other_lens
 
     other = find_other_lens(analysis)
     return {**common.told(analysis), "other_lens": None if other is None else vars(other)}

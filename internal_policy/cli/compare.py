@@ -57,7 +57,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
-    from internal_policy.analysis.remarks import keep_one_lens
+    from internal_policy.analysis.results import keep_one_lens
     from internal_policy.analysis.sources import arrange, gather
     from internal_policy.cli import display_comparison
     from internal_policy.comparison.results import compare as run

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from internal_policy.analysis.remarks import other_lens_sentence, plus_stderr, positions_line, remarks
-from internal_policy.analysis.results import REPORT, Analysis
+from internal_policy.analysis.remarks import plus_stderr, positions_line, remarks
+from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.output import written

@@ -113,8 +113,7 @@ def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
     Args:
         analyses: what has just been analysed.
     """
-    from internal_policy.analysis.remarks import find_other_lens
-    from internal_policy.analysis.results import REPORT, Analysis
+    from internal_policy.analysis.results import REPORT, Analysis, find_other_lens
 
     paths = [analysis.path for analysis in analyses]
     for other in (find_other_lens(analysis) for analysis in analyses):

@@ -19,8 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.analysis.remarks import keep_one_lens
-from internal_policy.analysis.results import Analysis
+from internal_policy.analysis.results import Analysis, keep_one_lens
 from internal_policy.analysis.sources import StepsFrom, Unit, architecture_differences, arrange, baseline_index, gather
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence

@@ -11,7 +11,7 @@ from shapes import make, progressive
 from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, compare
-from internal_policy.analysis.remarks import LensResult, find_other_lens, other_lens_sentence
+from internal_policy.analysis.results import LensResult, find_other_lens, other_lens_sentence
 from internal_policy.cli import display as terminal
 from internal_policy.cli import display_comparison as comparison_terminal
 from internal_policy.cli.main import app

@@ -16,9 +16,14 @@ from internal_policy import Analysis, UserError, analyze, compare
 from internal_policy.analysis import pipeline, position_sampling
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.position_sampling import capture_in_rounds
-from internal_policy.analysis.position_subset import Design, design_positions
+from internal_policy.analysis.position_subset import (
+    Design,
+    design_positions,
+    estimate,
+    positions_needed,
+    response_means,
+)
 from internal_policy.analysis.results import ANALYSIS
-from internal_policy.analysis.sampling_error import estimate, positions_needed, response_means
 from internal_policy.cli import display as terminal
 from internal_policy.data.responses import Response
 from internal_policy.extractors import QUANTITIES, TokenValues, reduce_responses
