@@ -184,7 +184,7 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
         return slug_of(self.model, self.revision, self.lens)
 
     def cache_key(self) -> dict[str, Any]:
-        """The settings that determine the numbers effective_batch_size with weights and inputs, which are known by their digests.
+        """The settings that determine the numbers together with weights and inputs, which are known by their digests.
 
         Returns:
             JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor

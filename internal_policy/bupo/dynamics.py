@@ -107,7 +107,7 @@ class Dynamics:
             site: ``layer`` for pi^l = softmax(H^l E_u^T); ``attn``, ``ffn`` for the policy of A^l, F^l.
             lens: ``logit-lens`` applies the final norm to every internal state before it is projected. Cosines are
                 those of the states themselves.
-            batch_size: sequences run effective_batch_size; it does not change the result.
+            batch_size: sequences run together; it does not change the result.
             side: where the padding goes; it changes nothing.
 
         Raises:
@@ -125,7 +125,7 @@ class Dynamics:
         if empty is not None:
             raise UserError(f"response {empty} has no response tokens; drop it")
         self.model, self.layer, self.site, self.lens, self.side = model, layer, site, lens, side
-        # Sequences of about the same length effective_batch_size waste the least on padding.
+        # Sequences of about the same length together waste the least on padding.
         self._responses = sorted(responses, key=lambda r: len(r.input_ids))
         self._prompts = prompt_indices(self._responses)
         self._batch_size = batch_size
@@ -174,7 +174,7 @@ class Dynamics:
         )
 
     def _batches(self, switch: int | None) -> Iterator[list[Response]]:
-        """The responses in order of length; those on either side of LongRoPE's switch never run effective_batch_size."""
+        """The responses in order of length; those on either side of LongRoPE's switch never run together."""
         for start in range(0, len(self._responses), self._batch_size):
             batch = self._responses[start : start + self._batch_size]
             for group in context.group_by_length([len(r.input_ids) for r in batch], switch):

@@ -54,9 +54,7 @@ class FiguresCommand(ConsoleOptions):
         root = expanded(self.output)
         for path, found in held:
             if len(found) > 1:
-                say(
-                    f"{path}: holds {len(found)} analyses, drawn effective_batch_size: {', '.join(a.name for a in found)}"
-                )
+                say(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")
         if analyses:
             analyze.draw(analyses, root)
         if runs:

@@ -175,7 +175,7 @@ def _warn_of_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int])
         return
     config = next(config for config in configs if config.model == largest)
     logger.warning(
-        "%s: %d responses of up to %d tokens hold up to %.0f GB of keys and values effective_batch_size, in 16 bits, beside the "
+        "%s: %d responses of up to %d tokens hold up to %.0f GB of keys and values together, in 16 bits, beside the "
         "weights, the most of these models; a lower --batch-size takes less memory, a lower --max-new-tokens less of "
         "memory and time",
         *(largest, config.batch_size, config.max_new_tokens, caches[largest] / 1e9),

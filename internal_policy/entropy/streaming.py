@@ -29,7 +29,7 @@ DEFAULT_MEMORY_BUDGET = 128 * 2**20
 """Bytes of working memory: the buffers that exist beside the states and the unembedding."""
 
 # A logit block of 1024 x 1024 float32 (4 MiB) stays in a CPU's shared cache between the product and the passes of the
-# online softmax, effective_batch_size with the 4 MiB of either operand at a width of 1024; half as many rows cost a product a tenth
+# online softmax, together with the 4 MiB of either operand at a width of 1024; half as many rows cost a product a tenth
 # of its rate. An accelerator needs larger blocks to fill its units.
 _CPU_BLOCK = (1024, 1024)
 _ACCELERATOR_BLOCK = (4096, 8192)

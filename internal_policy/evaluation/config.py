@@ -27,7 +27,7 @@ class EvaluateOptions(BatchOptions):
     k: Sequence[int] | int | None = None
     """The K of Pass@K. Default: 1, 4, 16, 64, 256 as far as there are samples, and their number."""
     batch_size: int = option(64, least=1)
-    """Responses sampled effective_batch_size. It does not change the result in float32."""
+    """Responses sampled together. It does not change the result in float32."""
     reward: str | None = option(None, completions=("math", "exact"))
     """What scores a response: math, exact or module:function. Default: math, or exact for testbed."""
 

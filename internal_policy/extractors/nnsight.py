@@ -2,7 +2,7 @@
 
 A transformers model that is not yet an nnsight model is wrapped for the duration of a run and unwrapped after it.
 
-nnsight sends a trace as source text effective_batch_size with what it refers to, so that client and server may run different
+nnsight sends a trace as source text together with what it refers to, so that client and server may run different
 versions of Python. This package is not installed on the server: its functions are sent by value. Two things have no
 source that nnsight could find, and are given one here: the methods that ``dataclass`` generates, and functions behind a
 decorator.
@@ -30,9 +30,7 @@ from torch import Tensor
 from internal_policy.extractors.base import Batch, LayerReduction, LayerStates, LogitReduction
 from internal_policy.extractors.nnsight_trace import build_projection, reduce_layers, reduce_logits
 from internal_policy.models import LanguageModel, Projection, check, wrap
-from internal_policy.utils.errors import UserError, as_user_error
-from internal_policy.utils.loading_errors import shorten
-from internal_policy.utils.network import is_of_http
+from internal_policy.utils.errors import UserError, as_user_error, is_http_error, shorten
 
 KEY = "NDIF_API_KEY"
 _PACKAGE = __name__.split(".")[0]
@@ -320,7 +318,7 @@ def one_line_errors(name: str) -> Iterator[None]:
                 f"{name}: NDIF refused or failed: {shorten(lines[-1], 300)}; "
                 "see https://nnsight.net/status/ for the models that it hosts, or leave --remote out"
             ) from error
-        if isinstance(error, OSError) or is_of_http(error) or kind.startswith(("websocket.", "huggingface_hub.")):
+        if isinstance(error, OSError) or is_http_error(error) or kind.startswith(("websocket.", "huggingface_hub.")):
             raise UserError(
                 f"{name}: no connection to NDIF or the hub ({shorten(lines[0])}); check the name and the network"
             ) from error

@@ -38,7 +38,7 @@ _POSITIONS = 2048
 _STATES_BUDGET = 128 * 2**20
 """Bytes of states that a group of layers may hold."""
 _LEAST_LAYERS = 4
-"""Layers that are reduced effective_batch_size even beyond the budget, where that saves products."""
+"""Layers that are reduced together even beyond the budget, where that saves products."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
 
 
 def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
-    """Choose how many layers to reduce effective_batch_size: more layers mean fewer and larger products.
+    """Choose how many layers to reduce together: more layers mean fewer and larger products.
 
     As many as fit their states in a fixed budget, and more where additive logits save a fifth product per layer.
     """

@@ -28,9 +28,7 @@ logger = logging.getLogger(__name__)
 _SEQUENCES, _LENGTH = 2, 12
 _CHECKED = ("residual_in", "attention_write", "ffn_write", "residual_out")
 _SKETCHES = 2
-_MISFIT = (
-    "the values in its config.json do not fit effective_batch_size, or it needs other versions of torch or transformers"
-)
+_MISFIT = "the values in its config.json do not fit together, or it needs other versions of torch or transformers"
 _EQ_4 = 2.0
 """Bound on the error of eq. 4, in units of its rounding. The check itself rounds as often, which matters in float64."""
 

@@ -41,7 +41,7 @@ class InspectConfig(SamplingOptions, CaptureOptions, LensOptions):
         """Check the fields.
 
         Raises:
-            UserError: a value out of range, or settings of a sampling effective_batch_size with a response.
+            UserError: a value out of range, or settings of a sampling together with a response.
         """
         check_options(self)
         require_revision(self.revision)
@@ -92,7 +92,7 @@ def check_choice(tokens: Span | None, last: int | None) -> tuple[int | None, int
     """Check which tokens are wanted, as far as it can be told without them.
 
     Args:
-        tokens: which ones; not effective_batch_size with ``last``.
+        tokens: which ones; not together with ``last``.
         last: so many at the end; 24 where neither is given.
 
     Returns:

@@ -85,7 +85,7 @@ class Inspection:
         """Choose tokens.
 
         Args:
-            tokens: which ones; not effective_batch_size with ``last``.
+            tokens: which ones; not together with ``last``.
             last: the number of tokens at the end; 24 if neither is given.
 
         Returns:

@@ -45,7 +45,7 @@ def length_switch(config: Any) -> int | None:
 
 
 def group_by_length(lengths: list[int], boundary: int | None) -> list[list[int]]:
-    """Split a batch into groups of sequences that may run effective_batch_size; the groups hold indices into ``lengths``."""
+    """Split a batch into groups of sequences that may run together; the groups hold indices into ``lengths``."""
     if boundary is None:
         return [list(range(len(lengths)))]
     short = [i for i, length in enumerate(lengths) if length <= boundary]

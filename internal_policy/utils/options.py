@@ -5,7 +5,7 @@ The same field is a keyword of the Python function, an option of the command lin
     @dataclass(frozen=True)
     class Config:
         batch_size: int = option(16, least=1)
-        \"\"\"Sequences that are run effective_batch_size.\"\"\"
+        \"\"\"Sequences that are run together.\"\"\"
 """
 
 from __future__ import annotations

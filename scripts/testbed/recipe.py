@@ -157,7 +157,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer.
 
     Returns:
-        A tokenizer whose ids are the positions in `WORDS`; decoding puts the words effective_batch_size without spaces, so
+        A tokenizer whose ids are the positions in `WORDS`; decoding puts the words together without spaces, so
         that text without white space comes back as it went in. What is not in `WORDS` becomes ``<unk>``.
     """
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))

@@ -111,8 +111,8 @@ def test_threads_may_share_a_model():
     seeds = range(6)
     alone = [analysed(model, seed) for seed in seeds]
     with ThreadPoolExecutor(6) as pool:
-        effective_batch_size = list(pool.map(partial(analysed, model), seeds))
-    for a, b in zip(alone, effective_batch_size, strict=True):
+        together = list(pool.map(partial(analysed, model), seeds))
+    for a, b in zip(alone, together, strict=True):
         assert_same(a, b)
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())

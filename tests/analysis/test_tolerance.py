@@ -265,7 +265,7 @@ def test_the_responses_estimates_add_up_and_scatter_as_all_and_the_sample_do(rec
         squares.append(stderr**2)
         estimates.append(mean)
     wanted = of_responses**2 + np.var(estimates, axis=0, ddof=1)
-    # The variance of 60 estimates is itself known to 18 %; of 24 columns' mean ratio, which hang effective_batch_size, to some 6 %.
+    # The variance of 60 estimates is itself known to 18 %; of 24 columns' mean ratio, which hang together, to some 6 %.
     assert np.mean(np.mean(squares, axis=0) / wanted) == pytest.approx(1, abs=0.15)
     whole = response_means(design, recorded.changes[design.order])
     np.testing.assert_allclose(whole, means, rtol=0, atol=1e-12)

@@ -195,7 +195,7 @@ def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, mo
     run_command(["figures", str(place / "analyses"), "-o", str(tmp_path)])
     assert drawn == [["run/checkpoint-0", "run/checkpoint-10", "run/checkpoint-20"]]
     assert (
-        "holds 3 analyses, drawn effective_batch_size: run/checkpoint-0, run/checkpoint-10, run/checkpoint-20"
+        "holds 3 analyses, drawn together: run/checkpoint-0, run/checkpoint-10, run/checkpoint-20"
         in capsys.readouterr().out
     )
 

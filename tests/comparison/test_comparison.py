@@ -325,7 +325,7 @@ def test_the_intervals_of_differences_keep_their_level(data_seed):
 
 
 def test_the_intervals_of_a_slope_hold_where_only_some_checkpoints_share_responses():
-    """Two sweeps in one: the shared responses err effective_batch_size, so their weights must be added before they are squared."""
+    """Two sweeps in one: the shared responses err together, so their weights must be added before they are squared."""
     n_layers, held = 60, []
     for seed in range(4):
         draw = np.random.default_rng(seed)

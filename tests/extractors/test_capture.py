@@ -125,11 +125,11 @@ def test_logits_that_overflow_in_the_last_step_only_are_told():
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])
 def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch):
     model = tiny_model(model_type, layers=6)
-    effective_batch_size = captured(model, ragged_responses())
+    together = captured(model, ragged_responses())
     monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
     for least in (1, 4):
         monkeypatch.setattr(reduce, "_LEAST_LAYERS", least)
-        for one, other in zip(captured(model, ragged_responses()), effective_batch_size, strict=True):
+        for one, other in zip(captured(model, ragged_responses()), together, strict=True):
             # The running sum begins elsewhere, so that its last bits differ.
             np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
 

@@ -215,8 +215,8 @@ def test_padding_on_either_side_changes_nothing(model_type):
     responses = read_responses(records, tokenizer, "plain")
     alone = [reduce_responses(reducer, [r])[0] for r in responses]
     for side in ("left", "right"):
-        for one, effective_batch_size in zip(alone, reduce_responses(reducer, responses, side), strict=True):
-            np.testing.assert_allclose(effective_batch_size.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
+        for one, together in zip(alone, reduce_responses(reducer, responses, side), strict=True):
+            np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
 
 
 @pytest.mark.parametrize("model_type", in_tiers(TABLE))

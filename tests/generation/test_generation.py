@@ -32,10 +32,10 @@ def model():
 
 def test_draws_do_not_depend_on_the_batch(model):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    effective_batch_size = sample(model, requests(6), **options)
+    together = sample(model, requests(6), **options)
     alone = [sample(model, [r], **options)[0] for r in requests(6)]
-    assert effective_batch_size == alone
-    assert effective_batch_size != sample(model, requests(6), **{**options, "seed": 4})
+    assert together == alone
+    assert together != sample(model, requests(6), **{**options, "seed": 4})
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -152,10 +152,10 @@ def test_an_evaluations_samples_cost_half_the_tokens():
     prompts = [render(p, "chat", model.tokenizer) for p in read_benchmark("testbed", 4)]
     options = {"max_new_tokens": 48, "temperature": 1.0, "seed": 0}
     with tokens_run(model) as shapes:
-        effective_batch_size = sample(model, several(prompts, 16), **options)
+        together = sample(model, several(prompts, 16), **options)
     ours = sum(rows * width for rows, width in shapes)
     with tokens_run(model) as shapes:
-        assert sample(in_one_go(model), several(prompts, 16), **options) == effective_batch_size
+        assert sample(in_one_go(model), several(prompts, 16), **options) == together
     assert sum(rows * width for rows, width in shapes) / ours > 1.9
 
 

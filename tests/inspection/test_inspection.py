@@ -245,7 +245,7 @@ def test_what_cannot_be_seen_is_written_out():
         ({"prompt": "w3", "device": "cpu"}, "device was given with a model object"),
         ({"prompt": "w3 " * 65, "max_new_tokens": 0}, "the prompt: 65 tokens, and the model's context is 64; shorten"),
         ({"prompt": "w3 " * 64}, "64 tokens, and the model's context is 64; shorten it, or give --max-new-tokens 0"),
-        ({"prompt": "w3 " * 60, "response": "w3 " * 5}, "prompt and response effective_batch_size: 65 tokens"),
+        ({"prompt": "w3 " * 60, "response": "w3 " * 5}, "prompt and response together: 65 tokens"),
         ({"prompt": "w3", "response": " "}, "the response ' ' has no tokens"),
         ({"prompt": "w99"}, "id 99 is beyond the vocabulary of 61"),
     ],
