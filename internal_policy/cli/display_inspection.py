@@ -19,7 +19,7 @@ from rich.text import Text
 from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import Site, Span
-from internal_policy.plotting.inspection import TITLES, cell_colours
+from internal_policy.plotting.inspection import TITLES, cell_colors
 from internal_policy.utils.console import console as open_console
 
 _WIDEST, _NARROWEST = 9, 3
@@ -115,7 +115,7 @@ def _block(
     for site, layer in (("policy", inspection.n_layers), *((None, n) for n in range(inspection.n_layers, 0, -1))):
         rows = own[(own["layer"] == layer) & ((own["site"] == "policy") == (site == "policy"))]
         line = Text((_POLICY if site else str(layer)).rjust(label - 1) + " ")
-        rgb, ink = cell_colours(rows["entropy"].to_numpy(), inspection.vocab_size)
+        rgb, ink = cell_colors(rows["entropy"].to_numpy(), inspection.vocab_size)
         cells = zip(borders, rows["top1_token"], rows["hit"], rows["entropy"], rgb, ink, strict=True)
         for border, text, hit, entropy, colour, pen in cells:
             background = Color.from_rgb(*(255 * colour))

@@ -20,9 +20,10 @@ from internal_policy import UserError
 from internal_policy.cli.display_inspection import blocks, show
 from internal_policy.inspection.decisions import decision_data
 from internal_policy.plotting import style
-from internal_policy.plotting.fonts import drawable, fit
 from internal_policy.plotting.inspection import (
-    cell_colours,
+    cell_colors,
+    drawable,
+    fit,
     inspection_data,
     inspection_map,
     plot_inspection,
@@ -126,7 +127,7 @@ def test_nothing_overlaps_at_24_tokens(n_layers, site):
         assert box.width <= width, text.get_text()
         # A line's box has room for descenders below and accents above, which few tokens have at once.
         assert box.height <= 1.25 * height, text.get_text()
-        assert text.get_fontsize() >= style.SMALLEST
+        assert text.get_fontsize() >= style.MIN_FONT_SIZE
     boxes = [t.get_window_extent(renderer) for t in ax.get_xticklabels() if t.get_text()]
     assert len(boxes) == 24
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
@@ -138,7 +139,7 @@ def test_nothing_overlaps_at_24_tokens(n_layers, site):
 
 
 def test_what_is_written_can_be_read_on_every_colour():
-    rgb, ink = cell_colours(np.linspace(0, math.log(VOCAB), 200), VOCAB)
+    rgb, ink = cell_colors(np.linspace(0, math.log(VOCAB), 200), VOCAB)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
     contrast = np.where(ink == "black", (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05))
@@ -220,7 +221,7 @@ def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(mon
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     data = inspection_data(it, ["layer"])
-    rgb, _ = cell_colours(data["entropy"].to_numpy(), VOCAB)
+    rgb, _ = cell_colors(data["entropy"].to_numpy(), VOCAB)
     red, green, blue = (int(255 * part) for part in rgb[0])
     assert f"48;2;{red};{green};{blue}m" in shown()
     monkeypatch.setenv("NO_COLOR", "1")

@@ -35,9 +35,6 @@ from internal_policy import (
 from internal_policy.bupo import Run
 from internal_policy.comparison.results import TABLES
 from internal_policy.plotting import (
-    alignment as alignment_figures,
-)
-from internal_policy.plotting import (
     analysis as figures,
 )
 from internal_policy.plotting import comparison as comparison_figures
@@ -147,7 +144,7 @@ def drawings(comparison):
         figures.plot_residual_cosine: (analysis,),
         figures.stage_sketch: ([analysis],),
         **{f: ([run],) for f in (training_figures.training_curves, training_figures.policy_entropy_curves)},
-        alignment_figures.alignment_dynamics: (run,),
+        training_figures.alignment_dynamics: (run,),
         **{f: ([rates],) for f in (evaluation_figures.pass_at_k, evaluation_figures.pass_at_k_by_benchmark)},
         evaluation_figures.plot_pass_at_k: ([rates],),
         **dict.fromkeys((inspection_figure.inspection_map, inspection_figure.plot_inspection), (look,)),
@@ -158,7 +155,7 @@ def drawings(comparison):
     }
 
 
-MODULES = (*(figures, training_figures, alignment_figures, evaluation_figures, comparison_figures, inspection_figure),)
+MODULES = (*(figures, training_figures, evaluation_figures, comparison_figures, inspection_figure),)
 
 
 def public_figures():
