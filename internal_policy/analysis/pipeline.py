@@ -13,16 +13,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables, unchanged
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.options import AnalyzeOptions, showing
 from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import Analysis, workspace_of
@@ -39,6 +38,7 @@ from internal_policy.utils.distributed import Processes, launched
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.memory import halving
+from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
 from internal_policy.utils.progress import progress, status
 from internal_policy.utils.quiet import quiet_libraries
 from internal_policy.utils.workspace import Arrays, Workspace, in_use
@@ -49,7 +49,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
+@takes_options(AnalyzeConfig)
 @as_its_dtype_says()
 def analyze(
     model: Any = "testbed/qwen3",
@@ -61,7 +61,7 @@ def analyze(
     overwrite: bool = False,
     wait: bool = False,
     alone: bool = False,
-    **options: Unpack[AnalyzeOptions],
+    **options: Any,
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
@@ -88,7 +88,7 @@ def analyze(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     in_memory = registry.is_object(model, tokenizer, options)
     most = options.get("max_responses")
     prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
@@ -153,7 +153,7 @@ def _run(
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
     hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
@@ -167,7 +167,7 @@ def _run(
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
             raise not_taken_up(directory, hooked)
-        return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
+        return workspace.open(identity, overwrite, defaults_of(AnalyzeConfig))
 
     if finished is not None:
         if hooked:

@@ -12,7 +12,7 @@ from pathlib import Path
 from internal_policy.utils.io import expanded
 
 STATE = "trainer_state.json"
-RECORD = "StepRecord"
+RECORD = "StepCallback"
 """Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
 
 

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.analysis.config import AnalyzeConfig, defaults
+from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import testbed
+from internal_policy.utils.options import defaults_of
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -99,7 +100,7 @@ def finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     if not (directory / MANIFEST).is_file():
         return None
     analysis = Analysis.load(directory)
-    if differing := differing_settings(analysis, json.loads(json.dumps(config.decisive()))):
+    if differing := differing_settings(analysis, json.loads(json.dumps(config.cache_key()))):
         raise in_use(directory, "an analysis", differing)
     return analysis
 
@@ -117,7 +118,7 @@ def differing_settings(analysis: Analysis, wanted: dict[str, Any]) -> str:
     from internal_policy.utils.workspace import differences
 
     known = {key: value for key, value in analysis.config.items() if key in wanted}
-    return differences(known, wanted, defaults(AnalyzeConfig))
+    return differences(known, wanted, defaults_of(AnalyzeConfig))
 
 
 def is_unchanged(config: AnalyzeConfig, analysis: Analysis) -> bool:

@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 
 from internal_policy import models
 from internal_policy.analysis.checkpoints import refuse_one_place
-from internal_policy.analysis.config import AnalyzeConfig, defaults, refuse_unknown
-from internal_policy.analysis.options import StudyOptions, showing
+from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import MANIFEST, Analysis, workspace_of
 from internal_policy.analysis.sweep import start_over
@@ -38,6 +37,7 @@ from internal_policy.utils.io import expanded
 from internal_policy.utils.loading_errors import NoNetwork
 from internal_policy.utils.locks import locked
 from internal_policy.utils.memory import release
+from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
 from internal_policy.utils.progress import status
 from internal_policy.utils.quiet import quiet_libraries
 from internal_policy.utils.wording import counted
@@ -53,7 +53,7 @@ _TOLD_FROM = 2e9
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=StudyOptions.__optional_keys__)
+@takes_options(AnalyzeConfig, without=("model", "revision", "template", "responses"))
 def study(
     preset: str | Sequence[StudyModel] = "testbed",
     *,
@@ -62,7 +62,7 @@ def study(
     overwrite: bool = False,
     wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Unpack[StudyOptions],
+    **options: Any,
 ) -> Study:
     """Analyse the models of a preset, each on its own responses, as the paper does.
 
@@ -86,7 +86,7 @@ def study(
     rows = _rows(preset)
     if told := sorted(options.keys() & {"template", "revision", "responses"}):
         raise UserError(f"{told[0]} was given with a preset, which settles it for each model; leave it out")
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     prompts = None if prompts is None else str(prompts)
     settings = [_settings(row, options) for row in rows]
     configs = [AnalyzeConfig(model=row.model, prompts=prompts, **own) for row, own in zip(rows, settings, strict=True)]
@@ -218,9 +218,9 @@ def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
         return False
     if config.random_baseline and analysis.baseline is None:
         return False
-    wanted = {**json.loads(json.dumps(config.decisive())), "prompts": config.prompts, "model": config.model}
+    wanted = {**json.loads(json.dumps(config.cache_key())), "prompts": config.prompts, "model": config.model}
     known = {key: value for key, value in analysis.config.items() if key in wanted}
-    if analysis.config.get("hooked") or differences(known, wanted, defaults(AnalyzeConfig)):
+    if analysis.config.get("hooked") or differences(known, wanted, defaults_of(AnalyzeConfig)):
         return False
     # What is on this disk may have changed since: where its files do not tell, `analyze` loads and compares.
     here = config.model.startswith("testbed/") or Path(config.model).exists()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.analysis import unchanged
-from internal_policy.analysis.config import defaults
 from internal_policy.data.benchmarks import BENCHMARKS
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
 from internal_policy.evaluation.scoring import reward_name
+from internal_policy.utils.options import defaults_of
 from internal_policy.utils.workspace import Workspace, differences, in_use
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
     if not (directory / MANIFEST).is_file():
         return None
     evaluation = Evaluation.load(directory)
-    wanted = json.loads(json.dumps(config.decisive()))
+    wanted = json.loads(json.dumps(config.cache_key()))
     if differing := differing_settings(evaluation, wanted):
         raise in_use(directory, "an evaluation", differing)
     return evaluation
@@ -96,7 +96,7 @@ def differing_settings(evaluation: Evaluation, wanted: dict[str, Any]) -> str:
         As `workspace.differences` gives it; empty where nothing differs.
     """
     known = {key: value for key, value in evaluation.config.items() if key in wanted}
-    return differences(known, wanted, defaults(EvaluateConfig))
+    return differences(known, wanted, defaults_of(EvaluateConfig))
 
 
 def with_ks(finished: Evaluation, config: EvaluateConfig, directory: Path) -> Evaluation:

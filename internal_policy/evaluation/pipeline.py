@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from internal_policy.analysis.config import defaults
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import MATH_500, TESTBED, Prompt
@@ -33,6 +32,7 @@ from internal_policy.models.attachments import attached, not_taken_up
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
+from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
 from internal_policy.utils.progress import status
 from internal_policy.utils.quiet import quiet_libraries
 from internal_policy.utils.workspace import Workspace, in_use
@@ -43,28 +43,17 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
+@takes_options(EvaluateConfig)
 @as_its_dtype_says()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
     *,
-    samples: int | None = None,
-    max_problems: int | None = None,
-    k: Sequence[int] | int | None = None,
-    temperature: float = 1.0,
-    generator: str = "transformers",
-    template: str = "chat",
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
     reward: Any = None,
-    revision: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     wait: bool = False,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Evaluation:
     """Sample responses to a benchmark's problems, score them, and compute Avg@K and Pass@K.
 
@@ -77,25 +66,13 @@ def evaluate(
             (HuggingFaceH4/aime_2024), ``aime25`` (math-ai/aime25), ``testbed`` (held-out problems of the embedded
             tasks), another hub id, a parquet, jsonl or json file, or a list or DataFrame of records with prompt and
             answer. By default math500, or testbed for an embedded model.
-        samples: n, responses sampled for each problem: by default 16, or 32 for AIME, as the paper.
-        max_problems: at most so many problems, from the start.
-        k: the K of Pass@K, each at most n: by default 1, 4, 16, 64, 256 as far as there are samples, and n.
-        temperature: divides the logits; 0 takes the most probable token.
-        generator: ``transformers``, or ``vllm`` where it is installed: what samples, of a model given by its name.
-        template: how a problem is put to the model, one of `prompts.TEMPLATES`.
-        max_new_tokens: at most so many tokens a response: by default what the checkpoint says, else 1024.
-        seed: of the sampling; each response has its own stream.
-        batch_size: responses sampled together; in float32 it does not change the result.
-        dtype: auto, float32, bfloat16, float16.
-        device: auto (cuda, mps, cpu) or a torch device.
         reward: what scores a response, as `bupo.rewards.as_rewards` takes it: from 0 to 1, and a response is correct
             where the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
-        revision: branch, tag or commit on the hub.
         output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up
             from there. Without it nothing is written.
         overwrite: start over where that directory holds another evaluation.
         wait: where another process writes there, start when it has ended.
-        trust_remote_code: run code that comes with the checkpoint.
+        **options: the further fields of ``EvaluateConfig``.
 
     Returns:
         The evaluation.
@@ -106,29 +83,20 @@ def evaluate(
     opened = model if isinstance(model, LanguageModel) else None
     if opened is None and not isinstance(model, (str, Path)):
         raise UserError(f"model is a {type(model).__name__}; needed is a name, or models.wrap(model, tokenizer)")
-    if opened is not None and (dtype, device, revision, trust_remote_code) != ("auto", "auto", None, False):
+    refuse_unknown(EvaluateConfig, options)
+    if opened is not None and any(
+        options.get(key) not in (None, "auto", False) for key in ("dtype", "device", "revision", "trust_remote_code")
+    ):
         raise UserError("a loaded model is taken as it is; leave out dtype, device, revision and trust_remote_code")
     name = opened.name if opened is not None else str(model)
-    source = as_source(benchmark, "benchmark", max_problems)
+    source = as_source(benchmark, "benchmark", options.get("max_problems"))
     if source is None:
         source = TESTBED if name.startswith("testbed/") else default_benchmark()
     config = EvaluateConfig(
         model=name,
         benchmark=benchmarks.label(source),
-        samples=samples,
-        max_problems=max_problems,
-        k=k,
-        revision=revision,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        generator=generator,
-        template=template,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
         reward=reward_name(reward, exact=source == TESTBED),
-        trust_remote_code=trust_remote_code,
+        **options,
     )
     refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)
@@ -181,7 +149,7 @@ def _run(
     limit = response_limit(model, config.max_new_tokens)
     hooked = attached(model.model)
     identity = {
-        **config.decisive(),
+        **config.cache_key(),
         "weights": model.fingerprint(),
         "problems": benchmarks.digest([(p.problem, p.answer or "") for p in problems]),
         "inputs": hashlib.sha256(json.dumps([r.prompt_ids for r in requests]).encode()).hexdigest()[:16],
@@ -200,7 +168,7 @@ def _run(
         if differing := finishing.differing_settings(finished, identity):
             raise in_use(directory, "an evaluation", differing)
         return finishing.with_ks(finished, config, directory)
-    if workspace.open(identity, overwrite, defaults(EvaluateConfig)):
+    if workspace.open(identity, overwrite, defaults_of(EvaluateConfig)):
         logger.warning("%s: going on with an unfinished evaluation", directory)
     rows = sample_all(config, model, requests, limit, scorer, workspace)
     timings = {"load": round(load_seconds, 3)}

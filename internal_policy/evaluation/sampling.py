@@ -19,8 +19,8 @@ from internal_policy.generation import Request, VllmSampler, check_prompt_length
 from internal_policy.models import LanguageModel, fitting_threads
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.memory import halving
+from internal_policy.utils.options import MOST_PROMPTS
 from internal_policy.utils.progress import progress
-from internal_policy.utils.validation import MOST_PROMPTS
 from internal_policy.utils.workspace import Workspace
 
 _MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.inspection.settings import Span, check_choice
+from internal_policy.inspection.config import Span, check_choice
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import Kind, from_cells, read_parquet, to_cells, write_parquet

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from internal_policy.analysis.figure_data import OneOrMany
+from internal_policy.inspection.config import SITES, Site, Span
 from internal_policy.inspection.figure_data import inspection_data
-from internal_policy.inspection.settings import SITES, Site, Span
 from internal_policy.plotting import style
 from internal_policy.plotting.marks import check_axes, check_colormap
 

@@ -31,13 +31,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, OneOrMany, listed, trailing_mean, window_for
-from internal_policy.bupo.results import last_alignment_step, why_no_dynamics
+from internal_policy.bupo.run import last_alignment_step, why_no_dynamics
 from internal_policy.plotting import marks, style
 from internal_policy.utils import palette
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 __all__ = [
     "alignment_dynamics",

@@ -17,7 +17,8 @@ from test_unchanged import change_a_byte
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
 from internal_policy.analysis import unchanged
 from internal_policy.analysis.sweep import analyze_lenses
-from internal_policy.bupo import call
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.bupo.run import call_digest, find_finished
 from internal_policy.cli.report import write_reports
 from internal_policy.evaluation import evaluate
 from internal_policy.evaluation.config import EvaluateConfig
@@ -47,7 +48,8 @@ COMMANDS = {
 def keep(path, options):
     """A finished run that says which call made it."""
     run = make(path)
-    said = {"words": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call.digest(options)}
+    asked = TrainConfig.from_keywords(**options)
+    said = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
     versions = {"torch": metadata.version("torch")}
     run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
     run.save()
@@ -83,7 +85,7 @@ def place(made, tmp_path, monkeypatch):
 
 def find(kind, place, **other):
     if kind == "run":
-        return call.complete({**ASKED, "output": "trained", **other})
+        return find_finished(TrainConfig.from_keywords(**{**ASKED, "output": "trained", **other}))
     if kind == "evaluation":
         config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
         return complete(config, "prompts.jsonl", place / "rated")
@@ -183,11 +185,12 @@ def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
 
 def test_the_layer_of_an_analysis_counts_by_its_file(place):
     (analysis,) = place.glob("out/*--model")
-    before = call.digest({**ASKED, "layer": str(analysis)})
+    before = call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis)))
     change_a_byte(analysis / "analysis.json")
-    assert before not in (None, call.digest({**ASKED, "layer": str(analysis)}))
+    assert before not in (None, call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis))))
     # The command line has text where Python has a number.
-    assert call.digest({**ASKED, "layer": "2"}) == call.digest({**ASKED, "layer": 2})
+    as_text, as_number = (TrainConfig.from_keywords(**ASKED, layer=layer) for layer in ("2", 2))
+    assert call_digest(as_text) == call_digest(as_number)
 
 
 def test_nothing_is_loaded_for_nothing_to_do(place):

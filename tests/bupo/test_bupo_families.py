@@ -16,9 +16,9 @@ from trainers import LAYERS, _Gradients, aligning, dataset, left_padded, make_tr
 from trl import GRPOTrainer
 
 from internal_policy import models
-from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.responses import read_responses
 from internal_policy.models.families import FAMILIES as TABLE
 

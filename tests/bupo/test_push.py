@@ -18,7 +18,8 @@ from huggingface_hub import HfApi, constants
 from training import command
 
 from internal_policy import UserError
-from internal_policy.bupo import Run, plan, push_to_hub
+from internal_policy.bupo import Run, TrainConfig, push_to_hub
+from internal_policy.bupo.trainer_config import check_trl_options
 from internal_policy.extractors.nnsight_library import told_in_one_line
 
 SECRET = "hf_NobodyMaySeeThis"
@@ -239,4 +240,4 @@ def test_the_command_tells_where_it_is(tmp_path, monkeypatch, capsys, hub):
 def test_transformers_own_push_is_refused():
     # It would upload the checkpoints with the optimiser's state while the run is going on.
     with pytest.raises(UserError, match="internal-policy push RUN --repo NAME"):
-        plan.split("testbed/qwen3", {}, {"push_to_hub": True})
+        check_trl_options(TrainConfig.from_keywords(push_to_hub=True))

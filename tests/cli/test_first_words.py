@@ -28,12 +28,12 @@ MISSING = {
 
 EACH = """
 import shlex, sys
-from internal_policy import cli
+from internal_policy.cli.main import main
 for line in sys.argv[1:]:
     sys.argv[1:] = shlex.split(line)
     print("#", line, file=sys.stderr)
     try:
-        cli.main()
+        main()
     except (SystemExit, ImportError) as end:
         print(end, *{"torch", "transformers", "trl", "datasets"} & {*sys.modules}, file=sys.stderr)
 """

@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import pytest
 from documents import ROOT
-from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, bupo
-from internal_policy.bupo import plan
-from internal_policy.bupo import train as training
-from internal_policy.cli import display as terminal
+from internal_policy.bupo import TrainConfig, training
+from internal_policy.cli import display
 from internal_policy.cli import main as cli
 from internal_policy.comparison import study as studies
 from internal_policy.utils import loading_errors
@@ -31,7 +29,7 @@ def analysis():
 
 def test_results_count_in_the_right_number(analysis):
     one = replace(analysis, sequences=analysis.sequences[:1])
-    for said in (repr(one), terminal.layer_table(one).title):
+    for said in (repr(one), display.layer_table(one).title):
         assert "1 response, " in said
 
 
@@ -40,19 +38,20 @@ def test_a_part_of_the_positions_is_told_as_a_part(analysis):
     positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
     some = replace(analysis, positions=positions)
     part = f"428 of {analysis.n_tokens} tokens"
-    for said in (repr(some), terminal.layer_table(some).title):
+    for said in (repr(some), display.layer_table(some).title):
         assert part in said
     # Two errors stand side by side, and each says which it is.
-    said = terminal.positions_line(positions)
+    said = display.positions_line(positions)
     assert "largest half-width of a 95% interval from that choice 0.048 nats (layer 3, FFN)" in said
     assert said.endswith("± is the standard error over prompts")
 
 
-def test_the_list_of_commands_is_not_cut(monkeypatch):
+def test_the_list_of_commands_is_not_cut(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    said = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
-    assert "..." not in said.partition("Commands:")[2]
-    assert "find the boundary layer, draw the figures." in said
+    cli.run(["--help"])
+    said = capsys.readouterr().out
+    assert "find the boundary layer, draw the figures." in " ".join(said.split())
+    assert max(map(len, said.partition("commands:")[2].partition("options:")[0].splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -71,14 +70,13 @@ def test_a_usage_error_names_the_help_of_its_command(words, end, monkeypatch, ca
 
 
 def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
-    assert plan.slug("testbed/qwen3", None, "bupo", "auto", 6, 0) == "testbed--qwen3--bupo-auto-s6-seed0"
-    assert plan.slug("testbed/qwen3", None, "bupo", 7, 6, 0) == "testbed--qwen3--bupo-l7-s6-seed0"
+    assert TrainConfig(ipa_steps=6).directory.name == "testbed--qwen3--bupo-auto-s6-seed0"
+    assert TrainConfig(ipa_steps=6, layer=" 7").directory.name == "testbed--qwen3--bupo-l7-s6-seed0"
     seen = []
-    monkeypatch.setattr(training, "Session", lambda *arguments: seen.append(arguments))
-    with pytest.raises(AttributeError):
-        bupo.train("testbed/qwen3", layer=" 7", max_steps=2)
-    *_, layer, call = seen[0]
-    assert (layer, call["words"]["layer"]) == (7, 7)
+    monkeypatch.setattr(training, "_train", lambda config, call, *_: seen.append((config.layer, call["options"])))
+    bupo.train("testbed/qwen3", layer=" 7", max_steps=2)
+    ((layer, options),) = seen
+    assert (layer, options["layer"]) == (7, 7)
 
 
 def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):

@@ -569,11 +569,11 @@ def test_what_ends_a_sample_counts(problems, tmp_path):
 
 def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import session
+    from internal_policy.bupo import training
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
-    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(training, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
     options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
     options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
@@ -653,8 +653,8 @@ def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_pa
 
 
 def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
-    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
-    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).cache_key()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").cache_key()
     model, options = subject
     for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
         # Only what the configuration says: quantised weights need a package that is not everywhere.

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from internal_policy import UserError
-from internal_policy.cli.display_inspection import blocks, show
+from internal_policy.cli.display_runs import blocks, show_inspection
 from internal_policy.inspection.decisions import decision_data
 from internal_policy.plotting import style
 from internal_policy.plotting.inspection import (
@@ -42,7 +42,7 @@ def drawn(figure):
 
 def plain(it, width=80, **options):
     out = io.StringIO()
-    show(it, console=Console(file=out, width=width), **options)
+    show_inspection(it, console=Console(file=out, width=width), **options)
     return out.getvalue()
 
 
@@ -216,7 +216,7 @@ def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(mon
 
     def shown():
         out = io.StringIO()
-        show(it, console=Console(file=out, force_terminal=True, color_system="truecolor", width=80))
+        show_inspection(it, console=Console(file=out, force_terminal=True, color_system="truecolor", width=80))
         return out.getvalue()
 
     monkeypatch.delenv("NO_COLOR", raising=False)

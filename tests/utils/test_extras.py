@@ -14,9 +14,9 @@ from documents import ROOT
 ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm,seaborn"
 LOADED = """
 import sys
-from internal_policy import cli
+from internal_policy.cli.main import main
 try:
-    cli.main()
+    main()
 finally:
     print("loaded", *{"torch", "transformers"} & {*sys.modules})
 """
@@ -70,11 +70,11 @@ print(bupo.Run.__name__, len(as_rewards("exact", exact=True)))
 
 EACH_LINE = """
 import shlex, sys
-from internal_policy import cli
+from internal_policy.cli.main import main
 for line in sys.argv[1:]:
     sys.argv[1:] = shlex.split(line)
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         assert not end.code, line
 """
