@@ -28,10 +28,10 @@ from internal_policy.evaluation.results import Evaluation
 from internal_policy.inspection.config import Site, Span
 from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.inspection.results import Inspection
-from internal_policy.plotting.inspection import TITLES, cell_colours
+from internal_policy.plotting.inspection import TITLES, cell_colors
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, plus_minus, table
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 _WIDEST, _NARROWEST = 9, 3
 _NUMBER = 4
@@ -307,7 +307,7 @@ def _block(
     for site, layer in (("policy", inspection.n_layers), *((None, n) for n in range(inspection.n_layers, 0, -1))):
         rows = own[(own["layer"] == layer) & ((own["site"] == "policy") == (site == "policy"))]
         line = Text((_POLICY if site else str(layer)).rjust(label - 1) + " ")
-        rgb, ink = cell_colours(rows["entropy"].to_numpy(), inspection.vocab_size)
+        rgb, ink = cell_colors(rows["entropy"].to_numpy(), inspection.vocab_size)
         cells = zip(borders, rows["top1_token"], rows["hit"], rows["entropy"], rgb, ink, strict=True)
         for border, text, hit, entropy, colour, pen in cells:
             background = Color.from_rgb(*(255 * colour))

@@ -17,7 +17,7 @@ from typing import NoReturn
 from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, parse
 from internal_policy.utils.citation import __version__
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.locks import keeping
+from internal_policy.utils.locks import keep_locks
 from internal_policy.utils.output import is_quiet, output_mode
 from internal_policy.utils.shell import is_main_process, rank, visible
 
@@ -60,7 +60,7 @@ def run(words: Sequence[str]) -> None:
         completion.run(name, rest)
     else:
         command = parse(name, rest)
-        with output_mode(json=command.json, quiet=command.quiet), keeping():
+        with output_mode(json=command.json, quiet=command.quiet), keep_locks():
             command.run()
 
 

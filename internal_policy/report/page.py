@@ -15,7 +15,7 @@ from markupsafe import Markup
 from internal_policy.report.numbers import interval, number
 from internal_policy.utils import palette
 from internal_policy.utils.citation import __version__, bibtex
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")
@@ -111,8 +111,7 @@ def _theme() -> str:
 
 @cache
 def _plotly() -> str:
-    # plotly has no types.
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    from plotly.offline import get_plotlyjs
 
     # An HTML parser turns these into line feeds, and the digest is of what it reads.
     return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")

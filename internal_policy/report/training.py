@@ -13,7 +13,7 @@ from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
 from internal_policy.report.reproduce_training import training_commands
 from internal_policy.report.settings import settings_of
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.run import Run

@@ -68,7 +68,7 @@ def test_models_that_are_not_there(tmp_path, name, message):
 
 
 def test_what_the_hub_says_is_cut_between_words():
-    from internal_policy.utils.loading_errors import shorten
+    from internal_policy.utils.errors import shorten
 
     address = "https://huggingface.co/docs/transformers/installation#offline-mode"
     assert shorten(f"{'so ' * 60}see {address} now. ") == f"{'so ' * 60}see ..."

@@ -23,8 +23,8 @@ from internal_policy.cli import completion, display, main
 from internal_policy.comparison.results import TABLES
 from internal_policy.plotting import analysis as figures
 from internal_policy.plotting import comparison as comparison_figures
-from internal_policy.utils import output
-from internal_policy.utils.progress import progress, status
+from internal_policy.utils import output as output
+from internal_policy.utils.logging import progress, status
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from training import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
-from internal_policy.analysis import unchanged
 from internal_policy.bupo import Run
 from internal_policy.report.reproduce_training import training_commands
+from internal_policy.utils import result_format
 
 WORDS = [
     *("train", "--model", "testbed/qwen3", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2"),
@@ -79,7 +79,7 @@ def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
     place, done = finished
     monkeypatch.chdir(place)
     before = (place / "out" / "run.json").read_bytes()
-    if unchanged._on_the_cpu("auto"):
+    if result_format._is_cpu("auto"):
         # The call and its files tell it, with no trainer.
         monkeypatch.setattr("internal_policy.bupo.training.train", None)
     code, out, err = command(monkeypatch, capsys, *WORDS, "--layer", "2", "--output", "out")
