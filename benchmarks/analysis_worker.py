@@ -32,7 +32,7 @@ from analysis_jobs import Job, build
 from internal_policy.data.responses import Response
 from internal_policy.models import LanguageModel, limit_threads
 from internal_policy.utils.io import write_text
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries
 
 _WARM_UP_TOKENS = 8
 _M_MMAP_THRESHOLD = -3

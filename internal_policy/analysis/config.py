@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -162,7 +162,7 @@ class AnalyzeConfig:
         name += f"--{self.lens}" if self.lens != DEFAULT_LENS else ""
         return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name)
 
-    def decisive(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """The settings that decide the numbers beside weights and inputs, which are known by their digests.
 
         Returns:
@@ -175,18 +175,6 @@ class AnalyzeConfig:
         if self.quantization != "8bit":
             del fields["batch_size"]
         return fields
-
-
-def defaults(config: Any) -> dict[str, Any]:
-    """What the settings are where nobody sets them, so that results made before there was a setting can be compared.
-
-    Args:
-        config: a class of settings.
-
-    Returns:
-        Defaults by name, but for the batch size: that always was a setting, and was not always written down.
-    """
-    return {f.name: f.default for f in fields(config) if f.default is not MISSING and f.name != "batch_size"}
 
 
 def refuse_unknown(options: Iterable[str]) -> None:

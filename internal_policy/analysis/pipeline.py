@@ -18,15 +18,16 @@ from typing import Any, Unpack
 import numpy as np
 
 from internal_policy import statistics
-from internal_policy.analysis import tables, unchanged
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, defaults, refuse_unknown
+from internal_policy.analysis import tables
+from internal_policy.analysis.checkpoints import training_record
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.options import AnalyzeOptions, showing
 from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
 from internal_policy.analysis.random_baseline import add_baseline, architecture
-from internal_policy.analysis.results import Analysis, workspace_of
-from internal_policy.analysis.training_record import training_record
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
@@ -34,14 +35,18 @@ from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_r
 from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.utils import sharding
-from internal_policy.utils.distributed import Processes, launched
+from internal_policy.utils.distributed import (
+    Processes,
+    batches_of_process,
+    launched_processes,
+    require_all_responses,
+    run_with_oom_retry,
+    unfinished_batches,
+)
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import progress, status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.workspace import Arrays, Workspace, in_use
+from internal_policy.utils.logging import progress, quiet_libraries, status
+from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +102,7 @@ def analyze(
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
-    state = Processes() if alone else launched()
+    state = Processes() if alone else launched_processes()
     refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
         opened = None
@@ -140,20 +145,20 @@ def _run(
     overwrite: bool,
     state: Processes,
 ) -> Analysis:
-    finished = None if overwrite else unchanged.finished(config, directory)
-    workspace = workspace_of(directory)
+    finished = None if overwrite else load_finished(config, directory)
+    workspace = Workspace(directory, ANALYSIS)
     if finished is None:
         workspace.check()
     named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
     # Before the model is read: what is written later into its files is then known to be another model.
-    files = unchanged.digest(config) if named else None
+    files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         extractor = (opened or registry.opener(config, state.device if state.number > 1 else None))()
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    identity = {**config.decisive(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
     hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
@@ -167,18 +172,17 @@ def _run(
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
             raise resume_refused(directory, hooked)
-        return workspace.open(identity, overwrite, defaults(AnalyzeConfig))
+        return workspace.open(identity, overwrite)
 
     if finished is not None:
         if hooked:
             raise resume_refused(directory, hooked)
-        if differing := unchanged.differing_settings(finished, identity):
-            raise in_use(directory, "an analysis", differing)
+        ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
             return finished
         state.on_main(workspace.close)
         if state.is_main_process:
-            unchanged.tell_complete(directory)
+            report_finished(directory)
         return finished
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:
@@ -211,16 +215,16 @@ def _generate(
     found = _sampled(workspace)
     limit = response_limit(extractor.model, config.max_new_tokens)
     size = effective_batch_size(config.generator, config.batch_size)
-    batches = sharding.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
+    batches = batches_of_process([len(r.prompt_ids) for r in inputs.requests], size, state)
     mine = [i for batch in batches for i in batch]
     with (
         samplers.open_sampler(extractor, config, inputs.requests, limit) as draw,
         progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
     ):
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-        for batch in sharding.left(batches, set(found)):
+        for batch in unfinished_batches(batches, set(found)):
             started = time.perf_counter()
-            new = halving([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
+            new = run_with_oom_retry([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
             new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
             lines = np.array([json.dumps(asdict(r)) for r in new])
             seconds = np.array(time.perf_counter() - started)
@@ -228,7 +232,7 @@ def _generate(
             advance(len(batch))
     state.wait_for_everyone()
     found = _sampled(workspace)
-    sharding.require_all(len(found), len(inputs.requests), workspace)
+    require_all_responses(len(found), len(inputs.requests), workspace.directory)
     return [found[i] for i in range(len(found))]
 
 
@@ -268,13 +272,13 @@ def _capture(
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    batches = sharding.batches([len(r.input_ids) for r in responses], config.batch_size, state)
+    batches = batches_of_process([len(r.input_ids) for r in responses], config.batch_size, state)
     mine = {i for batch in batches for i in batch}
     what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
     with progress(what, len(mine), len(done & mine)) as advance:
-        for batch in sharding.left(batches, done):
+        for batch in unfinished_batches(batches, done):
             started = time.perf_counter()
-            values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
+            values = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
             kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
             empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
             arrays: Arrays = {
@@ -289,7 +293,7 @@ def _capture(
             advance(len(batch))
     state.wait_for_everyone()
     captured = list(workspace.shards(kind))
-    sharding.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
+    require_all_responses(sum(len(shard["index"]) for shard in captured), len(responses), workspace.directory)
     return Captured(captured)
 
 

@@ -26,11 +26,15 @@ from internal_policy.analysis.sampling_error import (
 from internal_policy.data.responses import Response
 from internal_policy.extractors import QUANTITIES, TokenValues
 from internal_policy.statistics import SITES, Floats, Ints
-from internal_policy.utils.distributed import Processes
+from internal_policy.utils.distributed import (
+    Processes,
+    batches_of_process,
+    require_all_responses,
+    run_with_oom_retry,
+    unfinished_batches,
+)
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import progress
-from internal_policy.utils.sharding import batches, left, require_all
+from internal_policy.utils.logging import progress
 from internal_policy.utils.workspace import Arrays, Workspace
 
 MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
@@ -174,13 +178,15 @@ def _round(
         done.update(map(int, shard["index"]))
     mine = [
         [indices[i] for i in b]
-        for b in batches([len(responses[i].input_ids) for i in indices], config.batch_size, state)
+        for b in batches_of_process([len(responses[i].input_ids) for i in indices], config.batch_size, state)
     ]
     n_mine = {i for batch in mine for i in batch}
     with progress(f"analysing responses, round {number}", len(n_mine), len(done & n_mine)) as advance:
-        for batch in left(mine, done):
+        for batch in unfinished_batches(mine, done):
             started = time.perf_counter()
-            reduced = halving([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
+            reduced = run_with_oom_retry(
+                [(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE
+            )
             rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
             arrays: Arrays = {
                 "index": np.array(batch),
@@ -192,7 +198,7 @@ def _round(
             advance(len(batch))
     state.wait_for_everyone()
     shards = list(workspace.shards(kind))
-    require_all(sum(len(shard["index"]) for shard in shards), len(indices), workspace)
+    require_all_responses(sum(len(shard["index"]) for shard in shards), len(indices), workspace.directory)
     there = np.concatenate([shard["positions"] for shard in shards])
     if not np.array_equal(np.sort(there), ordered):
         raise _others(number, workspace)

@@ -17,11 +17,10 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import COVERS, Selection
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, read_parquet, read_rows, write_parquet, write_rows
-from internal_policy.utils.wording import counted
-from internal_policy.utils.workspace import Workspace
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import read_parquet, read_rows, write_parquet, write_rows
 
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
@@ -29,8 +28,7 @@ REPORT = "report.html"
 """The page that is drawn of a result; results are whole without it."""
 BASELINE = "baseline.csv"
 _FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
-RESULT_FILES = (*_FILES, MANIFEST, REPORT)
-ANALYSIS = Kind("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES)
+ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
 
 
 @dataclass(frozen=True)
@@ -273,18 +271,6 @@ class Analysis:
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
         return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"
-
-
-def workspace_of(directory: Path) -> Workspace:
-    """Name the unfinished work of an analysis.
-
-    Args:
-        directory: of the analysis.
-
-    Returns:
-        Its workspace; nothing is made yet.
-    """
-    return Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="analysis")
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import common
 from internal_policy.cli import report as cli_report
 from internal_policy.cli.compare import compare_sweep
-from internal_policy.comparison.study_models import STUDIES, Preset
+from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing, status
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name, is_main_process, world_size
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -234,9 +233,7 @@ def _models(
     root = DATA if output is None else expanded(output)
     alone = not writes["overwrite"] and world_size() == 1
     each = {name: [c for c in configs if c.model == name] for name in names}
-    done = {
-        name: unchanged.complete(each[name], root, follow=first.responses is None) if alone else None for name in each
-    }
+    done = {name: find_finished(each[name], root, follow=first.responses is None) if alone else None for name in each}
     if None in done.values():
         with importing():
             from internal_policy import models
@@ -251,9 +248,9 @@ def _models(
 
     state = None
     if world_size() > 1:
-        from internal_policy.utils.distributed import launched
+        from internal_policy.utils.distributed import launched_processes
 
-        state = launched()
+        state = launched_processes()
 
     analyses, new = [], []
     # All of them from the start: a directory in use is told before another model is analysed.
@@ -279,9 +276,9 @@ def _models(
 
 def _told(analysis: Analysis) -> dict[str, Any]:
     """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.lenses import other_lens
+    from internal_policy.analysis.remarks import find_other_lens
 
-    other = other_lens(analysis)
+    other = find_other_lens(analysis)
     return {**common.told(analysis), "other_lens": None if other is None else vars(other)}
 
 
@@ -299,7 +296,7 @@ def _sweep(start: str | None, output: Path | None, options: dict[str, Any]) -> N
     refuse_one_place(configs)
     own_responses = options["own_responses"]
     alone = not options["overwrite"] and world_size() == 1 and not (own_responses and options["responses"])
-    known = unchanged.complete(configs, root, follow=not own_responses) if alone else None
+    known = find_finished(configs, root, follow=not own_responses) if alone else None
     if known is not None:
         analyses = known
         for analysis in analyses:

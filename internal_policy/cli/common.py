@@ -15,8 +15,8 @@ from internal_policy.data.records import SUFFIXES, require_file
 from internal_policy.models.options import DEVICE_MAPS, DTYPES, QUANTIZATIONS
 from internal_policy.models.paths import locate
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
-from internal_policy.utils.locks import keeping
+from internal_policy.utils.imports import require_package
+from internal_policy.utils.locks import keep_locks
 from internal_policy.utils.output import chosen
 
 EMBEDDED = ("testbed/qwen3", "testbed/llama")
@@ -50,7 +50,7 @@ def speaking(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def speak(**options: Any) -> None:
-        with chosen(json=options.get("as_json", False), quiet=options.get("quiet", False)), keeping():
+        with chosen(json=options.get("as_json", False), quiet=options.get("quiet", False)), keep_locks():
             try:
                 command(**options)
             except EOFError as error:
@@ -164,9 +164,9 @@ def require_packages(backend: str, quantization: str | None) -> None:
         UserError: a package is missing.
     """
     if backend != "hooks":
-        require(backend.replace("-", "_"), f"--backend {backend}", "backends")
+        require_package(backend.replace("-", "_"), f"--backend {backend}", "backends")
     if quantization is not None:
-        require("bitsandbytes", f"--quantization {quantization}", "quantized")
+        require_package("bitsandbytes", f"--quantization {quantization}", "quantized")
 
 
 def require_key(remote: bool | str) -> None:

@@ -57,7 +57,7 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
-    from internal_policy.analysis.lenses import one_lens
+    from internal_policy.analysis.remarks import keep_one_lens
     from internal_policy.analysis.sources import arrange, gather
     from internal_policy.cli import display_comparison
     from internal_policy.comparison.results import compare as run
@@ -65,7 +65,7 @@ def compare(
     if seed < 0:
         raise UserError(f"--seed is {seed}; needed is a whole number of at least 0")
     found = gather(directories)
-    kept, _ = one_lens(found)
+    kept, _ = keep_one_lens(found)
     # The baseline is counted in the order that is shown.
     analyses, labels, *_ = arrange(kept, label, step)
     origin = 0 if baseline is None else _place(baseline, labels)

@@ -14,7 +14,7 @@ from internal_policy.evaluation.paired_tests import Comparison
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, plus_minus, table
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 
 def show(evaluation: Evaluation) -> None:

@@ -13,13 +13,12 @@ from internal_policy.data.benchmarks import BENCHMARKS, label
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import Scorer
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing, status
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.paired_tests import Comparison
@@ -123,9 +122,9 @@ def evaluate(
         Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
     root = DATA if output is None else expanded(output)
-    from internal_policy.evaluation.finishing import complete
+    from internal_policy.evaluation.results import find_finished
 
-    ready = {(n, s): None if overwrite else complete(config, s, root) for (n, s), config in configs.items()}
+    ready = {(n, s): None if overwrite else find_finished(config, s, root) for (n, s), config in configs.items()}
     left = [name for name in names if None in (ready[name, source] for source in sources)]
     if left:
         with importing():

@@ -13,8 +13,8 @@ from internal_policy.inspection.settings import DEFAULT_NEW_TOKENS, LAST, Site, 
 from internal_policy.models.options import Lens
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import figure_name
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def inspect(
 
     name = f"{figure_name([(config.slug, lens)])}--{slug(prompt)}"
     root = DATA if output is None else expanded(output)
-    Workspace(root / name, manifest=results.MANIFEST, result_files=results.RESULT_FILES, what="inspection").check()
+    Workspace(root / name, results.INSPECTION).check()
     look = looking.inspect(
         model, prompt=prompt, response=response, max_new_tokens=max_new_tokens, top_k=top_k, **options
     )
@@ -109,7 +109,7 @@ def inspect(
             look.save(directory)
     # Shown when it is safe: a pager that is left early ends the command.
     show(look, site, tokens=tokens, last=last)
-    list_files("inspection", [directory / file for file in results.RESULT_FILES])
+    list_files("inspection", [directory / file for file in (*results.INSPECTION.files, results.MANIFEST)])
     draw(look, figures, tokens=tokens, last=last)
     shown = inspection_data(look, [site], tokens=tokens, last=last)
     document(

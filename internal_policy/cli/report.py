@@ -20,7 +20,7 @@ from internal_policy.utils.shell import refuse_unmatched
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
 logger = logging.getLogger(__name__)
@@ -113,11 +113,11 @@ def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
     Args:
         analyses: what has just been analysed.
     """
-    from internal_policy.analysis.lenses import other_lens
+    from internal_policy.analysis.remarks import find_other_lens
     from internal_policy.analysis.results import REPORT, Analysis
 
     paths = [analysis.path for analysis in analyses]
-    for other in (other_lens(analysis) for analysis in analyses):
+    for other in (find_other_lens(analysis) for analysis in analyses):
         if other is not None and other.path not in paths and other.path is not None and _is_there(other.path / REPORT):
             write_reports([Analysis.load(other.path)], tell=False)
 
@@ -189,7 +189,7 @@ _DEPTHS = {
 def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
     """All that a directory holds and there is a page of."""
     from internal_policy.analysis.results import ANALYSIS, Analysis
-    from internal_policy.bupo.results import MANIFEST, Run
+    from internal_policy.bupo.run import MANIFEST, Run
     from internal_policy.comparison.results import COMPARISON, AnalysisComparison
 
     runs = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}") if path.parent.name != "work")

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.presets import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
+from internal_policy.bupo.config import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
 from internal_policy.cli.common import Debug, Json, Model, Quiet, Wait, completing, require_there, told
 from internal_policy.cli.report import write_reports
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES, Lens
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.locks import writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import document
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import is_number, world_size
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 FIGURES = Path("figures")
 
@@ -151,14 +151,16 @@ def train(
     # What was not given is left to the preset.
     given = {name: value for name, value in locals().items() if value is not None and name not in _NOT_OF_THE_RUN}
     options = _with_settings(given, set_ or [])
-    require("trl", "training", "train")
+    require_package("trl", "training", "train")
     _check(options)
     require_there([model], revision, prompts, benchmark)
     if layer is not None:
         require_layer(layer)
-    from internal_policy.bupo.call import complete
+    from internal_policy.bupo.config import TrainConfig
+    from internal_policy.bupo.run import find_finished
 
-    known = None if options["overwrite"] or world_size() > 1 else complete(options)
+    config = TrainConfig.from_keywords(**options)
+    known = None if config.overwrite or world_size() > 1 else find_finished(config)
     if known is not None:
         run, is_main_process = known, True
     else:

@@ -12,8 +12,7 @@ from typing import Any
 
 from internal_policy.data import records
 from internal_policy.data.chat_templates import apply_chat_template
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import shorten, told_in_one_line
+from internal_policy.utils.errors import UserError, as_user_error, shorten
 
 Chat = list[dict[str, str]]
 
@@ -236,5 +235,5 @@ def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """Tokenise a text, with one-line errors; ``options`` are those of the tokenizer."""
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     advice = "needed is a tokenizer that knows every text (an unknown token, or bytes)"
-    with told_in_one_line(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
+    with as_user_error(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
         return list(tokenizer(text, **options)["input_ids"])

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.errors import UserError, as_user_error
+from internal_policy.utils.logging import quiet_libraries
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
@@ -56,7 +55,7 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     import datasets
 
     advice = f"check the name, the split and the network, or give a local {', '.join(SUFFIXES)} file"
-    with quiet_libraries(), told_in_one_line(name, "this data set", advice=advice):
+    with quiet_libraries(), as_user_error(name, "this data set", advice=advice):
         if split is None:
             splits = datasets.get_dataset_split_names(name)
             split = "test" if "test" in splits else splits[0]

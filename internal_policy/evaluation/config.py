@@ -108,7 +108,7 @@ class EvaluateConfig:
         model = AnalyzeConfig(model=self.model, revision=self.revision).slug
         return f"{model}/{benchmarks.slug(self.benchmark)}"
 
-    def decisive(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """The settings that decide which responses are sampled and how they are scored, beside weights and problems.
 
         Returns:

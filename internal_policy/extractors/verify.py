@@ -21,9 +21,7 @@ from internal_policy.extractors.base import Batch, Extractor, LayerStates
 from internal_policy.extractors.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
 from internal_policy.models.families import guess_families
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import first_line, told_in_one_line
-from internal_policy.utils.memory import is_out_of_memory
+from internal_policy.utils.errors import UserError, as_user_error, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def prove(
         UserError: what does not hold, and at which layer.
     """
     if not model.family.guessed:
-        with told_in_one_line(model.name, "it on random tokens", doing="run", advice=_MISFIT):
+        with as_user_error(model.name, "it on random tokens", doing="run", advice=_MISFIT):
             extractor = extractor_of(model)
             verify(extractor, seed)
         return extractor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from internal_policy.utils.lazy import lazy_names
+from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
     from internal_policy.models.devices import choose_device

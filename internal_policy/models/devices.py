@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import first_line
+from internal_policy.utils.errors import UserError, first_line
 
 
 def choose_device(device: str) -> torch.device:

@@ -14,7 +14,7 @@ from internal_policy.models import context, devices, fingerprint, quantization
 from internal_policy.models.families import FAMILIES, Family, guess_families
 from internal_policy.models.projection import Projection, projection_of
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 _MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -19,9 +19,8 @@ from internal_policy.models.language_model import LanguageModel, family_of, wrap
 from internal_policy.models.options import DTYPES, check_device_map, check_quantization
 from internal_policy.models.paths import locate
 from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice, refuse_unknown
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import WEIGHTS, told_in_one_line
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.errors import WEIGHTS, UserError, as_user_error
+from internal_policy.utils.logging import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +82,9 @@ def load(
     if dtype == "auto" and not own and not _accelerated(target, device_map):
         dtype = "float32"
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with told_in_one_line(name, "its tokenizer"):
+    with as_user_error(name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    with told_in_one_line(name, WEIGHTS):
+    with as_user_error(name, WEIGHTS):
         files = weight_files(where, config, revision, name)
         if not own:
             refuse_unscaled(files, name)
@@ -99,7 +98,7 @@ def load(
     elif own or quantization is not None:
         # Quantised weights are packed for their device and do not move.
         options["device_map"] = {"": target}
-    with told_in_one_line(name, WEIGHTS):
+    with as_user_error(name, WEIGHTS):
         model, report = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
@@ -207,7 +206,7 @@ def check(name: str, *, revision: str | None = None, trust_remote_code: bool = F
     if Path(where).is_dir():
         # Before transformers reads it, which creates lists with one entry per layer.
         _refuse_too_deep(Path(where), name)
-    with told_in_one_line(name, "its config.json"):
+    with as_user_error(name, "its config.json"):
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
         _refuse_other_architectures(config, name)
     return where, config

@@ -13,7 +13,7 @@ from internal_policy.plotting import analysis as figures
 from internal_policy.plotting import comparison as comparison_figures
 from internal_policy.plotting import style
 from internal_policy.utils.io import write_atomically
-from internal_policy.utils.result_format import to_cells
+from internal_policy.utils.table_io import to_cells
 
 PAPER_FIGURES: tuple[tuple[str, int, Callable[..., Figure]], ...] = (
     ("fig2_entropy_flow", 2, figures.entropy_flow),

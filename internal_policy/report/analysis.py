@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internal_policy.analysis import lenses
 from internal_policy.analysis.layer_selection import COVERS, STAGES
-from internal_policy.analysis.remarks import positions_line, remarks
+from internal_policy.analysis.remarks import other_lens_sentence, positions_line, remarks
 from internal_policy.analysis.results import Analysis
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
@@ -17,9 +16,8 @@ from internal_policy.report.page import clean, render
 from internal_policy.report.settings import settings_of
 from internal_policy.report.tokens import token_view
 from internal_policy.utils.console import few_prompts, of_resamples
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
-from internal_policy.utils.wording import counted
 
 
 def page(analyses: Sequence[Analysis]) -> str:
@@ -76,7 +74,7 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "summary": summary(analysis, convergence),
         "target": target(analysis),
         "remarks": remarks(analysis),
-        "other_lens": lenses.sentence(analysis),
+        "other_lens": other_lens_sentence(analysis),
         "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else positions_line(analysis.positions),
         "stages": stages(analysis),
@@ -114,7 +112,7 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         found = f"its boundary layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
         found += f" ({chosen.agreement}, {COVERS})"
-    if other := lenses.sentence(analysis):
+    if other := other_lens_sentence(analysis):
         found += f"; {other}"
     falls = {
         "progressive": "progressively",

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from internal_policy.report.numbers import interval, number
 from internal_policy.utils import palette
 from internal_policy.utils.citation import __version__, bibtex
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")

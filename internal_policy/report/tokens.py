@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from internal_policy.analysis.results import Analysis
 from internal_policy.report.page import clean
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 SITES = ("layer", "attn", "ffn")
 MOST_VALUES = 1_500_000

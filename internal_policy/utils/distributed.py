@@ -1,21 +1,28 @@
-"""The processes of a program that `accelerate launch` or torchrun started several times."""
+"""How work is divided: among the processes of `accelerate launch` or torchrun, and into batches that fit memory."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, is_out_of_memory
 from internal_policy.utils.shell import world_size
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 24 * 3600
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Processes:
         return done
 
 
-def processes(options: Mapping[str, Any]) -> Processes:
+def training_processes(options: Mapping[str, Any]) -> Processes:
     """Find out how a training run was launched.
 
     Args:
@@ -101,7 +108,7 @@ def processes(options: Mapping[str, Any]) -> Processes:
     return _started(bool(options.get("use_cpu")), timeout, sharded)
 
 
-def launched() -> Processes:
+def launched_processes() -> Processes:
     """Find out whether this program was launched as several processes.
 
     Returns:
@@ -122,3 +129,90 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
             "start with accelerate launch or torchrun, or unset WORLD_SIZE"
         ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)
+
+
+def batches_of_process(lengths: Sequence[int], size: int, state: Processes) -> list[list[int]]:
+    """Divide items into batches of similar length, the longest first so that too little memory shows at once.
+
+    The division does not depend on which items are done: a process that starts a little later finds more of them.
+
+    Args:
+        lengths: ids of each item.
+        size: items in a batch.
+        state: the processes.
+
+    Returns:
+        Indices of the items in each batch of this process.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + size] for start in range(0, len(order), size)][state.rank :: state.number]
+
+
+def unfinished_batches(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
+    """Leave out the items that are done.
+
+    Args:
+        batches: indices of the items in each batch.
+        done: indices of the items that are done.
+
+    Returns:
+        The rest of each batch, without empty ones.
+    """
+    return [rest for batch in batches if (rest := [i for i in batch if i not in done])]
+
+
+def require_all_responses(found: int, wanted: int, directory: Path) -> None:
+    """Refuse to go on where portions of other processes are not in the directory.
+
+    Args:
+        found: responses on disk.
+        wanted: responses that should be there.
+        directory: of the result.
+
+    Raises:
+        UserError: some are missing.
+    """
+    if found < wanted:
+        raise UserError(
+            f"{directory}: {found} of {wanted} responses are there after all processes have finished; needed is an "
+            "--output directory that all of them share"
+        )
+
+
+def run_with_oom_retry(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]], advice: str
+) -> list[Result]:
+    """Run a batch; where memory runs out, run its two halves instead, down to single items.
+
+    Args:
+        items: the batch.
+        run: returns one result for each item, in order.
+        advice: what the user can do where a single item does not fit.
+
+    Returns:
+        One result for each item, in order.
+
+    Raises:
+        UserError: a single item does not fit.
+    """
+    try:
+        return run(items)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(items) == 1:
+            raise UserError(f"out of memory on a single sequence; {advice}") from error
+    # Outside the handler, so that the traceback no longer holds the tensors of the failed try.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(items) + 1) // 2
+    logger.warning("out of memory on a batch of %d; trying batches of %d", len(items), half)
+    return run_with_oom_retry(items[:half], run, advice) + run_with_oom_retry(items[half:], run, advice)
+
+
+def release_memory() -> None:
+    """Free the memory of a model that is no longer used, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -17,13 +17,14 @@ from internal_policy.analysis import pipeline, position_sampling
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.position_sampling import capture_in_rounds
 from internal_policy.analysis.position_subset import Design, design_positions
-from internal_policy.analysis.results import workspace_of
+from internal_policy.analysis.results import ANALYSIS
 from internal_policy.analysis.sampling_error import estimate, positions_needed, response_means
 from internal_policy.cli import display as terminal
 from internal_policy.data.responses import Response
 from internal_policy.extractors import QUANTITIES, TokenValues, reduce_responses
 from internal_policy.statistics import clustered_mean
 from internal_policy.utils.distributed import Processes
+from internal_policy.utils.workspace import Workspace
 
 TOLERANCE = 0.05
 
@@ -59,7 +60,7 @@ class Recorded:
     def repeat(self, seed, directory, tolerance=TOLERANCE):
         """The analysis' own choice of positions and rounds, with the values read off instead of computed."""
         config = AnalyzeConfig(tolerance=tolerance, seed=seed, batch_size=10**6)
-        workspace = workspace_of(directory / f"{tolerance}-{seed}")
+        workspace = Workspace(directory / f"{tolerance}-{seed}", ANALYSIS)
         workspace.open({}, overwrite=True)
         captured = capture_in_rounds(config, self.responses, self.run, workspace, Processes())
         (portion,) = captured.portions
@@ -230,7 +231,7 @@ def test_the_main_process_alone_says_when_to_stop(recorded, tmp_path):
             return ends.pop(0)
 
     config = AnalyzeConfig(tolerance=1e-6, batch_size=10**6)
-    workspace = workspace_of(tmp_path)
+    workspace = Workspace(tmp_path, ANALYSIS)
     workspace.open({}, overwrite=True)
     # What it finds itself is neither enough to stop at 700, nor would it be 700 positions that it goes on to.
     ends = [428, 700, 700]

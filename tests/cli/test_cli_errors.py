@@ -68,7 +68,7 @@ def test_models_that_are_not_there(tmp_path, name, message):
 
 
 def test_what_the_hub_says_is_cut_between_words():
-    from internal_policy.utils.loading_errors import shorten
+    from internal_policy.utils.errors import shorten
 
     address = "https://huggingface.co/docs/transformers/installation#offline-mode"
     assert shorten(f"{'so ' * 60}see {address} now. ") == f"{'so ' * 60}see ..."
@@ -275,7 +275,7 @@ torch.zeros(64, 64) @ torch.zeros(64, 64)
 used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 limit = used + int(sys.argv.pop(1)) * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from internal_policy.cli import main
+from internal_policy.cli.main import main
 main()
 """
 

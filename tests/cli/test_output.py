@@ -22,7 +22,7 @@ from internal_policy.comparison.results import TABLES
 from internal_policy.plotting import analysis as figures
 from internal_policy.plotting import comparison as comparison_figures
 from internal_policy.utils import output as output
-from internal_policy.utils.progress import progress, status
+from internal_policy.utils.logging import progress, status
 
 COMMAND = Path(sys.executable).with_name("internal-policy")
 
@@ -170,7 +170,7 @@ def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
 
 NOISE = """
 import ctypes, os, subprocess, sys
-from internal_policy import output
+from internal_policy.utils import output
 
 def noise(by):
     print(f"print {by}")

@@ -19,7 +19,6 @@ from internal_policy.evaluation import evaluate
 from internal_policy.extractors import HookExtractor, prove, transformer_lens
 from internal_policy.extractors import nnsight as nnsight_backend
 from internal_policy.models.fingerprint import _PORTION, _plain, attached_code, digest
-from internal_policy.utils.result_format import write_manifest
 
 
 def changed(change, model_type="gemma2", **options):
@@ -528,7 +527,7 @@ def test_a_hooked_model_does_not_reuse_an_evaluation(problems, tmp_path, monkeyp
     with pytest.raises(UserError, match=told):
         evaluate(model, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "sample_all", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        patch.setattr(run, "_sample_and_score", lambda *a: (_ for _ in ()).throw(RuntimeError))
         with pytest.raises(RuntimeError):
             evaluate(model, **options, overwrite=True)
     with pytest.raises(UserError, match=told):
@@ -549,11 +548,11 @@ def test_the_end_tokens_matter_for_an_evaluation(problems, tmp_path):
 
 def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import session
+    from internal_policy.bupo import training
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
-    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(training, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
     options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
     options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
@@ -580,37 +579,9 @@ def test_every_field_of_given_responses_matters(change, tmp_path):
         analyze(model, responses=[*given[:2], {**given[2], **change}], **options)
 
 
-LATER = ("generator", "tolerance", "quantization", "hooked")
-"""Settings that stored results may lack."""
-
-
-def without(path, *names):
-    """Remove settings from a file of results, as in one that was written before they existed."""
-    told = json.loads(path.read_text())
-    settings = told.get("config", told)
-    for name in names:
-        settings.pop(name, None)
-    if told.pop("seal", None):
-        write_manifest(path.parent, path.name, told, tuple(told.pop("sha256")))
-    else:
-        path.write_text(json.dumps(told))
-
-
-def test_a_result_that_lacks_a_later_setting_is_reused(subject, tmp_path):
-    model, options = subject
-    done = analyze(model, **options, output=tmp_path)
-    without(done.path / "analysis.json", *LATER)
-    assert analyze(model, **options, output=tmp_path).layers.equals(done.layers)
-    with pytest.raises(UserError, match=r"other settings \(tolerance None -> 0.5\)"):
-        analyze(model, **options, output=tmp_path, tolerance=0.5)
-    without(done.path / "analysis.json", "weights")
-    with pytest.raises(UserError, match=r"other settings \(weights None -> \w+\)"):
-        analyze(model, **options, output=tmp_path)
-
-
 def test_the_batch_size_matters_for_8_bit_weights(subject, problems, tmp_path):
-    assert AnalyzeConfig(quantization="8bit", batch_size=3).decisive()["batch_size"] == 3
-    assert "batch_size" not in AnalyzeConfig(quantization="4bit").decisive()
+    assert AnalyzeConfig(quantization="8bit", batch_size=3).cache_key()["batch_size"] == 3
+    assert "batch_size" not in AnalyzeConfig(quantization="4bit").cache_key()
     model, options = subject
     for settings in ({"load_in_4bit": True}, {"load_in_8bit": True}):
         # Only what the configuration says: quantised weights need a package that is not everywhere.

@@ -139,7 +139,7 @@ def test_what_cannot_be_meant_is_refused(options, said):
 
 
 def test_the_settings_that_decide_the_numbers_hold_the_quantisation_and_not_the_placement():
-    assert "device_map" not in AnalyzeConfig(device_map="auto").decisive()
-    assert AnalyzeConfig(quantization="4bit").decisive()["quantization"] == "4bit"
+    assert "device_map" not in AnalyzeConfig(device_map="auto").cache_key()
+    assert AnalyzeConfig(quantization="4bit").cache_key()["quantization"] == "4bit"
     with pytest.raises(UserError, match="--quantization was given with --backend transformer-lens"):
         AnalyzeConfig(quantization="8bit", backend="transformer-lens")
