@@ -527,7 +527,7 @@ def test_a_hooked_model_does_not_reuse_an_evaluation(problems, tmp_path, monkeyp
     with pytest.raises(UserError, match=told):
         evaluate(model, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "sample_all", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        patch.setattr(run, "_sample_and_score", lambda *a: (_ for _ in ()).throw(RuntimeError))
         with pytest.raises(RuntimeError):
             evaluate(model, **options, overwrite=True)
     with pytest.raises(UserError, match=told):
