@@ -20,7 +20,7 @@ from internal_policy.utils.io import expanded
 
 _CHECKPOINT = "checkpoint-*"
 STATE = "trainer_state.json"
-RECORD = "StepRecord"
+RECORD = "StepCallback"
 """Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
 
 

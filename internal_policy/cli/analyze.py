@@ -13,7 +13,7 @@ from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import common
 from internal_policy.cli import report as cli_report
 from internal_policy.cli.compare import compare_sweep
-from internal_policy.comparison.study_models import STUDIES, Preset
+from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError, counted

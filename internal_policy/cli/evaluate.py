@@ -122,9 +122,9 @@ def evaluate(
         Scorer(reward, exact=source == TESTBED)
     stored = _stored(against or [], sources, max_problems)
     root = DATA if output is None else expanded(output)
-    from internal_policy.evaluation.finishing import complete
+    from internal_policy.evaluation.results import find_finished
 
-    ready = {(n, s): None if overwrite else complete(config, s, root) for (n, s), config in configs.items()}
+    ready = {(n, s): None if overwrite else find_finished(config, s, root) for (n, s), config in configs.items()}
     left = [name for name in names if None in (ready[name, source] for source in sources)]
     if left:
         with importing():

@@ -28,7 +28,7 @@ from internal_policy.generation import Request, samplers
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
@@ -43,7 +43,7 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 
 @quiet_libraries()
-@as_its_dtype_says()
+@without_autocast()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -65,7 +65,7 @@ def inspect(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Look into one prompt, and into a response to it.
+    """Compute every internal policy at every token of one prompt and a response to it.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
@@ -116,13 +116,13 @@ def inspect(
         **({} if in_memory else loading),
     )
     content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
-    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
+            stack.enter_context(eval_mode(registry.module_of(model)))
         with status(f"loading {name}"):
             extractor = opened()
-        stack.enter_context(fitting_threads(extractor.model))
+        stack.enter_context(limit_threads(extractor.model))
         ids, length = _sequence(extractor, config, content, response, limit)
         with status(f"looking at {counted(len(ids), 'token')}"):
             look = _look(extractor, config, ids, length, top_k, limit)
@@ -133,17 +133,17 @@ def inspect(
 def _sequence(
     extractor: Extractor, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
 ) -> tuple[list[int], int]:
-    """The ids of prompt and response, and how many are the prompt's."""
+    """The ids of prompt and response, and the number of the prompt's."""
     model, prompt = extractor.model, Prompt(content)
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
-    _tell_unknown(model, "prompt", [message["content"] for message in prompt.chat])
+    _warn_of_unknown_text(model, "prompt", [message["content"] for message in prompt.chat])
     if response is not None:
         answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
         _check_ids(model, ids + answer, "prompt and response together", room=False)
-        _tell_unknown(model, "response", [response])
+        _warn_of_unknown_text(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:
         return ids, len(ids)
@@ -171,8 +171,8 @@ def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -
         raise UserError(f"{what}: {len(ids)} tokens, and the model's context is {model.max_length}; {advice}")
 
 
-def _tell_unknown(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
-    """Say what the model cannot read: what is shown is then of another text than the one that was given."""
+def _warn_of_unknown_text(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
+    """Warn of text that the tokenizer does not know: the inspection is then of a different text."""
     found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(model.tokenizer, text))
     if not found:
         return
@@ -244,7 +244,7 @@ def _columns(top_k: int, *parts: str) -> list[str]:
 
 
 def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, model: LanguageModel) -> pd.DataFrame:
-    """Long form of what ``look_at_layer`` gives of each layer, [S, n, 3 + 2 top_k]."""
+    """Long form of what ``look_at_layer`` returns for each layer, [S, n, 3 + 2 top_k]."""
     n = len(ids)
     best, probable = slice(N_SCALARS, N_SCALARS + top_k), slice(N_SCALARS + top_k, None)
     frames = []
@@ -264,7 +264,7 @@ def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, 
                         "layer": at,
                         "site": called,
                         "entropy": columns[:, 0],
-                        # Nothing came after the last token.
+                        # There is no token after the last.
                         "next_id": pd.array([*ids[1:], pd.NA], dtype="Int64"),
                         "next_rank": pd.array([*columns[:-1, 1].astype(np.int64), pd.NA], dtype="Int64"),
                         "next_probability": np.append(columns[:-1, 2], np.float32(np.nan)),

@@ -16,11 +16,13 @@ from test_finished import change_a_byte
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
 from internal_policy.analysis.finished import find_finished
 from internal_policy.analysis.sweep import analyze_lenses
-from internal_policy.bupo import call
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.bupo.run import call_digest
+from internal_policy.bupo.run import find_finished as find_finished_run
 from internal_policy.cli.report import write_reports
 from internal_policy.evaluation import evaluate
+from internal_policy.evaluation import results as evaluations
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.finishing import complete, digest
 from internal_policy.models import testbed
 from internal_policy.utils import result_format
 
@@ -47,7 +49,8 @@ COMMANDS = {
 def keep(path, options):
     """A finished run that says which call made it."""
     run = make(path)
-    said = {"words": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call.digest(options)}
+    asked = TrainConfig.from_keywords(**options)
+    said = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
     versions = {"torch": metadata.version("torch")}
     run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
     run.save()
@@ -83,10 +86,10 @@ def place(made, tmp_path, monkeypatch):
 
 def find(kind, place, **other):
     if kind == "run":
-        return call.complete({**ASKED, "output": "trained", **other})
+        return find_finished_run(TrainConfig.from_keywords(**{**ASKED, "output": "trained", **other}))
     if kind == "evaluation":
         config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
-        return complete(config, "prompts.jsonl", place / "rated")
+        return evaluations.find_finished(config, "prompts.jsonl", place / "rated")
     options = {"prompts": "prompts.jsonl", **OPTIONS, **other}
     if kind == "lenses":
         configs = [AnalyzeConfig(model="model", lens=lens, **options) for lens in LENSES]
@@ -126,12 +129,12 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
     for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
         assert find("evaluation", place, **other) is None
     asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
-    assert digest(asked, "prompts.jsonl") is not None
+    assert evaluations.config_digest(asked, "prompts.jsonl") is not None
     Path("math500").write_text("of the hub all the same")
     for source in ("math500", "owner/name"):
-        assert digest(asked, source) is None
+        assert evaluations.config_digest(asked, source) is None
     for other in ({"reward": "module:function"}, {"trust_remote_code": True}, {"revision": "main"}):
-        assert digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
+        assert evaluations.config_digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
     # Other K are computed from what is there.
     assert list(find("evaluation", place, k=[1]).pass_at_k["k"]) == [1]
 
@@ -183,11 +186,12 @@ def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
 
 def test_the_layer_of_an_analysis_counts_by_its_file(place):
     (analysis,) = place.glob("out/*--model")
-    before = call.digest({**ASKED, "layer": str(analysis)})
+    before = call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis)))
     change_a_byte(analysis / "analysis.json")
-    assert before not in (None, call.digest({**ASKED, "layer": str(analysis)}))
+    assert before not in (None, call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis))))
     # The command line has text where Python has a number.
-    assert call.digest({**ASKED, "layer": "2"}) == call.digest({**ASKED, "layer": 2})
+    as_text, as_number = (TrainConfig.from_keywords(**ASKED, layer=layer) for layer in ("2", 2))
+    assert call_digest(as_text) == call_digest(as_number)
 
 
 def test_nothing_is_loaded_for_nothing_to_do(place):

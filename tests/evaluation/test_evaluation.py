@@ -22,7 +22,7 @@ from internal_policy.cli.evaluate import evaluate as command
 from internal_policy.data import arithmetic as tasks
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import TESTBED_SEED
-from internal_policy.evaluation import Evaluation, compare, evaluate, sampling
+from internal_policy.evaluation import Evaluation, compare, evaluate, pipeline
 from internal_policy.evaluation.config import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,8 +85,8 @@ def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatc
             raise MemoryError
         return real(model, requests, **options)
 
-    real = sampling.sample
-    monkeypatch.setattr(sampling, "sample", small_memory)
+    real = pipeline.sample
+    monkeypatch.setattr(pipeline, "sample", small_memory)
     again = evaluate("testbed/qwen3", batch_size=11, **FEW)
     pd.testing.assert_frame_equal(again.samples, qwen3.samples, check_exact=True)
 
@@ -170,7 +170,7 @@ def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_
     first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
     assert first.path == tmp_path / "testbed--qwen3" / "testbed"
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
-    monkeypatch.setattr(sampling, "sample", None)
+    monkeypatch.setattr(pipeline, "sample", None)
     again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
     assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
     for other, told in (

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from internal_policy import Inspection, UserError
 from internal_policy.cli.display_inspection import blocks, show
-from internal_policy.inspection.decisions import decision_data
+from internal_policy.inspection.figure_data import decision_data
 from internal_policy.plotting import style
 from internal_policy.plotting.fonts import drawable, fit
 from internal_policy.plotting.inspection import (

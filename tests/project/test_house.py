@@ -66,7 +66,7 @@ def lint_imports(root):
     [
         ("utils/errors.py", "from internal_policy.models import load\n"),
         ("analysis/results.py", "def later():\n    from internal_policy.plotting import entropy_change\n"),
-        ("rewards/functions.py", "if TYPE_CHECKING:\n    from internal_policy.bupo.results import Run\n"),
+        ("rewards/functions.py", "if TYPE_CHECKING:\n    from internal_policy.bupo.run import Run\n"),
         ("evaluation/results.py", "def later():\n    from internal_policy.inspection.results import Inspection\n"),
     ],
     ids=["at the top", "lazy", "typing only", "sideways"],
@@ -101,7 +101,7 @@ def test_figures_and_results_need_no_torch():
 def test_help_answers_at_once():
     def seconds():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "internal_policy.cli.main", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "internal_policy.cli", "--help"], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -115,7 +115,7 @@ def test_every_option_of_the_configuration_is_on_the_command_line():
     from internal_policy import AnalyzeConfig
 
     text = subprocess.run(
-        [sys.executable, "-m", "internal_policy.cli.main", "analyze", "--help"],
+        [sys.executable, "-m", "internal_policy.cli", "analyze", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -166,7 +166,8 @@ def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
     assert {f"internal_policy/report/assets/{path.name}" for path in assets} <= set(names)
     assert sum(f.stat().st_size for f in (tmp_path / "site").rglob("weights/**/*") if f.is_file()) <= 12 * 2**20
     code = (
-        "import internal_policy, json; from internal_policy import analyze; from internal_policy.models import testbed; "
+        "import internal_policy, json; from internal_policy import analyze; "
+        "from internal_policy.models import testbed; "
         "a = analyze('testbed/llama', max_responses=4); "
         "print(json.dumps([internal_policy.__file__, str(testbed.path('testbed/llama')), a.n_responses]))"
     )
