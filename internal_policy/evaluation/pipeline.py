@@ -45,10 +45,10 @@ from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.logging import progress, quiet_libraries, status
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.result_format import library_version
 from internal_policy.utils.validation import MOST_PROMPTS
-from internal_policy.utils.workspace import Workspace
+from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -215,13 +215,14 @@ def _run(
         return with_k(finished, config, directory)
     if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished evaluation", directory)
-    rows = _sample_and_score(config, model, requests, limit, scorer, workspace)
+    portions = _sample_and_score(config, model, requests, limit, scorer, workspace)
+    lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
+    rows = [json.loads(lines[i]) for i in range(len(requests))]
     timings = {"load": round(load_seconds, 3)}
+    timings |= {stage: round(sum(float(p[f"{stage}_seconds"]) for p in portions), 3) for stage in ("sample", "score")}
     failures: Counter[str] = Counter()
-    for stage in ("sample", "score"):
-        timings[stage] = round(sum(float(shard[f"{stage}_seconds"]) for shard in workspace.shards("sample")), 3)
-    for shard in workspace.shards("sample"):
-        failures.update(json.loads(str(shard["failures"])))
+    for portion in portions:
+        failures.update(json.loads(str(portion["failures"])))
     evaluation = _assemble(config, model, problems, rows, {**asdict(config), **identity, "files": files})
     evaluation = replace(evaluation, failures=dict(failures), timings=timings)
     evaluation = replace(evaluation, path=evaluation.save(directory))
@@ -253,47 +254,35 @@ def _sample_and_score(
     limit: int,
     scorer: Scorer,
     workspace: Workspace,
-) -> list[dict[str, Any]]:
-    """A row for each request, in order: problem, sample, response, score, n_tokens, truncated.
+) -> list[Arrays]:
+    """The portions of the stage, in which ``json`` holds a row for each request of ``index``.
 
-    Batch by batch, each of which is kept in the workspace: a reward that cannot be used is refused after the first.
+    Each batch is kept in the workspace. A reward that cannot be used is refused after the first of them.
     """
-    found: dict[int, dict[str, Any]] = {}
-    for shard in workspace.shards("sample"):
-        found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
     ends = set(end_ids(model))
-    size = effective_batch_size(config.generator, config.batch_size)
-    # Prompts of one length together, the longest first, so that lack of memory shows early.
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-    with (
-        _open_sampler(config, model, requests, limit) as run,
-        progress("sampling responses", len(requests), len(found)) as advance,
-        limit_threads(model),
-    ):
-        for start in range(0, len(order), size):
-            batch = [i for i in order[start : start + size] if i not in found]
-            if not batch:
-                continue
-            clock = [time.perf_counter()]
+    with _open_sampler(config, model, requests, limit) as run, limit_threads(model):
+
+        def sample_batch(batch: list[int]) -> Arrays:
+            started = time.perf_counter()
             responses = run_with_oom_retry([requests[i] for i in batch], run, _MEMORY_ADVICE)
-            clock.append(time.perf_counter())
+            sampled = time.perf_counter()
             scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
-            clock.append(time.perf_counter())
-            new = {i: _row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)}
-            workspace.write(
-                "sample",
-                batch[0],
-                {
-                    "index": np.array(batch),
-                    "json": np.array([json.dumps(row) for row in new.values()]),
-                    "failures": np.array(json.dumps(failures)),
-                    "sample_seconds": np.array(clock[1] - clock[0]),
-                    "score_seconds": np.array(clock[2] - clock[1]),
-                },
-            )
-            found |= new
-            advance(len(batch))
-    return [found[i] for i in range(len(requests))]
+            scored = time.perf_counter()
+            rows = [_row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)]
+            return {
+                "json": np.array([json.dumps(row) for row in rows]),
+                "failures": np.array(json.dumps(failures)),
+                "sample_seconds": np.array(sampled - started),
+                "score_seconds": np.array(scored - sampled),
+            }
+
+        return workspace.run_stage(
+            "sample",
+            {i: len(request.prompt_ids) for i, request in enumerate(requests)},
+            effective_batch_size(config.generator, config.batch_size),
+            sample_batch,
+            description="sampling responses",
+        )
 
 
 @contextmanager

@@ -182,8 +182,34 @@ def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_
             evaluate("testbed/qwen3", output=tmp_path, **(FEW | other))
 
 
+RESUMED = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
+
+
+def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    options = {**RESUMED, "samples": 2, "max_problems": 6}
+    calls = []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    real = pipeline.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("testbed/llama", output=tmp_path, batch_size=4, **options)
+    assert len(list(tmp_path.glob("*/*/work/*.npz"))) == 2
+    resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
+    straight = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
-    options = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
+    options = RESUMED
     code = (
         "import sys; from internal_policy.evaluation import evaluate; "
         f"evaluate('testbed/llama', output=sys.argv[1], batch_size=6, **{options!r})"
