@@ -265,7 +265,7 @@ def test_every_guess_names_parts_that_are_there():
 
 def test_the_table_is_printed():
     done = subprocess.run(
-        [sys.executable, "-m", "internal_policy.cli.main", "models"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "internal_policy.cli", "models"], capture_output=True, text=True, check=True
     )
     for model_type, family in TABLE.items():
         assert model_type in done.stdout

@@ -193,7 +193,7 @@ def test_unknown_name_is_a_user_error():
 
 def test_missing_weights_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(testbed, "__file__", str(tmp_path / "internal_policy" / "testbed" / "__init__.py"))
-    with pytest.raises(UserError, match="python -m internal_policy"):
+    with pytest.raises(UserError, match="make testbed"):
         testbed.path("testbed/llama")
 
 
@@ -238,7 +238,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch):
     whole = build_model("qwen3", TINY, tokenizer)
     train(whole, tokenizer, TINY)
 
-    monkeypatch.setattr("internal_policy.models.testbed.train.SAVE_EVERY", 2)
+    monkeypatch.setattr("train.SAVE_EVERY", 2)
 
     def stop(step: int, loss: float) -> None:
         if step == 3:
