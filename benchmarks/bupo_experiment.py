@@ -25,7 +25,7 @@ import torch
 from scipy import stats
 
 from internal_policy import bupo
-from internal_policy.bupo.results import write_table
+from internal_policy.bupo.run import write_table
 from internal_policy.cli.display import list_files
 from internal_policy.evaluation import Evaluation, compare, evaluate
 from internal_policy.plotting.alignment import alignment_dynamics

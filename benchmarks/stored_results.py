@@ -17,7 +17,7 @@ from pathlib import Path
 from bupo_experiment import Job, jobs
 
 from internal_policy import analyze, evaluate
-from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFEST
+from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFEST
 from internal_policy.data import arithmetic as tasks
 
 RUNS, TARGET = Path("build/bupo_experiment"), Path("data/experiments")

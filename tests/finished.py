@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pandas as pd
 from rated import rated
 
-from internal_policy.bupo import Run
+from internal_policy.bupo import Run, TrainConfig
+from internal_policy.bupo.run import is_on_the_hub
 
 HELD = {
     *(
@@ -20,16 +23,27 @@ HELD = {
 KEPT_HERE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "notes.txt")
 
 
+def call(**options):
+    """What a run stores of its call."""
+    plain = {name: str(value) for name, value in options.items()}
+    return {
+        **{"options": plain, "objects": [], "digest": None},
+        "from_hub": [name for name in ("model", "prompts") if is_on_the_hub(options.get(name))],
+    }
+
+
 def make(path, name="some/model", **changed):
     """A finished run as `train` leaves one, with a model of a few bytes."""
     history = pd.DataFrame({"step": range(1, 31), "phase": ["ipa"] * 3 + ["grpo"] * 27})
     history["reward"] = [0.25 + i / 100 for i in range(30)]
     history["policy_entropy"], history["length"] = 0.125, 20.0
+    asked = TrainConfig(model=name, layer=6, ipa_steps=3, max_steps=30, mini_batches=2)
+    settings = asdict(asked.with_preset())
     config = {
-        **{"model": name, "weights": "w0", "prompts": "d1", "rewards": ["exact_reward"], "peft": None},
-        "plan": {"max_steps": 30, "mini_batches": 2, "template": "chat", "lora_rank": 0, "revision": None},
-        "trainer": {"site": "layer", "lens": "policy", "ipa_steps": 3, "learning_rate": 1e-6, "seed": 0},
+        **{field: value for field, value in settings.items() if field != "trl_options"},
+        **{"weights": "w0", "prompts": "d1", "layer": 6, "rewards": ["exact_reward"], "peft": None, "hooked": None},
     }
+    changed.setdefault("call", call(model=name))
     run = Run(
         name=name,
         method="bupo",

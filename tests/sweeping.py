@@ -35,6 +35,6 @@ def as_bupo(run, root):
 def save_run(root):
     """A run whose names sort as 10, 100, 5 in a shell, with five updates a step."""
     for seed, step in enumerate(STEPS):
-        state = {"global_step": step, "stateful_callbacks": {"StepRecord": {"args": {"updates_per_step": 5}}}}
+        state = {"global_step": step, "stateful_callbacks": {"StepCallback": {"args": {"updates_per_step": 5}}}}
         (save(root / f"checkpoint-{step}", seed) / "trainer_state.json").write_text(json.dumps(state))
     return root

@@ -7,8 +7,8 @@ from datasets import Dataset
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from trl import GRPOConfig
 
-from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.extractors import residual_hooks
 from internal_policy.models import wrap
 

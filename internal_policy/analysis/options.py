@@ -10,7 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypedDict, TypeVar
 
 from internal_policy.models.options import Lens
@@ -72,7 +72,7 @@ def showing(*classes: type, names: frozenset[str] | None = None) -> Callable[[Fu
         for each in classes:
             texts = _texts(each)
             for field in fields(each):
-                known = field.name in texts and (names is None or field.name in names)
+                known = field.name in texts and field.default is not MISSING and (names is None or field.name in names)
                 if known and field.name not in parameters:
                     entries[field.name] = texts[field.name]
                     parameters[field.name] = inspect.Parameter(

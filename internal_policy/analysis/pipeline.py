@@ -1,4 +1,8 @@
-"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer."""
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer.
+
+Entropies are computed in the forward pass (`extractors.reduce`); here the values of each batch are averaged over the
+tokens of each response, written to the workspace, and assembled into an `Analysis`.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,9 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils.distributed import Processes, launched_processes, run_with_oom_retry
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
@@ -48,7 +52,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 @quiet_libraries()
 @showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
-@as_its_dtype_says()
+@without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -63,7 +67,8 @@ def analyze(
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
-    Under ``accelerate launch`` or torchrun the processes share the responses out, and each returns the whole analysis.
+    Under ``accelerate launch`` or torchrun the responses are divided among the processes, and each returns the complete
+    analysis.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
@@ -73,11 +78,11 @@ def analyze(
             ``prompt``.
         responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records (see
             ``read_responses``); ``analysis.sequences`` is one.
-        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
+        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is resumed from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
         wait: where another process writes there, start when it has ended.
-        alone: analyse in this process, without the others that a launcher started.
+        alone: analyse in this process only, even if a launcher started several.
         **options: the further fields of ``AnalyzeConfig``.
 
     Returns:
@@ -100,8 +105,8 @@ def analyze(
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
-            opened = registry.adopt(model, tokenizer, name, config)
+            stack.enter_context(eval_mode(registry.module_of(model)))
+            opened = registry.wrap_in_memory(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
         source = architecture(config, network) if config.random_baseline else None
 
@@ -125,7 +130,7 @@ def analyze(
 
 
 def _label(source: str | list[Any] | None) -> str | None:
-    """What the settings call a source: its name, or how many records were given."""
+    """The source in the stored settings: its name, or the number of records that were given."""
     return f"{len(source)} given" if isinstance(source, list) else source
 
 
@@ -143,7 +148,7 @@ def _run(
     if finished is None:
         workspace.check()
     named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
-    # Before the model is read: what is written later into its files is then known to be another model.
+    # Before the model is loaded, so that a later change of its files is noticed.
     files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
@@ -151,25 +156,17 @@ def _run(
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
-    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
-    identity["hooked"] = hooked or None
-    if model.rounds_by_batch:
-        identity["batch_size"] = config.batch_size
-    if inputs.requests:
-        # Each kind of device has random streams of its own.
-        identity["sampled_on"] = model.device.type
-        identity["token_limit"] = response_limit(model, config.max_new_tokens)
-        identity["ends"] = end_ids(model)
+    hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    identity = _identity(config, model, inputs, hooked)
 
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         return workspace.open(identity, overwrite)
 
     if finished is not None:
         if hooked:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
             return finished
@@ -177,10 +174,10 @@ def _run(
         if state.is_main_process:
             report_finished(directory)
         return finished
-    # The main process changes the directory only when all others have looked at it.
+    # The main process changes the directory only after all others have read it.
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
-    with fitting_threads(model):
+    with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)
 
@@ -200,6 +197,20 @@ def _run(
     return Analysis.load(directory)
 
 
+def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooked: list[str]) -> dict[str, Any]:
+    """Everything that determines the numbers, by which an analysis is resumed or recognised."""
+    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    identity["hooked"] = hooked or None
+    if model.rounds_by_batch:
+        identity["batch_size"] = config.batch_size
+    if inputs.requests:
+        # Random streams depend on the kind of device.
+        identity["sampled_on"] = model.device.type
+        identity["token_limit"] = response_limit(model, config.max_new_tokens)
+        identity["ends"] = end_ids(model)
+    return identity
+
+
 def _generate(
     config: AnalyzeConfig, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
 ) -> list[Response]:
@@ -207,7 +218,7 @@ def _generate(
         return inputs.responses
     requests = inputs.requests
     limit = response_limit(extractor.model, config.max_new_tokens)
-    with samplers.sampling(extractor, config, requests, limit) as draw:
+    with samplers.open_sampler(extractor, config, requests, limit) as draw:
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
 
         def sample(batch: list[int]) -> Arrays:
@@ -218,7 +229,7 @@ def _generate(
         portions = workspace.run_stage(
             "generate",
             {i: len(request.prompt_ids) for i, request in enumerate(requests)},
-            together(config.generator, config.batch_size),
+            effective_batch_size(config.generator, config.batch_size),
             sample,
             description="sampling responses",
             processes=state,

@@ -1,4 +1,4 @@
-"""Captured numbers as tidy tables: one row per response, layer and site; per token for the responses that were kept."""
+"""Captured values as tidy tables: a row for each response, layer and site, and for each token of the kept responses."""
 
 from __future__ import annotations
 

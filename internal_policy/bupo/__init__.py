@@ -15,27 +15,37 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.utils.imports import import_quietly, require_package
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.card import attach_evaluations
-    from internal_policy.bupo.config import BuPOConfig
+    from internal_policy.bupo.config import TrainConfig
     from internal_policy.bupo.forward import internal_forward
-    from internal_policy.bupo.hub import push_to_hub
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.hub import attach_evaluations, push_to_hub
+    from internal_policy.bupo.run import Run
     from internal_policy.bupo.trainer import BuPOTrainer
+    from internal_policy.bupo.trainer_config import BuPOConfig
     from internal_policy.bupo.training import train
 
 _HOME = {
-    "BuPOConfig": "config",
+    "BuPOConfig": "trainer_config",
     "BuPOTrainer": "trainer",
-    "Run": "results",
+    "Run": "run",
     "internal_forward": "forward",
-    "attach_evaluations": "card",
+    "attach_evaluations": "hub",
     "push_to_hub": "hub",
+    "TrainConfig": "config",
     "train": "training",
 }
 
 _OF_TRL = ("BuPOConfig", "BuPOTrainer", "train")
 
-__all__ = ["BuPOConfig", "BuPOTrainer", "Run", "attach_evaluations", "internal_forward", "push_to_hub", "train"]
+__all__ = [
+    "BuPOConfig",
+    "BuPOTrainer",
+    "Run",
+    "TrainConfig",
+    "attach_evaluations",
+    "internal_forward",
+    "push_to_hub",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

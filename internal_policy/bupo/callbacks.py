@@ -1,4 +1,4 @@
-"""What watches the training: the dynamics on fixed responses, tables and progress."""
+"""Callbacks of a run's trainer: the history, the dynamics on fixed responses, and the digests of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,19 +11,35 @@ import pandas as pd
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
-from internal_policy.bupo.checkpoint import drop_optimiser_states
+from internal_policy.bupo.config import ALIGNMENT, AUTO, second_phase
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
-from internal_policy.bupo.history import FAILURES, history_of
-from internal_policy.bupo.presets import ALIGNMENT, AUTO, after_alignment
-from internal_policy.bupo.results import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
+from internal_policy.bupo.resume import drop_optimizer_states, list_files
+from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
 from internal_policy.rewards.functions import count_failures
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
 
+_FAILURES = "reward_failures/"
+"""Before the kinds of failures in the trainer's log."""
+_COLUMNS = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "policy_entropy": "policy_entropy",
+    "entropy": "entropy",
+    "length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "clip_ratio": "clip_ratio/region_mean",
+    "groups_without_signal": "frac_reward_zero_std",
+    "grad_norm": "grad_norm",
+    "loss": "loss",
+}
+"""Columns of the history, and TRL's names of them."""
 
-class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+
+class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Measures figure 5 on fixed responses, before the first step and then at chosen steps.
 
     With ``ipa_steps="auto"`` it ends the first phase. What it decides depends on the stored measurements alone, so that
@@ -41,7 +57,7 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         self.rows: list[dict[str, Any]] = []
         self.layers: list[pd.DataFrame] = []
         self.reason: str | None = None
-        """Why the first phase was ended, where this did it."""
+        """Why the first phase was ended, where this callback ended it."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the measurements of a resumed run, or make the first."""
@@ -57,9 +73,9 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure after the chosen steps."""
-        if state.global_step % self._trainer.args.updates_per_step:
+        step, rest = divmod(state.global_step, self._trainer.args.updates_per_step)
+        if rest:
             return
-        step = self._step(state)
         changed = self._trainer.args.ipa_steps == step
         if step % self._every == 0 or changed or state.global_step == state.max_steps:
             self._measure(state)
@@ -67,26 +83,24 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was measured so far with the checkpoint, for the run that goes on from there."""
         if state.is_world_process_zero:
-            self.write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def _step(self, state: Any) -> int:
-        return int(state.global_step // self._trainer.args.updates_per_step)
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _measure(self, state: Any) -> None:
+        trainer = self._trainer
         # Whether the step that led here was one of alignment; before the first, whether the next is.
-        batch_aligned = self._trainer.last_aligned if state.global_step else self._trainer.in_alignment
+        aligned = trainer.last_aligned if state.global_step else trainer.in_alignment
         measured = self._dynamics.measure()
-        step = self._step(state)
+        step = int(state.global_step // trainer.args.updates_per_step)
         row = measured.row()
-        phase = ALIGNMENT if batch_aligned else after_alignment(self._trainer.args.method)
+        phase = ALIGNMENT if aligned else second_phase(trainer.args.method)
         self.rows.append({"step": step, "phase": phase, **row})
         self.layers.append(measured.layers.assign(step=step))
         self._decide()
         if state.global_step:
             for name in ("kl_mean", "policy_kl", "perplexity", "change"):
-                self._trainer.log_metric(f"dynamics/{name}", row[name])
+                trainer.log_metric(f"dynamics/{name}", row[name])
         if state.is_world_process_zero:
-            self.write(self._directory)
+            self._write(self._directory)
 
     def _decide(self) -> None:
         trainer = self._trainer
@@ -96,42 +110,29 @@ class DynamicsWatch(TrainerCallback):  # type: ignore[misc]  # transformers is n
         trainer.alignment_ended = self.reason is not None
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """What was measured.
-
-        Returns:
-            A row a measurement; a row a measurement and later layer.
-        """
+        """Return what was measured: a row per measurement, and a row per measurement and later layer."""
         layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
         return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
 
-    def write(self, directory: Path) -> None:
-        """Write what was measured so far.
-
-        Args:
-            directory: the run's, or a checkpoint's.
-        """
+    def _write(self, directory: Path) -> None:
         rows, layers = self.tables()
         write_table(directory / DYNAMICS, rows)
         write_table(directory / DYNAMICS_LAYERS, layers)
 
 
-class StepRecord(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed here
+class StepCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed here
     """Writes into the trainer's state, and so into each checkpoint, how many updates a step has."""
 
     def __init__(self, updates_per_step: int) -> None:
         self._updates_per_step = updates_per_step
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of this.
-
-        Returns:
-            The arguments from which transformers could make it again.
-        """
+        """Return the arguments from which transformers could make this callback again."""
         return {"args": {"updates_per_step": self._updates_per_step}, "attributes": {}}
 
 
-class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Writes the history while it grows, moves the progress bar, and keeps old checkpoints small."""
+class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Writes the history while it grows, counts rewards that failed, and moves the progress bar."""
 
     def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None]) -> None:
         self._trainer = trainer
@@ -140,24 +141,33 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         self._failures: dict[str, int] = {}
 
     def history(self) -> pd.DataFrame:
-        """The history so far.
-
-        Returns:
-            A row a step.
-        """
+        """Turn the trainer's log into a table with a row per step so far."""
         args = self._trainer.args
-        return history_of(self._trainer.state.log_history, args.updates_per_step, args.method, args.alignment_rate)
+        rows = []
+        for entry in self._trainer.state.log_history:
+            if "reward" not in entry:
+                continue
+            aligned = entry.get("aligns", 0.0) > 0.5
+            rate = entry.get("learning_rate")
+            row: dict[str, Any] = {
+                "step": entry["step"] // args.updates_per_step,
+                "phase": ALIGNMENT if aligned else second_phase(args.method),
+                **{name: entry.get(source) for name, source in _COLUMNS.items()},
+                "learning_rate": None if rate is None else rate * (args.alignment_rate if aligned else 1.0),
+            }
+            if entry.get("step_time") is not None:
+                row["seconds"] = entry["step_time"] * args.updates_per_step
+            row.update({key: value for key, value in entry.items() if key.startswith("rewards/") and "/mean" in key})
+            failed = [value for key, value in entry.items() if key.startswith(_FAILURES)]
+            row["reward_failures"] = int(sum(failed)) if failed else None
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def failures(self) -> dict[str, int]:
-        """Rewards that failed in the whole run, over all processes.
-
-        Returns:
-            How many, by kind.
-        """
+        """Count the rewards that failed in the whole run, by kind, over all processes."""
         total: Counter[str] = Counter()
         for entry in self._trainer.state.log_history:
-            kinds = {k.removeprefix(FAILURES): int(v) for k, v in entry.items() if k.startswith(FAILURES)}
-            total.update(kinds)
+            total.update({k.removeprefix(_FAILURES): int(v) for k, v in entry.items() if k.startswith(_FAILURES)})
         return dict(total)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -168,16 +178,34 @@ class Chronicle(TrainerCallback):  # type: ignore[misc]  # transformers is not t
             since = torch.tensor([float(total[kind] - self._failures.get(kind, 0)) for kind in sorted(total)])
             everywhere = self._trainer.accelerator.reduce(since.to(self._trainer.accelerator.device), reduction="sum")
             for kind, number in zip(sorted(total), everywhere.tolist(), strict=True):
-                self._trainer.log_metric(FAILURES + kind, number)
+                self._trainer.log_metric(_FAILURES + kind, number)
             self._failures = dict(total)
             self._advance(1)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop what no run goes on from."""
-        if state.is_world_process_zero:
-            drop_optimiser_states(Path(args.output_dir))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the table as it stands."""
         if state.is_world_process_zero:
             write_table(self._directory / HISTORY, self.history())
+
+
+class CheckpointDigestCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Lists the files of each checkpoint with their digests, and only then lets older checkpoints go.
+
+    It is the last callback: what others add to a checkpoint is listed with it.
+    """
+
+    def __init__(self, trainer: BuPOTrainer, settings: dict[str, Any]) -> None:
+        self._trainer = trainer
+        self._settings = settings
+        # transformers would delete the older ones before the new one is known to be whole.
+        self._save_total_limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """List the files when every process has written its part."""
+        accelerator = self._trainer.accelerator
+        accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir)
+            list_files(directory / f"checkpoint-{state.global_step}", self._settings, accelerator.num_processes)
+            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self._save_total_limit)
+            drop_optimizer_states(directory)

@@ -1,213 +1,343 @@
-"""The settings of a training run: TRL's, and ours on top."""
+"""The settings of a training run: ``TrainConfig``, the presets of the paper, and their checks.
+
+``TrainConfig`` is at once the keywords of ``bupo.train``, the options of ``internal-policy train`` and what a run
+stores. Importing this module loads neither torch nor TRL.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_args
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_type_hints
 
-import torch
-from trl import GRPOConfig
-
-from internal_policy.bupo.presets import AGGREGATIONS, AUTO, METHODS, SITES, Site
-from internal_policy.models.options import Lens
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.data.prompts import TEMPLATES
+from internal_policy.models.options import DTYPES, Lens
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+from internal_policy.utils.shell import is_number
+from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large, require_one_of
 
-_LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
-# TRL refuses another one only in the first update.
-_TRLS_LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+DATA = "data/runs"
+"""Where runs are written by default."""
+Site = Literal["layer", "attn", "ffn"]
+"""What is projected: H^l (arXiv 2512.19673v3, eq. 5), or what the attention or the FFN of layer l writes (eq. 6)."""
+SITES = get_args(Site)
+METHODS = ("bupo", "grpo", "rloo", "reinforce++")
+AGGREGATIONS = ("sequence-mean", "token-mean")
+AUTO = "auto"
+PAPER_PROMPTS = "zwhe99/DeepMath-103K"
+"""The prompts of the paper, the default of every model that is not embedded."""
+VERIFIERS = ("math", "exact")
+"""Rewards by name; both compare a response with a reference answer."""
+ALIGNMENT = "ipa"
+"""The name of the first phase (internal policy alignment); the second phase has the name of its method."""
+TRL_BATCH_OPTIONS = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
+"""TRL's own description of a batch of rollouts, which ``prompts_per_step`` and ``mini_batches`` replace."""
+STEP_OPTIONS = ("max_steps", "save_steps", "warmup_steps")
+"""Options that ``train`` counts in steps and TRL counts in updates."""
 
-_WRONG_IN_PHASE_ONE = {
-    "beta": (0.0, "the KL penalty would compare log-probabilities of pi^l with those of the reference's final policy"),
-    "off_policy_mask_threshold": (
-        None,
-        "the mask would compare log-probabilities of pi^l with those of the policy that sampled",
-    ),
-    "top_entropy_quantile": (1.0, "the tokens would be chosen by the entropy of pi^l, not of the policy"),
-    "entropy_coef": (0.0, "the bonus would raise the entropy of pi^l, not of the policy"),
-    "use_adaptive_entropy": (False, "the controller would follow the entropy of pi^l, not of the policy"),
+PAPER: Mapping[str, Any] = MappingProxyType(
+    {
+        "max_steps": 300,
+        "ipa_steps": 20,
+        "prompts_per_step": 128,
+        "mini_batches": 4,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "epsilon": 0.2,
+        "beta": 0.0,
+        "top_p": 1.0,
+    }
+)
+"""What all runs of the paper share, beside the defaults of ``TrainConfig``; the settings of a run without a preset."""
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
+        "qwen3-8b": {**PAPER, "max_completion_length": 7168, "template": "qwen3"},
+        "llama": {**PAPER, "max_completion_length": 3072, "template": "octothinker"},
+        "testbed": {
+            "max_steps": 60,
+            "ipa_steps": 10,
+            "prompts_per_step": 16,
+            "mini_batches": 2,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.0,
+            "epsilon": 0.2,
+            "max_completion_length": 44,
+        },
+    }
+)
+"""Settings by name: those of arXiv 2512.19673v3, table 8 (on 8 A100), and those of the embedded models (on a CPU)."""
+
+_AT_LEAST = {
+    **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
+    **dict.fromkeys(("eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1),
+    **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
+    **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
+    **dict.fromkeys(("learning_rate", "ipa_learning_rate", "upper_lr_scale"), 0),
+    "num_generations": 2,
 }
 
 
-@dataclass
-class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
-    """Settings of ``BuPOTrainer``: every option of ``trl.GRPOConfig``, and those of internal policies.
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how. Every field is a keyword of ``bupo.train`` and an option of ``internal-policy train``.
 
-    A *step* is one batch of rollouts with all updates on it, as in the paper; TRL's ``max_steps``, ``save_steps`` and
-    the like count updates, of which a step has ``updates_per_step``.
+    A step is one batch of rollouts with all the updates on it, as in the paper. A field that is None is left to the
+    preset; where there is no preset, to the default that its text names.
     """
 
-    method: str = field(default="bupo", metadata={"help": "bupo, grpo, rloo or reinforce++."})
-    """Which advantages, and whether an internal policy comes first: bupo, grpo, rloo, reinforce++."""
-    layer: int | None = field(default=None, metadata={"help": "Layer whose policy is optimised first, from 1."})
-    """l, from 1: the layer whose policy is optimised in the first phase; also the mark for ``upper_lr_scale``."""
-    ipa_steps: int | str = field(default=0, metadata={"help": "Steps of the first phase, or auto."})
-    """Steps of internal policy alignment; ``auto`` ends it by its own dynamics, at half of the run at the latest."""
-    ipa_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the first phase."})
-    """Learning rate in the first phase, with the same schedule; ``learning_rate`` where not given."""
-    site: Site = field(default="layer", metadata={"help": "layer, attn or ffn."})
-    """What is projected: the layer's output, or what its attention or its FFN writes."""
-    lens: Lens = field(default="policy", metadata={"help": "policy (no final norm) or logit-lens."})
-    """``policy`` as the paper; ``logit-lens`` applies the final norm (the paper's ablation)."""
-    aggregation: str | None = field(default=None, metadata={"help": "sequence-mean (eq. 3) or token-mean."})
-    """Mean of the loss: over sequences of their token means (arXiv 2512.19673v3, eq. 3), or over all tokens."""
-    loss_type: str | None = field(default=None, metadata={"help": "TRL's loss_type, in place of aggregation."})
-    """TRL's own name of a loss, in place of ``aggregation``."""
-    freeze_layers: int = field(default=0, metadata={"help": "Freeze the embedding and layers 1..n."})
-    """Layers 1..n and an untied embedding get no update (the baseline of appendix B.2)."""
-    upper_lr_scale: float = field(default=1.0, metadata={"help": "Factor on the learning rate above the layer."})
-    """Factor on the learning rate of layers above ``layer`` (the baseline of appendix B.2: 0.1)."""
-    entropy_sequences: int = field(default=64, metadata={"help": "Rollouts of a step that policy_entropy is from."})
-    """Entropy of pi_theta is measured on so many rollouts of each step, over all processes; 0 leaves it out."""
-    ddp_find_unused_parameters: bool | None = field(default=None, metadata={"help": "On where there is a first phase."})
-    """DDP's search for parameters without gradient: on where there is a first phase, unless it is set."""
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 mixed precision; on cuda by default."})
-    """bfloat16 mixed precision; by default where cuda has it."""
+    model: str = "testbed/qwen3"
+    """Hub id, local directory, or an embedded model (testbed/qwen3, testbed/llama)."""
+    prompts: str | None = None
+    """Hub data set id, or a parquet, jsonl or json file, with answers. Default: zwhe99/DeepMath-103K (the paper's), or
+    fresh problems of the embedded tasks for an embedded model."""
+    layer: int | str | None = None
+    """Layer whose policy is optimised first, counted from 1; the directory of an analysis, whose boundary layer is
+    taken; or auto: the model's own responses to the prompts are analysed first. Default: auto."""
+    ipa_steps: int | str | None = None
+    """Steps of the first phase, internal policy alignment (s_inter), or auto: until its own dynamics turn. Default: the
+    preset's share of the run, or 20 of 300 steps."""
+    method: str = "bupo"
+    """bupo, grpo, rloo or reinforce++."""
+    reward: str | None = None
+    r"""math (math-verify on the last \boxed{}), exact, or module:function. Default: exact for the embedded tasks, else
+    math."""
+    max_steps: int | None = None
+    """Steps in all. Default: the preset's, or 300."""
+    output: str | None = None
+    """Directory of the run; an interrupted run in it is continued. Default: data/runs/<model>--<method>..."""
+    preset: str | None = None
+    """Named settings: qwen, qwen3-8b, llama (the paper's) or testbed. Default: testbed for an embedded model."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    learning_rate: float | None = None
+    """Learning rate. Default: the preset's, or 1e-6."""
+    ipa_learning_rate: float | None = None
+    """Learning rate of the first phase, under the same schedule. Default: the learning rate of the second phase."""
+    prompts_per_step: int | None = None
+    """Prompts in a batch of rollouts. Default: the preset's, or 128."""
+    num_generations: int = 8
+    """Responses sampled for each prompt."""
+    mini_batches: int | None = None
+    """Updates on a batch of rollouts. Default: the preset's, or 4."""
+    max_completion_length: int | None = None
+    """Largest number of tokens of a response. Default: the preset's, or TRL's."""
+    max_prompt_length: int = 1024
+    """Prompts of more tokens are left out."""
+    template: str | None = None
+    """How a problem becomes a prompt: chat, plain, qwen-math, qwen3 or octothinker. Default: the preset's, or chat."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    site: Site = "layer"
+    """Whose policy comes first: that of the layer's output (layer), or of what its attention (attn) or its FFN (ffn)
+    writes."""
+    lens: Lens = "policy"
+    """Project states without the final norm (policy, as in the paper) or with it (logit-lens, the paper's ablation)."""
+    aggregation: str | None = None
+    """Mean of the loss: sequence-mean (over responses, of their token means; eq. 3 of the paper) or token-mean (over
+    all tokens). Default: sequence-mean."""
+    freeze_layers: int = 0
+    """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
+    upper_lr_scale: float = 1.0
+    """Factor on the learning rate of the layers above the chosen one (a baseline of appendix B.2 uses 0.1)."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank on all linear modules of the layers (needs peft); 0 trains all weights."""
+    benchmark: str | None = None
+    """Evaluate the model on it before and after the training: a benchmark's name, a file or a hub id. Default: the
+    embedded tasks where they are trained on, else nothing is evaluated."""
+    eval_samples: int | None = None
+    """Responses sampled per problem of the benchmark; 0 leaves the evaluation out. Default: 4 for the embedded tasks,
+    else the benchmark's own number."""
+    eval_problems: int | None = None
+    """Evaluate at most this many problems."""
+    entropy_sequences: int = 64
+    """Rollouts of each step on which the entropy of the policy is measured; 0 leaves it out."""
+    dynamics_every: int | None = None
+    """Measure figure 5 every so many steps; 0 leaves it out. Default: ten times in the run, or every step with
+    ipa_steps auto."""
+    dynamics_responses: int = 32
+    """Fixed responses on which figure 5 is measured."""
+    save_steps: float | None = None
+    """Steps between two checkpoints; below 1 a share of the run. Default: ten checkpoints in the run."""
+    report_to: str | list[str] | None = None
+    """wandb, tensorboard and whatever else transformers can report to. Default: none."""
+    dtype: str = "auto"
+    """dtype of the weights: auto (float32), float32, bfloat16 or float16. Mixed precision is TRL's option bf16."""
+    attn_implementation: str | None = None
+    """transformers' attention: eager, sdpa, flash_attention_2 or a kernel of the hub. Default: transformers' choice."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    prompts_split: str | None = None
+    """Split of a hub data set. Default: its train split."""
+    overwrite: bool = False
+    """Start over where the output directory holds another run."""
+    wait: bool = False
+    """Where another process writes to the output directory, start when it has ended."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+    trl_options: dict[str, Any] = field(default_factory=dict)
+    """Any other option of trl.GRPOConfig, by name. As keywords of ``bupo.train`` they stand beside the others."""
 
     def __post_init__(self) -> None:
-        """Complete the settings and refuse those that would train something else than they say.
+        """Check each field by itself, and bring numbers that were given as text into their form."""
+        check_values({name: getattr(self, name) for name in _FIELDS if name != "trl_options"}, _HINTS)
+        for name in _FIELDS:
+            value = getattr(self, name)
+            is_text = isinstance(value, str) and name in ("layer", "ipa_steps") and is_number(value)
+            # numpy's integers too, which JSON does not know.
+            if is_text or (hasattr(value, "__index__") and not isinstance(value, bool)):
+                object.__setattr__(self, name, int(value))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) is not None:
+                require_one_of(name, getattr(self, name), choices)
+        if isinstance(self.ipa_steps, (bool, float)) or (isinstance(self.ipa_steps, str) and self.ipa_steps != AUTO):
+            raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps or auto")
+        if isinstance(self.layer, (bool, float)):
+            raise UserError(
+                f"layer is a {type(self.layer).__name__}; needed is a number from 1, an Analysis, its path, or auto"
+            )
+        if self.save_steps is not None and self.save_steps > 1 and self.save_steps != int(self.save_steps):
+            raise UserError(
+                f"save_steps is {self.save_steps}; needed is a number of steps, or a share of the run below 1"
+            )
+        if self.method != "bupo" and self.ipa_steps not in (None, 0):
+            raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
+        ours = [name for name in ("prompts_per_step", "mini_batches") if getattr(self, name) is not None]
+        theirs = [name for name in TRL_BATCH_OPTIONS if name in self.trl_options]
+        if ours and theirs:
+            raise UserError(
+                f"both {ours[0]} and {theirs[0]} were given; use prompts_per_step and mini_batches, or TRL's own"
+            )
+
+    @classmethod
+    def from_keywords(cls, **options: Any) -> TrainConfig:
+        """Make a configuration of the keywords of ``bupo.train``.
+
+        A name that is no field is an option of TRL; a field that is None was not given.
+        """
+        given: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in options.items()}
+        ours = {name: value for name, value in given.items() if name in _FIELDS and value is not None}
+        others = {name: value for name, value in given.items() if name not in _FIELDS}
+        return cls(**{**ours, "trl_options": {**ours.get("trl_options", {}), **others}})
+
+    def to_keywords(self) -> dict[str, Any]:
+        """Return the model and what differs from the defaults, from which ``from_keywords`` makes the same again."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trl_options"}
+        changed = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        return {"model": self.model, **changed, **self.trl_options}
+
+    def with_preset(self) -> TrainConfig:
+        """Fill in what is left to the preset, or to the paper's settings where there is none.
+
+        A run of another length than the preset's has the same share of alignment.
 
         Raises:
-            UserError: a value out of range, or an option that has no meaning for an internal policy.
+            UserError: more steps of alignment than steps, or more prompts than a run can have.
         """
-        one_of("method", self.method, METHODS)
-        one_of("site", self.site, SITES)
-        one_of("lens", self.lens, get_args(Lens))
-        if self.loss_type is None:
-            self.aggregation = self.aggregation or "sequence-mean"
-            one_of("aggregation", self.aggregation, AGGREGATIONS)
-            self.loss_type = _LOSS_TYPES[self.aggregation]
-        elif self.aggregation is not None and self.loss_type != _LOSS_TYPES.get(self.aggregation):
+        preset = self.preset or ("testbed" if self.model.startswith("testbed/") else None)
+        settings = dict(PRESETS[preset] if preset else PAPER)
+        if any(name in self.trl_options for name in TRL_BATCH_OPTIONS):
+            del settings["prompts_per_step"], settings["mini_batches"]
+        steps = self.max_steps or settings["max_steps"]
+        share = max(1, round(steps * settings["ipa_steps"] / settings["max_steps"]))
+        settings["ipa_steps"] = share if self.method == "bupo" else 0
+        ours = {name: settings.pop(name) for name in list(settings) if name in _FIELDS}
+        missing = {name: value for name, value in ours.items() if getattr(self, name) is None}
+        missing.setdefault("template", self.template or "chat")
+        filled = replace(self, **missing, preset=preset, trl_options={**settings, **self.trl_options})
+        ipa = filled.ipa_steps
+        if not isinstance(ipa, str) and not 0 <= (ipa or 0) <= steps:
+            raise UserError(f"ipa_steps is {ipa!r} and the run has {steps} steps; needed is 0 to {steps}, or auto")
+        if steps * (filled.prompts_per_step or 0) > MOST_PROMPTS:
             raise UserError(
-                f"both aggregation={self.aggregation!r} and loss_type={self.loss_type!r} were given; give one of them"
+                f"{steps} steps of {filled.prompts_per_step} prompts are more than the {MOST_PROMPTS} prompts of "
+                "one run; lower max_steps or prompts_per_step"
             )
-        one_of("loss_type", self.loss_type, _TRLS_LOSS_TYPES)
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if self.aligns:
-            if self.ddp_find_unused_parameters is None:
-                # In the first phase no gradient reaches the layers above l.
-                self.ddp_find_unused_parameters = True
-            self._refuse_what_alignment_would_make_wrong()
-        super().__post_init__()
-        self._check_steps()
+        return filled
 
     @property
     def aligns(self) -> bool:
-        """Whether there is a first phase."""
+        """Whether there is a first phase, as far as the configuration with its preset says."""
         return self.method == "bupo" and self.ipa_steps != 0
 
     @property
-    def alignment_rate(self) -> float:
-        """Learning rate of the first phase, as a multiple of the second's."""
-        if not self.aligns or self.ipa_learning_rate is None:
-            return 1.0
-        return float(self.ipa_learning_rate / self.learning_rate)
+    def wanted_layer(self) -> int | str | None:
+        """The layer that was asked for; ``auto`` where there is a first phase and none was named."""
+        return AUTO if self.layer is None and self.aligns else self.layer
 
     @property
-    def updates_per_step(self) -> int:
-        """Optimiser updates on one batch of rollouts."""
-        per_rollout = self.steps_per_generation * self.num_iterations
-        return max(1, int(per_rollout // self.gradient_accumulation_steps))
-
-    def _refuse_what_alignment_would_make_wrong(self) -> None:
-        for name, (neutral, why) in _WRONG_IN_PHASE_ONE.items():
-            if getattr(self, name) != neutral:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r} with an internal policy: in the first phase {why}; "
-                    f"leave it out, or set ipa_steps=0"
-                )
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            raise UserError(
-                "vllm_importance_sampling_correction=True with an internal policy: in the first phase the correction "
-                "would compare log-probabilities of pi^l with those of the sampler's final policy; "
-                "pass vllm_importance_sampling_correction=False, or set ipa_steps=0"
-            )
-        if self.loss_type == "vespo":
-            raise UserError(
-                "loss_type='vespo' with an internal policy: its weights correct for the policy that sampled, which is "
-                "not pi^l; use sequence-mean or token-mean, or set ipa_steps=0"
-            )
-        if self.router_aux_loss_coef:
-            raise UserError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef} with an internal policy: in the first phase the "
-                "loss would balance the experts of layers 1..l only; set it to 0, or set ipa_steps=0"
-            )
-        reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if self.gradient_checkpointing and reentrant and self.site != "layer":
-            raise UserError(
-                f"use_reentrant=True with site={self.site!r}: no gradient would reach the module inside a layer; "
-                "use non-reentrant gradient checkpointing"
-            )
-
-    def _check_steps(self) -> None:
-        if self.method == "bupo" and self.layer is None and self.ipa_steps != 0:
-            raise UserError("method='bupo' without layer; give the layer whose policy comes first, from 1")
-        if isinstance(self.ipa_steps, str):
-            one_of("ipa_steps", self.ipa_steps, (AUTO,), "a number of steps or auto")
-        elif isinstance(self.ipa_steps, bool) or self.ipa_steps < 0:
-            raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps of at least 0, or auto")
-        if self.ipa_learning_rate is not None and (self.ipa_learning_rate < 0 or not self.learning_rate > 0):
-            raise UserError(
-                f"ipa_learning_rate is {self.ipa_learning_rate} and learning_rate {self.learning_rate}; needed are a "
-                "rate of at least 0 and, as it follows the same schedule, a learning_rate above 0"
-            )
-        if self.ipa_learning_rate is not None and self.deepspeed_plugin is not None:
-            raise UserError(
-                "ipa_learning_rate under DeepSpeed: its engine steps before the rate of the first phase can be set; "
-                "leave it out, or use DDP or FSDP"
-            )
-        if self.aligns and self.layer is not None and self.freeze_layers and self.freeze_layers >= self.layer:
-            raise UserError(
-                f"freeze_layers is {self.freeze_layers} and layer {self.layer}: the first phase would have nothing to "
-                "train below the head; freeze fewer layers, or use method='grpo' (the baseline of appendix B.2)"
-            )
-        if self.method in ("rloo", "reinforce++"):
-            for name, usual in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
-                if getattr(self, name) != usual:
-                    raise UserError(
-                        f"{name}={getattr(self, name)!r} with method={self.method!r}, whose advantages have a scale of "
-                        "their own; leave it out"
-                    )
-        if self.method != "bupo" and self.ipa_steps != 0:
-            raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
-        per_rollout = self.steps_per_generation * self.num_iterations
-        longer, shorter = (
-            max(per_rollout, self.gradient_accumulation_steps),
-            min(per_rollout, self.gradient_accumulation_steps),
-        )
-        if longer % shorter:
-            raise UserError(
-                f"steps_per_generation * num_iterations is {per_rollout} and gradient_accumulation_steps is "
-                f"{self.gradient_accumulation_steps}; one must be a multiple of the other, so that no update mixes "
-                "rollouts of two steps"
-            )
-        if self.max_steps > 0 and isinstance(self.ipa_steps, int):
-            total = self.max_steps / self.updates_per_step
-            if self.ipa_steps > total:
-                raise UserError(
-                    f"ipa_steps is {self.ipa_steps} and the run has {total:g} steps; needed is at most that many"
-                )
-        for name in ("freeze_layers", "entropy_sequences"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; needed is at least 0")
-        if self.upper_lr_scale < 0 or (self.upper_lr_scale != 1.0 and self.layer is None):
-            raise UserError(
-                f"upper_lr_scale is {self.upper_lr_scale} and layer {self.layer}; "
-                "needed is a factor of at least 0 and the layer above which it holds"
-            )
+    def directory(self) -> Path:
+        """Where the run is written: ``output``, or a directory below ``data/runs`` that is named by the settings."""
+        if self.output is not None:
+            return expanded(self.output)
+        settled = self.with_preset()
+        where = f"l{settled.wanted_layer}" if isinstance(settled.wanted_layer, int) else AUTO
+        first = f"-{where}-s{settled.ipa_steps}" if self.method == "bupo" else ""
+        slug = AnalyzeConfig(model=self.model, revision=self.revision).slug
+        return Path(DATA) / f"{slug}--{self.method.replace('+', 'p')}{first}-seed{self.seed}"
 
 
-def one_of(name: str, value: Any, choices: tuple[str, ...], needed: str | None = None) -> None:
-    """Check a choice.
+_FIELDS = tuple(f.name for f in fields(TrainConfig))
+_DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+_HINTS = get_type_hints(TrainConfig)
+_CHOICES = {
+    "method": METHODS,
+    "preset": tuple(PRESETS),
+    "template": TEMPLATES,
+    "dtype": DTYPES,
+    "site": SITES,
+    "lens": get_args(Lens),
+    "aggregation": AGGREGATIONS,
+}
+
+
+def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Check numbers and switches by their annotations: a dataclass takes anything, and TRL would fail much later.
 
     Args:
-        name: the option.
-        value: what was given.
-        choices: what there is.
-        needed: how to say it, where the choices are not all.
-
-    Raises:
-        UserError: another value.
+        options: values by name.
+        hints: the type of each.
     """
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; needed is {needed or 'one of ' + ', '.join(choices)}")
+    for name, value in options.items():
+        kinds = set(get_args(hints[name])) or {hints[name]}
+        if value is None and type(None) in kinds:
+            continue
+        kinds.discard(type(None))
+        if isinstance(value, int):
+            # First of all: of a number of thousands of digits no message can be made.
+            refuse_too_large(name, value)
+        message = f"{name} is {value!r}; needed is"
+        if kinds == {bool} and not isinstance(value, bool):
+            raise UserError(f"{message} true or false")
+        if kinds == {str} and not isinstance(value, str):
+            raise UserError(f"{message} a text")
+        if kinds == {int} and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise UserError(f"{message} a whole number")
+        if kinds == {float} and (
+            isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value)
+        ):
+            raise UserError(f"{message} a number")
+        if name in _AT_LEAST and value < _AT_LEAST[name]:
+            raise UserError(f"{message} at least {_AT_LEAST[name]}")
+        if name in ("temperature", "top_p", "save_steps") and (value <= 0 or (name == "top_p" and value > 1)):
+            raise UserError(f"{message} a number above 0" + (", at most 1" if name == "top_p" else ""))
+
+
+def second_phase(method: str) -> str:
+    """Name the phase after alignment: ``grpo`` for bupo, else the method."""
+    return "grpo" if method == "bupo" else method
+
+
+def require_layer(layer: str | Path) -> None:
+    """Refuse a layer that is neither a number nor ``auto`` nor a path that exists."""
+    text = str(layer).strip()
+    if text != AUTO and not is_number(text) and not expanded(layer).exists():
+        raise UserError(f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis")

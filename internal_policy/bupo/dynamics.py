@@ -11,9 +11,12 @@ The responses stay the same, so what changes from one measurement to the next is
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +25,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.presets import SITES, Site
+from internal_policy.bupo.config import AUTO, SITES, Site, TrainConfig
+from internal_policy.bupo.forward import check_layer
+from internal_policy.data.prompts import Prompt, render_all
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
-from internal_policy.models import LanguageModel, context, evaluating, projection_of
+from internal_policy.generation import Request, sample
+from internal_policy.models import LanguageModel, context, eval_mode, projection_of
 from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
+from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
+from internal_policy.utils.logging import status
 
+logger = logging.getLogger(__name__)
+
+FIXED_RESPONSES = "dynamics_responses.jsonl"
+"""File of the responses that the dynamics are measured on."""
+_MEASUREMENTS = 10
+"""Times that the dynamics are measured in a run, unless something else is asked for."""
 _POSITIONS = 2048
 """States are normed and compared so many positions at a time, however many tokens a batch has."""
 
@@ -61,11 +76,7 @@ class Measurement:
     """A row for each later layer m = l+1..L: layer, cosine of pi^l's state with H^m, kl = KL(pi^l || pi^m)."""
 
     def row(self) -> dict[str, float]:
-        """Everything but the table of later layers.
-
-        Returns:
-            Numbers by name, for a row of a table.
-        """
+        """Return everything but the table of later layers, for a row of a table."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
 
 
@@ -102,8 +113,7 @@ class Dynamics:
         Raises:
             UserError: no such layer or site, no responses, or responses that do not fit the model.
         """
-        if not 1 <= layer <= model.n_layers:
-            raise UserError(f"layer is {layer}; {model.name} has layers 1 to {model.n_layers}")
+        check_layer(layer, model.n_layers)
         if site not in SITES:
             raise UserError(f"site is {site!r}; use one of {', '.join(SITES)}")
         if batch_size < 1:
@@ -134,8 +144,8 @@ class Dynamics:
         model = _read_anew(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
-        with evaluating(model.model), torch.no_grad():
-            for batch in self._batches(context.switch(model.config)):
+        with eval_mode(model.model), torch.no_grad():
+            for batch in self._batches(context.length_switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
                     sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
                     if name == "loss":
@@ -167,7 +177,7 @@ class Dynamics:
         """The responses in order of length; those on either side of LongRoPE's switch never run together."""
         for start in range(0, len(self._responses), self._batch_size):
             batch = self._responses[start : start + self._batch_size]
-            for group in context.groups([len(r.input_ids) for r in batch], switch):
+            for group in context.group_by_length([len(r.input_ids) for r in batch], switch):
                 yield [batch[i] for i in group]
 
     def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:
@@ -185,7 +195,7 @@ class Dynamics:
         held: list[Tensor] = []
 
         def divergence(own: Tensor, other: Tensor) -> Tensor:
-            return policy_divergence(head.through(self.lens, own), other, head.weight, head.bias, **options)
+            return policy_divergence(head.apply_lens(self.lens, own), other, head.weight, head.bias, **options)
 
         def keep(name: str, layer: int, parts: Iterable[Tensor]) -> None:
             values[name, layer] = torch.cat(list(parts)).cpu().double()
@@ -196,13 +206,13 @@ class Dynamics:
                 own = {"layer": out, "attn": states.attention_write, "ffn": states.ffn_write}[self.site].to(device)
                 held.append(own)
                 for name, x in (("before", states.residual_in.to(device)), ("after", out), ("entropy", own)):
-                    keep(name, layer, (head.entropy(head.through(self.lens, part)) for part in _parts(x)))
+                    keep(name, layer, (head.entropy(head.apply_lens(self.lens, part)) for part in _parts(x)))
             pairs = [pair for x in held for pair in zip(_parts(x), _parts(out), strict=True)]
             if layer > self.layer:
                 keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
-                keep("kl", layer, (divergence(a, head.through(self.lens, b)) for a, b in pairs))
+                keep("kl", layer, (divergence(a, head.apply_lens(self.lens, b)) for a, b in pairs))
             if layer == model.n_layers:
-                normed = [head.normed(b) for _, b in pairs]
+                normed = [head.apply_final_norm(b) for _, b in pairs]
                 keep("policy_entropy", layer, map(head.entropy, normed))
                 keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
                 tokens = zip(normed, _parts(targets), strict=True)
@@ -211,6 +221,50 @@ class Dynamics:
         with torch.no_grad(), residual_hooks(model, positions, consume):
             model.backbone(**model.forward_arguments(ids, mask))
         return values
+
+
+def eval_interval(config: TrainConfig, layer: int | None) -> int:
+    """Return the number of steps between two measurements of the dynamics; 0 where nothing is measured."""
+    if layer is None:
+        return 0
+    if config.dynamics_every is not None:
+        return config.dynamics_every
+    return 1 if config.ipa_steps == AUTO else -(-int(config.max_steps or 0) // _MEASUREMENTS)
+
+
+def fixed_responses(
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    config: TrainConfig,
+    max_new_tokens: int,
+    directory: Path,
+    state: Processes,
+) -> list[Response]:
+    """Sample the responses on which the dynamics are measured, once per run, from the policy as it was given.
+
+    They are kept in the run's directory, for a resumed run.
+    """
+    path = directory / FIXED_RESPONSES
+    found: list[Response] = []
+    if state.is_main_process:
+        lines = read_lines_sealed(path) if path.is_file() else None
+        if lines is not None:
+            found = [Response(**json.loads(line)) for line in lines]
+        else:
+            if path.is_file():
+                logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
+            rendered = render_all(prompts[: config.dynamics_responses], config.template or "chat", model.tokenizer)
+            requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=False))]
+            with status("sampling the responses on which the dynamics are measured"), eval_mode(model.model):
+                found = run_with_oom_retry(
+                    requests,
+                    lambda part: sample(model, part, max_new_tokens=max_new_tokens, temperature=1.0, seed=config.seed),
+                    "lower max_completion_length",
+                )
+            found = [response for response in found if response.n_tokens > 0]
+            write_lines_sealed(path, [json.dumps(asdict(r), ensure_ascii=False) for r in found])
+    shared: list[Response] = state.broadcast(found)
+    return shared
 
 
 def alignment_end(

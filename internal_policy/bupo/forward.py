@@ -4,25 +4,35 @@ Usage::
 
     with internal_forward(model, layer=6):
         model(input_ids=..., labels=..., fused_lm_head=True)  # log-probabilities of pi^6, layers 7..L never run
+
+``streamed_head`` computes these log-probabilities in an update. TRL's own head streams on an accelerator with Triton.
+Elsewhere it scores every position, that of the prompt too, and holds several whole tiles of 4096 x 32768 logits; there
+this one takes its place, which scores the labelled positions only, block by block.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.utils import is_triton_available
+from trl.trainer.utils import FusedCausalLMOutput
 
-from internal_policy.bupo.presets import Site
+from internal_policy.bupo.config import Site
+from internal_policy.entropy.log_probs import trained_log_probs
 from internal_policy.extractors.hooks import first_tensor
-from internal_policy.models import Family, family_of
+from internal_policy.models import Family, family_of, projection_of
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
 
+_IGNORED = -100
 
-class _Last(nn.Module):
+
+class _FinalNormStandIn(nn.Module):
     """Stands where the final norm was: passes H^l on, or the module's write in its place."""
 
     def __init__(self, norm: nn.Module | None, held: list[Tensor] | None, multiplier: float) -> None:
@@ -80,23 +90,21 @@ def internal_forward(
 
         hook = operator.attrgetter(path)(module).register_forward_hook(keep)
     try:
-        _put(model, family.layers, nn.ModuleList(list(layers)[:layer]))
-        _put(model, family.final_norm, _Last(norm if lens == "logit-lens" else None, held, multiplier))
+        _set_submodule(model, family.layers, nn.ModuleList(list(layers)[:layer]))
+        _set_submodule(
+            model, family.final_norm, _FinalNormStandIn(norm if lens == "logit-lens" else None, held, multiplier)
+        )
         yield
     finally:
-        _put(model, family.layers, layers)
-        _put(model, family.final_norm, norm)
+        _set_submodule(model, family.layers, layers)
+        _set_submodule(model, family.final_norm, norm)
         if hook is not None:
             hook.remove()
 
 
 @contextmanager
 def counted_positions(model: nn.Module) -> Iterator[None]:
-    """Let a decoder count positions over real tokens, as sampling does, where the caller gives none.
-
-    Args:
-        model: a causal LM, without wrappers around it, whose decoder takes positions.
-    """
+    """Let a decoder count positions over real tokens, as sampling does, where the caller gives none."""
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.get("attention_mask")
@@ -112,20 +120,78 @@ def counted_positions(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def check_layer(layer: int, n_layers: int) -> None:
-    """Check that a model has a layer.
+def needs_streamed_head(model: nn.Module) -> bool:
+    """Whether ``streamed_head`` replaces TRL's own head for a model where it is now.
+
+    False where TRL's own kernel runs, and where no process holds E_u as a matrix.
+    """
+    weight: Any = model.get_output_embeddings().weight  # type: ignore[operator]
+    if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id"):
+        return False
+    return not (weight.device.type in ("cuda", "xpu") and is_triton_available())
+
+
+@contextmanager
+def streamed_head(
+    model: nn.Module, family: Family, temperature: float, *, entropy: bool = True, in_float32: bool = False
+) -> Iterator[None]:
+    """Let ``model(..., labels=..., fused_lm_head=True)`` score the labelled positions only, in blocks.
+
+    On any exit the model is as it was. Every other call is the model's own.
 
     Args:
-        layer: l, from 1.
-        n_layers: L.
-
-    Raises:
-        UserError: out of range.
+        model: a causal LM, without wrappers around it.
+        family: where its parts are, and how it makes its logits.
+        temperature: divides the logits.
+        entropy: compute entropies too.
+        in_float32: whether the head stays out of autocast.
     """
+    before = model.__dict__.get("forward")
+    usual = model.forward
+    described = projection_of(model, family)
+
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or kwargs.get("shift_labels") is not None:
+            return usual(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
+        labels: Tensor = kwargs.pop("labels")[:, 1:]
+        decoder: Any = model.base_model
+        # Found anew each time: PEFT may have wrapped it.
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        states = decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1].to(head.weight.device)
+        labels = labels.to(head.weight.device)
+        mask = labels != _IGNORED
+        with torch.autocast(states.device.type, enabled=False) if in_float32 else nullcontext():
+            found = trained_log_probs(
+                states[mask],
+                labels[mask],
+                head.weight,
+                head.bias,
+                temperature=temperature,
+                scale=described.scale,
+                softcap=described.softcap,
+                entropy=entropy,
+                memory_budget=described.memory_budget,
+            )
+        # It stays connected to the model where no label counts.
+        log_probs, entropies = (None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropies, label_mask=mask)
+
+    try:
+        model.forward = forward
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+def check_layer(layer: int, n_layers: int) -> None:
+    """Refuse a layer that a model does not have."""
     if not 1 <= layer <= n_layers:
         raise UserError(f"layer is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
 
 
-def _put(model: nn.Module, path: str, value: nn.Module) -> None:
+def _set_submodule(model: nn.Module, path: str, value: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(operator.attrgetter(parent)(model) if parent else model, name, value)

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from internal_policy.bupo.advantages import leave_one_out, whitened
-from internal_policy.bupo.config import BuPOConfig
-from internal_policy.bupo.forward import check_layer, counted_positions, internal_forward
-from internal_policy.bupo.head import streamed_head, streams
-from internal_policy.bupo.presets import AUTO
-from internal_policy.bupo.proof import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
-from internal_policy.models import Family, evaluating
+from internal_policy.bupo.checks import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
+from internal_policy.bupo.config import AUTO
+from internal_policy.bupo.forward import (
+    check_layer,
+    counted_positions,
+    internal_forward,
+    needs_streamed_head,
+    streamed_head,
+)
+from internal_policy.bupo.trainer_config import BuPOConfig
+from internal_policy.models import Family, eval_mode
 from internal_policy.utils.errors import UserError
 
 _CITATION = """@article{tan2025bottomup,
@@ -34,6 +38,7 @@ _CITATION = """@article{tan2025bottomup,
     year    = {2025},
 }"""
 
+_NO_VARIANCE = 1e-8
 _PHASE = "aligns"
 """Key of a batch of rollouts that says which policy its log-probabilities are of."""
 
@@ -145,12 +150,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return optimizer
 
     def log_metric(self, name: str, value: float) -> None:
-        """Add a number to the log of the current step, and so to what ``report_to`` names.
-
-        Args:
-            name: its name.
-            value: its value; the mean is logged where there are several.
-        """
+        """Add a number to the log of the current step, and so to what ``report_to`` names."""
         self._metrics["train"][name].append(value)
 
     @contextmanager
@@ -173,7 +173,11 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                 options: dict[str, Any] = {"site": self.args.site, "lens": self.args.lens, "family": self._family}
                 stack.enter_context(internal_forward(self.policy_module, self.args.layer, **options))
             # An update of the second phase is TRL's, to the last bit.
-            if (self._aligning or self._measuring) and self._family is not None and streams(self._bare(model)):
+            if (
+                (self._aligning or self._measuring)
+                and self._family is not None
+                and needs_streamed_head(self._bare(model))
+            ):
                 stack.enter_context(
                     streamed_head(
                         self._bare(model),
@@ -258,7 +262,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             entropies = known[rows]
         else:
             # Without dropout, so that a measurement draws no random numbers from the training's stream.
-            with self._policy(False, measuring=True), evaluating(self.model):
+            with self._policy(False, measuring=True), eval_mode(self.model):
                 _, entropies, _ = self._get_per_token_logps_and_entropies(
                     self.model,
                     torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),
@@ -291,3 +295,41 @@ class _AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Put them back."""
         for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
             group["lr"] = rate
+
+
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
+    """Advantages of RLOO: a response's reward less the mean reward of the other responses to its prompt.
+
+    Args:
+        rewards: [N], the responses to a prompt next to each other; NaN where a response could not be scored.
+        group_size: G responses to each prompt.
+
+    Returns:
+        [N] advantages; 0 where there is no score, or no other response with one.
+
+    Source: Ahmadian et al., arXiv 2402.14740, section 2.3.
+    """
+    groups = rewards.view(-1, group_size)
+    others = groups.isfinite().sum(dim=1, keepdim=True) - 1
+    baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others
+    return torch.where(others > 0, groups - baseline, torch.zeros_like(groups)).nan_to_num(nan=0.0).view(-1)
+
+
+def whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Advantages of REINFORCE++: the reward of every response token, normalised over all response tokens of the batch.
+
+    Args:
+        rewards: [N]; NaN where a response could not be scored.
+        lengths: [N] response tokens.
+
+    Returns:
+        [N] advantages, the same at each token of a response; 0 where there is no score.
+
+    Source: Hu et al., arXiv 2501.03262, eq. 6 (its group-free form, without the penalty of beta).
+    """
+    weights = lengths.to(rewards.dtype) * rewards.isfinite()
+    scores = rewards.nan_to_num(nan=0.0)
+    total = weights.sum().clamp(min=1.0)
+    mean = (weights * scores).sum() / total
+    variance = (weights * (scores - mean) ** 2).sum() / total
+    return torch.where(rewards.isfinite(), (scores - mean) / (variance + _NO_VARIANCE).sqrt(), torch.zeros_like(scores))

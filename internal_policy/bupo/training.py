@@ -1,32 +1,68 @@
-"""``bupo.train``: what the user said, brought into one session."""
+"""``bupo.train``: one training run, stage by stage; the only file that knows them all."""
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
+import shutil
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from internal_policy.analysis.inputs import Source
+from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.options import showing
 from internal_policy.analysis.results import Analysis
-from internal_policy.bupo import plan as planning
-from internal_policy.bupo.call import call_of, digest
-from internal_policy.bupo.config import BuPOConfig
-from internal_policy.bupo.presets import AUTO, DATA
-from internal_policy.bupo.results import Run
-from internal_policy.bupo.session import Session
-from internal_policy.models import LanguageModel, alone, as_its_dtype_says, wrap
+from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
+from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
+from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig, require_layer
+from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
+from internal_policy.bupo.forward import check_layer
+from internal_policy.bupo.hub import write_card
+from internal_policy.bupo.prompts import PromptDataset, is_testbed, make_prompt_dataset
+from internal_policy.bupo.resume import RunDirectory
+from internal_policy.bupo.run import (
+    ADAPTER,
+    ANALYSIS,
+    CHECKPOINTS,
+    EVALUATIONS,
+    MANIFEST,
+    MODEL,
+    Run,
+    call_digest,
+    is_on_the_hub,
+)
+from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
+from internal_policy.data.prompts import TESTBED
+from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
+from internal_policy.models.checkpoint_files import refuse_pickles
+from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.rewards.functions import as_rewards, needs_answers
+from internal_policy.utils.console import few_prompts
+from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import expanded
-from internal_policy.utils.logging import quiet_libraries
-from internal_policy.utils.shell import is_number
+from internal_policy.utils.locks import locked
+from internal_policy.utils.logging import progress, quiet_libraries, status
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("internal-policy", "torch", "transformers", "trl", "accelerate", "datasets")
+_ANALYSED = 128
+"""Responses of the analysis that chooses the layer."""
+_TESTBED_SAMPLES = 4
+"""Samples per problem when embedded models are evaluated."""
 
 
 @quiet_libraries()
-@showing(planning.Plan, BuPOConfig)
-@as_its_dtype_says()
+@showing(TrainConfig)
+@without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
@@ -34,14 +70,8 @@ def train(
     prompts: Source | None = None,
     *,
     layer: int | str | Path | Analysis | None = None,
-    ipa_steps: int | str | None = None,
-    method: str | None = None,
     reward: Any = None,
-    max_steps: int | None = None,
-    output: str | Path | None = None,
     tokenizer: Any = None,
-    overwrite: bool = False,
-    wait: bool = False,
     peft_config: Any = None,
     callbacks: list[Any] | None = None,
     **options: Any,
@@ -58,21 +88,12 @@ def train(
             default fresh problems of the embedded tasks for an embedded model, else zwhe99/DeepMath-103K (the paper's).
         layer: the layer whose policy is optimised first, from 1; or an ``Analysis`` or its directory, whose boundary
             layer is taken; or ``auto`` (the default): the model's own responses to the prompts are analysed first.
-        ipa_steps: steps of that first phase (s_inter), or ``auto``: until its own dynamics turn. By default the
-            preset's share of the run: a tenth for the paper's.
-        method: ``bupo`` (the default), ``grpo``, ``rloo`` or ``reinforce++``.
         reward: ``math`` (math-verify on the last ``\boxed{}``; the default), ``exact`` (the default for the embedded
             tasks), ``module:function``, or a callable or list of callables in TRL's form.
-        max_steps: steps in all.
-        output: directory of the run, ``data/runs/<model>--<method>...`` by default; an interrupted run is taken up.
         tokenizer: the tokenizer of a model given as an object.
-        overwrite: start over where the directory holds another run.
-        wait: where another process writes there, start when it has ended.
         peft_config: a peft configuration; ``lora_rank`` is the short way.
         callbacks: further transformers callbacks.
-        **options: the fields of ``Plan`` and ``BuPOConfig``, and every other option of ``trl.GRPOConfig``, such as
-            ``learning_rate``, ``num_generations`` (responses to a prompt), ``max_completion_length`` (their tokens),
-            ``temperature``, ``save_steps`` (from checkpoint to checkpoint), ``report_to`` and ``seed`` (0).
+        **options: every other option of ``trl.GRPOConfig``, by name.
 
     Returns:
         The run: ``model_dir``, ``history``, ``dynamics``, ``evaluation``.
@@ -80,39 +101,398 @@ def train(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    if isinstance(layer, str) and is_number(layer):
-        # As on the command line: the run's directory is named by it, and its page gives it again.
-        layer = int(layer)
-    objects = {"tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None}
-    given_words = {"model": model, "prompts": prompts, "layer": layer, "ipa_steps": ipa_steps, "method": method}
-    given_words |= {"reward": reward, "max_steps": max_steps, **objects}
-    name, given_model = _name_of(model, tokenizer, options)
-    words = {"method": method, "ipa_steps": ipa_steps, "max_steps": max_steps}
-    plan, trainer_options = planning.split(name, words, options)
-    seed = trainer_options.get("seed", 0)
-    trainer_options["seed"] = seed
-    steps = trainer_options["ipa_steps"]
-    wanted_layer = (layer if layer is not None else AUTO) if trainer_options["method"] == "bupo" and steps else layer
-    directory = (
-        expanded(output)
-        if output is not None
-        else Path(DATA) / planning.slug(name, plan.revision, trainer_options["method"], wanted_layer, steps, seed)
+    opened = _wrap_given(model, tokenizer, options)
+    config = TrainConfig.from_keywords(
+        model=opened.name if opened else str(model),
+        prompts=prompts if isinstance(prompts, (str, Path)) else None,
+        layer=(layer.path or layer.boundary_layer) if isinstance(layer, Analysis) else layer,
+        reward=reward if isinstance(reward, str) else None,
+        **options,
     )
-    call = call_of({**given_words, "output": directory}, options)
-    call["digest"] = digest({**given_words, "output": output, **options})
-    session = Session(name, plan, trainer_options, directory, wanted_layer, call)
-    with alone(None if given_model is None else given_model.model):
-        return session.run(given_model, prompts, reward, overwrite, wait, peft_config, callbacks or [])
+    objects = {
+        **{"model": opened, "tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None},
+        **{"prompts": None if config.prompts else prompts, "reward": None if config.reward else reward},
+    }
+    call = _describe_call(config, [name for name, value in objects.items() if value is not None], model)
+    config = config.with_preset()
+    check_trl_options(config)
+    state = training_processes(config.trl_options)
+    with exclusive_use(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
+        choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
+        return _train(config, call, state, opened, prompts, choice, reward, peft_config, callbacks or [])
 
 
-def _name_of(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> tuple[str, LanguageModel | None]:
+def _train(
+    config: TrainConfig,
+    call: dict[str, Any],
+    state: Processes,
+    opened: LanguageModel | None,
+    prompts: Source | None,
+    choice: LayerChoice,
+    reward: Any,
+    peft_config: Any,
+    callbacks: list[Any],
+) -> Run:
+    path = config.directory
+    directory = RunDirectory(path)
+    directory.check(config.overwrite)
+    source = as_source(prompts)
+    testbed = is_testbed(config.model, source)
+    rewards = as_rewards(reward, exact=testbed)
+    peft_config = peft_config or _lora(config.lora_rank)
+    model = prove_model(opened or _load(config))
+    choice.check(model)
+    # A layer that the analysis has yet to find may be any; everything else can be checked already.
+    open_layer = model.n_layers if config.wanted_layer is not None else None
+    trainer_config = make_trainer_config(
+        config, choice.layer or open_layer, path / CHECKPOINTS, state.number, state.device.type
+    )
+    interval = 0 if state.sharded else eval_interval(config, trainer_config.layer)
+    evaluates = config.eval_samples != 0 and (config.benchmark is not None or testbed)
+    check_run(config, trainer_config, model, peft_config, state.sharded, measures=interval > 0, evaluates=evaluates)
+    try_options(trainer_config, rewards)
+    dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=needs_answers(rewards))
+    hooked = attached_code(model.model)
+    if hooked and not config.overwrite and directory.begun:
+        raise resume_refused(path, hooked, "a run")
+    settings = {**_settings(config, choice, model, dataset, peft_config, rewards), "hooked": hooked or None}
+    if not config.overwrite and (path / MANIFEST).is_file():
+        return directory.finished(settings)
+
+    # The main process changes the directory only when all others have checked it.
+    updates = trainer_config.updates_per_step
+    resumed = state.on_main(lambda: directory.open(settings, updates, config.overwrite, state.number))
+    state.wait_for_everyone()
+    if resumed is not None:
+        refuse_pickles(resumed)
+    if not state.sharded:
+        model.model.to(state.device)
+    timings = {"evaluation": 0.0}
+    if choice.layer is None and config.wanted_layer is not None:
+        started = time.perf_counter()
+        choice = _analyse(config, model, dataset, state)
+        timings["analysis"] = round(time.perf_counter() - started, 3)
+        trainer_config.layer = choice.layer
+        trainer_config.check_steps()
+    evaluations: dict[str, str] = {}
+    if evaluates:
+        evaluations["start"] = _evaluate(config, model, config.model, testbed, state, timings)
+    responses = []
+    if interval:
+        length = trainer_config.max_completion_length
+        responses = fixed_responses(model, dataset.prompts, config, length, path, state)
+
+    if trainer_config.beta:
+        # With these TRL reads the reference model by itself, from where the policy came from.
+        trainer_config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
+        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_is_not_about_ignored_kwargs)
+    with errors_in_one_line(trainer_config, path):
+        trainer = BuPOTrainer(
+            model=model.model,
+            reward_funcs=rewards,
+            args=trainer_config,
+            train_dataset=dataset.to_trl(config.template or "chat", model.tokenizer),
+            processing_class=model.tokenizer,
+            # It is filled in, and the caller's shall serve for further calls.
+            peft_config=copy.deepcopy(peft_config),
+            family=model.family,
+            callbacks=callbacks,
+        )
+    with (
+        errors_in_one_line(trainer_config, path, trainer.state),
+        progress(f"training {config.model}", int(config.max_steps or 0)) as advance,
+    ):
+        watch = None
+        if responses:
+            live = replace(model, model=trainer.policy_module)
+            dynamics = Dynamics(live, responses, choice.layer or 1, site=config.site, lens=config.lens)
+            watch = DynamicsCallback(trainer, dynamics, interval, path, resumed)
+        recorder = HistoryCallback(trainer, path, advance)
+        _set_callbacks(trainer, watch, recorder, settings)
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    with errors_in_one_line(trainer_config, path, trainer.state):
+        _save_model(trainer, model.tokenizer, path)
+
+    history = recorder.history()
+    timings["training"] = round(float(history["seconds"].sum()), 3)
+    measured, measured_layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
+    run = Run(
+        name=config.model,
+        method=config.method,
+        layer=choice.layer if config.aligns else None,
+        layer_reason=choice.reason if config.aligns else "",
+        ipa_steps=int((history["phase"] == ALIGNMENT).sum()),
+        ipa_reason=_ipa_reason(config, watch),
+        config=settings,
+        history=history,
+        dynamics=measured,
+        dynamics_layers=measured_layers,
+        path=path,
+        failures=recorder.failures(),
+        timings=timings,
+        versions={name: metadata.version(name) for name in _LIBRARIES},
+        evaluation_paths=evaluations,
+        call=call,
+    )
+    if evaluates:
+        # Without accelerate's mixed precision around it: both ends of the comparison are computed alike.
+        bare: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+        trained = wrap(bare, model.tokenizer, f"{config.model} {run.label}", family=model.family)
+        evaluations["trained"] = _evaluate(config, trained, trained.name, testbed, state, timings)
+    if state.is_main_process:
+        # The card before the manifest: a finished run has its card.
+        write_card(run)
+        run.save()
+    state.wait_for_everyone()
+    return run
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A layer and why it was taken."""
+
+    layer: int | None
+    """l, from 1; None where there is none, or none yet."""
+    reason: str
+    """One sentence."""
+    analysed: dict[str, Any] | None = None
+    """The model that the analysis was of."""
+
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a layer that the model does not have, and an analysis of another model."""
+        expected = {
+            "family": model.family.name,
+            "layers": model.n_layers,
+            "vocabulary": model.vocab_size,
+            "hidden_size": model.projection.weight.shape[1],
+        }
+        for name, value in expected.items():
+            known = (self.analysed or {}).get(name, value)
+            if self.analysed is not None and known != value:
+                raise UserError(
+                    f"layer: the analysis is of another model ({self.analysed.get('id')}: {name} {known}), and "
+                    f"{model.name} has {name} {value}; give an analysis of this model, a number, or auto"
+                )
+        if self.layer is not None:
+            check_layer(self.layer, model.n_layers)
+
+
+def choose_layer(layer: Any) -> LayerChoice:
+    """Turn a number from 1, an ``Analysis``, its directory, ``auto`` or None into a layer and the reason for it.
+
+    ``auto``, whose analysis has yet to be made, and None give no layer.
+    """
+    if layer is None or layer == AUTO:
+        return LayerChoice(None, "")
+    if hasattr(layer, "__index__") and not isinstance(layer, bool):
+        return LayerChoice(int(layer), "as it was asked for")
+    if isinstance(layer, (str, Path)):
+        require_layer(layer)
+        layer = Analysis.load(layer)
+    if not isinstance(layer, Analysis):
+        raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")
+    selection = layer.selection
+    if selection.boundary_layer is None:
+        near = ", ".join(map(str, selection.candidates)) or "none"
+        raise UserError(
+            f"layer: the analysis of {layer.name} finds no boundary layer ({selection.reason.rstrip('.')}); nearest "
+            f"candidates: {near}; give one of them as a number"
+        )
+    few = few_prompts(layer.n_prompts)
+    reason = selection.reason if few is None else f"{selection.reason}; {few}"
+    return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
+
+
+def _wrap_given(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> LanguageModel | None:
+    """The model that was given as an object; None where a name was given."""
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
-        return str(model), None
+        return None
     if tokenizer is None:
         raise UserError("a model object was given without its tokenizer; pass tokenizer=")
-    if told := sorted(options.keys() & {"revision", "dtype", "trust_remote_code", "attn_implementation"}):
-        raise UserError(f"{told[0]} was given with a model object, which is taken as it is; set it when loading")
-    opened = wrap(model, tokenizer)
-    return opened.name, opened
+    for name in ("attn_implementation", "dtype", "revision", "trust_remote_code"):
+        if name in options:
+            raise UserError(f"{name} was given with a model object, which is taken as it is; set it when loading")
+    return wrap(model, tokenizer)
+
+
+def _describe_call(config: TrainConfig, objects: list[str], model: Any) -> dict[str, Any]:
+    """Write the call down, as ``Run.call`` describes it."""
+    options: dict[str, Any] = {}
+    unwritten = list(objects)
+    for name, value in {**config.to_keywords(), "output": str(config.directory)}.items():
+        try:
+            plain = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            unwritten.append(name)
+            continue
+        if name not in (*objects, "overwrite", "wait"):
+            options[name] = plain
+    # Only here and now can a repository's name be told from a directory's.
+    places = {"model": model, "prompts": config.prompts}
+    from_hub = [name for name, place in places.items() if is_on_the_hub(place)]
+    digest = None if unwritten else call_digest(config)
+    return {"options": options, "objects": unwritten, "from_hub": from_hub, "digest": digest}
+
+
+def _load(config: TrainConfig) -> LanguageModel:
+    with status(f"loading {config.model}"):
+        return load(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device="cpu",
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+        )
+
+
+def _lora(rank: int) -> Any:
+    """LoRA adapters on all linear modules of the layers; None where all weights are trained."""
+    if not rank:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError("lora_rank needs the package peft; install it with `pip install peft`") from error
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _settings(
+    config: TrainConfig,
+    choice: LayerChoice,
+    model: LanguageModel,
+    dataset: PromptDataset,
+    peft_config: Any,
+    rewards: list[Any],
+) -> dict[str, Any]:
+    """What decides the result: two calls with the same settings are the same run."""
+    left_out = ("reward", "output", "overwrite", "wait", "eval_samples", "eval_problems", "trl_options")
+    settings = {
+        **{name: value for name, value in asdict(config).items() if name not in left_out},
+        **config.trl_options,
+        "weights": model.fingerprint(),
+        "prompts": dataset.digest,
+        "layer": choice.layer or config.wanted_layer,
+        "rewards": [getattr(r, "__name__", type(r).__name__) for r in rewards],
+        "peft": None if peft_config is None else _describe_adapters(peft_config),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _describe_adapters(peft_config: Any) -> dict[str, Any]:
+    """The settings of adapters, the same in every process: the order of a set is not the same."""
+    found = {name: value for name, value in peft_config.to_dict().items() if value is not None}
+    return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in found.items()}
+
+
+def _analyse(config: TrainConfig, model: LanguageModel, dataset: PromptDataset, state: Processes) -> LayerChoice:
+    """Choose the layer by an analysis of the model's own responses to the prompts it will be trained on."""
+    found = None
+    if state.is_main_process:
+        from internal_policy.analysis.pipeline import analyze
+
+        analysis = analyze(
+            model.model,
+            model.tokenizer,
+            prompts=[{"prompt": prompt.content} for prompt in dataset.prompts[:_ANALYSED]],
+            max_responses=_ANALYSED,
+            max_new_tokens=config.max_completion_length,
+            template=config.template or "chat",
+            seed=config.seed,
+            output=config.directory / ANALYSIS,
+            # The main process does this while the others wait.
+            alone=True,
+        )
+        found = choose_layer(analysis)
+        found.check(model)
+    choice: LayerChoice = state.broadcast(found)
+    logger.warning("layer %d: %s", choice.layer, choice.reason)
+    return choice
+
+
+def _evaluate(
+    config: TrainConfig,
+    model: LanguageModel,
+    name: str,
+    testbed: bool,
+    state: Processes,
+    timings: dict[str, float],
+) -> str:
+    """Evaluate on the main process, by the benchmark's own verifier: a shaped reward is no measure of accuracy."""
+    started = time.perf_counter()
+    found = None
+    if state.is_main_process:
+        from internal_policy.evaluation import evaluate
+
+        done = evaluate(
+            replace(model, name=name),
+            config.benchmark if config.benchmark is not None else TESTBED,
+            samples=config.eval_samples or (_TESTBED_SAMPLES if testbed else None),
+            max_problems=config.eval_problems,
+            template=config.template or "chat",
+            max_new_tokens=config.max_completion_length,
+            seed=config.seed,
+            output=config.directory / EVALUATIONS,
+        )
+        assert done.path is not None
+        found = str(done.path.relative_to(config.directory))
+    where: str = state.broadcast(found)
+    timings["evaluation"] = round(timings["evaluation"] + time.perf_counter() - started, 3)
+    return where
+
+
+def _set_callbacks(
+    trainer: BuPOTrainer, watch: DynamicsCallback | None, recorder: HistoryCallback, settings: dict[str, Any]
+) -> None:
+    """Add the run's callbacks, in place of what transformers prints and draws."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "RichProgressCallback"):
+            trainer.remove_callback(callback)
+    if watch is not None:
+        trainer.add_callback(watch)
+    trainer.add_callback(StepCallback(trainer.args.updates_per_step))
+    trainer.add_callback(recorder)
+    # After the others: what they add to a checkpoint is listed with it.
+    trainer.add_callback(CheckpointDigestCallback(trainer, settings))
+
+
+def _save_model(trainer: BuPOTrainer, tokenizer: Any, directory: Path) -> None:
+    """Write the model whole or not at all, with adapters merged, so that anything loads it."""
+    target, temporary = directory / MODEL, directory / f".{MODEL}.tmp"
+    if trainer.is_world_process_zero():
+        # A killed process may have left some of other files there.
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(unwrapped, "merge_and_unload"):
+        trainer.save_model(str(directory / ADAPTER))
+        if trainer.is_world_process_zero():
+            unwrapped.merge_and_unload().save_pretrained(temporary)
+    else:
+        trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        if not any(temporary.glob("*.safetensors")):
+            raise UserError(
+                f"{temporary}: the launcher's configuration wrote no whole weights; use FULL_STATE_DICT (FSDP) or "
+                "zero3_save_16bit_model (DeepSpeed). The checkpoints are kept: the same command goes on from there"
+            )
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+
+def _is_not_about_ignored_kwargs(record: logging.LogRecord) -> bool:
+    """Drop TRL's notice that it ignores ``model_init_kwargs``: it does not for the reference model."""
+    return "You passed `model_init_kwargs`" not in str(record.msg)
+
+
+def _ipa_reason(config: TrainConfig, watch: DynamicsCallback | None) -> str:
+    if not config.aligns:
+        return ""
+    if config.ipa_steps != AUTO:
+        return "as it was asked for"
+    return (watch.reason if watch else None) or "half of the run was over"

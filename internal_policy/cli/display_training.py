@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from internal_policy.bupo.results import Run
+from internal_policy.bupo.run import Run
 from internal_policy.cli.display import files_of, list_files
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, table

@@ -91,7 +91,7 @@ def figures(
 ) -> None:
     """Redraw the figures of analyses, training runs and evaluations from disk, without a model."""
     from internal_policy.analysis.sources import gather
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.cli import (
         analyze as cli_analyze,
     )

@@ -31,7 +31,7 @@ def push(
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from internal_policy.bupo.hub import push_to_hub
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.utils.console import say
 
     found = Run.load(run)

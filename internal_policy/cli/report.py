@@ -20,7 +20,7 @@ from internal_policy.utils.shell import refuse_unmatched
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ _DEPTHS = {
 def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
     """All that a directory holds and there is a page of."""
     from internal_policy.analysis.results import ANALYSIS, Analysis
-    from internal_policy.bupo.results import MANIFEST, Run
+    from internal_policy.bupo.run import MANIFEST, Run
     from internal_policy.comparison.results import COMPARISON, AnalysisComparison
 
     runs = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}") if path.parent.name != "work")

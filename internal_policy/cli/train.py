@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internal_policy.bupo.presets import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
+from internal_policy.bupo.config import AGGREGATIONS, AUTO, DATA, METHODS, PRESETS, VERIFIERS, Site, require_layer
 from internal_policy.cli.common import Debug, Json, Model, Quiet, Wait, completing, require_there, told
 from internal_policy.cli.report import write_reports
 from internal_policy.data.prompts import TEMPLATES
@@ -21,7 +21,7 @@ from internal_policy.utils.output import document
 from internal_policy.utils.shell import is_number, world_size
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 FIGURES = Path("figures")
 
@@ -156,9 +156,11 @@ def train(
     require_there([model], revision, prompts, benchmark)
     if layer is not None:
         require_layer(layer)
-    from internal_policy.bupo.call import complete
+    from internal_policy.bupo.config import TrainConfig
+    from internal_policy.bupo.run import find_finished
 
-    known = None if options["overwrite"] or world_size() > 1 else complete(options)
+    config = TrainConfig.from_keywords(**options)
+    known = None if config.overwrite or world_size() > 1 else find_finished(config)
     if known is not None:
         run, is_main_process = known, True
     else:

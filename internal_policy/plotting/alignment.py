@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from internal_policy.analysis.figure_data import OneOrMany
-from internal_policy.bupo.results import Run, last_alignment_step, why_no_dynamics
+from internal_policy.bupo.run import Run, last_alignment_step, why_no_dynamics
 from internal_policy.plotting import marks as drawing
 from internal_policy.plotting import style
 from internal_policy.utils.errors import UserError

@@ -27,7 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, OneOrMany, listed, trailing_mean, window_for
-from internal_policy.bupo.results import last_alignment_step, why_no_dynamics
+from internal_policy.bupo.run import last_alignment_step, why_no_dynamics
 from internal_policy.plotting import marks as drawing
 from internal_policy.plotting import style
 from internal_policy.plotting.alignment import (
@@ -42,7 +42,7 @@ from internal_policy.utils import palette
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 __all__ = [
     "alignment_dynamics",

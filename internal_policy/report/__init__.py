@@ -19,7 +19,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_text
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
 __all__ = ["analysis_report", "comparison_report", "training_report", "write_report"]
@@ -85,7 +85,7 @@ def write_report(
     Raises:
         UserError: the result is in memory only, and no directory was given; or nothing that can be reported on was.
     """
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
     if isinstance(thing, Run):

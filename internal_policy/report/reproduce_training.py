@@ -11,7 +11,7 @@ from internal_policy.report.page import clean
 from internal_policy.report.reproduce import Commands, call, flag
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 FLAGS = frozenset(
     (
@@ -40,15 +40,7 @@ def training_commands(run: Run) -> Commands:
         "goes on. To train it again, choose another output, or add --overwrite (overwrite=True in Python), which "
         "replaces it."
     ]
-    if run.call:
-        words, objects = dict(run.call["words"]), list(run.call["objects"])
-    else:
-        words, objects = _from_settings(run), []
-        notes.append(
-            "This run is from before its call was written down: what follows is rebuilt from its settings, without the "
-            "source of its prompts, its reward and how it was evaluated where these were not the defaults."
-        )
-    words.pop("overwrite", None)
+    words, objects = run.call["options"], run.call["objects"]
     notes.append("A GPU, or another number of processes, adds up in another order: the same to rounding, not to bits.")
     names = ", ".join(f"{name}={name}" for name in objects)
     python = "from internal_policy import bupo\n\n"
@@ -68,12 +60,3 @@ def _words(told: Mapping[str, Any]) -> list[str]:
         else:
             found += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return found
-
-
-def _from_settings(run: Run) -> dict[str, Any]:
-    config = run.config
-    settings = {**config["plan"], **config["trainer"]}
-    told = {"model": config["model"], "layer": config.get("layer"), **settings, "output": str(run.path)}
-    # What is not set, and what goes without saying.
-    usual = {"site": "layer", "lens": "policy", "trust_remote_code": False, "lora_rank": 0, "dtype": "auto"}
-    return {name: value for name, value in told.items() if value is not None and usual.get(name) != value}

@@ -10,7 +10,7 @@ from internal_policy.report.page import clean
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 _MOST = 400
 
@@ -27,11 +27,7 @@ def settings_of(thing: Analysis | Run) -> list[dict[str, Any]]:
     tables: dict[str, Mapping[str, Any]] = {}
     if hasattr(thing, "model"):
         tables["Model"] = thing.model
-    plain = {k: v for k, v in thing.config.items() if not isinstance(v, Mapping)}
-    tables["Settings"] = plain
-    for name in ("plan", "trainer"):
-        if isinstance(nested := thing.config.get(name), Mapping):
-            tables[f"Settings: {name}"] = nested
+    tables["Settings"] = thing.config
     tables["Seconds"] = {name: f"{seconds:.1f}" for name, seconds in thing.timings.items()}
     tables["Versions"] = thing.versions
     return [{"title": name, "rows": [_row(*pair) for pair in table.items()]} for name, table in tables.items() if table]

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, trailing_mean, window_for
-from internal_policy.bupo.presets import ALIGNMENT
-from internal_policy.bupo.results import last_alignment_step, why_no_dynamics
+from internal_policy.bupo.config import ALIGNMENT
+from internal_policy.bupo.run import last_alignment_step, why_no_dynamics
 from internal_policy.report.charts import Chart, look, series_look
 from internal_policy.report.numbers import interval, number
 from internal_policy.report.page import clean, render
@@ -16,7 +16,7 @@ from internal_policy.report.settings import settings_of
 from internal_policy.utils.errors import counted
 
 if TYPE_CHECKING:
-    from internal_policy.bupo.results import Run
+    from internal_policy.bupo.run import Run
 
 _HISTORY = (
     ("reward", "Reward", "Reward", ".3f", ""),
@@ -109,7 +109,7 @@ def _course(run: Run) -> str:
 
 def _site(run: Run) -> str:
     """What of the layer was aligned; nothing where it was the layer itself."""
-    return _SITES[str(run.config["trainer"].get("site", "layer"))]
+    return _SITES[run.config["site"]]
 
 
 def _rewards(run: Run) -> str:

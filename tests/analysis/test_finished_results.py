@@ -16,7 +16,9 @@ from test_finished import change_a_byte
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
 from internal_policy.analysis.finished import find_finished
 from internal_policy.analysis.sweep import analyze_lenses
-from internal_policy.bupo import call
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.bupo.run import call_digest
+from internal_policy.bupo.run import find_finished as find_finished_run
 from internal_policy.cli.report import write_reports
 from internal_policy.evaluation import evaluate
 from internal_policy.evaluation import results as evaluations
@@ -47,7 +49,8 @@ COMMANDS = {
 def keep(path, options):
     """A finished run that says which call made it."""
     run = make(path)
-    said = {"words": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call.digest(options)}
+    asked = TrainConfig.from_keywords(**options)
+    said = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
     versions = {"torch": metadata.version("torch")}
     run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
     run.save()
@@ -83,7 +86,7 @@ def place(made, tmp_path, monkeypatch):
 
 def find(kind, place, **other):
     if kind == "run":
-        return call.complete({**ASKED, "output": "trained", **other})
+        return find_finished_run(TrainConfig.from_keywords(**{**ASKED, "output": "trained", **other}))
     if kind == "evaluation":
         config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
         return evaluations.find_finished(config, "prompts.jsonl", place / "rated")
@@ -183,25 +186,30 @@ def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
 
 def test_the_layer_of_an_analysis_counts_by_its_file(place):
     (analysis,) = place.glob("out/*--model")
-    before = call.digest({**ASKED, "layer": str(analysis)})
+    before = call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis)))
     change_a_byte(analysis / "analysis.json")
-    assert before not in (None, call.digest({**ASKED, "layer": str(analysis)}))
+    assert before not in (None, call_digest(TrainConfig.from_keywords(**ASKED, layer=str(analysis))))
     # The command line has text where Python has a number.
-    assert call.digest({**ASKED, "layer": "2"}) == call.digest({**ASKED, "layer": 2})
+    as_text, as_number = (TrainConfig.from_keywords(**ASKED, layer=layer) for layer in ("2", 2))
+    assert call_digest(as_text) == call_digest(as_number)
 
 
 def test_nothing_is_loaded_for_nothing_to_do(place):
     short = "--max-new-tokens 4 --device cpu"
     asked = [words + ("" if kind == "run" else f" {short}") for kind, words in COMMANDS.items()]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
-    done = run_base(PREPARED + EACH, *asked, cwd=place, absent="")
-    for said in done.stderr.split("# ")[1:]:
+    done = run_base(PREPARED + EACH, *asked, f"{asked[0]} --seed 3", cwd=place, absent="")
+    *same, other = done.stderr.split("# ")[1:]
+    # Other settings are refused at once, too.
+    assert "with other settings (seed 0 -> 3)" in other
+    assert other.splitlines()[-1] == "2"
+    for said in same:
         *lines, end = said.splitlines()[1:]
         assert lines
         assert all("complete; nothing to " in line for line in lines), said
         # With no library behind it that was loaded.
         assert end == ""
-    assert done.stderr.count("complete; nothing to ") == 6
+    assert "".join(same).count("complete; nothing to ") == 6
     assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainers import make_trainer
 
-from internal_policy.bupo.advantages import leave_one_out, whitened
+from internal_policy.bupo.trainer import leave_one_out, whitened
 
 NAN = math.nan
 

@@ -8,17 +8,17 @@ from itertools import cycle, product
 import pytest
 import torch
 from exact_policies import EXPERTS, FLOAT32, FLOAT32_NATS, alone, check_policies, in_float64
+from extractors.test_families import NORMS
 from peft import LoraConfig
-from test_families import NORMS
 from tiny import FAMILIES as FIRST
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from trainers import LAYERS, _Gradients, aligning, dataset, left_padded, make_trainer, options, reward, weights
 from trl import GRPOTrainer
 
 from internal_policy import models
-from internal_policy.bupo.config import BuPOConfig
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.responses import read_responses
 from internal_policy.models.families import FAMILIES as TABLE
 

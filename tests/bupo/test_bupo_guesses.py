@@ -12,11 +12,11 @@ from trainers import LAYERS, aligning, dataset, make_trainer, options, reward
 from training import refused
 
 from internal_policy import UserError, bupo, models
-from internal_policy.bupo import proof
-from internal_policy.bupo.config import BuPOConfig
+from internal_policy.bupo import checks
+from internal_policy.bupo.config import ALIGNMENT
 from internal_policy.bupo.dynamics import Dynamics
-from internal_policy.bupo.presets import ALIGNMENT
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.data.responses import read_responses
 
 
@@ -31,7 +31,7 @@ from internal_policy.data.responses import read_responses
 def test_a_row_found_by_structure_is_the_one_that_was_proved(tmp_path, model_type, field, value, caplog):
     own = {"residual_multiplier": 0.3} if model_type == "granitemoe" else {}
     model = tiny_model(model_type, layers=LAYERS, **own)
-    found = proof.prove_family(model, None)
+    found = checks.prove_family(model, None)
     assert getattr(found, field) == value
     assert getattr(models.family_of(model, ""), field) is None
     trainer = check_policies(tmp_path, model, "attn", "policy", found)
@@ -60,9 +60,9 @@ def test_proving_leaves_the_modes_of_modules(tmp_path):
     model.transformer.h[1].eval()
     modes = [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    proof.prove_family(model, None)
-    proof.check_experts(BuPOConfig(output_dir=str(tmp_path)), model.config)
-    assert proof.shift_matters(model)
+    checks.prove_family(model, None)
+    checks.check_experts(BuPOConfig(output_dir=str(tmp_path)), model.config)
+    assert checks.shift_matters(model)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -103,20 +103,20 @@ SMALL = {
 def test_a_run_on_a_mixture_of_experts_found_by_structure(tmp_path, monkeypatch):
     """Experts, a factor on the writes, and a row that is proved once and used by everything after that."""
     proofs = []
-    prove = proof.prove
+    prove = checks.prove
 
     def counting(model):
         proofs.append(model.name)
         return prove(model)
 
-    monkeypatch.setattr(proof, "prove", counting)
+    monkeypatch.setattr(checks, "prove", counting)
     model = tiny_model("granitemoe", residual_multiplier=0.3)
     run = bupo.train(
         model, tokenizer=tiny_tokenizer(), layer=2, site="attn", dynamics_every=1, output=tmp_path / "run", **SMALL
     )
     assert len(proofs) == 1
     assert list(run.history["phase"]) == [ALIGNMENT, "grpo"]
-    live = models.wrap(model, tiny_tokenizer(), family=proof.prove_family(model, None))
+    live = models.wrap(model, tiny_tokenizer(), family=checks.prove_family(model, None))
     # Their digest is the last line.
     rows = pd.read_json(tmp_path / "run" / "dynamics_responses.jsonl", lines=True).dropna(subset="input_ids")
     responses = read_responses(rows[["input_ids", "prompt_length"]].to_dict("records"), tiny_tokenizer(), "plain")
@@ -143,11 +143,11 @@ def test_a_guess_that_no_process_can_prove_is_refused():
     model = tiny_model("starcoder2")
     next(model.parameters()).ds_id = 0
     with pytest.raises(UserError, match="cannot be proved where DeepSpeed spreads the weights"):
-        proof.proved(models.wrap(model, tiny_tokenizer()))
+        checks.prove_model(models.wrap(model, tiny_tokenizer()))
     known = tiny_model("llama")
     next(known.parameters()).ds_id = 0
     described = models.wrap(known, tiny_tokenizer())
-    assert proof.proved(described) is described
+    assert checks.prove_model(described) is described
 
 
 def test_sequences_on_either_side_of_longropes_switch_are_refused(tmp_path):

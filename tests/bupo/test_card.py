@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from finished import make
+from finished import call, make
 from huggingface_hub import ModelCard
 from rated import rated
 
 from internal_policy import UserError
-from internal_policy.bupo import Run, attach_evaluations
-from internal_policy.bupo.call import call_of
-from internal_policy.bupo.card import BEGIN, END, body, code, prose, write_card
-from internal_policy.bupo.places import named, tells
+from internal_policy.bupo import BuPOConfig, Run, TrainConfig, attach_evaluations
+from internal_policy.bupo.hub import BEGIN, END, PUBLISHED_SETTINGS, body, code, prose, write_card
+from internal_policy.bupo.run import is_on_the_hub
 
 HOSTILE = "ab<script>alert(1)<script>|`x`\n---\nlicense: mit\n---\n# Title [c](d)"
 
 
 def test_the_card_tells_what_was_done_and_measured(tmp_path):
     prompts = "zwhe99/DeepMath-103K"
-    run = make(tmp_path / "run", call=call_of({"model": "some/model", "prompts": prompts}, {}))
+    run = make(tmp_path / "run", call=call(model="some/model", prompts=prompts))
     card = ModelCard.load(write_card(run))
     assert card.data.to_dict() == {
         "license": "unknown",
@@ -92,8 +90,7 @@ def test_an_evaluation_that_was_made_apart_is_on_the_card_and_stays_with_the_run
 def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "model").mkdir(parents=True)
-    call = call_of({"model": "runs/model", "prompts": Path("data/x.jsonl")}, {})
-    run = make(tmp_path / "run", name="runs/model", call=call)
+    run = make(tmp_path / "run", name="runs/model", call=call(model="runs/model", prompts="data/x.jsonl"))
     run = Run.load(run.path)
     # Seen from elsewhere both names would pass for ones of the hub.
     monkeypatch.chdir("/")
@@ -103,63 +100,51 @@ def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, mon
     assert "Prompts: `x.jsonl`" in card.text
 
 
-def test_what_a_run_does_not_say_is_not_claimed(tmp_path):
-    card = ModelCard.load(write_card(make(tmp_path / "run")))
+def test_what_was_given_as_an_object_is_not_claimed_to_be_elsewhere(tmp_path):
+    given = {"options": {}, "objects": ["model", "prompts"], "from_hub": [], "digest": None}
+    card = ModelCard.load(write_card(make(tmp_path / "run", call=given)))
     assert (card.data.base_model, card.data.datasets) == (None, None)
-    assert "# `some/model` after" in card.text
-    assert "Prompts: `not recorded`" in card.text
+    assert "# `model` after" in card.text
+    assert "Prompts: `given in memory`" in card.text
 
 
-def test_a_call_tells_what_came_from_the_hub(tmp_path, monkeypatch):
+def test_what_came_from_the_hub_is_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     in_memory = SimpleNamespace(name_or_path="some/model", config=SimpleNamespace(_commit_hash="c0"))
     saved = SimpleNamespace(name_or_path="runs/model", config=SimpleNamespace(_commit_hash=None))
     for model, expected in (
-        *(("some/model", ["model"]), ("a/b", []), ("/a/b", []), ("testbed/qwen3", []), ("a/b/c", [])),
-        *((in_memory, ["model"]), (saved, [])),
+        *(("some/model", True), ("a/b", False), ("/a/b", False), ("testbed/qwen3", False), ("a/b/c", False)),
+        *((in_memory, True), (saved, False)),
     ):
-        assert call_of({"model": model}, {})["from_hub"] == expected, model
-    assert call_of({"model": "a/b", "prompts": "zwhe99/DeepMath-103K"}, {})["from_hub"] == ["prompts"]
-    assert call_of({"model": "a/b", "prompts": ["zwhe99/DeepMath-103K"]}, {})["from_hub"] == []
+        assert is_on_the_hub(model) is expected, model
+    assert not is_on_the_hub(["zwhe99/DeepMath-103K"])
 
 
 def test_the_card_tells_no_paths_and_no_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, prompts = "/home/me/client-x/model", "/mnt/client-x/questions.jsonl"
-    run = make(tmp_path / "run", name=name, call=call_of({"model": name, "prompts": prompts}, {}))
+    run = make(tmp_path / "run", name=name, call=call(model=name, prompts=prompts))
     (tmp_path / "client-x").mkdir()
-    run.config["trainer"] |= {
-        **{
-            "vllm_server_base_url": "http://10.0.0.1:8000",
-            "vllm_server_host": "gpu7.client-x",
-            "logging_dir": "client-x",
-        },
-        **{
-            "deepspeed": "client-x",
-            "accelerator_config": "conf/client-x.json",
-            "fsdp_config": {"a": "/mnt/client-x/b"},
-        },
-        **{"lr_scheduler_kwargs": {"table": "~/client-x"}, "run_name": "client-x", "optim": "adamw_torch"},
-    }
-    run.config["plan"]["benchmark"] = "./client-x/test.parquet"
-    run.config["peft"] = "LoraConfig(r=8, base_model_name_or_path='client-x/model', lora_alpha=16)"
+    run.config.update(
+        {
+            **{"vllm_server_base_url": "http://10.0.0.1:8000", "vllm_server_host": "gpu7.client-x"},
+            **{"logging_dir": "client-x", "deepspeed": "client-x", "accelerator_config": "conf/client-x.json"},
+            **{"fsdp_config": {"a": "/mnt/client-x/b"}, "lr_scheduler_kwargs": {"table": "~/client-x"}},
+            **{"run_name": "client-x", "optim": "adamw_torch"},
+        }
+    )
+    run.config["benchmark"] = "./client-x/test.parquet"
+    run.config["peft"] = {"r": 8, "base_model_name_or_path": "client-x/model", "lora_alpha": 16}
     text = write_card(run).read_text()
     assert not [line for line in text.splitlines() if any(s in line for s in ("client-x", "/home", "/mnt", "10.0.0.1"))]
-    for told in ("# `model` after", "Prompts: `questions.jsonl`", "| `optim` | `adamw_torch` |", "r=8, lora_alpha=16"):
+    for told in ("# `model` after", "Prompts: `questions.jsonl`", "| `optim` | `adamw_torch` |", "| `peft: r` | `8` |"):
         assert told in text, told
 
 
-def test_a_name_of_the_hub_is_no_place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert named("Qwen/Qwen3-4B", True) == named("Qwen/Qwen3-4B", None) == "Qwen/Qwen3-4B"
-    assert named("testbed/qwen3", False) == "testbed/qwen3"
-    assert named("C:\\me\\model", None) == named("../me/model/", None) == named("me/model", False) == "model"
-    assert not tells("attn_implementation", "kernels-community/flash-attn")
-    assert not tells("report_to", ["none"])
-    assert not tells("optim_args", f"a/{'b' * 300}")
-    (tmp_path / "Qwen" / "Qwen3-4B").mkdir(parents=True)
-    assert named("Qwen/Qwen3-4B", None) == "Qwen3-4B"
+def test_every_published_setting_is_one_that_a_run_has():
+    known = {f.name for kind in (TrainConfig, BuPOConfig) for f in fields(kind)}
+    assert not set(PUBLISHED_SETTINGS) - known
 
 
 def test_a_users_own_words_stay_in_the_card(tmp_path):
@@ -179,8 +164,7 @@ def test_a_users_own_words_stay_in_the_card(tmp_path):
 
 
 def test_names_are_text_in_yaml_and_markdown(tmp_path):
-    call = {"words": {"prompts": HOSTILE}, "objects": [], "from_hub": []}
-    run = make(tmp_path / "run", name=HOSTILE, call=call)
+    run = make(tmp_path / "run", name=HOSTILE, call=call(prompts=HOSTILE))
     run = replace(run, layer_reason=HOSTILE, versions={HOSTILE: HOSTILE})
     card = ModelCard.load(write_card(run))
     assert card.data.license == "unknown"

@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, constants
 from training import command
 
 from internal_policy import UserError
-from internal_policy.bupo import Run, plan, push_to_hub
-from internal_policy.extractors.nnsight_library import told_in_one_line
+from internal_policy.bupo import Run, TrainConfig, push_to_hub
+from internal_policy.bupo.trainer_config import check_trl_options
+from internal_policy.extractors.nnsight import as_nnsight_error
 
 SECRET = "hf_NobodyMaySeeThis"
 
@@ -169,7 +170,7 @@ def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
     hub.fails = type("ConnectError", (Exception,), {"__module__": f"{library}._exceptions"})("no route to host")
     with pytest.raises(UserError, match=r"cannot be pushed \(no route to host\); check the network"):
         push_to_hub(make(tmp_path / "run"), "me/it")
-    with pytest.raises(UserError, match="no connection to NDIF"), told_in_one_line("m"):
+    with pytest.raises(UserError, match="no connection to NDIF"), as_nnsight_error("m"):
         raise hub.fails
 
 
@@ -239,4 +240,4 @@ def test_the_command_tells_where_it_is(tmp_path, monkeypatch, capsys, hub):
 def test_transformers_own_push_is_refused():
     # It would upload the checkpoints with the optimiser's state while the run is going on.
     with pytest.raises(UserError, match="internal-policy push RUN --repo NAME"):
-        plan.split("testbed/qwen3", {}, {"push_to_hub": True})
+        check_trl_options(TrainConfig.from_keywords(push_to_hub=True))

@@ -14,7 +14,8 @@ from training import LAYERS, MODEL, SMALL, refused
 from transformers import TrainerCallback
 
 from internal_policy import analyze, bupo, select_layer
-from internal_policy.bupo import plan as planning
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.bupo.trainer_config import make_trainer_config
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
         ({"template": "qwen9"}, "template is 'qwen9'"),
         ({"lerning_rate": 1e-4}, "unknown option 'lerning_rate'; did you mean learning_rate?"),
         ({"prompt_per_step": 4}, "unknown option 'prompt_per_step'; did you mean prompts_per_step?"),
-        ({"zzz": 1}, "unknown option 'zzz'; known are those of `train`, BuPOConfig and GRPOConfig"),
+        ({"zzz": 1}, "unknown option 'zzz'; known are the fields of TrainConfig and of GRPOConfig"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; needed is a number"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; needed is at least 0"),
         ({"epsilon": float("nan")}, "epsilon is nan; needed is a number"),
@@ -153,21 +154,22 @@ def test_what_has_no_meaning_for_an_internal_policy(tmp_path, options, why):
     assert "set ipa_steps=0" in told
 
 
+def trainer_config(tmp_path, **options):
+    config = TrainConfig.from_keywords(model=MODEL, **options).with_preset()
+    return make_trainer_config(config, options["layer"], tmp_path, 1, "cpu")
+
+
 @pytest.mark.parametrize("options", [options for options, _ in ONLY_FOR_THE_POLICY], ids=str)
 @pytest.mark.parametrize("first", [{"method": "grpo", "ipa_steps": None}, {"ipa_steps": 0}], ids=str)
 def test_what_is_fine_without_one(tmp_path, options, first):
-    words = {**SMALL, **first}
-    chosen = {key: words.pop(key) for key in ("method", "ipa_steps", "max_steps") if key in words}
-    plan, trainers = planning.split(MODEL, chosen, {**words, **options, "use_vllm": False})
-    config = planning.configure(plan, trainers, str(tmp_path), 1, "cpu")
+    config = trainer_config(tmp_path, **{**SMALL, **first, **options, "use_vllm": False})
     assert not config.aligns
     assert all(getattr(config, name) == value for name, value in options.items() if name != "use_vllm")
 
 
 def test_a_run_keeps_enough_checkpoints_for_a_trend(tmp_path):
     for steps in (1, 2, 5, 9, 10, 11, 19, 60, 300):
-        plan, trainers = planning.split(MODEL, {"max_steps": steps}, {**SMALL, "max_steps": steps, "ipa_steps": 1})
-        config = planning.configure(plan, trainers, str(tmp_path), 1, "cpu")
+        config = trainer_config(tmp_path, **{**SMALL, "max_steps": steps})
         every, rest = divmod(config.save_steps, config.updates_per_step)
         assert rest == 0
         kept = {*range(every, steps + 1, every), steps}

@@ -10,8 +10,7 @@ from documents import ROOT
 from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, bupo
-from internal_policy.bupo import plan
-from internal_policy.bupo import train as training
+from internal_policy.bupo import TrainConfig, training
 from internal_policy.cli import display as terminal
 from internal_policy.cli import main as cli
 from internal_policy.comparison import study as studies
@@ -70,14 +69,13 @@ def test_a_usage_error_names_the_help_of_its_command(words, end, monkeypatch, ca
 
 
 def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
-    assert plan.slug("testbed/qwen3", None, "bupo", "auto", 6, 0) == "testbed--qwen3--bupo-auto-s6-seed0"
-    assert plan.slug("testbed/qwen3", None, "bupo", 7, 6, 0) == "testbed--qwen3--bupo-l7-s6-seed0"
+    assert TrainConfig(ipa_steps=6).directory.name == "testbed--qwen3--bupo-auto-s6-seed0"
+    assert TrainConfig(ipa_steps=6, layer=" 7").directory.name == "testbed--qwen3--bupo-l7-s6-seed0"
     seen = []
-    monkeypatch.setattr(training, "Session", lambda *arguments: seen.append(arguments))
-    with pytest.raises(AttributeError):
-        bupo.train("testbed/qwen3", layer=" 7", max_steps=2)
-    *_, layer, call = seen[0]
-    assert (layer, call["words"]["layer"]) == (7, 7)
+    monkeypatch.setattr(training, "_train", lambda config, call, *_: seen.append((config.layer, call["options"])))
+    bupo.train("testbed/qwen3", layer=" 7", max_steps=2)
+    ((layer, options),) = seen
+    assert (layer, options["layer"]) == (7, 7)
 
 
 def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):

@@ -46,7 +46,7 @@ def test_a_run_from_end_to_end(finished):
     found = Run.load(out)
     assert list(found.history["phase"]) == ["ipa", "grpo"]
     assert (found.method, found.layer, found.ipa_steps) == ("bupo", 2, 1)
-    assert found.config["trainer"]["num_generations"] == 4
+    assert found.config["num_generations"] == 4
     assert found.evaluation.n_problems == found.evaluation_start.n_problems == 4
     assert AutoModelForCausalLM.from_pretrained(found.model_dir).config.num_hidden_layers == 8
 
@@ -130,7 +130,7 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     assert found.layer == manifest["boundary_layer"]
     assert found.layer_reason.startswith(manifest["selection"]["reason"])
     assert "; 4 prompts only: " in found.layer_reason
-    assert found.config["trainer"]["epsilon_high"] == 0.28
+    assert found.config["epsilon_high"] == 0.28
     assert (tmp_path / "figures" / path.name / "fig4_training.png").is_file()
 
 
@@ -153,7 +153,7 @@ def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, c
     found = Run.load(tmp_path / "out")
     assert (found.method, found.layer, found.label) == ("grpo", None, "GRPO")
     assert found.config["rewards"] == ["shorter"]
-    assert found.config["trainer"]["mask_truncated_completions"] is True
+    assert found.config["mask_truncated_completions"] is True
     assert pd.Series(found.history["reward"]).between(0, 1).all()
     assert found.failures == {"crashes": 1, "timeouts": 0}
     assert "the reward failed on some responses, which count as 0: 1 crashes" in out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_operation_counts import Operations
+from analysis.test_operation_counts import Operations
 from tiny import VOCAB as VOCAB_OF_TINY
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,12 +12,10 @@ from trainers import LAYERS, aligning
 from trl.trainer.utils import add_fused_lm_head
 
 from internal_policy import models
-from internal_policy.bupo import head
+from internal_policy.bupo import forward
 from internal_policy.bupo import trainer as trainer_module
-from internal_policy.bupo.dynamics import Dynamics
-from internal_policy.bupo.plan import Plan
-from internal_policy.bupo.presets import preset
-from internal_policy.bupo.rollouts import cadence
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.bupo.dynamics import Dynamics, eval_interval
 from internal_policy.data.responses import read_responses
 from internal_policy.entropy import log_probs as trained
 from internal_policy.entropy.log_probs import trained_log_probs
@@ -174,13 +172,13 @@ def test_memory_of_an_update_grows_by_the_gradient_of_the_unembedding_and_not_by
 @pytest.mark.parametrize("family", ["qwen3", "cohere", "gemma2", "granite", "phi", "gpt2"])
 def test_an_update_is_that_of_trls_head_and_scores_responses_only(tmp_path, monkeypatch, family):
     scored, found = [], []
-    score = head.trained_log_probs
+    score = forward.trained_log_probs
     monkeypatch.setattr(
-        head, "trained_log_probs", lambda *args, **kw: scored.append(len(args[0])) or score(*args, **kw)
+        forward, "trained_log_probs", lambda *args, **kw: scored.append(len(args[0])) or score(*args, **kw)
     )
     batch = rollouts(VOCAB_OF_TINY, prompt=5, completion=20)
     for streamed in (True, False):
-        monkeypatch.setattr(trainer_module, "streams", lambda _, streamed=streamed: streamed)
+        monkeypatch.setattr(trainer_module, "needs_streamed_head", lambda _, streamed=streamed: streamed)
         model = tiny_model(family, layers=LAYERS, tied=family == "cohere")
         trainer = ready(tmp_path, model, temperature=0.7)
         loss = trainer._compute_loss(trainer.model, batch)
@@ -215,7 +213,7 @@ def test_the_head_is_gone_on_any_exit(patched):
         assert not model.lm_head.weight.grad.any()
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), head.streamed_head(model, family_of(model, "tiny"), 1.0, entropy=False):
+    with pytest.raises(ZeroDivisionError), forward.streamed_head(model, family_of(model, "tiny"), 1.0, entropy=False):
         look_and_fail()
     assert model.__dict__.get("forward") is before
 
@@ -247,8 +245,7 @@ def flops(work):
 
 @pytest.mark.parametrize("named", ["testbed", "qwen"])
 def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
-    """Operations at the default cadence against those of updates and old log-probabilities, sampling left out."""
-    settings = preset(named)
+    """Operations at the default interval against those of updates and old log-probabilities, sampling left out."""
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
     # 924 entries stand to a layer of this width as Qwen3-4B's vocabulary to one of its layers.
     model = tiny_model("qwen3", layers=layers, vocab=vocab, context=80)
@@ -266,14 +263,14 @@ def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
         with trainer._policy(aligns), torch.no_grad():
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 20)
 
-    plan = Plan(**{name: settings[name] for name in ("max_steps", "prompts_per_step") if name in settings})
-    steps, ipa = plan.max_steps, settings["ipa_steps"]
-    rollouts_a_step = plan.prompts_per_step * settings.get("num_generations", 8)
+    config = TrainConfig(preset=named).with_preset()
+    steps, ipa = config.max_steps, config.ipa_steps
+    rollouts_a_step = config.prompts_per_step * config.num_generations
     trained = rollouts_a_step * (ipa * flops(lambda: update(True)) + (steps - ipa) * flops(lambda: update(False)))
-    assert [cadence(Plan(max_steps=n), trainer.args) for n in (1, 10, 12, 60, 300)] == [1, 1, 2, 6, 30]
+    assert [eval_interval(TrainConfig(max_steps=n), 1) for n in (1, 10, 12, 60, 300)] == [1, 1, 2, 6, 30]
     # Before the first step, every so many, and where the phase changes.
-    measurements = steps // cadence(plan, trainer.args) + 2
-    measured = measurements * plan.dynamics_responses * flops(watch.measure)
+    measurements = steps // eval_interval(config, 1) + 2
+    measured = measurements * config.dynamics_responses * flops(watch.measure)
     entropy = flops(lambda: trainer._measure_policy_entropy(batch, None))
     measured += ipa * trainer.args.entropy_sequences * entropy
     assert 0 < measured < 0.05 * trained

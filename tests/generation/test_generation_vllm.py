@@ -155,7 +155,7 @@ def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
     assert params == [
         SamplingParams(
             temperature=0.5,
-            seed=requests[0].stream(4),
+            seed=requests[0].stream_seed(4),
             stop_token_ids=ends,
             ignore_eos=True,
             max_tokens=7,

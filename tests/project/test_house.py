@@ -66,7 +66,7 @@ def lint_imports(root):
     [
         ("utils/errors.py", "from internal_policy.models import load\n"),
         ("analysis/results.py", "def later():\n    from internal_policy.plotting import entropy_change\n"),
-        ("rewards/functions.py", "if TYPE_CHECKING:\n    from internal_policy.bupo.results import Run\n"),
+        ("rewards/functions.py", "if TYPE_CHECKING:\n    from internal_policy.bupo.run import Run\n"),
         ("evaluation/results.py", "def later():\n    from internal_policy.inspection.results import Inspection\n"),
     ],
     ids=["at the top", "lazy", "typing only", "sideways"],

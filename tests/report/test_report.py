@@ -19,7 +19,7 @@ from shapes import make, progressive
 from typer.testing import CliRunner
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
-from internal_policy.bupo.results import Run
+from internal_policy.bupo.run import Run
 from internal_policy.cli.compare import redrawing
 from internal_policy.cli.main import app
 from internal_policy.cli.report import write_reports
@@ -451,8 +451,7 @@ def test_a_training_run_has_its_curves_phases_and_command():
     words = shlex.split(training_commands(run).shell)
     assert words[:2] == ["internal-policy", "train"]
     assert words[words.index("--layer") + 1] == str(run.layer)
-    assert words[words.index("--seed") + 1] == str(run.config["trainer"]["seed"])
-    assert "rebuilt from its settings" in page.text
+    assert words[words.index("--max-steps") + 1] == str(run.config["max_steps"])
 
 
 def test_a_short_training_is_drawn_step_by_step():
@@ -473,7 +472,7 @@ def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the
 
 def test_a_recorded_call_is_given_again(tmp_path):
     run = Run.load(RUN[0])
-    call = {"words": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
+    call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
     assert shlex.split(again.shell)[2:] == [
         *("--model", "a b", "--reward", "mod:f", "--set", "beta=0.1", "--report-to", "none")

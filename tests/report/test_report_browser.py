@@ -11,7 +11,7 @@ import pytest
 from shapes import make, progressive
 
 from internal_policy import analyze, compare
-from internal_policy.bupo.results import Run
+from internal_policy.bupo.run import Run
 from internal_policy.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -13,7 +13,7 @@ from shapes import make, progressive
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.sources import gather
-from internal_policy.bupo.results import Run
+from internal_policy.bupo.run import Run
 from internal_policy.cli.report import report, write_reports
 from internal_policy.report import training_report
 from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words
@@ -28,9 +28,9 @@ def run():
     return Run.load(STORED / "runs" / "qwen3-bupo-l7-s3-seed0")
 
 
-def phased(run, *phases, **trainer):
+def phased(run, *phases, **changed):
     """The run as if its steps had been of these phases."""
-    config = {**run.config, "trainer": {**run.config["trainer"], **trainer}}
+    config = {**run.config, **changed}
     n = len(run.history)
     names = [name for name, steps in phases for _ in range(steps)]
     assert len(names) == n

@@ -19,7 +19,8 @@ from internal_policy import UserError, analyze, models
 from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
 from internal_policy.analysis.results import ANALYSIS
-from internal_policy.bupo.checkpoint import FILES, Seal, drop_optimiser_states, last_checkpoint, seal
+from internal_policy.bupo.callbacks import CheckpointDigestCallback
+from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, list_files
 from internal_policy.evaluation import evaluate
 from internal_policy.evaluation import pipeline as evaluating
 from internal_policy.extractors import reduce_responses
@@ -49,6 +50,8 @@ def remove(path):
 
 
 DAMAGES = [empty, truncate, flip, remove]
+FEW = [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (empty, truncate, remove))]
+"""For what is the same mechanism: ``test_workspace.py`` has all of them."""
 
 
 def named(function):
@@ -102,7 +105,7 @@ def copied(begun, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["generate", "capture"])
-@pytest.mark.parametrize("damage", DAMAGES, ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_a_damaged_portion_is_set_aside_and_made_again(model, begun, tmp_path, caplog, damage, kind):
     work = copied(begun, tmp_path)
     shard = sorted(work.glob(f"{kind}-*.npz"))[0]
@@ -169,7 +172,7 @@ def test_files_beside_a_finished_result_stay(model, tmp_path):
     assert (work / "mine.npz").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     options = {**OPTIONS, "tolerance": 0.5}
     whole = analyze(*model, **options)
@@ -179,7 +182,7 @@ def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     assert_analyses_same(analyze(*model, output=tmp_path, **options), whole)
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW[:2], ids=named)
 def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     wrapped = models.wrap(*model, "tiny")
     problems = [{"prompt": p, "answer": "w4"} for p in PROMPTS]
@@ -209,7 +212,7 @@ def make_checkpoint(directory, step, settings=None, processes=1):
     checkpoint.mkdir(parents=True)
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         (checkpoint / name).write_text(f"the {name} of {step}, which is long enough to be cut")
-    seal(checkpoint, settings or {"seed": 0}, processes)
+    list_files(checkpoint, settings or {"seed": 0}, processes)
     return checkpoint
 
 
@@ -231,7 +234,7 @@ def test_no_run_goes_on_from_a_checkpoint_that_is_not_whole(tmp_path, caplog, da
 
 def test_older_checkpoints_keep_their_weights_only_and_no_run_goes_on_from_them(tmp_path, caplog):
     old, *newer = (make_checkpoint(tmp_path, step) for step in (2, 4, 6))
-    drop_optimiser_states(tmp_path)
+    drop_optimizer_states(tmp_path)
     assert sorted(p.name for p in old.iterdir()) == [FILES, "model.safetensors", "trainer_state.json"]
     assert all(len(list(checkpoint.iterdir())) == 6 for checkpoint in newer)
     for checkpoint in newer:
@@ -342,12 +345,11 @@ def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
     """Older lists are written again where optimiser states are dropped, so that times say nothing about the order."""
     args = SimpleNamespace(save_total_limit=3, output_dir=tmp_path)
     accelerator = SimpleNamespace(wait_for_everyone=lambda: None, num_processes=1)
-    sealing = Seal(SimpleNamespace(args=args, accelerator=accelerator), {"seed": 0})
+    callback = CheckpointDigestCallback(SimpleNamespace(args=args, accelerator=accelerator), {"seed": 0})
     for step in range(1, 8):
         made = make_checkpoint(tmp_path, step)
         os.utime(made, (1e9 - step, 1e9 - step))
-        drop_optimiser_states(tmp_path)
-        sealing.on_save(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None)
+        callback.on_save(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
     assert (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
 

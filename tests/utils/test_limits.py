@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from internal_policy import AnalyzeConfig, UserError
-from internal_policy.bupo import plan as planning
+from internal_policy.bupo.config import TrainConfig
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.inspection.settings import check_settings
 from internal_policy.utils.shell import is_number
@@ -35,12 +35,12 @@ def test_so_do_evaluation_inspection_and_training(value):
             check_settings("a?", None, **{"max_new_tokens": 4, "top_k": 1, name: value})
     for name in ("max_steps", "prompts_per_step", "lora_rank", "num_generations", "max_completion_length", "seed"):
         with pytest.raises(UserError, match=f"{name} is .* at most {LARGEST[name]}"):
-            planning.split("testbed/qwen3", {}, {name: value})
+            TrainConfig(**{name: value})
 
 
 def test_a_product_of_counts_has_a_limit_too():
     with pytest.raises(UserError, match="steps of 100000 prompts are more than the 10000000 prompts of one run"):
-        planning.split("testbed/qwen3", {}, {"max_steps": 10**6, "prompts_per_step": 10**5})
+        TrainConfig(max_steps=10**6, prompts_per_step=10**5).with_preset()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from training import MODEL, SMALL, command, everything
 
 from internal_policy import Analysis, UserError, analyze, bupo, models
 from internal_policy.analysis.sweep import sweep
-from internal_policy.bupo.directory import RunDirectory
+from internal_policy.bupo.resume import RunDirectory
 from internal_policy.comparison.study import study
 from internal_policy.evaluation import evaluate
 from internal_policy.utils import locks

@@ -6,21 +6,31 @@ A directory holds one run. ``run.json`` is written last: a directory without it 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.bupo.presets import AUTO
+from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.finished import source_digest
+from internal_policy.analysis.results import ANALYSIS as ANALYSIS_FORMAT
+from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig
+from internal_policy.data.records import SUFFIXES
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.result_format import ResultFormat, is_up_to_date
 from internal_policy.utils.table_io import EXACT
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "run.json"
@@ -35,6 +45,9 @@ RUN = ResultFormat(
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
 ADAPTER = "adapter"
+ANALYSIS = "analysis"
+"""Directory of the analysis that chose the layer."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class Run:
     ipa_reason: str
     """Why the first phase ended there."""
     config: dict[str, Any]
-    """The settings, with digests of weights and prompts."""
+    """What decides the result: settings with those of the preset, and digests of weights and prompts."""
     history: pd.DataFrame
     """A row a step: phase, reward, policy_entropy and entropy (nats), length (tokens), loss, seconds and more."""
     dynamics: pd.DataFrame
@@ -72,7 +85,9 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     call: dict[str, Any] = field(default_factory=dict)
-    """What ``train`` was given, as ``call_of`` writes it."""
+    """What ``train`` was given: ``options``, the fields of ``TrainConfig`` that differ from their defaults, by name;
+    ``objects``, names of what only Python can give; ``from_hub``, which of model and prompts were read from the hub;
+    ``digest``, of the files that the options name."""
 
     @property
     def model_dir(self) -> Path:
@@ -97,24 +112,21 @@ class Run:
     @property
     def label(self) -> str:
         """What figures call it."""
-        trainer = self.config["trainer"]
+        config = self.config
         if self.method != "bupo" or self.layer is None:
             parts = [{"grpo": "GRPO", "bupo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[self.method]]
         else:
-            site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[str(trainer["site"])]
-            asked = trainer["ipa_steps"]
+            site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[config["site"]]
+            asked = config["ipa_steps"]
             steps = asked if asked == AUTO else f"{counted(self.ipa_steps, 'step')}"
             parts = ["BuPO", f"{site} {self.layer}", steps]
-        parts += [text.format(trainer[name]) for name, text in _TOLD.items() if trainer.get(name) not in _USUAL[name]]
-        if self.config["plan"].get("lora_rank"):
-            parts.append(f"LoRA {self.config['plan']['lora_rank']}")
+        parts += [text.format(config[name]) for name, (usual, text) in _IN_LABEL.items() if config[name] not in usual]
         return ", ".join(parts)
 
     @property
     def setting(self) -> dict[str, Any]:
         """What was asked for, seed and prompts apart: runs that agree in it differ in their seed only."""
-        flat = {**self.config, **self.config["plan"], **self.config["trainer"]}
-        return {key: value for key, value in flat.items() if key not in _NO_SETTING}
+        return {name: value for name, value in self.config.items() if name not in _NO_SETTING}
 
     def save(self) -> None:
         """Write tables and manifest; the manifest last."""
@@ -127,11 +139,7 @@ class Run:
         RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
-
-        Returns:
-            JSON-able fields.
-        """
+        """Return what ``run.json`` holds."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
 
@@ -201,24 +209,18 @@ class Run:
             )
 
 
-# What a label says beside method, layer and steps, and the values that go without saying.
-_TOLD = {
-    "lens": "{}",
-    "ipa_learning_rate": "first at {:g}",
-    "freeze_layers": "layers 1-{} frozen",
-    "upper_lr_scale": "{:g}x above",
-    "aggregation": "{}",
-}
-_USUAL: dict[str, tuple[Any, ...]] = {
-    "lens": (None, "policy"),
-    "ipa_learning_rate": (None,),
-    "freeze_layers": (None, 0),
-    "upper_lr_scale": (None, 1.0),
-    "aggregation": (None, "sequence-mean"),
+# What a label says beside method, layer and steps: the values that go without saying, and the text for others.
+_IN_LABEL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lens": (("policy",), "{}"),
+    "ipa_learning_rate": ((None,), "first at {:g}"),
+    "freeze_layers": ((0,), "layers 1-{} frozen"),
+    "upper_lr_scale": ((1.0,), "{:g}x above"),
+    "aggregation": ((None, "sequence-mean"), "{}"),
+    "lora_rank": ((0,), "LoRA {}"),
 }
 _NO_SETTING = {
-    *("plan", "trainer", "seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps"),
-    *("save_total_limit", "report_to", "entropy_sequences"),
+    *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),
+    *("report_to", "entropy_sequences"),
 }
 
 _PLAIN = (
@@ -228,24 +230,12 @@ _PLAIN = (
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as csv, whole or not at all.
-
-    Args:
-        path: the file.
-        table: its rows.
-    """
+    """Write a table as csv, atomically."""
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_table`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows; none where it is not there or has no columns.
-    """
+    """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
     try:
         # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
@@ -255,14 +245,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def why_no_dynamics(run: Run) -> str | None:
-    """Say why there is no fig. 5 of a run.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The sentence; None where there is one.
-    """
+    """Say why there is no figure 5 of a run; None where there is one."""
     name = f"{run.name}, {run.label}"
     if run.dynamics.empty:
         how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
@@ -279,3 +262,62 @@ def last_alignment_step(run: Run) -> int | None:
     """Return the last step of alignment, if there was one and training went on after it."""
     steps = run.ipa_steps or 0
     return steps if len(run.history) and 0 < steps < run.history["step"].max() else None
+
+
+def find_finished(config: TrainConfig) -> Run | None:
+    """Find the finished run that a call would return, without torch or a model; None where only they can tell."""
+    directory = config.directory
+    try:
+        stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        call, versions = stored["call"], stored["versions"]
+        # A run that was moved into a directory named by the settings is not the one that the call would make.
+        in_place = config.output is not None or call["options"]["output"] == str(directory)
+        known = {"files": call["digest"], "hooked": stored["config"]["hooked"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not in_place or not is_up_to_date(known, versions, partial(call_digest, config)):
+        return None
+    run = Run.load(directory)
+    warn_complete(directory)
+    return run
+
+
+def warn_complete(directory: Path) -> None:
+    """Say that there is nothing to do."""
+    logger.warning("%s: already complete; nothing to train (--overwrite starts over)", directory)
+
+
+def call_digest(config: TrainConfig) -> str | None:
+    """Digest the settings of a call, with the files that they name and the code of this package.
+
+    Returns:
+        64 hexadecimal digits; None where something else decides too: the hub, a GPU, other code.
+    """
+    if config.revision or config.trust_remote_code or config.attn_implementation:
+        return None
+    if config.reward not in (None, *VERIFIERS):
+        return None
+    sources = [config.prompts, *([config.benchmark] if config.benchmark is not None else [])]
+    if isinstance(config.layer, str) and config.layer != AUTO:
+        sources.append(str(expanded(config.layer) / ANALYSIS_FORMAT.manifest))
+    options = {name: value for name, value in config.to_keywords().items() if name not in ("overwrite", "wait")}
+    # By default the directory is named by the settings.
+    options |= {"layer": str(config.layer or AUTO), "output": config.output is not None}
+    options["slug"] = AnalyzeConfig(model=config.model).slug
+    try:
+        text = json.dumps(options, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError):
+        return None
+    files = source_digest(config.model, sources)
+    return None if files is None else hashlib.sha256(f"{files} {text}".encode()).hexdigest()
+
+
+def is_on_the_hub(value: Any) -> bool:
+    """Whether a model or a data set was read from the hub, by its name or, for a model, by the object."""
+    if isinstance(value, (str, Path)):
+        name = str(value)
+        local = Path(name).exists() or name.endswith(SUFFIXES) or name.startswith("testbed/")
+        return bool(_HUB_ID.fullmatch(name)) and not local
+    # transformers notes the commit of what it loads from the hub, and of nothing else.
+    commit = getattr(getattr(value, "config", None), "_commit_hash", None)
+    return commit is not None and bool(_HUB_ID.fullmatch(str(getattr(value, "name_or_path", ""))))
