@@ -23,7 +23,7 @@ from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
 from internal_policy.bupo.config import Site
-from internal_policy.entropy.log_probs import trained_log_probs
+from internal_policy.entropy.log_probs import differentiable_log_probs
 from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import Family, family_of, projection_of
 from internal_policy.models.options import Lens
@@ -161,7 +161,7 @@ def streamed_head(
         labels = labels.to(head.weight.device)
         mask = labels != _IGNORED
         with torch.autocast(states.device.type, enabled=False) if in_float32 else nullcontext():
-            found = trained_log_probs(
+            found = differentiable_log_probs(
                 states[mask],
                 labels[mask],
                 head.weight,
