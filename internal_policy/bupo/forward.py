@@ -155,7 +155,7 @@ def streamed_head(
             return usual(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         labels: Tensor = kwargs.pop("labels")[:, 1:]
         decoder: Any = model.base_model
-        # Found anew each time: PEFT may have wrapped it.
+        # Looked up at each call: PEFT may have wrapped it.
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         states = decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1].to(head.weight.device)
         labels = labels.to(head.weight.device)

@@ -164,7 +164,7 @@ class _LogProbs(torch.autograd.Function):
         with_entropy: bool,
         memory_budget: int,
     ) -> tuple[Tensor, Tensor | None]:
-        # An entropy that is only logged shall cost backward nothing.
+        # An entropy that is only logged costs the backward pass nothing.
         ctx.set_materialize_grads(False)
         kind = states.device.type
         dtype = torch.float64 if torch.float64 in (states.dtype, weight.dtype) else torch.float32

@@ -270,7 +270,7 @@ def test_a_directory_that_holds_another_run(tmp_path):
     assert "(layer 2 -> 3)" in refused(out, layer=3)
 
     bupo.train(MODEL, output=out, **SMALL)
-    assert "already holds a run with other settings (layer 2 -> 3)" in refused(out, layer=3)
+    assert "already holds a training run with other settings (layer 2 -> 3)" in refused(out, layer=3)
     assert "(model testbed/qwen3 -> testbed/llama" in refused(out, model="testbed/llama")
 
     (out / "notes.txt").write_text("mine")
