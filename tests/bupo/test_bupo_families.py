@@ -115,9 +115,8 @@ def test_every_family_is_trained_where_eqs_14_and_15_say(tmp_path, model_type, t
     check_reach(tmp_path, model_type, site, steps=3, tied=tied)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "site"), [("gptj", "ffn"), *(pytest.param(f, "attn", marks=pytest.mark.slow) for f in TABLE)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "site"), [("gptj", "ffn"), *((family, "attn") for family in TABLE)])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_type, site):
     found = []
     for checkpointing in (False, True):
@@ -181,7 +180,7 @@ def test_dynamics_are_those_of_each_sequence_alone_in_float64(model_type, site, 
         assert getattr(measured, name) == pytest.approx(mean_of(parts), rel=0, abs=FLOAT32_NATS), name
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_adapters_on_all_linear_modules_are_trained_up_to_l(tmp_path, model_type):
     """GPT-2's linear modules are Conv1D; Mixtral's experts are tensors of three dimensions."""
     trainer = BuPOTrainer(

@@ -243,7 +243,7 @@ def flops(work):
     return counted.get_total_flops()
 
 
-@pytest.mark.parametrize("named", ["testbed", "qwen"])
+@pytest.mark.parametrize("named", ["testbed", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
     """Operations at the default interval against those of updates and old log-probabilities, sampling left out."""
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
