@@ -79,7 +79,7 @@ def page() -> str:
     Returns:
         The page, markdown.
     """
-    from internal_policy.cli.main import app
+    from internal_policy.cli import app
 
     commands = {str(c.name or c.callback.__name__): c.callback for c in app.registered_commands if c.callback}
     table = [f"| [`{name}`](#{name}) | {escape(_paragraphs(call)[0])} |" for name, call in commands.items()]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 
-COMMAND = [sys.executable, "-m", "internal_policy.cli.main"]
+COMMAND = [sys.executable, "-m", "internal_policy.cli"]
 SECONDS = 240
 
 

@@ -72,7 +72,7 @@ def run_blocks(path, shown, scratch, work, timeout):
     program = scratch / f"{path.stem.replace('-', '_')}_blocks.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = scratch / "internal-policy"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m internal_policy.cli.main "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m internal_policy.cli "$@"\n')
     command.chmod(0o755)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "MPLBACKEND": "Agg"}
     places = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}

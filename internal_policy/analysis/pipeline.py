@@ -32,9 +32,9 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils.distributed import (
     Processes,
     batches_of_process,
@@ -55,7 +55,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 @quiet_libraries()
 @showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
-@as_its_dtype_says()
+@without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -107,8 +107,8 @@ def analyze(
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
-            opened = registry.adopt(model, tokenizer, name, config)
+            stack.enter_context(eval_mode(registry.module_of(model)))
+            opened = registry.wrap_in_memory(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
         source = architecture(config, network) if config.random_baseline else None
 
@@ -159,7 +159,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
-    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
@@ -171,12 +171,12 @@ def _run(
 
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         return workspace.open(identity, overwrite)
 
     if finished is not None:
         if hooked:
-            raise not_taken_up(directory, hooked)
+            raise resume_refused(directory, hooked)
         ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
             return finished
@@ -187,7 +187,7 @@ def _run(
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
-    with fitting_threads(model):
+    with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)
 
@@ -214,11 +214,11 @@ def _generate(
         return inputs.responses
     found = _sampled(workspace)
     limit = response_limit(extractor.model, config.max_new_tokens)
-    size = together(config.generator, config.batch_size)
+    size = effective_batch_size(config.generator, config.batch_size)
     batches = batches_of_process([len(r.prompt_ids) for r in inputs.requests], size, state)
     mine = [i for batch in batches for i in batch]
     with (
-        samplers.sampling(extractor, config, inputs.requests, limit) as draw,
+        samplers.open_sampler(extractor, config, inputs.requests, limit) as draw,
         progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
     ):
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)

@@ -87,7 +87,7 @@ def add_baseline(
     state.on_main(lambda: workspace.open(identity, overwrite=False))
     rows: Any = analysis.sequences.to_dict("records")
     responses = [Response(**row) for row in rows]
-    with models.fitting_threads(extractor.model):
+    with models.limit_threads(extractor.model):
         captured = capture(replace(config, keep_tokens=0), extractor, responses, workspace, state)
 
     def assemble() -> None:

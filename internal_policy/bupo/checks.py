@@ -27,7 +27,7 @@ from internal_policy.bupo.config import AUTO, TrainConfig
 from internal_policy.bupo.trainer_config import BuPOConfig, refused
 from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.extractors import prove
-from internal_policy.models import Family, LanguageModel, evaluating, wrap
+from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
 from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
 from internal_policy.utils.validation import require_one_of
@@ -160,14 +160,14 @@ def prove_model(model: LanguageModel) -> LanguageModel:
                 "be proved where DeepSpeed spreads the weights; use DDP or FSDP, or write its row in models/families.py"
             )
         return model
-    with evaluating(model.model):
+    with eval_mode(model.model):
         return prove(model).model
 
 
 def prove_family(model: nn.Module, tokenizer: Any) -> Family:
     """Prove where the parts of a bare causal LM are, and return the row that holds."""
     config: Any = model.config
-    with evaluating(model):
+    with eval_mode(model):
         return prove_model(wrap(model, tokenizer, getattr(config, "_name_or_path", "") or config.model_type)).family
 
 
@@ -205,7 +205,7 @@ def check_head(model: nn.Module, temperature: float) -> None:
         return
     arguments = _arguments(model)
     ids = arguments["input_ids"]
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         logits = model(**arguments).logits[:, :-1].float() / temperature
         theirs = model(**arguments, labels=ids, fused_lm_head=True).log_probs.float()
     own = logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1)
@@ -235,7 +235,7 @@ def shift_matters(model: nn.Module) -> bool:
     length = arguments["input_ids"].shape[1]
     room = int(getattr(config, "max_position_embeddings", None) or _SHIFT) - length
     positions = torch.arange(length, device=arguments["input_ids"].device).expand_as(arguments["input_ids"])
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         here, there = (
             decoder(**arguments, position_ids=positions + shift).last_hidden_state.double()
             for shift in (0, max(0, min(_SHIFT, room)))

@@ -150,7 +150,7 @@ def _select_fitting(
         raise UserError(
             f"{lengths} the model's context is {model.max_length}; lower max_completion_length or max_prompt_length"
         )
-    switch = context.switch(model.config)
+    switch = context.length_switch(model.config)
     if switch is not None and room > switch:
         raise UserError(
             f"{lengths} beyond {switch} tokens LongRoPE computes every sequence of a batch with other positions, so "

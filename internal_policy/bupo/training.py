@@ -41,9 +41,9 @@ from internal_policy.bupo.run import (
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
 from internal_policy.data.prompts import TESTBED
-from internal_policy.models import LanguageModel, alone, as_its_dtype_says, load, wrap
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, training_processes
@@ -62,7 +62,7 @@ _TESTBED_SAMPLES = 4
 
 @quiet_libraries()
 @showing(TrainConfig)
-@as_its_dtype_says()
+@without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
@@ -117,7 +117,7 @@ def train(
     config = config.with_preset()
     check_trl_options(config)
     state = training_processes(config.trl_options)
-    with alone(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
+    with exclusive_use(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
         choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
         return _train(config, call, state, opened, prompts, choice, reward, peft_config, callbacks or [])
 
@@ -152,9 +152,9 @@ def _train(
     check_run(config, trainer_config, model, peft_config, state.sharded, measures=interval > 0, evaluates=evaluates)
     try_options(trainer_config, rewards)
     dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=needs_answers(rewards))
-    hooked = attached(model.model)
+    hooked = attached_code(model.model)
     if hooked and not config.overwrite and directory.begun:
-        raise not_taken_up(path, hooked, "a run")
+        raise resume_refused(path, hooked, "a run")
     settings = {**_settings(config, choice, model, dataset, peft_config, rewards), "hooked": hooked or None}
     if not config.overwrite and (path / MANIFEST).is_file():
         return directory.finished(settings)

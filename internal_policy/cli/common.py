@@ -179,6 +179,6 @@ def require_key(remote: bool | str) -> None:
         UserError: nnsight is not installed, or there is no key.
     """
     if remote is True:
-        from internal_policy.extractors import nnsight_library
+        from internal_policy.extractors import nnsight
 
-        nnsight_library.require_key(nnsight_library.load_nnsight())
+        nnsight.require_key(nnsight.load_nnsight())

@@ -33,14 +33,14 @@ from internal_policy.generation import (
     Request,
     VllmSampler,
     check_prompt_lengths,
+    effective_batch_size,
     end_ids,
     refuse_generator,
     response_limit,
     sample,
-    together,
 )
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads, load
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
@@ -57,7 +57,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
-@as_its_dtype_says()
+@without_autocast()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
@@ -146,7 +146,7 @@ def evaluate(
     )
     refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)
-    with evaluating(opened.model if opened is not None else None):
+    with eval_mode(opened.model if opened is not None else None):
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
@@ -193,7 +193,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     requests = _to_requests(config, model, problems)
     limit = response_limit(model, config.max_new_tokens)
-    hooked = attached(model.model)
+    hooked = attached_code(model.model)
     identity = {
         **config.cache_key(),
         "weights": model.fingerprint(),
@@ -209,7 +209,7 @@ def _run(
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
     if hooked and not overwrite and (finished is not None or workspace.begun):
-        raise not_taken_up(directory, hooked, "an evaluation")
+        raise resume_refused(directory, hooked, "an evaluation")
     if finished is not None:
         EVALUATION.check_settings(directory, finished.config, identity)
         return with_k(finished, config, directory)
@@ -262,13 +262,13 @@ def _sample_and_score(
     for shard in workspace.shards("sample"):
         found |= {int(i): json.loads(str(line)) for i, line in zip(shard["index"], shard["json"], strict=True)}
     ends = set(end_ids(model))
-    size = together(config.generator, config.batch_size)
+    size = effective_batch_size(config.generator, config.batch_size)
     # Prompts of one length together, the longest first, so that lack of memory shows early.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
     with (
         _open_sampler(config, model, requests, limit) as run,
         progress("sampling responses", len(requests), len(found)) as advance,
-        fitting_threads(model),
+        limit_threads(model),
     ):
         for start in range(0, len(order), size):
             batch = [i for i in order[start : start + size] if i not in found]

@@ -28,7 +28,7 @@ from internal_policy.generation import Request, samplers
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
 from internal_policy.inspection.settings import SITES, check_settings
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
@@ -43,7 +43,7 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 
 @quiet_libraries()
-@as_its_dtype_says()
+@without_autocast()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -116,13 +116,13 @@ def inspect(
         **({} if in_memory else loading),
     )
     content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
-    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
+            stack.enter_context(eval_mode(registry.module_of(model)))
         with status(f"loading {name}"):
             extractor = opened()
-        stack.enter_context(fitting_threads(extractor.model))
+        stack.enter_context(limit_threads(extractor.model))
         ids, length = _sequence(extractor, config, content, response, limit)
         with status(f"looking at {counted(len(ids), 'token')}"):
             look = _look(extractor, config, ids, length, top_k, limit)

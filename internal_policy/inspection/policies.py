@@ -49,7 +49,7 @@ def look_at_layer(
     wanted = [states.residual_out, states.attention_write, states.ffn_write]
     if states.layer == 1:
         wanted.append(states.residual_in)
-    seen = [projection.through(lens, s).to(device) for s in wanted]
+    seen = [projection.apply_lens(lens, s).to(device) for s in wanted]
     if states.layer == n_layers:
         seen.append(projection.final_norm(states.residual_out).to(device))
     flat = look(torch.cat(seen), projection, next_ids.to(device).repeat(len(seen)), top_k)

@@ -22,7 +22,7 @@ ANALYSE = ["analyze", "--model", "testbed/llama", "--max-responses", "18", "--ba
 def launched(processes, out, *options):
     """The command as `accelerate launch` starts it; several launches at a time must not meet at one port."""
     command = [sys.executable, "-m", *LAUNCH, f"--num_processes={processes}", "--main_process_port=0"]
-    command += ["-m", "internal_policy.cli.main", *ANALYSE, *options, "--output", str(out)]
+    command += ["-m", "internal_policy.cli", *ANALYSE, *options, "--output", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, cwd=out.parent, timeout=240

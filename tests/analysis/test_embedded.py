@@ -94,7 +94,7 @@ def test_an_analysis_reads_sensibly(model):
 @pytest.mark.slow
 def test_the_demo_writes_everything_and_figures_redraw_to_the_same_bytes(tmp_path):
     names = [f"--model={name}" for name in testbed.NAMES]
-    command = [sys.executable, "-m", "internal_policy.cli.main"]
+    command = [sys.executable, "-m", "internal_policy.cli"]
     shown = subprocess.run(
         [*command, "analyze", *names], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=600
     ).stdout

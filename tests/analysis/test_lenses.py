@@ -51,7 +51,7 @@ def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
     under("logit-lens", tmp_path, **other)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "analysis.json").write_text("{")
-    assert policy.other_lens is None
+    assert find_other_lens(policy) is None
     assert other_lens_sentence(policy) is None
 
 

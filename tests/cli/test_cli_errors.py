@@ -275,7 +275,7 @@ torch.zeros(64, 64) @ torch.zeros(64, 64)
 used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 limit = used + int(sys.argv.pop(1)) * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-from internal_policy.cli import main
+from internal_policy.cli.main import main
 main()
 """
 

@@ -170,7 +170,7 @@ def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
 
 NOISE = """
 import ctypes, os, subprocess, sys
-from internal_policy import output
+from internal_policy.utils import output
 
 def noise(by):
     print(f"print {by}")

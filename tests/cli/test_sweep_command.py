@@ -126,7 +126,7 @@ def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
 
     def command(output):
         return [
-            *(sys.executable, "-m", "internal_policy.cli.main", "analyze", "--checkpoints", f"{run}/checkpoint-*"),
+            *(sys.executable, "-m", "internal_policy.cli", "analyze", "--checkpoints", f"{run}/checkpoint-*"),
             *("--prompts", "prompts.jsonl", "--batch-size", "2", "--max-new-tokens", "8", "-o", output),
         ]
 

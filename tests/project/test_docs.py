@@ -30,7 +30,7 @@ def after_the_demo(tmp_path_factory):
     place = tmp_path_factory.mktemp("demo")
     recipe = re.search(r"^demo: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
     starts = {
-        "$(BIN)/internal-policy ": f"{sys.executable} -m internal_policy.cli.main ",
+        "$(BIN)/internal-policy ": f"{sys.executable} -m internal_policy.cli ",
         "$(BIN)/python benchmarks/": f"{sys.executable} {ROOT}/benchmarks/",
     }
     for line in recipe.strip().splitlines():
@@ -131,7 +131,7 @@ def test_a_command_that_does_not_exist_is_found_out(commands):
     assert "--no-such" in complaint(commands, ["analyze", "--no-such", "1"])
     assert "analyse" in complaint(commands, ["analyse"])
     assert complaint(commands, ["analyze", "--max-responses", "many"]) is not None
-    line = "accelerate launch -m internal_policy.cli.main train --layer 7  # the boundary layer"
+    line = "accelerate launch -m internal_policy.cli train --layer 7  # the boundary layer"
     assert own_arguments(line) == ["train", "--layer", "7"]
     assert own_arguments("KEY=1 internal-policy models") == ["models"]
     assert own_arguments("pip install internal-policy-tools") is None

@@ -171,7 +171,7 @@ def test_no_lock_outlives_its_process(tmp_path):
     """Neither that of a killed process, nor through a child that it had forked, nor through one that it had started."""
     code = """
 import os, subprocess, sys, time
-from internal_policy.locks import locked
+from internal_policy.utils.locks import locked
 from pathlib import Path
 with locked(Path(sys.argv[1])):
     subprocess.Popen(["sleep", "60"])
