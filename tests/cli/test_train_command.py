@@ -93,7 +93,7 @@ def test_figures_are_redrawn_from_disk_without_torch(finished, tmp_path):
     evaluation = next((place / "out" / "evaluations").glob("*/*"))
     code = (
         "import sys; from internal_policy.cli import main as cli\n"
-        "try:\n    main()\nfinally:\n    print('loaded', *({'torch', 'transformers', 'trl'} & {*sys.modules}))"
+        "try:\n    cli.main()\nfinally:\n    print('loaded', *({'torch', 'transformers', 'trl'} & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "figures", str(place / "out"), str(evaluation), "--output", str(tmp_path)],
