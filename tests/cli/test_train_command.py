@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from internal_policy import analyze
 from internal_policy.analysis import unchanged
 from internal_policy.bupo import Run
-from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.reproduce import training_commands
 
 WORDS = [
     *("train", "--model", "testbed/qwen3", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2"),
