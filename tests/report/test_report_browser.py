@@ -155,6 +155,7 @@ def test_the_layer_slider_changes_the_colours_and_values_of_the_tokens(browser, 
     assert "Entropy change of FFN in layer 8" in found(browser, "state").text
 
 
+@pytest.mark.slow
 def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
     from selenium.webdriver.common.keys import Keys
 
