@@ -88,33 +88,30 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     responses, _, tokens = analysis.extent.partition(", ")
     size = f"{responses} ({tokens})"
     if chosen.boundary_layer is None:
-        found = f"it has no boundary layer, for {_why(chosen.reason)}"
+        boundary = f"it has no boundary layer, for {_why(chosen.reason)}"
     else:
-        found = f"its boundary layer is {chosen.boundary_layer}"
+        boundary = f"its boundary layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
-        found += f" ({chosen.agreement}, {COVERS})"
+        boundary += f" ({chosen.agreement}, {COVERS})"
     if other := lenses.sentence(analysis):
-        found += f"; {other}"
-    falls = {
-        "progressive": "progressively",
-        "abrupt": "abruptly",
-        "mixed": "neither progressively nor abruptly",
-    }.get(convergence.reading)
+        boundary += f"; {other}"
+    adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
+    falls = adverbs.get(convergence.reading)
     if falls is None:
-        told = f"Whether its entropy converges progressively or abruptly cannot be said: {convergence.reason}."
+        course = f"Whether its entropy converges progressively or abruptly cannot be said: {convergence.reason}."
     else:
-        told = (
+        course = (
             f"Its entropy converges {falls}: half of the drop of {number(convergence.total_drop, '.2f')} nats has "
             f"fallen at depth {number(convergence.half_drop_depth, '.2f')}, and the last three layers take "
             f"{number(convergence.last_three_share, '.0%')} of it."
         )
-    return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {found}. {told}"
+    return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {boundary}. {course}"
 
 
 def _why(reason: str) -> str:
     """Return a reason without how many resamples share it; the rest may hold semicolons too."""
-    told, _, last = reason.rpartition("; ")
-    return told if told and "resamples" in last else reason
+    rest, _, last = reason.rpartition("; ")
+    return rest if rest and "resamples" in last else reason
 
 
 def _boundary(analysis: Analysis) -> dict[str, Any]:
@@ -134,12 +131,12 @@ def _boundary(analysis: Analysis) -> dict[str, Any]:
 
 def _stages(analysis: Analysis) -> list[dict[str, str]]:
     """Return each stage with its mark and its layers."""
-    found = []
+    rows = []
     for stage in STAGES:
         layers = [n for n, name in enumerate(analysis.stages, start=1) if name == stage]
-        told = f"layer{'s' if len(layers) > 1 else ''} {_spans(layers)}" if layers else "no layer"
-        found.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": told})
-    return found
+        text = f"layer{'s' if len(layers) > 1 else ''} {_spans(layers)}" if layers else "no layer"
+        rows.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": text})
+    return rows
 
 
 def _spans(layers: Sequence[int]) -> str:
@@ -151,44 +148,39 @@ def _spans(layers: Sequence[int]) -> str:
 def _convergence_rows(convergence: Convergence) -> list[dict[str, str]]:
     """Return the convergence measures as rows of measure, value and interval."""
     sure = of_resamples(convergence.reading_share)
-    found = [
-        ("highest entropy at", f"layer {convergence.peak_layer}", ""),
-        ("total drop", f"{number(convergence.total_drop)} nats", interval(*convergence.total_drop_interval)),
-        (
-            "half has fallen at depth",
-            number(convergence.half_drop_depth),
-            interval(*convergence.half_drop_interval),
-        ),
-        (
-            "share of the last three layers",
+    measures = {
+        "highest entropy at": (f"layer {convergence.peak_layer}", ""),
+        "total drop": (f"{number(convergence.total_drop)} nats", interval(*convergence.total_drop_interval)),
+        "half has fallen at depth": (number(convergence.half_drop_depth), interval(*convergence.half_drop_interval)),
+        "share of the last three layers": (
             number(convergence.last_three_share, ".1%"),
             interval(*convergence.last_three_interval, ".1%"),
         ),
-        ("reading", convergence.reading, f"{sure} of the resamples of the prompts" if sure != "-" else ""),
-    ]
-    return [dict(zip(("measure", "value", "interval"), row, strict=True)) for row in found]
+        "reading": (convergence.reading, f"{sure} of the resamples of the prompts" if sure != "-" else ""),
+    }
+    return [{"measure": name, "value": value, "interval": ends} for name, (value, ends) in measures.items()]
 
 
 def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
     """Return a row for each layer: its stage, whether it is the boundary layer, and cells of value and interval."""
     columns = [("layer", "entropy_in", ".3f"), ("layer", "entropy_out", ".3f")]
-    columns += [(site, "change", "+.3f") for site in ("layer", "attn", "ffn")]
-    sites = {s: analysis.layers[analysis.layers["site"] == s].set_index("layer") for s in ("layer", "attn", "ffn")}
-    rows = []
-    for layer, stage in enumerate(analysis.stages, start=1):
-        cells = []
-        for site, column, form in columns:
-            row = sites[site].loc[layer]
-            ends = interval(row[f"{column}_low"], row[f"{column}_high"], form)
-            cells.append({"value": number(row[column], form), "interval": ends})
-        where = {
+    columns += [(site, "change", "+.3f") for site in SITES]
+    table = analysis.layers.set_index(["site", "layer"])
+
+    def cell(layer: int, site: str, column: str, form: str) -> dict[str, str]:
+        value, low, high = table.loc[(site, layer), [column, f"{column}_low", f"{column}_high"]]
+        return {"value": number(value, form), "interval": interval(low, high, form)}
+
+    return [
+        {
             "layer": layer,
             "stage": stage,
             "mark": STAGE_LOOKS[stage].sign,
             "target": layer == analysis.boundary_layer,
+            "cells": [cell(layer, *column) for column in columns],
         }
-        rows.append({**where, "cells": cells})
-    return rows
+        for layer, stage in enumerate(analysis.stages, start=1)
+    ]
 
 
 def token_view(analysis: Analysis) -> dict[str, Any] | None:

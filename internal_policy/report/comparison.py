@@ -94,13 +94,13 @@ def summary(comparison: AnalysisComparison) -> str:
             f"{who} with {clean(comparison.baseline)}, {how}. Boundary layers lie {where}; of the {len(rows)} "
             f"entropies {counts}."
         )
-    told = []
+    sentences = []
     for row in rows:
         name, boundary = clean(row["label"]), row["boundary_layer"]
         at = "no boundary layer" if pd.isna(boundary) else f"boundary layer {int(boundary)} of {row['n_layers']}"
         reading = falls[str(row["label"])]
-        told.append(f"{name} has {at} and {'no reading of' if reading == 'none' else f'{reading}'} convergence")
-    return f"{who} with {clean(comparison.baseline)}, {how}. {'; '.join(told)}."
+        sentences.append(f"{name} has {at} and {'no reading of' if reading == 'none' else f'{reading}'} convergence")
+    return f"{who} with {clean(comparison.baseline)}, {how}. {'; '.join(sentences)}."
 
 
 def _drawn(comparison: AnalysisComparison) -> list[str]:
@@ -132,7 +132,7 @@ def _lines(chart: Chart, frame: pd.DataFrame, x: str, y: str, looks: dict[str, A
 
 def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
     frame = depth_data(comparison)
-    found = []
+    charts = []
     for unit, y, form, ends in (
         ("nats", "Entropy (nats)", ".3f", " nats"),
         ("share", "Entropy / ln V", ".3f", ""),
@@ -153,8 +153,8 @@ def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Cha
             chart.points("boundary layer", at["relative_depth"], at["value"], colors, "boundary", 11, **more)
         chart.depth_axis()
         chart.figure.update_yaxes(rangemode="tozero")
-        found.append(chart)
-    return found
+        charts.append(chart)
+    return charts
 
 
 def _fall(comparison: AnalysisComparison, looks: dict[str, Any]) -> Chart:
@@ -173,7 +173,7 @@ def _fall(comparison: AnalysisComparison, looks: dict[str, Any]) -> Chart:
 def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
     base = comparison.baseline
     others = {label: drawn for label, drawn in looks.items() if label != base}
-    found = []
+    charts = []
     if not comparison.differences.empty:
         frame = difference_data(comparison)
         for name, title in _MAPS.items():
@@ -182,8 +182,8 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
             chart.level(0.0, dash="solid")
             _lines(chart, frame[frame["map"] == name], "layer", "difference", others, "+.3f", " nats")
             chart.layer_axis(int(frame["layer"].max()))
-            found.append(chart)
-        return found
+            charts.append(chart)
+        return charts
     for quantity, title, unit in (
         ("entropy", "Entropy by relative depth", " nats"),
         ("entropy_share", "Entropy / ln V by relative depth", ""),
@@ -195,8 +195,8 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
         rows = comparison.depths[comparison.depths["quantity"] == quantity]
         _lines(chart, rows, "relative_depth", "difference", others, "+.3f", unit)
         chart.depth_axis()
-        found.append(chart)
-    return found
+        charts.append(chart)
+    return charts
 
 
 def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
@@ -248,7 +248,7 @@ def _largest(comparison: AnalysisComparison) -> list[dict[str, Any]]:
             own = frame[(frame["label"] == label) & (frame["site"] == site) & (frame["quantity"] == quantity)]
             most = max(own.to_dict("records"), key=lambda row: abs(row["difference"]), default=None)
             ends = "" if most is None else interval(most["low"], most["high"], "+.3f")
-            told = number(None) if most is None else f"layer {most['layer']}: {number(most['difference'], '+.3f')}"
-            cells.append({"value": told, "interval": ends})
+            text = number(None) if most is None else f"layer {most['layer']}: {number(most['difference'], '+.3f')}"
+            cells.append({"value": text, "interval": ends})
         rows.append({"label": clean(label), "cells": cells})
     return rows

@@ -68,23 +68,23 @@ def summary(run: Run, evaluated: dict[str, Any] | None) -> str:
     first = f"{clean(run.name)} was trained for {counted(len(run.history), 'step')} with {clean(run.label)}"
     if run.layer is not None and len(run.history):
         first += f": {_course(run)}"
-    told = [f"{first}."]
+    sentences = [f"{first}."]
     if len(run.history) > 1:
-        told.append(_rewards(run))
+        sentences.append(_rewards(run))
     if evaluated is not None and evaluated["sentence"]:
-        told.append(evaluated["sentence"])
-    return " ".join(told)
+        sentences.append(evaluated["sentence"])
+    return " ".join(sentences)
 
 
 def _course(run: Run) -> str:
     """Return what was optimised, phase by phase."""
     site = f"the {_site(run)} in " if _site(run) else ""
     aligned = f"internal policy alignment of {site}layer {run.layer}"
-    told = [
+    phases = [
         f"{aligned if phase == ALIGNMENT else clean(phase).upper()} for {counted(len(own), 'step')}"
         for phase, own in run.history.groupby("phase", sort=False)
     ]
-    return ", then ".join(told) if run.ipa_steps else f"no {aligned}, {told[0]}"
+    return ", then ".join(phases) if run.ipa_steps else f"no {aligned}, {phases[0]}"
 
 
 def _site(run: Run) -> str:
@@ -117,7 +117,7 @@ def _phases(run: Run) -> list[dict[str, str]]:
 def _history(run: Run) -> list[Chart]:
     table = run.history
     window = window_for(len(table), SMOOTH)
-    found = []
+    charts = []
     for column, title, y, form, unit in _HISTORY:
         if column not in table or table[column].isna().all():
             continue
@@ -135,8 +135,8 @@ def _history(run: Run) -> list[Chart]:
             name = f"mean of the last {window} steps"
             chart.curve(name, list(means.index), means, **{**series_look(0), **marked, "markers": False}, width=3)
         _step_axis(chart, table["step"])
-        found.append(chart)
-    return found
+        charts.append(chart)
+    return charts
 
 
 def _dynamics(run: Run) -> list[Chart]:
@@ -145,13 +145,13 @@ def _dynamics(run: Run) -> list[Chart]:
         return []
     table = table.sort_values("step")
     layer = int(table["layer"].iloc[0])
-    found = []
+    charts = []
     for column, title, y, form, unit in _DYNAMICS:
         described = f"{title} on fixed responses, over the steps of the training."
         chart = Chart(title, "Step", y, described, single=True)
         _shade_phases(chart, run, 0.0)
         chart.curve(title, table["step"], table[column], format=form, unit=unit, **look("stream"))
-        found.append(chart)
+        charts.append(chart)
     title = f"Divergence of layer {layer} from later layers"
     chart = Chart(title, "Step", "KL (nats)", f"{title} on fixed responses, over the steps of the training.")
     _shade_phases(chart, run, 0.0)
@@ -165,12 +165,12 @@ def _dynamics(run: Run) -> list[Chart]:
     positive = [v for v in values if v > 0]
     if len(positive) == len(values) and max(values) > 20 * min(values):
         chart.figure.update_yaxes(type="log", dtick=1)
-    found.append(chart)
-    for chart in found:
+    charts.append(chart)
+    for chart in charts:
         _step_axis(chart, table["step"])
     if later:
-        found.append(_similarity(run, layer, later))
-    return found
+        charts.append(_similarity(run, layer, later))
+    return charts
 
 
 def _similarity(run: Run, layer: int, later: list[Any]) -> Chart:
@@ -221,28 +221,28 @@ def _evaluated(run: Run) -> dict[str, Any] | None:
         return None
     rows = [_rate(name, e.avg["mean"], e.avg["low"], e.avg["high"], "") for name, e in known.items()]
     last = next(reversed(known.values()))
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "title": clean(title(last.benchmark)),
         "n_problems": last.n_problems,
         "n_samples": last.n_samples,
     }
-    sentence = change_told = None
+    sentence = change_text = None
     if start is not None and trained is not None:
         change = compare(trained, start)
         rows.append(_rate("difference", change.difference, change.low, change.high, "+"))
         p = "below 0.0001" if change.p_permutation < 1e-4 else f"{change.p_permutation:.2g}"
-        change_told = (
+        change_text = (
             f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
             f"p {p} (sign flips)"
         )
         ends = interval(100 * change.low, 100 * change.high, f"+{_PERCENT}")
         sentence = (
-            f"On {counted(told['n_problems'], 'problem')} of {told['title']} Avg@{told['n_samples']} went from "
+            f"On {counted(facts['n_problems'], 'problem')} of {facts['title']} Avg@{facts['n_samples']} went from "
             f"{number(100 * start.avg['mean'], '.1f')}% to {number(100 * trained.avg['mean'], '.1f')}% "
             f"({number(100 * change.difference, '+.1f')} points{f', 95% interval {ends}' if ends else ''})."
         )
     chart = _pass_chart(known) if all(len(e.pass_at_k) > 1 for e in known.values()) else None
-    return {**told, "rows": rows, "change": change_told, "sentence": sentence, "chart": chart}
+    return {**facts, "rows": rows, "change": change_text, "sentence": sentence, "chart": chart}
 
 
 def _rate(name: str, mean: float, low: float, high: float, sign: str) -> dict[str, str]:

@@ -32,7 +32,7 @@
     return value;
   }
 
-  // Where layers are close, the last one is not told together with what stands beyond it.
+  // Where layers are close, the last one is not readout together with what stands beyond it.
   function apart(made, host) {
     var range = made.xaxis.range, last = made.xaxis.tickvals[made.xaxis.tickvals.length - 1];
     var pixels = (host.clientWidth - 72) * (made.xaxis2.tickvals[0] - last) / (range[1] - range[0]);
