@@ -548,7 +548,7 @@ def test_the_end_tokens_matter_for_an_evaluation(problems, tmp_path):
 
 def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import session
+    from internal_policy.bupo import training as session
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
