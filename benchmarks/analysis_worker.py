@@ -30,9 +30,9 @@ from analysis_contenders import CONTENDERS, Found
 from analysis_jobs import Job, build
 
 from internal_policy.data.responses import Response
-from internal_policy.models import LanguageModel, fitting_threads
+from internal_policy.models import LanguageModel, limit_threads
 from internal_policy.utils.io import write_text
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries
 
 _WARM_UP_TOKENS = 8
 _M_MMAP_THRESHOLD = -3
@@ -49,7 +49,7 @@ def measure(contender: str, model: LanguageModel, responses: Sequence[Response])
     Returns:
         seconds, peak_bytes (None where the system does not tell), tokens and the contender's own facts; what it found.
     """
-    with fitting_threads(model):
+    with limit_threads(model):
         run = CONTENDERS[contender](model)
         run([_shortened(r) for r in responses[:2]])
         before = _settle(model.device)

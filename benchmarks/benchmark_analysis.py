@@ -37,7 +37,7 @@ from analysis_jobs import LARGE, MODEL, SMALL, Job, own_responses, random_respon
 
 from internal_policy import analyze
 from internal_policy.utils.io import write_text
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries
 
 LAYER = 7
 """Boundary layer of the embedded model, as `internal-policy analyze` finds it."""

@@ -43,9 +43,9 @@ def bare_product(states: Tensor, unembedding: Tensor, buffer: Tensor) -> None:
 
 def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
     """Compute the entropies as where the kernel does not serve."""
-    from internal_policy.entropy import dispatch, policy_entropy
+    from internal_policy.entropy import policy_entropy, streaming
 
-    with mock.patch.object(dispatch, "serves", return_value=False):
+    with mock.patch.object(streaming, "kernel_is_faster", return_value=False):
         return policy_entropy(states, unembedding)
 
 

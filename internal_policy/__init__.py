@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from internal_policy.utils.citation import __version__
-from internal_policy.utils.lazy import lazy_names
+from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
     from internal_policy import bupo, plotting

@@ -1,9 +1,9 @@
-"""Means over tokens with standard errors that know which tokens belong together.
+"""Means over tokens with standard errors clustered by prompt.
 
 The paper averages over all response tokens of all responses (arXiv 2512.19673v3, section 3.2). Tokens of one response
 are not independent, and neither are several responses to one prompt, so the uncertainty is clustered: a cluster (the
-prompt, or the response where each prompt was sampled once) is the unit that is drawn at random. A response's length is
-random too, which makes the token mean a ratio of two sums.
+prompt, or the response if each prompt was sampled once) is the unit of sampling. A response's length is random, too,
+which makes the token mean a ratio of two sums.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _RESAMPLES_PER_CHUNK = 256
 def clustered_mean(
     values: npt.ArrayLike, n_tokens: npt.ArrayLike, clusters: npt.ArrayLike | None = None
 ) -> tuple[Floats, Floats]:
-    """Token mean of each column, with its cluster-robust standard error.
+    """Compute the token mean of each column, with its cluster-robust standard error.
 
     With cluster totals S_c = sum n_i v_i and N_c = sum n_i, the mean m = sum S_c / sum N_c is a ratio estimator; its
     linearised variance is C/(C-1) * sum_c (S_c - m N_c)^2 / (sum N_c)^2 (Cochran, Sampling Techniques, section 6.3;
     the same as the CR1 sandwich of a weighted regression on a constant).
 
     Args:
-        values: per-response means over tokens, [G, K]; NaN where a response has no value in that column.
+        values: per-response means over tokens, [G, K]; NaN if a response has no value in that column.
         n_tokens: response tokens behind each mean, [G].
         clusters: integer label of the cluster of each response, [G]; by default each response is its own.
 
     Returns:
         mean [K] and standard error [K], in the unit of `values`. A column with fewer than two clusters has a NaN
-        error, and one with no value at all a NaN mean.
+        error, and one without any value a NaN mean.
 
     Raises:
         UserError: if the shapes disagree, a token count is negative or not finite, or a value is infinite.
@@ -56,20 +56,21 @@ def clustered_mean(
 def confidence_interval(
     values: npt.ArrayLike, n_tokens: npt.ArrayLike, clusters: npt.ArrayLike | None = None, level: float = 0.95
 ) -> tuple[Floats, Floats]:
-    """Interval for the token mean of each column that keeps its level from some forty ragged, skewed clusters on.
+    """Compute a confidence interval for the token mean of each column.
 
-    With eight to sixteen it covers about 0.92 where it should 0.95: sample more prompts.
+    It keeps its level from some forty clusters of unequal sizes and skewed values on; with eight to sixteen, a 95%
+    interval covers about 0.92.
 
-    Mean +- t * stderr with C-1 degrees of freedom covers only 0.90 of the time where long responses are also the
-    uncertain ones, so two standard corrections go in, each of which vanishes for many equal clusters. A cluster's
-    residual is divided by (1 - its share of the tokens) (the delete-one jackknife), and the degrees of freedom follow
-    from the residuals' fourth moment (Satterthwaite), at most C-1.
+    Mean +- t * stderr with C-1 degrees of freedom covers only 0.90 if long responses are also the uncertain ones, so
+    two standard corrections are applied, each of which vanishes for many equal clusters. A cluster's residual is
+    divided by (1 - its share of the tokens) (the delete-one jackknife), and the degrees of freedom follow from the
+    residuals' fourth moment (Satterthwaite), at most C-1.
 
     Args:
         values: per-response means over tokens, [G, K]; NaN where not defined.
         n_tokens: response tokens behind each mean, [G].
         clusters: integer label of the cluster of each response, [G]; by default each response is its own.
-        level: share of such intervals that should hold the true mean, between 0 and 1.
+        level: confidence level, between 0 and 1.
 
     Returns:
         lower and upper ends, [K] each, in the unit of `values`; NaN with fewer than two clusters.
@@ -102,7 +103,7 @@ def bootstrap_means(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Floats:
-    """Token means of data sets that are drawn again, whole clusters with replacement.
+    """Compute token means of bootstrap resamples, in which whole clusters are drawn with replacement.
 
     Args:
         values: per-response means over tokens, [G, K]; NaN where not defined.
@@ -112,7 +113,7 @@ def bootstrap_means(
         seed: of the random generator; the same seed gives the same resamples.
 
     Returns:
-        [B, K] means in the unit of `values`. A row draws all columns together, so their correlation is kept.
+        [B, K] means in the unit of `values`. All columns of a row are of the same draw, so that correlations are kept.
 
     Raises:
         UserError: as `clustered_mean`, and if `resamples` is below 1.
@@ -132,10 +133,10 @@ def bootstrap_means(
 
 
 def layer_table(responses: pd.DataFrame) -> pd.DataFrame:
-    """Mean, clustered standard error and 95% interval of every quantity, one row per layer and site.
+    """Tabulate mean, clustered standard error and 95% interval of every quantity, one row per layer and site.
 
-    Clusters are the prompts: samples of one prompt share its difficulty and its subject, so they are not independent.
-    Where each prompt was sampled once, that is the same as clustering by response.
+    Clusters are the prompts: responses to one prompt share its difficulty and its subject, so they are not independent.
+    If each prompt was sampled once, this is the same as clustering by response.
 
     Args:
         responses: one row per response, layer and site, with the columns response, prompt, layer (1..L), site,
@@ -167,7 +168,7 @@ def layer_table(responses: pd.DataFrame) -> pd.DataFrame:
 
 
 def policy_entropy(responses: pd.DataFrame) -> dict[str, float]:
-    """Entropy of the language model policy pi_theta, and of the last layer's internal policy beside it.
+    """Compute the entropy of the language model policy pi_theta, and that of the last layer's internal policy.
 
     Args:
         responses: as for `layer_table`; the rows of site "policy" are read: entropy_out belongs to
@@ -198,10 +199,10 @@ def policy_entropy(responses: pd.DataFrame) -> dict[str, float]:
 
 
 def change_curves(responses: pd.DataFrame, site: str = "ffn", *, resamples: int = 1000, seed: int = 0) -> Floats:
-    """Bootstrap resamples of the mean entropy change of each layer (arXiv 2512.19673v3, eqs. 11-13).
+    """Draw bootstrap resamples of the mean entropy change of each layer (arXiv 2512.19673v3, eqs. 11-13).
 
     Args:
-        responses: as for `layer_table`; prompts are drawn whole, and all layers of a response together.
+        responses: as for `layer_table`; whole prompts are drawn, with all layers of their responses.
         site: "layer", "attn" or "ffn".
         resamples: number B of resamples.
         seed: of the random generator.
@@ -230,7 +231,7 @@ def _cluster_totals(
     if not np.all(np.isfinite(n)) or np.any(n < 0):
         raise UserError("n_tokens holds a negative or non-finite count; each must be 0 or more")
     if np.any(np.isinf(v)):
-        raise UserError("values holds an infinite mean; only NaN (not defined) is allowed beside finite numbers")
+        raise UserError("values holds an infinite mean; only NaN (not defined) is allowed apart from finite numbers")
     weights = np.where(np.isnan(v), 0.0, n[:, None])
     products = weights * np.nan_to_num(v)
     if clusters is None:
@@ -259,7 +260,7 @@ def _require_columns(responses: pd.DataFrame, columns: tuple[str, ...]) -> None:
 def _by_layer(responses: pd.DataFrame, site: str, quantity: str) -> tuple[Ints, Floats, Floats, Ints]:
     """Layers [L], values [G, L], tokens [G] and prompts [G] of one site and quantity."""
     rows = responses[responses["site"] == site]
-    # Placed by hand: a pivot table for each quantity took most of the time of a small analysis.
+    # Without pandas: a pivot table for each quantity took most of the time of a small analysis.
     names, first, response = np.unique(rows["response"].to_numpy(), return_index=True, return_inverse=True)
     layers, layer = np.unique(rows["layer"].to_numpy(dtype=np.int64), return_inverse=True)
     cells = response * layers.size + layer

@@ -9,7 +9,7 @@ from rated import rated
 from shapes import make, progressive
 
 from internal_policy import Study, compare, load_analyses
-from internal_policy.comparison.study_models import StudyModel
+from internal_policy.comparison.study_presets import StudyModel
 
 
 def save_one_of_each(root):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -10,7 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from internal_policy.entropy import reference as definition
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAST = ("llama", "qwen3", "gemma2", "gpt_neox", "qwen3_moe")
+"""Families of the fast tier: plain, query norms, soft caps with post-norms, parallel blocks, a mixture of experts."""
 VOCAB = 61
+
+
+def in_tiers(model_types):
+    """Parameters of a test over families, of which only those of ``FAST`` run in the fast tier."""
+    return [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in model_types]
+
 
 _MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_head": 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 
 _CHECKPOINT = "checkpoint-*"
+STATE = "trainer_state.json"
+RECORD = "StepCallback"
+"""Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,20 @@ def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
                 f"{Target(*taken[config.slug])} and {Target(*model)} would both be written to {config.slug}; "
                 "analyse them one by one, each with its own --output"
             )
+
+
+def training_record(model: str | Path) -> dict[str, int] | None:
+    """Read how far the training of a checkpoint was.
+
+    Args:
+        model: a checkpoint's directory; anything else has no record.
+
+    Returns:
+        ``updates`` so far and ``updates_per_step``; None where the checkpoint does not tell both.
+    """
+    try:
+        state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
+        per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]
+        return {"updates": int(state["global_step"]), "updates_per_step": int(per_step)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -18,30 +18,39 @@ from typing import Any
 import numpy as np
 
 from internal_policy import statistics
-from internal_policy.analysis import tables, unchanged
+from internal_policy.analysis import tables
+from internal_policy.analysis.checkpoints import training_record
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
+from internal_policy.analysis.position_sampling import (
+    MEMORY_ADVICE,
+    CaptureResult,
+    PositionSubset,
+    capture_in_rounds,
+)
 from internal_policy.analysis.random_baseline import add_baseline, architecture
-from internal_policy.analysis.results import Analysis, workspace_of
-from internal_policy.analysis.training_record import training_record
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import end_ids, refuse_generator, response_limit, samplers, together
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.models.attachments import attached, not_taken_up
-from internal_policy.utils import sharding
-from internal_policy.utils.distributed import Processes, launched
+from internal_policy.generation import (
+    effective_batch_size,
+    end_ids,
+    refuse_generator,
+    response_limit,
+    samplers,
+)
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.utils.distributed import Processes, launched_processes, run_with_oom_retry
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import halving
-from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
-from internal_policy.utils.progress import progress, status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.workspace import Arrays, Workspace, in_use
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
+from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +59,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 @quiet_libraries()
 @takes_options(AnalyzeConfig)
-@as_its_dtype_says()
+@without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -97,13 +106,13 @@ def analyze(
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}
     config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
-    state = Processes() if alone else launched()
+    state = Processes() if alone else launched_processes()
     refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
         opened = None
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
-            opened = registry.adopt(model, tokenizer, name, config)
+            stack.enter_context(eval_mode(registry.module_of(model)))
+            opened = registry.wrap_in_memory(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
         source = architecture(config, network) if config.random_baseline else None
 
@@ -140,13 +149,13 @@ def _run(
     overwrite: bool,
     state: Processes,
 ) -> Analysis:
-    finished = None if overwrite else unchanged.finished(config, directory)
-    workspace = workspace_of(directory)
+    finished = None if overwrite else load_finished(config, directory)
+    workspace = Workspace(directory, ANALYSIS)
     if finished is None:
         workspace.check()
     named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
     # Before the model is read: what is written later into its files is then known to be another model.
-    files = unchanged.digest(config) if named else None
+    files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
         extractor = (opened or registry.opener(config, state.device if state.number > 1 else None))()
@@ -154,7 +163,7 @@ def _run(
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
     identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
-    hooked = attached(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
     identity["hooked"] = hooked or None
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
@@ -166,24 +175,23 @@ def _run(
 
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
-            raise not_taken_up(directory, hooked)
-        return workspace.open(identity, overwrite, defaults_of(AnalyzeConfig))
+            raise resume_refused(directory, hooked)
+        return workspace.open(identity, overwrite)
 
     if finished is not None:
         if hooked:
-            raise not_taken_up(directory, hooked)
-        if differing := unchanged.differing_settings(finished, identity):
-            raise in_use(directory, "an analysis", differing)
+            raise resume_refused(directory, hooked)
+        ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
             return finished
         state.on_main(workspace.close)
         if state.is_main_process:
-            unchanged.tell_complete(directory)
+            report_finished(directory)
         return finished
     # The main process changes the directory only when all others have looked at it.
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
-    with fitting_threads(model):
+    with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)
 
@@ -208,38 +216,26 @@ def _generate(
 ) -> list[Response]:
     if not inputs.requests:
         return inputs.responses
-    found = _sampled(workspace)
+    requests = inputs.requests
     limit = response_limit(extractor.model, config.max_new_tokens)
-    size = together(config.generator, config.batch_size)
-    batches = sharding.batches([len(r.prompt_ids) for r in inputs.requests], size, state)
-    mine = [i for batch in batches for i in batch]
-    with (
-        samplers.sampling(extractor, config, inputs.requests, limit) as draw,
-        progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
-    ):
+    with samplers.open_sampler(extractor, config, requests, limit) as draw:
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-        for batch in sharding.left(batches, set(found)):
-            started = time.perf_counter()
-            new = halving([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
-            new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
-            lines = np.array([json.dumps(asdict(r)) for r in new])
-            seconds = np.array(time.perf_counter() - started)
-            workspace.write("generate", batch[0], {"index": np.array(batch), "json": lines, "seconds": seconds})
-            advance(len(batch))
-    state.wait_for_everyone()
-    found = _sampled(workspace)
-    sharding.require_all(len(found), len(inputs.requests), workspace)
-    return [found[i] for i in range(len(found))]
 
+        def sample(batch: list[int]) -> Arrays:
+            new = run_with_oom_retry([requests[i] for i in batch], run, MEMORY_ADVICE)
+            new = [_rewarded(r, requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
+            return {"json": np.array([json.dumps(asdict(r)) for r in new])}
 
-def _sampled(workspace: Workspace) -> dict[int, Response]:
-    """The responses that are on disk, by their number."""
-    found: dict[int, Response] = {}
-    for shard in workspace.shards("generate"):
-        found |= {
-            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
-        }
-    return found
+        portions = workspace.run_stage(
+            "generate",
+            {i: len(request.prompt_ids) for i, request in enumerate(requests)},
+            effective_batch_size(config.generator, config.batch_size),
+            sample,
+            description="sampling responses",
+            processes=state,
+        )
+    lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
+    return [Response(**json.loads(lines[i])) for i in range(len(requests))]
 
 
 def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], bool] | None) -> Response:
@@ -255,49 +251,41 @@ def _capture(
     workspace: Workspace,
     state: Processes,
     kind: str = "capture",
-) -> Captured:
+) -> CaptureResult:
     reducer = Reducer(extractor, config.lens)
     if config.tolerance is not None:
 
-        def run_chosen(batch: Sequence[Chosen]) -> list[TokenValues]:
+        def run_chosen(batch: Sequence[PositionSubset]) -> list[TokenValues]:
             return reduce_responses(reducer, [r for r, _ in batch], "right", [tokens for _, tokens in batch])
 
         return capture_in_rounds(config, responses, run_chosen, workspace, state)
-    done = {int(i) for shard in workspace.shards(kind) for i in shard["index"]}
 
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    batches = sharding.batches([len(r.input_ids) for r in responses], config.batch_size, state)
-    mine = {i for batch in batches for i in batch}
+    def capture(batch: list[int]) -> Arrays:
+        values = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
+        kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
+        empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
+        return {
+            "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
+            "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
+            "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
+            "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
+        }
+
+    lengths = {i: len(response.input_ids) for i, response in enumerate(responses)}
     what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
-    with progress(what, len(mine), len(done & mine)) as advance:
-        for batch in sharding.left(batches, done):
-            started = time.perf_counter()
-            values = halving([responses[i] for i in batch], run, MEMORY_ADVICE)
-            kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
-            empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
-            arrays: Arrays = {
-                "index": np.array(batch),
-                "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
-                "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
-                "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
-                "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
-                "seconds": np.array(time.perf_counter() - started),
-            }
-            workspace.write(kind, batch[0], arrays)
-            advance(len(batch))
-    state.wait_for_everyone()
-    captured = list(workspace.shards(kind))
-    sharding.require_all(sum(len(shard["index"]) for shard in captured), len(responses), workspace)
-    return Captured(captured)
+    return CaptureResult(
+        workspace.run_stage(kind, lengths, config.batch_size, capture, description=what, processes=state)
+    )
 
 
 def _assemble(
     config: AnalyzeConfig,
     model: LanguageModel,
     responses: list[Response],
-    captured: Captured,
+    captured: CaptureResult,
     settings: dict[str, Any],
     timings: dict[str, float],
 ) -> Analysis:

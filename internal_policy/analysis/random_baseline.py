@@ -19,20 +19,18 @@ from internal_policy import models, statistics
 from internal_policy.analysis import tables
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.position_sampling import Captured
-from internal_policy.analysis.results import Analysis, workspace_of
+from internal_policy.analysis.position_sampling import CaptureResult
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.responses import Response
 from internal_policy.extractors import Extractor
 from internal_policy.extractors.verify import prove
 from internal_policy.models import LanguageModel, devices, quantization
-from internal_policy.utils.distributed import Processes
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
-from internal_policy.utils.memory import release
-from internal_policy.utils.progress import status
+from internal_policy.utils.distributed import Processes, release_memory
+from internal_policy.utils.errors import UserError, as_user_error
+from internal_policy.utils.logging import status
 from internal_policy.utils.workspace import Workspace
 
-Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Processes], Captured]
+Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Processes], CaptureResult]
 
 
 def architecture(config: AnalyzeConfig, network: Any = None) -> Any:
@@ -80,16 +78,16 @@ def add_baseline(
     """
     assert analysis.path is not None
     # The model before was dropped by its owner, unless that is the user; two would need twice the memory.
-    release()
+    release_memory()
     with status(f"making random weights for {config.model}"):
         extractor = prove(_random_model(analysis, config, source, _device(config, network, state)))
     seed_and_weights = {"seed": config.seed, "weights": extractor.model.fingerprint()}
-    workspace = workspace_of(analysis.path)
+    workspace = Workspace(analysis.path, ANALYSIS)
     identity = {"baseline": seed_and_weights, "responses": analysis.responses_digest, "lens": config.lens}
     state.on_main(lambda: workspace.open(identity, overwrite=False))
     rows: Any = analysis.sequences.to_dict("records")
     responses = [Response(**row) for row in rows]
-    with models.fitting_threads(extractor.model):
+    with models.limit_threads(extractor.model):
         captured = capture(replace(config, keep_tokens=0), extractor, responses, workspace, state)
 
     def assemble() -> None:
@@ -101,7 +99,7 @@ def add_baseline(
 
 
 def _with_baseline(
-    analysis: Analysis, captured: Captured, responses: Sequence[Response], seed_and_weights: dict[str, Any]
+    analysis: Analysis, captured: CaptureResult, responses: Sequence[Response], seed_and_weights: dict[str, Any]
 ) -> Analysis:
     per_response = tables.response_table(captured.portions, responses)
     layers = statistics.layer_table(per_response)
@@ -126,7 +124,7 @@ def _random_model(analysis: Analysis, config: AnalyzeConfig, source: Any, device
     name = f"{config.model} with random weights"
     dtype = getattr(torch, analysis.model["dtype"])
     # The user's own random streams go on as if nothing had been drawn.
-    with torch.random.fork_rng(devices=[]), told_in_one_line(name, "its architecture"):
+    with torch.random.fork_rng(devices=[]), as_user_error(name, "its architecture"):
         # Of the CPU alone: torch.manual_seed would set those of all devices.
         torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
         drawn = AutoModelForCausalLM.from_config(

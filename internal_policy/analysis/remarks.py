@@ -1,4 +1,4 @@
-"""What terminal and report say of an analysis beside its layers and its boundary layer, in sentences."""
+"""Sentences about an analysis for the terminal and the report, besides its layers and its boundary layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from internal_policy.analysis.results import Analysis
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 
 def remarks(analysis: Analysis) -> list[str]:

@@ -17,21 +17,19 @@ from typing import Any
 from internal_policy import models
 from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.pipeline import analyze
-from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis, workspace_of
-from internal_policy.analysis.unchanged import OF_SAMPLING, RESPONSES
-from internal_policy.extractors.nnsight_library import load_nnsight, require_key
+from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis
+from internal_policy.extractors.nnsight import load_nnsight, require_key
 from internal_policy.models.options import Lens
-from internal_policy.utils.distributed import launched
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.distributed import launched_processes, release_memory
+from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.io import expanded
-from internal_policy.utils.loading_errors import told_in_one_line
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import release
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.options import refuse_unknown, takes_options
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.workspace import Workspace
 
 
 @quiet_libraries()
@@ -93,7 +91,7 @@ def sweep(
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     directories = [] if output is None else [expanded(output) / config.slug for config in configs]
-    with locked(*directories, wait=wait, state=launched()):
+    with locked(*directories, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(directories)
         return _analyses(found, own_responses, prompts, given, output, each, options)
@@ -115,7 +113,7 @@ def _analyses(
         if analyses and not own_responses:
             first = analyses[0]
             source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
-            wanted = {name: value for name, value in options.items() if name not in OF_SAMPLING}
+            wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
         analysis = analyze(
             target.model,
             prompts=None if source is not None else prompts,
@@ -125,7 +123,7 @@ def _analyses(
             **wanted,
         )
         analyses.append(analysis)
-        release()
+        release_memory()
         if each is not None:
             each(analysis)
     return analyses
@@ -149,11 +147,11 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
     first = analyze(model, output=output, lens=lenses[0], **options)
     assert first.path is not None
     if options.get("responses") is None:
-        options = {name: value for name, value in options.items() if name not in ("prompts", *OF_SAMPLING)}
+        options = {name: value for name, value in options.items() if name not in ("prompts", *SAMPLING_OPTIONS)}
         options["responses"] = str(first.path / RESPONSES)
     analyses = [first]
     for lens in lenses[1:]:
-        release()
+        release_memory()
         other = analyze(model, output=output, lens=lens, **options)
         if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
             # Which responses were cut is known of those that were sampled, and these are the same.
@@ -172,7 +170,7 @@ def start_over(directories: Iterable[Path]) -> None:
     Raises:
         UserError: one of them is not writable, or in use for something else.
     """
-    workspaces = [workspace_of(directory) for directory in directories]
+    workspaces = [Workspace(directory, ANALYSIS) for directory in directories]
 
     def drop() -> None:
         for workspace in workspaces:
@@ -181,7 +179,7 @@ def start_over(directories: Iterable[Path]) -> None:
             (workspace.directory / MANIFEST).unlink(missing_ok=True)
             workspace.close()
 
-    launched().on_main(drop)
+    launched_processes().on_main(drop)
 
 
 def _sequences(responses: Source | Analysis | None) -> Source | None:
@@ -212,6 +210,6 @@ def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trus
 def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
     from transformers import AutoTokenizer
 
-    with told_in_one_line(str(target), "its tokenizer"):
+    with as_user_error(str(target), "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
     return dict(tokenizer.get_vocab())

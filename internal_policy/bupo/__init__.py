@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.utils.extras import require
-from internal_policy.utils.quiet import import_quietly
+from internal_policy.utils.imports import import_quietly, require_package
 
 if TYPE_CHECKING:
     from internal_policy.bupo.config import TrainConfig
@@ -53,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name in _HOME:
         if name in _OF_TRL:
-            require("trl", "training", "train")
+            require_package("trl", "training", "train")
         return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

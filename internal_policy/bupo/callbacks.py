@@ -17,7 +17,7 @@ from internal_policy.bupo.config import ALIGNMENT, AUTO, second_phase
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
 from internal_policy.bupo.resume import drop_optimizer_states, list_files
 from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
-from internal_policy.rewards.functions import failures_of
+from internal_policy.rewards.functions import count_failures
 
 if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
@@ -110,11 +110,7 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         trainer.alignment_ended = self.reason is not None
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return what was measured.
-
-        Returns:
-            A row per measurement; a row per measurement and later layer.
-        """
+        """Return what was measured: a row per measurement, and a row per measurement and later layer."""
         layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
         return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
 
@@ -131,11 +127,7 @@ class StepCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self._updates_per_step = updates_per_step
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of this callback.
-
-        Returns:
-            The arguments from which transformers could make it again.
-        """
+        """Return the arguments from which transformers could make this callback again."""
         return {"args": {"updates_per_step": self._updates_per_step}, "attributes": {}}
 
 
@@ -149,11 +141,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._failures: dict[str, int] = {}
 
     def history(self) -> pd.DataFrame:
-        """Turn the trainer's log into a table.
-
-        Returns:
-            A row per step so far.
-        """
+        """Turn the trainer's log into a table with a row per step so far."""
         args = self._trainer.args
         rows = []
         for entry in self._trainer.state.log_history:
@@ -176,11 +164,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         return pd.DataFrame(rows)
 
     def failures(self) -> dict[str, int]:
-        """Count the rewards that failed in the whole run, over all processes.
-
-        Returns:
-            How many, by kind.
-        """
+        """Count the rewards that failed in the whole run, by kind, over all processes."""
         total: Counter[str] = Counter()
         for entry in self._trainer.state.log_history:
             total.update({k.removeprefix(_FAILURES): int(v) for k, v in entry.items() if k.startswith(_FAILURES)})
@@ -190,7 +174,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         """Count a step when all its updates are done, and the rewards that failed in it."""
         if state.global_step % self._trainer.args.updates_per_step == 0:
             # Each process scores its own share of the rollouts.
-            total = failures_of(self._trainer.reward_funcs)
+            total = count_failures(self._trainer.reward_funcs)
             since = torch.tensor([float(total[kind] - self._failures.get(kind, 0)) for kind in sorted(total)])
             everywhere = self._trainer.accelerator.reduce(since.to(self._trainer.accelerator.device), reduction="sum")
             for kind, number in zip(sorted(total), everywhere.tolist(), strict=True):

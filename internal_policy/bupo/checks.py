@@ -27,11 +27,9 @@ from internal_policy.bupo.config import AUTO, TrainConfig
 from internal_policy.bupo.trainer_config import BuPOConfig, refused
 from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.extractors import prove
-from internal_policy.models import Family, LanguageModel, evaluating, wrap
+from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
-from internal_policy.utils.memory import is_out_of_memory
+from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
 from internal_policy.utils.options import require_one_of
 
 logger = logging.getLogger(__name__)
@@ -63,20 +61,7 @@ def check_run(
     measures: bool,
     evaluates: bool,
 ) -> None:
-    """Refuse, before anything is written, what the trainer would fail on later, or would do silently wrong.
-
-    Args:
-        config: the run's settings, with those of its preset.
-        trainer_config: the same in TRL's terms.
-        model: the model to be trained.
-        peft_config: the adapters; None where all weights are trained.
-        sharded: whether FSDP or DeepSpeed spreads the weights.
-        measures: whether the dynamics are measured.
-        evaluates: whether the model is evaluated.
-
-    Raises:
-        UserError: what contradicts.
-    """
+    """Refuse, before anything is written, what the trainer would fail on later, or would do silently wrong."""
     if config.ipa_steps == AUTO and not measures:
         why = "FSDP or DeepSpeed spreads the weights" if sharded else "dynamics_every is 0"
         raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
@@ -89,7 +74,7 @@ def check_run(
         # TRL reads the reference model again, from where the policy came from, and not from pickles.
         where = str(model.config._name_or_path)
         advice = "beta needs the model as it was before training: save it, and give its directory"
-        with told_in_one_line(config.model, "the reference model", advice=advice):
+        with as_user_error(config.model, "the reference model", advice=advice):
             if not weight_files(where, model.config, model.revision, config.model):
                 raise UserError(
                     f"{config.model}: no safetensors weights in {where!r} to read the reference model from; {advice}"
@@ -112,15 +97,7 @@ def check_run(
 
 
 def try_options(config: BuPOConfig, rewards: Sequence[Any]) -> None:
-    """Make of the options what TRL and transformers make of them only once the training has begun.
-
-    Args:
-        config: the trainer's configuration.
-        rewards: the reward functions.
-
-    Raises:
-        UserError: an option that has no such value, or needs a package that is missing.
-    """
+    """Make of the options what TRL and transformers make of them only once the training has begun."""
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             require_one_of(name, getattr(config, name), [choice for choice in choices if isinstance(choice, str)])
@@ -162,13 +139,10 @@ def _reporters() -> list[str]:
 
 
 def prove_model(model: LanguageModel) -> LanguageModel:
-    """Prove where a model's parts are, once for a run.
-
-    Args:
-        model: the model; for a family without a row, with the likeliest guess at its parts.
+    """Prove where a model's parts are, once per run.
 
     Returns:
-        The model with the row that holds. The modes of its modules are as they were.
+        The model with the row that holds; for a family without a row, the likeliest guess at its parts, proved.
 
     Raises:
         UserError: what does not hold, a guess that cannot be proved because no process has the whole model, or
@@ -186,38 +160,22 @@ def prove_model(model: LanguageModel) -> LanguageModel:
                 "be proved where DeepSpeed spreads the weights; use DDP or FSDP, or write its row in models/families.py"
             )
         return model
-    with evaluating(model.model):
+    with eval_mode(model.model):
         return prove(model).model
 
 
 def prove_family(model: nn.Module, tokenizer: Any) -> Family:
-    """Prove where the parts of a bare model are.
-
-    Args:
-        model: a causal LM, without wrappers around it.
-        tokenizer: its tokenizer.
-
-    Returns:
-        The row that holds.
-
-    Raises:
-        UserError: as `prove_model`.
-    """
+    """Prove where the parts of a bare causal LM are, and return the row that holds."""
     config: Any = model.config
-    with evaluating(model):
+    with eval_mode(model):
         return prove_model(wrap(model, tokenizer, getattr(config, "_name_or_path", "") or config.model_type)).family
 
 
 def check_experts(args: BuPOConfig, config: Any) -> None:
     """Refuse what a mixture of experts cannot do in training.
 
-    Args:
-        args: the trainer's configuration.
-        config: the model's.
-
-    Raises:
-        UserError: TRL would add the load-balancing loss where there is a first phase, or the model returns what its
-            routers chose while it samples, over which transformers falls.
+    TRL would add the load-balancing loss in the first phase too, and transformers cannot sample from a model that
+    returns what its routers chose.
     """
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):
@@ -238,23 +196,16 @@ def check_experts(args: BuPOConfig, config: Any) -> None:
 
 
 def check_head(model: nn.Module, temperature: float) -> None:
-    """Check that TRL's own computation of log-probabilities is that of the model's own logits.
+    """Check that TRL's own computation of log-probabilities is that of the model's own logits, to rounding.
 
     TRL multiplies the decoder's last state by E_u itself, and takes the model's transform of logits from fields of the
     configuration that it knows.
-
-    Args:
-        model: a causal LM, without wrappers around it, with TRL's head.
-        temperature: what TRL divides logits by.
-
-    Raises:
-        UserError: they differ by more than rounding.
     """
     if not _whole(model):
         return
     arguments = _arguments(model)
     ids = arguments["input_ids"]
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         logits = model(**arguments).logits[:, :-1].float() / temperature
         theirs = model(**arguments, labels=ids, fused_lm_head=True).log_probs.float()
     own = logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1)
@@ -269,17 +220,10 @@ def check_head(model: nn.Module, temperature: float) -> None:
 
 
 def shift_matters(model: nn.Module) -> bool:
-    """Tell whether a decoder depends on where its first token stands, as one with learned positions does.
+    """Whether a decoder depends on where its first token stands, as one with learned positions does.
 
     TRL pads prompts on the left and gives no positions, so that such a model would see other positions than those it
-    sampled with.
-
-    Args:
-        model: a causal LM, without wrappers around it.
-
-    Returns:
-        True where positions have to be counted over real tokens; False where they are relative, or where the decoder
-        counts them itself.
+    sampled with. False where positions are relative, or where the decoder counts them over real tokens itself.
     """
     config: Any = model.config
     decoder: Any = getattr(model, "base_model", None)
@@ -291,7 +235,7 @@ def shift_matters(model: nn.Module) -> bool:
     length = arguments["input_ids"].shape[1]
     room = int(getattr(config, "max_position_embeddings", None) or _SHIFT) - length
     positions = torch.arange(length, device=arguments["input_ids"].device).expand_as(arguments["input_ids"])
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         here, there = (
             decoder(**arguments, position_ids=positions + shift).last_hidden_state.double()
             for shift in (0, max(0, min(_SHIFT, room)))
@@ -301,10 +245,7 @@ def shift_matters(model: nn.Module) -> bool:
 
 
 def warn_of_dropout(model: nn.Module) -> bool:
-    """Say that old and new log-probabilities are of different dropouts.
-
-    Args:
-        model: a causal LM, without wrappers around it.
+    """Warn that old and new log-probabilities are of different dropouts.
 
     Returns:
         Whether anything drops out in training, adapters and attention weights too.
@@ -347,9 +288,6 @@ def errors_in_one_line(config: BuPOConfig, directory: Path, state: Any = None) -
         config: the trainer's configuration.
         directory: the run's.
         state: the trainer's state, once it is made. What is raised before the first update is about the options.
-
-    Raises:
-        UserError: in place of these.
     """
     try:
         yield

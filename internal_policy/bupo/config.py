@@ -187,11 +187,7 @@ class TrainConfig:
     """Any other option of trl.GRPOConfig, by name. As keywords of ``bupo.train`` they stand beside the others."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself, and bring numbers that were given as text into their form.
-
-        Raises:
-            UserError: a value out of range; the message states it and the rule.
-        """
+        """Check each field by itself, and bring numbers that were given as text into their form."""
         check_values({name: getattr(self, name) for name in _FIELDS if name != "trl_options"}, _HINTS)
         for name in _FIELDS:
             value = getattr(self, name)
@@ -225,14 +221,7 @@ class TrainConfig:
     def from_keywords(cls, **options: Any) -> TrainConfig:
         """Make a configuration of the keywords of ``bupo.train``.
 
-        Args:
-            **options: fields by name; what is none of them is an option of TRL. A field that is None is not given.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            UserError: a value out of range.
+        A name that is no field is an option of TRL; a field that is None was not given.
         """
         given: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in options.items()}
         ours = {name: value for name, value in given.items() if name in _FIELDS and value is not None}
@@ -240,12 +229,7 @@ class TrainConfig:
         return cls(**{**ours, "trl_options": {**ours.get("trl_options", {}), **others}})
 
     def to_keywords(self) -> dict[str, Any]:
-        """Write down what differs from the defaults.
-
-        Returns:
-            The model, and the keywords from which ``from_keywords`` makes this configuration again, those of TRL among
-            them.
-        """
+        """Return the model and what differs from the defaults, from which ``from_keywords`` makes the same again."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trl_options"}
         changed = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
         return {"model": self.model, **changed, **self.trl_options}
@@ -253,8 +237,7 @@ class TrainConfig:
     def with_preset(self) -> TrainConfig:
         """Fill in what is left to the preset, or to the paper's settings where there is none.
 
-        Returns:
-            The configuration that is trained with. A shorter or longer run has the preset's share of alignment.
+        A run of another length than the preset's has the same share of alignment.
 
         Raises:
             UserError: more steps of alignment than steps, or more prompts than a run can have.
@@ -322,9 +305,6 @@ def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     Args:
         options: values by name.
         hints: the type of each.
-
-    Raises:
-        UserError: a value of another type, or out of range.
     """
     for name, value in options.items():
         kinds = set(get_args(hints[name])) or {hints[name]}
@@ -352,26 +332,12 @@ def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
 
 def second_phase(method: str) -> str:
-    """Name the phase after alignment.
-
-    Args:
-        method: the run's method.
-
-    Returns:
-        ``grpo`` for bupo, else the method.
-    """
+    """Name the phase after alignment: ``grpo`` for bupo, else the method."""
     return "grpo" if method == "bupo" else method
 
 
 def require_layer(layer: str | Path) -> None:
-    """Refuse a layer that is neither a number nor ``auto`` nor a path that exists.
-
-    Args:
-        layer: what stands for the layer.
-
-    Raises:
-        UserError: it is none of these.
-    """
+    """Refuse a layer that is neither a number nor ``auto`` nor a path that exists."""
     text = str(layer).strip()
     if text != AUTO and not is_number(text) and not expanded(layer).exists():
         raise UserError(f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis")

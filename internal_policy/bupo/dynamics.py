@@ -32,14 +32,13 @@ from internal_policy.data.responses import Response, check_responses, pad, promp
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
 from internal_policy.generation import Request, sample
-from internal_policy.models import LanguageModel, context, evaluating, projection_of
+from internal_policy.models import LanguageModel, context, eval_mode, projection_of
 from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
-from internal_policy.utils.distributed import Processes
+from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
-from internal_policy.utils.memory import halving
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +76,7 @@ class Measurement:
     """A row for each later layer m = l+1..L: layer, cosine of pi^l's state with H^m, kl = KL(pi^l || pi^m)."""
 
     def row(self) -> dict[str, float]:
-        """Everything but the table of later layers.
-
-        Returns:
-            Numbers by name, for a row of a table.
-        """
+        """Return everything but the table of later layers, for a row of a table."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
 
 
@@ -149,8 +144,8 @@ class Dynamics:
         model = _read_anew(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
-        with evaluating(model.model), torch.no_grad():
-            for batch in self._batches(context.switch(model.config)):
+        with eval_mode(model.model), torch.no_grad():
+            for batch in self._batches(context.length_switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
                     sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
                     if name == "loss":
@@ -182,7 +177,7 @@ class Dynamics:
         """The responses in order of length; those on either side of LongRoPE's switch never run together."""
         for start in range(0, len(self._responses), self._batch_size):
             batch = self._responses[start : start + self._batch_size]
-            for group in context.groups([len(r.input_ids) for r in batch], switch):
+            for group in context.group_by_length([len(r.input_ids) for r in batch], switch):
                 yield [batch[i] for i in group]
 
     def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:
@@ -200,7 +195,7 @@ class Dynamics:
         held: list[Tensor] = []
 
         def divergence(own: Tensor, other: Tensor) -> Tensor:
-            return policy_divergence(head.through(self.lens, own), other, head.weight, head.bias, **options)
+            return policy_divergence(head.apply_lens(self.lens, own), other, head.weight, head.bias, **options)
 
         def keep(name: str, layer: int, parts: Iterable[Tensor]) -> None:
             values[name, layer] = torch.cat(list(parts)).cpu().double()
@@ -211,13 +206,13 @@ class Dynamics:
                 own = {"layer": out, "attn": states.attention_write, "ffn": states.ffn_write}[self.site].to(device)
                 held.append(own)
                 for name, x in (("before", states.residual_in.to(device)), ("after", out), ("entropy", own)):
-                    keep(name, layer, (head.entropy(head.through(self.lens, part)) for part in _parts(x)))
+                    keep(name, layer, (head.entropy(head.apply_lens(self.lens, part)) for part in _parts(x)))
             pairs = [pair for x in held for pair in zip(_parts(x), _parts(out), strict=True)]
             if layer > self.layer:
                 keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
-                keep("kl", layer, (divergence(a, head.through(self.lens, b)) for a, b in pairs))
+                keep("kl", layer, (divergence(a, head.apply_lens(self.lens, b)) for a, b in pairs))
             if layer == model.n_layers:
-                normed = [head.normed(b) for _, b in pairs]
+                normed = [head.apply_final_norm(b) for _, b in pairs]
                 keep("policy_entropy", layer, map(head.entropy, normed))
                 keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
                 tokens = zip(normed, _parts(targets), strict=True)
@@ -229,15 +224,7 @@ class Dynamics:
 
 
 def eval_interval(config: TrainConfig, layer: int | None) -> int:
-    """Number of steps between two measurements of the dynamics.
-
-    Args:
-        config: the run's settings.
-        layer: l, from 1; None where there is none.
-
-    Returns:
-        The interval in steps; 0 where nothing is measured.
-    """
+    """Return the number of steps between two measurements of the dynamics; 0 where nothing is measured."""
     if layer is None:
         return 0
     if config.dynamics_every is not None:
@@ -255,16 +242,7 @@ def fixed_responses(
 ) -> list[Response]:
     """Sample the responses on which the dynamics are measured, once per run, from the policy as it was given.
 
-    Args:
-        model: the model before training.
-        prompts: those of the run, the first of which are answered.
-        config: the run's settings.
-        max_new_tokens: largest number of tokens of a response.
-        directory: the run's; the responses are kept there for a resumed run.
-        state: the processes.
-
-    Returns:
-        The responses that have tokens.
+    They are kept in the run's directory, for a resumed run.
     """
     path = directory / FIXED_RESPONSES
     found: list[Response] = []
@@ -277,8 +255,8 @@ def fixed_responses(
                 logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
             rendered = render_all(prompts[: config.dynamics_responses], config.template or "chat", model.tokenizer)
             requests = [Request(p, ids, i, 0) for i, (p, ids) in enumerate(zip(prompts, rendered, strict=False))]
-            with status("sampling the responses on which the dynamics are measured"), evaluating(model.model):
-                found = halving(
+            with status("sampling the responses on which the dynamics are measured"), eval_mode(model.model):
+                found = run_with_oom_retry(
                     requests,
                     lambda part: sample(model, part, max_new_tokens=max_new_tokens, temperature=1.0, seed=config.seed),
                     "lower max_completion_length",

@@ -104,11 +104,7 @@ def internal_forward(
 
 @contextmanager
 def counted_positions(model: nn.Module) -> Iterator[None]:
-    """Let a decoder count positions over real tokens, as sampling does, where the caller gives none.
-
-    Args:
-        model: a causal LM, without wrappers around it, whose decoder takes positions.
-    """
+    """Let a decoder count positions over real tokens, as sampling does, where the caller gives none."""
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.get("attention_mask")
@@ -127,11 +123,7 @@ def counted_positions(model: nn.Module) -> Iterator[None]:
 def needs_streamed_head(model: nn.Module) -> bool:
     """Whether ``streamed_head`` replaces TRL's own head for a model where it is now.
 
-    Args:
-        model: a causal LM, without wrappers around it.
-
-    Returns:
-        False where TRL's own kernel runs, and where no process holds E_u as a matrix.
+    False where TRL's own kernel runs, and where no process holds E_u as a matrix.
     """
     weight: Any = model.get_output_embeddings().weight  # type: ignore[operator]
     if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id"):
@@ -195,15 +187,7 @@ def streamed_head(
 
 
 def check_layer(layer: int, n_layers: int) -> None:
-    """Check that a model has a layer.
-
-    Args:
-        layer: l, from 1.
-        n_layers: L.
-
-    Raises:
-        UserError: out of range.
-    """
+    """Refuse a layer that a model does not have."""
     if not 1 <= layer <= n_layers:
         raise UserError(f"layer is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
 

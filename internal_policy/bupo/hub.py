@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from internal_policy.bupo.config import ALIGNMENT, PAPER_PROMPTS, TRL_BATCH_OPTIONS
 from internal_policy.bupo.run import EVALUATIONS, MANIFEST, Run
 from internal_policy.utils.citation import bibtex
 from internal_policy.utils.console import number, percent_span
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted, is_http_error, shorten
 from internal_policy.utils.io import write_text
-from internal_policy.utils.loading_errors import shorten
-from internal_policy.utils.network import is_of_http
-from internal_policy.utils.progress import status
-from internal_policy.utils.wording import counted
+from internal_policy.utils.logging import status
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -66,6 +64,88 @@ _METHODS = {
     "reinforce++": "REINFORCE++",
 }
 _MOST_STEPS = 12
+_BODY = """\
+# {{ code(model) }} after {{ prose(run.label) }}
+
+## Method
+
+The start is {{ code(model) }}; it was trained with {{ method }} for {{ counted(steps, "step") }}
+{%- if updates %}, which are {{ counted(updates, "update") }}{% endif %}, by `internal_policy` \
+{{ prose(run.versions.get("internal-policy", "")) }} and TRL. A step is one batch of rollouts with all updates on it.
+{% if run.layer is not none and aligned %}
+For {{ counted(aligned, "step") }} the policy of layer {{ run.layer }}{{ whose }}, counted from 1, was optimised first
+{%- if aligned < steps %}, then the model's own{% else %}; the model's own was not optimised after it{% endif %}. \
+Why this layer: {{ prose(run.layer_reason) }}. Why the first phase ended there: {{ prose(run.ipa_reason) }}.
+{% endif %}
+## Data
+
+Prompts: {{ code(prompts) }} (digest {{ code(config.prompts) }}). \
+Reward: {{ config.rewards | map("code") | join(", ") }}. \
+Template: {{ code(config.template) }}.
+
+## Evaluation
+
+{% if change is none -%}
+The training evaluated neither its start nor its result; evaluations that were made apart from it are not known here.
+{%- else -%}
+{{ code(trained.benchmark) }}: {{ counted(trained.n_problems, "problem") }}, \
+{{ counted(trained.n_samples, "sample") }} of each; \
+percent, with 95% intervals over problems; the difference is paired by problem \
+(p {{ "%.2g" | format(change.p_permutation) }}, sign flips).
+
+{{ table(("model", "measure", "%", "95% interval"), rates) }}
+{%- endif %}
+
+## Training curves
+
+{% if steps -%}
+{{ curves | length }} of {{ counted(steps, "step") }}.
+
+{{ table(("step", "phase", "reward", "policy entropy, nats", "response length, tokens"), curves) }}
+{%- else -%}
+No steps were recorded.
+{%- endif %}
+
+## Settings
+
+{{ table(("setting", "value"), settings) }}
+
+{% if repo_id -%}
+## How to load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({{ repo_id }})
+tokenizer = AutoTokenizer.from_pretrained({{ repo_id }})
+```
+
+{% endif -%}
+## Limits
+
+- This is one run with one seed: the intervals are over problems and say nothing about how far another seed would have \
+come.
+- Only what stands above was measured; safety, other languages and other tasks were not.
+{%- if failed %}
+- The reward failed on some responses, which count as 0: {{ failed }}.
+{%- endif %}
+{%- if embedded %}
+- The start is an embedded model for trials; what is found on it says little about large models.
+{%- else %}
+- The licence of the start holds for what was made of it; it was not looked up here.
+{%- endif %}
+
+## Versions
+
+{{ table(("library", "version"), versions) }}
+
+## How to cite
+
+```bibtex
+{{ bibtex }}
+```
+"""
+"""The card in Markdown, as a template of Jinja; ``code`` and ``prose`` escape what comes from a user or a model."""
 
 
 def write_card(run: Run, repo_id: str | None = None) -> Path:
@@ -104,14 +184,7 @@ def write_card(run: Run, repo_id: str | None = None) -> Path:
 
 
 def metadata(run: Run) -> ModelCardData:
-    """What the hub reads of a card.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The licence is unknown unless the model is an embedded one; the base model is named where it is on the hub.
-    """
+    """Return what the hub reads of a card. The licence is unknown but for an embedded model, whose licence is ours."""
     from huggingface_hub import ModelCardData
 
     embedded = run.name.startswith("testbed/")
@@ -127,39 +200,47 @@ def metadata(run: Run) -> ModelCardData:
 
 
 def body(run: Run, repo_id: str | None = None) -> str:
-    """What a reader reads of a card.
+    """Return the card in Markdown; only with ``repo_id`` it shows how to load the model from there."""
+    from jinja2 import Environment
 
-    Args:
-        run: the run.
-        repo_id: where the model is pushed to; without it the card shows no way to load it from there.
+    start, trained, steps = run.evaluation_start, run.evaluation, len(run.history)
+    change, rates = None, []
+    if start is not None and trained is not None:
+        from internal_policy.evaluation import compare
 
-    Returns:
-        Markdown.
-    """
-    parts = [
-        f"# {code(_model_name(run))} after {prose(run.label)}",
-        _method(run),
-        _data(run),
-        _evaluation(run),
-        _curves(run),
-        _settings(run),
-        *([_loading(repo_id)] if repo_id else []),
-        _limits(run),
-        f"## Versions\n\n{_table(('library', 'version'), [(code(k), code(v)) for k, v in run.versions.items()])}",
-        f"## How to cite\n\n```bibtex\n{bibtex()}\n```",
-    ]
-    return "\n\n".join(parts)
+        change, rates = compare(trained, start), _rates(start, trained)
+        rates.append(("difference", "Avg@K", *_percent(change.difference, change.low, change.high, "+")))
+    environment = Environment()
+    environment.filters["code"] = code
+    embedded = run.name.startswith("testbed/")
+    return environment.from_string(_BODY).render(
+        run=run,
+        config=run.config,
+        model=run.name if embedded else _public_name(run.name, "model" in run.call["from_hub"]),
+        prompts=_prompts_name(run),
+        method=_METHODS[run.method],
+        steps=steps,
+        updates=_updates(run),
+        aligned=int((run.history["phase"] == ALIGNMENT).sum()) if steps else 0,
+        whose={"attn": " (of what its attention writes)", "ffn": " (of what its FFN writes)"}.get(
+            run.config["site"], ""
+        ),
+        change=change,
+        trained=trained,
+        rates=rates,
+        curves=_curves(run.history),
+        settings=_settings(run.config),
+        repo_id=repr(" ".join(repo_id.split())) if repo_id else None,
+        failed=", ".join(f"{n} {prose(kind)}" for kind, n in run.failures.items() if n),
+        embedded=embedded,
+        versions=[(code(library), code(version)) for library, version in run.versions.items()],
+        bibtex=bibtex(),
+        **{"code": code, "prose": prose, "table": _table, "counted": counted},
+    )
 
 
 def code(value: Any) -> str:
-    """Write a value as code, where Markdown has no markup and HTML no tags.
-
-    Args:
-        value: any.
-
-    Returns:
-        One line; also in a table.
-    """
+    """Write a value in one line as code, where Markdown has no markup and HTML no tags."""
     text = " ".join(str(value).split()).replace("|", "¦")
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -167,122 +248,42 @@ def code(value: Any) -> str:
 
 
 def prose(value: Any) -> str:
-    """Write a text so that no character of it is markup.
-
-    Args:
-        value: any.
-
-    Returns:
-        One line.
-    """
+    """Write a text in one line so that no character of it is markup."""
     return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", " ".join(str(value).split()))
 
 
-def _method(run: Run) -> str:
-    steps = len(run.history)
-    parts = [
-        f"The start is {code(_model_name(run))}; it was trained with {_METHODS[run.method]} for {_count(steps, 'step')}"
-    ]
-    if (updates := _updates(run)) is not None:
-        parts[0] += f", which are {_count(updates, 'update')}"
-    parts[0] += f", by `internal_policy` {prose(run.versions.get('internal-policy', ''))} and TRL."
-    parts.append("A step is one batch of rollouts with all updates on it.")
-    aligned = 0 if run.history.empty else int((run.history["phase"] == ALIGNMENT).sum())
-    if run.layer is not None and aligned:
-        site = run.config["site"]
-        whose = {"layer": "", "attn": " (of what its attention writes)", "ffn": " (of what its FFN writes)"}[site]
-        then = ", then the model's own" if aligned < steps else "; the model's own was not optimised after it"
-        parts.append(
-            f"\n\nFor {_count(aligned, 'step')} the policy of layer {run.layer}{whose}, counted from 1, was "
-            f"optimised first{then}. Why this layer: {prose(run.layer_reason) or 'not told'}. Why the "
-            f"first phase ended there: {prose(run.ipa_reason) or 'not told'}."
-        )
-    return "## Method\n\n" + " ".join(parts).replace(" \n\n", "\n\n")
-
-
-def _data(run: Run) -> str:
-    rewards = ", ".join(map(code, run.config["rewards"]))
-    return (
-        f"## Data\n\nPrompts: {code(_prompts_name(run))} (digest {code(run.config['prompts'])}). Reward: {rewards}. "
-        f"Template: {code(run.config['template'])}."
-    )
-
-
-def _evaluation(run: Run) -> str:
-    start, trained = run.evaluation_start, run.evaluation
-    if start is None or trained is None:
-        return (
-            "## Evaluation\n\nThe training evaluated neither its start nor its result; evaluations that were made "
-            "apart from it are not known here."
-        )
-    from internal_policy.evaluation import compare
-
-    change = compare(trained, start)
-    rows = []
+def _rates(start: Evaluation, trained: Evaluation) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for name, found in (("start", start), ("trained", trained)):
-        rows.append((name, f"Avg@{found.n_samples}", *_rates(found.avg["mean"], found.avg["low"], found.avg["high"])))
+        rows.append((name, f"Avg@{found.n_samples}", *_percent(found.avg["mean"], found.avg["low"], found.avg["high"])))
         for row in found.pass_at_k.to_dict("records"):
-            rows.append((name, f"Pass@{row['k']}", *_rates(row["value"], row["low"], row["high"])))
-    rows.append(("difference", "Avg@K", *_rates(change.difference, change.low, change.high, "+")))
-    return (
-        f"## Evaluation\n\n{code(trained.benchmark)}: {counted(trained.n_problems, 'problem')}, "
-        f"{counted(trained.n_samples, 'sample')} of "
-        "each; percent, with 95% intervals over problems; the difference is paired by problem "
-        f"(p {change.p_permutation:.2g}, sign flips).\n\n" + _table(("model", "measure", "%", "95% interval"), rows)
-    )
+            rows.append((name, f"Pass@{row['k']}", *_percent(row["value"], row["low"], row["high"])))
+    return rows
 
 
-def _curves(run: Run) -> str:
-    if run.history.empty:
-        return "## Training curves\n\nNo steps were recorded."
-    places = np.unique(np.linspace(0, len(run.history) - 1, min(len(run.history), _MOST_STEPS)).round().astype(int))
-    columns = {"reward": ".3f", "policy_entropy": ".3f", "length": ".1f"}
-    rows = [
+def _percent(value: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
+    return f"{100 * value:{sign}.2f}", percent_span(low, high, sign)
+
+
+def _curves(history: pd.DataFrame) -> list[tuple[str, ...]]:
+    """A few steps of the history, evenly spaced."""
+    shown = np.unique(np.linspace(0, len(history) - 1, min(len(history), _MOST_STEPS)).round().astype(int))
+    return [
         (
             str(int(row["step"])),
             "alignment" if row["phase"] == ALIGNMENT else prose(row["phase"]),
-            *(number(row.get(name), form) for name, form in columns.items()),
+            *(number(row.get(name), form) for name, form in (("reward", ".3f"), ("policy_entropy", ".3f"))),
+            number(row.get("length"), ".1f"),
         )
-        for row in run.history.iloc[places].to_dict("records")
+        for row in history.iloc[shown].to_dict("records")
     ]
-    head = ("step", "phase", "reward", "policy entropy, nats", "response length, tokens")
-    return f"## Training curves\n\n{len(rows)} of {_count(len(run.history), 'step')}.\n\n{_table(head, rows)}"
 
 
-def _settings(run: Run) -> str:
-    adapters = run.config.get("peft") or {}
-    shown = {name: run.config.get(name) for name in PUBLISHED_SETTINGS}
+def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
+    adapters = config.get("peft") or {}
+    shown = {name: config.get(name) for name in PUBLISHED_SETTINGS}
     shown |= {f"peft: {name}": adapters.get(name) for name in _PUBLISHED_ADAPTERS}
-    rows = [(code(name), code(value)) for name, value in sorted(shown.items()) if value is not None]
-    return f"## Settings\n\n{_table(('setting', 'value'), rows)}"
-
-
-def _loading(repo_id: str) -> str:
-    name = repr(" ".join(repo_id.split()))
-    return (
-        "## How to load\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({name})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({name})\n```"
-    )
-
-
-def _limits(run: Run) -> str:
-    told = [
-        "This is one run with one seed: the intervals are over problems and say nothing about how far another seed "
-        "would have come.",
-        "Only what stands above was measured; safety, other languages and other tasks were not.",
-    ]
-    if failed := ", ".join(f"{n} {prose(kind)}" for kind, n in run.failures.items() if n):
-        told.append(f"The reward failed on some responses, which count as 0: {failed}.")
-    if run.name.startswith("testbed/"):
-        told.append("The start is an embedded model for trials; what is found on it says little about large models.")
-    else:
-        told.append("The licence of the start holds for what was made of it; it was not looked up here.")
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in told)
-
-
-def _model_name(run: Run) -> str:
-    return run.name if run.name.startswith("testbed/") else _public_name(run.name, "model" in run.call["from_hub"])
+    return [(code(name), code(value)) for name, value in sorted(shown.items()) if value is not None]
 
 
 def _prompts_name(run: Run) -> str:
@@ -304,14 +305,6 @@ def _updates(run: Run) -> int | None:
     if run.config["mini_batches"] is None:
         return None
     return len(run.history) * int(run.config["mini_batches"]) * int(run.config.get("num_iterations") or 1)
-
-
-def _rates(value: float, low: float, high: float, sign: str = "") -> tuple[str, str]:
-    return f"{100 * value:{sign}.2f}", percent_span(low, high, sign)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -405,7 +398,7 @@ def _errors_in_one_line(run: Run, repo_id: str, token: str | None) -> Iterator[N
         yield
     except Exception as error:
         # Of the client's own checks, of its upload's threads and Rust code, and of the network.
-        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_of_http(error):
+        if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_http_error(error):
             raise
         line = _line(error, run, repo_id, _masked(str(error), token))
         chain = "".join(traceback.format_exception(error))

@@ -29,15 +29,7 @@ _TRL_COLUMNS = {
 
 
 def is_testbed(model: str, source: str | list[Any] | None) -> bool:
-    """Whether the prompts are the embedded tasks, whose answers are checked exactly.
-
-    Args:
-        model: the model's name.
-        source: where the prompts come from.
-
-    Returns:
-        True for ``testbed``, and for an embedded model's default.
-    """
+    """Whether the prompts are the embedded tasks, whose answers are checked exactly."""
     return source == TESTBED or (source is None and model.startswith("testbed/"))
 
 
@@ -56,10 +48,6 @@ class PromptDataset:
 
     def to_trl(self, template: str, tokenizer: Any) -> Dataset:
         """Bring the prompts into TRL's form.
-
-        Args:
-            template: how a problem becomes a prompt.
-            tokenizer: the model's.
 
         Returns:
             Rows with ``prompt`` (a chat where the tokenizer has a template for it, else text), ``answer``, and the
@@ -162,7 +150,7 @@ def _select_fitting(
         raise UserError(
             f"{lengths} the model's context is {model.max_length}; lower max_completion_length or max_prompt_length"
         )
-    switch = context.switch(model.config)
+    switch = context.length_switch(model.config)
     if switch is not None and room > switch:
         raise UserError(
             f"{lengths} beyond {switch} tokens LongRoPE computes every sequence of a batch with other positions, so "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +29,22 @@ from internal_policy.bupo.run import (
     HISTORY,
     MANIFEST,
     MODEL,
+    RUN,
     Run,
     warn_complete,
 )
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import is_temporary, name_aside, remove_stale, set_aside, write_text
+from internal_policy.utils.io import (
+    is_temporary,
+    name_aside,
+    remove_stale,
+    require_writable,
+    set_aside,
+    sha256_of,
+    write_text,
+)
 from internal_policy.utils.locks import LOCK
-from internal_policy.utils.workspace import differences, in_use
+from internal_policy.utils.result_format import describe_differences
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +72,8 @@ class RunDirectory:
         return any((self.path / name).is_file() for name in (MANIFEST, SETTINGS))
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a directory that is not a run's or not writable, before anything long begins.
-
-        Args:
-            overwrite: whether what is there may be replaced.
-
-        Raises:
-            UserError: not writable, in use for something else, or a run that cannot be read.
-        """
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
-            raise UserError(f"{self.path}: cannot be written ({existing} {what}); choose another --output directory")
+        """Refuse, before anything long begins, a directory that is not a run's or not writable, or a broken run."""
+        require_writable(self.path)
         others = (
             [p for p in self.path.iterdir() if p.name != LOCK and not is_temporary(p)] if self.path.is_dir() else []
         )
@@ -88,20 +86,10 @@ class RunDirectory:
             Run.load(self.path)
 
     def finished(self, settings: dict[str, Any]) -> Run:
-        """Read the finished run that is there.
-
-        Args:
-            settings: what was asked for.
-
-        Returns:
-            The run.
-
-        Raises:
-            UserError: it was made with other settings.
-        """
+        """Read the finished run that is there, and refuse one of other settings."""
         run = Run.load(self.path)
-        if differing := differences(run.config, settings):
-            raise in_use(self.path, "a run", differing)
+        # A setting that one of them lacks is compared as well.
+        RUN.check_settings(self.path, run.config, {**dict.fromkeys(run.config), **settings})
         warn_complete(self.path)
         return run
 
@@ -125,7 +113,7 @@ class RunDirectory:
             self._begin(settings, clear=overwrite)
             return None
         before = self._read_settings(settings)
-        if differing := differences(before, settings):
+        if differing := describe_differences(before, settings):
             if not any(checkpoints.glob(f"checkpoint-*/{FILES}")):
                 # Nothing was trained yet, so nothing is lost by starting anew.
                 self._begin(settings, clear=True)
@@ -176,28 +164,18 @@ class RunDirectory:
 
 
 def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
-    """Write the list of a checkpoint's files, which makes it a whole one.
-
-    Args:
-        checkpoint: its directory, with all of its files.
-        settings: of the run.
-        processes: how many trained.
-    """
+    """Write the list of a checkpoint's files, which makes it a whole one."""
     paths = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != FILES)
     with ThreadPoolExecutor() as pool:
         files = {
             str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, pool.map(_digest, paths), strict=True)
+            for path, digest in zip(paths, pool.map(sha256_of, paths), strict=True)
         }
     _write_list(checkpoint, {"settings": settings_digest(settings), "processes": processes, "files": files})
 
 
 def drop_optimizer_states(directory: Path) -> None:
-    """Leave older checkpoints only their weights, and the newest two all that a run needs to go on.
-
-    Args:
-        directory: where the trainer writes them.
-    """
+    """Leave older checkpoints only their weights, and the newest two all that a run needs to go on."""
     for _, checkpoint in sorted(_checkpoints(directory))[:-_KEPT_WHOLE]:
         listed = _read_list(checkpoint)
         if listed is not None and any(map(_is_to_go_on, listed["files"])):
@@ -214,20 +192,11 @@ def drop_optimizer_states(directory: Path) -> None:
 def last_checkpoint(
     directory: Path, settings: dict[str, Any], updates_per_step: int = 1, processes: int = 1
 ) -> Path | None:
-    """Find the newest checkpoint from which a run can go on as if it had not stopped.
+    """Find the newest checkpoint from which a run can go on as if it had not stopped; None where there is none.
 
     A checkpoint that was not written to its end is passed over, and written again in its turn; so is an older one of
-    which only the weights were kept. One that was damaged, or is of other settings, is set aside.
-
-    Args:
-        directory: where the trainer writes them.
-        settings: of the run.
-        updates_per_step: updates on a batch of rollouts. A checkpoint between two of them is passed over: the rollouts
-            of that step are not in it.
-        processes: how many train now.
-
-    Returns:
-        The checkpoint's directory, or None.
+    which only the weights were kept, and one between two updates of a step, whose rollouts are not in it. One that was
+    damaged, or is of other settings, is set aside.
 
     Raises:
         UserError: it is of another number of processes, each of which has random numbers of its own.
@@ -258,14 +227,7 @@ def last_checkpoint(
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Digest a run's settings.
-
-    Args:
-        settings: what decides the result.
-
-    Returns:
-        64 hexadecimal digits, the same for equal settings; one that is missing means the same as None.
-    """
+    """Digest a run's settings; one that is missing means the same as None."""
     known = {name: value for name, value in settings.items() if value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -304,15 +266,10 @@ def _fault(checkpoint: Path, listed: dict[str, Any], settings: dict[str, Any]) -
         if path.stat().st_size != listed["files"][name]["bytes"]:
             return f"{name} is damaged"
     with ThreadPoolExecutor() as pool:
-        for (name, known), digest in zip(listed["files"].items(), pool.map(_digest, paths.values()), strict=True):
+        for (name, known), digest in zip(listed["files"].items(), pool.map(sha256_of, paths.values()), strict=True):
             if digest != known["sha256"]:
                 return f"{name} is damaged"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _list_digest(listed: dict[str, Any]) -> str:

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.analysis.results import MANIFEST as ANALYSIS_MANIFEST
+from internal_policy.analysis.finished import source_digest
+from internal_policy.analysis.results import ANALYSIS as ANALYSIS_FORMAT
 from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig
 from internal_policy.data.records import SUFFIXES
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import EXACT, Kind
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat, is_up_to_date
+from internal_policy.utils.table_io import EXACT
 
 if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation
@@ -38,7 +38,7 @@ HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
 MODEL = "model"
-RUN = Kind(
+RUN = ResultFormat(
     *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
     (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
 )
@@ -139,11 +139,7 @@ class Run:
         RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
-        """What ``run.json`` holds.
-
-        Returns:
-            JSON-able fields.
-        """
+        """Return what ``run.json`` holds."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
 
@@ -230,24 +226,12 @@ _PLAIN = (
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as csv, whole or not at all.
-
-    Args:
-        path: the file.
-        table: its rows.
-    """
+    """Write a table as csv, atomically."""
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_table`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows; none where it is not there or has no columns.
-    """
+    """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
     try:
         # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
@@ -257,14 +241,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def why_no_dynamics(run: Run) -> str | None:
-    """Say why there is no fig. 5 of a run.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The sentence; None where there is one.
-    """
+    """Say why there is no figure 5 of a run; None where there is one."""
     name = f"{run.name}, {run.label}"
     if run.dynamics.empty:
         how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
@@ -284,17 +261,7 @@ def last_alignment_step(run: Run) -> int | None:
 
 
 def find_finished(config: TrainConfig) -> Run | None:
-    """Find the finished run that a call would return, without loading its model, torch or TRL.
-
-    Args:
-        config: the settings, as they were asked for.
-
-    Returns:
-        The run; None where there is none, or where only the model can tell.
-
-    Raises:
-        UserError: a broken run.
-    """
+    """Find the finished run that a call would return, without torch or a model; None where only they can tell."""
     directory = config.directory
     try:
         stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -304,7 +271,7 @@ def find_finished(config: TrainConfig) -> Run | None:
         known = {"files": call["digest"], "hooked": stored["config"]["hooked"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not in_place or not unchanged.is_made_of(partial(call_digest, config), known, versions):
+    if not in_place or not is_up_to_date(known, versions, partial(call_digest, config)):
         return None
     run = Run.load(directory)
     warn_complete(directory)
@@ -312,19 +279,12 @@ def find_finished(config: TrainConfig) -> Run | None:
 
 
 def warn_complete(directory: Path) -> None:
-    """Say that there is nothing to do.
-
-    Args:
-        directory: of the run.
-    """
+    """Say that there is nothing to do."""
     logger.warning("%s: already complete; nothing to train (--overwrite starts over)", directory)
 
 
 def call_digest(config: TrainConfig) -> str | None:
     """Digest the settings of a call, with the files that they name and the code of this package.
-
-    Args:
-        config: the settings, as they were asked for.
 
     Returns:
         64 hexadecimal digits; None where something else decides too: the hub, a GPU, other code.
@@ -335,7 +295,7 @@ def call_digest(config: TrainConfig) -> str | None:
         return None
     sources = [config.prompts, *([config.benchmark] if config.benchmark is not None else [])]
     if isinstance(config.layer, str) and config.layer != AUTO:
-        sources.append(str(expanded(config.layer) / ANALYSIS_MANIFEST))
+        sources.append(str(expanded(config.layer) / ANALYSIS_FORMAT.manifest))
     options = {name: value for name, value in config.to_keywords().items() if name not in ("overwrite", "wait")}
     # By default the directory is named by the settings.
     options |= {"layer": str(config.layer or AUTO), "output": config.output is not None}
@@ -344,19 +304,12 @@ def call_digest(config: TrainConfig) -> str | None:
         text = json.dumps(options, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
         return None
-    files = unchanged.digest_of(config.model, sources)
+    files = source_digest(config.model, sources)
     return None if files is None else hashlib.sha256(f"{files} {text}".encode()).hexdigest()
 
 
 def is_on_the_hub(value: Any) -> bool:
-    """Whether a model or a data set was read from the hub.
-
-    Args:
-        value: its name or path, or a model object.
-
-    Returns:
-        False for a local path and an embedded model, and where it cannot be known.
-    """
+    """Whether a model or a data set was read from the hub, by its name or, for a model, by the object."""
     if isinstance(value, (str, Path)):
         name = str(value)
         local = Path(name).exists() or name.endswith(SUFFIXES) or name.startswith("testbed/")

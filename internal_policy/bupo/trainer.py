@@ -27,7 +27,7 @@ from internal_policy.bupo.forward import (
     streamed_head,
 )
 from internal_policy.bupo.trainer_config import BuPOConfig
-from internal_policy.models import Family, evaluating
+from internal_policy.models import Family, eval_mode
 from internal_policy.utils.errors import UserError
 
 _CITATION = """@article{tan2025bottomup,
@@ -150,12 +150,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return optimizer
 
     def log_metric(self, name: str, value: float) -> None:
-        """Add a number to the log of the current step, and so to what ``report_to`` names.
-
-        Args:
-            name: its name.
-            value: its value; the mean is logged where there are several.
-        """
+        """Add a number to the log of the current step, and so to what ``report_to`` names."""
         self._metrics["train"][name].append(value)
 
     @contextmanager
@@ -267,7 +262,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             entropies = known[rows]
         else:
             # Without dropout, so that a measurement draws no random numbers from the training's stream.
-            with self._policy(False, measuring=True), evaluating(self.model):
+            with self._policy(False, measuring=True), eval_mode(self.model):
                 _, entropies, _ = self._get_per_token_logps_and_entropies(
                     self.model,
                     torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1),

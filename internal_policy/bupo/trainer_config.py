@@ -26,9 +26,8 @@ from internal_policy.bupo.config import (
     check_values,
 )
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.options import require_one_of
-from internal_policy.utils.wording import counted
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.
@@ -110,11 +109,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """bfloat16 mixed precision; by default on where cuda has it."""
 
     def __post_init__(self) -> None:
-        """Complete the settings and refuse those that would train something else than they say.
-
-        Raises:
-            UserError: a value out of range, or an option that has no meaning for an internal policy.
-        """
+        """Complete the settings, and refuse those that would train something else than they say."""
         require_one_of("method", self.method, METHODS)
         require_one_of("site", self.site, SITES)
         require_one_of("lens", self.lens, get_args(Lens))
@@ -186,11 +181,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             )
 
     def check_steps(self) -> None:
-        """Check the settings that depend on the layer and on the number of steps, which may be settled late.
-
-        Raises:
-            UserError: they contradict each other.
-        """
+        """Check the settings that depend on the layer and on the number of steps, which may be settled late."""
         if self.method == "bupo" and self.layer is None and self.ipa_steps != 0:
             raise UserError("method='bupo' without layer; give the layer whose policy comes first, from 1")
         if isinstance(self.ipa_steps, str):
@@ -250,14 +241,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
 
 
 def check_trl_options(config: TrainConfig) -> None:
-    """Check the options that are passed on to TRL by name.
-
-    Args:
-        config: the run's settings.
-
-    Raises:
-        UserError: an unknown option, one that ``train`` settles itself, or a value of another type or out of range.
-    """
+    """Check the options that are passed on to TRL by name: that they exist, may be chosen, and have their type."""
     ours = {f.name for f in fields(TrainConfig)}
     # What TrainConfig has is set there, and the directory of the checkpoints is the run's.
     known = {f.name for f in fields(BuPOConfig) if f.init} - {*ours, "output_dir"}
@@ -274,7 +258,7 @@ def check_trl_options(config: TrainConfig) -> None:
 def make_trainer_config(
     config: TrainConfig, layer: int | None, checkpoints: Path, processes: int, device: str
 ) -> BuPOConfig:
-    """Build the trainer's configuration, once for a run.
+    """Build the trainer's configuration, once per run, in TRL's terms.
 
     Args:
         config: the run's settings, with those of its preset.
@@ -282,9 +266,6 @@ def make_trainer_config(
         checkpoints: directory of the checkpoints.
         processes: number of data-parallel processes.
         device: ``cpu`` or ``cuda``.
-
-    Returns:
-        The configuration, in TRL's terms.
 
     Raises:
         UserError: batch sizes that do not divide, or a value that TRL refuses.
@@ -331,14 +312,7 @@ def make_trainer_config(
 
 
 def refused(error: Exception) -> UserError:
-    """Say which of its options the trainer refuses.
-
-    Args:
-        error: what it raised.
-
-    Returns:
-        The error in one line.
-    """
+    """Say in one line which of its options the trainer refuses."""
     return UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 

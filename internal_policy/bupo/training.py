@@ -40,17 +40,16 @@ from internal_policy.bupo.run import (
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
 from internal_policy.data.prompts import TESTBED
-from internal_policy.models import LanguageModel, alone, as_its_dtype_says, load, wrap
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
-from internal_policy.rewards.functions import as_rewards, compare
+from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
-from internal_policy.utils.distributed import Processes, processes
+from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.locks import locked
+from internal_policy.utils.logging import progress, quiet_libraries, status
 from internal_policy.utils.options import takes_options
-from internal_policy.utils.progress import progress, status
-from internal_policy.utils.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ _TESTBED_SAMPLES = 4
 
 @quiet_libraries()
 @takes_options(TrainConfig, more=True)
-@as_its_dtype_says()
+@without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def train(
@@ -117,8 +116,8 @@ def train(
     call = _describe_call(config, [name for name, value in objects.items() if value is not None], model)
     config = config.with_preset()
     check_trl_options(config)
-    state = processes(config.trl_options)
-    with alone(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
+    state = training_processes(config.trl_options)
+    with exclusive_use(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
         choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
         return _train(config, call, state, opened, prompts, choice, reward, peft_config, callbacks or [])
 
@@ -152,10 +151,10 @@ def _train(
     evaluates = config.eval_samples != 0 and (config.benchmark is not None or testbed)
     check_run(config, trainer_config, model, peft_config, state.sharded, measures=interval > 0, evaluates=evaluates)
     try_options(trainer_config, rewards)
-    dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=compare(rewards))
-    hooked = attached(model.model)
+    dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=needs_answers(rewards))
+    hooked = attached_code(model.model)
     if hooked and not config.overwrite and directory.begun:
-        raise not_taken_up(path, hooked, "a run")
+        raise resume_refused(path, hooked, "a run")
     settings = {**_settings(config, choice, model, dataset, peft_config, rewards), "hooked": hooked or None}
     if not config.overwrite and (path / MANIFEST).is_file():
         return directory.finished(settings)
@@ -261,14 +260,7 @@ class LayerChoice:
     """The model that the analysis was of."""
 
     def check(self, model: LanguageModel) -> None:
-        """Check that the layer is one of this model.
-
-        Args:
-            model: the model to be trained.
-
-        Raises:
-            UserError: out of range, or of an analysis of another model.
-        """
+        """Refuse a layer that the model does not have, and an analysis of another model."""
         expected = {
             "family": model.family.name,
             "layers": model.n_layers,
@@ -287,16 +279,9 @@ class LayerChoice:
 
 
 def choose_layer(layer: Any) -> LayerChoice:
-    """Turn what the user gave into a layer.
+    """Turn a number from 1, an ``Analysis``, its directory, ``auto`` or None into a layer and the reason for it.
 
-    Args:
-        layer: a number from 1, an ``Analysis``, its directory, ``auto``, or None.
-
-    Returns:
-        The choice; without a layer for ``auto``, whose analysis has yet to be made, and for None.
-
-    Raises:
-        UserError: not a layer, or an analysis without a boundary layer.
+    ``auto``, whose analysis has yet to be made, and None give no layer.
     """
     if layer is None or layer == AUTO:
         return LayerChoice(None, "")

@@ -7,22 +7,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from internal_policy.analysis import unchanged
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
+from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import report
 from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_there, to_json
 from internal_policy.cli.compare import compare_sweep
-from internal_policy.comparison.study_models import STUDIES, Preset
+from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import Lens
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing, status
 from internal_policy.utils.options import option
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name, is_main_process, world_size
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -135,9 +134,7 @@ def _models(command: AnalyzeCommand) -> None:
     root, figures = command.place(DATA)
     alone = not command.overwrite and world_size() == 1
     each = {name: [c for c in configs if c.model == name] for name in names}
-    done = {
-        name: unchanged.complete(each[name], root, follow=first.responses is None) if alone else None for name in each
-    }
+    done = {name: find_finished(each[name], root, follow=first.responses is None) if alone else None for name in each}
     if None in done.values():
         with importing():
             from internal_policy import models
@@ -152,9 +149,9 @@ def _models(command: AnalyzeCommand) -> None:
 
     state = None
     if world_size() > 1:
-        from internal_policy.utils.distributed import launched
+        from internal_policy.utils.distributed import launched_processes
 
-        state = launched()
+        state = launched_processes()
 
     analyses, new = [], []
     # All of them from the start: a directory in use is refused before another model is analysed.
@@ -180,9 +177,9 @@ def _models(command: AnalyzeCommand) -> None:
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
     """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.lenses import other_lens
+    from internal_policy.analysis.results import find_other_lens
 
-    other = other_lens(analysis)
+    other = find_other_lens(analysis)
     return {**to_json(analysis), "other_lens": None if other is None else vars(other)}
 
 
@@ -202,7 +199,7 @@ def _sweep(command: AnalyzeCommand) -> None:
     refuse_one_place(configs)
     own = command.own_responses
     alone = not command.overwrite and world_size() == 1 and not (own and command.responses)
-    known = unchanged.complete(configs, root, follow=not own) if alone else None
+    known = find_finished(configs, root, follow=not own) if alone else None
     if known is not None:
         analyses = known
         for analysis in analyses:

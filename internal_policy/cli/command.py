@@ -9,7 +9,7 @@ from typing import Any
 
 from internal_policy.data.records import SUFFIXES, require_file
 from internal_policy.models.paths import locate
-from internal_policy.utils.extras import require
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.io import expanded
 
 FIGURES = Path("figures")
@@ -108,9 +108,9 @@ def require_packages(backend: str, quantization: str | None) -> None:
         UserError: a package is missing.
     """
     if backend != "hooks":
-        require(backend.replace("-", "_"), f"--backend {backend}", "backends")
+        require_package(backend.replace("-", "_"), f"--backend {backend}", "backends")
     if quantization is not None:
-        require("bitsandbytes", f"--quantization {quantization}", "quantized")
+        require_package("bitsandbytes", f"--quantization {quantization}", "quantized")
 
 
 def require_key(remote: bool | str) -> None:
@@ -123,6 +123,6 @@ def require_key(remote: bool | str) -> None:
         UserError: nnsight is not installed, or there is no key.
     """
     if remote is True:
-        from internal_policy.extractors import nnsight_library
+        from internal_policy.extractors import nnsight as nnsight_library
 
         nnsight_library.require_key(nnsight_library.load_nnsight())

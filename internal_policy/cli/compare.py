@@ -45,13 +45,13 @@ class CompareCommand(OutputOptions):
             UserError: options that do not fit the analyses, or what the comparison refuses.
         """
         check_options(self)
-        from internal_policy.analysis.lenses import one_lens
+        from internal_policy.analysis.results import keep_one_lens
         from internal_policy.analysis.sources import arrange, gather
         from internal_policy.cli.display import show_comparison
         from internal_policy.comparison.results import compare
 
         found = gather(self.directories)
-        kept, _ = one_lens(found)
+        kept, _ = keep_one_lens(found)
         # The baseline is counted in the order that is shown.
         label, step = list(self.label) or None, list(self.step) or None
         analyses, labels, *_ = arrange(kept, label, step)

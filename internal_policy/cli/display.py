@@ -11,10 +11,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from internal_policy.analysis import lenses
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import plus_stderr, positions_line, remarks
-from internal_policy.analysis.results import REPORT, Analysis
+from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
 from internal_policy.utils.console import console as open_console
@@ -42,7 +41,7 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(remark)
     where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(Text.assemble((f"boundary layer: {where}", "bold"), f"  {analysis.selection.reason}"))
-    for line in (few_prompts(analysis.n_prompts), lenses.sentence(analysis)):
+    for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
         if line is not None:
             console.print(line)
     if analysis.path is not None:

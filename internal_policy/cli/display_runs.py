@@ -31,7 +31,7 @@ from internal_policy.inspection.results import Inspection
 from internal_policy.plotting.inspection import TITLES, cell_colors
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, plus_minus, table
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 _WIDEST, _NARROWEST = 9, 3
 _NUMBER = 4

@@ -12,14 +12,12 @@ from internal_policy.cli.command import ResumeOptions, require_there, to_json
 from internal_policy.data.benchmarks import BENCHMARKS, label
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation.config import EvaluateConfig, EvaluateOptions
-from internal_policy.evaluation.scoring import Scorer
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing, status
 from internal_policy.utils.options import option
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing, status
 from internal_policy.utils.shell import figure_name
-from internal_policy.utils.wording import counted
 
 if TYPE_CHECKING:
     from internal_policy.evaluation.paired_tests import Comparison
@@ -83,14 +81,16 @@ def _evaluate(command: EvaluateCommand) -> None:
                 )
             slugs[slug] = f"{name} on {source}"
     require_there(names, command.revision, *sources)
+    from internal_policy.evaluation.scoring import Scorer
+
     for source in sources:
         Scorer(command.reward, exact=source == TESTBED)
     stored = _stored(command.against, sources, command.max_problems)
     root, figures = command.place(DATA)
-    from internal_policy.evaluation.finishing import complete
+    from internal_policy.evaluation.results import find_finished
 
     fresh = command.overwrite
-    ready = {(n, s): None if fresh else complete(config, s, root) for (n, s), config in configs.items()}
+    ready = {(n, s): None if fresh else find_finished(config, s, root) for (n, s), config in configs.items()}
     left = [name for name in names if None in (ready[name, source] for source in sources)]
     if left:
         with importing():

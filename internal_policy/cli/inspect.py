@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from internal_policy.cli.command import OutputOptions, require_packages, require_there
 from internal_policy.inspection.config import InspectConfig, Site, check_choice
 from internal_policy.utils.locks import locked, writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing
 
 if TYPE_CHECKING:
     from internal_policy.inspection.results import Inspection
@@ -47,9 +47,7 @@ class InspectCommand(InspectConfig, OutputOptions):
             from internal_policy.utils.workspace import Workspace
 
         root, figures = self.place(DATA)
-        Workspace(
-            root / self.slug, manifest=results.MANIFEST, result_files=results.RESULT_FILES, what="inspection"
-        ).check()
+        Workspace(root / self.slug, results.INSPECTION).check()
         look = inspect(**{each.name: getattr(self, each.name) for each in fields(InspectConfig)})
         # Nothing is written where what was asked for is not there.
         look.positions(self.tokens, self.last)
@@ -61,7 +59,7 @@ class InspectCommand(InspectConfig, OutputOptions):
                 look.save(directory)
         # Shown when it is safe: a pager that is left early ends the command.
         show_inspection(look, self.site, tokens=self.tokens, last=self.last)
-        list_files("inspection", [directory / file for file in results.RESULT_FILES])
+        list_files("inspection", [directory / file for file in (*results.INSPECTION.files, results.MANIFEST)])
         draw(look, figures / name, tokens=self.tokens, last=self.last)
         shown = inspection_data(look, [self.site], tokens=self.tokens, last=self.last)
         inspection = {**look.manifest(), "path": directory}

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from internal_policy.cli import completion
 from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, parse
 from internal_policy.utils.citation import __version__
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.locks import keeping
+from internal_policy.utils.locks import keep_locks
 from internal_policy.utils.output import is_quiet, output_mode
 from internal_policy.utils.shell import is_main_process, rank, visible
 
@@ -55,11 +54,13 @@ def run(words: Sequence[str]) -> None:
         print(_help(), end="")  # noqa: T201
     elif name == "--version":
         print(f"{PROGRAM} {__version__}")  # noqa: T201
-    elif name in completion.OPTIONS:
+    elif name in ("--complete", "--show-completion", "--install-completion"):
+        from internal_policy.cli import completion
+
         completion.run(name, rest)
     else:
         command = parse(name, rest)
-        with output_mode(json=command.json, quiet=command.quiet), keeping():
+        with output_mode(json=command.json, quiet=command.quiet), keep_locks():
             command.run()
 
 

@@ -112,11 +112,10 @@ def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
     Args:
         analyses: what has just been analysed.
     """
-    from internal_policy.analysis.lenses import other_lens
-    from internal_policy.analysis.results import REPORT, Analysis
+    from internal_policy.analysis.results import REPORT, Analysis, find_other_lens
 
     paths = [analysis.path for analysis in analyses]
-    for other in (other_lens(analysis) for analysis in analyses):
+    for other in (find_other_lens(analysis) for analysis in analyses):
         if other is not None and other.path not in paths and other.path is not None and _is_there(other.path / REPORT):
             write_reports([Analysis.load(other.path)], tell=False)
 

@@ -12,10 +12,10 @@ from internal_policy.bupo.config import TrainConfig, require_layer
 from internal_policy.cli.command import FIGURES, ConsoleOptions, require_there, to_json
 from internal_policy.cli.report import write_reports
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.extras import require
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.locks import writing
+from internal_policy.utils.logging import importing
 from internal_policy.utils.output import print_json
-from internal_policy.utils.progress import importing
 from internal_policy.utils.shell import world_size
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TrainCommand(TrainConfig, SetOptions):
         given = {each.name: getattr(self, each.name) for each in fields(TrainConfig) if each.name != "trl_options"}
         defaults = {each.name: each.default for each in fields(TrainConfig)}
         options = _with_settings({n: v for n, v in given.items() if v != defaults[n]}, self.set)
-        require("trl", "training", "train")
+        require_package("trl", "training", "train")
         config = TrainConfig.from_keywords(**options)
         # Whether the steps fit is known without the libraries, whose import takes seconds.
         config.with_preset()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from internal_policy.utils.lazy import lazy_names
+from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
     from internal_policy.comparison.convergence import Convergence, convergence_table, measure_convergence

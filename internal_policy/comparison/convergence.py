@@ -1,8 +1,8 @@
-"""How a model's entropy falls over its layers, as numbers: how far, how deep in, and how much of it at the very top.
+"""How a model's entropy falls over its layers, in numbers: how far, at which depth, and how much of it at the very top.
 
 The paper reads two shapes off the curve of H_Layer (arXiv 2512.19673v3, section 3.2): Qwen falls progressively, Llama
 stays high and falls abruptly within the last three layers. The curve is H^1..H^L, in nats: the entropies of the layer
-policies (eq. 5). H^0, of the embedding, is left out because it is no layer's policy and tells of the embedding alone:
+policies (eq. 5). H^0, of the embedding, is left out because it is no layer's policy and describes the embedding alone:
 where that shares its weights with the unembedding it is near zero, since each token is all but certain of itself, and
 near ln V where it is small and has weights of its own. The first layer would seem to rise or to fall far.
 
@@ -11,23 +11,23 @@ near ln V where it is small and has weights of its own. The first layer would se
    entropy goes below its last value and comes back.
 3. The half-drop depth is where the fallen share passes 1/2 for good, by linear interpolation, as a share of L. A layer
    that dips and recovers has not converged.
-4. The last three layers' share is 1 less the fallen share at L - 3; below 0 where the entropy rises at the end.
+4. The last three layers' share is 1 less the fallen share at L - 3; it is below 0 where the entropy rises at the end.
 5. Reading. From H^1 to H^L there are L - 1 steps, and an even fall puts e = 3 / (L - 1) into any three of them, so a
    share s is measured by its excess (s - e) / (1 - e): 0 for an even fall, 1 where three layers do it all, whatever L.
-   The fall is abrupt where the excess of the last three is at least 1/2. It is progressive where that is at most 1/4,
-   no three layers in a row anywhere have 1/2, and no layer by itself takes half of the drop. Else it is mixed: a cliff
-   below the top, or a fall over some six to nine layers. Where the fall lies, the half-drop depth says; a late but
+   The fall is abrupt if the excess of the last three is at least 1/2. It is progressive if that is at most 1/4, no
+   three consecutive layers anywhere have 1/2, and no single layer takes half of the drop. Otherwise it is mixed: a
+   cliff below the top, or a fall over some six to nine layers. The half-drop depth says where the fall lies; a late but
    gradual one is progressive.
 6. There is no reading where the drop is below 1/20 of the peak or three of its own standard errors, since noise has a
    maximum too, or where the model has four layers or fewer: all of their steps are "the last three".
 
-The intervals are over prompts drawn again, by `fall.possible_falls`: plain percentiles will not do, because the maximum
-over a long plateau whose layers' errors are independent is some two standard errors too high and the resamples are so
-once more; of 12 prompts on an abrupt curve they hold the drop in 0.22 of the draws. Simulated with errors that are
-normal, skewed or correlated between layers at 12 and 40 prompts, and normal at 6, these hold the drop, the depth and
-the share of progressive and abrupt curves in 0.92 to 1.00 of 300 draws: on a plateau they are longer than they need be.
-The measures themselves are not corrected: there the drop is too large by as much. The readings do not hang on so
-little. Of fewer than six prompts nothing is claimed.
+The intervals come from resampled prompts, by `_bootstrap_drops`. Plain percentiles are not valid here: the maximum over
+a long plateau whose layers' errors are independent is some two standard errors too high, and the resamples are again.
+With 12 prompts on an abrupt curve they cover the drop in 0.22 of the draws. Simulated with errors that are normal,
+skewed or correlated between layers at 12 and 40 prompts, and normal at 6, the intervals used here cover the drop, the
+depth and the share of progressive and abrupt curves in 0.92 to 1.00 of 300 draws: on a plateau they are longer than
+necessary. The measures themselves are not corrected; there the drop is too large by as much. The readings do not depend
+on so little. Nothing is claimed for fewer than six prompts.
 """
 
 from __future__ import annotations
@@ -40,18 +40,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from internal_policy.comparison.fall import (
-    LAST,
-    at_depth,
-    entropy_curves,
-    fallen_shares,
-    half_depth,
-    interval,
-    last_share,
-    peak_of,
-    possible_falls,
-)
 from internal_policy.statistics import Floats, bootstrap_means, clustered_mean
+from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -60,12 +50,17 @@ Reading = Literal["progressive", "abrupt", "mixed", "none"]
 
 _ABRUPT, _PROGRESSIVE = 0.5, 0.25
 _MIN_SHARE_OF_PEAK, _MIN_STDERRS = 0.05, 3.0
+_LAST = 3
+"""How many layers "the last three" are."""
+_NEAR_PEAK = 2.0
+"""Standard errors below the peak within which another layer may be the true peak."""
+_PERCENTILES = (2.5, 97.5)
 _TENTHS = np.linspace(0.0, 1.0, 11)
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """How one model's H_Layer falls. Depths are shares of L; intervals are 95% and hold the measure."""
+    """How one model's H_Layer falls. Depths are shares of L; intervals are 95% and contain the measure."""
 
     name: str
     """The model's name."""
@@ -108,8 +103,8 @@ def measure_convergence(analysis: Analysis, *, resamples: int = 1000, seed: int 
 
     Args:
         analysis: the analysis.
-        resamples: how often the prompts are drawn again for the intervals.
-        seed: of that draw.
+        resamples: number of bootstrap resamples of the prompts behind the intervals.
+        seed: of the bootstrap.
 
     Returns:
         The measures; with fewer than two prompts the intervals are NaN.
@@ -120,43 +115,43 @@ def measure_convergence(analysis: Analysis, *, resamples: int = 1000, seed: int 
     values, tokens, prompts = entropy_curves(analysis.responses)
     values = values[:, 1:]
     mean = clustered_mean(values, tokens, prompts)[0][None]
-    layers, n_prompts, peak = np.arange(1, mean.size + 1), len(np.unique(prompts)), int(peak_of(mean)[0])
-    fallen, drop = fallen_shares(mean)
+    layers, n_prompts, peak = np.arange(1, mean.size + 1), len(np.unique(prompts)), int(_peak(mean)[0])
+    fallen, drop = _fallen_shares(mean)
     _, stderr = clustered_mean(values[:, [peak]] - values[:, -1:], tokens, prompts)
     reading, falls, reason = _read(mean[0], fallen[0], peak, float(stderr[0]))
     if not falls:
         fallen = np.full_like(fallen, np.nan)
-    half, last, tenths = half_depth(fallen), last_share(fallen), np.diff(at_depth(fallen, _TENTHS), axis=1)
-    # Without a second prompt every resample would be the same, and look certain.
-    possible, same = [], np.nan
+    half, last, tenths = _half_drop_depth(fallen), _last_three_share(fallen), _shares_of_tenths(fallen)
+    # With a single prompt all resamples would be equal and the result would look certain.
+    draws, same_reading = [], np.nan
     if n_prompts > 1:
-        drawn = bootstrap_means(values, tokens, prompts, resamples=resamples, seed=seed)
-        possible = possible_falls(mean[0], drawn, n_prompts)
+        resampled = bootstrap_means(values, tokens, prompts, resamples=resamples, seed=seed)
+        draws = _bootstrap_drops(mean[0], resampled, n_prompts)
         if reading != "none":
-            same = float(np.mean(_shapes(fallen_shares(drawn)[0]) == reading))
-    again = [shares for shares, _ in possible]
+            same_reading = float(np.mean(_readings(_fallen_shares(resampled)[0]) == reading))
+    shares = [fallen_draws for fallen_draws, _ in draws]
     return Convergence(
         name=analysis.name,
         n_layers=mean.size,
         peak_layer=peak + 1,
         total_drop=float(drop[0]),
-        total_drop_interval=_pair(drop, [np.maximum(drops, 0.0) for _, drops in possible]),
+        total_drop_interval=_scalar_interval(drop, [np.maximum(drops, 0.0) for _, drops in draws]),
         half_drop_depth=float(half[0]),
-        half_drop_interval=_pair(half, [half_depth(shares) for shares in again]),
+        half_drop_interval=_scalar_interval(half, [_half_drop_depth(s) for s in shares]),
         last_three_share=float(last[0]),
-        last_three_interval=_pair(last, [last_share(shares) for shares in again]),
+        last_three_interval=_scalar_interval(last, [_last_three_share(s) for s in shares]),
         reading=reading,
-        reading_share=same,
+        reading_share=same_reading,
         reason=reason,
-        curve=_frame(
-            interval(fallen[0], again),
+        curve=_with_ends(
+            _interval(fallen[0], shares),
             layer=layers,
             relative_depth=layers / mean.size,
             entropy=mean[0],
             fallen=fallen[0],
         ),
-        shares=_frame(
-            interval(tenths[0], [np.diff(at_depth(shares, _TENTHS), axis=1) for shares in again]),
+        shares=_with_ends(
+            _interval(tenths[0], [_shares_of_tenths(s) for s in shares]),
             relative_depth=_TENTHS[1:],
             share=tenths[0],
             fallen=tenths[0].cumsum(),
@@ -171,11 +166,11 @@ def convergence_table(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Lay out how the entropy falls in several models.
+    """Tabulate how the entropy falls in several models.
 
     Args:
-        analyses: the analyses, or what was measured of them.
-        labels: what to call them; their names where not given.
+        analyses: the analyses, or the measures of them.
+        labels: one for each; by default their names.
         resamples: as for `measure_convergence`.
         seed: as for `measure_convergence`.
 
@@ -203,31 +198,149 @@ def convergence_table(
     return table
 
 
-def _frame(ends: Floats, **columns: npt.NDArray[np.generic]) -> pd.DataFrame:
-    return pd.DataFrame({**columns, "low": ends[0], "high": ends[1]})
+def entropy_curves(responses: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
+    """Return the entropy of every state of the residual stream, response by response.
+
+    Args:
+        responses: one row per response, layer and site, as in an Analysis.
+
+    Returns:
+        H^0 (of the embedding) and H^1..H^L in nats, [G, L + 1]; response tokens [G]; the prompt of each response [G].
+
+    Raises:
+        UserError: there is no row of site layer, or a response lacks a layer.
+    """
+    rows = responses[responses["site"] == "layer"].sort_values(["response", "layer"], kind="stable")
+    n_layers = rows["layer"].nunique()
+    if not n_layers or len(rows) != n_layers * rows["response"].nunique():
+        raise UserError("the responses need one row of site 'layer' for each response and layer; analyse them again")
+    after = rows["entropy_out"].to_numpy(dtype=np.float64).reshape(-1, n_layers)
+    before = rows["entropy_in"].to_numpy(dtype=np.float64).reshape(-1, n_layers)[:, :1]
+    first = rows.iloc[::n_layers]
+    tokens, prompts = (first[c].to_numpy(dtype=np.float64) for c in ("n_tokens", "prompt"))
+    return np.hstack([before, after]), tokens, prompts
 
 
-def _pair(estimate: Floats, draws: list[Floats]) -> tuple[float, float]:
-    low, high = interval(estimate, [values[:, None] for values in draws])[:, 0]
+# Below, curves are H^1..H^L in nats, a row each, [B, L], and `fallen` is what `_fallen_shares` returns of them, [B, L].
+
+
+def _peak(curves: Floats) -> npt.NDArray[np.int64]:
+    """Index of the highest layer of each curve, the last of several, [B]."""
+    places: npt.NDArray[np.int64] = curves.shape[1] - 1 - np.argmax(curves[:, ::-1], axis=1)
+    return places
+
+
+def _fallen_shares(curves: Floats, top: Floats | None = None) -> tuple[Floats, Floats]:
+    """Share of the drop that has fallen by each layer, [B, L] (NaN where nothing falls), and the drop, nats, [B].
+
+    The drop is top - H^L, where `top`, [B], is by default the highest value of each curve.
+    """
+    highest = curves.max(axis=1) if top is None else top
+    drop = highest - curves[:, -1]
+    safe = np.where(drop > 0, drop, np.nan)[:, None]
+    share = np.maximum((highest[:, None] - curves) / safe, 0.0)
+    return np.where(np.arange(curves.shape[1]) < _peak(curves)[:, None], 0 * safe, share), drop
+
+
+def _half_drop_depth(fallen: Floats) -> Floats:
+    """Relative depth l / L from which on at least half has fallen, linear between layers, [B]."""
+    n_layers = fallen.shape[1]
+    if n_layers < 2:
+        return np.full(len(fallen), np.nan)
+    rows = np.arange(len(fallen))
+    # The peak has 0 and the end has 1, so there is a last layer below 1/2 and one after it.
+    below = n_layers - 2 - np.argmax(fallen[:, -2::-1] < 0.5, axis=1)
+    before, after = fallen[rows, below], fallen[rows, below + 1]
+    depths: Floats = (below + 1 + (0.5 - before) / (after - before)) / n_layers
+    return depths
+
+
+def _last_three_share(fallen: Floats) -> Floats:
+    """Share of the drop that the last three layers take, [B]; below 0 where the entropy rises at the end."""
+    return 1.0 - fallen[:, max(fallen.shape[1] - 1 - _LAST, 0)]
+
+
+def _shares_of_tenths(fallen: Floats) -> Floats:
+    """Share of the drop in each tenth of the depth, [B, 10], linear between layers; above layer 1 nothing falls."""
+    n_layers = fallen.shape[1]
+    places = np.clip(_TENTHS * n_layers - 1, 0, n_layers - 1)
+    left = places.astype(np.int64)
+    weight = places - left
+    values: Floats = (1 - weight) * fallen[:, left] + weight * fallen[:, np.minimum(left + 1, n_layers - 1)]
+    return np.diff(values, axis=1)
+
+
+def _bootstrap_drops(mean: Floats, resampled: Floats, n_prompts: int) -> list[tuple[Floats, Floats]]:
+    """Draws of curves that may be the true one, from resamples [B, L] of the mean curve [L], at least two prompts.
+
+    A resample's error is subtracted from the mean instead of added to it (the basic bootstrap). The top needs more
+    care: the maximum over a noisy plateau is too high, and a maximum is not smooth, so that the ordinary bootstrap does
+    not know by how much (Andrews 2000). The error of the maximum is the highest error among the layers that may be the
+    peak, those less than two standard errors of the difference below it (Fang and Santos 2019). Where only one of
+    them is the peak that would subtract too much, so there are two sets of draws: one for the peak alone, one for all
+    that may be it. Each is what `_fallen_shares` returns.
+
+    Errors are widened by sqrt(n / (n - 1)) and by Student's t over the normal, as resamples of few prompts vary too
+    little.
+    """
+    from scipy.stats import norm, t
+
+    widening = np.sqrt(n_prompts / (n_prompts - 1)) * t.ppf(0.975, n_prompts - 1) / norm.ppf(0.975)
+    errors = (resampled - mean) * widening
+    peak = int(_peak(mean[None])[0])
+    margin = _NEAR_PEAK * np.std(errors - errors[:, [peak]], axis=0)
+    may_be_peak = mean[peak] - mean <= margin
+    curves = mean - errors
+    return [
+        _fallen_shares(curves, mean[peak] - error) for error in (errors[:, peak], errors[:, may_be_peak].max(axis=1))
+    ]
+
+
+def _interval(estimate: Floats, draws: list[Floats]) -> Floats:
+    """Outermost ends of the 95% intervals over several sets of draws, [2, ...], extended to hold the estimate [...].
+
+    Each set is [B, ...]; there is none where the prompts cannot be resampled. NaN where nothing is defined.
+    """
+    ends = np.full((2, *estimate.shape), np.nan)
+    defined = ~np.isnan(estimate) & np.all([~np.isnan(d).all(axis=0) for d in draws], axis=0)
+    if draws and defined.any():
+        found = np.array([_percentiles(d[:, defined]) for d in draws])
+        ends[0, defined] = np.minimum(found[:, 0].min(axis=0), estimate[defined])
+        ends[1, defined] = np.maximum(found[:, 1].max(axis=0), estimate[defined])
+    return ends
+
+
+def _percentiles(draws: Floats) -> Floats:
+    # The variant that ignores NaN goes column by column, thirty times as slowly.
+    ends: Floats = (np.nanpercentile if np.isnan(draws).any() else np.percentile)(draws, _PERCENTILES, axis=0)
+    return ends
+
+
+def _scalar_interval(estimate: Floats, draws: list[Floats]) -> tuple[float, float]:
+    low, high = _interval(estimate, [values[:, None] for values in draws])[:, 0]
     return float(low), float(high)
+
+
+def _with_ends(ends: Floats, **columns: npt.NDArray[np.generic]) -> pd.DataFrame:
+    return pd.DataFrame({**columns, "low": ends[0], "high": ends[1]})
 
 
 def _even_share(n_layers: int) -> float:
     """What an even fall puts into three of its L - 1 steps."""
-    return min(1.0, LAST / max(n_layers - 1, 1))
+    return min(1.0, _LAST / max(n_layers - 1, 1))
 
 
 def _excess(share: Floats, n_layers: int) -> Floats:
-    """How far a share of three layers lies between that of an even fall (0) and all (1)."""
+    """Position of a share of three layers between that of an even fall (0) and everything (1)."""
     even = _even_share(n_layers)
     return (share - even) / (1 - even)
 
 
-def _shapes(fallen: Floats) -> npt.NDArray[np.str_]:
+def _readings(fallen: Floats) -> npt.NDArray[np.str_]:
     """The reading of each row, [B]."""
     n_layers = fallen.shape[1]
-    last = _excess(last_share(fallen), n_layers)
-    cliff = _excess((fallen[:, LAST:] - fallen[:, :-LAST]).max(axis=1), n_layers) >= _ABRUPT
+    last = _excess(_last_three_share(fallen), n_layers)
+    cliff = _excess((fallen[:, _LAST:] - fallen[:, :-_LAST]).max(axis=1), n_layers) >= _ABRUPT
     cliff |= np.diff(fallen, axis=1).max(axis=1) >= _ABRUPT
     gradual = np.where((last <= _PROGRESSIVE) & ~cliff, "progressive", "mixed")
     return np.where(np.isnan(last), "none", np.where(last >= _ABRUPT, "abrupt", gradual))
@@ -242,19 +355,19 @@ def _read(mean: Floats, fallen: Floats, peak: int, stderr: float) -> tuple[Readi
     if drop < _MIN_STDERRS * stderr:
         why = f"the drop of {drop:.3g} nats is within the noise (standard error {stderr:.2g}): more prompts"
         return "none", False, why
-    if n_layers <= LAST + 1:
+    if n_layers <= _LAST + 1:
         return "none", True, f"{n_layers} layers are too few: all steps between them are among the last three"
-    reading = cast(Reading, str(_shapes(fallen[None])[0]))
-    last, half = last_share(fallen[None])[0], half_depth(fallen[None])[0]
+    reading = cast(Reading, str(_readings(fallen[None])[0]))
+    last, half = _last_three_share(fallen[None])[0], _half_drop_depth(fallen[None])[0]
     reason = (
         f"the last three of {n_layers} layers take {last:.0%} of the drop of {drop:.3g} nats, where an even fall has "
         f"{_even_share(n_layers):.0%}; half has fallen at depth {half:.2f}"
     )
     if reading == "mixed":
-        alone, three = np.diff(fallen), fallen[LAST:] - fallen[:-LAST]
+        alone, three = np.diff(fallen), fallen[_LAST:] - fallen[:-_LAST]
         first = int(np.argmax(three)) + 2
         if alone.max() >= _ABRUPT:
             reason += f"; layer {int(np.argmax(alone)) + 2} alone takes {alone.max():.0%}"
         elif _excess(three, n_layers).max() >= _ABRUPT:
-            reason += f"; layers {first}-{first + LAST - 1} take {three.max():.0%}"
+            reason += f"; layers {first}-{first + _LAST - 1} take {three.max():.0%}"
     return reading, True, reason

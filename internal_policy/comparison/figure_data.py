@@ -1,4 +1,4 @@
-"""The numbers in the figures of a comparison, as tidy tables: what `figures` draws and nothing else."""
+"""The numbers in the figures of a comparison, as tidy tables."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from internal_policy.comparison.results import AnalysisComparison
 
 MAPS = {"entropy": ("layer", "entropy_out"), "attn": ("attn", "change"), "ffn": ("ffn", "change")}
-"""Site and column of what is shown per layer and checkpoint."""
+"""Site and column of each quantity that is shown per layer and checkpoint."""
 
 
 def steps_known(comparison: AnalysisComparison) -> bool:
-    """Whether the analyses stand in a row: of one architecture, each at a step of its own.
+    """Return whether the analyses form a sequence: one architecture, and a different step for each.
 
     Args:
         comparison: the comparison.
 
     Returns:
-        True where a line from one to the next means something.
+        True if a line from one to the next is meaningful.
     """
     distinct = len(set(comparison.steps)) == len(comparison.steps)
     return comparison.steps_from != "order" and distinct and comparison.one_architecture
 
 
 def in_order(comparison: AnalysisComparison) -> list[str]:
-    """Labels in the order of the steps where these are known.
+    """Return the labels, in the order of the steps if these are known.
 
     Args:
         comparison: the comparison.
@@ -45,7 +45,7 @@ def in_order(comparison: AnalysisComparison) -> list[str]:
 
 
 def row_names(comparison: AnalysisComparison) -> list[str]:
-    """Name the analyses by the user's labels, or by their steps where these say which is which.
+    """Name the analyses by the user's labels, or else by their steps if these are known.
 
     Args:
         comparison: the comparison.
@@ -61,25 +61,25 @@ def row_names(comparison: AnalysisComparison) -> list[str]:
 
 
 def shown_names(comparison: AnalysisComparison) -> dict[str, str]:
-    """Give each label the name that figures show.
+    """Map each label to the name that figures show.
 
     Args:
         comparison: the comparison.
 
     Returns:
-        Label, in the order of the steps: name.
+        Names by label, in the order of the steps.
     """
     return dict(zip(in_order(comparison), row_names(comparison), strict=True))
 
 
 def same_depth(comparison: AnalysisComparison) -> bool:
-    """Whether all analyses have the same number of layers.
+    """Return whether all analyses have the same number of layers.
 
     Args:
         comparison: the comparison.
 
     Returns:
-        True where they have.
+        True if they have.
     """
     return len(set(comparison.boundaries["n_layers"])) == 1
 
@@ -109,15 +109,15 @@ def step_data(comparison: AnalysisComparison) -> pd.DataFrame:
         parts.append(rows.rename(columns=ends).assign(map=name)[columns])
     differences = comparison.differences
     for (name, (site, column)), raw in zip(MAPS.items(), list(parts), strict=True):
-        told = {"map": f"{name}_difference"}
+        key = {"map": f"{name}_difference"}
         rows = differences[(differences["site"] == site) & (differences["quantity"] == column)]
-        parts.append(raw[raw["label"] == comparison.baseline].assign(**told, value=0.0, low=0.0, high=0.0))
-        parts.append(rows.assign(**told, value=rows["difference"])[columns])
+        parts.append(raw[raw["label"] == comparison.baseline].assign(**key, value=0.0, low=0.0, high=0.0))
+        parts.append(rows.assign(**key, value=rows["difference"])[columns])
     frame = pd.concat(parts, ignore_index=True)
     maps = [*MAPS, *(f"{name}_difference" for name in MAPS)]
-    order = pd.DataFrame({"m": frame["map"].map({m: i for i, m in enumerate(maps)})})
-    order["l"], order["layer"] = frame["label"].map(rank), frame["layer"]
-    return frame.loc[order.sort_values(["m", "l", "layer"]).index].reset_index(drop=True)
+    keys = {"map": {m: i for i, m in enumerate(maps)}, "label": rank}
+    order = frame.assign(**{name: frame[name].map(ranks) for name, ranks in keys.items()})
+    return frame.loc[order.sort_values([*keys, "layer"]).index].reset_index(drop=True)
 
 
 def depth_data(comparison: AnalysisComparison) -> pd.DataFrame:
@@ -157,8 +157,8 @@ def difference_data(comparison: AnalysisComparison) -> pd.DataFrame:
         comparison: the comparison.
 
     Returns:
-        A row for each map (entropy, attn, ffn), analysis but the baseline, and layer: map, label, step,
-        layer, difference, low, high (95% interval), paired.
+        A row for each map (entropy, attn, ffn), analysis other than the baseline, and layer: map, label, step, layer,
+        difference, low, high (95% interval), paired.
     """
     rows = comparison.differences
     parts = [

@@ -1,11 +1,11 @@
-"""One analysis among others: its responses' values in an order that paired analyses share, and how they are combined.
+"""One analysis of a comparison: the values of its responses in an order that paired analyses share, and their sums.
 
-Two analyses are paired where they are of the same sequences: the same ids with the same prompt length. What makes a
+Two analyses are paired if they are of the same sequences: the same ids with the same prompt length. What makes a
 response uncertain is then common to both, so the mean is over each response's own difference, clustered by prompt like
 any other mean here. Everything compared is linear in the values of a response (a difference, a slope over steps, an
-entropy interpolated between layers), so that is exact. Analyses of other sequences are independent: errors add in
-squares, and the ends of the interval lie as far from the difference as the root of the sum of squares of the two
-intervals' reaches (Zou and Donner 2008), which like Welch's interval does not need equal variances.
+entropy interpolated between layers), so that is exact. Analyses of different sequences are independent: variances add,
+and each end of the interval lies as far from the difference as the root of the sum of squares of the two intervals'
+distances (Zou and Donner 2008), which like Welch's interval does not need equal variances.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from internal_policy.analysis.results import Analysis
-from internal_policy.comparison.fall import entropy_curves
+from internal_policy.comparison.convergence import entropy_curves
 from internal_policy.statistics import SITES, Floats, Ints, clustered_mean, confidence_interval
 
 QUANTITIES = ("entropy_out", "entropy_share", "change", "cosine")
@@ -31,9 +31,9 @@ class Item:
     """One analysis in a comparison."""
 
     label: str
-    """What it is called."""
+    """Its name in tables and figures."""
     step: float
-    """Which step of a training."""
+    """Its step of a training."""
     analysis: Analysis
     """The analysis."""
 
@@ -65,14 +65,14 @@ class Item:
         return entropy_curves(self.analysis.responses)
 
     def values(self, site: str, quantity: str) -> Floats | None:
-        """Means of each response.
+        """Return the means of each response.
 
         Args:
             site: layer, attn or ffn.
             quantity: one of `QUANTITIES`.
 
         Returns:
-            [G, L] in `order`; None where it was not measured.
+            [G, L] in `order`; None if the quantity was not measured.
         """
         column = "entropy_out" if quantity == "entropy_share" else quantity
         values = self._tables.get(site, {}).get(column)
@@ -99,56 +99,57 @@ class Item:
         return np.array([np.interp(DEPTHS, layers, curve) for curve in curves])[self.order]
 
 
-def paired(first: Item, second: Item) -> bool:
-    """Whether two analyses are of the same sequences.
+def is_paired(first: Item, second: Item) -> bool:
+    """Return whether two analyses are of the same sequences.
 
     Args:
-        first: one.
+        first: one analysis.
         second: the other.
 
     Returns:
-        True where the same responses, in whatever order, were analysed.
+        True if the same responses, in whatever order, were analysed.
     """
     a, b = first.sequences, second.sequences
     return len(a) == len(b) and all(a[i] == b[j] for i, j in zip(first.order, second.order, strict=True))
 
 
-def grouped(items: Sequence[Item]) -> list[list[int]]:
-    """Sort analyses by what they are of.
+def group_paired(items: Sequence[Item]) -> list[list[int]]:
+    """Group analyses of the same sequences.
 
     Args:
         items: the analyses.
 
     Returns:
-        Their places, those of the same sequences together.
+        Their indices, a list for each group.
     """
     groups: list[list[int]] = []
-    for place, item in enumerate(items):
-        group = next((g for g in groups if paired(items[g[0]], item)), None)
+    for i, item in enumerate(items):
+        group = next((g for g in groups if is_paired(items[g[0]], item)), None)
         if group is None:
-            groups.append([place])
+            groups.append([i])
         else:
-            group.append(place)
+            group.append(i)
     return groups
 
 
 def combine(
     items: Sequence[Item], values: Sequence[Floats], weights: Sequence[float], groups: Sequence[Sequence[int]]
 ) -> dict[str, Floats]:
-    """Mean, standard error and 95% interval of a weighted sum over analyses.
+    """Compute mean, standard error and 95% interval of a weighted sum over analyses.
 
     Args:
         items: the analyses.
-        values: of each, its responses' means, [G, K].
-        weights: of each; +1 and -1 for a difference.
-        groups: places of analyses of the same sequences, from ``grouped``: exact within a group, independent between.
+        values: the means of the responses of each, [G, K].
+        weights: one for each; +1 and -1 for a difference.
+        groups: indices of analyses of the same sequences, from `group_paired`: exact within a group, independent
+            between groups.
 
     Returns:
         value, stderr, low, high, [K] each.
     """
     total = np.zeros((4, values[0].shape[1]))
     for group in groups:
-        # An analysis without weight must not lend its errors.
+        # An analysis without weight must not contribute its errors.
         sums = [weights[i] * values[i] for i in group if weights[i] != 0.0]
         if not sums:
             continue

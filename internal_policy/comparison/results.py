@@ -1,12 +1,12 @@
-"""Several analyses compared: checkpoints of one training, or different models.
+"""Compare several analyses: checkpoints of one training, or different models.
 
     comparison = compare("data/analyses/a", "data/analyses/b")
     comparison.differences     # per layer and site, less the baseline, with 95% intervals
     comparison.trends          # slope over the steps, largest move and where
     comparison.convergence     # progressive or abrupt, as numbers
 
-What cannot be compared is refused (another lens) or marked: `paired` says whether both are of the same responses,
-`same_vocabulary` whether nats mean the same share of ln V. Layers are counted from 1, entropies are in nats.
+What cannot be compared is refused (another lens) or marked: `paired` says whether both analyses are of the same
+responses, `same_vocabulary` whether nats mean the same share of ln V. Layers are counted from 1, entropies are in nats.
 """
 
 from __future__ import annotations
@@ -19,30 +19,23 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.analysis.lenses import one_lens
-from internal_policy.analysis.results import Analysis
-from internal_policy.analysis.sources import (
-    StepsFrom,
-    Unit,
-    architecture_differences,
-    arrange,
-    baseline_index,
-    gather,
-)
-from internal_policy.comparison import notes as telling
+from internal_policy.analysis.results import Analysis, keep_one_lens
+from internal_policy.analysis.sources import StepsFrom, Unit, architecture_differences, arrange, baseline_index, gather
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
-from internal_policy.comparison.loading import stored_fields
-from internal_policy.comparison.pairing import Item, paired
+from internal_policy.comparison.pairing import Item, is_paired
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, columns_of, to_cells
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import columns_of, read_columns, to_cells
 
 SCHEMA_VERSION = 1
 MANIFEST = "comparison.json"
 TABLES = ("layers", "differences", "depths", "boundaries", "stages", "trends", "convergence", "fall")
 _FILES = tuple(f"{name}.csv" for name in TABLES)
-COMPARISON = Kind("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
+_SOURCE = ("model", "path", "weights", "inputs")
+_STORED_AS_IS = ("baseline", "lens", "steps_from", "unit", "one_architecture", "labels_given", "seed", "no_trends")
+COMPARISON = ResultFormat("comparison", "comparisons", "compare", "compare", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
@@ -50,22 +43,22 @@ class AnalysisComparison:
     """Several analyses, each less the baseline, and how they move over the steps."""
 
     labels: tuple[str, ...]
-    """What each analysis is called, in the order given; the model that a training started from is first."""
+    """The name of each analysis, in the order given; the model that a training started from is first."""
     baseline: str
     """The label of the analysis that the others are compared with."""
     lens: str
     """The lens of all of them."""
     steps: tuple[float, ...]
-    """Which step of a training each is of; the places from 0 where no steps are known."""
+    """The step of a training that each is of; the indices from 0 where no steps are known."""
     steps_from: StepsFrom
     """Where the steps come from: given, name (checkpoint-40, step_40), or order: none are known."""
     unit: Unit
-    """What the steps count: ``step``, a batch of rollouts, or ``update`` where the checkpoints do not tell how many of
+    """What the steps count: ``step``, a batch of rollouts, or ``update`` if the checkpoints do not record how many of
     the trainer's updates make a step."""
     paired: dict[str, bool]
     """Whether each analysis is of the same sequences as the baseline."""
     differing: dict[str, dict[str, tuple[Any, Any]]]
-    """Settings that differ, beside model and responses: of the analysis, of the baseline."""
+    """Settings that differ, other than model and responses: (of the analysis, of the baseline)."""
     notes: tuple[str, ...]
     """What could not be compared, and why."""
     layers: pd.DataFrame
@@ -79,15 +72,16 @@ class AnalysisComparison:
     stages: pd.DataFrame
     """A row per analysis and layer: its stage and the baseline's."""
     trends: pd.DataFrame
-    """A row per layer, site and quantity: slope over the steps, total move, largest move and where; else empty."""
+    """A row per layer, site and quantity: slope over the steps, total move, largest move and where; empty if there are
+    no trends."""
     convergence: pd.DataFrame
-    """A row per analysis: how far, how deep in and how abruptly the entropy falls."""
+    """A row per analysis: how far, at which depth and how abruptly the entropy falls."""
     fall: pd.DataFrame
     """A row per analysis and layer 1..L: entropy of the layer policy, and the share of the total drop so far."""
     sources: tuple[dict[str, Any], ...] = ()
     """Model, directory and digests of each analysis."""
     no_trends: str | None = None
-    """Why there are no trends; None where there are some."""
+    """Why there are no trends; None if there are some."""
     one_architecture: bool = True
     """Whether model family, layers, vocabulary and hidden size are the same for all."""
     labels_given: bool = False
@@ -95,7 +89,7 @@ class AnalysisComparison:
     seed: int = 0
     """Of the bootstrap behind the intervals of the convergence measures."""
     path: Path | None = None
-    """Where it is on disk, where it was read from there."""
+    """Its directory, if it was read from disk."""
 
     def save(self, directory: str | Path) -> Path:
         """Write every table as CSV, and the manifest last.
@@ -112,20 +106,14 @@ class AnalysisComparison:
         return target
 
     def manifest(self) -> dict[str, Any]:
-        """What ``comparison.json`` holds.
+        """Return the content of ``comparison.json``.
 
         Returns:
-            JSON-able fields.
+            JSON-serialisable fields.
         """
         return {
             "schema_version": SCHEMA_VERSION,
-            "baseline": self.baseline,
-            "lens": self.lens,
-            "steps_from": self.steps_from,
-            "unit": self.unit,
-            "one_architecture": self.one_architecture,
-            "labels_given": self.labels_given,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in _STORED_AS_IS},
             "analyses": [
                 {"label": label, "step": step, "paired": self.paired[label], **source}
                 for label, step, source in zip(self.labels, self.steps, self.sources, strict=True)
@@ -135,7 +123,6 @@ class AnalysisComparison:
                 for label, settings in self.differing.items()
             },
             "notes": list(self.notes),
-            "no_trends": self.no_trends,
             "tables": {name: columns_of(getattr(self, name)) for name in TABLES},
         }
 
@@ -182,7 +169,23 @@ class AnalysisComparison:
         """
         source = COMPARISON.find(expanded(directory))
         with COMPARISON.reading(source) as manifest:
-            return cls(**stored_fields(source, manifest, TABLES), path=source)
+            rows = manifest["analyses"]
+            differing = {
+                label: {name: (pair[0], pair[1]) for name, pair in settings.items()}
+                for label, settings in manifest["differing"].items()
+            }
+            fields: dict[str, Any] = {name: manifest[name] for name in _STORED_AS_IS}
+            fields |= {name: read_columns(source / f"{name}.csv", manifest["tables"][name]) for name in TABLES}
+            return cls(
+                **fields,
+                labels=tuple(row["label"] for row in rows),
+                steps=tuple(float(row["step"]) for row in rows),
+                paired={row["label"]: row["paired"] for row in rows},
+                differing=differing,
+                notes=tuple(manifest["notes"]),
+                sources=tuple({key: row[key] for key in _SOURCE} for row in rows),
+                path=source,
+            )
 
     def __repr__(self) -> str:
         n = len(self.labels)
@@ -203,13 +206,13 @@ def compare(
 
     Args:
         analyses: analyses, directories of analyses (one that holds several stands for all, in the order of their steps
-            or else of their names), or lists of them. Where all names but one tell a step, that one is the start of
-            the training and comes first, unless steps are given. The same responses of the same weights under another
-            lens are set aside: of them only the boundary layers are shown.
-        baseline: what the others are compared with: a label, or a place from 0 in the order of the comparison.
-        labels: what to call each; as much of each name as tells them apart where not given.
-        steps: which step of a training each is of; read from names such as checkpoint-40 where not given, which are
-            converted where the checkpoints tell how many updates a step has. Without steps, or with models of several
+            or else of their names), or lists of them. If all names but one have a step, that one is the start of the
+            training and comes first, unless steps are given. The same responses of the same weights under another lens
+            are set aside; only their boundary layers are shown.
+        baseline: what the others are compared with: a label, or an index from 0 in the order of the comparison.
+        labels: one for each; by default as much of each name as distinguishes it.
+        steps: the step of a training that each is of; by default read from names such as checkpoint-40, and converted
+            if the checkpoints record how many updates a step has. Without steps, or with models of several
             architectures, there are no trends.
         seed: of the bootstrap behind the intervals of the convergence measures.
 
@@ -220,7 +223,7 @@ def compare(
         UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
     """
     found = gather(analyses)
-    found, aside = one_lens(found)
+    found, aside = keep_one_lens(found)
     if len(found) < 2 and aside:
         answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
         raise UserError(
@@ -233,19 +236,19 @@ def compare(
     _require_one_lens(found, names)
     items = [Item(name, step, a) for name, step, a in zip(names, numbers, found, strict=True)]
     origin = items[baseline_index(baseline, names)]
-    pairs = {item.label: item is origin or paired(item, origin) for item in items}
+    pairs = {item.label: item is origin or is_paired(item, origin) for item in items}
     measured = [measure_convergence(item.analysis, seed=seed) for item in items]
-    no_trend = telling.no_trends(items, steps_from)
+    no_trend = tables.why_no_trends(items, steps_from)
     if no_trend is None:
         trends = tables.trend_rows(items).assign(steps_from=steps_from, unit=unit)
     else:
         trends = pd.DataFrame(columns=[*tables.TREND_COLUMNS, "steps_from", "unit"])
     notes = [
-        *telling.doubles(items),
+        *tables.find_duplicates(items),
         *([no_trend] if no_trend else []),
-        *([telling.UPDATES] if unit == "update" else []),
-        *telling.incomparable(items, origin, pairs),
-        *telling.few_prompts(items),
+        *([tables.UPDATES] if unit == "update" else []),
+        *tables.find_incomparable(items, origin, pairs),
+        *tables.find_few_prompts(items),
     ]
     return AnalysisComparison(
         labels=tuple(names),
@@ -255,9 +258,7 @@ def compare(
         steps_from=steps_from,
         unit=unit,
         paired=pairs,
-        differing={
-            item.label: d for item in items if (d := telling.differing_settings(item.analysis, origin.analysis))
-        },
+        differing={item.label: d for item in items if (d := tables.differing_settings(item.analysis, origin.analysis))},
         notes=tuple(notes),
         layers=tables.layer_rows(items),
         differences=tables.difference_rows(items, origin),
@@ -288,11 +289,11 @@ def compare(
 def as_comparison(
     given: AnalysisComparison | Iterable[Analysis], label: Iterable[str] | None = None
 ) -> AnalysisComparison:
-    """Return what a figure of a comparison draws.
+    """Convert what a figure of a comparison is given into a comparison.
 
     Args:
         given: a comparison, or analyses, of which the first is then the baseline.
-        label: what to call each, in place of the comparison's labels and in their order.
+        label: labels to use instead of the comparison's, in their order.
 
     Returns:
         The comparison.

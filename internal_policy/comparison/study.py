@@ -2,15 +2,14 @@
 
     done = study("testbed", output="data/studies/testbed")
     done.convergence                   # progressive or abrupt, a row a model
-    done.save("figures/study-testbed")
+    save_study(done, "figures/study-testbed")
 
 One model is in memory at a time. A model that fails does not stop the others; the same call tries it again, and reads
-what is finished of hub models without loading them.
+finished analyses without loading their models.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,33 +22,30 @@ from huggingface_hub import constants
 from internal_policy import models
 from internal_policy.analysis.checkpoints import refuse_one_place
 from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.finished import is_up_to_date
 from internal_policy.analysis.pipeline import analyze
-from internal_policy.analysis.results import MANIFEST, Analysis, workspace_of
+from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.sweep import start_over
-from internal_policy.analysis.unchanged import is_unchanged
-from internal_policy.comparison.study_models import STUDIES, StudyModel
+from internal_policy.comparison.study_presets import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
-from internal_policy.utils.distributed import launched
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.distributed import launched_processes, release_memory
+from internal_policy.utils.errors import NoNetwork, UserError, counted
 from internal_policy.utils.io import expanded
-from internal_policy.utils.loading_errors import NoNetwork
 from internal_policy.utils.locks import locked
-from internal_policy.utils.memory import release
-from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.wording import counted
-from internal_policy.utils.workspace import differences
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
+from internal_policy.utils.result_format import describe_differences
+from internal_policy.utils.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 _NO_NETWORK = "no network"
-_TOLD_FROM = 2e9
-"""Bytes of keys and values of a batch from which on it is said what they take."""
+_WARN_FROM = 2e9
+"""Bytes of a batch's keys and values above which a warning is logged."""
 
 
 @quiet_libraries()
@@ -68,24 +64,24 @@ def study(
 
     Args:
         preset: paper, small, testbed, or rows of your own.
-        prompts: as for ``analyze``; the default of each model where not given.
+        prompts: as for ``analyze``; by default that of each model.
         output: directory for the analyses, one below it for each model; nothing is written without it.
-        overwrite: start all over.
-        wait: where another process writes to one of these directories, start when it has ended.
+        overwrite: start from the beginning.
+        wait: if another process writes to one of these directories, wait until it has ended.
         each: called with each analysis when it is done.
-        **options: the further fields of ``AnalyzeConfig`` but ``template``, which the preset has. Where
-            ``max_new_tokens`` is not among them, that of each row holds (paper: 7168).
+        **options: the other fields of ``AnalyzeConfig`` except ``template``, which the preset has. By default
+            ``max_new_tokens`` is that of each row (paper: 7168).
 
     Returns:
         The analyses, and why the others failed.
 
     Raises:
-        UserError: bad settings, told before the first model, or not one model that could be analysed. Under a launcher
-            of several processes any failure.
+        UserError: bad settings, raised before the first model is loaded, or no model could be analysed. With several
+            processes, any failure.
     """
     rows = _rows(preset)
-    if told := sorted(options.keys() & {"template", "revision", "responses"}):
-        raise UserError(f"{told[0]} was given with a preset, which settles it for each model; leave it out")
+    if fixed := sorted(options.keys() & {"template", "revision", "responses"}):
+        raise UserError(f"{fixed[0]} was given with a preset, which settles it for each model; leave it out")
     refuse_unknown(AnalyzeConfig, options)
     prompts = None if prompts is None else str(prompts)
     settings = [_settings(row, options) for row in rows]
@@ -95,7 +91,7 @@ def study(
         _refuse_one_place(configs)
     places = [directory for directory in directories if directory is not None]
     # The study has a file of its own beside its analyses.
-    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched()):
+    with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(places)
         return _study(rows, configs, directories, prompts, output, each, settings)
@@ -110,16 +106,16 @@ def _study(
     each: Callable[[Analysis], object] | None,
     settings: Sequence[dict[str, Any]],
 ) -> Study:
-    taken = launched().on_main(lambda: _taken(configs, directories))
+    finished = launched_processes().on_main(lambda: _are_finished(configs, directories))
     stored = [
         Analysis.load(directory) if directory is not None and known else None
-        for directory, known in zip(directories, taken, strict=True)
+        for directory, known in zip(directories, finished, strict=True)
     ]
     failures: dict[str, str] = {}
     caches: dict[str, int] = {}
     for config, before in zip(configs, stored, strict=True):
         if before is None:
-            # Without a network each look at the hub takes half a minute of retries; one of them is enough.
+            # Without a network each look-up takes half a minute of retries; one is enough.
             offline = _NO_NETWORK in failures.values()
             look_up = partial(_look_up, config.model, config.trust_remote_code, offline)
             per_token = _attempt(config.model, failures, look_up)
@@ -133,14 +129,14 @@ def _study(
             )
         names = ", ".join(unreached)
         logger.warning("no network, and the hub's cache does not have %s: going on with the others", names)
-    _tell_memory(configs, caches)
+    _warn_of_memory(configs, caches)
     done: list[tuple[StudyModel, Analysis]] = []
     for row, own, before in zip(rows, settings, stored, strict=True):
         if row.model in failures:
             continue
         run = partial(analyze, row.model, prompts=prompts, output=output, **own)
         analysis = before if before is not None else _attempt(row.model, failures, run)
-        release()
+        release_memory()
         if analysis is None:
             continue
         done.append((row, analysis))
@@ -151,7 +147,7 @@ def _study(
         raise UserError(f"none of the {len(rows)} models could be analysed; {name}: {why}")
     found = Study(tuple(row for row, _ in done), tuple(analysis for _, analysis in done), failures)
     if output is not None:
-        launched().on_main(partial(found.record, expanded(output)))
+        launched_processes().on_main(partial(found.record, expanded(output)))
     return found
 
 
@@ -165,17 +161,17 @@ def _rows(preset: str | Sequence[StudyModel]) -> tuple[StudyModel, ...]:
 
 
 def _settings(row: StudyModel, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for, with what the row settles."""
+    """The options of one model: those given, with those that its row determines."""
     wanted = options.get("max_new_tokens")
     limit = row.max_new_tokens if wanted is None else wanted
     return {**options, "template": row.template, "max_new_tokens": limit}
 
 
-def _tell_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int]) -> None:
-    """Say what long responses take, before the first of them is sampled."""
+def _warn_of_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int]) -> None:
+    """Warn of the memory that long responses take, before the first of them is sampled."""
     largest = max(caches, key=caches.__getitem__, default=None)
-    # vLLM takes what memory there is and no more.
-    if largest is None or caches[largest] < _TOLD_FROM or configs[0].generator == "vllm":
+    # vLLM never takes more memory than there is.
+    if largest is None or caches[largest] < _WARN_FROM or configs[0].generator == "vllm":
         return
     config = next(config for config in configs if config.model == largest)
     logger.warning(
@@ -188,55 +184,55 @@ def _tell_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int]) ->
 
 def _refuse_one_place(configs: Sequence[AnalyzeConfig]) -> None:
     refuse_one_place(configs)
-    taken: dict[str, AnalyzeConfig] = {}
+    by_slug: dict[str, AnalyzeConfig] = {}
     for config in configs:
-        before = taken.setdefault(config.slug, config)
+        before = by_slug.setdefault(config.slug, config)
         if before is not config:
             raise UserError(
-                f"{config.model} stands in two rows (templates {before.template} and {config.template}), which would "
+                f"{config.model} is in two rows (templates {before.template} and {config.template}), which would "
                 f"both be written to {config.slug}; make them two studies, each with its own --output"
             )
 
 
-def _taken(configs: Sequence[AnalyzeConfig], directories: Sequence[Path | None]) -> list[bool]:
-    """Which analyses are finished and need no model; directories that cannot be written to are told here."""
+def _are_finished(configs: Sequence[AnalyzeConfig], directories: Sequence[Path | None]) -> list[bool]:
+    """Whether each analysis is finished and needs no model; a directory that cannot be written to is refused here."""
     for directory in directories:
-        # A finished analysis is read, or `analyze` says what is wrong with it.
-        if directory is not None and not (directory / MANIFEST).is_file():
-            workspace_of(directory).check()
+        # A finished analysis is read, or `analyze` reports what is wrong with it.
+        if directory is not None and not ANALYSIS.is_in(directory):
+            Workspace(directory, ANALYSIS).check()
     return [_is_finished(config, directory) for config, directory in zip(configs, directories, strict=True)]
 
 
 def _is_finished(config: AnalyzeConfig, directory: Path | None) -> bool:
-    """Whether an analysis of these settings, prompts and weights is there, and that is known without its model."""
-    if directory is None or not (directory / MANIFEST).is_file():
+    """Whether an analysis of these settings, prompts and weights exists, as far as is known without the model."""
+    if directory is None or not ANALYSIS.is_in(directory):
         return False
     try:
         analysis = Analysis.load(directory)
     except UserError:
-        # In its turn, and without stopping the others, `analyze` says what is wrong with it.
+        # `analyze` will report what is wrong with it, without stopping the others.
         return False
     if config.random_baseline and analysis.baseline is None:
         return False
-    wanted = {**json.loads(json.dumps(config.cache_key())), "prompts": config.prompts, "model": config.model}
+    wanted = {**config.cache_key(), "prompts": config.prompts, "model": config.model}
     known = {key: value for key, value in analysis.config.items() if key in wanted}
-    if analysis.config.get("hooked") or differences(known, wanted, defaults_of(AnalyzeConfig)):
+    if analysis.config.get("hooked") or describe_differences(known, wanted):
         return False
-    # What is on this disk may have changed since: where its files do not tell, `analyze` loads and compares.
+    # Files on this disk may have changed since; if their digests do not decide, `analyze` loads and compares.
     here = config.model.startswith("testbed/") or Path(config.model).exists()
     if here or (config.prompts is not None and Path(config.prompts).exists()):
-        return is_unchanged(config, analysis)
+        return is_up_to_date(config, analysis)
     commit = analysis.model.get("revision")
     if commit is None:
         return True
     with status(f"looking up {config.model}"):
         now = commit_now(config.model)
-    # Where nobody can say, what is finished stands.
+    # If the hub cannot be reached, the finished analysis is kept.
     return now is None or now == commit
 
 
 def _look_up(model: str, trust_remote_code: bool, offline: bool) -> int | None:
-    """Check that the model can be had; the memory that a token of a response takes while it is sampled, in bytes."""
+    """Check that the model is available; return the bytes of its key-value cache per token."""
     with status(f"looking up {model}"), _offline() if offline else nullcontext():
         _, config = models.check(model, trust_remote_code=trust_remote_code)
     return context.cache_bytes(config)
@@ -244,7 +240,7 @@ def _look_up(model: str, trust_remote_code: bool, offline: bool) -> int | None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let the hub's client look into its cache only, as HF_HUB_OFFLINE=1 does."""
+    """Restrict the hub's client to its cache, as HF_HUB_OFFLINE=1 does."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -256,17 +252,17 @@ def _attempt(model: str, failures: dict[str, str], do: Callable[[], Result]) -> 
     try:
         return do()
     except UserError as error:
-        if launched().number > 1:
-            # It may be this process's own, and the others wait for it; all of them end, as the launcher sees to.
+        if launched_processes().number > 1:
+            # The failure may be this process's alone, with the others waiting; the launcher ends all of them.
             raise
         if isinstance(error, NoNetwork):
-            # Told once for all of them, when it is known which they are.
+            # Reported once for all models.
             failures[model] = _NO_NETWORK
             return None
         failures[model] = str(error).removeprefix(f"{model}: ")
-    # Hours of other models are not to be lost to what one checkpoint's code or one driver raises.
+    # Hours of work on other models must not be lost to what one checkpoint's code or one driver raises.
     except Exception as error:
-        if launched().number > 1:
+        if launched_processes().number > 1:
             raise
         failures[model] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.debug("%s", model, exc_info=error)

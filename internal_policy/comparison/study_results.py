@@ -1,6 +1,7 @@
-"""What came of a cross-model study: its analyses, figures 2, 3, 12, 13, 14 of them, and where they are.
+"""The result of a cross-model study: its analyses, and which of figures 2, 3, 12, 13 and 14 show each.
 
-``study.json`` lies above the analyses and is written last: a directory without it holds no finished study.
+``study.json`` is in the directory above the analyses and is written last: a directory without it is not a finished
+study. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from internal_policy.analysis.results import Analysis
 from internal_policy.analysis.sources import unique_labels
 from internal_policy.comparison.convergence import convergence_table
 from internal_policy.comparison.results import AnalysisComparison, compare
-from internal_policy.comparison.study_models import StudyModel
+from internal_policy.comparison.study_presets import StudyModel
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded
-from internal_policy.utils.result_format import Kind
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
 
 SCHEMA_VERSION = 2
 MANIFEST = "study.json"
-STUDY = Kind("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
+STUDY = ResultFormat("study", "studies", "analyze --preset", "analyse", MANIFEST, SCHEMA_VERSION, ())
 
 
 @dataclass(frozen=True)
 class Study:
-    """What came of a preset's models."""
+    """The analyses of a preset's models."""
 
     models: tuple[StudyModel, ...]
     """The rows of the preset that were analysed."""
@@ -40,44 +41,44 @@ class Study:
     """Why, for each model that could not be analysed."""
 
     def of_figure(self, number: int) -> list[Analysis]:
-        """The analyses that a figure of the paper shows.
+        """Return the analyses that a figure of the paper shows.
 
         Args:
             number: of the figure: 2, 3, 12, 13 or 14.
 
         Returns:
-            They, in the order of its panels; none where the study has no model of it.
+            The analyses in the order of the panels; empty if no model of the study is in the figure.
         """
         shown = [pair for pair in zip(self.models, self.analyses, strict=True) if number in pair[0].figures]
         return [analysis for _, analysis in sorted(shown, key=lambda pair: pair[0].figures[number])]
 
     @cached_property
     def labels(self) -> list[str]:
-        """What tables and figures call the models."""
+        """The names of the models in tables and figures."""
         return unique_labels(self.analyses)
 
     @cached_property
     def comparison(self) -> AnalysisComparison | None:
-        """The models side by side by relative depth; None of a single one."""
+        """The models compared by relative depth; None for a single one."""
         return compare(self.analyses, labels=self.labels) if len(self.analyses) > 1 else None
 
     @cached_property
     def convergence(self) -> pd.DataFrame:
-        """How the entropy falls, a row a model; see ``convergence_table``."""
+        """How the entropy falls, a row per model; see ``convergence_table``."""
         if self.comparison is not None:
             return self.comparison.convergence
         return convergence_table(self.analyses, labels=self.labels)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """What each model's analysis found, a row a model; see ``summary_table``."""
+        """The results of each analysis, a row per model; see ``summary_table``."""
         return summary_table(self.analyses, self.labels)
 
     def record(self, directory: str | Path) -> Path:
-        """Write what belongs to the study beside its analyses, so that ``Study.load`` finds them.
+        """Write ``study.json`` to the directory of the analyses, so that ``Study.load`` finds them.
 
         Args:
-            directory: the one that the analyses were written below.
+            directory: the directory below which the analyses were written.
 
         Returns:
             The file.
@@ -101,7 +102,8 @@ class Study:
             The study with its analyses.
 
         Raises:
-            UserError: no study there, unfinished, broken, or written by another version; or an analysis of it is gone.
+            UserError: there is no study, it is unfinished, broken, or written by another version, or one of its
+                analyses is missing.
         """
         source = STUDY.find(expanded(directory))
         with STUDY.reading(source) as manifest:
@@ -144,17 +146,17 @@ class Study:
 
 
 def _row(stored: Mapping[str, Any]) -> StudyModel:
-    # JSON has no numbers as keys.
-    places = {int(number): place for number, place in stored["figures"].items()}
-    return StudyModel(stored["model"], stored["template"], places, stored["max_new_tokens"])
+    # The keys of a JSON object are strings.
+    positions = {int(number): position for number, position in stored["figures"].items()}
+    return StudyModel(stored["model"], stored["template"], positions, stored["max_new_tokens"])
 
 
 def summary_table(analyses: Sequence[Analysis], labels: Sequence[str]) -> pd.DataFrame:
-    """Lay out what each analysis found.
+    """Tabulate the results of each analysis.
 
     Args:
         analyses: the analyses.
-        labels: what to call each.
+        labels: one for each.
 
     Returns:
         A row for each: label, model, template, n_layers, vocabulary, n_responses, n_tokens, n_truncated, reward (mean),

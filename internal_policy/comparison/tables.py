@@ -1,4 +1,7 @@
-"""The tables of a comparison: differences from the baseline, trends over checkpoints, moves of boundary and stages."""
+"""The tables of a comparison, and the notes on what could not be compared.
+
+Tables: differences from the baseline, trends over checkpoints, moves of boundary layer and stages.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,35 @@ import numpy as np
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import STAGES
-from internal_policy.analysis.lenses import other_lens
-from internal_policy.analysis.results import Analysis
-from internal_policy.comparison.pairing import DEPTHS, QUANTITIES, Item, combine, grouped, paired
+from internal_policy.analysis.results import Analysis, find_other_lens
+from internal_policy.analysis.sources import StepsFrom, architecture_differences, without_step
+from internal_policy.comparison.pairing import (
+    DEPTHS,
+    QUANTITIES,
+    Item,
+    combine,
+    group_paired,
+    is_paired,
+)
 from internal_policy.statistics import SITES, Floats, clustered_mean
+from internal_policy.utils import console
 
 TREND_COLUMNS = (
     *("layer", "site", "quantity", "slope", "stderr", "low", "high", "total_move", "total_low", "total_high"),
     *("largest_move", "from_step", "to_step", "paired", "n_checkpoints"),
 )
+UPDATES = (
+    "the numbers of the checkpoints count the trainer's updates: how many of them make a step, a batch of rollouts, is "
+    "not recorded with them"
+)
+_SETTINGS = ("template", "temperature", "samples_per_prompt", "max_new_tokens", "generator")
+_MODEL = ("dtype", "quantization", "device")
+_MIN_TREND = 3
+_MOST_NAMES = 4
 
 
 def layer_rows(items: Sequence[Item]) -> pd.DataFrame:
-    """Every analysis' own layers under one another.
+    """Stack the layer tables of all analyses.
 
     Args:
         items: the analyses.
@@ -51,7 +70,7 @@ def layer_rows(items: Sequence[Item]) -> pd.DataFrame:
 
 
 def difference_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
-    """Each analysis less the baseline, layer by layer.
+    """Subtract the baseline from each analysis, layer by layer.
 
     Args:
         items: the analyses.
@@ -66,7 +85,7 @@ def difference_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
         n_layers = item.analysis.n_layers
         if item is baseline or n_layers != baseline.analysis.n_layers:
             continue
-        same = paired(item, baseline)
+        same = is_paired(item, baseline)
         layers = np.arange(1, n_layers + 1)
         for site in SITES:
             for quantity in QUANTITIES:
@@ -79,7 +98,7 @@ def difference_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
 
 
 def depth_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
-    """Each analysis less the baseline at the same relative depths, whatever their numbers of layers.
+    """Subtract the baseline from each analysis at the same relative depths, whatever their numbers of layers.
 
     Args:
         items: the analyses.
@@ -93,7 +112,7 @@ def depth_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
     for item in items:
         if item is baseline:
             continue
-        same = paired(item, baseline)
+        same = is_paired(item, baseline)
         mine, theirs = item.at_depths(), baseline.at_depths()
         shares = mine / item.log_vocabulary, theirs / baseline.log_vocabulary
         for quantity, pair in (("entropy", (mine, theirs)), ("entropy_share", shares)):
@@ -103,7 +122,7 @@ def depth_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
 
 
 def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
-    """How each layer moves over the checkpoints of a training.
+    """Compute how each layer moves over the checkpoints of a training.
 
     The slope is that of the least-squares line over the steps, sum_k w_k v_k with w_k = (s_k - s) / sum (s_k - s)^2:
     linear in the values, so each response has its own.
@@ -114,15 +133,15 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
     Returns:
         A row per layer, site and quantity: slope (per step) with stderr, low, high (95% interval); total_move from the
         first step to the last with its total_low and total_high; largest_move between successive checkpoints, and the
-        steps from_step and to_step between which it is; paired, n_checkpoints. The largest is picked after the fact,
-        so an interval of it would not mean what it says; it has none.
+        steps from_step and to_step between which it lies; paired, n_checkpoints. The largest is selected after the
+        fact, so that an interval for it would not be valid; it has none.
     """
     ordered = sorted(items, key=lambda item: item.step)
     steps = np.array([item.step for item in ordered])
     centred = steps - steps.mean()
     slopes, total = centred / (centred**2).sum(), np.zeros(len(steps))
     total[0], total[-1] = -1.0, 1.0
-    groups = grouped(ordered)
+    groups = group_paired(ordered)
     layers = np.arange(1, ordered[0].analysis.n_layers + 1)
     parts = []
     for site in SITES:
@@ -145,26 +164,26 @@ def trend_rows(items: Sequence[Item]) -> pd.DataFrame:
 
 
 def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysis] = ()) -> pd.DataFrame:
-    """Where each analysis' boundary layer and stages lie, and how far from the baseline's.
+    """Locate the boundary layer and stages of each analysis, relative to the baseline's.
 
     Args:
         items: the analyses.
         baseline: one of them.
-        aside: analyses of the same responses under another lens; such as lie beside the others are found by themselves.
+        aside: analyses of the same responses under another lens; those in the same directory are found automatically.
 
     Returns:
         A row per analysis: analysis (its number, from 1), label, step, n_layers, boundary_layer, relative_depth,
         confidence, runner_up, last_exploration, first_integration and first_convergence layer, the number of layers of
-        each stage, move (in layers; empty where the numbers of layers differ) and depth_move (in relative depth);
-        other_lens: under which other lens the same responses were analysed, if they were, and its
-        other_lens_boundary_layer, empty where it has none.
+        each stage, move (in layers; empty if the numbers of layers differ) and depth_move (in relative depth);
+        other_lens, the other lens under which the same responses were analysed, if any, and other_lens_boundary_layer,
+        empty if there is none under that lens.
     """
     rows, origin = [], baseline.analysis
     for number, item in enumerate(items, start=1):
         a, stages = item.analysis, item.analysis.stages
         layers = {s: [layer for layer, stage in enumerate(stages, start=1) if stage == s] for s in STAGES}
         mine, theirs = a.boundary_layer, origin.boundary_layer
-        other = other_lens(a, aside)
+        other = find_other_lens(a, aside)
         move, depth_move = None, np.nan
         if mine is not None and theirs is not None:
             depth_move = mine / a.n_layers - theirs / origin.n_layers
@@ -195,7 +214,7 @@ def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysi
 
 
 def stage_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
-    """The stage of every layer, beside the baseline's.
+    """Tabulate the stage of every layer and that of the baseline.
 
     Args:
         items: the analyses.
@@ -203,7 +222,7 @@ def stage_rows(items: Sequence[Item], baseline: Item) -> pd.DataFrame:
 
     Returns:
         A row per analysis and layer: label, step, layer, relative_depth, stage, baseline_stage, changed; the last two
-        are empty where the numbers of layers differ.
+        are empty if the numbers of layers differ.
     """
     parts = []
     for item in items:
@@ -239,7 +258,7 @@ def _difference(
 
 
 def _stacked(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
-    """The parts under one another; the columns without rows where there is none."""
+    """Concatenate the parts; without any, return the columns without rows."""
     ends = ["value", "baseline_value", "difference", "stderr", "low", "high"]
     ends += ["paired", "same_vocabulary", "n_responses"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "step", *keys, *ends])
@@ -249,26 +268,155 @@ def other_lens_of(boundaries: pd.DataFrame) -> str | None:
     """Name the other lens under which the same responses were analysed.
 
     Args:
-        boundaries: of a comparison.
+        boundaries: that table of a comparison.
 
     Returns:
-        The lens; None where none of the analyses was.
+        The lens; None if there is none.
     """
-    # Comparisons that are stored from before it was looked for lack the column.
-    named = [lens for lens in boundaries.get("other_lens", ()) if not pd.isna(lens)]
+    named = [lens for lens in boundaries["other_lens"] if not pd.isna(lens)]
     return str(named[0]) if named else None
 
 
 def under_other_lens(row: dict[Hashable, Any]) -> str:
-    """Write the boundary layer under the other lens.
+    """Format the boundary layer under the other lens.
 
     Args:
         row: of the boundaries of a comparison.
 
     Returns:
-        The layer or ``none``; a stroke where it was not measured.
+        The layer or ``none``; a dash if it was not measured.
     """
-    if pd.isna(row.get("other_lens")):
+    if pd.isna(row["other_lens"]):
         return "-"
     layer = row["other_lens_boundary_layer"]
     return "none" if pd.isna(layer) else str(layer)
+
+
+def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tuple[Any, Any]]:
+    """Find settings that differ; those of the sampling matter only if both analyses sampled.
+
+    Args:
+        analysis: one analysis.
+        baseline: the other.
+
+    Returns:
+        Values by name: (of the analysis, of the baseline).
+    """
+    a, b = analysis.config, baseline.config
+    sampled = a.get("responses") is None and b.get("responses") is None
+    found = {n: (a.get(n), b.get(n)) for n in _SETTINGS if sampled and a.get(n) != b.get(n)}
+    return found | {
+        n: (analysis.model.get(n), baseline.model.get(n))
+        for n in _MODEL
+        if analysis.model.get(n) != baseline.model.get(n)
+    }
+
+
+def why_no_trends(items: Sequence[Item], steps_from: StepsFrom) -> str | None:
+    """Return why there are no trends, if there are none.
+
+    Args:
+        items: the analyses.
+        steps_from: where their steps come from.
+
+    Returns:
+        The reason; None if there are trends.
+    """
+    if len(items) < _MIN_TREND:
+        return f"no trends: a trend needs at least {_MIN_TREND} checkpoints, and these are {len(items)} analyses"
+    if differences := architecture_differences([item.analysis for item in items]):
+        return f"no trends: not of one architecture ({'; '.join(differences)})"
+    if steps_from == "order":
+        lacking = [items[i].label for i in without_step([item.analysis for item in items])]
+        names = ", ".join(lacking[:_MOST_NAMES])
+        if len(lacking) > _MOST_NAMES:
+            names += f" and {len(lacking) - _MOST_NAMES} more"
+        return f"no steps, so no trends: {names} {'has' if len(lacking) == 1 else 'have'} none in the name; give steps"
+    if len({item.step for item in items}) < len(items):
+        return "no trends: two analyses are of the same step"
+    return None
+
+
+def find_duplicates(items: Sequence[Item]) -> list[str]:
+    """Find analyses that are in the comparison twice.
+
+    Args:
+        items: the analyses.
+
+    Returns:
+        A sentence for each duplicate.
+    """
+    found = []
+    for i, item in enumerate(items):
+        if first := next((other for other in items[:i] if _same(other.analysis, item.analysis)), None):
+            found.append(f"{first.label} and {item.label} are the same analysis")
+    return found
+
+
+def find_incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) -> list[str]:
+    """Find what could not be compared with the baseline, and why.
+
+    Args:
+        items: the analyses.
+        baseline: one of them.
+        pairs: by label, whether each is of the same sequences as the baseline.
+
+    Returns:
+        Sentences.
+    """
+    notes = [_sampled_positions(item) for item in items if item.analysis.positions is not None]
+    origin = baseline.analysis
+    for item in items:
+        a = item.analysis
+        if not pairs[item.label]:
+            notes.append(f"{item.label} is of other responses than {baseline.label}: unpaired")
+        if a.n_layers != origin.n_layers:
+            notes.append(
+                f"{item.label} has {a.n_layers} layers and {baseline.label} {origin.n_layers}: no differences per "
+                "layer, only by relative depth"
+            )
+        if a.vocab_size != origin.vocab_size:
+            notes.append(
+                f"{item.label} has {a.vocab_size} tokens and {baseline.label} {origin.vocab_size}: in nats a larger "
+                "vocabulary has more entropy; entropy_share is in units of ln V"
+            )
+    return notes
+
+
+def find_few_prompts(items: Sequence[Item]) -> list[str]:
+    """Find analyses that have too few prompts for their intervals.
+
+    Args:
+        items: the analyses.
+
+    Returns:
+        A sentence for each number of prompts that is too small.
+    """
+    labels: dict[int, list[str]] = {}
+    for item in items:
+        labels.setdefault(item.analysis.n_prompts, []).append(item.label)
+    found = ((who, console.few_prompts(n)) for n, who in sorted(labels.items()))
+    return [
+        f"{'all analyses' if len(who) == len(items) else ', '.join(who)} {'has' if len(who) == 1 else 'have'} {few}"
+        for who, few in found
+        if few
+    ]
+
+
+def _sampled_positions(item: Item) -> str:
+    found = item.analysis.positions or {}
+    return (
+        f"{item.label} was analysed at {found['analysed']} of {found['total']} positions (tolerance "
+        f"{found['tolerance']:g}): its intervals hold that too, and single responses are estimates"
+    )
+
+
+def _same(one: Analysis, other: Analysis) -> bool:
+    """Whether both are one object, one directory, or copies: an unchanged checkpoint would have another name."""
+    if one is other:
+        return True
+    if one.path is not None and other.path is not None and one.path.resolve() == other.path.resolve():
+        return True
+    return (one.name, one.model, one.config) == (other.name, other.model, other.config) and one.layers.equals(
+        other.layers
+    )

@@ -1,1 +1,1 @@
-"""Prompts, templates, responses, benchmarks and the arithmetic of the embedded models."""
+"""Prompts, templates, responses, benchmarks, and the arithmetic task of the embedded models."""

@@ -46,8 +46,8 @@ def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
     Args:
         rng: The source of randomness.
         level: The number of derived variables, from 1 to 4.
-        slip: The probability that a result in the solution is off by 1 or 2; the wrong value is carried forward, as
-            a person's slip would be. `answer` is right all the same.
+        slip: The probability that a result in the solution is off by 1 or 2. The wrong value is carried forward, as
+            with a person's slip; `answer` is right regardless.
 
     Returns:
         The problem.
@@ -77,29 +77,12 @@ def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
 
 
 def problems(n: int, seed: int, levels: Sequence[int] = (2, 3, 4)) -> list[Problem]:
-    """Draw problems, each level equally likely; the same arguments give the same problems.
-
-    Args:
-        n: The number of problems.
-        seed: The seed of the draw.
-        levels: The levels to draw from, each from 1 to 4.
-
-    Returns:
-        The n problems, not necessarily all different.
-    """
+    """Draw problems, each level (1 to 4) equally likely; the same arguments give the same ones, which may repeat."""
     rng = random.Random(seed)
     return [make_problem(rng, rng.choice(levels)) for _ in range(n)]
 
 
 def check(response_text: str, answer: str) -> bool:
-    r"""Say whether the last ``\boxed{}`` of a response holds the answer, exactly.
-
-    Args:
-        response_text: Any text; one without a complete ``\boxed{}`` is wrong.
-        answer: The right answer, as in `Problem.answer`.
-
-    Returns:
-        True if the last boxed text, outer white space apart, is the answer.
-    """
+    r"""Check whether the last complete ``\boxed{}`` of a response contains the answer, apart from white space."""
     boxed = _BOXED.findall(response_text)
     return bool(boxed) and boxed[-1].strip() == answer.strip()

@@ -1,4 +1,4 @@
-"""Benchmarks: named ones, files, hub data sets and lists, all of them problems with a reference answer."""
+"""Benchmarks: problems with reference answers, by name, from a file, from the hub or from a list."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from internal_policy.utils.errors import UserError
 DEFAULT_SAMPLES = 16
 TESTBED_PROBLEMS = 256
 TESTBED_SEED = 20_261_121
-"""Other problems than those that an analysis of an embedded model reads (`prompts.TESTBED_SEED`)."""
+"""Seed of problems that differ from those of an analysis of an embedded model (`prompts.TESTBED_SEED`)."""
 GIVEN = "given"
-"""What a list of problems is called."""
+"""The name of a list of problems."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a named benchmark comes from, and how often the paper samples each problem."""
+    """The source of a named benchmark, and how often the paper samples each problem."""
 
     title: str
     """As the paper writes it."""
@@ -36,23 +36,16 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     "math500": Benchmark("MATH500", "HuggingFaceH4/MATH-500", 16),
     "amc23": Benchmark("AMC23", "math-ai/amc23", 16),
-    # math-ai/aime24 has the answer only within its solutions.
+    # math-ai/aime24 has its answers only inside the solutions.
     "aime24": Benchmark("AIME24", "HuggingFaceH4/aime_2024", 32),
     "aime25": Benchmark("AIME25", "math-ai/aime25", 32),
     TESTBED: Benchmark("testbed", TESTBED, DEFAULT_SAMPLES),
 }
-"""The paper's four (the ids are of data sets on the Hugging Face hub), and held-out problems of the embedded tasks."""
+"""The paper's four benchmarks, by their ids on the Hugging Face hub, and held-out problems of the embedded task."""
 
 
 def label(source: str | Sequence[Any]) -> str:
-    """Name a benchmark in files and figures.
-
-    Args:
-        source: a name of `BENCHMARKS`, a path, a hub data set id, or a list of problems.
-
-    Returns:
-        The name; a file's name without its suffix; the id; ``given`` for a list.
-    """
+    """Derive the name of a benchmark: its own, a file's name without suffix, a hub id, or ``given`` for a list."""
     if not isinstance(source, str):
         return GIVEN
     is_file = Path(source).suffix in records.SUFFIXES
@@ -60,38 +53,17 @@ def label(source: str | Sequence[Any]) -> str:
 
 
 def title(name: str) -> str:
-    """Write a benchmark's name as figures and tables show it.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        ``MATH500`` for ``math500``; other names as they are.
-    """
+    """Format a benchmark's name for figures and tables: ``MATH500`` for ``math500``; other names are unchanged."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 
 def slug(name: str) -> str:
-    """Make a benchmark's name safe in a path.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        ``owner--data`` for ``owner/data``.
-    """
+    """Make a benchmark's name safe in a path: ``owner--data`` for ``owner/data``."""
     return "".join(c if c.isalnum() or c in "-_.@" else "-" for c in name.replace("/", "--")).strip(".") or GIVEN
 
 
 def default_samples(name: str) -> int:
-    """How often the paper samples each problem of a benchmark.
-
-    Args:
-        name: what `label` returned.
-
-    Returns:
-        16, or 32 for AIME.
-    """
+    """Look up how often the paper samples each problem of a benchmark: 16 times, or 32 times for AIME."""
     return BENCHMARKS[name].samples if name in BENCHMARKS else DEFAULT_SAMPLES
 
 
@@ -101,7 +73,7 @@ def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> lis
     Args:
         source: a name of `BENCHMARKS`, a parquet, jsonl or json file, a hub data set id, or a list of records with
             a prompt (or problem, question) and an answer (or final_answer, reward_model.ground_truth).
-        limit: at most so many, from the start.
+        limit: maximum number of problems, from the start.
 
     Returns:
         The problems.
@@ -127,12 +99,5 @@ def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> lis
 
 
 def digest(problems: Sequence[tuple[str, str]]) -> str:
-    """A digest of bare questions and answers, by which evaluations of the same problems know one another.
-
-    Args:
-        problems: question and answer of each, in order.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """Compute a digest of bare questions and answers, which identifies evaluations of the same problems."""
     return hashlib.sha256(json.dumps([list(p) for p in problems]).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Chat templates, which are programs of the checkpoint's: run in a process that can be ended.
+"""Chat templates, which are programs that ship with a checkpoint, run in a process that can be killed.
 
-A template may loop for ever or build a text of gigabytes inside one operation that nothing in this process interrupts.
+A template may loop forever, or build a text of gigabytes in one operation that nothing in this process can interrupt.
 """
 
 from __future__ import annotations
@@ -15,34 +15,27 @@ from typing import Any
 from internal_policy.utils.errors import UserError
 
 SECONDS = 10.0
-"""What the template may take for one chat."""
+"""Time limit of the template for one chat."""
 MEMORY = 2**30
-"""What it may need beyond the process that it is run from, bytes."""
+"""Memory limit in bytes, beyond what the parent process uses."""
 LONGEST = 10_000_000
-"""No prompt has more characters."""
+"""Maximum number of characters of a prompt."""
 
 
 def apply_chat_template(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -> list[str]:
-    """Write chats as the tokenizer's template has them, up to where the assistant begins.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        chats: role and content of each message.
-
-    Returns:
-        A text for each chat.
+    """Apply the tokenizer's template to chats, up to the start of the assistant's turn.
 
     Raises:
-        UserError: the template refuses a chat, or takes too long or too much memory for it.
+        UserError: the template refuses a chat, or needs too much time or memory for it.
     """
-    # A worker of a pool may have no process of its own.
+    # A daemonic worker of a pool may not start processes.
     if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
         return [_checked(_apply(tokenizer, chat), chat) for chat in chats]
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(theirs, tokenizer, chats), daemon=True)
     with warnings.catch_warnings():
-        # Python warns of forking beside threads; the child runs the template, and none of what they hold.
+        # Python warns about forking with threads; the child only runs the template, and uses none of their locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     theirs.close()
@@ -84,12 +77,12 @@ def _answer(connection: Connection, tokenizer: Any, chats: Sequence[list[dict[st
 
 
 def _apply(tokenizer: Any, chat: list[dict[str, str]]) -> tuple[str, str]:
-    """The text, and what went wrong."""
+    """The text and the error message, one of them empty."""
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except MemoryError:
         return "", f"it needs more than {MEMORY >> 20} MiB"
-    # What a program of somebody else's raises is not ours to list.
+    # A template may raise anything.
     except Exception as error:
         return "", " ".join(str(error).split())[:300] or type(error).__name__
     if not isinstance(text, str) or len(text) > LONGEST:
@@ -102,10 +95,10 @@ def _limit_memory() -> None:
     import resource
 
     try:
-        with open("/proc/self/statm", encoding="ascii") as handle:  # noqa: PTH123  (nothing is imported any more)
+        with open("/proc/self/statm", encoding="ascii") as handle:  # noqa: PTH123  (avoids imports after the fork)
             used = int(handle.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         limit, hard = used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     except (OSError, ValueError):
-        # macOS has no such limit to set; the limits of time and length hold all the same.
+        # macOS has no such limit; the limits of time and length apply regardless.
         return

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, and the templates that turn them into what a model reads."""
+"""Prompts: their sources, and the templates that turn them into the text that a model reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 from internal_policy.data import records
 from internal_policy.data.chat_templates import apply_chat_template
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import shorten, told_in_one_line
+from internal_policy.utils.errors import UserError, as_user_error, shorten
 
 Chat = list[dict[str, str]]
 
@@ -39,11 +38,11 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The other columns of its record."""
     unusable: str = field(default="", compare=False, repr=False)
-    """What the answer is, where no response can be compared with it, such as a list."""
+    """What the answer is if no response can be compared with it, such as a list; otherwise empty."""
 
     @property
     def problem(self) -> str:
-        """The bare question: the text, or what the user said last."""
+        """The bare question: the text, or the last message of the user."""
         if isinstance(self.content, str):
             return self.content
         said = [m["content"] for m in self.content if m["role"] == "user"]
@@ -61,7 +60,7 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
     Args:
         source: hub data set id, path of a parquet, jsonl or json file, ``testbed``, or a list of texts or records.
         split: split of a hub data set.
-        limit: at most so many, from the start.
+        limit: maximum number of prompts, from the start.
 
     Returns:
         The prompts.
@@ -112,25 +111,20 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
         text = answer_text(answer)
         return Prompt(content, None if text is None else whole_text(text, f"{where}, its answer"), others)
     except TypeError as error:
-        # Only what compares with an answer needs one.
+        # Only rewards and evaluations need an answer.
         return Prompt(content, repr(answer), others, unusable=str(error))
     except ValueError as error:
         raise UserError(f"{where}: an answer of thousands of digits cannot be written; give it as text") from error
 
 
 def answer_text(value: Any) -> str | None:
-    """Write a reference answer as a response would have it.
+    """Format a reference answer as text; None for no answer.
 
-    Args:
-        value: what the data have.
-
-    Returns:
-        The text; of a number its digits, 4 and not 4.0 for a whole one, as a column of integers with a gap becomes one
-        of floats. None for no answer.
+    A whole number is 4 and not 4.0, since a column of integers with a missing value becomes one of floats.
 
     Raises:
-        TypeError: something that is not one answer, such as a list; the message says what.
-        ValueError: a number of more digits than Python writes.
+        TypeError: the value is not a single answer, such as a list; the message describes it.
+        ValueError: the number has more digits than Python converts to text.
     """
     if value is None or isinstance(value, str):
         return value
@@ -145,18 +139,7 @@ def answer_text(value: Any) -> str | None:
 
 
 def content_of(value: Any, where: str) -> str | Chat:
-    """Check that a value is a text or a chat.
-
-    Args:
-        value: what the file holds.
-        where: its place, for the message.
-
-    Returns:
-        The text, or the chat with role and content only.
-
-    Raises:
-        UserError: neither, or empty.
-    """
+    """Check that a value is a text or a chat, which is reduced to role and content; ``where`` is its position."""
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{where} is an empty text; needed is a question")
@@ -172,17 +155,9 @@ def content_of(value: Any, where: str) -> str | Chat:
 
 
 def whole_text(text: str, where: str) -> str:
-    """Refuse half a character, as a response cut in the middle of an emoji ends with.
+    """Refuse half a character, with which a response ends that was cut in the middle of an emoji.
 
-    Args:
-        text: what was read.
-        where: its place, for the message.
-
-    Returns:
-        The text.
-
-    Raises:
-        UserError: it holds a lone surrogate, which no tokenizer and no file takes.
+    No tokenizer and no file accepts such a lone surrogate.
     """
     try:
         text.encode("utf-8")
@@ -224,27 +199,15 @@ TEMPLATES = ("chat", "plain", *NAMED_TEMPLATES)
 
 
 def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
-    """Turn one prompt into the ids that the model reads, as ``render_all`` does.
-
-    Args:
-        prompt: the question.
-        template: one of ``TEMPLATES``.
-        tokenizer: the model's tokenizer.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        UserError: unknown template, or a chat that the tokenizer's template refuses.
-    """
+    """Turn one prompt into token ids; see ``render_all``."""
     return render_all([prompt], template, tokenizer)[0]
 
 
 def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list[list[int]]:
-    """Turn prompts into the ids that the model reads.
+    """Turn prompts into token ids.
 
-    ``chat`` applies the tokenizer's chat template and falls back to plain text where it has none; ``plain`` takes the
-    text as it is; the named templates build the paper's prompts from the bare question.
+    ``chat`` applies the tokenizer's chat template and falls back to plain text if it has none; ``plain`` uses the
+    text unchanged; the named templates build the paper's prompts from the bare question.
 
     Args:
         prompts: the questions.
@@ -255,7 +218,7 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
         Token ids of each.
 
     Raises:
-        UserError: unknown template, or a chat that the tokenizer's template refuses or does not get done with.
+        UserError: unknown template, or a chat that the tokenizer's template refuses or does not finish.
     """
     if template in NAMED_TEMPLATES:
         return [token_ids(tokenizer, NAMED_TEMPLATES[template](p.problem)) for p in prompts]
@@ -263,26 +226,14 @@ def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list
         raise UserError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
     if template == "chat" and getattr(tokenizer, "chat_template", None):
         texts = apply_chat_template(tokenizer, [p.chat for p in prompts])
-        # The chat template writes the special tokens itself.
+        # The chat template adds the special tokens itself.
         return [token_ids(tokenizer, text, add_special_tokens=False) for text in texts]
     return [token_ids(tokenizer, "\n\n".join(m["content"] for m in p.chat)) for p in prompts]
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Tokenise a text.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: the text.
-        **options: of the tokenizer, such as ``add_special_tokens``.
-
-    Returns:
-        Its token ids.
-
-    Raises:
-        UserError: the tokenizer fails on it.
-    """
+    """Tokenise a text, with one-line errors; ``options`` are those of the tokenizer."""
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     advice = "needed is a tokenizer that knows every text (an unknown token, or bytes)"
-    with told_in_one_line(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
+    with as_user_error(name, f"the text {shorten(text, 40)!r}", doing="tokenise", advice=advice):
         return list(tokenizer(text, **options)["input_ids"])

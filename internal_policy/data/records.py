@@ -1,4 +1,4 @@
-"""Read records (dicts) from parquet, jsonl, json or the Hugging Face hub; one clear line for bad input."""
+"""Read records (dicts) from parquet, jsonl, json or the Hugging Face hub, with one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -7,29 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import told_in_one_line
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.errors import UserError, as_user_error
+from internal_policy.utils.logging import quiet_libraries
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
-
 _MOST_BYTES, _MOST_ROWS = 16 * 2**30, 10_000_000
-"""No file of records is larger when unpacked: a few kilobytes of parquet may stand for terabytes."""
+"""Limits on an unpacked file: a few kilobytes of parquet may expand to terabytes."""
 
 
 def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Read a parquet, jsonl or json file.
-
-    Args:
-        path: the file; json holds a list of objects, jsonl an object a line.
-        limit: at most so many records, from the start.
-
-    Returns:
-        One dict a record.
+    """Read the first ``limit`` records of a parquet, jsonl (one object per line) or json file (a list of objects).
 
     Raises:
-        UserError: missing, empty, not UTF-8, broken at line N, or of another format.
+        UserError: the file is missing, empty, not UTF-8, broken at line N, or of another format.
     """
     require_file(path)
     if path.suffix == ".parquet":
@@ -48,14 +39,7 @@ def read_file(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path without a file.
-
-    Args:
-        path: the path.
-
-    Raises:
-        UserError: nothing is there, or a directory.
-    """
+    """Refuse a path without a file."""
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a {', '.join(SUFFIXES)} file or a hub data set id")
     if not path.is_file():
@@ -63,14 +47,7 @@ def require_file(path: Path) -> None:
 
 
 def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
-    """Read a data set of the hub.
-
-    Args:
-        name: ``owner/name``.
-        split: which split; ``test`` where there is one, else the first, where not given.
-
-    Returns:
-        One dict a record.
+    """Read a split of a data set of the hub; by default ``test`` if there is one, else the first.
 
     Raises:
         UserError: unknown data set or split, or no network.
@@ -78,7 +55,7 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     import datasets
 
     advice = f"check the name, the split and the network, or give a local {', '.join(SUFFIXES)} file"
-    with quiet_libraries(), told_in_one_line(name, "this data set", advice=advice):
+    with quiet_libraries(), as_user_error(name, "this data set", advice=advice):
         if split is None:
             splits = datasets.get_dataset_split_names(name)
             split = "test" if "test" in splits else splits[0]
@@ -108,7 +85,7 @@ def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
                 records += batch.to_pylist()
                 if limit is not None and len(records) >= limit:
                     break
-    # Texts that are not UTF-8 and times outside the calendar are found only when they become Python's.
+    # Texts that are not UTF-8 and times outside the calendar only fail when they are converted to Python objects.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{path}: not a readable parquet file ({reason}); save it again") from error
@@ -125,7 +102,7 @@ def _text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
-    # Only "\n" ends a line: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    # Only "\n" ends a line: str.splitlines also splits at U+2028, which JSON strings may contain.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -150,25 +127,14 @@ def _parse(text: str, path: Path, line: int | None = None, needed: str = "") -> 
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: broken JSON at line {line or error.lineno}: {error.msg}{needed}") from error
     except (ValueError, RecursionError) as error:
-        # Python reads neither numbers of thousands of digits nor thousands of lists inside one another.
+        # Python parses neither numbers of thousands of digits nor thousands of nested lists.
         where = "" if line is None else f" at line {line}"
         what = "lists or objects nested too deep" if isinstance(error, RecursionError) else "a number that is too long"
         raise UserError(f"{path}: JSON that cannot be read{where} ({what}); remove it") from error
 
 
 def as_object(value: Any, where: str) -> dict[str, Any]:
-    """Check that a value is a record.
-
-    Args:
-        value: what was read or given.
-        where: its place, for the message.
-
-    Returns:
-        The record as a dict.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """Check that a value is a record, and return it as a dict; ``where`` names its position in the message."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where} holds a {type(value).__name__}; needed is a JSON object")
     return dict(value)

@@ -1,4 +1,4 @@
-"""Responses: a prompt's ids followed by a response's ids, with the place where the response begins.
+"""Responses: the ids of a prompt followed by those of a response, with the position where the response begins.
 
 Convention for "response token t" (positions counted from 0): the state that PREDICTS it. For T ids whose first P are
 the prompt, the analysed states are those at positions P-1 .. T-2.
@@ -29,13 +29,13 @@ class Response:
     """One sequence to analyse."""
 
     prompt: str | Chat
-    """What was asked: text or chat, before the template."""
+    """The prompt as text or chat, before the template."""
     response: str
-    """What was answered, as text."""
+    """The response as text."""
     input_ids: list[int]
     """T ids: the templated prompt, then the response."""
     prompt_length: int
-    """P: how many of the ids are the prompt."""
+    """P: number of ids of the prompt."""
     reward: float | None = None
     """The reward, where known."""
 
@@ -51,14 +51,7 @@ class Response:
 
 
 def prompt_indices(responses: Sequence[Response]) -> list[int]:
-    """Number the distinct prompts, so that several samples of one prompt share an index.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        One index a response, from 0, in order of first appearance.
-    """
+    """Number the distinct prompts from 0 in order of appearance, so that samples of one prompt share an index."""
     seen: dict[tuple[int, ...], int] = {}
     return [seen.setdefault(r.prompt_ids, len(seen)) for r in responses]
 
@@ -66,22 +59,22 @@ def prompt_indices(responses: Sequence[Response]) -> list[int]:
 def read_responses(
     source: str | Path | Sequence[Mapping[str, Any]], tokenizer: Any, template: str, *, limit: int | None = None
 ) -> list[Response]:
-    """Read ready responses: ``{"prompt", "response"}`` or ``{"input_ids", "prompt_length"}``, an object a line.
+    """Read ready responses: ``{"prompt", "response"}`` or ``{"input_ids", "prompt_length"}``.
 
-    A response given as text is tokenised by itself, after the templated prompt, so that the boundary is exact; no
-    end-of-sequence token is added, since nobody knows whether it ended there.
+    A response given as text is tokenised separately from the templated prompt, so that the boundary is exact. No
+    end-of-sequence token is added, since it is unknown whether the response ended there.
 
     Args:
         source: a jsonl, json or parquet file, or a list of records.
         tokenizer: the model's tokenizer.
         template: how prompts given as text or chat are templated.
-        limit: at most so many, from the start.
+        limit: maximum number of responses, from the start.
 
     Returns:
         The responses.
 
     Raises:
-        UserError: unreadable, wrong keys, or a response without tokens; the message says which.
+        UserError: unreadable, wrong keys, or a response without tokens; the message names the record.
     """
     if isinstance(source, (str, Path)):
         rows, where = records.read_file(Path(source), limit), str(source)
@@ -102,7 +95,7 @@ def read_responses(
 
 
 def _has_ids(row: Mapping[str, Any], place: str) -> bool:
-    """Whether a record has ids, not text; refused where it has neither."""
+    """Whether a record has ids rather than text; a record with neither is refused."""
     present = {key for key, value in row.items() if value is not None}
     if {"input_ids", "prompt_length"} <= present:
         return True
@@ -173,11 +166,6 @@ def _reward(row: Mapping[str, Any], place: str) -> float | None:
 def check_responses(responses: Iterable[Response], vocab_size: int, max_length: int | None) -> None:
     """Check ids and lengths against the model, before anything is computed.
 
-    Args:
-        responses: the responses.
-        vocab_size: V.
-        max_length: the model's context, where it has one.
-
     Raises:
         UserError: a prompt without tokens, ids beyond the vocabulary, or a sequence longer than the context.
     """
@@ -203,10 +191,10 @@ def pad(sequences: Sequence[Sequence[int]], side: Literal["left", "right"]) -> t
 
     Args:
         sequences: B lists of ids.
-        side: where the padding goes.
+        side: the side of the padding.
 
     Returns:
-        ids [B, T] and mask [B, T], 1 for tokens. Padding has id 0: it is masked, and every vocabulary has it.
+        ids [B, T] and mask [B, T], 1 for tokens. Padding has id 0, which every vocabulary has, and is masked.
     """
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)

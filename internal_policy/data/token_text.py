@@ -1,7 +1,7 @@
-"""Token ids as short texts that can be shown: no white space that cannot be seen, no byte marks, no control characters.
+"""Token ids as short visible texts, without invisible white space, byte marks and control characters.
 
-A space is ``·``, a line break ``⏎``, a tab ``⇥``; four or more of one are ``·×4``. Bytes that are no whole character
-are ``<E4B8>``, characters that cannot be seen ``<U+200D>``, and ids without a text ``#151700``.
+A space is ``·``, a line break ``⏎``, a tab ``⇥``; four or more of one are ``·×4``. Bytes that form no character are
+``<E4B8>``, invisible characters ``<U+200D>``, and ids without a text ``#151700``.
 """
 
 from __future__ import annotations
@@ -29,28 +29,12 @@ _BYTES = _byte_alphabet()
 
 
 def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
-    """Write tokens so that each can be told from another at a glance.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        ids: token ids, with or without repetition; those beyond the tokenizer's vocabulary too.
-
-    Returns:
-        The text of each id.
-    """
+    """Format each token id as a visible text that differs from others; ids may be beyond the vocabulary."""
     return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
 
 
 def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
-    """Find what of a text the tokenizer does not know.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        text: what it is to read.
-
-    Returns:
-        The pieces that it reads as its token for the unknown, each once, as they can be shown.
-    """
+    """Find the parts of a text that become the tokenizer's unknown token, each once, in visible form."""
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return []
@@ -60,15 +44,15 @@ def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
         pieces = [text[first:last] for token_id, (first, last) in places if token_id == unknown]
     else:
         pieces = [piece for piece in tokenizer.tokenize(text) if tokenizer.convert_tokens_to_ids(piece) == unknown]
-    # Some models have no such token and name another one, such as that which ends a text, which may well be meant.
+    # Some tokenizers use another token for it, such as the end-of-text token, which the text may contain on purpose.
     return [visible(piece) for piece in dict.fromkeys(pieces) if piece not in ("", tokenizer.unk_token)]
 
 
 def _text(tokenizer: Any, token_id: int) -> str:
-    """What a token adds to a text; bytes that are no whole character as lone surrogates, nothing where it has none."""
+    """The text of a token, empty if it has none; bytes that form no character become lone surrogates."""
     try:
         piece = tokenizer.convert_ids_to_tokens(token_id)
-    # Tokenizers differ in what they raise, or return, for the rows that pad the unembedding.
+    # Tokenizers differ in what they raise or return for the padding rows of the unembedding.
     except (IndexError, KeyError, OverflowError, ValueError):
         return ""
     if isinstance(piece, bytes):
@@ -81,23 +65,16 @@ def _text(tokenizer: Any, token_id: int) -> str:
     if "\ufffd" in text and all(character in _BYTES for character in piece):
         return bytes(_BYTES[character] for character in piece).decode("utf-8", "surrogateescape")
     if piece.startswith(_SPACE):
-        # Decoders drop the space that a text begins with, and a single token is a text to them.
+        # Decoders drop the leading space of a text, and here every token is decoded as a text.
         rest = piece.lstrip(_SPACE)
         return " " * (len(piece) - len(rest)) + text.lstrip(" ")
     return text or str(piece)
 
 
 def visible(text: str) -> str:
-    """Write a text so that all of it can be seen, on one line.
-
-    Args:
-        text: any text; bytes that are no whole character as lone surrogates, as ``surrogateescape`` makes them.
-
-    Returns:
-        The text with marks; empty where it is empty.
-    """
+    """Format a text so that all of it is visible on one line; lone surrogates stand for incomplete characters."""
     text = _HALVES.sub(lambda m: f"<{m[0].encode('utf-8', 'surrogateescape').hex().upper()}>", text)
     shown = "".join(_MARKS.get(c) or (f"<U+{ord(c):04X}>" if unicodedata.category(c) in _UNSEEN else c) for c in text)
-    # A mark that belongs on a letter would go onto whatever stands before the cell.
+    # A combining mark would attach to whatever precedes the cell.
     shown = f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
     return _RUN.sub(lambda m: f"{m[1]}×{len(m[0])}", shown)

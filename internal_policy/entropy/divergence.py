@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internal_policy.entropy.dispatch import fused
-from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes
+from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes, check_shapes, fused
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def policy_divergence(
         raise ValueError(f"got states {tuple(p_states.shape)} and {tuple(q_states.shape)}; needed are equal shapes")
     head = _head(p_states, unembedding, bias, scale, softcap, q_states.dtype)
     vocab, d = unembedding.shape
-    # Of all that a block of entropies holds there are two here, so each number counts twice.
+    # There are two of everything that a block of entropies holds, so each number counts twice.
     n, v = block_sizes(d, vocab, memory_budget, p_states.device, 2 * head.dtype.itemsize)
 
     def empty(size: int) -> Tensor:
@@ -194,11 +193,6 @@ def _head(
     other: torch.dtype,
 ) -> _Head:
     """Check shapes and choose the dtype of products and sums."""
-    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
-        raise ValueError(
-            f"got states {tuple(states.shape)} and unembedding {tuple(unembedding.shape)}; needed [N, d] and [V, d]"
-        )
-    if bias is not None and bias.shape != unembedding.shape[:1]:
-        raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{len(unembedding)}]")
+    check_shapes(states, unembedding, bias)
     dtype = torch.float64 if torch.float64 in (states.dtype, unembedding.dtype, other) else torch.float32
     return _Head(unembedding, bias, scale, softcap, dtype)

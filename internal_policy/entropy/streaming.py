@@ -16,13 +16,14 @@ position, R running sums of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from internal_policy.entropy.dispatch import fused_entropies
+logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BUDGET = 128 * 2**20
 """Bytes of working memory: the buffers that exist beside the states and the unembedding."""
@@ -34,9 +35,23 @@ _CPU_BLOCK = (1024, 1024)
 _ACCELERATOR_BLOCK = (4096, 8192)
 _LOG2_E = 1.4426950408889634
 
+_HALF = (torch.bfloat16, torch.float16)
+_failures: set[str] = set()
+"""Why the fused kernel is not tried again: what fails to compile once fails at every call."""
+
+
+def check_shapes(states: Tensor, unembedding: Tensor, bias: Tensor | None) -> None:
+    """Refuse operands that do not fit each other with a ``ValueError``."""
+    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
+        raise ValueError(
+            f"got states {tuple(states.shape)} and unembedding {tuple(unembedding.shape)}; needed [N, d] and [V, d]"
+        )
+    if bias is not None and bias.shape != unembedding.shape[:1]:
+        raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{len(unembedding)}]")
+
 
 def block_sizes(d: int, vocab: int, memory_budget: int, device: torch.device, element_size: int = 4) -> tuple[int, int]:
-    """Choose the block of states and of vocabulary from a memory budget.
+    """Choose the sizes of the blocks of states and of vocabulary from a memory budget.
 
     Args:
         d: residual width.
@@ -137,9 +152,93 @@ def policy_entropies(
     Source: arXiv 2512.19673v3, eqs. 4 and 7.
     """
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
-    if not sums and (fused := fused_entropies(states, unembedding, bias, **options)) is not None:
-        return fused
+    if not sums and (found := _fused_entropies(states, unembedding, bias, **options)) is not None:
+        return found
     return _block_by_block(states, unembedding, bias, sums=sums, **options)
+
+
+def fused(
+    quantity: Literal["policy_entropy", "token_log_probs"],
+    states: Tensor,
+    unembedding: Tensor,
+    *rest: Any,
+    **options: Any,
+) -> Tensor | None:
+    """Compute a quantity with the fused kernel of ``triton_kernel``, where it is available and faster.
+
+    Args:
+        quantity: a function of ``triton_kernel``.
+        states: [N, d] states.
+        unembedding: [V, d] unembedding matrix E_u.
+        rest: the targets where the quantity has any, and the bias or None.
+        options: scale, softcap and memory_budget.
+
+    Returns:
+        [N] nats, or None where the blocks of torch have to compute it.
+    """
+    if _failures or not kernel_is_faster(states, unembedding, *rest):
+        return None
+    try:
+        from internal_policy.entropy import triton_kernel
+
+        tensors = (states, *rest[:-1], unembedding, rest[-1])
+        result: Tensor = getattr(triton_kernel, quantity)(*tensors, **options)
+    except torch.OutOfMemoryError:
+        # The caller reduces its batch size.
+        raise
+    # Compilers, drivers and launchers raise exceptions of their own, and the blocks give the same numbers.
+    except Exception as error:
+        reason = "triton is not installed" if isinstance(error, ImportError) else _first_line(error)
+        _failures.add(reason)
+        logger.warning("The fused kernel is not used (%s); entropies are computed block by block, slower.", reason)
+        return None
+    return result
+
+
+def kernel_is_faster(states: Tensor, unembedding: Tensor, *rest: Tensor | None) -> bool:
+    """Whether the fused kernel applies to these operands (see ``fused``) and is faster than the blocks of torch.
+
+    It is on CUDA devices with bfloat16 products (Ampere or later), for operands of one 16-bit dtype, and for float32
+    where torch may round products to TF32. For products in full float32, which no tensor cores compute, cuBLAS is
+    faster. Operands that do not fit each other are left to the checks of the functions that go block by block.
+    """
+    device, dtype, bias = states.device, states.dtype, rest[-1]
+    if device.type != "cuda" or dtype != unembedding.dtype or device != unembedding.device:
+        return False
+    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
+        return False
+    if any(other is not None and (other.device != device or other.ndim != 1) for other in rest):
+        return False
+    if bias is not None and len(bias) != len(unembedding):
+        return False
+    if dtype not in _HALF and not (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"):
+        return False
+    return _has_matrix_units(device)
+
+
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU of Ampere or later, the only ones for which the kernel was compiled."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _fused_entropies(
+    states: Sequence[Tensor], unembedding: Tensor, bias: Tensor | None, **options: Any
+) -> Tensor | None:
+    """[S, N] entropies of several states with the fused kernel, or None where it is not used."""
+    if len({state.shape for state in states}) > 1:
+        return None
+    entropies = []
+    for state in states:
+        entropy = fused("policy_entropy", state, unembedding, bias, **options)
+        if entropy is None:
+            return None
+        entropies.append(entropy)
+    return torch.stack(entropies)
 
 
 def _block_by_block(
@@ -153,28 +252,22 @@ def _block_by_block(
     memory_budget: int,
 ) -> Tensor:
     first_state = states[0]
-    if first_state.ndim != 2 or unembedding.ndim != 2 or first_state.shape[1] != unembedding.shape[1]:
-        raise ValueError(
-            f"got states {tuple(first_state.shape)} and unembedding {tuple(unembedding.shape)}; "
-            "needed [N, d] and [V, d]"
-        )
+    check_shapes(first_state, unembedding, bias)
     if len(shapes := {tuple(state.shape) for state in states}) > 1:
         raise ValueError(f"got states of shapes {sorted(shapes)}; needed are equal shapes")
     vocab, d = unembedding.shape
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{vocab}]")
-    # Each sum starts from the one before it, whose logits stand above its own.
+    # Each sum starts from the previous one, whose logits are in the rows above its own.
     added = [[len(states) + i - 1, *terms] if i else list(terms) for i, terms in enumerate(sums)]
     device = first_state.device
     dtype = torch.float64 if torch.float64 in (unembedding.dtype, *(s.dtype for s in states)) else torch.float32
     n, v = block_sizes(d, vocab, memory_budget, device, dtype.itemsize)
     projected, rows = len(states), len(states) + len(sums)
-    # The product wants its full height; sums of its rows come on top of it.
+    # The product keeps its full height; the sums of its rows need room beyond it.
     positions = max(1, min(n // projected, len(first_state)))
-    # Where the budget does not hold all rows of these positions, blocks of vocabulary get smaller instead.
+    # If the budget does not hold all rows of these positions, the blocks of vocabulary become smaller.
     room = memory_budget // dtype.itemsize - positions * (projected * d + 8 * rows)
     v = max(1, min(v, room // (2 * positions * rows + d)))
-    # Logits in units of log 2: the factor goes where it costs no pass, onto the states or the cap.
+    # Logits in units of log 2: the factor is applied to the states or the cap, where it costs no pass over the logits.
     factor = scale * _LOG2_E if softcap is None else scale / softcap
 
     def empty(*size: int) -> Tensor:
@@ -200,7 +293,7 @@ def _block_by_block(
             z_nv = logits_buffer[: rows * p * width].view(rows * p, width)
             torch.mm(x_nd, e_vd.T, out=z_nv[: projected * p])
             if first == 0 or width < v:
-                # A view of each state's rows costs as much as a small sum: blocks of one shape share them.
+                # A view of each state's rows costs as much as a small sum: blocks of equal shape share the views.
                 by_state = z_nv.view(rows, p, width).unbind()
             for place, (one, other, *further) in enumerate(added, start=projected):
                 torch.add(by_state[one], by_state[other], out=by_state[place])
@@ -225,5 +318,5 @@ def _block_by_block(
     return entropies
 
 
-# A server gets this function as its source, and has neither the kernel nor a log.
+# An NDIF server receives this function as source, and has neither the kernel nor a logger.
 policy_entropies.__wrapped__ = _block_by_block  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""How the fused kernel cuts its work: tiles of states by vocabulary, and slices of vocabulary."""
+"""How the fused kernel divides its work into tiles of states by vocabulary, and slices of vocabulary.
+
+Apart from ``triton_kernel``, so that the division can be computed where triton is not installed.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +49,12 @@ INTERPRETED = Blocks(16, 64, 32)
 
 
 def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
-    """Blocks among which the fastest is looked for.
+    """List the two to four blocks among which the fastest is chosen by measurement, the likeliest first.
 
     Args:
         n: rows.
-        half: the product is one of 16-bit operands.
-        tf32: a product of float32 operands may be rounded to TF32.
-
-    Returns:
-        Two to four of them, the likeliest first.
+        half: whether the operands have 16 bits.
+        tf32: whether products of float32 operands may be rounded to TF32.
     """
     if half:
         return _MANY_ROWS if n > _FEW_ROWS[0].rows else _FEW_ROWS

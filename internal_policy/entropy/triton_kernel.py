@@ -57,39 +57,14 @@ INTERPRETED = not isinstance(triton_source.online_sums, triton.JITFunction)
 
 
 def policy_entropy(states: Tensor, unembedding: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """Entropy of ``softmax(states @ unembedding.T)``.
-
-    Args:
-        states: [N, d] states.
-        unembedding: [V, d] unembedding matrix E_u.
-        bias: [V] bias of the unembedding, where the model has one.
-        options: of ``online_sums``.
-
-    Returns:
-        [N] entropies in nats, float32.
-
-    Source: arXiv 2512.19673v3, eq. 7.
-    """
+    """Compute [N] entropies of ``softmax(states @ unembedding.T)`` in nats; see ``online_sums``."""
     return online_sums(states, unembedding, bias, **options).entropy()
 
 
 def token_log_probs(
     states: Tensor, targets: Tensor, unembedding: Tensor, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Log-probability that each state's policy gives to one token.
-
-    Args:
-        states: [N, d] states.
-        targets: [N] token ids, within the vocabulary.
-        unembedding: [V, d] unembedding matrix E_u.
-        bias: [V] bias of the unembedding, where the model has one.
-        options: of ``online_sums``.
-
-    Returns:
-        [N] log-probabilities in nats, at most 0, float32.
-
-    Source: the factors of arXiv 2512.19673v3, eq. 1.
-    """
+    """Compute the [N] log-probabilities of one token per state in nats; see ``online_sums``."""
     return online_sums(states, unembedding, bias, targets, **options).log_probs()
 
 

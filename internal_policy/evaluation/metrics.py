@@ -1,7 +1,7 @@
 """Avg@K and Pass@K of problems that were each sampled n times, with intervals over problems.
 
-The problem is what is drawn at random: samples of one problem share its difficulty. Each problem is therefore one
-observation, whatever its number of samples, and the intervals are those of a mean over problems.
+The problems are the random sample: responses to one problem share its difficulty. Each problem is therefore one
+observation, whatever its number of responses, and the intervals are those of a mean over problems.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LEVEL = 0.95
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of k samples is correct, estimated without bias from n of which c are.
+    """Estimate without bias the probability that at least one of k samples is correct, from n of which c are.
 
     1 - C(n-c, k) / C(n, k) (arXiv 2512.19673v3, appendix A.5; Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
     Args:
         n: samples of the problem.
         c: how many of them are correct, 0 to n.
-        k: samples that one may try, 1 to n.
+        k: samples drawn, 1 to n.
 
     Returns:
         The estimate, 0 to 1, exact to rounding for any n.
@@ -39,12 +39,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_at_k_each(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
-    """Pass@K of many problems at once; see `pass_at_k`.
+    """Compute Pass@K of many problems at once; see `pass_at_k`.
 
     Args:
         n: samples of each problem, [P].
         c: correct samples of each problem, [P].
-        k: samples that one may try, at most the least of n.
+        k: samples drawn, at most the smallest n.
 
     Returns:
         [P] estimates, 0 to 1.
@@ -74,15 +74,15 @@ def pass_at_k_each(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
 def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
     """95% interval for the mean over problems of a rate.
 
-    It is `statistics.confidence_interval` with each problem a cluster, widened where nearly all problems are at 0 or 1,
-    as on a benchmark that is too hard or too easy: what was seen there hardly scatters, and an interval from that
-    scatter alone hardly ever covers the truth. A kind of problem that makes up a share q of all goes unseen in P of
+    It is `statistics.confidence_interval` with each problem as a cluster, widened if nearly all problems are at 0 or 1,
+    as on a benchmark that is too hard or too easy: the observed rates hardly vary there, and an interval from their
+    spread alone hardly ever covers the truth. A kind of problem that makes up a share q of all is missing among P of
     them with probability (1-q)^P, so there may be up to u = 1 - 0.05^(1/P) (the "rule of three", 3/P) of such problems,
     with any rate: the interval reaches at least a share u of the way from the mean to 0 and to 1. With some 30 problems
     or more it covers at least 93% (tested by simulation).
 
     Args:
-        values: rates, [P, K], a row a problem.
+        values: rates, [P, K], a row per problem.
 
     Returns:
         lower and upper ends, [K] each, from 0 to 1; NaN with fewer than two problems.
@@ -98,12 +98,12 @@ def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
 def difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats]:
     """95% interval for the mean over problems of paired differences of rates.
 
-    It is `statistics.confidence_interval` with each problem a cluster. Where no problem differs at all that would be a
-    point; then it reaches as far as problems that differ may have gone unseen (see `interval`). It covers at least 93%
-    as long as some ten problems differ; where both models solve nearly everything it is too short.
+    It is `statistics.confidence_interval` with each problem as a cluster. If no problem differs at all, that would be a
+    point; the interval then reaches as far as problems that differ may be missing (see `interval`). It covers at least
+    93% if some ten problems differ; if both models solve nearly everything it is too short.
 
     Args:
-        differences: [P, K], a row a problem.
+        differences: [P, K], a row per problem.
 
     Returns:
         lower and upper ends, [K] each, from -1 to 1; NaN with fewer than two problems.
@@ -115,7 +115,7 @@ def difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats]:
 
 
 def unseen_share(n: int) -> float:
-    """The greatest share of problems of some kind of which n problems may well hold none (with probability 5%).
+    """Return the largest share of a kind of problem of which n problems contain none with probability 5%.
 
     Args:
         n: number of problems.
@@ -127,10 +127,10 @@ def unseen_share(n: int) -> float:
 
 
 def average(problems: pd.DataFrame) -> dict[str, float]:
-    """Avg@K: the mean over problems of the share of their K samples that are correct (the paper's pass@1).
+    """Compute Avg@K, the mean over problems of the share of their K samples that are correct (the paper's pass@1).
 
     Args:
-        problems: a row a problem, with n and correct.
+        problems: a row per problem, with n and correct.
 
     Returns:
         mean, stderr (clustered by problem), low and high (95% interval); 0 to 1.
@@ -142,10 +142,10 @@ def average(problems: pd.DataFrame) -> dict[str, float]:
 
 
 def pass_values(problems: pd.DataFrame, ks: Sequence[int]) -> Floats:
-    """Pass@K of each problem.
+    """Compute Pass@K of each problem.
 
     Args:
-        problems: a row a problem, with n and correct.
+        problems: a row per problem, with n and correct.
         ks: the K.
 
     Returns:
@@ -155,14 +155,14 @@ def pass_values(problems: pd.DataFrame, ks: Sequence[int]) -> Floats:
 
 
 def pass_table(problems: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
-    """Pass@K: the mean over problems, for each K.
+    """Compute Pass@K, the mean over problems, for each K.
 
     Args:
-        problems: a row a problem, with n and correct.
-        ks: the K, each at most the least n.
+        problems: a row per problem, with n and correct.
+        ks: the K, each at most the smallest n.
 
     Returns:
-        A row for each K: k, value, low and high (95% interval over problems); 0 to 1.
+        A row per K: k, value, low and high (95% interval over problems); 0 to 1.
     """
     values = pass_values(problems, ks)
     low, high = interval(values)

@@ -1,4 +1,4 @@
-"""Two evaluations of the same problems, compared problem by problem."""
+"""Comparison of two evaluations of the same problems, paired by problem."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Comparison:
     p_value: float
     """Of the paired t test over problems, two-sided."""
     p_permutation: float
-    """Of the sign-flip permutation test over problems, two-sided: it holds for any distribution of the differences."""
+    """Of the sign-flip permutation test over problems, two-sided: valid for any distribution of the differences."""
     n_better: int
     """Problems that the first solves more often."""
     n_worse: int
@@ -53,9 +53,9 @@ class Comparison:
     n_equal: int
     """Problems that both solve equally often."""
     pass_at_k: pd.DataFrame
-    """A row for each K that both have: k, first, second, difference, low, high (95% interval over problems)."""
+    """A row per K that both have: k, first, second, difference, low, high (95% interval over problems)."""
     differing: dict[str, tuple[Any, Any]]
-    """Settings that differ between the two, beside the model: the difference is then of both."""
+    """Settings other than the model that differ between the two; the difference is then due to both."""
 
     def __repr__(self) -> str:
         return (
@@ -67,13 +67,13 @@ class Comparison:
 def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
     """Compare two evaluations of the same problems, paired by problem.
 
-    What makes a problem hard is common to both models, so the differences of each problem's own rates are much less
-    scattered than the rates: the interval and the tests are over those differences.
+    What makes a problem hard is common to both models, so that the differences between the rates of each problem vary
+    much less than the rates: the interval and the tests are over those differences.
 
     Args:
         a: the first evaluation.
         b: the second; differences are first less second.
-        seed: of the permutation test, where there are too many problems to enumerate all flips.
+        seed: of the permutation test, if there are too many problems to enumerate all flips.
 
     Returns:
         The comparison.
@@ -87,7 +87,7 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
     low, high = metrics.difference_interval(d[:, None])
     differing = {
         **{n: (a.config.get(n), b.config.get(n)) for n in _SETTINGS if a.config.get(n) != b.config.get(n)},
-        # What the weights were in and ran on, not what was asked for: "auto" means another thing on another machine.
+        # The dtype and device that were used, not those asked for: "auto" depends on the machine.
         **{n: (a.model.get(n), b.model.get(n)) for n in _ON if a.model.get(n) != b.model.get(n)},
     }
     return Comparison(
@@ -110,22 +110,23 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
 
 
 def sign_flip_test(differences: Floats, *, seed: int = 0) -> float:
-    """Two-sided permutation test of paired differences: under the null hypothesis each may as well have the other sign.
+    """Two-sided permutation test of paired differences, whose signs are random under the null hypothesis.
 
-    With up to 13 differences that are not zero all flips are enumerated; else 10 000 are drawn, and the observed one is
-    counted among them (Phipson and Smyth 2010), so that the p-value is never 0.
+    With up to 13 differences other than zero all flips are enumerated; otherwise 10 000 are drawn, and the observed one
+    is counted among them (Phipson and Smyth 2010), so that the p-value is never 0. For enumerated flips the result is
+    that of `scipy.stats.permutation_test`; where it draws, it doubles a one-sided p-value, which is noisier.
 
     Args:
-        differences: one a problem, [P].
-        seed: of the draw.
+        differences: one per problem, [P].
+        seed: of the random generator.
 
     Returns:
-        The p-value; 1 where nothing differs.
+        The p-value; 1 if nothing differs.
     """
     d = differences[differences != 0]
     if d.size == 0:
         return 1.0
-    # Sums of the same numbers in another order differ by rounding.
+    # Sums of the same numbers in a different order differ by rounding.
     observed = abs(d.sum()) * (1 - 1e-12)
     if d.size <= _EXACT:
         flips = (np.arange(2**d.size)[:, None] >> np.arange(d.size)) & 1

@@ -1,4 +1,7 @@
-"""The evaluation, stage by stage: problems, model, responses with their scores, rates."""
+"""The evaluation, stage by stage: problems, model, responses with their scores, rates.
+
+Responses are sampled and scored in batches, each of which is kept on disk as soon as it is finished.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +23,42 @@ import pandas as pd
 
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.data import benchmarks
-from internal_policy.data.prompts import MATH_500, TESTBED, Prompt
-from internal_policy.evaluation import finishing, metrics
+from internal_policy.data.prompts import MATH_500, TESTBED, Prompt, render_all
+from internal_policy.data.responses import Response
+from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.results import MANIFEST, RESULT_FILES, Evaluation
-from internal_policy.evaluation.sampling import sample_all, to_requests
+from internal_policy.evaluation.results import EVALUATION, Evaluation, config_digest, load_finished, with_k
 from internal_policy.evaluation.scoring import Scorer, reward_name
-from internal_policy.generation import end_ids, refuse_generator, response_limit
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, load
-from internal_policy.models.attachments import attached, not_taken_up
+from internal_policy.generation import (
+    Request,
+    VllmSampler,
+    check_prompt_lengths,
+    effective_batch_size,
+    end_ids,
+    refuse_generator,
+    response_limit,
+    sample,
+)
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
+from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.options import defaults_of, refuse_unknown, takes_options
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.workspace import Workspace, in_use
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import MOST_PROMPTS, refuse_unknown, takes_options
+from internal_policy.utils.result_format import library_version
+from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
+_MEMORY_ADVICE = "lower --max-new-tokens, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas", "math-verify", "vllm")
 
 
 @quiet_libraries()
 @takes_options(EvaluateConfig)
-@as_its_dtype_says()
+@without_autocast()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
@@ -66,7 +80,7 @@ def evaluate(
             (HuggingFaceH4/aime_2024), ``aime25`` (math-ai/aime25), ``testbed`` (held-out problems of the embedded
             tasks), another hub id, a parquet, jsonl or json file, or a list or DataFrame of records with prompt and
             answer. By default math500, or testbed for an embedded model.
-        reward: what scores a response, as `bupo.rewards.as_rewards` takes it: from 0 to 1, and a response is correct
+        reward: what scores a response from 0 to 1, as `rewards.functions.as_rewards` takes it; a response is correct
             where the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
         output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up
             from there. Without it nothing is written.
@@ -100,7 +114,7 @@ def evaluate(
     )
     refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)
-    with evaluating(opened.model if opened is not None else None):
+    with eval_mode(opened.model if opened is not None else None):
         if output is None:
             with tempfile.TemporaryDirectory(prefix="internal-policy-") as scratch:
                 return replace(_run(config, opened, source, scorer, Path(scratch) / "run", False), path=None)
@@ -126,13 +140,13 @@ def _run(
     directory: Path,
     overwrite: bool,
 ) -> Evaluation:
-    finished = None if overwrite else finishing.finished(config, directory)
-    workspace = Workspace(directory, manifest=MANIFEST, result_files=RESULT_FILES, what="evaluation")
+    finished = None if overwrite else load_finished(config, directory)
+    workspace = Workspace(directory, EVALUATION)
     if finished is None:
         workspace.check()
     named = opened is None and isinstance(source, str)
-    # Before the model is read: what is written later into its files is then known to be another model.
-    files = finishing.digest(config, str(source)) if named else None
+    # Taken before the model is loaded, so that a later change of its files is noticed.
+    files = config_digest(config, str(source)) if named else None
     with status(f"reading {config.benchmark}"):
         problems = benchmarks.read_benchmark(source, config.max_problems)
     started = time.perf_counter()
@@ -145,15 +159,15 @@ def _run(
             trust_remote_code=config.trust_remote_code,
         )
     load_seconds = time.perf_counter() - started
-    requests = to_requests(config, model, problems)
+    requests = _to_requests(config, model, problems)
     limit = response_limit(model, config.max_new_tokens)
-    hooked = attached(model.model)
+    hooked = attached_code(model.model)
     identity = {
         **config.cache_key(),
         "weights": model.fingerprint(),
         "problems": benchmarks.digest([(p.problem, p.answer or "") for p in problems]),
         "inputs": hashlib.sha256(json.dumps([r.prompt_ids for r in requests]).encode()).hexdigest()[:16],
-        # Each kind of device has random streams of its own.
+        # Each kind of device has its own random streams.
         "sampled_on": model.device.type,
         "sampled_in": str(model.dtype).removeprefix("torch."),
         "token_limit": limit,
@@ -163,25 +177,103 @@ def _run(
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size
     if hooked and not overwrite and (finished is not None or workspace.begun):
-        raise not_taken_up(directory, hooked, "an evaluation")
+        raise resume_refused(directory, hooked, "an evaluation")
     if finished is not None:
-        if differing := finishing.differing_settings(finished, identity):
-            raise in_use(directory, "an evaluation", differing)
-        return finishing.with_ks(finished, config, directory)
-    if workspace.open(identity, overwrite, defaults_of(EvaluateConfig)):
+        EVALUATION.check_settings(directory, finished.config, identity)
+        return with_k(finished, config, directory)
+    if workspace.open(identity, overwrite):
         logger.warning("%s: going on with an unfinished evaluation", directory)
-    rows = sample_all(config, model, requests, limit, scorer, workspace)
+    portions = _sample_and_score(config, model, requests, limit, scorer, workspace)
+    lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
+    rows = [json.loads(lines[i]) for i in range(len(requests))]
     timings = {"load": round(load_seconds, 3)}
+    timings |= {stage: round(sum(float(p[f"{stage}_seconds"]) for p in portions), 3) for stage in ("sample", "score")}
     failures: Counter[str] = Counter()
-    for stage in ("sample", "score"):
-        timings[stage] = round(sum(float(shard[f"{stage}_seconds"]) for shard in workspace.shards("sample")), 3)
-    for shard in workspace.shards("sample"):
-        failures.update(json.loads(str(shard["failures"])))
+    for portion in portions:
+        failures.update(json.loads(str(portion["failures"])))
     evaluation = _assemble(config, model, problems, rows, {**asdict(config), **identity, "files": files})
     evaluation = replace(evaluation, failures=dict(failures), timings=timings)
     evaluation = replace(evaluation, path=evaluation.save(directory))
     workspace.close()
     return evaluation
+
+
+def _to_requests(config: EvaluateConfig, model: LanguageModel, problems: Sequence[Prompt]) -> list[Request]:
+    """Template the problems; n requests for each, problem by problem."""
+    if len(problems) * config.n > MOST_PROMPTS:
+        raise UserError(
+            f"{len(problems)} problems x {config.n} samples are more than the {MOST_PROMPTS} responses of one "
+            "evaluation; lower --samples or --max-problems"
+        )
+    rendered = render_all(problems, config.template, model.tokenizer)
+    requests = [
+        Request(prompt, ids, number, index)
+        for number, (prompt, ids) in enumerate(zip(problems, rendered, strict=True))
+        for index in range(config.n)
+    ]
+    check_prompt_lengths(requests, model)
+    return requests
+
+
+def _sample_and_score(
+    config: EvaluateConfig,
+    model: LanguageModel,
+    requests: Sequence[Request],
+    limit: int,
+    scorer: Scorer,
+    workspace: Workspace,
+) -> list[Arrays]:
+    """The portions of the stage, in which ``json`` holds a row for each request of ``index``.
+
+    Each batch is kept in the workspace. A reward that cannot be used is refused after the first of them.
+    """
+    ends = set(end_ids(model))
+    with _open_sampler(config, model, requests, limit) as run, limit_threads(model):
+
+        def sample_batch(batch: list[int]) -> Arrays:
+            started = time.perf_counter()
+            responses = run_with_oom_retry([requests[i] for i in batch], run, _MEMORY_ADVICE)
+            sampled = time.perf_counter()
+            scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
+            scored = time.perf_counter()
+            rows = [_row(requests[i], r, s, ends) for i, r, s in zip(batch, responses, scores, strict=True)]
+            return {
+                "json": np.array([json.dumps(row) for row in rows]),
+                "failures": np.array(json.dumps(failures)),
+                "sample_seconds": np.array(sampled - started),
+                "score_seconds": np.array(scored - sampled),
+            }
+
+        return workspace.run_stage(
+            "sample",
+            {i: len(request.prompt_ids) for i, request in enumerate(requests)},
+            effective_batch_size(config.generator, config.batch_size),
+            sample_batch,
+            description="sampling responses",
+        )
+
+
+@contextmanager
+def _open_sampler(
+    config: EvaluateConfig, model: LanguageModel, requests: Sequence[Request], limit: int
+) -> Iterator[Callable[[Sequence[Request]], list[Response]]]:
+    options: dict[str, Any] = {"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed}
+    if config.generator == "vllm":
+        with VllmSampler(model, requests, limit, config.trust_remote_code) as sampler:
+            yield partial(sampler, **options)
+    else:
+        yield lambda part: sample(model, part, **options)
+
+
+def _row(request: Request, response: Response, score: float, ends: set[int]) -> dict[str, Any]:
+    return {
+        "problem": request.prompt_index + 1,
+        "sample": request.sample_index + 1,
+        "response": response.response,
+        "score": score,
+        "n_tokens": response.n_tokens,
+        "truncated": response.input_ids[-1] not in ends,
+    }
 
 
 def _assemble(
@@ -220,12 +312,5 @@ def _assemble(
         pass_at_k=metrics.pass_table(table, config.ks),
         avg=metrics.average(table),
         samples=samples,
-        versions={name: v for name in _LIBRARIES if (v := _version(name)) is not None},
+        versions={name: v for name in _LIBRARIES if (v := library_version(name)) is not None},
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

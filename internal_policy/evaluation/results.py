@@ -1,35 +1,46 @@
-"""The result of an evaluation, in memory and on disk.
+"""The result of an evaluation, in memory and on disk, and how a finished one is recognised without its model.
 
 A directory holds one evaluation: one checkpoint on one benchmark. ``evaluation.json`` is written last: a directory
-without it is not an evaluation, so nothing half-written is ever read as whole.
+without it is not an evaluation, so that nothing incomplete is ever read as a result.
 """
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from internal_policy.analysis.finished import source_digest
 from internal_policy.data import benchmarks
+from internal_policy.data.prompts import TESTBED
+from internal_policy.evaluation import metrics
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.scoring import reward_name
+from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, from_cells, read_rows, to_cells, write_rows
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat, is_up_to_date
+from internal_policy.utils.table_io import from_cells, read_rows, to_cells, write_rows
+from internal_policy.utils.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 MANIFEST = "evaluation.json"
 _FILES = ("problems.csv", "pass_at_k.csv", "samples.jsonl")
-RESULT_FILES = (*_FILES, MANIFEST)
-EVALUATION = Kind("evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, _FILES, depth=2)
+EVALUATION = ResultFormat(
+    "evaluation", "evaluations", "evaluate", "evaluate", MANIFEST, SCHEMA_VERSION, _FILES, depth=2
+)
 _TEXTS = ("prompt", "answer")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often one checkpoint solves the problems of one benchmark. All rates are 0 to 1."""
+    """How often one checkpoint solves the problems of one benchmark. All rates are from 0 to 1."""
 
     name: str
     """The model's name."""
@@ -40,22 +51,22 @@ class Evaluation:
     config: dict[str, Any]
     """The settings, with digests of weights, problems and templated prompts."""
     problems: pd.DataFrame
-    """A row a problem: problem (from 1), prompt (the bare question), answer, n, correct, mean_score, mean_length
-    (tokens), truncated (responses that reached the limit of tokens)."""
+    """A row per problem: problem (from 1), prompt (the bare question), answer, n, correct, mean_score, mean_length
+    (tokens), truncated (responses that reached the token limit)."""
     pass_at_k: pd.DataFrame
-    """A row for each K: k, value, low, high (95% interval over problems)."""
+    """A row per K: k, value, low, high (95% interval over problems)."""
     avg: dict[str, float]
     """Avg@K with K = all samples: mean, stderr (clustered by problem), low, high (95% interval)."""
     samples: pd.DataFrame
-    """A row a response: problem, sample (both from 1), response, score, n_tokens, truncated."""
+    """A row per response: problem, sample (both from 1), response, score, n_tokens, truncated."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Comparisons that went wrong in the verifier: crashes, timeouts. Such responses have score 0."""
+    """Comparisons that failed in the verifier: crashes, timeouts. Such responses have score 0."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent on loading, sampling and scoring."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     path: Path | None = None
-    """Where it is on disk."""
+    """Its directory."""
 
     @property
     def n_problems(self) -> int:
@@ -69,12 +80,12 @@ class Evaluation:
 
     @property
     def n_truncated(self) -> int:
-        """Responses that reached the limit of tokens before they ended."""
+        """Responses that reached the token limit before they ended."""
         return int(self.problems["truncated"].sum())
 
     @property
     def mean_score(self) -> float:
-        """Mean reward over all responses: above Avg@K where the reward gives parts of 1."""
+        """Mean reward over all responses: above Avg@K if the reward gives fractions of 1."""
         return float(self.samples["score"].mean())
 
     @property
@@ -83,7 +94,7 @@ class Evaluation:
         return float(self.samples["n_tokens"].mean())
 
     def digest(self) -> str:
-        """A digest of questions and answers, by which evaluations of the same problems know one another.
+        """Digest the questions and answers, to recognise evaluations of the same problems.
 
         Returns:
             16 hexadecimal digits.
@@ -101,17 +112,17 @@ class Evaluation:
         """
         with EVALUATION.writing(directory, self.manifest()) as target:
             for name, table in (("problems.csv", self.problems), ("pass_at_k.csv", self.pass_at_k)):
-                # A question may hold any line ending; in quotes it comes back as it was.
+                # A question may hold any line ending, which quotes preserve.
                 write = partial(to_cells(table).to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
                 write_atomically(target / name, write)
             write_rows(target / "samples.jsonl", self.samples)
         return target
 
     def manifest(self) -> dict[str, Any]:
-        """What ``evaluation.json`` holds.
+        """Return the content of ``evaluation.json``.
 
         Returns:
-            JSON-able fields; NaN is null.
+            JSON-serialisable fields; NaN is null.
         """
         return {
             "schema_version": SCHEMA_VERSION,
@@ -146,7 +157,7 @@ class Evaluation:
         """
         source = EVALUATION.find(expanded(directory))
         with EVALUATION.reading(source) as manifest:
-            # An answer such as 007, 1e3 or NA is a text.
+            # An answer such as 007, 1e3 or NA is text.
             problems = pd.read_csv(
                 source / "problems.csv", dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[]
             )
@@ -192,3 +203,85 @@ class Evaluation:
             f"{counted(self.n_samples, 'sample')}, "
             f"Avg@{self.n_samples} {self.avg['mean']:.4f})"
         )
+
+
+def find_finished(config: EvaluateConfig, source: str, root: Path) -> Evaluation | None:
+    """Find the evaluation that a command would make again, without loading its model.
+
+    Args:
+        config: the settings that are asked for.
+        source: the benchmark: a name, a file, or a hub id.
+        root: holds a directory for each evaluation.
+
+    Returns:
+        The evaluation with the K that are asked for; None if there is none, or if the model has to be loaded to tell.
+
+    Raises:
+        UserError: an evaluation with other settings, or a broken one.
+    """
+    config = replace(config, reward=reward_name(config.reward, exact=source == TESTBED))
+    directory = root / config.slug
+    evaluation = load_finished(config, directory)
+    if evaluation is None or evaluation.config.get("max_problems") != config.max_problems:
+        return None
+    if not is_up_to_date(evaluation.config, evaluation.versions, partial(config_digest, config, source)):
+        return None
+    return with_k(evaluation, config, directory)
+
+
+def config_digest(config: EvaluateConfig, source: str) -> str | None:
+    """Digest the files from which an evaluation is made: the model's, the problems, and this package's code.
+
+    Args:
+        config: the settings.
+        source: the benchmark: a name, a file, or a hub id.
+
+    Returns:
+        64 hexadecimal digits; None if something else decides too: the hub, a GPU, another library, other code.
+    """
+    on_the_hub = source in benchmarks.BENCHMARKS and source != TESTBED
+    foreign = config.trust_remote_code or config.generator != "transformers" or config.reward not in ("math", "exact")
+    if on_the_hub or foreign or config.revision is not None:
+        return None
+    return source_digest(config.model, [source], config.device)
+
+
+def load_finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
+    """Load the evaluation that is already in a directory.
+
+    Args:
+        config: the settings that are asked for.
+        directory: of the evaluation.
+
+    Returns:
+        The evaluation; None if there is none.
+
+    Raises:
+        UserError: an evaluation with other settings, or a broken one.
+    """
+    if not EVALUATION.is_in(directory):
+        return None
+    evaluation = Evaluation.load(directory)
+    EVALUATION.check_settings(directory, evaluation.config, config.cache_key())
+    return evaluation
+
+
+def with_k(evaluation: Evaluation, config: EvaluateConfig, directory: Path) -> Evaluation:
+    """Compute Pass@K of a finished evaluation for other K, which need no new samples.
+
+    Args:
+        evaluation: the evaluation on disk.
+        config: the settings that are asked for.
+        directory: of the evaluation.
+
+    Returns:
+        The evaluation, which is written again if the K differ.
+    """
+    Workspace(directory, EVALUATION).close()
+    logger.warning("%s: this evaluation is complete; nothing to sample", directory)
+    if tuple(evaluation.pass_at_k["k"]) == config.ks:
+        return evaluation
+    table = metrics.pass_table(evaluation.problems, config.ks)
+    changed = replace(evaluation, pass_at_k=table, config={**evaluation.config, "k": list(config.ks)})
+    changed.save(directory)
+    return changed

@@ -1,4 +1,4 @@
-"""Score responses with a reward, and count what went wrong in its verifier."""
+"""Score responses with a reward, and count the failures of its verifier."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from internal_policy.data.prompts import Prompt
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import UserError, counted
 
 
 def reward_name(reward: Any, *, exact: bool) -> str:
-    """Name a reward, for the settings of an evaluation.
+    """Name a reward in the settings of an evaluation.
 
     Args:
-        reward: a name, a function, or None for the verifier that suits the benchmark.
-        exact: whether that is the exact one.
+        reward: a name, a function, or None for the verifier of the benchmark.
+        exact: whether that verifier is the exact one.
 
     Returns:
-        The name; that of a function with its module.
+        The name; for a function, with its module.
     """
     if isinstance(reward, (list, tuple)) and len(reward) == 1:
         return reward_name(reward[0], exact=exact)
@@ -32,17 +31,17 @@ def reward_name(reward: Any, *, exact: bool) -> str:
 
 
 class Scorer:
-    """One reward, from 0 to 1; a response is correct where it is 1."""
+    """One reward, from 0 to 1; a response is correct if it is 1."""
 
     def __init__(self, reward: Any, *, exact: bool) -> None:
         """Find the reward.
 
         Args:
-            reward: what `bupo.rewards.as_rewards` takes; None for the verifier.
+            reward: what `rewards.functions.as_rewards` takes; None for the verifier.
             exact: verify by the exact answer of the embedded tasks.
 
         Raises:
-            UserError: no such reward, or several: what is correct must be one thing.
+            UserError: there is no such reward, or several were given, which would leave open what is correct.
         """
         from internal_policy.rewards import functions
 
@@ -59,7 +58,7 @@ class Scorer:
             texts: the responses.
 
         Returns:
-            A score a response, and how often the verifier failed, by kind.
+            A score for each response, and how often the verifier failed, by kind.
 
         Raises:
             UserError: a score that is not from 0 to 1.
@@ -82,4 +81,4 @@ class Scorer:
     def _failures(self) -> Counter[str]:
         from internal_policy.rewards import functions
 
-        return Counter(functions.failures_of(self._rewards))
+        return Counter(functions.count_failures(self._rewards))

@@ -1,4 +1,4 @@
-"""What a backend hands over, and the one protocol that every backend follows."""
+"""The protocol that every backend follows, and the residual states that it passes to a reduction."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class LayerStates:
     attention_write: Tensor
     """A^l: what the attention adds to the stream."""
     ffn_in: Tensor
-    """What the FFN receives: LN_mid(H(2l-1)); in a parallel block the norm of H^{l-1} that it is given."""
+    """What the FFN receives: LN_mid(H(2l-1)), or in a parallel block its norm of H^{l-1}."""
     ffn_write: Tensor
     """F^l: what the FFN adds to the stream."""
     residual_out: Tensor
     """H^l."""
 
     def split(self, size: int) -> Iterator[LayerStates]:
-        """Cut into portions of positions.
+        """Split the positions into portions.
 
         Args:
-            size: positions in a portion, the last one apart.
+            size: positions in a portion; the last portion may have fewer.
 
         Yields:
-            The portions, in order; views, not copies.
+            The portions in order, as views.
         """
-        # Nothing of the dataclasses module: this travels to servers as source.
+        # No function of the dataclasses module: servers build this method from its source.
         tensors = {name: value.split(size) for name, value in vars(self).items() if name != "layer"}
         for parts in zip(*tensors.values(), strict=True):
             yield type(self)(layer=self.layer, **dict(zip(tensors, parts, strict=True)))
@@ -58,38 +58,38 @@ class Batch:
 
 
 LayerReduction: TypeAlias = Callable[[Sequence[LayerStates], Projection], Tensor]
-"""What is made of a few consecutive layers' states, where they are: a function of them and of the projection only."""
+"""Reduces the states of consecutive layers where they are; a function of the states and the projection only."""
 
 LogitReduction: TypeAlias = Callable[[Tensor, Tensor, Projection], Tensor]
-"""What is made of the model's own logits [n, V] and of H^L [n, d]."""
+"""Reduces the model's own logits [n, V] and H^L [n, d]."""
 
 
 class LayerGroups:
     """Collects the states of consecutive layers, and reduces and frees them group by group."""
 
     def __init__(self, reduce: LayerReduction, projection: Projection, n_layers: int, at_once: int) -> None:
-        """Take a reduction.
+        """Store the reduction.
 
         Args:
-            reduce: what to make of a group.
+            reduce: applied to each group.
             projection: E_u and LN_final.
-            n_layers: L; the group of layer L is reduced however few it holds.
+            n_layers: L; the group that layer L completes may be smaller.
             at_once: layers in a group.
         """
         self.reduced: list[Tensor] = []
-        """What was made of each group so far."""
+        """The result for each group so far."""
         self._reduce, self._projection = reduce, projection
         self._n_layers, self._at_once = n_layers, at_once
         self._held: list[LayerStates] = []
 
-    def take(self, states: LayerStates) -> None:
-        """Take the states of the next layer.
+    def append(self, states: LayerStates) -> None:
+        """Add the states of the next layer, and reduce the group if it is complete.
 
         Args:
             states: of one layer.
         """
         if self._held:
-            # What a layer receives is what the layer before it gave: one copy is enough.
+            # The input of a layer is the output of the layer below: one copy is enough.
             below = self._held[-1].residual_out
             states = replace(states, residual_in=below.to(states.residual_out.device))
         self._held.append(states)
@@ -99,10 +99,9 @@ class LayerGroups:
 
 
 class Extractor(Protocol):
-    """A backend: it runs the model on a batch and reduces each layer's states as the forward pass makes them.
+    """A backend: it runs the model on a batch and reduces each layer's states as the forward pass computes them.
 
-    States never leave the place where they are made: what travels, from a remote machine too, is what a reduction
-    returns.
+    States never leave the device or the machine where they are computed; only what a reduction returns does.
     """
 
     model: LanguageModel
@@ -111,12 +110,12 @@ class Extractor(Protocol):
         """Run the decoder once, without the unembedding.
 
         Args:
-            batch: what to run, and the positions whose states are wanted.
+            batch: the sequences, and the positions whose states are analysed.
             reduce: called for layers 1..L in order, in groups; the states are freed when it returns.
-            at_once: layers in a group, the last one apart.
+            at_once: layers in a group; the last group may have fewer.
 
         Returns:
-            What ``reduce`` made of each group, in order.
+            What ``reduce`` returned for each group, in order.
         """
         ...
 
@@ -124,10 +123,10 @@ class Extractor(Protocol):
         """Run the whole model once, for a few positions only.
 
         Args:
-            batch: what to run, and the positions whose logits are wanted.
+            batch: the sequences, and the positions whose logits are analysed.
             reduce: called with the model's own logits and H^L.
 
         Returns:
-            What ``reduce`` made of them.
+            What ``reduce`` returned.
         """
         ...

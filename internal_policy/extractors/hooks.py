@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.extractors.base import Batch, LayerGroups, LayerReduction, LayerStates, LogitReduction
-from internal_policy.models import LanguageModel, as_its_dtype_says
+from internal_policy.models import LanguageModel, without_autocast
 
 
 @contextmanager
 def residual_hooks(model: LanguageModel, positions: Tensor, consume: Callable[[LayerStates], None]) -> Iterator[None]:
-    """Hand each layer's states to ``consume`` while the decoder runs; the hooks are gone on any exit.
+    """Pass each layer's states to ``consume`` while the decoder runs; the hooks are removed on any exit.
 
     Args:
         model: the model to hook.
-        positions: [n] flat indices into B * T of the wanted states.
-        consume: called once a layer, in order, with [n, d] tensors.
+        positions: [n] flat indices into B * T of the analysed states.
+        consume: called once per layer, in order, with [n, d] tensors.
     """
     with ExitStack() as hooks:
         for layer, module in enumerate(model.layers, start=1):
@@ -57,9 +57,9 @@ def _hook_layer(
 
         return hook
 
-    def hand_over(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def pass_on(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         out = pick(first_tensor(output), positions)
-        # The first layer on a device receives the stream from the device before.
+        # The first layer on a device receives the stream from the previous device.
         here = {name: state.to(out.device) for name, state in held.items()}
         held.clear()
         consume(LayerStates(layer=layer, residual_out=out, **here))
@@ -70,55 +70,40 @@ def _hook_layer(
         attention_write.register_forward_hook(keep_write("attention_write")),
         ffn.register_forward_pre_hook(keep_input("ffn_in"), with_kwargs=True),
         ffn_write.register_forward_hook(keep_write("ffn_write")),
-        module.register_forward_hook(hand_over),
+        module.register_forward_hook(pass_on),
     ]
 
 
 def pick(states: Tensor, positions: Tensor) -> Tensor:
-    """Take the wanted positions out of a batch.
-
-    Args:
-        states: [B, T, d], or [B * T, d] as some mixtures of experts have it.
-        positions: [n] flat indices into B * T.
-
-    Returns:
-        [n, d].
-    """
+    """Select the [n, d] states at flat positions of a batch [B, T, d], or [B * T, d] as in some mixtures of experts."""
     return states.reshape(-1, states.shape[-1]).index_select(0, positions.to(states.device))
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Take the states out of what a module receives or returns: attention modules return tuples, MLPs a tensor.
-
-    Args:
-        value: a tensor, or a tuple that begins with one.
-
-    Returns:
-        The tensor.
-    """
+    """Take the states from what a module receives or returns: attention modules return tuples, MLPs a tensor."""
     tensor: Tensor = value if isinstance(value, Tensor) else value[0]
     return tensor
 
 
 class HookExtractor:
-    """The hook backend behind the protocol of ``capture.states.Extractor``."""
+    """The backend of PyTorch hooks; see ``Extractor``."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
-    @as_its_dtype_says()
+    @without_autocast()
     @torch.no_grad()
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
 
-        Positions are counted over real tokens, so that padding on either side changes nothing.
+        Positions are counted over real tokens, so that padding on either side does not change the result.
         """
         groups = LayerGroups(reduce, self.model.projection, self.model.n_layers, at_once)
-        with residual_hooks(self.model, batch.positions, groups.take):
+        with residual_hooks(self.model, batch.positions, groups.append):
             self.model.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
         return groups.reduced
 
-    @as_its_dtype_says()
+    @without_autocast()
     @torch.no_grad()
     def logits(self, batch: Batch, reduce: LogitReduction) -> Tensor:
         """Run the whole model once; see ``Extractor.logits``."""

@@ -1,72 +1,66 @@
-"""Capture through nnsight, here or on NDIF's servers: from there only what a reduction returns travels.
+"""Capture through nnsight, here or on NDIF's servers, from which only what a reduction returns travels.
 
-A model that is not nnsight's yet is wrapped for the time of a run and unwrapped after it, so that it stays as it was.
+A transformers model that is not yet an nnsight model is wrapped for the duration of a run and unwrapped after it.
+
+nnsight sends a trace as source text together with what it refers to, so that client and server may run different
+versions of Python. This package is not installed on the server: its functions are sent by value. Two things have no
+source that nnsight could find, and are given one here: the methods that ``dataclass`` generates, and functions behind a
+decorator.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from internal_policy.extractors.base import Batch, LayerReduction, LayerStates, LogitReduction
-from internal_policy.extractors.nnsight_block import projection_there, reduce_layers, reduce_logits
-from internal_policy.extractors.nnsight_library import (
-    Remote,
-    destination,
-    is_nnsight,
-    load_nnsight,
-    quiet,
-    require_key,
-    told_in_one_line,
-    wrapped,
-)
-from internal_policy.extractors.nnsight_shipping import by_value, plain
+from internal_policy.extractors.nnsight_trace import build_projection, reduce_layers, reduce_logits
 from internal_policy.models import LanguageModel, Projection, check, wrap
-from internal_policy.utils import loading_errors
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, as_user_error, is_http_error, shorten
 
-__all__ = ["NnsightExtractor", "RemoteLanguageModel", "from_hub", "from_model", "from_nnsight", "is_nnsight"]
+KEY = "NDIF_API_KEY"
+_PACKAGE = __name__.split(".")[0]
+
+Remote: TypeAlias = bool | str
+"""False: here; True: NDIF; ``local``: everything that NDIF would do, here; else the address of a host, http://..."""
 
 
 @dataclass(frozen=True)
 class RemoteLanguageModel(LanguageModel):
-    """A model whose weights are on a server; here are its shapes."""
+    """A model whose weights are on a server; its parameters are on the meta device."""
 
     @property
     def device(self) -> torch.device:
-        """Where token ids wait for the journey."""
+        """Where token ids are before they are sent."""
         return torch.device("cpu")
 
     def fingerprint(self) -> str:
-        """A digest of name and commit, as there are no weights to look at.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Compute a digest of name and commit, since the weights cannot be read."""
         return hashlib.sha256(f"{self.name}@{self.revision}".encode()).hexdigest()[:16]
 
 
 class NnsightExtractor:
-    """The nnsight backend behind the protocol of ``capture.states.Extractor``."""
+    """The nnsight backend; see ``Extractor``."""
 
     def __init__(self, model: LanguageModel, root: Any = None, remote: Remote = False) -> None:
-        """Take a model.
-
-        Args:
-            model: the model.
-            root: its nnsight model, where there is one already.
-            remote: where to run it.
+        """Connect a model, its nnsight model if there is one already, and the place where it runs.
 
         Raises:
-            UserError: nnsight is not installed; no key for NDIF; an nnsight model that cannot run remotely.
+            UserError: nnsight is not installed, there is no key for NDIF, or the nnsight model cannot run remotely.
         """
         self.model = model
         self.remote = remote
@@ -100,35 +94,27 @@ class NnsightExtractor:
 
     @contextmanager
     def ready(self) -> Iterator[tuple[Any, dict[str, Any], Any, Any]]:
-        """Open the model for one trace.
-
-        Yields:
-            The nnsight model, the arguments that say where to trace it, and what builds projection and states there.
-        """
+        """Yield nnsight model, arguments of its trace, and what builds projection and states there."""
         with ExitStack() as stack:
-            stack.enter_context(told_in_one_line(self.model.name))
+            stack.enter_context(one_line_errors(self.model.name))
             stack.enter_context(torch.no_grad())
             root = self._root
             if root is None:
-                root = stack.enter_context(wrapped(self.nnsight, self.model, self.remote))
+                root = stack.enter_context(_wrapped(self.nnsight, self.model, self.remote))
             if not self.remote:
-                yield root, {}, partial(projection_there, make_projection=Projection), LayerStates
+                yield root, {}, partial(build_projection, projection_class=Projection), LayerStates
                 return
-            stack.enter_context(by_value())
-            stack.enter_context(quiet(self.nnsight))
-            projection, states = plain(Projection), plain(LayerStates)
-            where = {"remote": destination(self.remote)}
-            yield root, where, partial(projection_there, make_projection=projection), states
+            stack.enter_context(_quiet(self.nnsight))
+            self.nnsight.register(importlib.import_module(_PACKAGE))
+            projection, states = _plain_class(Projection), _plain_class(LayerStates)
+            where = {"remote": _destination(self.remote)}
+            yield root, where, partial(build_projection, projection_class=projection), states
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         return self.model.forward_arguments(batch.input_ids, batch.attention_mask)
 
     def row(self) -> dict[str, Any]:
-        """Describe the model to a block, in words and numbers.
-
-        Returns:
-            Paths of its parts, factors, and the shape of the unembedding.
-        """
+        """Describe the model to a trace in strings and numbers, which travel to any server."""
         family, projection = self.model.family, self.model.projection
         attention, attention_write, ffn, ffn_write = family.sites()
         return {
@@ -143,7 +129,6 @@ class NnsightExtractor:
             "vocabulary": self.model.vocab_size,
             "width": int(projection.weight.shape[1]),
             "dtype": str(projection.weight.dtype).removeprefix("torch."),
-            "biased": projection.bias is not None,
             "transform": {
                 "scale": projection.scale,
                 "softcap": projection.softcap,
@@ -153,18 +138,7 @@ class NnsightExtractor:
 
 
 def from_model(model: LanguageModel, remote: Remote = False) -> NnsightExtractor:
-    """Capture from a transformers model in memory.
-
-    Args:
-        model: the model; it is left as it was.
-        remote: False, or ``local`` to try what NDIF would do.
-
-    Returns:
-        The extractor.
-
-    Raises:
-        UserError: nnsight is not installed, or the model would have to travel.
-    """
+    """Capture from a transformers model in memory, which does not change; ``local`` tries what NDIF would do."""
     if remote not in (False, "local"):
         raise UserError(f"{model.name}: a model in memory does not travel to NDIF; give its name on the hub")
     return NnsightExtractor(model, remote=remote)
@@ -191,7 +165,7 @@ def from_nnsight(root: Any, tokenizer: Any = None, name: str | None = None, remo
     if tokenizer is None:
         raise UserError(f"{name}: an nnsight model was given without its tokenizer; pass tokenizer=")
     if not remote and not root.__dict__.get("dispatched", True):
-        with told_in_one_line(name):
+        with one_line_errors(name):
             root.dispatch()
     model = wrap(root._module, tokenizer, name)
     if next(root._module.parameters()).is_meta:
@@ -214,7 +188,7 @@ def from_hub(
         revision: branch, tag or commit.
         trust_remote_code: run code that comes with the checkpoint, here and there.
         attn_implementation: transformers' attention; its own choice where not given.
-        remote: NDIF, or a host of one's own.
+        remote: True for NDIF, or the address of another host.
 
     Returns:
         The extractor, with its ``RemoteLanguageModel``.
@@ -228,10 +202,10 @@ def from_hub(
     from transformers import AutoTokenizer
 
     where, _ = check(name, revision=revision, trust_remote_code=trust_remote_code)
-    if destination(remote) is True and Path(where).exists():
+    if _destination(remote) is True and Path(where).exists():
         raise UserError(f"{name}: NDIF has models of the hub only; leave --remote out for a model on this machine")
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with loading_errors.told_in_one_line(name, "its configuration and tokenizer"), told_in_one_line(name):
+    with as_user_error(name, "its configuration and tokenizer"), one_line_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
@@ -256,3 +230,125 @@ def _generation_config(name: str, revision: str | None) -> Any:
         return GenerationConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
         return None
+
+
+def is_nnsight(value: object) -> bool:
+    """Check whether an object is an nnsight model, without importing nnsight."""
+    nnsight = sys.modules.get("nnsight")
+    return nnsight is not None and isinstance(value, nnsight.Envoy)
+
+
+def load_nnsight() -> Any:
+    """Import nnsight, or say how to install it."""
+    try:
+        return importlib.import_module("nnsight")
+    except ImportError as error:
+        raise UserError(
+            f"the nnsight backend is not installed ({error}); in a clone: pip install -e '.[backends]'"
+        ) from error
+
+
+def require_key(nnsight: Any) -> None:
+    """Pass the key for NDIF from the environment to nnsight, which may also have stored one."""
+    settings = importlib.import_module(f"{nnsight.__name__}.schema.config").CONFIG.API
+    settings.APIKEY = os.environ.get(KEY) or settings.APIKEY
+    if not settings.APIKEY:
+        raise UserError(f"no key for NDIF; get one at https://ndif.us and set it: export {KEY}=...")
+
+
+def _destination(remote: Remote) -> Remote:
+    """Nnsight's ``remote=``: the environment variable NDIF_HOST, where it is set, replaces NDIF's own address."""
+    return os.environ.get("NDIF_HOST") or True if remote is True else remote
+
+
+@contextmanager
+def _quiet(nnsight: Any) -> Iterator[None]:
+    """Keep nnsight's progress off the terminal, and undo what its local server changes in the import path."""
+    settings = importlib.import_module(f"{nnsight.__name__}.schema.config").CONFIG.APP
+    logging, path = settings.REMOTE_LOGGING, list(sys.path)
+    settings.REMOTE_LOGGING = False
+    try:
+        yield
+    finally:
+        settings.REMOTE_LOGGING = logging
+        sys.path[:] = path
+
+
+@contextmanager
+def _wrapped(nnsight: Any, model: LanguageModel, remote: Remote) -> Iterator[Any]:
+    """Wrap a transformers model as an nnsight model, and undo on any exit what nnsight writes into each module."""
+    before = [(module, dict(module.__dict__)) for module in model.model.modules()]
+    try:
+        if remote:
+            tokenizer = copy.deepcopy(model.tokenizer)
+            yield nnsight.TransformersModel(model.model, tokenizer=tokenizer, task="text-generation")
+        else:
+            yield nnsight.NNsight(model.model)
+    finally:
+        for module, attributes in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+@contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Turn an exception of nnsight, NDIF or the network into an error message of one line.
+
+    Raises:
+        UserError: what went wrong.
+        torch.OutOfMemoryError: the server ran out of memory; a smaller batch may succeed.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [kind]
+        if kind.endswith("OutOfOrderError"):
+            raise UserError(
+                f"{name}: this model runs its modules in an order that nnsight cannot follow ({shorten(lines[0])}); "
+                "use --backend hooks"
+            ) from error
+        if any(sign in str(error).lower() for sign in ("api key", "401 unauthorized", "403 forbidden")):
+            raise UserError(f"{name}: NDIF does not take this key ({shorten(lines[-1])}); check {KEY}") from error
+        if kind.endswith("RemoteError"):
+            if "out of memory" in str(error).lower():
+                raise torch.OutOfMemoryError(lines[-1]) from error
+            raise UserError(
+                f"{name}: NDIF refused or failed: {shorten(lines[-1], 300)}; "
+                "see https://nnsight.net/status/ for the models that it hosts, or leave --remote out"
+            ) from error
+        if isinstance(error, OSError) or is_http_error(error) or kind.startswith(("websocket.", "huggingface_hub.")):
+            raise UserError(
+                f"{name}: no connection to NDIF or the hub ({shorten(lines[0])}); check the name and the network"
+            ) from error
+        raise
+
+
+def _plain_class(cls: type) -> type:
+    """Rewrite a dataclass as a class with the same methods that any version of Python can build from its source."""
+    own = {
+        name: _undecorated(member)
+        for name, member in vars(cls).items()
+        if inspect.isfunction(member) and not (name.startswith("__") and name.endswith("__"))
+    }
+    return type(cls.__name__, (), {**own, "__init__": _take_fields})
+
+
+def _take_fields(self: object, **fields: object) -> None:
+    for name, value in fields.items():
+        setattr(self, name, value)
+
+
+def _undecorated(function: FunctionType) -> FunctionType:
+    """Let a function refer to this package's functions without their decorators.
+
+    nnsight looks up the names that a decorated function uses in the module of the decorator, and misses them.
+    """
+    names = {
+        name: inspect.unwrap(value) if inspect.isfunction(value) and value.__module__.startswith(_PACKAGE) else value
+        for name, value in function.__globals__.items()
+    }
+    bare = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    return bare

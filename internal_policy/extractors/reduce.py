@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -29,16 +30,15 @@ QUANTITIES = (
     "ffn_out",
     "ffn_cosine",
 )
-"""What is kept of a layer: entropies in nats under the lens, and the cosines of each write with what it is added to."""
-
+"""The numbers of a layer: entropies in nats under the lens, and the cosine of each write with its residual state."""
 
 _MODULES = ("attention_in", "attention_write", "ffn_in", "ffn_write")
 _POSITIONS = 2048
-"""States are converted so many positions at a time, however many tokens a batch has."""
+"""Positions that are reduced at a time, however many tokens a batch has."""
 _STATES_BUDGET = 128 * 2**20
-"""Bytes of states that may wait for one another."""
+"""Bytes of states that a group of layers may hold."""
 _LEAST_LAYERS = 4
-"""So many layers are reduced together even beyond the budget, where that saves products."""
+"""Layers that are reduced together even beyond the budget, where that saves products."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TokenValues:
 
 
 class Reducer:
-    """Runs a backend and arranges what it reduced; holds [n, L] numbers and no states."""
+    """Runs a backend and arranges the reduced numbers."""
 
     def __init__(self, extractor: Extractor, lens: Lens) -> None:
         self._extractor = extractor
@@ -78,14 +78,14 @@ class Reducer:
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11-13; appendix B.5 for the cosines.
         """
         model = self.model
-        summed = adds_up(model, self._lens)
+        summed = logits_are_additive(model, self._lens)
         reduce = partial(
             reduce_layers, lens=self._lens, summed=summed, n_layers=model.n_layers, parallel=model.parallel
         )
         at_once = layers_at_once(model, len(batch.positions), summed)
         columns = np.concatenate([part.cpu().numpy() for part in self._extractor.run(batch, reduce, at_once)], axis=1)
-        layers = columns[:, 1:-2].reshape(len(columns), model.n_layers, len(QUANTITIES) - 1)
-        # H(H^{l-1}) is the previous layer's H(H^l): each distinct state is projected once.
+        layers = rearrange(columns[:, 1:-2], "n (layer quantity) -> n layer quantity", layer=model.n_layers)
+        # H(H^{l-1}) is H(H^l) of the layer below: each distinct state is projected once.
         before = np.concatenate([columns[:, None, :1], layers[:, :-1, :1]], axis=1)
         values = TokenValues(np.concatenate([before, layers], axis=2), columns[:, -2:])
         self._refuse_non_finite(values)
@@ -106,54 +106,42 @@ class Reducer:
         )
 
 
-def adds_up(model: LanguageModel, lens: Lens) -> bool:
-    """Whether the logits of H^l are the sum of those of its terms (eq. 4), to the last digits.
+def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
+    """Whether the logits of H^l are the sum of those of its terms (eq. 4), up to float32 rounding.
 
-    A stream of 16 bits is rounded after each addition, products in TF32 before it; a lens with a norm is not linear.
-
-    Args:
-        model: the model.
-        lens: ``policy`` or ``logit-lens``.
-
-    Returns:
-        True where they are.
+    They are not for a stream of 16 bits, which is rounded after each addition, for products in TF32, which are rounded
+    before it, and for a lens with a norm, which is not linear.
     """
     rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
 
 
 def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
-    """How many layers to reduce together: the more, the fewer products and the larger.
+    """Choose how many layers to reduce together: more layers mean fewer and larger products.
 
-    Args:
-        model: the model.
-        n_positions: n.
-        summed: whether logits add up.
-
-    Returns:
-        As many layers as have their states in a fixed budget; more where the alternative is a fifth product a layer.
+    As many as fit their states in a fixed budget, and more where additive logits save a fifth product per layer.
     """
-    of_a_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
+    bytes_per_layer = 5 * n_positions * int(model.projection.weight.shape[1]) * model.dtype.itemsize
     least = _LEAST_LAYERS if summed else 1
-    return min(model.n_layers, max(least, _STATES_BUDGET // max(1, of_a_layer)))
+    return min(model.n_layers, max(least, _STATES_BUDGET // max(1, bytes_per_layer)))
 
 
 def reduce_layers(
     group: Sequence[LayerStates], projection: Projection, *, lens: Lens, summed: bool, n_layers: int, parallel: bool
 ) -> Tensor:
-    """Reduce consecutive layers; it needs nothing but its arguments, so that it can run on another machine.
+    """Reduce consecutive layers; a function of its arguments only, so that it can run on another machine.
 
     Args:
         group: the states of k layers at n positions.
         projection: E_u and LN_final.
         lens: ``policy`` or ``logit-lens``.
-        summed: whether to add the logits of H^l up, rather than to project it.
+        summed: whether to compute the logits of H^l as a sum, instead of projecting it.
         n_layers: L.
-        parallel: whether the FFN's write is added to H^{l-1}, beside the attention's.
+        parallel: whether both writes are added to H^{l-1}.
 
     Returns:
-        [n, 7 k] QUANTITIES but the first, layer by layer, float32; before those of layer 1 a column with the first,
-        H(H^0); after those of layer L the entropies of H^L without the final norm and of pi_theta.
+        [n, 7 k] float32: ``QUANTITIES`` without the first, layer by layer. A column with the first, H(H^0), precedes
+        layer 1; two columns with the entropies of H^L without the final norm and of pi_theta follow layer L.
     """
     portions = zip(*(states.split(_POSITIONS) for states in group), strict=True)
     return torch.cat([_reduce(part, projection, lens, summed, n_layers, parallel) for part in portions])
@@ -174,10 +162,10 @@ def _reduce(
             sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
         else:
             states[s.layer, "residual_out"] = s.residual_out
-    projected = [projection.through(lens, state) for state in states.values()]
+    projected = [projection.apply_lens(lens, state) for state in states.values()]
     if last.layer == n_layers:
-        # What the lens leaves out: the policy with the final norm, or the layer without it.
-        other = projection.normed(last.residual_out) if lens == "policy" else last.residual_out
+        # What the lens does not cover: H^L with the final norm, or without it.
+        other = projection.apply_final_norm(last.residual_out) if lens == "policy" else last.residual_out
         states[n_layers, "other"] = other
         projected.append(other)
     found = dict(zip([*states, *sums], projection.entropies(projected, list(sums.values())), strict=True))
@@ -201,20 +189,20 @@ def reduce_responses(
     side: Literal["left", "right"] = "right",
     tokens: Sequence[NDArray[np.int64]] | None = None,
 ) -> list[TokenValues]:
-    """Analyse some responses in one forward pass, or in two where a long one would change what a short one gives.
+    """Analyse a batch of responses in one forward pass, or in two where a long response would affect a short one.
 
     Args:
         reducer: capture and reduction.
         responses: the batch.
-        side: where the padding goes; it changes nothing.
-        tokens: which tokens of each response, from 0; all of them by default.
+        side: the side of the padding, which does not affect the numbers.
+        tokens: indices of the tokens of each response, from 0; all of them by default.
 
     Returns:
         The numbers of each response's tokens, [n_i, ...], in order.
     """
     chosen = [np.arange(r.n_tokens) for r in responses] if tokens is None else tokens
     values: dict[int, TokenValues] = {}
-    for group in context.groups([len(r.input_ids) for r in responses], reducer.model.length_switch):
+    for group in context.group_by_length([len(r.input_ids) for r in responses], reducer.model.length_switch):
         found = _reduce_together(reducer, [responses[i] for i in group], side, [chosen[i] for i in group])
         values |= zip(group, found, strict=True)
     return [values[i] for i in range(len(responses))]

@@ -1,4 +1,4 @@
-"""The ways to capture states, and how each opens a model: hooks, transformer-lens and nnsight."""
+"""The backends that capture states, and how each opens a model: hooks, transformer-lens and nnsight."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from internal_policy.extractors import nnsight, transformer_lens
 from internal_policy.extractors.base import Extractor
 from internal_policy.extractors.hooks import HookExtractor
 from internal_policy.extractors.verify import prove, verify
@@ -16,69 +17,47 @@ from internal_policy.models import LanguageModel, load, wrap
 from internal_policy.utils.errors import UserError
 
 _LOADING = {"revision", "dtype", "device", "device_map", "quantization", "trust_remote_code"}
-"""What is settled when a model is loaded."""
+"""Options that apply while a model is loaded, and not to one in memory."""
 
 
-class OpenOptions(Protocol):
-    """What of a command's settings says how a model is opened; ``AnalyzeConfig`` describes each."""
-
-    @property
-    def model(self) -> str:
-        """As in ``AnalyzeConfig``."""
+class _Options(Protocol):
+    """The fields of a command's configuration that say how a model is opened; ``AnalyzeConfig`` documents each."""
 
     @property
-    def revision(self) -> str | None:
-        """As in ``AnalyzeConfig``."""
-
+    def model(self) -> str: ...
     @property
-    def backend(self) -> str:
-        """As in ``AnalyzeConfig``."""
-
+    def revision(self) -> str | None: ...
     @property
-    def remote(self) -> bool | str:
-        """As in ``AnalyzeConfig``."""
-
+    def backend(self) -> str: ...
     @property
-    def dtype(self) -> str:
-        """As in ``AnalyzeConfig``."""
-
+    def remote(self) -> bool | str: ...
     @property
-    def device(self) -> str:
-        """As in ``AnalyzeConfig``."""
-
+    def dtype(self) -> str: ...
     @property
-    def device_map(self) -> str | None:
-        """As in ``AnalyzeConfig``."""
-
+    def device(self) -> str: ...
     @property
-    def quantization(self) -> str | None:
-        """As in ``AnalyzeConfig``."""
-
+    def device_map(self) -> str | None: ...
     @property
-    def trust_remote_code(self) -> bool:
-        """As in ``AnalyzeConfig``."""
+    def quantization(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 Opener: TypeAlias = Callable[[], Extractor]
 """Loads a model and proves it."""
 
 
-def opener(config: OpenOptions, device: torch.device | None = None) -> Opener:
-    """Say how a model is opened that is given by its name.
+def opener(config: _Options, device: torch.device | None = None) -> Opener:
+    """Prepare to open a model by its name: to load it, prove eq. 4 through the backend, and return the backend.
 
     Args:
-        config: the settings, with the backend.
-        device: this process's device, where several processes have one each.
-
-    Returns:
-        What loads the model, proves eq. 4 through the backend, and gives the backend.
+        config: the configuration, with the backend.
+        device: the device of this process, if several processes have one each.
     """
 
     def open_model() -> Extractor:
         if config.remote:
-            from internal_policy.extractors import nnsight as nnsight_backend
-
-            remote = nnsight_backend.from_hub(
+            remote = nnsight.from_hub(
                 config.model,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
@@ -107,16 +86,13 @@ def opener(config: OpenOptions, device: torch.device | None = None) -> Opener:
     return open_model
 
 
-def is_object(model: Any, tokenizer: Any, told: Iterable[str]) -> bool:
-    """Check that what goes with a model suits how it was given: an object is as it is, a name brings its tokenizer.
+def is_object(model: Any, tokenizer: Any, given: Iterable[str]) -> bool:
+    """Check whether a model is an object in memory, and that the other arguments agree with that.
 
     Args:
         model: a name, a path, or an object.
-        tokenizer: the tokenizer that was given, if any.
-        told: names of the options that were given.
-
-    Returns:
-        Whether the model is an object in memory.
+        tokenizer: its tokenizer, if the caller gave one.
+        given: names of the options that the caller set.
 
     Raises:
         UserError: options of loading with an object, or a tokenizer with a name.
@@ -125,22 +101,19 @@ def is_object(model: Any, tokenizer: Any, told: Iterable[str]) -> bool:
         if tokenizer is not None:
             raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
         return False
-    if settled := sorted(_LOADING.intersection(told)):
+    if settled := sorted(_LOADING.intersection(given)):
         raise UserError(f"{settled[0]} was given with a model object, which is taken as it is; set it when loading")
     return True
 
 
-def adopt(value: Any, tokenizer: Any, name: str, config: OpenOptions) -> Opener:
-    """Say how a model is opened that is in memory already.
+def wrap_in_memory(value: Any, tokenizer: Any, name: str, config: _Options) -> Opener:
+    """Prepare to open a model that is in memory: to prove eq. 4 through the backend, and return the backend.
 
     Args:
         value: a transformers model, a TransformerBridge, or an nnsight model.
         tokenizer: its tokenizer; a bridge and an nnsight model may bring their own.
-        name: what to call it.
-        config: the settings, with the backend.
-
-    Returns:
-        What proves eq. 4 through the backend, and gives the backend.
+        name: its name in results.
+        config: the configuration, with the backend.
 
     Raises:
         UserError: a transformers model without its tokenizer, or a backend that is not the object's own.
@@ -155,13 +128,9 @@ def adopt(value: Any, tokenizer: Any, name: str, config: OpenOptions) -> Opener:
         if own is None:
             return prove(wrap(value, tokenizer, name), _from_model(config))
         if own == "transformer-lens":
-            from internal_policy.extractors import transformer_lens
-
             bridged = transformer_lens.from_bridge(value, tokenizer, name)
             return prove(bridged.model, partial(transformer_lens.TransformerLensExtractor, bridge=value))
-        from internal_policy.extractors import nnsight as nnsight_backend
-
-        extractor = nnsight_backend.from_nnsight(value, tokenizer, name, remote=config.remote)
+        extractor = nnsight.from_nnsight(value, tokenizer, name, remote=config.remote)
         verify(extractor)
         return extractor
 
@@ -169,14 +138,7 @@ def adopt(value: Any, tokenizer: Any, name: str, config: OpenOptions) -> Opener:
 
 
 def name_of(value: Any) -> str:
-    """Name a model that is in memory.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        What it was loaded from; its class where it does not say.
-    """
+    """Name a model in memory by what it was loaded from, or else by its class."""
     module = module_of(value)
     config = getattr(module, "config", None)
     name = getattr(module, "name_or_path", "") or getattr(config, "_name_or_path", "") or type(module).__name__
@@ -184,14 +146,7 @@ def name_of(value: Any) -> str:
 
 
 def module_of(value: Any) -> Any:
-    """Find the transformers model inside an object.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        The module; the object itself where it is one.
-    """
+    """Find the transformers model inside a TransformerBridge or an nnsight model, or return the object itself."""
     own = library_of(value)
     if own == "transformer-lens":
         return value.original_model
@@ -199,29 +154,15 @@ def module_of(value: Any) -> Any:
 
 
 def library_of(value: Any) -> str | None:
-    """Tell whose object a model is.
-
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-
-    Returns:
-        The name of the backend that captures from it; None for a transformers model.
-    """
-    from internal_policy.extractors import nnsight as nnsight_backend
-    from internal_policy.extractors import transformer_lens
-
+    """Find which library's object a model is: the name of its backend, or None for a transformers model."""
     if transformer_lens.is_bridge(value):
         return "transformer-lens"
-    return "nnsight" if nnsight_backend.is_nnsight(value) else None
+    return "nnsight" if nnsight.is_nnsight(value) else None
 
 
-def _from_model(config: OpenOptions) -> Callable[[LanguageModel], Extractor]:
+def _from_model(config: _Options) -> Callable[[LanguageModel], Extractor]:
     if config.backend == "transformer-lens":
-        from internal_policy.extractors import transformer_lens
-
         return transformer_lens.from_model
     if config.backend == "nnsight":
-        from internal_policy.extractors import nnsight as nnsight_backend
-
-        return partial(nnsight_backend.from_model, remote=config.remote)
+        return partial(nnsight.from_model, remote=config.remote)
     return HookExtractor

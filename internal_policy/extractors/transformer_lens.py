@@ -1,8 +1,8 @@
 """Capture through the hook points of transformer-lens: a ``TransformerBridge`` over the same weights, unprocessed.
 
-transformer-lens 4 wraps the modules of a transformers model and computes most attentions anew, eagerly; the rest of the
-forward pass is the model's own code. States are read at ``hook_in`` and ``hook_out`` of the wrappers that stand where
-the family's row says, so that there is no second table of names.
+transformer-lens 4 wraps the modules of a transformers model and recomputes most attentions eagerly; the rest of the
+forward pass is the model's own code. States are read at ``hook_in`` and ``hook_out`` of the wrappers of those modules
+that the family's row names, so that no second table of names is needed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _Hook = tuple[str, Callable[..., Tensor | None]]
 
 
 class TransformerLensExtractor:
-    """The transformer-lens backend behind the protocol of ``capture.states.Extractor``.
+    """The transformer-lens backend; see ``Extractor``.
 
-    ``model`` is the plain transformers model, which samples and gives the projection; ``bridge`` runs the same weights.
+    ``model`` is the plain transformers model, which samples and has the projection; ``bridge`` runs the same weights.
     """
 
     def __init__(self, model: LanguageModel, bridge: Any) -> None:
@@ -44,13 +44,13 @@ class TransformerLensExtractor:
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
 
-        The bridge's own forward would also make the logits of all positions.
+        The bridge's own forward would also compute the logits of all positions.
         """
         groups = LayerGroups(reduce, self.model.projection, self.model.n_layers, at_once)
         hooks: list[_Hook] = []
         for layer, block in enumerate(self._bridged.layers, start=1):
-            hooks += self._layer_hooks(layer, block, batch, groups.take)
-        with self.bridge.hooks(fwd_hooks=[*hooks, *self._mending_hooks()]):
+            hooks += self._layer_hooks(layer, block, batch, groups.append)
+        with self.bridge.hooks(fwd_hooks=[*hooks, *self._correcting_hooks()]):
             self._bridged.backbone(**self.model.forward_arguments(batch.input_ids, batch.attention_mask))
         return groups.reduced
 
@@ -62,7 +62,7 @@ class TransformerLensExtractor:
         def keep(states: Tensor, *, hook: Any) -> None:
             last.append(pick(states, batch.positions))
 
-        hooks = [(self._name(self._bridged.layers[-1], "hook_out"), keep), *self._mending_hooks()]
+        hooks = [(self._name(self._bridged.layers[-1], "hook_out"), keep), *self._correcting_hooks()]
         with self.bridge.hooks(fwd_hooks=hooks):
             own = self._bridged.model(**self.model.forward_arguments(batch.input_ids, batch.attention_mask)).logits
         return reduce(pick(own, batch.positions), last[0], self.model.projection)
@@ -81,7 +81,7 @@ class TransformerLensExtractor:
 
             return hold
 
-        def hand_over(states: Tensor, *, hook: Any) -> None:
+        def pass_on(states: Tensor, *, hook: Any) -> None:
             if missing := {"residual_in", "attention_in", "attention_write", "ffn_in", "ffn_write"} - held.keys():
                 raise UserError(
                     f"{self.model.name}: transformer-lens runs layer {layer} without its hook for {min(missing)}; "
@@ -97,11 +97,11 @@ class TransformerLensExtractor:
             (self._name(attention_write, "hook_out"), keep("attention_write", multiplier)),
             (self._name(ffn, "hook_in"), keep("ffn_in")),
             (self._name(ffn_write, "hook_out"), keep("ffn_write", multiplier)),
-            (self._name(block, "hook_out"), hand_over),
+            (self._name(block, "hook_out"), pass_on),
         ]
 
-    def _mending_hooks(self) -> list[_Hook]:
-        """Hooks that make the bridge run as the model does, in its dtype and without keeping patterns."""
+    def _correcting_hooks(self) -> list[_Hook]:
+        """Hooks that make the bridge compute in the dtype of the model, and free attention patterns."""
         hooks: list[_Hook] = []
         for block in self._bridged.layers:
             attention: Any = operator.attrgetter(self.model.family.attention)(block)
@@ -117,12 +117,12 @@ class TransformerLensExtractor:
                 attention._pattern = None
 
             hooks.append((self._name(attention, "hook_in"), note))
-            # OLMo's positions are float32: the model's own attention casts back what it has rotated, the bridge's does
-            # not and fails.
+            # OLMo's rotary positions are float32. The model's own attention casts the rotated states back; the bridge's
+            # does not, and fails.
             hooks += [
                 (self._name(attention, end), cast) for end in ("hook_rot_q", "hook_rot_k") if hasattr(attention, end)
             ]
-            # Attentions with a joint QKV keep their [B, heads, T, T] pattern, which would add up over the layers.
+            # Attentions with a joint QKV store their [B, heads, T, T] pattern, which would accumulate over the layers.
             if hasattr(attention, "_pattern"):
                 hooks.append((self._name(block, "hook_out"), release))
         return hooks
@@ -139,14 +139,14 @@ class TransformerLensExtractor:
 
 
 def from_model(model: LanguageModel) -> TransformerLensExtractor:
-    """Boot a bridge over a model; the model object itself is left as it is.
+    """Create a bridge over a model; the model object itself does not change.
 
     The bridge replaces modules, and switches attention to eager, in a copy of the module tree that shares every weight
-    and buffer with the model. Memory goes to attention, whose patterns [B, heads, T, T] are made in full, and in
-    GPT-NeoX to its fused query, key and value weights, which transformer-lens copies apart.
+    and buffer with the model. It takes memory for attention patterns [B, heads, T, T], which are computed in full, and
+    in GPT-NeoX for the fused query, key and value weights, which transformer-lens copies into separate tensors.
 
     Args:
-        model: the model, of any family that transformer-lens has an adapter for.
+        model: a model of any family for which transformer-lens has an adapter.
 
     Returns:
         The backend.
@@ -160,9 +160,9 @@ def from_model(model: LanguageModel) -> TransformerLensExtractor:
     try:
         twin: Any = copy.deepcopy(model.model, shared)
         twin.set_attn_implementation("eager")
-        # The class is the truth where a config made in code names no architecture, or that of a multimodal parent.
+        # A config made in code may name no architecture, or that of a multimodal parent; the class is always right.
         twin.config.architectures = [architecture, *(twin.config.architectures or [])]
-        # Not ``boot_transformers``: it wants a tokenizer, changes it, and loads it from the hub once more.
+        # Not ``boot_transformers``, which requires a tokenizer, changes it, and loads it from the hub again.
         chosen = sources.transformers.determine_architecture_from_hf_config(twin.config)
         bridge = sources.build_bridge_from_module(twin, chosen, hf_config=twin.config, model_name=model.name)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError) as error:
@@ -175,16 +175,16 @@ def from_bridge(bridge: Any, tokenizer: Any = None, name: str | None = None) -> 
     """Analyse a ``TransformerBridge`` that is already in memory.
 
     Args:
-        bridge: the bridge, of a transformers model, without weight processing and without hooks; its model is put in
-            evaluation mode and not changed otherwise.
-        tokenizer: its tokenizer; the bridge's own where not given.
-        name: what to call it; the bridge's own name where not given.
+        bridge: the bridge of a transformers model, without weight processing and without hooks; its model is put in
+            evaluation mode and does not change otherwise.
+        tokenizer: its tokenizer; the bridge's own by default.
+        name: its name in results; the bridge's own by default.
 
     Returns:
-        The backend; its ``model`` is the plain transformers model that the bridge was made of, over the same weights.
+        The backend; its ``model`` is the plain transformers model of the bridge, over the same weights.
 
     Raises:
-        UserError: the bridge computes something else than its model, or it has no tokenizer.
+        UserError: the bridge does not compute the same as its model, or it has no tokenizer.
     """
     name = name or getattr(bridge.cfg, "model_name", None) or type(bridge.original_model).__name__
     tokenizer = tokenizer if tokenizer is not None else bridge.tokenizer
@@ -205,20 +205,13 @@ def from_bridge(bridge: Any, tokenizer: Any = None, name: str | None = None) -> 
 
 
 def is_bridge(value: object) -> bool:
-    """Tell a ``TransformerBridge`` from other objects; transformer-lens is not imported for it.
-
-    Args:
-        value: anything.
-
-    Returns:
-        Whether it is one.
-    """
+    """Check whether an object is a ``TransformerBridge``, without importing transformer-lens."""
     library = sys.modules.get("transformer_lens.model_bridge")
     return library is not None and isinstance(value, library.TransformerBridge)
 
 
 def _library(name: str) -> Any:
-    """Import transformer-lens, and undo what its import does to the warnings and the log of transformers."""
+    """Import transformer-lens, and undo what its import changes in warnings and in the log of transformers."""
     log = logging.getLogger("transformers")
     level = log.level
     try:
@@ -235,13 +228,13 @@ def _library(name: str) -> Any:
 
 
 def _has_hooks(point: Any) -> bool:
-    """Whether a user has hooked a point; transformer-lens hooks some itself, to pass states on between points."""
+    """Whether a user has hooked a point; transformer-lens hooks some itself, to pass states between points."""
     handles = [*point.fwd_hooks, *point.bwd_hooks]
     return any(not str(getattr(h.user_hook, "__module__", "")).startswith("transformer_lens.") for h in handles)
 
 
 def _unbridged(module: Any) -> Any:
-    """A copy of a bridged module tree without the wrappers, which shares its weights, buffers and configuration."""
+    """Copy a bridged module tree without the wrappers; weights, buffers and configuration are shared."""
     while (wrapped := module._modules.get("_original_component")) is not None:
         module = wrapped
     kind: Any = type(module)

@@ -1,7 +1,7 @@
-"""Proof, on every load, that what is captured is what the definitions speak of.
+"""Proof, on every load, that the captured states are those of the definitions.
 
-Eq. 4 must hold for every layer (H^l = H^{l-1} + A^l + F^l), layers must follow on one another, and the projection must
-give the model's own logits. A model that fails is refused.
+Eq. 4 must hold for every layer (H^l = H^{l-1} + A^l + F^l), each layer must start from the output of the layer below,
+and the projection must give the model's own logits. A model that fails is refused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from internal_policy.extractors.base import Batch, Extractor, LayerStates
 from internal_policy.extractors.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
-from internal_policy.models.structure import candidates
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import first_line, told_in_one_line
-from internal_policy.utils.memory import is_out_of_memory
+from internal_policy.models.families import guess_families
+from internal_policy.utils.errors import UserError, as_user_error, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +30,11 @@ _CHECKED = ("residual_in", "attention_write", "ffn_write", "residual_out")
 _SKETCHES = 2
 _MISFIT = "the values in its config.json do not fit together, or it needs other versions of torch or transformers"
 _EQ_4 = 2.0
-"""How often the rounding that eq. 4 leaves, at most. The check rounds as often itself, which counts in float64."""
+"""Bound on the error of eq. 4, in units of its rounding. The check itself rounds as often, which matters in float64."""
 
 
 class NotProved(UserError):
-    """A row of the family table that does not fit the model."""
+    """A row of the table of families does not fit the model."""
 
     def __init__(self, model: LanguageModel, why: str) -> None:
         row = f"the row {model.family.name!r} in models/families.py does not fit this model"
@@ -45,41 +43,34 @@ class NotProved(UserError):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative error of the logits that rounding explains: the final norm, a product and a transform, each rounded.
-
-    Args:
-        dtype: the model's dtype.
-
-    Returns:
-        Bound on ||error|| / ||logits||.
-    """
+    """Bound ||error|| / ||logits|| by rounding: of the final norm, of a product and of a transform."""
     return 16 * torch.finfo(dtype).eps
 
 
 def prove(
     model: LanguageModel, extractor_of: Callable[[LanguageModel], Extractor] = HookExtractor, seed: int = 0
 ) -> Extractor:
-    """Check a model, and find its parts where they are not in the table of families.
+    """Prove that a model's parts are known, and find the parts of one that is not in the table of families.
 
     Args:
-        model: the model; for a family without a row, with the likeliest guess at its parts.
-        extractor_of: makes the backend that the checks run through.
+        model: the model; for a family without a row, with the likeliest guess of its parts.
+        extractor_of: creates the backend through which the proof runs.
         seed: seed of the random tokens.
 
     Returns:
-        The backend, with the model whose row of the table holds.
+        The backend, with the model whose row was proved.
 
     Raises:
         UserError: what does not hold, and at which layer.
     """
     if not model.family.guessed:
-        with told_in_one_line(model.name, "it on random tokens", doing="run", advice=_MISFIT):
+        with as_user_error(model.name, "it on random tokens", doing="run", advice=_MISFIT):
             extractor = extractor_of(model)
             verify(extractor, seed)
         return extractor
     why = "has no parts of a decoder under names that are known"
     found: list[tuple[float, LanguageModel]] = []
-    for family in candidates(model.model):
+    for family in guess_families(model.model):
         tried = wrap(model.model, model.tokenizer, model.name, model.revision, family)
         try:
             found.append((verify(HookExtractor(tried), seed), tried))
@@ -94,7 +85,7 @@ def prove(
             why = f"no structure that was tried fits ({type(error).__name__}: {first_line(error)})"
             continue
     if found:
-        # A wrong write that is within the stream's rounding passes too: the right one errs least.
+        # A wrong write within the rounding of the stream passes too; the right one has the smallest error.
         tried = min(found, key=lambda pair: pair[0])[1]
         family = tried.family
         tried = replace(tried, family=replace(family, parallel=not _ffn_sees_attention(tried)))
@@ -119,8 +110,8 @@ def verify(extractor: Extractor, seed: int = 0) -> float:
         seed: seed of the random tokens.
 
     Returns:
-        What eq. 4 leaves, in parts of what rounding can leave; root mean square over the elements of a state, mean
-        over layers and tokens.
+        The error of eq. 4 in units of its rounding: root mean square over the elements of a state, mean over layers
+        and tokens.
 
     Raises:
         UserError: what does not hold, and at which layer.
@@ -149,7 +140,7 @@ def verify(extractor: Extractor, seed: int = 0) -> float:
                 f"eq. 4 fails in layer {layer}: H^l differs from H^(l-1) + A^l + F^l by {float(largest.max()):.3g} "
                 f"times what rounding explains (at most {_EQ_4:g})",
             )
-        # The same numbers, perhaps on another device, where a float64 product may round another way.
+        # The same states, perhaps on another device, where a float64 product may round differently.
         if below is not None and not torch.allclose(below, sketch_in, rtol=1e-9, atol=0.0):
             raise NotProved(
                 model,
@@ -175,7 +166,7 @@ def verify(extractor: Extractor, seed: int = 0) -> float:
 
 @torch.no_grad()
 def _ffn_sees_attention(model: LanguageModel) -> bool:
-    """Whether the FFN of layer 1 receives something else when its attention writes nothing."""
+    """Whether the input of the FFN of layer 1 changes when its attention writes nothing."""
     ids = torch.arange(min(_LENGTH, model.vocab_size))[None]
     arguments = model.forward_arguments(ids, torch.ones_like(ids))
     seen: list[Tensor] = []
@@ -199,20 +190,20 @@ def _ffn_sees_attention(model: LanguageModel) -> bool:
 
 
 def _layer_errors(group: Sequence[LayerStates], projection: Projection, *, seed: int) -> Tensor:
-    """What the check needs of a layer, [n, 4 + 2 + 2 + 2] float64: finite states, eq. 4, sketches of in and out.
+    """Reduce a layer for the proof to [n, 4 + 2 + 2 + 2] float64: finite states, eq. 4, sketches of input and output.
 
-    For eq. 4: the largest share of its rounding that an element leaves, and the mean square of the shares. A write is
-    proved element by element, as a norm would hide one that is small beside the stream: where the stream happens to be
+    For eq. 4: the largest error of an element in units of its rounding, and the mean square of these errors. A write is
+    proved element by element, since a norm would hide one that is small compared with the stream: where the stream is
     near zero, its rounding is too, and a wrong write shows.
 
-    A sketch is a product with a random matrix: states that give the same sketches are the same, and no state need
-    leave the place where it was made.
+    A sketch is the product with a random matrix: states with equal sketches are equal, and no state has to leave the
+    place where it was computed.
     """
     (states,) = group
     checked = [getattr(states, name) for name in _CHECKED]
     finite = [torch.isfinite(state).all(dim=-1).double() for state in checked]
     before, attention, ffn, out = (state.double() for state in checked)
-    # Two additions in any order round to half a unit each; so do the writes, where a fused kernel adds them unrounded.
+    # Two additions in any order round to half a unit each. So do the writes, which a fused kernel may add unrounded.
     coarsest = max((torch.finfo(state.dtype) for state in checked), key=lambda info: info.eps)
     first = torch.stack([before + attention, attention + ffn, before + ffn]).abs().amax(dim=0)
     rounding = (first + out.abs() + attention.abs() + ffn.abs()) * coarsest.eps / 2
@@ -224,7 +215,7 @@ def _layer_errors(group: Sequence[LayerStates], projection: Projection, *, seed:
 
 
 def _logit_errors(own: Tensor, final_states: Tensor, projection: Projection) -> Tensor:
-    """Relative difference between the projection of H^L and the model's own logits, and whether these are finite."""
+    """Relative error of the projection of H^L against the model's own logits, and whether these are finite."""
     ours = projection.logits(projection.final_norm(final_states)).to(own.device, torch.float64)
     theirs = own.double()
     error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)

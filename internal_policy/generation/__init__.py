@@ -1,9 +1,8 @@
 """Sampling of responses from the final policy pi_theta: temperature, no truncation of the distribution.
 
-Each response has its own stream of random numbers, seeded by (seed, prompt, sample). An interrupted run that goes on
-samples the same responses; so does one with another batch size, as far as the dtype's rounding leaves the logits equal:
-in float32 practically always, in bfloat16 a near tie may now and then go the other way. vLLM has streams and rounding
-of its own.
+Each response has its own stream of random numbers, seeded by (seed, prompt, sample). A resumed run samples the same
+responses. So does a run with another batch size, as far as the rounding of the dtype leaves the logits equal: in
+float32 practically always, in bfloat16 a near tie may go the other way. vLLM has its own random streams and rounding.
 """
 
 from internal_policy.generation.requests import (
@@ -14,7 +13,7 @@ from internal_policy.generation.requests import (
     response_limit,
 )
 from internal_policy.generation.sampling import RowSampler, sample
-from internal_policy.generation.vllm import VllmSampler, refuse_generator, together
+from internal_policy.generation.vllm import VllmSampler, effective_batch_size, refuse_generator
 
 __all__ = [
     "DEFAULT_NEW_TOKENS",
@@ -22,9 +21,9 @@ __all__ = [
     "RowSampler",
     "VllmSampler",
     "check_prompt_lengths",
+    "effective_batch_size",
     "end_ids",
     "refuse_generator",
     "response_limit",
     "sample",
-    "together",
 ]

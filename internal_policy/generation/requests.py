@@ -1,4 +1,4 @@
-"""What is sampled: one request a response, with its stream of random numbers, how long it may be and what ends it."""
+"""Requests to sample responses: one per response, with its random seed, its length limit and its end tokens."""
 
 from __future__ import annotations
 
@@ -28,29 +28,14 @@ class Request:
     sample_index: int
     """Which sample of that prompt, from 0."""
 
-    def stream(self, seed: int) -> int:
-        """The seed of this response's own stream of random numbers.
-
-        Args:
-            seed: seed of the whole run.
-
-        Returns:
-            From 0 to 2^32 - 1.
-        """
+    def stream_seed(self, seed: int) -> int:
+        """Derive the seed, below 2^32, of this response's own stream of random numbers from the seed of the run."""
         sequence = np.random.SeedSequence((seed, self.prompt_index, self.sample_index))
         return int(sequence.generate_state(1)[0])
 
 
 def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> None:
-    """Check that every prompt leaves room for a response.
-
-    Args:
-        requests: what will be sampled.
-        model: the model.
-
-    Raises:
-        UserError: a prompt fills the context, is empty, or has ids beyond the vocabulary.
-    """
+    """Refuse a prompt that fills the context, is empty, or has ids beyond the vocabulary."""
     for request in requests:
         length = len(request.prompt_ids)
         if length == 0:
@@ -67,39 +52,20 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
             )
 
 
-def limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
-    """How long each response may be.
-
-    Args:
-        model: the model.
-        requests: what will be sampled.
-        max_new_tokens: at most so many response tokens.
-
-    Returns:
-        Tokens of each; fewer than wanted where the context ends first.
-    """
+def length_limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
+    """Compute how long each response may be: ``max_new_tokens``, or less where the context ends earlier."""
     if model.max_length is None:
         return [max_new_tokens] * len(requests)
     return [min(max_new_tokens, model.max_length - len(r.prompt_ids)) for r in requests]
 
 
 def to_responses(
-    model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], room: Sequence[int]
+    model: LanguageModel, requests: Sequence[Request], sampled: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> list[Response]:
-    """Cut what was sampled where the response ends, and decode it.
-
-    Args:
-        model: the model.
-        requests: what was sampled.
-        sampled: new ids of each request.
-        room: how many of them there may be, see `limits`.
-
-    Returns:
-        The responses; the end-of-sequence token, where one was sampled, belongs to the response.
-    """
+    """Truncate the sampled ids where each response ends, and decode them; an end token belongs to its response."""
     ends = set(end_ids(model))
     responses = []
-    for request, row, limit in zip(requests, sampled, room, strict=True):
+    for request, row, limit in zip(requests, sampled, limits, strict=True):
         stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         answer = list(row[: min(stop, limit)])
         text = model.tokenizer.decode(answer, skip_special_tokens=True)
@@ -108,38 +74,25 @@ def to_responses(
 
 
 def response_limit(model: LanguageModel, wanted: int | None) -> int:
-    """The longest response to sample.
-
-    Args:
-        model: the model.
-        wanted: what the user said, if anything.
-
-    Returns:
-        That; else what the checkpoint's generation config says; else 1024.
+    """Choose the limit on the tokens of a response: the user's, else that of the generation config, else 1024.
 
     Raises:
-        UserError: the checkpoint says something that is no number of tokens.
+        UserError: the checkpoint's limit is not a number of tokens.
     """
     own = getattr(getattr(model.model, "generation_config", None), "max_new_tokens", None)
     if not wanted and own is not None and (isinstance(own, bool) or not isinstance(own, int) or own < 1):
         raise UserError(
-            f"{model.name}: generation_config.json says max_new_tokens {own!r}; needed is a number of at least 1: mend "
-            "it, or give --max-new-tokens"
+            f"{model.name}: generation_config.json says max_new_tokens {own!r}; needed is a number of at least 1: "
+            "correct it, or give --max-new-tokens"
         )
     return wanted or own or DEFAULT_NEW_TOKENS
 
 
 def end_ids(model: LanguageModel) -> list[int]:
-    """The ids that end a response: of the model's generation config and of the tokenizer.
-
-    Args:
-        model: the model.
-
-    Returns:
-        Ids, without repetition.
+    """Collect the ids that end a response, from the model's generation config and the tokenizer, without duplicates.
 
     Raises:
-        UserError: something else than ids.
+        UserError: the checkpoint's end tokens are not ids.
     """
     configured = getattr(getattr(model.model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -147,6 +100,6 @@ def end_ids(model: LanguageModel) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
         raise UserError(
             f"{model.name}: the checkpoint says eos_token_id {configured!r}; needed is a token id or a list of them: "
-            "mend generation_config.json, or config.json where there is none"
+            "correct generation_config.json, or config.json where there is none"
         )
     return list(dict.fromkeys(found))

@@ -1,7 +1,7 @@
 """Sample with transformers: each distinct prompt runs through the model once, and a row leaves when its response ends.
 
 A batch is decoded in rounds. The first reads the distinct prompts, whose keys and values all samples of a prompt then
-start from. Each further round runs until some responses have ended, and leaves those out of the next.
+start from. Each further round runs until some responses have ended, which are left out of the next one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from internal_policy.data.responses import Response, pad
-from internal_policy.generation.requests import Request, end_ids, limits, to_responses
+from internal_policy.generation.requests import Request, end_ids, length_limits, to_responses
 from internal_policy.models import LanguageModel
 
 _LEAVE_TOGETHER = 16
-"""A round ends when one in so many of its responses has ended: fewer rounds, each of which costs some milliseconds."""
+"""A round ends when one in 16 of its responses has ended: more rounds would cost some milliseconds each."""
 
 
 class RowSampler:
@@ -34,15 +34,7 @@ class RowSampler:
         self._steps = 0
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Add the noise.
-
-        Args:
-            input_ids: [B, T], not used.
-            scores: [B, V] logits.
-
-        Returns:
-            [B, V] float32, whose argmax is the sample.
-        """
+        """Add the noise to [B, V] logits; the argmax of the float32 result is the sample."""
         exponential = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(exponential, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -50,12 +42,12 @@ class RowSampler:
         return scores.float() / self._temperature - exponential.log()
 
     def keep(self, rows: Sequence[int], steps: int, width: int) -> None:
-        """Go on with some of the rows.
+        """Continue with some of the rows.
 
         Args:
-            rows: which.
-            steps: tokens that were sampled so far. Where more were drawn (on mps transformers notices a step late that
-                it is to stop, and takes that step back) the streams go back too.
+            rows: indices of the rows to keep.
+            steps: tokens that were sampled so far. If more were drawn (on mps transformers stops one step late, and
+                drops that step), the random streams are reset to this step.
             width: V.
         """
         self._seeds = [self._seeds[row] for row in rows]
@@ -77,42 +69,42 @@ def sample(
 
     Args:
         model: the model.
-        requests: what to sample; prompts of similar length waste least, and equal prompts are read once.
-        max_new_tokens: at most so many response tokens; fewer where the context ends first.
+        requests: the requests; prompts of similar length need the least padding, and equal prompts are read once.
+        max_new_tokens: limit on the tokens of a response; the context may end earlier.
         temperature: divides the logits; 0 takes the most probable token.
         seed: seed of the whole run.
 
     Returns:
-        The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+        The responses, each with its end-of-sequence token if one was sampled.
     """
     from transformers import GenerationMixin
 
-    room = limits(model, requests, max_new_tokens)
-    # What generates in another way, such as on a server, is asked for no more than ids.
+    limits = length_limits(model, requests, max_new_tokens)
+    # A model that generates in another way, such as on a server, returns ids only.
     decode = _in_rounds if isinstance(model.model, GenerationMixin) else _at_once
     ends = end_ids(model)
     sampled: dict[int, list[int]] = {}
     with _plain_generation_config(model.model):
-        for group in _within_context(model, requests, room):
+        for group in _within_context(model, requests, limits):
             chosen = [requests[i] for i in group]
             sampler = None
             if temperature > 0:
-                sampler = RowSampler([r.stream(seed) for r in chosen], temperature, model.device)
-            ids = decode(model, [r.prompt_ids for r in chosen], [room[i] for i in group], ends, sampler)
+                sampler = RowSampler([r.stream_seed(seed) for r in chosen], temperature, model.device)
+            ids = decode(model, [r.prompt_ids for r in chosen], [limits[i] for i in group], ends, sampler)
             sampled |= zip(group, ids, strict=True)
-    return to_responses(model, requests, [sampled[i] for i in range(len(requests))], room)
+    return to_responses(model, requests, [sampled[i] for i in range(len(requests))], limits)
 
 
-def _within_context(model: LanguageModel, requests: Sequence[Request], room: Sequence[int]) -> list[list[int]]:
-    """Batches in which no row is run beyond the positions that the model has, as the longest would have it."""
-    longest = max(room, default=0)
+def _within_context(model: LanguageModel, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+    """Batches in which no row runs beyond the model's positions, which the longest limit would require."""
+    longest = max(limits, default=0)
     if model.max_length is None or all(len(r.prompt_ids) + longest <= model.max_length for r in requests):
         return [list(range(len(requests)))]
-    return [[i for i, own in enumerate(room) if own == size] for size in sorted(set(room), reverse=True)]
+    return [[i for i, limit in enumerate(limits) if limit == size] for size in sorted(set(limits), reverse=True)]
 
 
 def _at_once(
-    model: LanguageModel, prompts: list[list[int]], room: list[int], ends: list[int], sampler: RowSampler | None
+    model: LanguageModel, prompts: list[list[int]], limits: list[int], ends: list[int], sampler: RowSampler | None
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList
 
@@ -121,7 +113,7 @@ def _at_once(
     out = generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        generation_config=_config(ends, max(room)),
+        generation_config=_config(ends, max(limits)),
         logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
     )
     sampled: list[list[int]] = out[:, ids.shape[1] :].tolist()
@@ -129,7 +121,7 @@ def _at_once(
 
 
 def _in_rounds(
-    model: LanguageModel, prompts: list[list[int]], room: list[int], ends: list[int], sampler: RowSampler | None
+    model: LanguageModel, prompts: list[list[int]], limits: list[int], ends: list[int], sampler: RowSampler | None
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -141,9 +133,9 @@ def _in_rounds(
     )
     cache = first.past_key_values
     if not _can_be_repeated(cache):
-        return _at_once(model, prompts, room, ends, sampler)
+        return _at_once(model, prompts, limits, ends, sampler)
 
-    # Here the samples of a prompt part: each draws its first token from the same logits.
+    # From here on the samples of a prompt differ: each draws its first token from the same logits.
     source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
     scores = first.logits[0][source.to(first.logits[0].device)]
     vocabulary, prompt_width = scores.shape[1], ids.shape[1]
@@ -160,7 +152,7 @@ def _in_rounds(
         for row, new in zip(rows, ids[:, prompt_width:].tolist(), strict=True):
             sampled[row] = new
         over = torch.isin(ids[:, -1], ending).tolist()
-        left = [i for i, row in enumerate(rows) if not over[i] and steps < room[row]]
+        left = [i for i, row in enumerate(rows) if not over[i] and steps < limits[row]]
         if not left:
             return sampled
         if len(left) < len(rows):
@@ -174,8 +166,8 @@ def _in_rounds(
             ids,
             attention_mask=mask,
             past_key_values=cache,
-            # No response runs on beyond its own limit: there the model may have no positions.
-            generation_config=_config(ends, min(room[row] for row in rows) - steps, return_dict_in_generate=True),
+            # No response runs beyond its own limit, where the model may have no positions.
+            generation_config=_config(ends, min(limits[row] for row in rows) - steps, return_dict_in_generate=True),
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             stopping_criteria=StoppingCriteriaList([_EnoughHaveEnded(ending, len(rows))]),
         )
@@ -183,19 +175,19 @@ def _in_rounds(
 
 
 class _EnoughHaveEnded:
-    """Stops a round for all of its rows."""
+    """Stops a round for all of its rows when enough have ended."""
 
     def __init__(self, ends: Tensor, rows: int) -> None:
         self._ends, self._enough = ends, -(-rows // _LEAVE_TOGETHER)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        # After its end a row is padded with an end token.
+        # A row that has ended is padded with an end token.
         ended = torch.isin(input_ids[:, -1], self._ends).sum()
         return (ended >= self._enough).expand(len(input_ids))
 
 
 def _can_be_repeated(cache: Any) -> bool:
-    """Whether rows of a cache can be copied and left out; anything but keys and values of attention is not tried."""
+    """Whether rows of a cache can be copied and dropped; only keys and values of attention are supported."""
     from transformers import cache_utils
 
     known = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
@@ -213,7 +205,7 @@ def _config(ends: list[int], new_tokens: int, **more: Any) -> Any:
 
 @contextmanager
 def _plain_generation_config(model: Any) -> Iterator[None]:
-    """Set the checkpoint's sampling defaults aside: top-k, penalties and the like would change the policy."""
+    """Ignore the checkpoint's sampling defaults, such as top-k and penalties, which would change the policy."""
     from transformers import GenerationConfig
 
     own = model.generation_config

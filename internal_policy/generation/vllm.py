@@ -1,7 +1,7 @@
-"""Sample with vLLM, where it is installed and asked for: the same prompts, limits and ends through its own engine.
+"""Sample with vLLM, if requested: the same prompts, limits and end tokens through its own engine.
 
-vLLM loads the weights a second time, beside the model that is captured from, into the GPU memory that is still free;
-the engine is given up before the states are captured. Written against ``vllm.LLM`` of vLLM 0.33.0.
+vLLM loads the weights a second time, next to the model whose states are captured, into the GPU memory that is still
+free; the engine is shut down before the states are captured. Written for ``vllm.LLM`` of vLLM 0.33.0.
 """
 
 from __future__ import annotations
@@ -15,39 +15,28 @@ from typing import Any
 import torch
 
 from internal_policy.data.responses import Response
-from internal_policy.generation.requests import Request, end_ids, limits, to_responses
+from internal_policy.generation.requests import Request, end_ids, length_limits, to_responses
 from internal_policy.models import LanguageModel, check
 from internal_policy.utils.errors import UserError
 
-_TOGETHER = 1024
-"""Requests that are handed to vLLM at once, for it batches by itself; so many are lost by an interruption."""
-_OF_FREE_MEMORY = 0.9
-"""The rest is room for what the captured model allocates beside its weights."""
+_MIN_BATCH = 1024
+"""Requests that are passed to vLLM at a time, which batches by itself; an interruption loses at most so many."""
+_SHARE_OF_FREE_MEMORY = 0.9
+"""The rest is for what the captured model allocates in addition to its weights."""
 
 
-def together(generator: str, batch_size: int) -> int:
-    """How many requests are handed over at once.
-
-    Args:
-        generator: ``transformers`` or ``vllm``.
-        batch_size: what the user said.
-
-    Returns:
-        The batch size; for vLLM, which batches by itself, at least 1024.
-    """
-    return max(batch_size, _TOGETHER) if generator == "vllm" else batch_size
+def effective_batch_size(generator: str, batch_size: int) -> int:
+    """Compute how many requests are passed to the generator at a time; vLLM, which batches by itself, gets 1024."""
+    return max(batch_size, _MIN_BATCH) if generator == "vllm" else batch_size
 
 
 def refuse_generator(generator: str, *, in_memory: bool, processes: int = 1) -> None:
-    """Refuse a generator that cannot sample here, before any model is loaded.
+    """Refuse vLLM, before any model is loaded, if it is not installed or cannot sample from this model.
 
     Args:
         generator: ``transformers`` or ``vllm``.
         in_memory: whether the model was given as an object.
-        processes: processes that share the work out.
-
-    Raises:
-        UserError: vLLM is not installed, has no checkpoint to load, or would be one of many.
+        processes: number of processes that share the work.
     """
     if generator != "vllm":
         return
@@ -69,29 +58,26 @@ def refuse_generator(generator: str, *, in_memory: bool, processes: int = 1) -> 
 
 
 class VllmSampler:
-    """Does what ``generation.sample`` does, by vLLM: ``with VllmSampler(...) as sample``.
+    """Replaces ``generation.sample`` by vLLM: ``with VllmSampler(...) as sample``.
 
-    The engine is started by the first call, so that a run which has everything already starts none.
+    The first call starts the engine, so that a resumed run with nothing left to sample starts none.
     """
 
     def __init__(
         self, model: LanguageModel, requests: Sequence[Request], max_new_tokens: int, trust_remote_code: bool
     ) -> None:
-        """Settle what the engine is started with.
+        """Prepare the settings of the engine.
 
         Args:
-            model: the model, loaded by its name; its revision and dtype are those that vLLM loads.
-            requests: all that will be sampled.
-            max_new_tokens: at most so many response tokens.
+            model: the model, loaded by its name; vLLM loads the same revision and dtype.
+            requests: all requests that will be sampled.
+            max_new_tokens: limit on the tokens of a response.
             trust_remote_code: run code that comes with the checkpoint.
-
-        Raises:
-            UserError: the model is not on the GPU that vLLM takes.
         """
         require_first_gpu(model.device)
         self._model, self._trust_remote_code = model, trust_remote_code
-        room = limits(model, requests, max_new_tokens)
-        self._longest = max((len(r.prompt_ids) + n for r, n in zip(requests, room, strict=True)), default=1)
+        limits = length_limits(model, requests, max_new_tokens)
+        self._longest = max((len(r.prompt_ids) + n for r, n in zip(requests, limits, strict=True)), default=1)
         self._engine: Any = None
 
     def __enter__(self) -> VllmSampler:
@@ -106,16 +92,7 @@ class VllmSampler:
     def __call__(
         self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Response]:
-        """Sample one response a request.
-
-        Args:
-            requests: what to sample; vLLM reads the common start of prompts once.
-            max_new_tokens: at most so many response tokens; fewer where the context ends first.
-            temperature: divides the logits; 0 takes the most probable token.
-            seed: seed of the whole run.
-
-        Returns:
-            The responses; the end-of-sequence token, where one was sampled, belongs to the response.
+        """Sample one response per request; see ``generation.sample``.
 
         Raises:
             UserError: vLLM cannot load the model.
@@ -123,24 +100,24 @@ class VllmSampler:
         vllm: Any = import_module("vllm")
         if self._engine is None:
             self._engine = self._started()
-        room = limits(self._model, requests, max_new_tokens)
+        limits = length_limits(self._model, requests, max_new_tokens)
         params = [
             vllm.SamplingParams(
                 n=1,
                 temperature=temperature,
-                seed=request.stream(seed),
+                seed=request.stream_seed(seed),
                 max_tokens=limit,
-                # Of the ends that vLLM finds by itself none counts: these are all.
+                # The end tokens that vLLM finds by itself are ignored in favour of these.
                 ignore_eos=True,
                 stop_token_ids=end_ids(self._model),
                 detokenize=False,
             )
-            for request, limit in zip(requests, room, strict=True)
+            for request, limit in zip(requests, limits, strict=True)
         ]
         prompts = [vllm.TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
         outputs = self._engine.generate(prompts, params, use_tqdm=False)
         sampled = [list(output.outputs[0].token_ids) for output in outputs]
-        return to_responses(self._model, requests, sampled, room)
+        return to_responses(self._model, requests, sampled, limits)
 
     def _started(self) -> Any:
         vllm: Any = import_module("vllm")
@@ -167,14 +144,7 @@ class VllmSampler:
 
 
 def require_first_gpu(device: torch.device) -> None:
-    """Refuse a model that is elsewhere than where vLLM samples.
-
-    Args:
-        device: the model's.
-
-    Raises:
-        UserError: it is not the first GPU.
-    """
+    """Refuse a model that is not on the GPU that vLLM uses."""
     if device.type != "cuda":
         raise UserError(f"--generator vllm needs a GPU and the model is on {device}; leave --generator out")
     if device.index not in (None, 0):
@@ -185,14 +155,7 @@ def require_first_gpu(device: torch.device) -> None:
 
 
 def free_share(device: torch.device) -> float:
-    """The part of a GPU's memory that vLLM may take, beside the model that is there already.
-
-    Args:
-        device: the GPU.
-
-    Returns:
-        From 0 to 1, of the whole memory.
-    """
+    """Compute the share of a GPU's memory that vLLM may take, next to the model that is already there."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return float(_OF_FREE_MEMORY * free / total)
+    return float(_SHARE_OF_FREE_MEMORY * free / total)

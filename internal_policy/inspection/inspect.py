@@ -27,13 +27,11 @@ from internal_policy.generation import Request, samplers
 from internal_policy.inspection.config import SITES, InspectConfig
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
-from internal_policy.models import LanguageModel, as_its_dtype_says, evaluating, fitting_threads
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.memory import halving
+from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.utils.distributed import run_with_oom_retry
+from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.logging import quiet_libraries, status
 from internal_policy.utils.options import refuse_unknown, takes_options
-from internal_policy.utils.progress import status
-from internal_policy.utils.quiet import quiet_libraries
-from internal_policy.utils.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 @quiet_libraries()
 @takes_options(InspectConfig)
-@as_its_dtype_says()
+@without_autocast()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
@@ -53,7 +51,7 @@ def inspect(
     prompt: str | Chat,
     **options: Any,
 ) -> Inspection:
-    """Look into one prompt, and into a response to it.
+    """Compute every internal policy at every token of one prompt and a response to it.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
@@ -74,13 +72,13 @@ def inspect(
     if options.get("backend") is None:
         options["backend"] = (registry.library_of(model) if in_memory else None) or "hooks"
     config = InspectConfig(model=name, prompt=prompt, **options)
-    opened = registry.adopt(model, tokenizer, name, config) if in_memory else registry.opener(config)
+    opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
-            stack.enter_context(evaluating(registry.module_of(model)))
+            stack.enter_context(eval_mode(registry.module_of(model)))
         with status(f"loading {name}"):
             extractor = opened()
-        stack.enter_context(fitting_threads(extractor.model))
+        stack.enter_context(limit_threads(extractor.model))
         ids, length = _sequence(extractor, config)
         with status(f"looking at {counted(len(ids), 'token')}"):
             look = _look(extractor, config, ids, length)
@@ -93,13 +91,13 @@ def _sequence(extractor: Extractor, config: InspectConfig) -> tuple[list[int], i
     model, prompt, response, limit = extractor.model, Prompt(config.prompt), config.response, config.token_limit
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
-    _tell_unknown(model, "prompt", [message["content"] for message in prompt.chat])
+    _warn_of_unknown_text(model, "prompt", [message["content"] for message in prompt.chat])
     if response is not None:
         answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
         _check_ids(model, ids + answer, "prompt and response together", room=False)
-        _tell_unknown(model, "response", [response])
+        _warn_of_unknown_text(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:
         return ids, len(ids)
@@ -111,7 +109,7 @@ def _sequence(extractor: Extractor, config: InspectConfig) -> tuple[list[int], i
         return [r.input_ids for r in sampled]
 
     with status("sampling a response"):
-        return halving([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
+        return run_with_oom_retry([Request(prompt, ids, 0, 0)], run, _ADVICE)[0], len(ids)
 
 
 def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -> None:
@@ -127,8 +125,8 @@ def _check_ids(model: LanguageModel, ids: list[int], what: str, *, room: bool) -
         raise UserError(f"{what}: {len(ids)} tokens, and the model's context is {model.max_length}; {advice}")
 
 
-def _tell_unknown(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
-    """Say what the model cannot read: what is shown is then of another text than the one that was given."""
+def _warn_of_unknown_text(model: LanguageModel, what: str, texts: Sequence[str]) -> None:
+    """Warn of text that the tokenizer does not know: the inspection is then of a different text."""
     found = dict.fromkeys(piece for text in texts for piece in unknown_pieces(model.tokenizer, text))
     if not found:
         return
@@ -156,7 +154,7 @@ def _look(extractor: Extractor, config: InspectConfig, ids: list[int], length: i
     def run(batches: Sequence[Batch]) -> list[list[NDArray[np.float32]]]:
         return [[values.cpu().numpy() for values in extractor.run(batch, reduce)] for batch in batches]
 
-    layers = halving([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
+    layers = run_with_oom_retry([Batch(row, torch.ones_like(row), torch.arange(n))], run, _ADVICE)[0]
     values = _value_table(layers, ids, top_k, model)
     texts = texts_of(model.tokenizer, [*ids, *pd.unique(values[_columns(top_k, "id")].to_numpy().ravel())])
     named = {f"top{k}_token": values[f"top{k}_id"].map(texts) for k in range(1, top_k + 1)}
@@ -198,7 +196,7 @@ def _columns(top_k: int, *parts: str) -> list[str]:
 
 
 def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, model: LanguageModel) -> pd.DataFrame:
-    """Long form of what ``look_at_layer`` gives of each layer, [S, n, 3 + 2 top_k]."""
+    """Long form of what ``look_at_layer`` returns for each layer, [S, n, 3 + 2 top_k]."""
     n = len(ids)
     best, probable = slice(N_SCALARS, N_SCALARS + top_k), slice(N_SCALARS + top_k, None)
     frames = []
@@ -218,7 +216,7 @@ def _value_table(layers: list[NDArray[np.float32]], ids: list[int], top_k: int, 
                         "layer": at,
                         "site": called,
                         "entropy": columns[:, 0],
-                        # Nothing came after the last token.
+                        # There is no token after the last.
                         "next_id": pd.array([*ids[1:], pd.NA], dtype="Int64"),
                         "next_rank": pd.array([*columns[:-1, 1].astype(np.int64), pd.NA], dtype="Int64"),
                         "next_probability": np.append(columns[:-1, 2], np.float32(np.nan)),

@@ -1,7 +1,7 @@
-"""What is kept of a layer's internal policies at each token: entropy, the most probable tokens, and the true next one.
+"""Reduce a layer's internal policies at each token to entropy, most probable tokens, and the true next token's rank.
 
 One pass over blocks of the vocabulary: a running maximum and two sums give the entropy (see ``entropy.streaming``), and
-each block's best are merged with the best so far. No array of [tokens, V] exists.
+the best tokens of each block are merged with the best so far. No array of shape [tokens, V] exists.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ N_SCALARS = 3
 def look_at_layer(
     group: Sequence[LayerStates], projection: Projection, *, next_ids: Tensor, lens: Lens, n_layers: int, top_k: int
 ) -> Tensor:
-    """Reduce one layer; it needs nothing but its arguments.
+    """Reduce one layer; a function of its arguments alone, so that it can run in another process.
 
     Args:
         group: the states of one layer at n positions.
         projection: E_u and LN_final.
-        next_ids: [n] the token that really came next at each position; any id where none did.
+        next_ids: [n] the token that came next at each position; any id at the last one.
         lens: ``policy`` or ``logit-lens``.
         n_layers: L.
-        top_k: how many tokens to keep.
+        top_k: number of tokens to keep.
 
     Returns:
         [S, n, 3 + 2 top_k] float32, with S = 3 policies (layer, attn, ffn); layer 1 adds that of H^0, layer L that of
@@ -49,7 +49,7 @@ def look_at_layer(
     wanted = [states.residual_out, states.attention_write, states.ffn_write]
     if states.layer == 1:
         wanted.append(states.residual_in)
-    seen = [projection.through(lens, s).to(device) for s in wanted]
+    seen = [projection.apply_lens(lens, s).to(device) for s in wanted]
     if states.layer == n_layers:
         seen.append(projection.final_norm(states.residual_out).to(device))
     flat = look(torch.cat(seen), projection, next_ids.to(device).repeat(len(seen)), top_k)
@@ -58,19 +58,19 @@ def look_at_layer(
 
 @torch.no_grad()
 def look(states: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Tensor:
-    """Entropy, top tokens and the next token's place, for the policies of some states.
+    """Compute entropy, top tokens and the next token's rank for the policies of some states.
 
     Products and sums run in float32 (float64 where an operand is float64), whatever the operands' dtype.
 
     Args:
-        states: [N, d], as E_u projects them, on its device.
+        states: [N, d], ready to be projected by E_u, on its device.
         projection: E_u with bias, scale and soft cap.
         next_ids: [N] the tokens to rank.
-        top_k: how many tokens to keep; at most V.
+        top_k: number of tokens to keep; at most V.
 
     Returns:
         [N, 3 + 2 top_k]: entropy (nats), rank (from 1) and probability of the next token, the ids of the most probable
-        tokens, their probabilities. Ids are exact, as float32 holds whole numbers up to 2^24.
+        tokens, their probabilities. Ids are exact, because float32 represents integers up to 2^24.
     """
     weight = projection.weight
     dtype = torch.float64 if torch.float64 in (states.dtype, weight.dtype) else torch.float32
@@ -92,7 +92,7 @@ def _look(x: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Te
         last = min(first + width, vocab)
         z = _transform(x @ weight[first:last].to(dtype).T, projection, slice(first, last))
         own = z.gather(1, (next_ids - first).clamp(0, last - first - 1))
-        # The next token's own logit may be rounded another way here, and must not count as above itself.
+        # The next token's own logit may be rounded differently here, and must not count as above itself.
         counted = (next_ids >= first) & (next_ids < last) & (own > of_next)
         above += (z > of_next).sum(1, keepdim=True) - counted.long()
         here, here_ids = z.topk(min(top_k, last - first), dim=1)
@@ -108,7 +108,7 @@ def _look(x: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Te
         s, t = s + p.sum(1, keepdim=True), t + z.mul_(p).sum(1, keepdim=True)
     probabilities = (best - m).exp() / s
     entropy, probability, rank = s.log() - t / s, (of_next - m).exp() / s, 1 + above
-    # Near ties: a token among the best has one rank and one probability.
+    # With near ties, too, a token among the best must have one rank and one probability.
     found, place = (best_ids == next_ids).max(1, keepdim=True)
     rank = torch.where(found, place + 1, rank)
     probability = torch.where(found, probabilities.gather(1, place), probability)
@@ -116,7 +116,7 @@ def _look(x: Tensor, projection: Projection, next_ids: Tensor, top_k: int) -> Te
 
 
 def _transform(z: Tensor, projection: Projection, ids: slice | Tensor) -> Tensor:
-    """What the model makes of the products: bias, scale, soft cap; ids of the columns, or [n, 1] of each row."""
+    """Apply the model's bias, scale and soft cap to logits of the given columns, or [n, 1] of each row."""
     if projection.bias is not None:
         z = z + projection.bias[ids].to(z.dtype)
     if projection.scale != 1.0:

@@ -15,40 +15,39 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.inspection.config import Span, check_choice
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
-from internal_policy.utils.result_format import Kind, from_cells, read_parquet, to_cells, write_parquet
-from internal_policy.utils.wording import counted
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import from_cells, read_parquet, to_cells, write_parquet
 
 SCHEMA_VERSION = 1
 MANIFEST = "inspection.json"
-RESULT_FILES = ("values.parquet", "tokens.csv", MANIFEST)
 _SHOWN = 8
 """Rows of the small table in a notebook."""
 _FILES = ("values.parquet", "tokens.csv")
-INSPECTION = Kind("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION, _FILES)
+INSPECTION = ResultFormat("inspection", "inspections", "inspect", "inspect", MANIFEST, SCHEMA_VERSION, _FILES)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What every internal policy says at every token of one sequence. Entropies in nats, layers counted from 1."""
+    """Every internal policy at every token of one sequence. Entropies in nats, layers counted from 1."""
 
     name: str
     """The model's name."""
     model: dict[str, Any]
     """id, revision, family, layers L, vocabulary V, dtype, device."""
     config: dict[str, Any]
-    """Prompt, and the response where it was given; lens, template, top_k; how the response was sampled, where it was; a
+    """Prompt, and the response if it was given; lens, template, top_k; how the response was sampled, if it was; a
     digest of the weights."""
     tokens: pd.DataFrame
-    """A row per token: position (from 1), part (prompt or response), id, token (its text, as it can be shown)."""
+    """A row per token: position (from 1), part (prompt or response), id, token (its text in printable form)."""
     values: pd.DataFrame
     """A row per position, layer and site. ``layer``, ``attn``, ``ffn``: the policies of H^l, A^l, F^l, and ``layer`` at
     layer 0 that of H^0, the embedding; ``policy`` at layer L: pi_theta. They predict the token after ``position``.
-    Columns: entropy (nats); next_id, next_rank (from 1), next_probability of the token that really came next, empty at
-    the last position; top1_id, top1_token, top1_probability, top2_..."""
+    Columns: entropy (nats); next_id, next_rank (from 1), next_probability of the token that came next, empty at the
+    last position; top1_id, top1_token, top1_probability, top2_..."""
     path: Path | None = None
-    """Where it is on disk."""
+    """Its directory."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
 
@@ -79,7 +78,7 @@ class Inspection:
 
     @property
     def top_k(self) -> int:
-        """How many tokens of each policy are kept."""
+        """Number of tokens of each policy that are kept."""
         return int(self.config["top_k"])
 
     def positions(self, tokens: Span | None = None, last: int | None = None) -> range:
@@ -87,13 +86,13 @@ class Inspection:
 
         Args:
             tokens: which ones; not together with ``last``.
-            last: so many at the end; 24 where neither is given.
+            last: the number of tokens at the end; 24 if neither is given.
 
         Returns:
             Positions, from 1.
 
         Raises:
-            UserError: both, or a span without a token.
+            UserError: both were given, or a span without a token.
         """
         n, choice = self.n_tokens, check_choice(tokens, last)
         if isinstance(choice, int):
@@ -118,10 +117,10 @@ class Inspection:
         return target
 
     def manifest(self) -> dict[str, Any]:
-        """What ``inspection.json`` holds.
+        """Return the content of ``inspection.json``.
 
         Returns:
-            JSON-able fields.
+            JSON-serialisable fields.
         """
         return {
             "schema_version": SCHEMA_VERSION,
@@ -134,15 +133,15 @@ class Inspection:
         }
 
     def place(self, root: Path, name: str) -> str:
-        """Choose a directory beside those of other inspections.
+        """Choose the name of a directory that holds no other inspection.
 
         Args:
-            root: where they are.
-            name: what it shall be called.
+            root: the parent directory.
+            name: the preferred name.
 
         Returns:
-            The name where it is free or holds the same inspection, which is then replaced; else with the first number
-            from 2 of which that is true.
+            The name if it is free or holds the same inspection, which is then replaced; else the name with the first
+            number from 2 for which this is true.
         """
         mine = json.loads(json.dumps({"model": self.model, "config": self.config}))
         for number in itertools.count(1):
@@ -170,7 +169,7 @@ class Inspection:
         """
         source = INSPECTION.find(expanded(directory))
         with INSPECTION.reading(source) as manifest:
-            # A token such as NA or 007 is a text.
+            # A token such as NA or 007 is text.
             tokens = pd.read_csv(source / "tokens.csv", dtype={"token": str}, keep_default_na=False, na_values=[])
             return cls(
                 name=manifest["name"],

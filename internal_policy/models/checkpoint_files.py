@@ -1,8 +1,8 @@
-"""The files that a checkpoint's weights are read from, looked at before anything reads them.
+"""The weight files of a checkpoint, inspected before they are loaded.
 
-Weights in pickle format can run code, and transformers reads whatever an index of shards names, also where it was asked
-for safetensors. Which file is meant is therefore decided here, by name: a hub's cache keeps its files as links to
-``../../blobs``, so that where a link leads says nothing.
+Weights in pickle format can run code, and transformers reads whatever files an index of shards names, even if only
+safetensors was requested. Files are therefore checked here by name; the targets of links say nothing, since the cache
+of the hub keeps its files as links to ``../../blobs``.
 """
 
 from __future__ import annotations
@@ -22,23 +22,14 @@ _ADAPTER = "adapter_config.json"
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _NARROW = ("I8", "U8", "I4", "U4", "F8", "F6", "F4")
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the library refuses longer ones."""
+"""Bytes; safetensors refuses longer headers."""
 
 
 def weight_files(where: str, config: Any, revision: str | None, name: str) -> list[Path]:
-    """Find the files that transformers will read weights from, and refuse all but safetensors of this checkpoint.
-
-    Args:
-        where: a directory, or a hub id.
-        config: the checkpoint's configuration.
-        revision: the commit that is loaded.
-        name: the model's name.
-
-    Returns:
-        The files; of a hub model they are in the cache then. None where there are none, which loading tells.
+    """Find the files from which transformers will read weights; an empty list if there are none.
 
     Raises:
-        UserError: weights in pickle format, outside the checkpoint, or of adapters that would be laid over the model.
+        UserError: weights in pickle format, outside the checkpoint, or of adapters that would change the model.
     """
     if _file(where, _ADAPTER, revision) is not None:
         raise UserError(
@@ -63,18 +54,7 @@ def weight_files(where: str, config: Any, revision: str | None, name: str) -> li
 
 
 def shards(index: Path, name: str) -> list[str]:
-    """Read which files an index names.
-
-    Args:
-        index: the index.
-        name: the model's name.
-
-    Returns:
-        Their names, each once.
-
-    Raises:
-        UserError: an index that cannot be read, or that names something else than safetensors beside it.
-    """
+    """Read the names of the files in an index, without duplicates, and refuse all but safetensors in its directory."""
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         found = list(dict.fromkeys(named))
@@ -103,14 +83,7 @@ def _refuse_unsafe(files: list[Any], by: str, name: str, index: bool = False) ->
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Refuse a checkpoint of a training from which weights in pickle format would be read.
-
-    Args:
-        directory: the checkpoint.
-
-    Raises:
-        UserError: it holds such weights, or an index that names some.
-    """
+    """Refuse a checkpoint of a training run from which weights in pickle format would be read."""
     for index in sorted(directory.rglob("*.safetensors.index.json")):
         shards(index, str(directory))
     for pattern in ("pytorch_model.bin*", "pytorch_model-*.bin", "adapter_model.bin"):
@@ -122,15 +95,7 @@ def refuse_pickles(directory: Path) -> None:
 
 
 def refuse_unscaled(files: list[Path], name: str) -> None:
-    """Refuse weights in integers or 8-bit floats that no quantiser will scale: read as they are, they mean nothing.
-
-    Args:
-        files: safetensors files.
-        name: the model's name.
-
-    Raises:
-        UserError: there are some; the message names the first.
-    """
+    """Refuse weights in integers or 8-bit floats that no quantiser will scale, and that are meaningless unscaled."""
     for file in files:
         for key, (dtype, shape) in header(file).items():
             weight = key.endswith("weight") or (len(shape) > 1 and dtype.startswith(_NARROW))
@@ -142,16 +107,7 @@ def refuse_unscaled(files: list[Path], name: str) -> None:
 
 
 def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
-    """Refuse weights in integers or 8-bit floats that the quantiser of config.json leaves to be read as plain numbers.
-
-    Args:
-        files: safetensors files.
-        model: what was loaded of them.
-        name: its name.
-
-    Raises:
-        UserError: there are some; the message names the first.
-    """
+    """Refuse weights in integers or 8-bit floats that were read as plain numbers despite a quantiser in config.json."""
     loaded = dict(model.named_parameters())
     stored = {key: dtype for file in files for key, (dtype, _) in header(file).items()}
     for key, dtype in stored.items():
@@ -163,7 +119,7 @@ def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
         )
         if not plain and not (kept.is_floating_point() and kept.element_size() > 1):
             continue
-        # With scales beside it a quantiser may have made plain weights of it, as some do on a CPU.
+        # If scales are stored too, the quantiser may have dequantised the weights, as some do on a CPU.
         if not any(other.startswith(f"{key}_scale") or other == f"{key}.absmax" for other in stored):
             raise UserError(
                 f"{name}: {key} is stored as {dtype}, and the quantization_config of config.json has it read as plain "
@@ -172,35 +128,21 @@ def refuse_read_as_plain(files: list[Path], model: Any, name: str) -> None:
 
 
 def header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Read what a safetensors file holds, without its tensors.
-
-    Args:
-        file: the file.
-
-    Returns:
-        Dtype, as the format writes it, and shape of each tensor; empty for a file that is damaged, which loading tells.
-    """
+    """Read dtype and shape of each tensor of a safetensors file; empty for a damaged file, which loading reports."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > _LONGEST_HEADER:
                 return {}
-            told = json.loads(stream.read(length))
-        return {key: (str(of["dtype"]), list(of["shape"])) for key, of in told.items() if key != "__metadata__"}
+            found = json.loads(stream.read(length))
+        found.pop("__metadata__", None)
+        return {key: (str(tensor["dtype"]), list(tensor["shape"])) for key, tensor in found.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def is_causal_mask(key: str, shape: list[int]) -> bool:
-    """Tell the causal masks that old checkpoints carry in each layer, under the name of a bias.
-
-    Args:
-        key: a tensor's name.
-        shape: its shape.
-
-    Returns:
-        True for [1, 1, T, T], and for the one number that stands for what is masked.
-    """
+    """Recognise the causal masks [1, 1, T, T] of old checkpoints, which are called biases, and their fill value."""
     return (key.endswith(".bias") and len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3]) or (
         key.endswith(".masked_bias") and len(shape) <= 1
     )
@@ -217,7 +159,7 @@ def _file(where: str, file: str, revision: str | None) -> Path | None:
         file,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
-        # Without a network the cache has what is loaded, and no word of what the repository does not have.
+        # Without a network the cache has every file that is loaded, but no record of files that do not exist.
         _raise_exceptions_for_connection_errors=file != _ADAPTER,
     )
     return None if found is None else Path(found)

@@ -1,4 +1,4 @@
-"""How long a sequence may be, what memory its length takes, and where it changes what the model computes."""
+"""The maximum length of a sequence, the memory that its length takes, and where it changes what a model computes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def limit(config: Any) -> int | None:
-    """The longest sequence that a model is configured for.
+def max_length(config: Any) -> int | None:
+    """Find the longest sequence that a model is configured for; None if its configuration names no length.
 
-    Args:
-        config: its transformers configuration.
-
-    Returns:
-        ``max_position_embeddings``; with YaRN, whose checkpoints often leave that at the length before stretching, the
-        original length times the factor, where that is more. None where the configuration names no length.
+    That is ``max_position_embeddings``, or with YaRN, whose checkpoints often leave that at the original length, the
+    original length times the factor if that is more.
     """
     length = getattr(config, "max_position_embeddings", None)
     if not length:
@@ -23,14 +19,9 @@ def limit(config: Any) -> int | None:
 
 
 def cache_bytes(config: Any) -> int | None:
-    """What a position of one sequence takes of the memory while a response is sampled.
+    """Compute the bytes that one position takes in the cache of keys and values of all layers, in 16 bits.
 
-    Args:
-        config: the transformers configuration.
-
-    Returns:
-        Bytes of the keys and values of all layers in 16 bits, as if no window let go of any. None where the
-        configuration does not name the sizes.
+    Sliding windows are ignored. None if the configuration does not name the sizes.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
@@ -39,17 +30,11 @@ def cache_bytes(config: Any) -> int | None:
     return 2 * 2 * int(text.num_hidden_layers) * int(kept) * int(width) if kept and width else None
 
 
-def switch(config: Any) -> int | None:
-    """The length beyond which LongRoPE takes its long factors, for the whole batch.
+def length_switch(config: Any) -> int | None:
+    """Find the length beyond which LongRoPE uses its long factors for the whole batch; None for other models.
 
-    transformers chooses by the longest sequence of a batch, so that a short one beside a long one is not computed as
-    it is alone. Who batches keeps sequences on either side of this length apart (`groups`).
-
-    Args:
-        config: the transformers configuration.
-
-    Returns:
-        The length, or None where a batch's lengths change nothing.
+    transformers chooses by the longest sequence of a batch, so that a long sequence changes the results of a short one.
+    Code that forms batches keeps sequences on either side of this length apart (``group_by_length``).
     """
     found = [rope for rope in _ropes(config) if _kind(rope) == "longrope"]
     lengths = [
@@ -59,16 +44,8 @@ def switch(config: Any) -> int | None:
     return min((int(length) for length in lengths if length), default=None)
 
 
-def groups(lengths: list[int], boundary: int | None) -> list[list[int]]:
-    """Split a batch into sequences that may run together.
-
-    Args:
-        lengths: tokens of each sequence.
-        boundary: what `switch` said of the model.
-
-    Returns:
-        Indices into ``lengths``, in order; one group where nothing keeps the sequences apart.
-    """
+def group_by_length(lengths: list[int], boundary: int | None) -> list[list[int]]:
+    """Split a batch into groups of sequences that may run together; the groups hold indices into ``lengths``."""
     if boundary is None:
         return [list(range(len(lengths)))]
     short = [i for i, length in enumerate(lengths) if length <= boundary]
@@ -77,7 +54,7 @@ def groups(lengths: list[int], boundary: int | None) -> list[list[int]]:
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The settings of rotary positions: one for all layers, or one a type of layer."""
+    """The settings of rotary positions: one for all layers, or one per type of layer."""
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping):
         nested = [value for value in rope.values() if isinstance(value, Mapping)]

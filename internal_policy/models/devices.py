@@ -1,4 +1,4 @@
-"""Where the weights of a model are: on one device, on several, or set aside by accelerate until they are needed."""
+"""Which device to use, and where the weights of a model are: on one, on several, or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, first_line
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve ``auto`` to cuda, mps or cpu, and refuse a device that this machine does not have."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
+    return chosen
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the token ids of a forward pass go.
-
-    Args:
-        model: a transformers causal LM.
-
-    Returns:
-        The device on which the input embedding runs, also where its weights are kept elsewhere meanwhile.
-    """
+    """Find the device of the token ids, on which the input embedding runs even if its weights are offloaded."""
     try:
         module: nn.Module = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -31,14 +38,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def describe(model: Any) -> str:
-    """Name the devices that hold the weights.
-
-    Args:
-        model: a transformers causal LM.
-
-    Returns:
-        Each device once, in order of the device map, such as ``cuda:0, cuda:1, cpu, disk``.
-    """
+    """Name the devices of the weights in the order of the device map, such as ``cuda:0, cuda:1, cpu, disk``."""
     placed = getattr(model, "hf_device_map", None)
     if not placed:
         return str(input_device(model))
@@ -46,19 +46,16 @@ def describe(model: Any) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def resident(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Fetch a weight that accelerate keeps elsewhere until its module runs.
+def materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Fetch a weight that accelerate offloads until its module runs.
 
     Args:
         model: the model.
         name: the weight's name in the state dict.
-        tensor: what the state dict has under it.
+        tensor: the entry of the state dict.
 
     Returns:
-        The tensor itself, or a copy of the weight that it stands for: on the CPU, in its dtype.
-
-    Raises:
-        UserError: the weight is nowhere.
+        The tensor itself, or a copy of the offloaded weight on the CPU, in the tensor's dtype.
     """
     if not tensor.is_meta:
         return tensor
@@ -72,18 +69,11 @@ def resident(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
                 continue
             if found is not None:
                 return found.to(tensor.dtype)
-    raise UserError(f"{name} has no values (it is on meta and nothing was set aside for it); load the model again")
+    raise UserError(f"{name} has no values (it is on the meta device and was not offloaded); load the model again")
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where a module runs whose weights accelerate keeps elsewhere.
-
-    Args:
-        module: the module.
-
-    Returns:
-        The device; None where no weights are set aside for it.
-    """
+    """Find where a module runs whose weights accelerate offloads; None if they are not offloaded."""
     for hook in _hooks(module):
         if getattr(hook, "weights_map", None) is not None and hook.execution_device is not None:
             return torch.device(hook.execution_device)

@@ -1,15 +1,23 @@
-"""Where the parts of a decoder live: one table, a row a family, keyed by ``config.model_type``.
+"""Where the parts of a decoder are: a table with one row per family, keyed by ``config.model_type``, and a guess.
 
 To support another family, add a row: the paths of its parts and, where they differ from the raw module outputs, of the
-modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``capture.verify`` proves the row
-on every load, by eq. 4 and against the model's own logits. A model type without a row is tried by structure
-(``models.structure``) and used where a row found so passes that proof.
+modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``extractors.verify`` proves the
+row on every load, by eq. 4 and against the model's own logits. For a model type without a row, ``guess_families`` finds
+the parts by the names of the modules, and ``extractors.prove`` takes the first guess that passes the same proof.
+
+Importing this module does not load torch, so that ``internal-policy models`` prints the table at once.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,13 @@ class Family:
     unembedding: str = "lm_head"
     """The linear module that holds E_u (and a bias, where there is one)."""
     attention: str = "self_attn"
-    """The attention module: its input is LN_in(H(2l-2)), normed, as it receives it."""
+    """The attention module, whose input is the normed state LN_in(H(2l-2))."""
     ffn: str = "mlp"
-    """The feed-forward module or mixture of experts: its input is LN_mid(H(2l-1)), normed, as it receives it."""
+    """The feed-forward module or mixture of experts, whose input is the normed state LN_mid(H(2l-1))."""
     attention_write: str | None = None
-    """The module whose output is A^l, where a post-norm follows the attention; the attention itself otherwise."""
+    """The module whose output is A^l: the post-norm if one follows the attention, else (None) the attention."""
     ffn_write: str | None = None
-    """The module whose output is F^l, where a post-norm follows the FFN; the FFN itself otherwise."""
+    """The module whose output is F^l: the post-norm if one follows the FFN, else (None) the FFN."""
     write_multiplier: str | None = None
     """The config field with the factor on both writes."""
     parallel: bool | str = False
@@ -47,37 +55,18 @@ class Family:
     logit_divisor: str | None = None
     """The config field with a divisor of the logits."""
     guessed: bool = False
-    """Whether the row was found by structure and not written down."""
+    """Whether the row was guessed from the structure and is not in the table."""
 
     def sites(self) -> tuple[str, str, str, str]:
-        """Where a layer is listened to.
-
-        Returns:
-            Paths from the layer: the attention (its input), the module whose output is A^l, the FFN (its input), the
-            module whose output is F^l.
-        """
+        """List the modules of a layer to capture: attention (input), A^l (output), FFN (input), F^l (output)."""
         return self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
 
     def is_parallel(self, config: Any) -> bool:
-        """Tell a parallel block from a sequential one.
-
-        Args:
-            config: the model's configuration.
-
-        Returns:
-            True where the FFN does not see what the attention of its layer wrote.
-        """
+        """Whether blocks are parallel: the FFN does not see what the attention of its layer wrote."""
         return bool(getattr(config, self.parallel)) if isinstance(self.parallel, str) else self.parallel
 
     def multiplier(self, config: Any) -> float:
-        """Read what a model multiplies both writes by before it adds them.
-
-        Args:
-            config: the model's configuration.
-
-        Returns:
-            The factor; 1 for most.
-        """
+        """Read the factor by which a model multiplies both writes before it adds them; 1 for most."""
         return float(getattr(config, self.write_multiplier)) if self.write_multiplier else 1.0
 
 
@@ -126,3 +115,84 @@ FAMILIES: dict[str, Family] = {
     ),
     "gptj": Family("GPT-J", **_GPT, parallel=True),
 }
+
+_ATTENTION = ("self_attn", "attention", "attn", "self_attention", "mixer", "temporal_block")
+_FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "feedforward")
+_FINAL_NORM = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f", "final_norm", "layer_norm")
+_WRITE_NORMS = (
+    (None, None),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("post_attention_norm", "post_ffn_norm"),
+)
+_MULTIPLIERS = ("residual_multiplier",)
+_SOFTCAPS = ("final_logit_softcapping",)
+_SCALES, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+
+
+def guess_families(model: nn.Module) -> Iterator[Family]:
+    """Guess where the parts of a decoder are from the names of its modules, the likeliest guess first.
+
+    Args:
+        model: a transformers causal LM.
+
+    Yields:
+        Rows whose paths all exist in this model; none if it has no layers, norm or head under a known name.
+    """
+    from torch import nn
+
+    config: Any = model.config
+    backbone = str(getattr(model, "base_model_prefix", ""))
+    decoder = _resolve(model, backbone)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head_module = find_head() if callable(find_head) else None
+    head = next((path for path, module in model.named_modules() if module is head_module), None)
+    if not isinstance(decoder, nn.Module) or head is None:
+        return
+    for holder_name, list_name, first in _layer_lists(decoder):
+        holder = f"{backbone}.{holder_name}".rstrip(".")
+        norms = [n for n in _FINAL_NORM if isinstance(_resolve(model, f"{holder}.{n}"), nn.Module)]
+        attentions, ffns = ([n for n in names if hasattr(first, n)] for names in (_ATTENTION, _FFN))
+        writes = [pair for pair in _WRITE_NORMS if all(norm is None or hasattr(first, norm) for norm in pair)]
+        multipliers = (None, *_present(config, _MULTIPLIERS))
+        for attention, ffn, norm, (attention_write, ffn_write), multiplier in product(
+            attentions, ffns, norms, writes, multipliers
+        ):
+            yield Family(
+                str(config.model_type),
+                backbone=backbone,
+                layers=f"{holder}.{list_name}",
+                final_norm=f"{holder}.{norm}",
+                unembedding=head,
+                attention=attention,
+                ffn=ffn,
+                attention_write=attention_write,
+                ffn_write=ffn_write,
+                write_multiplier=multiplier,
+                logit_softcap=next(iter(_present(config, _SOFTCAPS)), None),
+                logit_scale=next(iter(_present(config, _SCALES)), None),
+                logit_divisor=next(iter(_present(config, _DIVISORS)), None),
+                guessed=True,
+            )
+
+
+def _layer_lists(decoder: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """The module lists of a decoder, those nearest the top first: what holds each, its name there, its first layer."""
+    from torch import nn
+
+    found = [(path, m) for path, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    for path, module in sorted(found, key=lambda item: item[0].count(".")):
+        holder, _, name = path.rpartition(".")
+        if not any(part.isdigit() for part in path.split(".")):
+            yield holder, name, module[0]
+
+
+def _resolve(model: nn.Module, path: str) -> Any:
+    try:
+        return operator.attrgetter(path)(model) if path else model
+    except AttributeError:
+        return None
+
+
+def _present(config: Any, fields: tuple[str, ...]) -> list[str]:
+    return [f for f in fields if getattr(config, f, None) is not None]

@@ -1,11 +1,13 @@
-"""What tells one model from another: a digest of all that its numbers come from, and its commit on the hub.
+"""What identifies a model: a digest of everything that its numbers depend on, and its commit on the hub.
 
-The digest has the bytes of every weight, the configuration, and the classes of the modules with their plain settings.
-It is the same on whichever device the weights are. What it cannot know is listed by ``attachments.attached``.
+The digest covers the bytes of every weight, the configuration, and the classes of the modules with their settings.
+It is the same on whichever device the weights are. Hooks and replaced methods are in no digest: ``attached_code`` lists
+them, and a result of a model with attached code is neither resumed nor reused.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -13,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -22,11 +24,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from internal_policy.models import devices
-from internal_policy.models.attachments import of_a_library
+from internal_policy.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_LIBRARIES = frozenset(
+    {
+        *("torch", "transformers", "accelerate", "bitsandbytes", "peft", "nnsight", "transformer_lens"),
+        "internal_policy",
+    }
+)
+"""Their classes are identified by their names, and their hooks only place weights or read states."""
+
+_REGISTRIES = (
+    ("attention function", "_attn_implementation", "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+    ("mask function", "_attn_implementation", "transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
+    ("experts function", "_experts_implementation", "transformers.integrations.moe", "ALL_EXPERTS_FUNCTIONS"),
+)
+"""Functions that a field of the configuration chooses by name, and the registry that holds them."""
 
 _UNDECIDED = frozenset(
     {
@@ -40,32 +58,28 @@ _UNDECIDED = frozenset(
         *("dataset", "tokenizer", "backend", "use_exllama", "exllama_config", "llm_int8_enable_fp32_cpu_offload"),
     }
 )
-"""Keys of a configuration that do not decide the numbers; neither do those that begin with an underscore."""
+"""Keys of a configuration that do not affect the numbers; keys that begin with an underscore do not either."""
 
 _STATES = frozenset({"training", "gradient_checkpointing", "compute_type_is_set"})
 """Plain attributes of a module that change while it is used."""
 
 _SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters")
-"""Which adapters of peft are at work; the first two are properties, behind which it has private attributes."""
+"""Which adapters of peft are active; the first two are properties over private attributes."""
 
 _PLACES = frozenset({"device", "kwargs"})
-"""Attributes that say where a module is: of an adapter, how it was made, with the map of the devices."""
+"""Attributes that say where a module is; ``kwargs`` of an adapter holds the device map that it was created with."""
 
 _PORTION = 1 << 25
 """Elements that are copied from another device at a time."""
 
 _TABLE = 4096
-"""Elements of a computed buffer beyond which rounding would tell devices apart."""
+"""Size of a computed buffer above which rounding would differ between kinds of devices."""
 
 
 def digest(model: nn.Module) -> str:
-    """Digest what the numbers of a model come from.
+    """Compute a digest of 16 hexadecimal digits of everything that the numbers of a model depend on.
 
-    Args:
-        model: a transformers causal LM, wherever its weights are.
-
-    Returns:
-        16 hexadecimal digits; any other bit of a weight, another configuration or other classes give others.
+    Any other bit of a weight, another configuration or other classes give another digest.
     """
     unsaved = _unsaved(model)
     tensors = {**model.state_dict(), **unsaved}
@@ -79,7 +93,7 @@ def digest(model: nn.Module) -> str:
         stored = tensors[names[0]]
         if not isinstance(stored, Tensor):
             return [_plain(stored)]
-        tensor = devices.resident(model, names[0], stored)
+        tensor = devices.materialize(model, names[0], stored)
         return [str(tensor.dtype), list(tensor.shape), _digest_of(tensor, exact=names[0] not in unsaved)]
 
     # A thread has one tensor at a time, and hashing lets the others run.
@@ -159,7 +173,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     found = {name: value for name, value in public.items() if type(value) in (bool, int, float)}
     adapter = any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
     # What a whole model keeps, such as its name and the map of its devices, is about where it came from.
-    own = not of_a_library(type(module)) and not hasattr(module, "name_or_path")
+    own = not _is_library_class(type(module)) and not hasattr(module, "name_or_path")
     if adapter:
         public |= {name: getattr(module, name) for name in _SWITCHES if hasattr(module, name)}
     if adapter or own:
@@ -197,12 +211,15 @@ def _named(values: Mapping[Any, Any], objects: bool) -> Mapping[Any, Any]:
 
 
 def _code(model: nn.Module) -> list[str]:
-    """Digests of the sources of classes that no library has, such as those that come with a checkpoint."""
+    """Digests of the sources of classes that are in no library, such as those that ship with a checkpoint."""
+    sources = {source for kind in _own_classes(model) for source in _sources(kind)}
+    return sorted(hashlib.sha256(source.encode()).hexdigest()[:16] for source in sources)
+
+
+def _own_classes(model: nn.Module) -> set[type]:
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     builtin = ("builtins", "typing", "abc")
-    own = (kind for kind in classes if not of_a_library(kind) and kind.__module__ not in builtin)
-    sources = {source for kind in own for source in _sources(kind)}
-    return sorted(hashlib.sha256(source.encode()).hexdigest()[:16] for source in sources)
+    return {kind for kind in classes if not _is_library_class(kind) and kind.__module__ not in builtin}
 
 
 def _sources(kind: type) -> Iterator[str]:
@@ -212,13 +229,16 @@ def _sources(kind: type) -> Iterator[str]:
         # The code of one checkpoint: its files import each other.
         package = module.rpartition(".")[0] + "."
         names = [name for name in sys.modules if name.startswith(package)]
-    # Of a script or a notebook only the class is the model's.
+    # Of a script or a notebook only the class belongs to the model.
     for target in [kind] if module == "__main__" else [sys.modules[name] for name in names if name in sys.modules]:
         try:
             yield inspect.getsource(target)
         except (OSError, TypeError):
-            # `attachments` lists it.
             yield kind.__qualname__
+
+
+def _is_library_class(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in _LIBRARIES
 
 
 def _plain(value: Any) -> Any:
@@ -241,14 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def commit_now(name: str) -> str | None:
-    """Find the commit that a hub model stands for now, without reading the model.
-
-    Args:
-        name: hub id.
-
-    Returns:
-        That of the hub, else that of the cache; None where neither can be had.
-    """
+    """Find the commit of a hub model from the hub, else from the cache; None if neither has it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -262,3 +275,96 @@ def commit_now(name: str) -> str | None:
     except ValueError:
         return None
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+def attached_code(model: nn.Module, wrapper: Any = None) -> list[str]:
+    """List the hooks, replaced methods and registered functions that change a model and appear in no digest.
+
+    Args:
+        model: a transformers causal LM.
+        wrapper: the nnsight model or the TransformerBridge around it, where there is one.
+
+    Returns:
+        One entry each, such as ``model.layers.3.mlp: forward hook``. Empty for a model as it was loaded: code of the
+        libraries, which places weights or reads states, does not count.
+    """
+    hooks = {"hook": torch_module._global_forward_hooks, "pre-hook": torch_module._global_forward_pre_hooks}
+    found = [f"every module: forward {kind}" for kind, each in hooks.items() if any(map(_is_foreign, each.values()))]
+    bridged = getattr(wrapper, "original_model", None)
+    for root in (model, bridged) if isinstance(bridged, nn.Module) else (model,):
+        for path, module in root.named_modules():
+            place = path.replace("._original_component", "") or type(model).__name__
+            found += [f"{place}: {what}" for what in _attached_to(module)]
+    for what, field, home, registry in _REGISTRIES:
+        name = getattr(model.config, field, None)
+        function = getattr(sys.modules.get(home), registry, {}).get(name)
+        if (what, name) == ("attention function", "eager"):
+            function = getattr(sys.modules.get(type(model).__module__), "eager_attention_forward", None)
+        repository = str(name).rpartition("|")[2]
+        if "/" in repository:
+            foreign = not repository.startswith("kernels-community/")
+        elif str(getattr(function, "__module__", "")).startswith("transformers_modules."):
+            # The code that ships with a checkpoint is in the digest; the values of a closure are not.
+            foreign = bool(getattr(function, "__closure__", None))
+        else:
+            # A partial of a library's function passes it other arguments.
+            foreign = _is_foreign(function) or isinstance(function, functools.partial)
+        if function is not None and foreign:
+            found.append(f"{what} {name!r}")
+    unseen = [kind.__name__ for kind in _own_classes(model) if issubclass(kind, nn.Module) and not _has_source(kind)]
+    found += [f"class {name} without a source" for name in unseen]
+    found += ["nnsight edit" for _ in getattr(wrapper, "__dict__", {}).get("_edits") or ()]
+    return list(dict.fromkeys(found))
+
+
+def resume_refused(directory: Path, attached: Sequence[str], what: str = "an analysis") -> UserError:
+    """Create the error for a directory with a result, since it cannot be compared with a model that has attached code.
+
+    Args:
+        directory: the directory of the result.
+        attached: the result of ``attached_code`` for the model, not empty.
+        what: ``an analysis``, ``an evaluation``, ``a run``.
+    """
+    more = f" and {len(attached) - 1} more" if len(attached) > 1 else ""
+    return UserError(
+        f"{directory}: holds {what}, and this model has code attached ({attached[0]}{more}), which no digest covers; "
+        "remove it from the model, choose another output=, or pass overwrite=True to start over"
+    )
+
+
+def _attached_to(module: nn.Module) -> Iterator[str]:
+    for what, hooks in (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks)):
+        yield from (what for hook in hooks.values() if _is_foreign(hook))
+    kind = type(module)
+    # nnsight replaces every forward, and keeps one that had been replaced before in a closure.
+    body = getattr(vars(module).get("__nnsight__"), "body", None)
+    for name, value in vars(module).items():
+        if callable(value) and callable(getattr(kind, name, None)):
+            holder = getattr(value, "__self__", module)
+            borrowed = isinstance(holder, nn.Module) and holder is not module
+            if borrowed or _is_foreign(value) or "module_body.<locals>" in getattr(body, "__qualname__", ""):
+                yield f"replaced {name}"
+    home = next(each for each in kind.__mro__ if "forward" in vars(each))
+    if _is_library_class(home) and _is_foreign(kind.forward):
+        yield f"replaced forward of {home.__name__}"
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether a callable, or one that it wraps, is in no file of a library; a wrapper may borrow a library's name."""
+    libraries = [getattr(sys.modules.get(name), "__file__", None) for name in (*_LIBRARIES, "trl")]
+    roots = tuple(f"{Path(file).parent}{os.sep}" for file in libraries if file)
+    while function is not None:
+        inner = function.func if isinstance(function, functools.partial) else function
+        code = getattr(getattr(inner, "__func__", inner), "__code__", None)
+        file = code.co_filename if code else getattr(sys.modules.get(type(inner).__module__), "__file__", None)
+        if not str(file).startswith(roots):
+            return True
+        function = getattr(function, "__wrapped__", inner if inner is not function else None)
+    return False
+
+
+def _has_source(kind: type) -> bool:
+    try:
+        return bool(inspect.getsource(kind))
+    except (OSError, TypeError):
+        return False

@@ -1,4 +1,4 @@
-"""A causal language model with its parts found: what every other part of the package works on."""
+"""A causal language model with its parts located, on which the rest of the package works."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from internal_policy.models import context, devices, fingerprint, quantization
-from internal_policy.models.families import FAMILIES, Family
-from internal_policy.models.projection import Projection
-from internal_policy.models.structure import candidates
-from internal_policy.models.unembedding import projection_of
+from internal_policy.models.families import FAMILIES, Family, guess_families
+from internal_policy.models.projection import Projection, projection_of
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.progress import status
+from internal_policy.utils.logging import status
 
 _MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +24,7 @@ class LanguageModel:
     """A causal language model with its tokenizer, its row of the family table and its projection."""
 
     name: str
-    """What the user called it."""
+    """The name that the user gave it."""
     revision: str | None
     """The hub's commit, or the revision that the user named."""
     model: nn.Module
@@ -67,32 +65,32 @@ class LanguageModel:
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the whole model; packed weights count as what they stand for, shared ones once."""
+        """Parameters of the whole model; packed weights count unpacked, and shared ones once."""
         return int(cast(Any, self.model).num_parameters())
 
     @property
     def device(self) -> torch.device:
-        """Where the token ids go."""
+        """The device of the token ids."""
         return devices.input_device(self.model)
 
     @property
     def placement(self) -> str:
-        """The devices that hold weights, in order of the decoder, such as ``cpu`` or ``cuda:0, cuda:1, cpu, disk``."""
+        """The devices of the weights, in the order of the decoder, such as ``cpu`` or ``cuda:0, cuda:1, cpu, disk``."""
         return devices.describe(self.model)
 
     @property
     def quantization(self) -> str | None:
-        """How the weights are quantised, such as ``bitsandbytes 4-bit (nf4)``; None where they are not."""
+        """How the weights are quantised, such as ``bitsandbytes 4-bit (nf4)``; None if they are not."""
         return quantization.describe(self.config)
 
     @property
     def rounds_by_batch(self) -> bool:
-        """Whether the numbers of a sequence depend on the sequences beside it."""
+        """Whether the numbers of a sequence depend on the rest of its batch."""
         return quantization.rounds_by_batch(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest dtype that the model computes its states in: that of its weights, but for quantised ones."""
+        """The coarsest dtype in which the model computes states: that of its weights, except quantised ones."""
         found = [p.dtype for p in self.model.parameters() if p.dtype in _MODEL_DTYPES]
         return max([*found, self.projection.weight.dtype], key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -103,18 +101,18 @@ class LanguageModel:
 
     @property
     def write_multiplier(self) -> float:
-        """What the model multiplies both writes by before it adds them."""
+        """The factor on both writes before they are added to the stream."""
         return self.family.multiplier(self.config)
 
     def forward_arguments(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        """Arguments of a forward pass of the decoder, or of the whole model, without a cache.
+        """Build the arguments of a forward pass of the decoder or of the whole model, without a cache.
 
         Args:
             input_ids: [B, T] ids.
             attention_mask: [B, T] 1 for tokens, 0 for padding on either side.
 
         Returns:
-            What to call the module with; positions are counted over real tokens, where the model takes positions.
+            The keyword arguments; positions are counted over real tokens, if the model takes positions.
         """
         mask = attention_mask.to(self.device)
         arguments = {"input_ids": input_ids.to(self.device), "attention_mask": mask, "use_cache": False}
@@ -125,20 +123,20 @@ class LanguageModel:
     @property
     def max_length(self) -> int | None:
         """The longest sequence that the model has positions for."""
-        return context.limit(self.config)
+        return context.max_length(self.config)
 
     @property
     def length_switch(self) -> int | None:
-        """The length beyond which a whole batch runs with other position frequencies; see ``context.switch``."""
-        return context.switch(self.config)
+        """The length beyond which a batch runs with other position frequencies; see ``context.length_switch``."""
+        return context.length_switch(self.config)
 
     def fingerprint(self) -> str:
-        """A digest of what the numbers come from: every bit of every weight, the configuration, the classes.
+        """Compute a digest of every bit of every weight, of the configuration and of the classes.
 
-        It reads the whole model, of which it holds a few tensors at a time: seconds for some gigabytes.
+        It reads the whole model, a few tensors at a time, which takes seconds for some gigabytes.
 
         Returns:
-            16 hexadecimal digits; the same wherever the weights are.
+            16 hexadecimal digits, which do not depend on the devices of the weights.
         """
         with status(f"reading all weights of {self.name}"):
             return fingerprint.digest(self.model)
@@ -147,21 +145,21 @@ class LanguageModel:
 def wrap(
     model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None, family: Family | None = None
 ) -> LanguageModel:
-    """Describe a transformers model that is already in memory.
+    """Wrap a transformers model that is already in memory.
 
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
-        name: what to call it; its ``name_or_path`` where not given.
-        revision: the hub's commit, where known.
-        family: where its parts are; its row of the table, or what its structure says, where not given.
+        name: its name in results; its ``name_or_path`` by default.
+        revision: the hub's commit, if known.
+        family: where its parts are; by default its row of the table, or a guess by structure.
 
     Returns:
-        The model with its parts found. The model itself is put in evaluation mode, its 4-bit layers are kept from
-        repacking their weights, and it is not changed otherwise.
+        The model with its parts located. The model itself is put in evaluation mode, and its 4-bit layers are kept
+        from repacking their weights; it does not change otherwise.
 
     Raises:
-        UserError: not a causal LM, or parts that cannot be found.
+        UserError: it is not a causal LM, or its parts cannot be found.
     """
     name = name or getattr(model, "name_or_path", "") or type(model).__name__
     if not hasattr(model, "config"):
@@ -182,36 +180,20 @@ def wrap(
 
 
 def family_of(model: Any, name: str) -> Family:
-    """Find where the parts of a model are.
-
-    Args:
-        model: a transformers causal LM.
-        name: its name, for the message.
-
-    Returns:
-        Its row of the table; for a model type without one, the likeliest row by its structure, marked as guessed.
+    """Look up the row of a model's family, or guess one by structure for a model type without a row.
 
     Raises:
-        UserError: no row, and no structure that is known.
+        UserError: there is no row, and no known structure.
     """
     model_type = model.config.model_type
-    family = FAMILIES.get(model_type) or next(candidates(model), None)
+    family = FAMILIES.get(model_type) or next(guess_families(model), None)
     if family is None:
         raise unknown_family(name, model_type, "has no parts of a decoder under names that are known")
     return family
 
 
 def unknown_family(name: str, model_type: str, why: str) -> UserError:
-    """Say that a model has no row and none could be found.
-
-    Args:
-        name: the model's name.
-        model_type: its ``config.model_type``.
-        why: what was tried.
-
-    Returns:
-        The error.
-    """
+    """Create the error for a model without a row; ``why`` says why none could be guessed."""
     return UserError(
         f"{name}: family {model_type!r} is not in the table (internal-policy models prints it) and {why}; "
         "to add it, write one row in internal_policy/models/families.py"

@@ -1,30 +1,34 @@
-"""Load a causal language model with its tokenizer, in the precision and on the devices that were asked for."""
+"""Load a causal language model with its tokenizer, in the requested precision and on the requested devices."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from internal_policy.models.checkpoint_files import refuse_read_as_plain, refuse_unscaled, weight_files
+from internal_policy.models.devices import choose_device
 from internal_policy.models.families import Family
 from internal_policy.models.language_model import LanguageModel, family_of, wrap
-from internal_policy.models.lookup import check, choose_device
 from internal_policy.models.options import DTYPES, check_device_map, check_quantization
+from internal_policy.models.paths import locate
 from internal_policy.models.quantization import bitsandbytes, describe, quiet_casts, refuse_twice, refuse_unknown
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.loading_errors import WEIGHTS, told_in_one_line
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.errors import WEIGHTS, UserError, as_user_error
+from internal_policy.utils.logging import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
 _NOT_READ = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|(^|\.)position_ids$|\.[qkv]+_(scale|zero_point)$")
-"""Tensors that a layer may have in a checkpoint and that no forward pass reads: buffers that are computed anew, and the
-scales by which servers quantise their caches of keys and values."""
+"""Tensors of a checkpoint that no forward pass reads: buffers that are recomputed, and the scales with which servers
+quantise their caches of keys and values."""
+_MOST_LAYERS = 10_000
+"""No decoder has more; an error in config.json would otherwise create modules until the memory is full."""
 
 
 @quiet_libraries()
@@ -44,15 +48,15 @@ def load(
     Args:
         name: hub id, local directory, or an embedded model (``testbed/qwen3``, ``testbed/llama``).
         revision: branch, tag or commit on the hub.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda, and where it is
-            quantised; float32 elsewhere.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own on cuda or if it is quantised,
+            else float32.
         device: ``auto`` (cuda, mps, cpu) or a torch device.
         trust_remote_code: run code that comes with the checkpoint.
-        attn_implementation: transformers' attention; its own choice where not given.
-        device_map: share the layers out among devices, instead of one ``device``: ``auto`` and accelerate's other
-            names, or a dict from module paths to devices, ``cpu`` and ``disk`` among them.
-        quantization: ``8bit`` or ``4bit``: quantise the weights of the layers while loading, by bitsandbytes. A
-            checkpoint that is quantised already needs nothing.
+        attn_implementation: transformers' attention; its own choice by default.
+        device_map: distribute the layers over devices, instead of one ``device``: ``auto`` and accelerate's other
+            names, or a dict from module paths to devices, including ``cpu`` and ``disk``.
+        quantization: ``8bit`` or ``4bit``: quantise the weights of the layers while loading, with bitsandbytes. A
+            checkpoint that is already quantised does not need it.
 
     Returns:
         The model on its devices, in evaluation mode.
@@ -71,16 +75,16 @@ def load(
     refuse_unknown(config, name)
     refuse_twice(quantization, config, name)
     own = describe(config) is not None
-    # What was checked is what is loaded, though a branch may move meanwhile.
+    # Load the commit that was checked, even if the branch moves in the meantime.
     revision = getattr(config, "_commit_hash", None) or revision
     if own or quantization is not None:
         quiet_casts()
     if dtype == "auto" and not own and not _accelerated(target, device_map):
         dtype = "float32"
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with told_in_one_line(name, "its tokenizer"):
+    with as_user_error(name, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    with told_in_one_line(name, WEIGHTS):
+    with as_user_error(name, WEIGHTS):
         files = weight_files(where, config, revision, name)
         if not own:
             refuse_unscaled(files, name)
@@ -88,20 +92,20 @@ def load(
         options["quantization_config"] = bitsandbytes(quantization, _torch_dtype(dtype, config, name))
     scratch = None
     if device_map is not None:
-        # Weights that are set aside on the disk in another form than the checkpoint's are written here.
+        # Weights that are offloaded to disk in another format than the checkpoint's are written here.
         scratch = tempfile.TemporaryDirectory(prefix="internal-policy-offload-")
         options |= {"device_map": device_map, "offload_folder": scratch.name}
     elif own or quantization is not None:
         # Quantised weights are packed for their device and do not move.
         options["device_map"] = {"": target}
-    with told_in_one_line(name, WEIGHTS):
+    with as_user_error(name, WEIGHTS):
         model, report = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            # Shapes that differ then stand in the report, which is read here, instead of on the terminal.
+            # Different shapes are then in the report, which is checked below, and not on the terminal.
             ignore_mismatched_sizes=True,
             attn_implementation=attn_implementation,
             **options,
@@ -123,7 +127,7 @@ def load(
 
 
 def _accelerated(target: torch.device, device_map: str | dict[str, Any] | None) -> bool:
-    """Whether the checkpoint's own dtype is the natural one: some layers run on cuda."""
+    """Whether some layers run on cuda, where the checkpoint's own dtype is the default."""
     if isinstance(device_map, dict):
         return any(d != "disk" and torch.device(d).type == "cuda" for d in device_map.values())
     return target.type == "cuda"
@@ -138,14 +142,14 @@ def _torch_dtype(dtype: str, config: Any, name: str) -> torch.dtype:
 
 
 def _refuse_other_weights(report: Any, model: Any, family: Family, name: str) -> None:
-    """Refuse a checkpoint that does not fill the model: what is missing would be random, and look like a result.
+    """Refuse a checkpoint that does not fill the model, whose missing weights would be random.
 
-    So would what is left over, where it is of a part that the model has: a bias that config.json leaves out.
+    Also refuse one with unused weights of a part that the model has, such as a bias that config.json leaves out.
     """
     unexpected = sorted(report["unexpected_keys"])
     parts = {family.layers, family.final_norm, family.unembedding}
     parts |= {path for path, module in model.named_modules() if module is model.get_input_embeddings()}
-    # A checkpoint of the decoder alone has its parts without the path to it.
+    # A checkpoint of the decoder alone names its parts without the path to the decoder.
     parts |= {part.removeprefix(f"{family.backbone}.") for part in parts}
     left_over = [
         key
@@ -175,7 +179,61 @@ def _more(keys: list[str]) -> str:
 
 
 def _predicts_further(key: str, config: Any) -> bool:
-    """Whether a tensor is of a layer behind the last one, which some models were trained with to predict two tokens."""
+    """Whether a tensor belongs to an extra layer after the last one, with which some models predict further tokens."""
     layer = re.search(r"\.(\d+)\.", key)
     further = getattr(config, "num_nextn_predict_layers", None) or 0
     return layer is not None and 0 <= int(layer[1]) - int(config.num_hidden_layers) < further
+
+
+@quiet_libraries()
+def check(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """Check that a name refers to a causal LM, without loading its weights.
+
+    Args:
+        name: hub id, local directory, or an embedded model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Returns:
+        The directory or hub id from which transformers loads it, and its configuration.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
+    """
+    from transformers import AutoConfig
+
+    where = locate(name, revision)
+    if Path(where).is_dir():
+        # Before transformers reads it, which creates lists with one entry per layer.
+        _refuse_too_deep(Path(where), name)
+    with as_user_error(name, "its config.json"):
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        _refuse_other_architectures(config, name)
+    return where, config
+
+
+def _refuse_too_deep(directory: Path, name: str) -> None:
+    try:
+        settings = json.loads((directory / "config.json").read_bytes())
+        layers = settings.get("text_config", settings).get("num_hidden_layers", 0)
+    # Loading the configuration reports what is wrong with it.
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return
+    if isinstance(layers, (int, float)) and layers > _MOST_LAYERS:
+        shown = f"{layers:.6g}" if layers < 1e300 else "more than 1e300"
+        raise UserError(f"{name}: config.json has {shown} layers; needed are at most {_MOST_LAYERS}")
+
+
+def _refuse_other_architectures(config: Any, name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {config.model_type} is an encoder-decoder model; needed is a decoder-only causal LM")
+    named = getattr(config, "architectures", None) or []
+    architectures = [str(a) for a in (named if isinstance(named, (list, tuple)) else [named])]
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not causal):
+        what = architectures[0] if architectures else config.model_type
+        raise UserError(
+            f"{name}: {what} is not a causal LM (encoder-only or another task); needed is a decoder-only causal LM"
+        )

@@ -1,4 +1,4 @@
-"""How a model runs for a while: alone, in evaluation mode, as its dtype says, on threads that suit its size."""
+"""Contexts in which a model runs: exclusively, in evaluation mode, without autocast, on suitable threads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _making = threading.Lock()
 
 
 @contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Keep other threads from the model: hooks of two would see the states of both, and modes be set back too early.
+def exclusive_use(model: Any) -> Iterator[None]:
+    """Make other threads wait for a model: their hooks would see each other's states and reset modes too early.
 
-    Args:
-        model: the model, whose other users wait; anything but a module is left alone.
+    Anything but a module is ignored, here and by ``eval_mode``.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -37,13 +36,9 @@ def alone(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Have a model alone and in evaluation mode, and put each of its modules back into its own mode on any exit.
-
-    Args:
-        model: the model; anything but a module is left alone.
-    """
-    with alone(model):
+def eval_mode(model: Any) -> Iterator[None]:
+    """Use a model exclusively and in evaluation mode, and restore the mode of each of its modules on any exit."""
+    with exclusive_use(model):
         modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
         try:
             if modes:
@@ -55,8 +50,8 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def as_its_dtype_says() -> Iterator[None]:
-    """Compute outside the caller's autocast, which rounds to 16 bits what is called float32, and its default device."""
+def without_autocast() -> Iterator[None]:
+    """Disable the caller's autocast, which would round float32 products to 16 bits, and its default device."""
     with ExitStack() as stack:
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
@@ -67,12 +62,8 @@ def as_its_dtype_says() -> Iterator[None]:
 
 
 @contextmanager
-def fitting_threads(model: LanguageModel) -> Iterator[None]:
-    """Use one thread where the products are so small that handing them over costs more than it saves.
-
-    Args:
-        model: the model that will run.
-    """
+def limit_threads(model: LanguageModel) -> Iterator[None]:
+    """Use one thread if the products are so small that distributing them costs more than it saves."""
     threads = torch.get_num_threads()
     if model.device.type == "cpu" and model.projection.weight.shape[1] <= _NARROW:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The values that the options of a model may take, and their checks. Nothing here needs torch."""
+"""The values of the options of a model and their checks, without torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ DEFAULT_LENS: Lens = "policy"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""The ways in which accelerate shares a model out among the devices of a machine."""
+"""The strategies by which accelerate distributes a model over the devices of a machine."""
 QUANTIZATIONS = ("8bit", "4bit")
 
 
 def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> None:
-    """Refuse a device map that is none, or that contradicts the device.
-
-    Args:
-        device_map: one of ``DEVICE_MAPS``, a dict from module paths to devices, or None.
-        device: ``auto`` or a torch device.
-
-    Raises:
-        UserError: what contradicts.
-    """
+    """Refuse a device map that is neither None, one of ``DEVICE_MAPS`` nor a dict, or that contradicts the device."""
     if device_map is None:
         return
     if not isinstance(device_map, (str, dict)):
@@ -42,13 +34,6 @@ def check_device_map(device_map: str | dict[str, Any] | None, device: str) -> No
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Refuse a quantisation that does not exist.
-
-    Args:
-        quantization: one of ``QUANTIZATIONS``, or None.
-
-    Raises:
-        UserError: it is another.
-    """
+    """Refuse a quantisation that does not exist."""
     if quantization is not None:
         require_one_of("--quantization", quantization, QUANTIZATIONS)

@@ -1,4 +1,4 @@
-"""Where the files of a model are, told without torch or transformers."""
+"""Where the files of a model are, without torch or transformers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 
 def locate(name: str, revision: str | None) -> str:
-    """Find what a model's name stands for, and refuse a directory that holds no model; nothing is loaded.
-
-    Args:
-        name: hub id, local directory, or an embedded model.
-        revision: branch, tag or commit on the hub.
-
-    Returns:
-        The directory, or the hub id.
-
-    Raises:
-        UserError: no such directory, or not one that can be loaded.
-    """
+    """Resolve a model's name to a directory or hub id, and refuse a directory without a model; nothing is loaded."""
     if name.split("/")[0] == "testbed" and not Path(name).exists():
         if revision is not None:
             raise UserError(

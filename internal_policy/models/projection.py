@@ -1,20 +1,32 @@
-"""The projection of a state by the unembedding, with the model's own transform of its logits."""
+"""The unembedding as a matrix E_u, whether plain, offloaded or quantised, and the projection of states by it."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropies
+from internal_policy.models import devices
+from internal_policy.models.families import Family
 from internal_policy.models.options import Lens
+from internal_policy.utils.errors import UserError
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Some libraries pack weights into a subclass of Tensor.
+_DENSE: tuple[type, ...] = (Tensor, nn.Parameter)
+# A product in the head's dtype is rounded by a few eps. A head that quantises its inputs to 8 bits errs by half a step,
+# 1/254 of the largest number, in each of them.
+_ROUNDINGS = 16
 
 
 @dataclass(frozen=True)
 class Projection:
-    """E_u and what the model does to the logits: soft cap, scale and bias belong to the projection."""
+    """E_u with everything that the model does to the logits: bias, scale and soft cap belong to the projection."""
 
     weight: Tensor
     """[V, d] unembedding matrix E_u."""
@@ -45,7 +57,7 @@ class Projection:
 
         Args:
             states: S states of the same N positions, [N, d] each.
-            sums: R lists of places in ``states``; see ``policy_entropies``.
+            sums: R lists of indices into ``states``; see ``policy_entropies``.
 
         Returns:
             [S + R, N] nats, float32. Source: arXiv 2512.19673v3, eqs. 4 and 7.
@@ -60,7 +72,7 @@ class Projection:
             memory_budget=self.memory_budget,
         )
 
-    def through(self, lens: Lens, states: Tensor) -> Tensor:
+    def apply_lens(self, lens: Lens, states: Tensor) -> Tensor:
         """Apply a lens: nothing for ``policy``, LN_final for ``logit-lens``.
 
         Args:
@@ -68,23 +80,23 @@ class Projection:
             states: [N, d].
 
         Returns:
-            [N, d] what E_u projects, in the states' dtype: the norm is the model's own module.
+            [N, d] the states that E_u projects, in their dtype; the norm is the model's own module.
         """
-        return states if lens == "policy" else self.normed(states)
+        return states if lens == "policy" else self.apply_final_norm(states)
 
-    def normed(self, states: Tensor) -> Tensor:
-        """Apply LN_final, where its weights are.
+    def apply_final_norm(self, states: Tensor) -> Tensor:
+        """Apply LN_final on the device of its weights.
 
         Args:
             states: [N, d].
 
         Returns:
-            [N, d] on the device of E_u, which tied weights keep beside the input embedding.
+            [N, d] on the device of E_u, which for tied weights is that of the input embedding.
         """
         return self.final_norm(states).to(self.weight.device)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits in the states' dtype, as the model computes them; for a few states only.
+        """Compute logits in the states' dtype, as the model does; for a few states only.
 
         Args:
             states: [N, d].
@@ -94,3 +106,107 @@ class Projection:
         """
         logits = torch.nn.functional.linear(states.to(self.weight.device), self.weight, self.bias) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def projection_of(model: Any, family: Family) -> Projection:
+    """Read E_u, the transform of the logits and LN_final from the current state of a model.
+
+    Args:
+        model: a transformers causal LM.
+        family: where its parts are.
+
+    Returns:
+        The projection. E_u of an offloaded or quantised unembedding is computed once, and stays on the device where
+        the unembedding runs.
+
+    Raises:
+        UserError: no matrix represents the unembedding.
+    """
+    weight, bias = _matrix(model, family.unembedding)
+    scale = 1.0
+    if family.logit_scale:
+        scale *= float(getattr(model.config, family.logit_scale))
+    if family.logit_divisor:
+        scale /= float(getattr(model.config, family.logit_divisor))
+    return Projection(
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        softcap=getattr(model.config, family.logit_softcap) if family.logit_softcap else None,
+        final_norm=operator.attrgetter(family.final_norm)(model),
+    )
+
+
+def _matrix(model: Any, path: str) -> tuple[Tensor, Tensor | None]:
+    """E_u [V, d] and its bias [V]."""
+    head = operator.attrgetter(path)(model)
+    weight: Tensor | None = getattr(head, "weight", None)
+    bias: Tensor | None = getattr(head, "bias", None)
+    if weight is None or type(weight) not in _DENSE or weight.dtype not in _PLAIN or weight.ndim != 2:
+        return _by_calls(model, head, path)
+    device = devices.execution_device(head)
+    if device is None:
+        return weight.detach(), None if bias is None else bias.detach()
+    weight = devices.materialize(model, f"{path}.weight", weight.detach()).to(device)
+    return weight, None if bias is None else devices.materialize(model, f"{path}.bias", bias.detach()).to(device)
+
+
+@torch.no_grad()
+def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
+    """E_u of a quantised unembedding, whose bits do not depend on the way in which the weights are packed."""
+    embedding = model.get_input_embeddings().weight
+    width = int(getattr(head, "in_features", embedding.shape[1]))
+    dtype = embedding.dtype if embedding.dtype in _PLAIN else torch.float32
+    device = devices.execution_device(head) or _device_of(head)
+
+    def call(states: Tensor) -> Tensor:
+        out: Tensor = head(states)
+        return out
+
+    weight, bias = weight_by_calls(call, width, dtype, device)
+    _refuse_inexact(call, weight, bias, dtype, device, f"{getattr(model, 'name_or_path', '') or 'model'}: {path}")
+    return weight, bias
+
+
+def weight_by_calls(
+    call: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Read E_u [V, d] and its bias where only calls work: projecting the identity matrix gives the exact transpose.
+
+    Args:
+        call: the unembedding.
+        width: d.
+        dtype: dtype of its inputs.
+        device: device of its inputs.
+
+    Returns:
+        E_u with the values by which the model itself multiplies, and its bias [V] if it is not 0.
+    """
+    zero = call(torch.zeros(1, width, dtype=dtype, device=device))[0]
+    bias = zero if bool(zero.any()) else None
+    weight = torch.empty(zero.numel(), width, dtype=zero.dtype, device=zero.device)
+    for first in range(0, width, 1024):
+        unit = torch.zeros(min(1024, width - first), width, dtype=dtype, device=device)
+        unit[:, first : first + len(unit)].fill_diagonal_(1)
+        weight[:, first : first + len(unit)] = (call(unit) if bias is None else call(unit) - bias).T
+    return weight, bias
+
+
+def _refuse_inexact(
+    call: Any, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, what: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(8, weight.shape[1], generator=generator).to(device, dtype)
+    theirs = call(states).double()
+    ours = states.to(weight.device).double() @ weight.double().T + (0 if bias is None else bias.double())
+    error = float((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(torch.float64).tiny))
+    if not error <= _ROUNDINGS * max(torch.finfo(dtype).eps, torch.finfo(weight.dtype).eps):
+        raise UserError(
+            f"{what} also quantises the states that it receives (relative difference {error:.1e}), so that no matrix "
+            "E_u gives the model's logits; leave the unembedding out of the quantisation (llm_int8_skip_modules)"
+        )
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")

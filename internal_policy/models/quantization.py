@@ -1,4 +1,4 @@
-"""Quantised weights, as transformers loads them: what was asked for, and what a checkpoint brings."""
+"""Quantised weights: those requested with ``--quantization``, and those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ _REPACKS = "support_avx512bf16_for_cpu"
 
 
 def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
-    """Refuse to quantise a checkpoint that is quantised already.
-
-    Args:
-        quantization: ``8bit``, ``4bit`` or None.
-        config: the checkpoint's configuration.
-        name: the model's name.
-
-    Raises:
-        UserError: both.
-    """
+    """Refuse to quantise a checkpoint that is already quantised."""
     if quantization is not None and (own := describe(config)) is not None:
         raise UserError(
             f"{name}: --quantization {quantization} was given with a checkpoint that is quantised already ({own}); "
@@ -34,15 +25,7 @@ def refuse_twice(quantization: str | None, config: Any, name: str) -> None:
 
 
 def refuse_unknown(config: Any, name: str) -> None:
-    """Refuse a quantisation that transformers does not know: it would read the packed weights as plain ones.
-
-    Args:
-        config: the checkpoint's configuration.
-        name: the model's name.
-
-    Raises:
-        UserError: it is unknown.
-    """
+    """Refuse a quantisation that transformers does not know, and whose packed weights it would read as plain ones."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     found = getattr(config, "quantization_config", None)
@@ -57,15 +40,7 @@ def refuse_unknown(config: Any, name: str) -> None:
 
 
 def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
-    """The transformers configuration of a quantisation.
-
-    Args:
-        quantization: ``8bit`` (LLM.int8) or ``4bit`` (nf4).
-        dtype: what the model computes in.
-
-    Returns:
-        A ``BitsAndBytesConfig``; the unembedding and the norms are left as they are.
-    """
+    """Create the ``BitsAndBytesConfig`` of ``8bit`` (LLM.int8) or ``4bit`` (nf4), which computes in ``dtype``."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
@@ -74,18 +49,14 @@ def bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def keep_exact(model: Any, name: str) -> None:
-    """See to it that 4-bit layers on a CPU compute what their codes and scales say, and in the dtype of the model.
+    """Make 4-bit layers on a CPU compute with their codes and scales, in the dtype of the model.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then makes in bfloat16;
-    it takes certain shapes only, and a state dict that is read later scrambles the weights. On any CPU with AVX512 it
-    takes wrong scales where a row does not hold whole blocks of weights that share one.
-
-    Args:
-        model: a transformers causal LM; without 4-bit layers nothing is done.
-        name: its name, for the message.
+    On a CPU with AVX512-BF16 bitsandbytes repacks the weights at their first product, which it then computes in
+    bfloat16. This works for certain shapes only, and reading a state dict afterwards scrambles the weights. On any CPU
+    with AVX512 it uses wrong scales if the blocks of weights that share a scale cross the ends of rows.
 
     Raises:
-        UserError: a layer that is dequantised wrongly here, or weights that were repacked already.
+        UserError: a layer is dequantised wrongly on this CPU, or its weights were already repacked.
     """
     for module in model.modules():
         if hasattr(module, _REPACKS):
@@ -106,7 +77,7 @@ def _refuse_wrong(weight: Any, name: str) -> None:
         )
     columns = state.shape[-1]
     if columns % state.blocksize:
-        # In a single row the blocks follow each other, as they do in memory.
+        # In a single row the blocks follow one another as they do in memory.
         one_row = copy(state)
         one_row.shape = torch.Size((1, state.shape.numel()))
         if not torch.equal(dequantize_4bit(weight.data, state).reshape(1, -1), dequantize_4bit(weight.data, one_row)):
@@ -117,40 +88,22 @@ def _refuse_wrong(weight: Any, name: str) -> None:
 
 
 def quiet_casts() -> None:
-    """Keep bitsandbytes from telling once a process that its 8-bit products round their input to float16.
-
-    That is LLM.int8 itself, and nothing to be done about; other warnings of it are left alone.
-    """
-    # A filter that is there already is not added again.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_tells_no_cast)
+    """Suppress the warning of bitsandbytes that 8-bit products round their input to float16, as LLM.int8 defines."""
+    # A filter that is already there is not added again.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_about_casts)
 
 
-def _tells_no_cast(record: logging.LogRecord) -> bool:
+def _is_not_about_casts(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def rounds_by_batch(config: Any) -> bool:
-    """Whether what a model computes of a sequence depends on the sequences beside it, as LLM.int8 does.
-
-    Args:
-        config: of a checkpoint, or of a model in memory.
-
-    Returns:
-        True where it does, by more than rounding in the last bits.
-    """
+    """Whether the results for a sequence depend on the rest of its batch, as with LLM.int8."""
     return describe(config) == "bitsandbytes 8-bit"
 
 
 def describe(config: Any) -> str | None:
-    """Name the quantisation that a configuration speaks of.
-
-    Args:
-        config: of a checkpoint, or of a model in memory.
-
-    Returns:
-        The method with its bits, such as ``bitsandbytes 8-bit`` or ``gptq 4-bit``; None where the weights are not
-        quantised.
-    """
+    """Name the quantisation of a configuration, such as ``gptq 4-bit``; None if its weights are not quantised."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None

@@ -1,6 +1,6 @@
-"""The embedded models: two small language models that come with the package.
+"""The embedded models: two small language models that ship with the package.
 
-Importing this module loads neither torch nor transformers, so that a command can name its default cheaply.
+Importing this module loads neither torch nor transformers, so that a command can name its default quickly.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ NAMES = ("testbed/qwen3", "testbed/llama")
 
 
 def path(name: str) -> Path:
-    """Find the directory of a testbed model.
+    """Find the directory of a testbed model: inside the installed package, else in ``data/testbed`` of the repository.
 
-    Args:
-        name: One of `NAMES`.
-
-    Returns:
-        A directory that ``from_pretrained`` of transformers loads: the one inside the installed package, else the
-        one in ``data/testbed`` of the repository.
+    Raises:
+        UserError: there is no such model, or it was not trained yet.
     """
     if name not in NAMES:
         raise UserError(f"no testbed model is called {name!r}; there are {' and '.join(NAMES)}: use one of these")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from internal_policy.comparison.study_results import Study
 from internal_policy.plotting import analysis, comparison, style
 from internal_policy.utils.io import write_atomically
-from internal_policy.utils.result_format import to_cells
+from internal_policy.utils.table_io import to_cells
 
 __all__ = ["save_study"]
 

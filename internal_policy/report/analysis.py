@@ -12,18 +12,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from internal_policy.analysis import lenses
 from internal_policy.analysis.layer_selection import COVERS, STAGES
 from internal_policy.analysis.remarks import positions_line, remarks
-from internal_policy.analysis.results import Analysis
+from internal_policy.analysis.results import Analysis, other_lens_sentence
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
 from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
 from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.utils.console import few_prompts, of_resamples
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
-from internal_policy.utils.wording import counted
 
 SITES = ("layer", "attn", "ffn")
 MAX_VALUES = 1_500_000
@@ -63,7 +61,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
         "summary": summary(analysis, convergence),
         "target": _boundary(analysis),
         "remarks": remarks(analysis),
-        "other_lens": lenses.sentence(analysis),
+        "other_lens": other_lens_sentence(analysis),
         "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else positions_line(analysis.positions),
         "stages": _stages(analysis),
@@ -93,7 +91,7 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         boundary = f"its boundary layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
         boundary += f" ({chosen.agreement}, {COVERS})"
-    if other := lenses.sentence(analysis):
+    if other := other_lens_sentence(analysis):
         boundary += f"; {other}"
     adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
     falls = adverbs.get(convergence.reading)

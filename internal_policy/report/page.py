@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from internal_policy.utils import palette
 from internal_policy.utils.citation import __version__, bibtex
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis

@@ -73,7 +73,7 @@ def analysis_commands(analysis: Analysis) -> Commands:
     if not named:
         header += "# model and tokenizer as they were in memory then\n"
         return Commands(None, clean(header + call("analyze", [], given, "model, tokenizer")), tuple(notes))
-    words = command_line_of(AnalyzeConfig(model=model, **options), always=("model",))
+    words = command_line_of(AnalyzeConfig, {"model": model, **options}, always=("model",))
     words += [] if root == ANALYSES else words_of("output", root)
     shell = shlex.join(["internal-policy", "analyze", *words])
     return Commands(clean(shell), clean(header + call("analyze", [model], given)), tuple(notes))
@@ -158,12 +158,10 @@ def training_commands(run: Run) -> Commands:
         python += f"# given as objects then: {', '.join(objects)}\n"
         notes.append(f"Given as objects from Python: {', '.join(objects)}. A command cannot give them.")
     python += call("bupo.train", [], options, ", ".join(f"{name}={name}" for name in objects))
-    words = ["internal-policy", "train"]
-    for name, value in options.items():
-        if name in options_of(TrainConfig):
-            words += words_of(name, value)
-        else:
-            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    others = {name: value for name, value in options.items() if name not in options_of(TrainConfig)}
+    texts = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in others.items()]
+    words = ["internal-policy", "train", *command_line_of(TrainConfig, options, always=("model",))]
+    words += words_of("set", texts)
     return Commands(None if objects else clean(shlex.join(words)), clean(python), tuple(notes))
 
 

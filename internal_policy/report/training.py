@@ -11,7 +11,7 @@ from internal_policy.bupo.run import last_alignment_step, why_no_dynamics
 from internal_policy.report.charts import Chart, look, series_look, shade
 from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.report.reproduce import training_commands
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import counted
 
 if TYPE_CHECKING:
     from internal_policy.bupo.run import Run

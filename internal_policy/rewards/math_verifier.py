@@ -1,7 +1,9 @@
-r"""Says whether the ``\boxed{}`` answer of a response is the reference answer, without trusting the response.
+r"""Decide whether the ``\boxed{}`` answer of a response is the reference answer, without trusting the response.
 
-The comparison runs in other processes (`verifier_worker`): what a model writes can keep SymPy busy for ever inside one
-big-integer operation that no signal interrupts, or take all memory, and a process can be killed.
+The comparison runs in other processes (`math_verifier_worker`): what a model writes can keep SymPy busy forever inside
+one big-integer operation that no Python signal handler interrupts, or take all memory, and a process can be killed.
+The workers are programs of their own rather than `multiprocessing` children, because a spawned child runs the user's
+script once more where it has no ``__main__`` guard, and a forked one inherits the trainer's locks and CUDA context.
 """
 
 from __future__ import annotations
@@ -10,42 +12,45 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
-from internal_policy.rewards.math_verifier_worker import plain
+from internal_policy.rewards.math_verifier_worker import START_LIMIT, normalize
 from internal_policy.utils.errors import UserError
 
 MAX_LENGTH = 2000
-"""No answer is longer; a longer box is wrong without being looked at."""
-MEMORY = 4 * 2**30
-"""What one worker may have, in bytes."""
+"""Characters; no reference answer is longer, so a longer box counts as wrong unread."""
+MEMORY_LIMIT = 4 * 2**30
+"""Address space of one worker, in bytes."""
 
 _WORKER = Path(__file__).with_name("math_verifier_worker.py")
-# A run of backslashes is taken whole and never given back: tried from each of its places, a long one would take a time
-# that grows with its square.
+_TIMED_OUT = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 1
+"""Exit status of a worker that its own timer has ended."""
+# A run of backslashes is matched possessively: with backtracking, a long one would take quadratic time.
 _BRACES = re.compile(r"(?P<escape>\\++)(?P<box>boxed\s*+\{)?|[{}]")
 
 
-def boxed_answer(text: str) -> str | None:
-    r"""Find what the last complete ``\boxed{}`` of a text holds.
+def extract_boxed(text: str) -> str | None:
+    r"""Return the content of the last complete ``\boxed{}`` of a text.
 
     Args:
         text: A response.
 
     Returns:
-        Its content, outer white space apart; None where there is no complete one.
+        The content without surrounding white space; None if no box is complete.
     """
     open_braces: list[tuple[int, int] | None] = []
     last, content, escaped = -1, None, -1
-    # One pass: a response may well be ten thousand boxes that never close.
+    # One pass, because a response may be ten thousand boxes that never close.
     for match in _BRACES.finditer(text):
         if match["box"]:
             open_braces.append((match.start(), match.end()))
@@ -65,10 +70,10 @@ def boxed_answer(text: str) -> str | None:
 
 @dataclass
 class Failures:
-    """How often a reward could not be worked out and 0 was given instead.
+    """How often a reward could not be computed and 0 was given instead.
 
     Attributes:
-        checked: Samples in all.
+        checked: Number of samples scored.
         crashes: Samples on which the function raised or its process died.
         timeouts: Samples that took too long.
     """
@@ -78,37 +83,36 @@ class Failures:
     timeouts: int = 0
 
 
-class _Died(Exception):
-    """The worker is gone."""
+class _WorkerEnded(Exception):
+    """The worker process has ended without an answer."""
 
-
-class _Late(Exception):
-    """The worker was killed for being late."""
+    def __init__(self, reason: Literal["timeout", "crash"]) -> None:
+        self.reason = reason
 
 
 class _Worker:
-    """One process, started when first asked."""
+    """One process that compares answers; started at the first question, and again after it has died."""
 
     def __init__(self, time_limit: float) -> None:
         self.time_limit = time_limit
         self.process: subprocess.Popen[str] | None = None
         self.owner = os.getpid()
-        self.has_worked = False
+        self.has_started = False
 
     def ask(self, boxed: str, answer: str) -> bool:
-        if self.process is None or self.process.poll() is not None:
-            self.start()
         try:
-            return self._exchange(json.dumps([boxed, answer]), self.time_limit) == "1"
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            return self._exchange(json.dumps([boxed, answer]) + "\n") == "1"
         except BaseException:
-            # Also after an interrupt: an answer left in the pipe would be taken for that to the next question.
+            # Also after an interrupt: a reply left in the pipe would be taken for the reply to the next question.
             self.stop()
             raise
 
-    def start(self) -> None:
-        # The script's own folder must not be searched for modules (-P); the order of sets must not change (the seed).
-        command = [sys.executable, "-P", "-B", str(_WORKER), str(self.time_limit), str(MEMORY)]
+    def _start(self) -> None:
         self.stop()
+        # -P keeps the script's own folder off the module search path; a fixed hash seed fixes the order of sets.
+        command = [sys.executable, "-P", "-B", str(_WORKER), str(self.time_limit), str(MEMORY_LIMIT)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -119,73 +123,47 @@ class _Worker:
             encoding="utf-8",
         )
         try:
-            said = self._exchange(None, 120)
-        except (_Died, _Late) as error:
-            self.stop()
-            # What once worked is not the user's to mend: the machine is short of something just now.
-            if self.has_worked:
-                raise _Died from error
-            why = "did not start in 120 seconds" if isinstance(error, _Late) else "ended while it started"
-            raise UserError(f"the process that checks answers {why}; see what {command[3]} says when run") from error
-        except BaseException:
-            self.stop()
-            raise
-        if said != "ready":
-            self.stop()
+            reply = self._exchange()
+        except _WorkerEnded as ended:
+            # Once a worker has started, a later failure is not the user's to fix: the machine is short of something.
+            if self.has_started:
+                raise
+            why = f"did not start in {START_LIMIT} seconds" if ended.reason == "timeout" else "ended while it started"
+            raise UserError(f"the process that checks answers {why}; run {_WORKER} to see its messages") from ended
+        if reply != "ready":
             raise UserError(
-                f"answers cannot be checked: {said.removeprefix('error ')}; needed is math-verify 0.9 (pip install "
+                f"answers cannot be checked: {reply.removeprefix('error ')}; needed is math-verify 0.9 (pip install "
                 "'math-verify[antlr4_13_2]')"
             )
-        self.has_worked = True
+        self.has_started = True
 
-    def _exchange(self, line: str | None, limit: float) -> str:
+    def _exchange(self, line: str = "") -> str:
         process = self.process
         assert process is not None
-        late = threading.Event()
-
-        def kill() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(limit, kill)
-        timer.daemon = True
-        timer.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            stdin, stdout = _pipes(process)
-            if line is not None:
-                stdin.write(line + "\n")
-                stdin.flush()
-            reply = stdout.readline()
+            process.stdin.write(line)
+            process.stdin.flush()
+            reply = process.stdout.readline()
         except OSError:
             reply = ""
-        finally:
-            timer.cancel()
-            # Only then is it certain that the process is not killed after it answered.
-            timer.join()
-        if late.is_set():
-            raise _Late
         if not reply:
-            raise _Died
+            # Without its pipes the process has ended or is about to; its own timer bounds the wait.
+            raise _WorkerEnded("timeout" if process.wait() == _TIMED_OUT else "crash")
         return reply.strip()
 
     def stop(self) -> None:
         process, self.process = self.process, None
-        # After a fork the process is the parent's.
+        # In a forked child the process belongs to the parent.
         if process is None or self.owner != os.getpid():
             return
         process.kill()
         process.wait()
-        for pipe in _pipes(process):
-            try:
-                pipe.close()
-            except OSError:
-                continue
-
-
-def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return process.stdin, process.stdout
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
 
 
 def _stop_all(workers: Sequence[_Worker]) -> None:
@@ -194,14 +172,14 @@ def _stop_all(workers: Sequence[_Worker]) -> None:
 
 
 class MathVerifier:
-    r"""Compares the ``\boxed{}`` answer of responses with reference answers, in a pool of guarded processes.
+    r"""Compare the ``\boxed{}`` answers of responses with reference answers, in a pool of sandboxed processes.
 
     Args:
         time_limit: Seconds that one comparison may take; a longer one counts as wrong.
-        workers: Processes; as many as there are processors, at most 4, if None.
+        workers: Number of processes; by default one per processor, at most 4.
 
     Attributes:
-        failures: How many comparisons crashed or took too long.
+        failures: How many comparisons crashed or timed out.
     """
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None) -> None:
@@ -216,7 +194,7 @@ class MathVerifier:
         self._owner = os.getpid()
         self._lock = threading.Lock()
         workers = [_Worker(self.time_limit) for _ in range(self.workers)]
-        # Last in, first out: a few checks start one process, not all.
+        # Last in, first out, so that a few checks start one process and not all of them.
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in workers:
             self._idle.put(worker)
@@ -230,7 +208,7 @@ class MathVerifier:
             answer: The reference answer: LaTeX or plain text, with or without ``$ $`` or ``\boxed{}`` around it.
 
         Returns:
-            True if they are mathematically the same; False if not, without a box, late or crashed.
+            True if they are mathematically equal; False if not, if there is no box, or if the comparison failed.
 
         Raises:
             UserError: math-verify cannot be used.
@@ -245,44 +223,36 @@ class MathVerifier:
             answers: As many reference answers.
 
         Returns:
-            What `check` says of each.
+            The result of `check` for each.
 
         Raises:
             UserError: math-verify cannot be used.
         """
         if self._owner != os.getpid():
             self._open()
-        pairs = [(boxed_answer(r), a) for r, a in zip(responses, answers, strict=True)]
-        verdicts = {pair: _at_once(*pair) for pair in pairs}
-        # Samples of one prompt often agree; each pair is compared once.
-        asked = [(boxed, answer) for (boxed, answer), known in verdicts.items() if known is None and boxed is not None]
-        failed: dict[Any, str] = {}
-        if len(asked) == 1 or self.workers == 1:
-            results = [self._ask(*pair) for pair in asked]
-        else:
+        pairs = [(extract_boxed(r), a) for r, a in zip(responses, answers, strict=True)]
+        # Samples of one prompt often agree; each distinct pair is compared once.
+        verdicts: dict[Any, bool | str | None] = {pair: _compare_texts(*pair) for pair in pairs}
+        open_pairs = [pair for pair, verdict in verdicts.items() if verdict is None]
+        if open_pairs:
             pool = ThreadPoolExecutor(self.workers)
             try:
-                results = list(pool.map(self._ask, *zip(*asked, strict=True))) if asked else []
+                verdicts |= zip(open_pairs, pool.map(self._ask, *zip(*open_pairs, strict=True)), strict=True)
             finally:
                 pool.shutdown(cancel_futures=True)
-        for pair, result in zip(asked, results, strict=True):
-            verdicts[pair] = result is True
-            if isinstance(result, str):
-                failed[pair] = result
+        results = [verdicts[pair] for pair in pairs]
         with self._lock:
-            self.failures.checked += len(pairs)
-            self.failures.crashes += sum(failed.get(pair) == "crash" for pair in pairs)
-            self.failures.timeouts += sum(failed.get(pair) == "timeout" for pair in pairs)
-        return [bool(verdicts[pair]) for pair in pairs]
+            self.failures.checked += len(results)
+            self.failures.crashes += results.count("crash")
+            self.failures.timeouts += results.count("timeout")
+        return [result is True for result in results]
 
     def _ask(self, boxed: str, answer: str) -> bool | str:
         worker = self._idle.get()
         try:
             return worker.ask(boxed, answer)
-        except _Late:
-            return "timeout"
-        except _Died:
-            return "crash"
+        except _WorkerEnded as ended:
+            return ended.reason
         finally:
             self._idle.put(worker)
 
@@ -295,7 +265,8 @@ class MathVerifier:
         return MathVerifier, (self.time_limit, self.workers)
 
 
-def _at_once(boxed: str | None, answer: str) -> bool | None:
+def _compare_texts(boxed: str | None, answer: str) -> bool | None:
+    """Return the verdict where the texts alone decide, else None."""
     if not boxed or len(boxed) > MAX_LENGTH:
         return False
-    return True if boxed == answer.strip() or plain(boxed) == plain(answer) else None
+    return True if boxed == answer.strip() or normalize(boxed) == normalize(answer) else None

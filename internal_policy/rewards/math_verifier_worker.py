@@ -1,6 +1,7 @@
-r"""The process that compares answers: reads a JSON line ``[boxed, answer]``, writes ``1`` or ``0``.
+r"""The process that compares answers: it reads JSON lines ``[boxed, answer]`` and writes ``1`` or ``0`` for each.
 
-It runs as a script of its own (``python -P verifier_worker.py SECONDS BYTES``) and imports nothing of this package.
+It runs as a script of its own (``python -P math_verifier_worker.py SECONDS BYTES``), imports nothing of this package,
+and ends itself when a comparison takes too long, so that no worker outlives a parent that was killed.
 
 What it reads was written by a model, so nothing in it may ever run as a program. SymPy turns strings into expressions
 with ``eval`` (``parse_expr``, behind ``sympify`` and ``Number``). math-verify gets there in two ways: by its
@@ -12,19 +13,25 @@ removed.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
+
+START_LIMIT = 120
+"""Seconds that a worker may take to import math-verify."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]+", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 
-_LOOKS = [
+_FORMATTING = [
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!\s*"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:text|textbf|textit|mbox|mathrm)\s*\{([^{}\\]*)\}"), r"\1"),
@@ -35,11 +42,11 @@ _LOOKS = [
     (re.compile(r"\s+"), " "),
 ]
 
-_WRAPPINGS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")]
+_DELIMITERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")]
 
 # SymPy writes the arithmetic of monomials as source, with counted names and nothing else.
 _MONOMIALS = re.compile(r"def monomial_[a-z]+\([ABk, ]+\):\n[\sa-zA-Z0-9(),=+*<>:-]*")
-_HARMLESS = {
+_ALLOWED_EVENTS = {
     "array.__new__",
     "builtins.id",
     "exec",  # needs a code object, and those come from `compile`
@@ -55,17 +62,17 @@ _HARMLESS = {
 }
 
 
-def read_number(text: str, *_: Any, **__: Any) -> Any:
-    """Stand in for SymPy's `parse_expr`, for numbers only.
+def parse_number(text: str, *_: Any, **__: Any) -> Any:
+    """Replace SymPy's `parse_expr`, for numbers only.
 
     Args:
-        text: A number as the LaTeX grammar has it.
+        text: A number of the LaTeX grammar.
 
     Returns:
         The SymPy number.
 
     Raises:
-        ValueError: It is anything else.
+        ValueError: The text is anything else.
     """
     sympy = importlib.import_module("sympy")
     text = str(text).strip()
@@ -76,19 +83,19 @@ def read_number(text: str, *_: Any, **__: Any) -> Any:
     raise ValueError("not a number")
 
 
-def refuse(event: str, args: tuple[Any, ...]) -> None:
-    """Refuse, as an audit hook, all that a comparison does not need.
+def deny(event: str, args: tuple[Any, ...]) -> None:
+    """Refuse, as an audit hook, everything that a comparison does not need.
 
     Args:
         event: What Python is about to do.
-        args: With what.
+        args: The arguments of the event.
 
     Raises:
-        PermissionError: It is not on the short list.
+        PermissionError: The event is not on the short list.
     """
-    if event in _HARMLESS or event.startswith(("cpython.", "gc.")):
+    if event in _ALLOWED_EVENTS or event.startswith(("cpython.", "gc.")):
         return
-    # Importing is reading a file; where no .pyc is at hand, compiling it too.
+    # Importing reads a file, and compiles it where there is no .pyc.
     if event == "open" and args[1] in ("r", "rb"):
         return
     if event == "compile":
@@ -102,47 +109,43 @@ def refuse(event: str, args: tuple[Any, ...]) -> None:
     raise PermissionError(event)
 
 
-def seal(memory: int) -> None:
-    """Take from this process, for good, what a comparison does not need.
+def enter_sandbox(memory: int) -> None:
+    """Take from this process, irrevocably, what a comparison does not need.
 
     Args:
-        memory: The address space it may have, in bytes.
+        memory: Limit of its address space, in bytes.
     """
-    # What is imported later may not compile strings any more, and SymPy's units, which `simplify` wants, are made so.
+    # SymPy's units, which `simplify` imports, compile strings, and that is refused from here on.
     importlib.import_module("math_verify")
     importlib.import_module("sympy.physics.units")
-    parser = importlib.import_module("sympy.parsing.sympy_parser")
-    vars(parser)["parse_expr"] = read_number
+    importlib.import_module("sympy.parsing.sympy_parser").parse_expr = parse_number  # type: ignore[attr-defined]
     try:
         import resource
     except ImportError:  # Windows
         pass
     else:
-        limits = {"RLIMIT_AS": memory, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
-        for name, value in limits.items():
-            hard = resource.getrlimit(getattr(resource, name))[1]
+        for kind, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+            hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            # A system may not know a limit (macOS has no RLIMIT_AS to set): the time limit holds all the same.
-            try:
-                resource.setrlimit(getattr(resource, name), (value, value))
-            except (OSError, ValueError):
-                continue
-    sys.addaudithook(refuse)
+            # macOS cannot set RLIMIT_AS; the time limit still applies there.
+            with suppress(OSError, ValueError):
+                resource.setrlimit(kind, (value, value))
+    sys.addaudithook(deny)
 
 
-def bare(text: str) -> str:
-    r"""Take an answer out of its wrapping.
+def strip_delimiters(text: str) -> str:
+    r"""Remove the delimiters around an answer.
 
     Args:
         text: An answer, perhaps inside ``$ $``, ``\( \)``, ``\[ \]`` or ``\boxed{ }``.
 
     Returns:
-        The LaTeX without that.
+        The LaTeX inside.
     """
     inner: str | None = text.strip()
     while inner is not None:
         text = inner
-        inner = next((i for i in (_inside(text, *pair) for pair in _WRAPPINGS) if i is not None), None)
+        inner = next((i for i in (_inside(text, *pair) for pair in _DELIMITERS) if i is not None), None)
     return text
 
 
@@ -150,21 +153,21 @@ def _inside(text: str, start: str, end: str) -> str | None:
     if len(text) <= len(start) + len(end) or not (text.startswith(start) and text.endswith(end)):
         return None
     inner = text[len(start) : len(text) - len(end)].strip()
-    # The wrapping must be one: "$1$ and $2$" is not.
+    # "$1$ and $2$" is not one pair of delimiters.
     return inner if inner and start not in inner and _balanced(inner) else None
 
 
-def plain(text: str) -> str:
-    r"""Drop from an answer what changes its looks only: wrapping, spacing, sizes of brackets, fonts of words.
+def normalize(text: str) -> str:
+    r"""Remove from an answer what changes its appearance only: delimiters, spacing, sizes of brackets, fonts of words.
 
     Args:
         text: An answer in LaTeX.
 
     Returns:
-        The answer; two that are equal now mean the same, also where they are no mathematics (``\text{Evelyn}``).
+        The answer. Two that are equal now mean the same, even if they are not mathematics (``\text{Evelyn}``).
     """
-    text = bare(text).replace("{,}", ",")
-    for pattern, replacement in _LOOKS:
+    text = strip_delimiters(text).replace("{,}", ",")
+    for pattern, replacement in _FORMATTING:
         text = pattern.sub(replacement, text)
     return text.strip()
 
@@ -179,14 +182,14 @@ def _balanced(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _parsed(latex: str) -> tuple[Any, ...]:
+def _parse(latex: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
     config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
     return tuple(parse(rf"\boxed{{{latex}}}", [config], parsing_timeout=None))
 
 
-def same(boxed: str, answer: str) -> bool:
+def is_equal(boxed: str, answer: str) -> bool:
     """Compare what a response put in its box with the reference answer.
 
     Args:
@@ -194,49 +197,60 @@ def same(boxed: str, answer: str) -> bool:
         answer: The reference answer.
 
     Returns:
-        True if they are mathematically the same.
+        True if they are mathematically equal.
     """
     from math_verify import verify
 
-    return bool(verify(list(_parsed(bare(answer))), list(_parsed(bare(boxed))), timeout_seconds=None))
+    return bool(
+        verify(list(_parse(strip_delimiters(answer))), list(_parse(strip_delimiters(boxed))), timeout_seconds=None)
+    )
+
+
+def _set_timer(seconds: float) -> None:
+    """Let this process be ended after so many seconds; 0 cancels it."""
+    if hasattr(signal, "setitimer"):
+        # By the kernel, as the default action of the signal: a handler would wait for the end of a C function.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    elif seconds:  # Windows
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def main() -> None:
     """Answer until the input ends."""
-    seconds, memory = float(sys.argv[1]), int(sys.argv[2])
+    time_limit, memory_limit = float(sys.argv[1]), int(sys.argv[2])
+    if hasattr(signal, "SIGALRM"):
+        # A parent may have ignored or blocked the signal, which its children inherit.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    _set_timer(START_LIMIT)
     # What a library prints must not get between the answers.
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
-    # The interrupt of a terminal is for the parent, which closes the input.
+    # A terminal's interrupt is for the parent, which closes the input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import math_verify  # noqa: F401
-
-        import_error = None
     except Exception as error:
-        import_error = f"{type(error).__name__}: {error}".splitlines()[0]
-    if import_error:
-        replies.write(f"error {import_error}\n")
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        replies.write(f"error {message}\n")
         return
-    import logging
-
     logging.disable(logging.CRITICAL)
-    seal(memory)
-    # The first comparison loads parts of SymPy; it is none of the answers' time.
-    same(r"\frac{1}{2}", "0.5")
-    same("(1,2)", "x=1")
+    enter_sandbox(memory_limit)
+    # The first comparison loads parts of SymPy, which must not count against the time limit of an answer.
+    is_equal(r"\frac{1}{2}", "0.5")
+    is_equal("(1,2)", "x=1")
+    _set_timer(0)
     replies.write("ready\n")
     for line in sys.stdin:
-        # The parent kills a worker that is late; this one is for a worker that has no parent any more.
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         try:
-            answer = same(*json.loads(line))
-        except (Exception, RecursionError):
-            answer = False
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write("1\n" if answer else "0\n")
+            _set_timer(time_limit)
+            equal = is_equal(*json.loads(line))
+        except Exception:
+            equal = False
+        _set_timer(0)
+        replies.write("1\n" if equal else "0\n")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""The processes of a program that `accelerate launch` or torchrun started several times."""
+"""The processes of `accelerate launch` or torchrun among which work is divided, and batches that fit in memory."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, is_out_of_memory
 from internal_policy.utils.shell import world_size
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 24 * 3600
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Processes:
     """How many."""
     rank: int = 0
     """Which of them this is, from 0."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=lambda: _cpu())
     """This process's device, where there are several."""
     sharded: bool = False
     """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
@@ -85,7 +92,13 @@ class Processes:
         return done
 
 
-def processes(options: Mapping[str, Any]) -> Processes:
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def training_processes(options: Mapping[str, Any]) -> Processes:
     """Find out how a training run was launched.
 
     Args:
@@ -101,7 +114,7 @@ def processes(options: Mapping[str, Any]) -> Processes:
     return _started(bool(options.get("use_cpu")), timeout, sharded)
 
 
-def launched() -> Processes:
+def launched_processes() -> Processes:
     """Find out whether this program was launched as several processes.
 
     Returns:
@@ -111,6 +124,7 @@ def launched() -> Processes:
 
 
 def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
+    import torch
     from accelerate import PartialState
 
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"} or not torch.cuda.is_available()
@@ -122,3 +136,42 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
             "start with accelerate launch or torchrun, or unset WORLD_SIZE"
         ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)
+
+
+def run_with_oom_retry(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]], advice: str
+) -> list[Result]:
+    """Run a batch; where memory runs out, run its two halves instead, down to single items.
+
+    Args:
+        items: the batch.
+        run: returns one result for each item, in order.
+        advice: what the user can do where a single item does not fit.
+
+    Returns:
+        One result for each item, in order.
+
+    Raises:
+        UserError: a single item does not fit.
+    """
+    try:
+        return run(items)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(items) == 1:
+            raise UserError(f"out of memory on a single sequence; {advice}") from error
+    # Outside the handler, so that the traceback no longer holds the tensors of the failed try.
+    release_memory()
+    half = (len(items) + 1) // 2
+    logger.warning("out of memory on a batch of %d; trying batches of %d", len(items), half)
+    return run_with_oom_retry(items[:half], run, advice) + run_with_oom_retry(items[half:], run, advice)
+
+
+def release_memory() -> None:
+    """Free the memory of a model that is no longer used, before the next one is loaded."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -42,6 +42,38 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def sha256_of(path: Path) -> str:
+    """Digest a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its SHA-256 as 64 hexadecimal digits.
+    """
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse a directory that cannot be written to, or made, before anything long begins.
+
+    Args:
+        directory: of a result; it need not exist.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        str(directory.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{directory}: holds bytes that are not UTF-8; choose another --output directory") from error
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
+        raise UserError(f"{directory}: cannot be written ({existing} {what}); choose another --output directory")
+
+
 def expanded(path: str | Path) -> Path:
     """Put a user's home directory in place of ``~`` or ``~name``.
 

@@ -64,7 +64,7 @@ def locked(*directories: Path, wait: bool = False, state: Processes | None = Non
 
 
 @contextmanager
-def keeping() -> Iterator[None]:
+def keep_locks() -> Iterator[None]:
     """Hold every lock that is taken meanwhile until the end: a command draws its figures after its result is whole."""
     with ExitStack() as stack:
         token = _keeper.set(stack)
@@ -200,7 +200,7 @@ def _is_there(handle: int, path: Path) -> bool:
 def _await(handle: int, directory: Path, who: str) -> None:
     import fcntl
 
-    from internal_policy.utils.progress import status
+    from internal_policy.utils.logging import status
 
     logger.warning("%s: another process is writing there (%s); waiting until it has ended", directory, who)
     with status(f"waiting for {who}"):

@@ -1,56 +1,72 @@
-"""What all results have in common on disk: a directory each, a manifest that is written last, and how one is found.
+"""A finished result on disk: a directory with a manifest that is written last, and how a result is recognised.
 
-The manifest holds the SHA-256 of every file of the result and one of itself, so that a result that was damaged or
-edited after it was written is never read as if it were whole.
+The manifest holds the SHA-256 of every file of the result and of itself, so that a result that was damaged or edited
+after it was written is never read as if it were whole. A command that would make the same result again recognises it
+
+1. by its settings and by the digests of weights and inputs, which stand in the manifest (`check_settings`); and
+2. without loading a model, by one digest of the files from which it was made (`source_digest`, `is_up_to_date`).
+
+Unfinished results are in ``workspace``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import write_atomically, write_text
+from internal_policy.utils.io import sha256_of, write_text
 from internal_policy.utils.locks import locked
 from internal_policy.utils.shell import refuse_unmatched
 
 _NAMED = 4
-
-# Before pandas 3.1 the default may miss a float's last digit; from then on it does not, and the choice is deprecated.
-EXACT: dict[str, Any] = (
-    {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
-)
-"""What pandas' ``read_csv`` needs to give every number back bit for bit."""
+_PACKAGE = Path(__file__).parents[1]
+_ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
+"""Devices of Linux through which torch finds a GPU."""
+_NEVER_READ = (".bin", ".pt", ".pth", ".ckpt")
+"""Pickles: large optimiser states in the directory of a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of result: an analysis, an evaluation, an inspection."""
+class ResultFormat:
+    """How one kind of result is stored: an analysis, an evaluation, a comparison."""
 
-    what: str
-    """Its name."""
+    name: str
+    """What one result is called."""
     plural: str
-    """The name of several."""
+    """What several are called."""
     command: str
     """The command that makes one."""
-    again: str
-    """What to do with a broken one."""
+    redo: str
+    """The verb for making a broken one again."""
     manifest: str
     """The file that is written last: a directory without it holds no finished result."""
     version: int
-    """Of what is on disk."""
+    """The version of the format."""
     files: tuple[str, ...]
-    """The files of a result beside the manifest, as far as it has them."""
+    """The other files of a result; some may be absent."""
+    drawn: tuple[str, ...] = ()
+    """Files that are drawn from a result, which is complete without them."""
     depth: int = 1
-    """So many directories below the one that is named there may be some."""
+    """How many levels below a directory its results may be."""
+
+    def is_in(self, directory: Path) -> bool:
+        """Whether a directory holds a finished result.
+
+        Args:
+            directory: any path.
+
+        Returns:
+            True where the manifest is there.
+        """
+        return (directory / self.manifest).is_file()
 
     def below(self, directory: Path) -> list[Path]:
         """List the results of a directory.
@@ -59,9 +75,9 @@ class Kind:
             directory: of one result, or above several.
 
         Returns:
-            The directory alone where it is one; else those below it, in the order of their paths.
+            The directory alone where it is one; otherwise those below it, in the order of their paths.
         """
-        if (directory / self.manifest).is_file():
+        if self.is_in(directory):
             return [directory]
         levels = ("/".join(["*"] * depth) for depth in range(1, self.depth + 1))
         return sorted(path.parent for level in levels for path in directory.glob(f"{level}/{self.manifest}"))
@@ -76,7 +92,7 @@ class Kind:
             The result's directory.
 
         Raises:
-            UserError: none is there, or several are.
+            UserError: there is none, or there are several.
         """
         refuse_unmatched(directory)
         inside = self.below(directory)
@@ -87,12 +103,12 @@ class Kind:
             more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
             raise UserError(f"{directory}: holds {len(inside)} {self.plural} ({names}{more}); name one of them")
         raise UserError(
-            f"{directory}: no finished {self.what} here (no {self.manifest}); run internal-policy {self.command} first"
+            f"{directory}: no finished {self.name} here (no {self.manifest}); run internal-policy {self.command} first"
         )
 
     @contextmanager
     def reading(self, source: Path) -> Iterator[dict[str, Any]]:
-        """Read the manifest, and tell in one line what is broken in it, or in what is read meanwhile.
+        """Read the manifest, and report in one line what is broken in it or in the files that are read meanwhile.
 
         Args:
             source: the result's directory.
@@ -108,21 +124,21 @@ class Kind:
             if manifest["schema_version"] != self.version:
                 raise UserError(
                     f"{source}: schema version {manifest['schema_version']}; this version reads {self.version}: "
-                    f"{self.again} again, or use the version of internal-policy that wrote it"
+                    f"{self.redo} again, or use the version of internal-policy that wrote it"
                 )
-            if changed := changed_since(source, self.manifest, manifest):
+            if changed := self.changed_file(source, manifest):
                 raise UserError(
                     f"{source}: {changed} is not what was written there (damaged, or edited); put it back, or "
-                    f"{self.again} again"
+                    f"{self.redo} again"
                 )
             yield manifest
-        # What libraries raise on a table is theirs to choose; a result is read whole or not at all.
         except UserError:
             raise
+        # Which exceptions a library raises on a broken table is no closed list.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{source}: broken {self.what} ({type(error).__name__}: {reason}); {self.again} again"
+                f"{source}: broken {self.name} ({type(error).__name__}: {reason}); {self.redo} again"
             ) from error
 
     @contextmanager
@@ -147,169 +163,145 @@ class Kind:
             self.write_manifest(target, manifest)
 
     def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, or another in its place, whole or not at all.
+        """Write the manifest with the digests of the other files and of itself, or replace it, atomically.
 
         Args:
             directory: of the result.
             manifest: what it holds; JSON-able, without NaN.
         """
-        write_manifest(directory, self.manifest, manifest, self.files)
+        digests = {file: sha256_of(directory / file) for file in self.files if (directory / file).is_file()}
+        complete = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
+        sealed = {**complete, "seal": _seal(complete)}
+        write_text(directory / self.manifest, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
+
+    def changed_file(self, directory: Path, manifest: Mapping[str, Any]) -> str | None:
+        """Compare a result with the digests that were taken when it was written.
+
+        Args:
+            directory: of the result.
+            manifest: what the manifest holds now.
+
+        Returns:
+            The first file that has changed; None where all are the same.
+
+        Raises:
+            OSError: a file is gone.
+            KeyError: the manifest has no digests.
+        """
+        fields = dict(manifest)
+        if fields.pop("seal") != _seal(fields):
+            return self.manifest
+        changed = (name for name, digest in fields["sha256"].items() if sha256_of(directory / name) != digest)
+        return next(changed, None)
+
+    def check_settings(self, directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """Refuse a finished result of other settings than those that are asked for.
+
+        Args:
+            directory: of the result.
+            stored: its settings.
+            wanted: the settings that are compared, as JSON-able values; further ones in ``stored`` may differ.
+
+        Raises:
+            UserError: one differs; the message names all that do.
+        """
+        if differing := describe_differences({k: v for k, v in stored.items() if k in wanted}, wanted):
+            article = "an" if self.name[0] in "aeiou" else "a"
+            raise UserError(
+                f"{directory}: already holds {article} {self.name} with other settings ({differing}); choose another "
+                "--output directory, or add --overwrite to start over"
+            )
 
 
-def write_manifest(directory: Path, name: str, manifest: Mapping[str, Any], files: Sequence[str]) -> None:
-    """Write a manifest with the digests of the files that it stands for, and of itself.
+def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name the settings that differ.
 
     Args:
-        directory: of the result.
-        name: of the manifest.
-        manifest: what it holds; JSON-able, without NaN.
-        files: the result's other files, as far as it has them.
-    """
-    digests = {file: _digest(directory / file) for file in files if (directory / file).is_file()}
-    whole = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
-    sealed = {**whole, "seal": _seal(whole)}
-    write_text(directory / name, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
-
-
-def changed_since(directory: Path, name: str, manifest: Mapping[str, Any]) -> str | None:
-    """Compare a result with the digests that were taken when it was written.
-
-    Args:
-        directory: of the result.
-        name: of the manifest.
-        manifest: what it holds now.
+        stored: what is on disk.
+        wanted: what is asked for.
 
     Returns:
-        The first file that is another one now; None where all are the same.
-
-    Raises:
-        OSError: a file is gone.
-        KeyError: the manifest has no digests.
+        ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
     """
-    whole = dict(manifest)
-    if whole.pop("seal") != _seal(whole):
-        return name
-    return next((file for file, digest in whole["sha256"].items() if _digest(directory / file) != digest), None)
+    wanted = json.loads(json.dumps(wanted))
+    keys = sorted(stored.keys() | wanted.keys())
+    return ", ".join(f"{k} {stored.get(k)} -> {wanted.get(k)}" for k in keys if stored.get(k) != wanted.get(k))
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def is_up_to_date(
+    config: Mapping[str, Any], versions: Mapping[str, str], current_digest: Callable[[], str | None]
+) -> bool:
+    """Whether a finished result was made from the files that are there now, by the same versions of the libraries.
+
+    Args:
+        config: of the result; ``files`` is the `source_digest` from then.
+        versions: of the libraries then, by name.
+        current_digest: returns the `source_digest` from now; called last, because it reads the files.
+
+    Returns:
+        False also where that cannot be known.
+    """
+    if config.get("files") is None or config.get("hooked"):
+        return False
+    return all(library_version(name) == known for name, known in versions.items()) and (
+        config["files"] == current_digest()
+    )
+
+
+def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> str | None:
+    """Digest the files from which a result is made: a model's, its inputs, and the code of this package.
+
+    Reading them takes milliseconds for the embedded models, and neither torch nor transformers. Where more than files
+    on this disk decides, nothing is concluded: the model is loaded and compared by all that its numbers come from.
+
+    Args:
+        model: directory of the checkpoint.
+        inputs: files that are read besides.
+        device: on which the model is loaded.
+
+    Returns:
+        64 hexadecimal digits; None where a file is missing, or where a GPU or another library decides as well.
+    """
+    if not _is_cpu(device) or not model.is_dir() or (model / "adapter_config.json").exists():
+        return None
+    folders = (model, model / "additional_chat_templates")
+    files = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.suffix not in _NEVER_READ]
+    files = [p for p in files if p.is_file()]
+    digest = hashlib.sha256()
+    try:
+        # A pipe is not read here: it gives what it holds only once.
+        if not all(path.is_file() for path in inputs):
+            return None
+        # Quantised weights are read by a library whose version is in no result.
+        if b"quantization_config" in (model / "config.json").read_bytes():
+            return None
+        for path in [*files, *inputs, *sorted(_PACKAGE.rglob("*.py"))]:
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def library_version(name: str) -> str | None:
+    """Look up the version of an installed package.
+
+    Args:
+        name: of the distribution.
+
+    Returns:
+        Its version; None where it is not installed.
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_cpu(device: str) -> bool:
+    if device != "auto":
+        return device == "cpu"
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _ACCELERATORS)
 
 
 def _seal(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-# A spreadsheet runs what begins so; a sign alone and a number are harmless.
-_FORMULA = re.compile(r"'*[=+\-@\t\r](?s:.)+")
-_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
-
-
-def to_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Put an apostrophe before texts that a spreadsheet would run as formulas.
-
-    Args:
-        table: the table; names, prompts and tokens in it may be anybody's.
-
-    Returns:
-        What is written as CSV.
-    """
-    return _each_text(table, lambda text: f"'{text}" if _is_formula(text) else text)
-
-
-def from_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Take the apostrophes away again.
-
-    Args:
-        table: what was read of a CSV file.
-
-    Returns:
-        What ``to_cells`` was given.
-    """
-    return _each_text(table, lambda text: text[1:] if text.startswith("'") and _is_formula(text[1:]) else text)
-
-
-def _is_formula(text: str) -> bool:
-    return bool(_FORMULA.fullmatch(text)) and not _NUMBER.fullmatch(text)
-
-
-def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
-    texts = [name for name, kind in columns_of(table).items() if kind == "text"]
-    changed = {name: [change(v) if isinstance(v, str) else v for v in table[name]] for name in texts}
-    return table.assign(**{name: pd.Series(v, table.index, table[name].dtype) for name, v in changed.items()})
-
-
-def write_parquet(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as parquet, whole or not at all, with a checksum in every page.
-
-    Args:
-        path: the file.
-        table: its rows.
-    """
-    write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False, write_page_checksum=True))
-
-
-def read_parquet(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_parquet`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows.
-    """
-    return pd.read_parquet(path, page_checksum_verification=True)
-
-
-def columns_of(table: pd.DataFrame) -> dict[str, str]:
-    """Tell the kinds of a table's columns, which CSV does not keep.
-
-    Args:
-        table: the table.
-
-    Returns:
-        For each column ``text``, or the name of its dtype.
-    """
-    kinds = {str(name): str(dtype) for name, dtype in table.dtypes.items()}
-    return {name: "text" if kind in ("object", "str") else kind for name, kind in kinds.items()}
-
-
-def read_columns(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Read a CSV table whose kinds of columns are known: a name such as NA or 007 stays a text.
-
-    Args:
-        path: the file.
-        columns: of ``columns_of``.
-
-    Returns:
-        Its rows; what is empty is not defined.
-    """
-    kinds: dict[Any, Any] = {name: str if kind == "text" else kind for name, kind in columns.items()}
-    table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], **EXACT)
-    return from_cells(table)
-
-
-def write_rows(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as JSON lines, whole or not at all.
-
-    Args:
-        path: the file.
-        table: its rows; a cell may hold a list.
-    """
-    lines = (json.dumps(row, ensure_ascii=False) for row in table.to_dict("records"))
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def read_rows(path: Path) -> pd.DataFrame:
-    """Read what ``write_rows`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows.
-    """
-    # Not splitlines: a text may hold any other line ending, unescaped.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return pd.DataFrame([json.loads(line) for line in lines if line])

@@ -1,8 +1,9 @@
-"""Work in progress on disk: finished portions of an interrupted run, found again by the same command.
+"""An unfinished result on disk: the portions of an interrupted run, which the same command finds and goes on from.
 
-``<output>/<slug>/work/`` holds ``run.json`` (what is being worked on) and a shard for each finished portion. Every file
-is renamed into place when whole. The name of a shard ends in a digest of its content and of what is being worked on:
-one that was damaged, or is of another run, is set aside and made again.
+``<output>/<slug>/work/`` holds ``run.json`` (the settings of the run and the digests of its inputs) and a shard for
+each finished portion. Every file is renamed into place when it is complete. The name of a shard ends in a digest of its
+content and of ``run.json``: a shard that was damaged, or is of another run, is set aside and made again. Finished
+results are in ``result_format``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internal_policy.utils.distributed import Processes
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import is_temporary, set_aside, write_atomically, write_text
+from internal_policy.utils.io import is_temporary, require_writable, set_aside, write_atomically, write_text
 from internal_policy.utils.locks import LOCK
+from internal_policy.utils.logging import progress
+from internal_policy.utils.result_format import ResultFormat, describe_differences
 
 logger = logging.getLogger(__name__)
 
@@ -34,83 +38,27 @@ _ASIDE = re.compile(r"damaged-\d+-.*")
 Arrays = dict[str, NDArray[Any]]
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
-    """Name the settings that differ.
-
-    Args:
-        old: what is on disk.
-        new: what was asked for.
-        before: what a setting that `old` lacks stands for, where it was written before there was that setting.
-
-    Returns:
-        ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
-    """
-    old = {**{k: v for k, v in (before or {}).items() if k in new}, **old}
-    keys = sorted(old.keys() | new.keys())
-    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
-
-
-def in_use(directory: Path, what: str, differing: str) -> UserError:
-    """Make the error for a directory that holds a finished result of other settings.
-
-    Args:
-        directory: the directory.
-        what: ``an analysis``, ``a run``.
-        differing: what `differences` found.
-
-    Returns:
-        The error, to be raised.
-    """
-    return UserError(
-        f"{directory}: already holds {what} with other settings ({differing}); choose another --output directory, "
-        "or add --overwrite to start over"
-    )
-
-
 class Workspace:
-    """The portions of one run."""
+    """The portions of one run.
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        manifest: str,
-        result_files: Sequence[str],
-        what: str,
-    ) -> None:
-        """Name the directory; nothing is made yet.
+    Args:
+        directory: of the result; nothing is made before `open`.
+        result: the format of the result.
+    """
 
-        Args:
-            directory: of one result.
-            manifest: the file that a whole result has, written last.
-            result_files: all files of a result.
-            what: what messages call the result.
-        """
+    def __init__(self, directory: Path, result: ResultFormat) -> None:
         self.directory = directory
         self.work = directory / "work"
-        self.manifest = manifest
-        self.result_files = result_files
-        self.what = what
+        self._result = result
 
     def check(self) -> None:
-        """Refuse a directory that is not ours or not writable, before anything long begins; make nothing yet.
+        """Refuse a directory that holds something else or is not writable, before anything long begins.
 
         Raises:
             UserError: not writable, or in use for something else.
         """
-        try:
-            str(self.directory.absolute()).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{self.directory}: holds bytes that are not UTF-8; choose another --output directory"
-            ) from error
-        existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            what = "is a directory that may not be written to" if existing.is_dir() else "is a file"
-            raise UserError(
-                f"{self.directory}: cannot be written ({existing} {what}); choose another --output directory"
-            )
-        manifest = (self.directory / self.manifest).is_file()
+        require_writable(self.directory)
+        manifest = self._result.is_in(self.directory)
         others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
         if others:
             raise UserError(
@@ -118,16 +66,15 @@ class Workspace:
                 "choose another --output directory"
             )
 
-    def open(self, identity: dict[str, Any], overwrite: bool, before: Mapping[str, Any] | None = None) -> bool:
-        """Begin a run, or take up the one that was interrupted.
+    def open(self, identity: Mapping[str, Any], overwrite: bool) -> bool:
+        """Begin a run, or resume the one that was interrupted.
 
         Args:
-            identity: settings, weights and inputs that decide the numbers.
+            identity: all settings that determine the numbers, and digests of weights and inputs.
             overwrite: delete what an earlier run left there.
-            before: as in `differences`.
 
         Returns:
-            True where an interrupted run is taken up. Of its portions those that are damaged have been set aside.
+            True where an interrupted run is resumed. Damaged portions of it have been set aside.
 
         Raises:
             UserError: not writable, or the interrupted run was of something else.
@@ -136,25 +83,24 @@ class Workspace:
         try:
             if overwrite:
                 # The manifest goes first: a kill in between leaves nothing that reads as a result.
-                (self.directory / self.manifest).unlink(missing_ok=True)
+                (self.directory / self._result.manifest).unlink(missing_ok=True)
                 self.close()
             self.work.mkdir(parents=True, exist_ok=True)
             old = self._identity()
             if old is None:
                 write_text(path, json.dumps(identity, indent=2))
-                # They are taken up where they are of this run, whatever became of what said so.
-                return self._any_whole()
+                # Shards of this run are used even where run.json was lost.
+                return self._check_shards()
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot be written ({error.strerror or error}); choose another --output directory"
             ) from error
-        differing = differences(old, json.loads(json.dumps(identity)), before)
-        if differing:
+        if differing := describe_differences(old, identity):
             raise UserError(
-                f"{self.directory}: holds an unfinished {self.what} with other settings ({differing}); repeat its "
-                "command to go on, add --overwrite to start over, or choose another --output directory"
+                f"{self.directory}: holds an unfinished {self._result.name} with other settings ({differing}); repeat "
+                "its command to go on, add --overwrite to start over, or choose another --output directory"
             )
-        self._any_whole()
+        self._check_shards()
         return True
 
     def shards(self, kind: str) -> Iterator[Arrays]:
@@ -195,6 +141,59 @@ class Workspace:
         path = self.work / f"{stem}-{self._seal(stem, data)}.npz"
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
+    def run_stage(
+        self,
+        stage: str,
+        lengths: Mapping[int, int],
+        batch_size: int,
+        compute: Callable[[list[int]], Arrays],
+        *,
+        description: str,
+        processes: Processes | None = None,
+    ) -> list[Arrays]:
+        """Compute the portions of a stage that are missing, batch by batch, and return all of them.
+
+        Items are divided into batches of similar length, the longest first so that too little memory shows at once. The
+        division among processes does not depend on what is done: one that starts a little later finds more of it.
+
+        Args:
+            stage: its name.
+            lengths: ids of each item, by the item's index.
+            batch_size: items in a batch.
+            compute: returns the arrays of the items with these indices.
+            description: what the progress bar says.
+            processes: the processes that share the work; by default this is the only one.
+
+        Returns:
+            The arrays of each portion, with its ``index`` and the ``seconds`` that it took.
+
+        Raises:
+            UserError: the processes do not share the directory.
+        """
+        state = processes or Processes()
+        order = sorted(lengths, key=lambda i: (-lengths[i], i))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches = batches[state.rank :: state.number]
+        mine = {i for batch in batches for i in batch}
+        done = {int(i) for shard in self.shards(stage) for i in shard["index"]}
+        with progress(description, len(mine), len(done & mine)) as advance:
+            for batch in batches:
+                if not (missing := [i for i in batch if i not in done]):
+                    continue
+                started = time.perf_counter()
+                arrays = compute(missing)
+                seconds = np.array(time.perf_counter() - started)
+                self.write(stage, missing[0], {"index": np.array(missing), "seconds": seconds, **arrays})
+                advance(len(missing))
+        state.wait_for_everyone()
+        portions = list(self.shards(stage))
+        if (found := sum(len(shard["index"]) for shard in portions)) < len(lengths):
+            raise UserError(
+                f"{self.directory}: {found} of {len(lengths)} responses are there after all processes have finished; "
+                "needed is an --output directory that all of them share"
+            )
+        return portions
+
     @property
     def begun(self) -> bool:
         """Whether an unfinished run is there."""
@@ -224,8 +223,8 @@ class Workspace:
         logger.warning("%s: damaged; kept as %s, and made again", path, set_aside(path).name)
         return None
 
-    def _any_whole(self) -> bool:
-        """Set the damaged portions aside, before other processes look, and tell whether there are others."""
+    def _check_shards(self) -> bool:
+        """Set damaged shards aside, before other processes read them; whether any are left."""
         return sum(1 for _ in self.shards("*")) > 0
 
     @cached_property
@@ -248,4 +247,4 @@ class Workspace:
             return True
         if path.parent == self.work:
             return path.name == _RUN or any(known.fullmatch(path.name) for known in (_SHARD, _ASIDE))
-        return path.name in self.result_files
+        return path.name in (self._result.manifest, *self._result.files, *self._result.drawn)

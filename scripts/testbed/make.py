@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from measure import accuracy, curves, respond
-from recipe import ARCHITECTURES, Recipe, build_model
+from recipe import ARCHITECTURES, Recipe, build_model, make_tokenizer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizer import make_tokenizer
 from train import train
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What the testbed models are: one recipe of numbers, two architectures."""
+"""The testbed models: one recipe of numbers, two architectures, and a word-level tokenizer for both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,7 +16,21 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from internal_policy.data.arithmetic import LETTERS, MODULUS
+
 ARCHITECTURES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+
+PAD, UNK, USER, ASSISTANT, EOS = "<pad>", "<unk>", "<user>", "<assistant>", "<eos>"
+SPECIALS = (PAD, UNK, USER, ASSISTANT, EOS)
+WORDS = (*SPECIALS, *(str(number) for number in range(MODULUS)), *LETTERS, *"+-*=,;?", "\\boxed{", "}")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + '<eos>' }}"
+    "{% else %}{{ raise_exception('the testbed models know the roles user and assistant only') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 
 
 class Stage(NamedTuple):
@@ -136,3 +151,28 @@ def build_model(short: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) 
     model.generation_config.temperature = 1.0
     model.generation_config.max_new_tokens = 44
     return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer.
+
+    Returns:
+        A tokenizer whose ids are the positions in `WORDS`; decoding puts the words together without spaces, so
+        that text without white space comes back as it went in. What is not in `WORDS` becomes ``<unk>``.
+    """
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\\boxed\{|\d+|."), behavior="isolated")]
+    )
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        unk_token=UNK,
+        eos_token=EOS,
+        extra_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=256,
+    )

@@ -10,7 +10,7 @@ import pytest
 from shapes import make, progressive
 
 from internal_policy import Analysis, UserError, compare
-from internal_policy.analysis import lenses
+from internal_policy.analysis.results import LensResult, find_other_lens, other_lens_sentence
 from internal_policy.cli import display
 from internal_policy.cli.main import run as run_command
 from internal_policy.report import analysis_report, comparison_report
@@ -31,16 +31,16 @@ def pair(tmp_path):
 
 def test_each_finds_the_answer_of_the_other_and_says_whether_they_agree(pair, capsys):
     policy, lens = pair
-    assert lenses.other_lens(policy) == lenses.LensAnswer("logit-lens", 1, lens.path)
-    assert lenses.other_lens(lens) == lenses.LensAnswer("policy", 4, policy.path)
+    assert find_other_lens(policy) == LensResult("logit-lens", 1, lens.path)
+    assert find_other_lens(lens) == LensResult("policy", 4, policy.path)
     told = "under the logit lens the same responses give layer 1, so the answer depends on the lens"
-    assert lenses.sentence(policy) == told
+    assert other_lens_sentence(policy) == told
     assert f"{told}. Its entropy" in analysis_report(policy)
     assert told in policy._repr_html_()
     display.show_analysis(policy)
     assert told in " ".join(capsys.readouterr().out.split())
     alike = replace(policy, selection=replace(policy.selection, boundary_layer=1))
-    assert lenses.sentence(alike) == "under the logit lens the same responses give layer 1 too"
+    assert other_lens_sentence(alike) == "under the logit lens the same responses give layer 1 too"
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"data_seed": 1}, {"samples": 2}])
@@ -49,8 +49,8 @@ def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
     under("logit-lens", tmp_path, **other)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "analysis.json").write_text("{")
-    assert policy.other_lens is None
-    assert lenses.sentence(policy) is None
+    assert find_other_lens(policy) is None
+    assert other_lens_sentence(policy) is None
 
 
 def test_responses_are_the_same_by_their_ids_in_whatever_order():

@@ -81,11 +81,11 @@ def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencie
 
 
 def test_the_longest_sequence_is_what_the_positions_are_stretched_to():
-    assert context.limit(scaled_model("yarn", context=16).config) == 64
-    assert context.limit(scaled_model("yarn", context=64).config) == 64
-    assert context.limit(scaled_model("dynamic", context=16).config) == 16
-    assert context.limit(scaled_model("longrope").config) == 64
-    assert context.limit(tiny_model("gpt2").config) == 64
-    assert context.limit(tiny_model("gemma3_text").config) == 64
-    assert context.switch(scaled_model("longrope").config) == 16
-    assert context.switch(scaled_model("yarn").config) is None
+    assert context.max_length(scaled_model("yarn", context=16).config) == 64
+    assert context.max_length(scaled_model("yarn", context=64).config) == 64
+    assert context.max_length(scaled_model("dynamic", context=16).config) == 16
+    assert context.max_length(scaled_model("longrope").config) == 64
+    assert context.max_length(tiny_model("gpt2").config) == 64
+    assert context.max_length(tiny_model("gemma3_text").config) == 64
+    assert context.length_switch(scaled_model("longrope").config) == 16
+    assert context.length_switch(scaled_model("yarn").config) is None

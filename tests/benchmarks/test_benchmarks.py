@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_operation_counts import Operations
+from analysis.test_operation_counts import Operations
 from tiny import VOCAB, ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import models

@@ -8,8 +8,8 @@ from itertools import cycle, product
 import pytest
 import torch
 from exact_policies import EXPERTS, FLOAT32, FLOAT32_NATS, alone, check_policies, in_float64
+from extractors.test_families import NORMS
 from peft import LoraConfig
-from test_families import NORMS
 from tiny import FAMILIES as FIRST
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from trainers import LAYERS, _Gradients, aligning, dataset, left_padded, make_trainer, options, reward, weights

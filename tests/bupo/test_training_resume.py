@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback, TrainerState
 
 from internal_policy import bupo
-from internal_policy.analysis.training_record import training_record
+from internal_policy.analysis.checkpoints import training_record
 from internal_policy.bupo.resume import last_checkpoint, list_files
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.utils.errors import UserError

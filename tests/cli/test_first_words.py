@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch  # noqa: F401  (there already)
+from base_installation import EACH, run_base
 from documents import ROOT
-from test_extras import base
 
-from internal_policy.utils.progress import importing
+from internal_policy.utils.logging import importing
 
 LINE = "loading the libraries (torch, transformers)"
 MISSING = {
@@ -26,22 +26,9 @@ MISSING = {
 }
 
 
-EACH = """
-import shlex, sys
-from internal_policy.cli.main import main
-for line in sys.argv[1:]:
-    sys.argv[1:] = shlex.split(line)
-    print("#", line, file=sys.stderr)
-    try:
-        main()
-    except (SystemExit, ImportError) as end:
-        print(end, *{"torch", "transformers", "trl", "datasets"} & {*sys.modules}, file=sys.stderr)
-"""
-
-
 def said(commands, cwd, absent):
     """What each command wrote on standard error, all in one process that had loaded nothing before."""
-    return [part.splitlines()[1:] for part in base(EACH, *commands, cwd=cwd, absent=absent).stderr.split("# ")[1:]]
+    return [part.splitlines()[1:] for part in run_base(EACH, *commands, cwd=cwd, absent=absent).stderr.split("# ")[1:]]
 
 
 def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path):

@@ -13,8 +13,7 @@ from internal_policy.bupo import TrainConfig, training
 from internal_policy.cli import display
 from internal_policy.cli import main as cli
 from internal_policy.comparison import study as studies
-from internal_policy.utils import loading_errors
-from internal_policy.utils.wording import counted
+from internal_policy.utils.errors import as_user_error, counted
 
 
 def test_one_thing_is_not_several():
@@ -81,7 +80,7 @@ def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
 
 def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
     def offline(model, **options):
-        with loading_errors.told_in_one_line(model, "its config.json"):
+        with as_user_error(model, "its config.json"):
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
     real = studies.models.check

@@ -14,7 +14,7 @@ from test_convergence import by_hand
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from internal_policy import analyze, compare, measure_convergence, statistics
-from internal_policy.comparison.pairing import Item, combine, grouped
+from internal_policy.comparison.pairing import Item, combine, group_paired
 from internal_policy.models import testbed
 
 
@@ -318,7 +318,7 @@ def test_the_intervals_of_differences_keep_their_level(data_seed):
         )
         items = Item("a", 0, two), Item("b", 0, one)
         values = [item.values("layer", "entropy_out") for item in items]
-        found = combine(items, values, (1.0, -1.0), grouped(items))
+        found = combine(items, values, (1.0, -1.0), group_paired(items))
         held += list((found["low"] <= 0.3) & (found["high"] >= 0.3))
     # 480 draws at 0.95 have a standard deviation of 0.01.
     assert 0.92 <= np.mean(held) <= 0.98
@@ -334,7 +334,7 @@ def test_the_intervals_of_a_slope_hold_where_only_some_checkpoints_share_respons
         values = [own[place // 5] + 0.01 * draw.normal(size=(40, n_layers)) for place in range(10)]
         made = [make(np.full(4, 6.0), prompts=40, noise=0.0, shared=0.0, seed=0, data_seed=half) for half in (0, 1)]
         items = [Item(str(place), place, made[place // 5]) for place in range(10)]
-        groups = grouped(items)
+        groups = group_paired(items)
         assert groups == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
         centred = np.arange(10) - 4.5
         found = combine(items, values, (centred / (centred**2).sum()).tolist(), groups)

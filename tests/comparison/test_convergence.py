@@ -11,7 +11,7 @@ import pytest
 from shapes import abrupt, make, progressive, stream
 
 from internal_policy import convergence_table, measure_convergence
-from internal_policy.comparison.fall import entropy_curves
+from internal_policy.comparison.convergence import entropy_curves
 
 LLAMA = {
     "Llama-3.2-3B": abrupt(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,12 +17,12 @@ from transformers import PreTrainedModel
 from internal_policy import Analysis, UserError, analyze, convergence_table, study
 from internal_policy.cli import main as cli
 from internal_policy.comparison import study as studies
-from internal_policy.comparison.study import Study
-from internal_policy.comparison.study_models import STUDIES, StudyModel
+from internal_policy.comparison.study_presets import STUDIES, StudyModel
+from internal_policy.comparison.study_results import Study
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
-from internal_policy.plotting import style
+from internal_policy.plotting.study import save_study
 
 QUICK = {"max_responses": 3, "max_new_tokens": 6}
 TABLE_4 = {
@@ -62,16 +61,9 @@ def test_the_papers_preset_is_table_4():
     assert len(STUDIES["paper"]) == 12
 
 
-def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(style, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure) and [path])
-    papers.save(tmp_path)
-    titles = {
-        int(re.search(r"\d+", stem).group()): tuple(t for ax in figure.axes if (t := ax.get_title().replace("\n", "")))
-        for stem, figure in drawn.items()
-        if stem.startswith("fig")
-    }
-    assert titles == PANELS
+def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers):
+    panels = {number: tuple(a.name.rpartition("/")[2] for a in papers.of_figure(number)) for number in PANELS}
+    assert panels == PANELS
 
 
 @pytest.mark.parametrize("preset", STUDIES)
@@ -97,7 +89,7 @@ def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, c
         return papers.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
-    monkeypatch.setattr(studies, "release", lambda: None)
+    monkeypatch.setattr(studies, "release_memory", lambda: None)
     monkeypatch.setattr(studies.models, "check", lambda name, **more: (name, looked_up))
     study("paper")
     # Those with a context of 4096 leave 1024 of it for the prompt.
@@ -180,9 +172,9 @@ def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_th
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, prompts=__file__, **QUICK)
     # So may models on this disk: embedded ones, and what a name stands for here.
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: True)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: True)
     assert len(study("testbed", output=root, **QUICK).analyses) == 2
-    monkeypatch.setattr(studies, "is_unchanged", lambda config, analysis: False)
+    monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: False)
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study("testbed", output=root, **QUICK)
     with monkeypatch.context() as here:
@@ -243,7 +235,7 @@ def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_p
     monkeypatch.setattr(studies.models, "check", refused)
     monkeypatch.setattr(studies, "commit_now", refused)
     rows = tuple(StudyModel("testbed/qwen3", template) for template in ("chat", "plain"))
-    with pytest.raises(UserError, match=r"testbed/qwen3 stands in two rows \(templates chat and plain\)"):
+    with pytest.raises(UserError, match=r"testbed/qwen3 is in two rows \(templates chat and plain\)"):
         study(rows, output=tmp_path)
     rows = tuple(StudyModel(f"org/a{sign}b", "chat") for sign in ":+")
     with pytest.raises(UserError, match=r"org/a:b and org/a\+b would both be written to org--a-b"):
@@ -328,11 +320,11 @@ def test_the_command_tells_what_failed_and_draws_the_rest(done, root, monkeypatc
     monkeypatch.setattr(studies, "STUDIES", {"testbed": (*STUDIES["testbed"], ROWS[1])})
     drawn = []
 
-    def save(self, directory):
-        drawn.append((directory, [a.name for a in self.analyses]))
+    def save(study, directory):
+        drawn.append((directory, [a.name for a in study.analyses]))
         return [directory / "fig2_entropy_flow.png"]
 
-    monkeypatch.setattr(Study, "save", save)
+    monkeypatch.setattr("internal_policy.plotting.study.save_study", save)
     quick = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
     monkeypatch.setattr(sys, "argv", ["internal-policy", "analyze", "--preset", "testbed", "-o", str(root), *quick])
     with pytest.raises(SystemExit) as exit_code:
@@ -348,7 +340,7 @@ def test_the_command_tells_what_failed_and_draws_the_rest(done, root, monkeypatc
 
 @pytest.mark.slow
 def test_the_figures_and_tables_of_a_study(done, tmp_path):
-    paths = done.save(tmp_path)
+    paths = save_study(done, tmp_path)
     stems = {"fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine"}
     stems |= {"depth_overlay", "convergence"}
     figures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
@@ -357,7 +349,7 @@ def test_the_figures_and_tables_of_a_study(done, tmp_path):
     assert pd.read_csv(tmp_path / "convergence.csv")["label"].tolist() == ["qwen3", "llama"]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     # A figure that no row names any more would be of another study, and goes.
-    Study((replace(done.models[0], figures={2: 1}),), done.analyses[:1]).save(tmp_path)
+    save_study(Study((replace(done.models[0], figures={2: 1}),), done.analyses[:1]), tmp_path)
     assert not (tmp_path / "fig3_entropy_change.png").exists()
-    done.save(tmp_path)
+    save_study(done, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

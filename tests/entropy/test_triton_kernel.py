@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from internal_policy.entropy import dispatch, policy_entropy, reference, token_log_probs
+from internal_policy.entropy import policy_entropy, reference, streaming, token_log_probs
 from internal_policy.entropy.tiles import Blocks, choices, slices_of_vocabulary
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is for Linux only")
@@ -65,18 +65,18 @@ def run_both(*operands, **options):
 
 def run_through_dispatch(*operands, **options):
     """What the public functions give where the kernel serves; runs in the interpreter's process."""
-    from internal_policy.entropy import dispatch, triton_kernel
+    from internal_policy.entropy import streaming, triton_kernel
 
     calls = []
-    serves, sums = dispatch.serves, triton_kernel.online_sums
-    dispatch.serves = lambda *_: True
+    serves, sums = streaming.kernel_is_faster, triton_kernel.online_sums
+    streaming.kernel_is_faster = lambda *_: True
     triton_kernel.online_sums = lambda *args, **kwargs: calls.append(1) or sums(*args, **kwargs)
     try:
         states, targets, unembedding, bias = operands
         entropy = policy_entropy(states, unembedding, bias, **options)
         return entropy, token_log_probs(states, targets, unembedding, bias, **options), len(calls)
     finally:
-        dispatch.serves, triton_kernel.online_sums = serves, sums
+        streaming.kernel_is_faster, triton_kernel.online_sums = serves, sums
 
 
 def run_tuned(*operands):
@@ -298,8 +298,8 @@ def test_all_blocks_of_float32_products_compile():
 
 @pytest.fixture
 def untried(monkeypatch):
-    monkeypatch.setattr(dispatch, "_failures", set())
-    monkeypatch.setattr(dispatch, "serves", lambda *_: True)
+    monkeypatch.setattr(streaming, "_failures", set())
+    monkeypatch.setattr(streaming, "kernel_is_faster", lambda *_: True)
 
 
 def twice(caplog):
@@ -358,19 +358,19 @@ def operand(*shape, dtype=torch.bfloat16, device="cuda:0"):
     ],
 )
 def test_the_kernel_serves_products_that_have_tensor_cores(monkeypatch, states, unembedding, serves):
-    monkeypatch.setattr(dispatch, "_has_matrix_units", lambda _: True)
-    assert dispatch.serves(states, unembedding, None) is serves
+    monkeypatch.setattr(streaming, "_has_matrix_units", lambda _: True)
+    assert streaming.kernel_is_faster(states, unembedding, None) is serves
 
 
 def test_float32_is_served_where_torch_may_round_it_to_tf32(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_matrix_units", lambda _: True)
+    monkeypatch.setattr(streaming, "_has_matrix_units", lambda _: True)
     states, unembedding = operand(4, 8, dtype=torch.float32), operand(9, 8, dtype=torch.float32)
     torch.set_float32_matmul_precision("high")
     try:
-        assert dispatch.serves(states, unembedding, None)
+        assert streaming.kernel_is_faster(states, unembedding, None)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert not dispatch.serves(states, unembedding, None)
+    assert not streaming.kernel_is_faster(states, unembedding, None)
 
 
 # How the work is cut.

@@ -20,7 +20,7 @@ from internal_policy.cli.main import run as run_command
 from internal_policy.data import arithmetic as tasks
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import TESTBED_SEED
-from internal_policy.evaluation import Evaluation, compare, evaluate, sampling
+from internal_policy.evaluation import Evaluation, compare, evaluate, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -82,8 +82,8 @@ def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatc
             raise MemoryError
         return real(model, requests, **options)
 
-    real = sampling.sample
-    monkeypatch.setattr(sampling, "sample", small_memory)
+    real = pipeline.sample
+    monkeypatch.setattr(pipeline, "sample", small_memory)
     again = evaluate("testbed/qwen3", batch_size=11, **FEW)
     pd.testing.assert_frame_equal(again.samples, qwen3.samples, check_exact=True)
 
@@ -167,7 +167,7 @@ def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_
     first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
     assert first.path == tmp_path / "testbed--qwen3" / "testbed"
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
-    monkeypatch.setattr(sampling, "sample", None)
+    monkeypatch.setattr(pipeline, "sample", None)
     again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
     assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
     for other, told in (
@@ -179,8 +179,34 @@ def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_
             evaluate("testbed/qwen3", output=tmp_path, **(FEW | other))
 
 
+RESUMED = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
+
+
+def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    options = {**RESUMED, "samples": 2, "max_problems": 6}
+    calls = []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **more)
+
+    real = pipeline.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("testbed/llama", output=tmp_path, batch_size=4, **options)
+    assert len(list(tmp_path.glob("*/*/work/*.npz"))) == 2
+    resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
+    straight = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
-    options = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
+    options = RESUMED
     code = (
         "import sys; from internal_policy.evaluation import evaluate; "
         f"evaluate('testbed/llama', output=sys.argv[1], batch_size=6, **{options!r})"

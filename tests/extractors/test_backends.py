@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_families import FLOAT32_NATS, captured, oracle
+from captures import FLOAT32_NATS, captured
+from test_families import oracle
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from captures import FLOAT32_NATS, captured
 from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
-from internal_policy.data.responses import read_responses
 from internal_policy.extractors import (
     QUANTITIES,
     HookExtractor,
-    Reducer,
     reduce,
-    reduce_responses,
     residual_hooks,
     verify,
 )
 from internal_policy.models.families import FAMILIES as TABLE
 from internal_policy.models.families import Family
 
-# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
-FLOAT32_NATS = 1e-5
+EVERY = list(itertools.product(FAMILIES, (False, True), (1, 2, 4), ("left", "right")))
+FEW = (
+    ("llama", False, 2, "left"),
+    ("mistral", True, 4, "right"),
+    ("qwen2", False, 1, "right"),
+    ("qwen3", True, 2, "left"),
+)
 
 
-def captured(model, records, side="right", lens="policy"):
-    tokenizer = tiny_tokenizer()
-    wrapped = models.wrap(model, tokenizer)
-    responses = read_responses(records, tokenizer, "plain")
-    return reduce_responses(Reducer(HookExtractor(wrapped), lens), responses, side)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("model_type", "tied", "kv_heads", "side"),
+    [case if case in FEW else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+)
 def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side):
     model = tiny_model(model_type, tied=tied, kv_heads=kv_heads)
     records = ragged_responses()
@@ -54,7 +51,7 @@ def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side)
         np.testing.assert_allclose(values.policy, policy, rtol=0, atol=FLOAT32_NATS)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_policy_entropy_is_that_of_the_models_own_logits(model_type):
     model = tiny_model(model_type)
     records = ragged_responses()
@@ -77,16 +74,6 @@ def test_logit_lens_applies_the_final_norm_and_ends_at_the_policy():
         assert np.abs(a.layers[:, 0, out] - b.layers[:, 0, out]).max() > 0.01
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_neither_batch_size_nor_padding_side_matters(model_type):
-    model = tiny_model(model_type)
-    records = ragged_responses(7)
-    alone = [captured(model, [r])[0] for r in records]
-    for side in ("left", "right"):
-        for one, together in zip(alone, captured(model, records, side), strict=True):
-            np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
-
-
 def test_hooks_are_gone_on_any_exit():
     model = models.wrap(tiny_model("llama"), tiny_tokenizer())
 
@@ -100,13 +87,6 @@ def test_hooks_are_gone_on_any_exit():
     with pytest.raises(RuntimeError, match="stop here"), residual_hooks(model, torch.arange(3), fail):
         model.backbone(input_ids=torch.tensor([[2, 3, 4]]))
     assert hooks() == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_passes_the_proof_in_every_dtype(model_type, dtype):
-    model = tiny_model(model_type, tied=True).to(dtype)
-    verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
 
 
 POST_NORMS = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, ragged_responses, tiny_model, tiny_tokenizer
+from captures import FLOAT32_NATS, captured
+from tiny import FAMILIES, in_tiers, ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models
 from internal_policy.data.responses import read_responses
@@ -24,11 +25,8 @@ from internal_policy.extractors import (
     residual_hooks,
     verify,
 )
-from internal_policy.models import structure
 from internal_policy.models.families import FAMILIES as TABLE
-
-# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
-FLOAT32_NATS = 1e-5
+from internal_policy.models.families import guess_families
 
 LLAMA = ("input_layernorm", "post_attention_layernorm", "mid")
 GEMMA = ("input_layernorm", "pre_feedforward_layernorm", "mid")
@@ -116,12 +114,6 @@ def oracle(model, model_type, record):
     return rows, np.stack([entropy(stream[-1]), own], axis=-1)
 
 
-def captured(model, records, extractor=HookExtractor):
-    tokenizer = tiny_tokenizer()
-    responses = read_responses(records, tokenizer, "plain")
-    return reduce_responses(Reducer(extractor(models.wrap(model, tokenizer)), "policy"), responses)
-
-
 def assert_is(values, rows, policy):
     for layer, row in enumerate(rows):
         for q, name in enumerate(QUANTITIES):
@@ -129,11 +121,24 @@ def assert_is(values, rows, policy):
     np.testing.assert_allclose(values.policy, policy, rtol=0, atol=FLOAT32_NATS)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "classes"),
+    [
+        ("llama", ("LlamaAttention", "LlamaAttention", "LlamaMLP", "LlamaMLP")),
+        ("gemma2", ("Gemma2Attention", "Gemma2RMSNorm", "Gemma2MLP", "Gemma2RMSNorm")),
+    ],
+)
+def test_a_write_is_the_modules_own_output_unless_a_norm_follows(model_type, classes):
+    model, family = tiny_model(model_type), TABLE[model_type]
+    layer = model.get_submodule(family.layers)[0]
+    assert tuple(type(layer.get_submodule(path)).__name__ for path in family.sites()) == classes
+
+
 def test_the_oracle_knows_every_row():
     assert NORMS.keys() == TABLE.keys()
 
 
-@pytest.mark.parametrize("model_type", [m for m in TABLE if m not in FAMILIES])
+@pytest.mark.parametrize("model_type", in_tiers(m for m in TABLE if m not in FAMILIES))
 def test_parity_with_the_definitions_in_float64(model_type):
     model = tiny_model(model_type)
     records = ragged_responses(3)
@@ -159,8 +164,8 @@ def beside_a_large_stream(model_type, dtype, *, times, tied=False):
     return models.wrap(model.to(dtype), tiny_tokenizer())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", TABLE)
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model_type", in_tiers(TABLE))
 def test_every_row_passes_the_proof_in_every_dtype(model_type, tied):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for times in (1, 50):
@@ -168,7 +173,7 @@ def test_every_row_passes_the_proof_in_every_dtype(model_type, tied):
             assert verify(HookExtractor(beside_a_large_stream(model_type, dtype, times=times, tied=tied))) < 0.4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model_type", "wrong"),
     [
@@ -202,7 +207,7 @@ def test_a_factor_that_is_a_little_off_is_refused_in_bfloat16(times, off):
         verify(HookExtractor(described))
 
 
-@pytest.mark.parametrize("model_type", TABLE)
+@pytest.mark.parametrize("model_type", in_tiers(TABLE))
 def test_padding_on_either_side_changes_nothing(model_type):
     model, records = tiny_model(model_type), ragged_responses(4)
     tokenizer = tiny_tokenizer()
@@ -214,7 +219,7 @@ def test_padding_on_either_side_changes_nothing(model_type):
             np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
 
 
-@pytest.mark.parametrize("model_type", TABLE)
+@pytest.mark.parametrize("model_type", in_tiers(TABLE))
 def test_what_structure_finds_is_what_the_row_says(model_type, monkeypatch):
     """The written rows are the answers that the search for structure is tested on."""
     model = tiny_model(model_type)
@@ -237,7 +242,10 @@ def test_what_structure_finds_is_what_the_row_says(model_type, monkeypatch):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-@pytest.mark.parametrize("model_type", ["stablelm", "starcoder2", "granitemoe", "exaone4"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["stablelm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("starcoder2", "granitemoe", "exaone4"))],
+)
 def test_a_family_without_a_row_is_used_with_a_notice(model_type, caplog):
     analysis = analyze(tiny_model(model_type), tiny_tokenizer(), responses=ragged_responses(3), keep_tokens=0)
     assert "not in the table; its parts were found by structure" in caplog.text
@@ -259,7 +267,7 @@ def test_a_family_that_no_structure_fits_is_refused_with_what_to_do(model_type, 
 
 def test_every_guess_names_parts_that_are_there():
     model = tiny_model("gemma2")
-    for family in structure.candidates(model):
+    for family in guess_families(model):
         models.wrap(model, tiny_tokenizer(), family=family)
 
 

@@ -22,10 +22,10 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import read_responses
 from internal_policy.extractors import Batch, HookExtractor, Reducer, reduce_responses, verify
 from internal_policy.extractors import nnsight as backend
-from internal_policy.extractors.nnsight_block import weight_by_calls
-from internal_policy.extractors.nnsight_library import told_in_one_line
+from internal_policy.extractors.nnsight import one_line_errors
 from internal_policy.generation import Request, sample
-from internal_policy.generation.ndif import remote_sample
+from internal_policy.generation.samplers import sample_remotely
+from internal_policy.models.projection import weight_by_calls
 
 nnsight = pytest.importorskip("nnsight")
 
@@ -65,7 +65,9 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gpt2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("llama", "gpt_neox"))]
+)
 def test_agreement_with_the_hooks(model_type, remote):
     model = wrapped(model_type, tied=model_type == "gpt2")
     extractor = backend.from_model(model, remote)
@@ -75,7 +77,7 @@ def test_agreement_with_the_hooks(model_type, remote):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_modules_that_run_in_another_order_are_told_in_one_line(remote):
+def test_modules_that_run_in_another_order_are_reported_in_one_line(remote):
     model = wrapped("llama")
     model = replace(model, family=replace(model.family, attention="mlp", ffn="self_attn"))
     with pytest.raises(UserError, match="use --backend hooks") as error:
@@ -159,7 +161,7 @@ def test_what_is_no_nnsight_model_is_told_without_loading_it(monkeypatch):
     assert "nnsight" not in sys.modules
 
 
-def test_a_missing_library_is_told_in_one_line(monkeypatch):
+def test_a_missing_library_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'") as error:
         backend.from_model(wrapped("llama"))
@@ -188,14 +190,14 @@ def test_a_model_on_this_machine_is_not_on_ndif(monkeypatch):
 def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
     from nnsight.intervention.backends.remote import RemoteError
 
-    with pytest.raises(torch.OutOfMemoryError), told_in_one_line("m"):
+    with pytest.raises(torch.OutOfMemoryError), one_line_errors("m"):
         raise RemoteError("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory.")
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_unembedding_is_read_by_calling_it(bias):
     head = torch.nn.Linear(1500, 40, bias=bias)
-    weight, read = weight_by_calls(head, {"width": 1500, "dtype": "float32", "biased": bias}, "cpu")
+    weight, read = weight_by_calls(head, 1500, torch.float32, "cpu")
     # Adding a bias and taking it away again rounds once each.
     torch.testing.assert_close(weight, head.weight, rtol=0, atol=4e-9 if bias else 0)
     assert torch.equal(read, head.bias) if bias else read is None
@@ -208,12 +210,12 @@ def test_sampling_beside_the_model_gives_the_same_responses(temperature):
     model.model.generation_config.repetition_penalty = 3.0
     model.model.generation_config.min_new_tokens = 5
     options = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
-    assert remote_sample(backend.from_model(model, "local"), requests(), **options) == sample(
+    assert sample_remotely(backend.from_model(model, "local"), requests(), **options) == sample(
         model, requests(), **options
     )
     model.model.generation_config.suppress_tokens = [7]
     with pytest.raises(UserError, match="suppress_tokens"):
-        remote_sample(backend.from_model(model, "local"), requests(), **options)
+        sample_remotely(backend.from_model(model, "local"), requests(), **options)
 
 
 class Server:
@@ -270,6 +272,7 @@ def remote(server, monkeypatch):
     return backend.from_hub(server.directory, attn_implementation="eager")
 
 
+@pytest.mark.slow
 def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_only(server, remote):
     assert all(parameter.is_meta for parameter in remote.model.model.parameters())
     ours, n_layers, width = captured(remote), remote.model.n_layers, 32
@@ -285,13 +288,15 @@ def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_
     assert [server.account()["result"] < _ENVELOPE for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_server_samples_the_same_responses_and_sends_ids_only(server, remote):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
-    assert remote_sample(remote, requests(), **options) == sample(server.model, requests(), **options)
+    assert sample_remotely(remote, requests(), **options) == sample(server.model, requests(), **options)
     assert server.account()["result"] < _ENVELOPE
 
 
-def test_what_the_server_refuses_is_told_in_one_line(server, remote, monkeypatch):
+@pytest.mark.slow
+def test_an_error_of_the_server_is_one_line(server, remote, monkeypatch):
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero") as error:
         remote.run(batch(), lambda states, projection: 1 / 0)
     assert one_line(error)
@@ -305,6 +310,7 @@ def test_what_the_server_refuses_is_told_in_one_line(server, remote, monkeypatch
     assert one_line(error)
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_the_weights_in_another_process_gives_the_same_figures(server, remote):
     urllib.request.urlopen(f"{server.host}/hide-weights").close()
     assert_agreement(captured(remote, "logit-lens"), captured(HookExtractor(server.model), "logit-lens"))

@@ -155,7 +155,7 @@ def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
     assert params == [
         SamplingParams(
             temperature=0.5,
-            seed=requests[0].stream(4),
+            seed=requests[0].stream_seed(4),
             stop_token_ids=ends,
             ignore_eos=True,
             max_tokens=7,
@@ -205,10 +205,10 @@ def test_without_vllm_or_a_gpu_it_is_refused(monkeypatch):
         with pytest.raises(UserError, match="pip install vllm"):
             run("testbed/qwen3", generator="vllm")
     with pytest.raises(UserError, match="needs a GPU and the model is on cpu"):
-        vllm.require_first_gpu(torch.device("cpu"))
+        vllm_engine.require_first_gpu(torch.device("cpu"))
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
-        vllm.require_first_gpu(torch.device("cuda:1"))
-    vllm.require_first_gpu(torch.device("cuda:0"))
+        vllm_engine.require_first_gpu(torch.device("cuda:1"))
+    vllm_engine.require_first_gpu(torch.device("cuda:0"))
 
 
 def test_what_vllm_cannot_load_by_itself_is_refused(vllm):

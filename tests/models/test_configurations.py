@@ -85,7 +85,7 @@ def mutate(data, checkpoints, tmp_path_factory):
 UNHURRIED = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 
 
-@settings(UNHURRIED, max_examples=30)
+@settings(UNHURRIED, max_examples=10)
 @given(data=st.data())
 def test_any_setting_loads_or_is_refused(data, checkpoints, tmp_path_factory):
     mutate(data, checkpoints, tmp_path_factory)

@@ -15,7 +15,7 @@ from internal_policy import AnalyzeConfig, UserError, analyze, models
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.data.responses import read_responses
 from internal_policy.extractors import HookExtractor, verify
-from internal_policy.models import unembedding
+from internal_policy.models import projection
 
 
 def device_map(n_layers, where):
@@ -55,7 +55,7 @@ def test_weights_that_wait_on_the_disk_give_the_same_numbers(where, embedded, ar
 def test_layers_on_two_devices(tied, lens, monkeypatch):
     from accelerate import dispatch_model
 
-    monkeypatch.setattr(unembedding, "_DENSE", (*unembedding._DENSE, OnDevice))
+    monkeypatch.setattr(projection, "_DENSE", (*projection._DENSE, OnDevice))
     whole = wrapped(tiny_model("qwen3", tied=tied, attention="eager"))
     records = ragged_responses(3)
     responses = read_responses(records, whole.tokenizer, "plain")
@@ -82,7 +82,7 @@ def test_layers_on_two_devices(tied, lens, monkeypatch):
 def test_layers_and_the_unembedding_that_wait_on_the_cpu(monkeypatch):
     from accelerate import dispatch_model
 
-    monkeypatch.setattr(unembedding, "_DENSE", (*unembedding._DENSE, OnDevice))
+    monkeypatch.setattr(projection, "_DENSE", (*projection._DENSE, OnDevice))
     whole = wrapped(tiny_model("cohere", attention="eager"))
     expected = captured(whole, ragged_responses(3))
     first = torch.device(DEVICE, 0)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from internal_policy import UserError
 from internal_policy.cli.display_runs import blocks, show_inspection
-from internal_policy.inspection.decisions import decision_data
+from internal_policy.inspection.figure_data import decision_data
 from internal_policy.plotting import style
 from internal_policy.plotting.inspection import (
     cell_colors,

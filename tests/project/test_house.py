@@ -179,7 +179,8 @@ def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
     assert {f"internal_policy/report/assets/{path.name}" for path in assets} <= set(names)
     assert sum(f.stat().st_size for f in (tmp_path / "site").rglob("weights/**/*") if f.is_file()) <= 12 * 2**20
     code = (
-        "import internal_policy, json; from internal_policy import analyze; from internal_policy.models import testbed; "
+        "import internal_policy, json; from internal_policy import analyze; "
+        "from internal_policy.models import testbed; "
         "a = analyze('testbed/llama', max_responses=4); "
         "print(json.dumps([internal_policy.__file__, str(testbed.path('testbed/llama')), a.n_responses]))"
     )

@@ -460,7 +460,7 @@ def test_a_recorded_call_is_given_again(tmp_path):
     call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
     assert shlex.split(again.shell)[2:] == [
-        *("--model", "a b", "--reward", "mod:f", "--set", "beta=0.1", "--report-to", "none")
+        *("--model", "a b", "--reward", "mod:f", "--report-to", "none", "--set", "beta=0.1")
     ]
     objects = training_commands(replace(run, call={**call, "objects": ["peft_config"]}))
     assert objects.shell is None

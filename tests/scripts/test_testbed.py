@@ -10,13 +10,12 @@ from pathlib import Path
 import make as make_module
 import pytest
 import torch
+import train as train_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import accuracy, respond
-from muon import Muon, orthogonalise
-from recipe import Recipe, build_model
-from tokenizer import WORDS, make_tokenizer
-from train import draw_batch, lr_scale, train
+from recipe import WORDS, Recipe, build_model, make_tokenizer
+from train import Muon, draw_batch, lr_scale, orthogonalise, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from internal_policy.data.arithmetic import check, make_problem, problems
@@ -99,7 +98,7 @@ def test_check_reads_the_last_box(text, right):
     assert check(text, "7") is right
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="\\boxed{}07 \n;") | st.text(), st.integers(0, 22))
 def test_check_never_raises_and_a_right_last_box_wins(text, answer):
     assert isinstance(check(text, str(answer)), bool)
@@ -160,12 +159,17 @@ def test_auto_tokenizer_loads_the_saved_tokenizer(loaded):
         assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<pad>", "<eos>", "left")
 
 
+@pytest.mark.slow
 def test_accuracy_leaves_room(loaded):
-    name, model, tokenizer = loaded
+    _, model, tokenizer = loaded
     held_out = problems(200, seed=9)
     table = accuracy(tokenizer, held_out, respond(model, tokenizer, held_out, seed=1))
     # The claim is 40-60%; 200 problems have a standard error of 3.5 points, so 3 of them either side.
     assert 0.40 - 0.105 < table["all"]["mean"] < 0.60 + 0.105
+
+
+@pytest.mark.parametrize("name", testbed.NAMES)
+def test_measured_accuracy_leaves_room(name):
     card = json.loads((testbed.path(name) / "measurements.json").read_text())["pass@1"]["all"]
     assert 0.40 <= card["mean"] <= 0.60
     assert card["n"] >= 500
@@ -173,9 +177,9 @@ def test_accuracy_leaves_room(loaded):
 
 def test_responses_end(loaded):
     _, model, tokenizer = loaded
-    responses = respond(model, tokenizer, problems(50, seed=10), greedy=True)
+    responses = respond(model, tokenizer, problems(20, seed=10), greedy=True)
     ended = sum(response[-1] == tokenizer.eos_token_id for _, response in responses)
-    assert ended >= 48
+    assert ended >= 19
 
 
 def test_size_on_disk():
@@ -193,7 +197,7 @@ def test_unknown_name_is_a_user_error():
 
 def test_missing_weights_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr(testbed, "__file__", str(tmp_path / "internal_policy" / "testbed" / "__init__.py"))
-    with pytest.raises(UserError, match="python -m internal_policy"):
+    with pytest.raises(UserError, match="make testbed"):
         testbed.path("testbed/llama")
 
 
@@ -238,7 +242,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch):
     whole = build_model("qwen3", TINY, tokenizer)
     train(whole, tokenizer, TINY)
 
-    monkeypatch.setattr("internal_policy.models.testbed.train.SAVE_EVERY", 2)
+    monkeypatch.setattr(train_module, "SAVE_EVERY", 2)
 
     def stop(step: int, loss: float) -> None:
         if step == 3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from saved import save_one_of_each
 
 from internal_policy import Analysis, AnalysisComparison, Study, UserError
+from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo import Run
 from internal_policy.evaluation import Evaluation
 from internal_policy.inspection.results import Inspection
-from internal_policy.utils.result_format import changed_since, from_cells, to_cells, write_manifest
+from internal_policy.utils.result_format import ResultFormat
+from internal_policy.utils.table_io import from_cells, to_cells
 
 KINDS = {
     "analyses/007": Analysis,
@@ -152,20 +155,21 @@ def test_tables_that_disagree_with_the_manifest_are_refused(place, tmp_path, tab
     # As a program would that writes results of its own.
     fields = json.loads((directory / "analysis.json").read_text())
     del fields["seal"], fields["sha256"]
-    write_manifest(directory, "analysis.json", fields, [table])
+    replace(ANALYSIS, files=(table,)).write_manifest(directory, fields)
     with pytest.raises(UserError, match=rf"broken analysis \(ValueError: .*{message}"):
         Analysis.load(directory)
 
 
 def test_a_manifest_stands_for_the_bytes_of_its_files(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"x\n1\n")
-    write_manifest(tmp_path, "m.json", {"é": [1.5, None], "n": 3}, ["a.csv", "absent.csv"])
+    result = ResultFormat("table", "tables", "make", "make", "m.json", 1, ("a.csv", "absent.csv"))
+    result.write_manifest(tmp_path, {"é": [1.5, None], "n": 3})
     fields = json.loads((tmp_path / "m.json").read_text())
     assert list(fields["sha256"]) == ["a.csv"]
-    assert changed_since(tmp_path, "m.json", fields) is None
-    assert changed_since(tmp_path, "m.json", {**fields, "n": 4}) == "m.json"
+    assert result.changed_file(tmp_path, fields) is None
+    assert result.changed_file(tmp_path, {**fields, "n": 4}) == "m.json"
     (tmp_path / "a.csv").write_bytes(b"x\n2\n")
-    assert changed_since(tmp_path, "m.json", fields) == "a.csv"
+    assert result.changed_file(tmp_path, fields) == "a.csv"
 
 
 @given(st.lists(st.text(alphabet="=+-@'\t\r1.ea"), min_size=1))

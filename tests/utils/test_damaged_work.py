@@ -18,13 +18,14 @@ from transformers import TrainerCallback
 from internal_policy import UserError, analyze, models
 from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.results import workspace_of
+from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo.callbacks import CheckpointDigestCallback
 from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, list_files
 from internal_policy.evaluation import evaluate
-from internal_policy.evaluation import sampling as evaluating
+from internal_policy.evaluation import pipeline as evaluating
 from internal_policy.extractors import reduce_responses
 from internal_policy.utils.io import read_lines_sealed, write_lines_sealed
+from internal_policy.utils.workspace import Workspace
 
 PROMPTS = ["w2 w3 w4", "w5 w6", "w7 w8 w9 w10", "w11"]
 OPTIONS = {"prompts": PROMPTS, "max_new_tokens": 6, "batch_size": 2, "samples_per_prompt": 2}
@@ -49,6 +50,8 @@ def remove(path):
 
 
 DAMAGES = [empty, truncate, flip, remove]
+FEW = [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (empty, truncate, remove))]
+"""For what is the same mechanism: ``test_workspace.py`` has all of them."""
 
 
 def named(function):
@@ -102,7 +105,7 @@ def copied(begun, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["generate", "capture"])
-@pytest.mark.parametrize("damage", DAMAGES, ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_a_damaged_portion_is_set_aside_and_made_again(model, begun, tmp_path, caplog, damage, kind):
     work = copied(begun, tmp_path)
     shard = sorted(work.glob(f"{kind}-*.npz"))[0]
@@ -169,7 +172,7 @@ def test_files_beside_a_finished_result_stay(model, tmp_path):
     assert (work / "mine.npz").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     options = {**OPTIONS, "tolerance": 0.5}
     whole = analyze(*model, **options)
@@ -179,14 +182,14 @@ def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     assert_analyses_same(analyze(*model, output=tmp_path, **options), whole)
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW[:2], ids=named)
 def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     wrapped = models.wrap(*model, "tiny")
     problems = [{"prompt": p, "answer": "w4"} for p in PROMPTS]
     options = {"samples": 2, "batch_size": 2, "max_new_tokens": 5}
     whole = evaluate(wrapped, problems, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "halving", stop_after(2, evaluating.halving))
+        patch.setattr(evaluating, "run_with_oom_retry", stop_after(2, evaluating.run_with_oom_retry))
         with pytest.raises(KeyboardInterrupt):
             evaluate(wrapped, problems, output=tmp_path, **options)
     damage(next(tmp_path.rglob("sample-*.npz")))
@@ -352,12 +355,12 @@ def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
 
 
 def test_what_was_set_aside_is_not_found_damaged_again(tmp_path, caplog):
-    workspace = workspace_of(tmp_path / "a")
+    workspace = Workspace(tmp_path / "a", ANALYSIS)
     workspace.open({"seed": 0}, overwrite=False)
     workspace.write("capture", 0, {"index": np.arange(3)})
     (shard,) = workspace.work.glob("capture-*.npz")
     flip(shard)
     for _ in range(3):
-        workspace_of(tmp_path / "a").open({"seed": 0}, overwrite=False)
+        Workspace(tmp_path / "a", ANALYSIS).open({"seed": 0}, overwrite=False)
     assert len(caplog.messages) == 1
     assert [p.name for p in workspace.work.glob("*damaged*")] == [f"damaged-1-{shard.name}"]

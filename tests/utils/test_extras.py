@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from base_installation import EACH, run_base
 from documents import ROOT
 
-# What the extras train, backends and quantized bring, and what comes with it; modules and distributions.
-ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm,seaborn"
-LOADED = """
-import sys
-from internal_policy.cli.main import main
-try:
-    main()
-finally:
-    print("loaded", *{"torch", "transformers"} & {*sys.modules})
-"""
+NEEDS = {
+    "train --model testbed/qwen3": ("training", "trl", "train"),
+    "evaluate --model testbed/qwen3 --reward math": ("the reward math", "math-verify", "train"),
+    "analyze --backend nnsight": ("--backend nnsight", "nnsight", "backends"),
+    "analyze --preset testbed --quantization 8bit": ("--quantization 8bit", "bitsandbytes", "quantized"),
+    "inspect --model testbed/qwen3 --prompt 1 --backend transformer-lens": ("", "transformer-lens", "backends"),
+}
 
 
-def base(code, *arguments, cwd, absent=ABSENT):
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "absent"), str(ROOT)])
-    environment = {**os.environ, "ABSENT": absent, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-@pytest.mark.parametrize(
-    ("words", "what", "package", "extra"),
-    [
-        ("train --model testbed/qwen3", "training", "trl", "train"),
-        ("evaluate --model testbed/qwen3 --reward math", "the reward math", "math-verify", "train"),
-        ("analyze --backend nnsight", "--backend nnsight", "nnsight", "backends"),
-        ("analyze --preset testbed --quantization 8bit", "--quantization 8bit", "bitsandbytes", "quantized"),
-        ("inspect --model testbed/qwen3 --prompt 1 --backend transformer-lens", "", "transformer-lens", "backends"),
-    ],
-)
-def test_a_command_names_the_extra_that_it_needs(words, what, package, extra, tmp_path):
-    done = base(LOADED, *words.split(), cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {what}")
-    needed = f"needs the package {package}, which is not installed; in a clone: pip install -e '.[{extra}]'"
-    assert line.endswith(needed)
-    assert (done.returncode, done.stdout) == (2, "loaded\n")
+def test_a_command_names_the_extra_that_it_needs(tmp_path):
+    done = run_base(EACH, *NEEDS, cwd=tmp_path)
+    for part, (what, package, extra) in zip(done.stderr.split("# ")[1:], NEEDS.values(), strict=True):
+        _, line, end = part.splitlines()
+        assert line.startswith(f"error: {what}")
+        needed = f"needs the package {package}, which is not installed; in a clone: pip install -e '.[{extra}]'"
+        assert line.endswith(needed)
+        # The exit code, and no library that was loaded.
+        assert end == "2"
+    assert done.stdout == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_python_names_the_extra_that_it_needs(tmp_path):
     code = """
 from internal_policy import UserError, bupo
-from internal_policy.bupo.rewards import as_rewards
+from internal_policy.rewards.functions import as_rewards
 train = lambda: bupo.train("testbed/qwen3", max_steps=1)
 for do in (train, lambda: bupo.BuPOTrainer, lambda: as_rewards("math", exact=True)):
     try:
@@ -61,7 +40,7 @@ for do in (train, lambda: bupo.BuPOTrainer, lambda: as_rewards("math", exact=Tru
         print(error)
 print(bupo.Run.__name__, len(as_rewards("exact", exact=True)))
 """
-    done = base(code, cwd=tmp_path)
+    done = run_base(code, cwd=tmp_path)
     *errors, last = done.stdout.splitlines()
     assert (len(errors), last) == (3, "Run 1"), done.stderr
     assert all(error.endswith("which is not installed; in a clone: pip install -e '.[train]'") for error in errors)
@@ -92,5 +71,5 @@ def test_what_needs_no_extra_runs(tmp_path):
         "report out/testbed--qwen3",
         "models",
     )
-    done = base(EACH_LINE, *lines, cwd=tmp_path)
+    done = run_base(EACH_LINE, *lines, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ from internal_policy.bupo.resume import RunDirectory
 from internal_policy.comparison.study import study
 from internal_policy.evaluation import evaluate
 from internal_policy.utils import locks
-from internal_policy.utils.locks import LOCK, keeping, locked, writing
+from internal_policy.utils.locks import LOCK, keep_locks, locked, writing
 
 HELD = {"pid": 4321, "host": "node7", "since": "2026-01-02 03:04:05"}
 TOLD = r"another process is writing there \(process 4321 on node7 since 2026-01-02 03:04:05\); add --wait"
@@ -160,7 +160,7 @@ def test_nothing_is_left_behind(tmp_path):
 
 
 def test_a_command_keeps_what_it_has_locked(tmp_path):
-    with keeping():
+    with keep_locks():
         with writing(tmp_path):
             pass
         assert (tmp_path / LOCK).is_file()
@@ -171,7 +171,7 @@ def test_no_lock_outlives_its_process(tmp_path):
     """Neither that of a killed process, nor through a child that it had forked, nor through one that it had started."""
     code = """
 import os, subprocess, sys, time
-from internal_policy.locks import locked
+from internal_policy.utils.locks import locked
 from pathlib import Path
 with locked(Path(sys.argv[1])):
     subprocess.Popen(["sleep", "60"])

@@ -17,9 +17,10 @@ from training import command
 
 import internal_policy
 from internal_policy import UserError
-from internal_policy.analysis.results import workspace_of
+from internal_policy.analysis.results import ANALYSIS
 from internal_policy.utils import console
 from internal_policy.utils.shell import visible
+from internal_policy.utils.workspace import Workspace
 
 HOSTILE = "a[/b][link=x]\x1b[2J\x1b]0;title\x07\x9b1m\r\u202eback\u2066\ud800\x7f"
 
@@ -104,7 +105,7 @@ def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, c
         assert told in err
         assert len(err) < 2100
     with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
-        workspace_of(tmp_path / "results-\udcff").check()
+        Workspace(tmp_path / "results-\udcff", ANALYSIS).check()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
 from internal_policy import UserError, analyze
-from internal_policy.utils.quiet import quiet_libraries
+from internal_policy.utils.logging import quiet_libraries
 
 LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "transformers", "trl")
 

@@ -1,4 +1,4 @@
-"""The models of a cross-model study, each with its template and the figures it belongs to, as one table."""
+"""The presets of a cross-model study: their models, each with its template and the figures that show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 Preset = Literal["paper", "small", "testbed"]
 
 OF_ANY_MODEL = (2, 3, 12)
-"""The figures of a model that names none: entropy flow, entropy change, residual cosine."""
+"""Default figures of a model: entropy flow, entropy change, residual cosine."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class StudyModel:
     template: str
     """One of ``prompts.TEMPLATES``."""
     figures: Mapping[int, int] = field(default_factory=lambda: dict.fromkeys(OF_ANY_MODEL, 0))
-    """Which of figures 2, 3, 12, 13 and 14 show it, each with its place there; equal places keep the table's order."""
+    """Position in each of figures 2, 3, 12, 13 and 14 that shows it; equal positions keep the table's order."""
     max_new_tokens: int | None = None
-    """At most so many tokens a response, where the study sets no limit of its own."""
+    """Maximum number of tokens per response, unless the study sets one."""
 
 
 # Of arXiv 2512.19673v3: the models of table 4, the templates of appendix A.2, which has the non-thinking one for every
 # Qwen3, and the panels of figures 2, 3, 12, 13 and 14 from left to right. A family whose template the paper does not
 # give takes its tokenizer's own (`chat`), which is plain text where there is none.
 #
-# One limit of 7168 tokens for all, so that no panel is cut off earlier than another: a limit does not lengthen what a
-# model writes, and the paper's 3072 for the Llama family is one of training. The two models with a context of 4096
-# stop at 3072, which leaves 1024 for the prompt.
+# All models have the same limit of 7168 tokens, so that no panel is cut off earlier than another: a limit does not
+# lengthen what a model writes, and the paper's 3072 for the Llama family is one of training. The two models with a
+# context of 4096 stop at 3072, which leaves 1024 for the prompt.
 STUDIES: Mapping[Preset, tuple[StudyModel, ...]] = MappingProxyType(
     {
         "paper": (
@@ -50,7 +50,7 @@ STUDIES: Mapping[Preset, tuple[StudyModel, ...]] = MappingProxyType(
             StudyModel("OctoThinker/OctoThinker-8B-Long-Base", "octothinker", {13: 5, 14: 5}, 7168),
             StudyModel("deepseek-ai/deepseek-math-7b-base", "chat", {13: 6, 14: 6}, 3072),
         ),
-        # Figures 13 and 14 are the paper's of base and otherwise trained models, beside the chat models of 2 and 3.
+        # As in the paper, figures 13 and 14 show base models and others than the chat models of figures 2 and 3.
         "small": (
             StudyModel("meta-llama/Llama-3.2-1B-Instruct", "chat", {2: 1, 3: 3}),
             StudyModel("Qwen/Qwen3-0.6B", "qwen3", {2: 2, 3: 1, 12: 1}),

@@ -1,4 +1,4 @@
-"""Rewards of one's own: the forms they come in, and the guard around them."""
+"""Reward functions of the user: the forms in which they are given, and the guard around them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from internal_policy.rewards.functions import ExactReward, Guarded, as_rewards, failures_of, score
+from internal_policy.rewards.functions import ExactReward, GuardedReward, as_rewards, count_failures, score
 from internal_policy.utils.errors import UserError
 
 
@@ -43,12 +43,12 @@ class Lengths:
         ([1.0, 1j], "sample 2: returned a complex"),
     ],
 )
-def test_a_wrong_result_is_told_in_one_line(result, message):
+def test_a_wrong_result_is_reported_in_one_line(result, message):
     def wrong(**kwargs):
         return result
 
     with pytest.raises(UserError, match=message) as caught:
-        Guarded(wrong)(prompts=["a", "b"], completions=["x", "y"])
+        GuardedReward(wrong)(prompts=["a", "b"], completions=["x", "y"])
     assert "'wrong'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -58,8 +58,8 @@ def test_a_wrong_result_is_told_in_one_line(result, message):
     [[True, None], (np.True_, None), [torch.tensor(1.0), None], [np.float32(1), None]],
 )
 def test_numbers_of_all_kinds_are_taken(result):
-    assert Guarded(lambda **kwargs: result)(prompts=["a", "b"], completions=["x", "y"]) == [1.0, None]
-    assert Guarded(lambda **kwargs: torch.tensor([1, 0]))(prompts="ab", completions="ab") == [1.0, 0.0]
+    assert GuardedReward(lambda **kwargs: result)(prompts=["a", "b"], completions=["x", "y"]) == [1.0, None]
+    assert GuardedReward(lambda **kwargs: torch.tensor([1, 0]))(prompts="ab", completions="ab") == [1.0, 0.0]
 
 
 def fragile(prompts, completions, answer, scale, **kwargs):
@@ -73,16 +73,16 @@ async def fragile_later(**kwargs):
 
 @pytest.mark.parametrize("function", [fragile, fragile_later])
 def test_an_exception_costs_one_sample(function):
-    reward = Guarded(function)
+    reward = GuardedReward(function)
     batch = {"prompts": ["p"] * 3, "completions": ["a", "bb", "c"], "answer": ["2", "2", "3"], "scale": 1}
     values = asyncio.run(reward(**batch)) if function is fragile_later else reward(**batch)
     assert values == [1.0, 0.0, 0.5]
-    assert failures_of([reward, half]) == {"crashes": 1, "timeouts": 0}
+    assert count_failures([reward, half]) == {"crashes": 1, "timeouts": 0}
     # After it has worked, a batch on which all fail costs that batch only.
     batch["answer"] = ["1", "2", "1"]
     values = asyncio.run(reward(**batch)) if function is fragile_later else reward(**batch)
     assert values == [0.0] * 3
-    assert failures_of([reward])["crashes"] == 4
+    assert count_failures([reward])["crashes"] == 4
 
 
 def test_a_function_that_never_worked_is_a_bug():
@@ -94,7 +94,7 @@ def test_a_function_that_never_worked_is_a_bug():
 
 
 def score_batch(function, batch):
-    made = Guarded(function)(**batch)
+    made = GuardedReward(function)(**batch)
     return asyncio.run(made) if inspect.iscoroutine(made) else made
 
 
@@ -103,12 +103,12 @@ def test_trl_sees_in_the_guard_what_it_wraps():
 
     names = {half: "half", functools.partial(half, k=1): "half", Lengths(): "Lengths", later: "later"}
     for function, name in names.items():
-        assert get_callable_name(Guarded(function)) == name
-        assert is_async_callable(Guarded(function)) == (function is later)
-    assert is_async_callable(Guarded(functools.partial(later, bias=1.0)))
+        assert get_callable_name(GuardedReward(function)) == name
+        assert is_async_callable(GuardedReward(function)) == (function is later)
+    assert is_async_callable(GuardedReward(functools.partial(later, bias=1.0)))
     model = torch.nn.Linear(2, 1)
     assert as_rewards(model, exact=True) == [model]
-    assert pickle.loads(pickle.dumps(Guarded(half))).__name__ == "half"
+    assert pickle.loads(pickle.dumps(GuardedReward(half))).__name__ == "half"
 
 
 def test_as_rewards(tmp_path, monkeypatch):

@@ -9,21 +9,22 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from base_installation import EACH, run_base
 from finished import make
-from test_extras import base
-from test_first_words import EACH
-from test_unchanged import change_a_byte
+from test_finished import change_a_byte
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
-from internal_policy.analysis import unchanged
+from internal_policy.analysis.finished import find_finished
 from internal_policy.analysis.sweep import analyze_lenses
 from internal_policy.bupo.config import TrainConfig
-from internal_policy.bupo.run import call_digest, find_finished
+from internal_policy.bupo.run import call_digest
+from internal_policy.bupo.run import find_finished as find_finished_run
 from internal_policy.cli.report import write_reports
 from internal_policy.evaluation import evaluate
+from internal_policy.evaluation import results as evaluations
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.evaluation.finishing import complete, digest
 from internal_policy.models import testbed
+from internal_policy.utils import result_format
 
 OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
 RATED = {"samples": 1, "max_new_tokens": 4, "device": "cpu", "max_problems": 2}
@@ -31,8 +32,8 @@ ASKED = {"model": "model", "prompts": "prompts.jsonl", "method": "grpo", "max_st
 PREPARED = """
 from pathlib import Path
 from matplotlib.figure import Figure
-from internal_policy import unchanged
-unchanged._ACCELERATORS = ()
+from internal_policy.utils import result_format
+result_format._ACCELERATORS = ()
 Figure.savefig = lambda figure, file, **options: isinstance(file, Path) and file.touch()
 """
 """Neither a GPU that this machine may have, nor the seconds that drawing takes."""
@@ -64,7 +65,7 @@ def made(tmp_path_factory):
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(unchanged, "_ACCELERATORS", ())
+        patch.setattr(result_format, "_ACCELERATORS", ())
         analyze_lenses("model", LENSES, prompts="prompts.jsonl", output="out", **OPTIONS)
         sweep(checkpoints="run/checkpoint-*", prompts="prompts.jsonl", output="swept", **OPTIONS)
         evaluate("model", "prompts.jsonl", output="rated", **RATED)
@@ -79,22 +80,22 @@ def place(made, tmp_path, monkeypatch):
     """A copy, in which the results are called as they were."""
     copy = shutil.copytree(made, tmp_path / made.name)
     monkeypatch.chdir(copy)
-    monkeypatch.setattr(unchanged, "_ACCELERATORS", ())
+    monkeypatch.setattr(result_format, "_ACCELERATORS", ())
     return copy
 
 
 def find(kind, place, **other):
     if kind == "run":
-        return find_finished(TrainConfig.from_keywords(**{**ASKED, "output": "trained", **other}))
+        return find_finished_run(TrainConfig.from_keywords(**{**ASKED, "output": "trained", **other}))
     if kind == "evaluation":
         config = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, **other})
-        return complete(config, "prompts.jsonl", place / "rated")
+        return evaluations.find_finished(config, "prompts.jsonl", place / "rated")
     options = {"prompts": "prompts.jsonl", **OPTIONS, **other}
     if kind == "lenses":
         configs = [AnalyzeConfig(model="model", lens=lens, **options) for lens in LENSES]
-        return unchanged.complete(configs, place / "out", follow=True)
+        return find_finished(configs, place / "out", follow=True)
     configs = [AnalyzeConfig(model=f"run/checkpoint-{i}", **options) for i in (1, 2)]
-    return unchanged.complete(configs, place / "swept", follow=True)
+    return find_finished(configs, place / "swept", follow=True)
 
 
 CHANGED = {
@@ -128,12 +129,12 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
     for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
         assert find("evaluation", place, **other) is None
     asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
-    assert digest(asked, "prompts.jsonl") is not None
+    assert evaluations.config_digest(asked, "prompts.jsonl") is not None
     Path("math500").write_text("of the hub all the same")
     for source in ("math500", "owner/name"):
-        assert digest(asked, source) is None
+        assert evaluations.config_digest(asked, source) is None
     for other in ({"reward": "module:function"}, {"trust_remote_code": True}, {"revision": "main"}):
-        assert digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
+        assert evaluations.config_digest(dataclasses.replace(asked, **other), "prompts.jsonl") is None
     # Other K are computed from what is there.
     assert list(find("evaluation", place, k=[1]).pass_at_k["k"]) == [1]
 
@@ -168,11 +169,11 @@ def test_a_run_that_another_call_made_is_not_taken(other, place):
 
 
 def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
-    monkeypatch.setattr(unchanged, "_version", lambda name: "1.0")
+    monkeypatch.setattr(result_format, "library_version", lambda name: "1.0")
     assert find("run", place) is None
     monkeypatch.undo()
     monkeypatch.chdir(place)
-    monkeypatch.setattr(unchanged, "_ACCELERATORS", ("null",))
+    monkeypatch.setattr(result_format, "_ACCELERATORS", ("null",))
     assert find("run", place) is None
 
 
@@ -197,14 +198,18 @@ def test_nothing_is_loaded_for_nothing_to_do(place):
     short = "--max-new-tokens 4 --device cpu"
     asked = [words + ("" if kind == "run" else f" {short}") for kind, words in COMMANDS.items()]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
-    done = base(PREPARED + EACH, *asked, cwd=place, absent="")
-    for said in done.stderr.split("# ")[1:]:
+    done = run_base(PREPARED + EACH, *asked, f"{asked[0]} --seed 3", cwd=place, absent="")
+    *same, other = done.stderr.split("# ")[1:]
+    # Other settings are refused at once, too.
+    assert "with other settings (seed 0 -> 3)" in other
+    assert other.splitlines()[-1] == "2"
+    for said in same:
         *lines, end = said.splitlines()[1:]
         assert lines
         assert all("complete; nothing to " in line for line in lines), said
         # With no library behind it that was loaded.
         assert end == ""
-    assert done.stderr.count("complete; nothing to ") == 6
+    assert "".join(same).count("complete; nothing to ") == 6
     assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 

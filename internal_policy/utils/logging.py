@@ -1,6 +1,6 @@
-"""What the libraries say of themselves, kept away while a call of ours runs and nowhere else.
+"""What is shown while a call runs: our own progress, and none of the libraries' bars, warnings and notices.
 
-Who wants to hear them, and what this package does step by step, asks by ``logging``::
+To see those as well, and what this package does step by step, use ``logging``::
 
     logging.basicConfig(level=logging.INFO)
 """
@@ -11,10 +11,18 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+from internal_policy.utils.output import is_json, is_quiet
+from internal_policy.utils.shell import is_main_process
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Task
+
+logger = logging.getLogger(__name__)
 
 # The client of the hub sets the level of its own logger when it is imported, and warns of each retry.
 _LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "huggingface_hub.utils._http", "trl")
@@ -48,19 +56,6 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         if bars:
             stack.enter_context(_without_bars())
         yield
-
-
-def import_quietly(name: str) -> ModuleType:
-    """Import a module without what the libraries that come with it say of themselves.
-
-    Args:
-        name: its full name.
-
-    Returns:
-        The module.
-    """
-    with quiet_libraries(bars=False):
-        return import_module(name)
 
 
 @contextmanager
@@ -144,3 +139,78 @@ def _datasets_bars() -> Iterator[None]:
         yield
     finally:
         library.enable_progress_bars()
+
+
+def _is_shown(console: Console) -> bool:
+    """Whether somebody looks: FORCE_COLOR colours a log, and what moves on a terminal would only spoil it."""
+    return console.is_interactive and sys.stderr.isatty() and is_main_process() and not is_quiet()
+
+
+@contextmanager
+def status(description: str) -> Iterator[None]:
+    """Show on standard error that something runs whose length is not known.
+
+    Args:
+        description: what runs.
+    """
+    from internal_policy.utils.console import console as open_console
+
+    logger.info("%s", description)
+    console = open_console(stderr=True)
+    if not _is_shown(console):
+        yield
+        return
+    with console.status(description):
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Say that the libraries are being imported, which takes seconds, and keep away what they say of themselves.
+
+    Where standard error is no terminal it is one line, and none under --json and --quiet, or where they are there.
+    """
+    if "torch" in sys.modules:
+        with quiet_libraries(bars=False):
+            yield
+        return
+    what = "loading the libraries (torch, transformers)"
+    if not sys.stderr.isatty() and is_main_process() and not (is_quiet() or is_json()):
+        print(what, file=sys.stderr, flush=True)  # noqa: T201
+    with status(what), quiet_libraries(bars=False):
+        yield
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error while something long runs.
+
+    Args:
+        description: what runs.
+        total: how many units in all.
+        done: how many were done before.
+
+    Yields:
+        A function to call with the number of units just done.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    from internal_policy.utils.console import console as open_console
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "-", style="cyan")
+
+    logger.info("%s: %d of %d done", description, done, total)
+    console = open_console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not _is_shown(console), transient=True) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda units: bar.update(task, advance=units)

@@ -1,7 +1,7 @@
-"""What runs inside an nnsight trace: beside the model, be it here or on an NDIF server.
+"""What runs inside an nnsight trace, next to the model: in this process or on an NDIF server.
 
-A server gets these functions as source, without this package. So they carry no decorators, define no classes and
-reach weights through modules only: a server may run them in another process than the model, where calling a module
+A server receives these functions as source, without this package. Therefore they have no decorators, define no classes
+and reach weights through modules only: a server may run them in another process than the model, where calling a module
 works and reading its weight does not.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from internal_policy.extractors.hooks import first_tensor, pick
+from internal_policy.models.projection import weight_by_calls
 
-_COLUMNS = 1024
 _CHOSEN = 1e4
 
 
@@ -25,22 +25,22 @@ def reduce_layers(
     positions: Tensor,
     reduce: Callable[[Any, Any], Tensor],
     at_once: int,
-    make_states: Callable[..., Any],
+    states_class: Callable[..., Any],
     projection: Any,
 ) -> list[Tensor]:
-    """Reduce the states of layers 1..L while the forward pass makes them.
+    """Reduce the states of layers 1..L while the forward pass computes them.
 
     Args:
         root: the nnsight model.
-        row: paths of the parts, ``multiplier`` of the writes.
+        row: paths of the parts, ``multiplier`` of the writes; see ``NnsightExtractor.row``.
         positions: [n] flat indices into B * T.
-        reduce: what to make of a group of layers.
+        reduce: applied to each group of layers.
         at_once: layers in a group.
-        make_states: builds ``LayerStates``.
+        states_class: ``LayerStates``, or the plain class that a server can build.
         projection: E_u and LN_final.
 
     Returns:
-        What ``reduce`` made of each group.
+        The result of ``reduce`` for each group.
     """
     blocks = root.get(row["layers"])
     values: list[Tensor] = []
@@ -64,7 +64,7 @@ def reduce_layers(
             if group:
                 # One copy of what one layer gave and the next received.
                 states["residual_in"] = group[-1].residual_out.to(states["residual_out"].device)
-            group.append(make_states(layer=layer, **states))
+            group.append(states_class(layer=layer, **states))
             del states
             if len(group) == at_once or layer == len(blocks):
                 values.append(reduce(group, projection))
@@ -75,18 +75,7 @@ def reduce_layers(
 def reduce_logits(
     root: Any, row: dict[str, Any], positions: Tensor, reduce: Callable[[Tensor, Tensor, Any], Tensor], projection: Any
 ) -> Tensor:
-    """Reduce the model's own logits and H^L.
-
-    Args:
-        root: the nnsight model.
-        row: paths of the parts.
-        positions: [n] flat indices into B * T.
-        reduce: what to make of them.
-        projection: E_u and LN_final.
-
-    Returns:
-        What ``reduce`` made of them.
-    """
+    """Reduce the model's own logits and H^L at [n] flat positions."""
     last = first_tensor(root.get(row["layers"])[-1].output)
     own = root.output.logits
     with torch.no_grad():
@@ -94,12 +83,12 @@ def reduce_logits(
 
 
 def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor], Tensor] | None) -> None:
-    """Choose the next token of each sequence, and leave greedy search nothing else to take.
+    """Choose the next token of each sequence, and leave greedy search no other choice.
 
     Args:
         root: the nnsight model, at a step of generation.
-        row: path of the unembedding; ``transform`` of the logits.
-        sampler: adds noise to [B, V] logits on cpu; none for the most probable token.
+        row: path of the unembedding, and ``transform`` of the logits.
+        sampler: adds noise to [B, V] logits on the CPU; None for the most probable token.
     """
     head = root.get(row["unembedding"])
     projected = head.output
@@ -116,60 +105,22 @@ def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor]
 
 
 def received(module: Any) -> Tensor:
-    """Read the states that a module receives.
-
-    Args:
-        module: its envoy.
-
-    Returns:
-        [B, T, d].
-    """
+    """Read the states [B, T, d] that a module receives."""
     arguments, named = module.inputs
     return first_tensor(arguments) if arguments else named["hidden_states"]
 
 
-def projection_there(root: Any, row: dict[str, Any], make_projection: Callable[..., Any]) -> Any:
-    """Build the projection from the modules beside which this runs.
-
-    Args:
-        root: the nnsight model.
-        row: paths of the parts; ``vocabulary``, ``width``, ``dtype``, ``biased`` and ``transform`` of the unembedding.
-        make_projection: builds ``Projection``.
-
-    Returns:
-        The projection.
-    """
+def build_projection(root: Any, row: dict[str, Any], projection_class: Callable[..., Any]) -> Any:
+    """Build the projection from the model's modules, where they are."""
     head = root.get(row["unembedding"])
     with torch.no_grad():
         weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
         if weight is None or weight.is_meta or tuple(weight.shape) != (row["vocabulary"], row["width"]):
             here = "cpu" if weight is None or weight.is_meta else weight.device
-            weight, bias = weight_by_calls(head, row, here)
-        return make_projection(
+            weight, bias = weight_by_calls(head, row["width"], getattr(torch, row["dtype"]), here)
+        return projection_class(
             weight=weight.detach(),
             bias=None if bias is None else bias.detach(),
             final_norm=root.get(row["final_norm"]),
             **row["transform"],
         )
-
-
-def weight_by_calls(head: Callable[[Tensor], Tensor], row: dict[str, Any], device: Any) -> tuple[Tensor, Tensor | None]:
-    """Read E_u where only calls of its module work: the identity matrix, projected, is its transpose.
-
-    Args:
-        head: the unembedding module.
-        row: ``width``, ``dtype`` and ``biased``.
-        device: where its inputs go.
-
-    Returns:
-        E_u [V, d] and its bias [V], where it has one.
-    """
-    dtype = getattr(torch, row["dtype"])
-    bias = head(torch.zeros(1, row["width"], dtype=dtype, device=device))[0] if row["biased"] else None
-    rows = []
-    for first in range(0, row["width"], _COLUMNS):
-        unit = torch.zeros(min(_COLUMNS, row["width"] - first), row["width"], dtype=dtype, device=device)
-        unit[:, first : first + len(unit)].fill_diagonal_(1)
-        projected = head(unit)
-        rows.append(projected if bias is None else projected - bias)
-    return torch.cat(rows).T, bias

@@ -6,12 +6,11 @@ import dataclasses
 import shutil
 
 import pytest
-from test_extras import base
-from test_first_words import EACH
 
 from internal_policy import AnalyzeConfig, analyze
-from internal_policy.analysis import unchanged
+from internal_policy.analysis.finished import config_digest, find_finished, is_up_to_date
 from internal_policy.models import testbed
+from internal_policy.utils import result_format
 
 OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
 
@@ -37,7 +36,7 @@ def asked(place, **other):
 
 
 def complete(place, **other):
-    found = unchanged.complete([asked(place, **other)], place / "out")
+    found = find_finished([asked(place, **other)], place / "out")
     return None if found is None else found[0]
 
 
@@ -89,13 +88,11 @@ def test_other_files_are_noticed(change, place):
 def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path):
     analysis = complete(place)
     other = dataclasses.replace(analysis, versions={**analysis.versions, "torch": "1.0"})
-    assert not unchanged.is_unchanged(asked(place), other)
+    assert not is_up_to_date(asked(place), other)
     for unknown in ({"files": None}, {"hooked": ["a hook"]}):
-        assert not unchanged.is_unchanged(
-            asked(place), dataclasses.replace(analysis, config={**analysis.config, **unknown})
-        )
+        assert not is_up_to_date(asked(place), dataclasses.replace(analysis, config={**analysis.config, **unknown}))
     (tmp_path / "code.py").write_text("")
-    monkeypatch.setattr(unchanged, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(result_format, "_PACKAGE", tmp_path)
     assert complete(place) is None
 
 
@@ -113,29 +110,13 @@ def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path
     ],
 )
 def test_where_more_than_files_decides_nothing_is_concluded(other, place):
-    assert unchanged.digest(asked(place)) is not None
-    assert unchanged.digest(dataclasses.replace(asked(place), **other)) is None
+    assert config_digest(asked(place)) is not None
+    assert config_digest(dataclasses.replace(asked(place), **other)) is None
 
 
 def test_a_gpu_may_be_what_auto_means(monkeypatch, tmp_path):
-    monkeypatch.setattr(unchanged, "Path", lambda name: tmp_path)
-    assert unchanged._on_the_cpu("auto") == (unchanged.sys.platform == "linux")
+    monkeypatch.setattr(result_format, "Path", lambda name: tmp_path)
+    assert result_format._is_cpu("auto") == (result_format.sys.platform == "linux")
     (tmp_path / "nvidia0").touch()
-    assert not unchanged._on_the_cpu("auto")
-    assert unchanged._on_the_cpu("cpu")
-
-
-def test_nothing_is_loaded_for_nothing_to_do(place):
-    words = f"analyze --model {place / 'model'} --prompts {place / 'prompts.jsonl'} --max-responses 2 --output out"
-    words += " --max-new-tokens 4 --device cpu"
-    done = base(EACH, words, words + " --seed 3", cwd=place, absent="")
-    assert "2 responses" in done.stdout
-    first, second = done.stderr.split("# ")[1:]
-    line, end = first.splitlines()[1:]
-    assert line.startswith("out/")
-    assert line.endswith(": already complete; nothing to do (--overwrite starts over)")
-    # With no library behind it that was loaded.
-    assert end == ""
-    # Other settings are told at once, too.
-    assert "with other settings (seed 0 -> 3)" in second
-    assert second.splitlines()[-1] == "2"
+    assert not result_format._is_cpu("auto")
+    assert result_format._is_cpu("cpu")

@@ -1,4 +1,4 @@
-"""What tells models apart: the digest of weights, configuration and code, and the hooks that no digest knows."""
+"""What identifies a model: the digest of weights, configuration and code, and attached code that no digest covers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, models
 from internal_policy.evaluation import evaluate
 from internal_policy.extractors import HookExtractor, prove, transformer_lens
 from internal_policy.extractors import nnsight as nnsight_backend
-from internal_policy.models.attachments import attached
-from internal_policy.models.fingerprint import _PORTION, _plain, digest
-from internal_policy.utils.result_format import write_manifest
+from internal_policy.models.fingerprint import _PORTION, _plain, attached_code, digest
 
 
 def changed(change, model_type="gemma2", **options):
@@ -55,7 +53,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_anywhere_is_seen(change):
+def test_a_change_anywhere_changes_the_digest(change):
     assert changed(change)
 
 
@@ -73,12 +71,12 @@ def test_a_change_anywhere_is_seen(change):
         lambda m: [setattr(p, "data", p.data.t().contiguous().t()) for p in m.parameters() if p.ndim == 2],
     ],
 )
-def test_what_decides_no_numbers_is_not_seen(change):
+def test_what_does_not_affect_the_numbers_keeps_the_digest(change):
     assert not changed(change)
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "linear"])
-def test_position_frequencies_may_follow_the_length(rope_type):
+def test_position_frequencies_that_follow_the_length_keep_the_digest(rope_type):
     rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4}
     run = lambda m: m(torch.arange(2, 60).repeat(3)[None])  # noqa: E731
     assert not changed(run, "llama", context=32, rope_parameters=rope)
@@ -88,7 +86,7 @@ def test_position_frequencies_may_follow_the_length(rope_type):
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "gpt_oss"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_saved_and_loaded_it_is_the_same(model_type, tied, tmp_path):
+def test_a_saved_and_loaded_model_has_the_same_digest(model_type, tied, tmp_path):
     model = tiny_model(model_type, tied=tied)
     for place in ("one", "two"):
         model.save_pretrained(tmp_path / place)
@@ -98,7 +96,7 @@ def test_saved_and_loaded_it_is_the_same(model_type, tied, tmp_path):
     assert digest(tiny_model(model_type, tied=tied, seed=1)) != digest(model)
 
 
-def test_a_tied_weight_is_the_same_wherever_each_of_its_names_is():
+def test_a_tied_weight_on_two_devices_has_the_same_digest():
     from accelerate import dispatch_model
 
     whole = tiny_model("qwen3", tied=True)
@@ -108,7 +106,7 @@ def test_a_tied_weight_is_the_same_wherever_each_of_its_names_is():
         plan |= {f"model.layers.{i}": torch.device(DEVICE, 0) for i in range(3)} | {"model.norm": "cpu"}
         split = dispatch_model(copy.deepcopy(whole), plan, main_device=torch.device(DEVICE, 0))
         assert digest(split) == told
-        assert attached(split) == []
+        assert attached_code(split) == []
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_every_portion_of_a_large_tensor_is_read():
     assert len(found) == 4
 
 
-def test_settings_are_told_alike_in_every_process():
+def test_settings_are_the_same_in_every_process():
     class Odd:
         pass
 
@@ -161,7 +159,7 @@ class Own(LlamaForCausalLM):
 """
 
 
-def test_the_code_of_a_checkpoint_counts(tmp_path, monkeypatch):
+def test_the_code_of_a_checkpoint_is_in_the_digest(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
     found = []
@@ -185,37 +183,37 @@ BACKENDS = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_as_it_was_loaded_has_nothing_attached(backend):
+def test_a_loaded_model_has_no_attached_code(backend):
     model = models.wrap(tiny_model("qwen3"), tiny_tokenizer())
     before = model.fingerprint()
     extractor = prove(model, BACKENDS[backend])
     around = getattr(extractor, "bridge", getattr(extractor, "_root", None))
-    assert attached(extractor.model.model, around) == []
+    assert attached_code(extractor.model.model, around) == []
     assert extractor.model.fingerprint() == before
     model.model(torch.arange(2, 9)[None], output_hidden_states=True)
-    assert attached(model.model) == []
+    assert attached_code(model.model) == []
 
 
-def test_wrapped_by_a_library_it_has_nothing_attached():
+def test_nnsight_attaches_nothing_but_its_edits():
     nnsight = pytest.importorskip("nnsight")
     model = tiny_model("qwen3")
     before = digest(model)
     root = nnsight.NNsight(model)
     with root.trace(torch.arange(2, 9)[None]):
         root.model.layers[1].output.save()
-    assert attached(model, root) == []
+    assert attached_code(model, root) == []
     assert digest(model) == before
     with root.edit(inplace=True):
         root.model.layers[1].mlp.output[:] = 0
-    assert attached(model, root) == ["nnsight edit"]
+    assert attached_code(model, root) == ["nnsight edit"]
 
 
-def test_bridged_it_has_nothing_attached():
+def test_a_bridge_attaches_nothing_but_the_users_hooks():
     extractor = transformer_lens.from_model(models.wrap(tiny_model("qwen3"), tiny_tokenizer()))
     bridge = extractor.bridge
-    assert attached(bridge.original_model, bridge) == []
+    assert attached_code(bridge.original_model, bridge) == []
     bridge.blocks[1].mlp.register_forward_hook(double)
-    found = attached(transformer_lens.from_bridge(bridge, tiny_tokenizer()).model.model, bridge)
+    found = attached_code(transformer_lens.from_bridge(bridge, tiny_tokenizer()).model.model, bridge)
     assert found == ["model.layers.1.mlp: forward hook"]
 
 
@@ -243,15 +241,15 @@ ATTACHED = {
 
 
 @pytest.mark.parametrize(("place", "attach"), ATTACHED.items(), ids=ATTACHED)
-def test_code_that_is_attached_is_listed(place, attach):
+def test_attached_code_is_listed(place, attach):
     model = tiny_model("qwen3")
     attach(model.model.layers[2].mlp)
-    assert attached(model) == [f"model.layers.2.{place}"]
+    assert attached_code(model) == [f"model.layers.2.{place}"]
     attach(model.model.layers[0].mlp)
-    assert attached(model) == [f"model.layers.{i}.{place}" for i in (0, 2)]
+    assert attached_code(model) == [f"model.layers.{i}.{place}" for i in (0, 2)]
 
 
-def test_it_is_listed_where_libraries_are_at_work_too():
+def test_attached_code_is_listed_below_the_wrappers_of_libraries():
     from accelerate import dispatch_model
 
     nnsight = pytest.importorskip("nnsight")
@@ -259,29 +257,29 @@ def test_it_is_listed_where_libraries_are_at_work_too():
     model.model.layers[2].mlp.forward = lambda x: x
     wrapped = copy.deepcopy(model)
     root = nnsight.NNsight(wrapped)
-    assert attached(wrapped, root) == ["model.layers.2.mlp: replaced forward"]
+    assert attached_code(wrapped, root) == ["model.layers.2.mlp: replaced forward"]
     placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
     assert "_hf_hook" in vars(placed)
-    assert attached(placed) == ["model.layers.2.mlp: replaced forward"]
+    assert attached_code(placed) == ["model.layers.2.mlp: replaced forward"]
 
 
-def test_a_class_and_every_module_count(monkeypatch):
+def test_global_hooks_and_replaced_class_methods_are_listed(monkeypatch):
     model = tiny_model("qwen3")
     handle = nn.modules.module.register_module_forward_hook(double)
     try:
-        assert attached(model) == ["every module: forward hook"]
+        assert attached_code(model) == ["every module: forward hook"]
     finally:
         handle.remove()
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
-    assert attached(model) == [f"model.layers.{i}.mlp: replaced forward of Qwen3MLP" for i in range(3)]
+    assert attached_code(model) == [f"model.layers.{i}.mlp: replaced forward of Qwen3MLP" for i in range(3)]
 
 
-def test_a_class_whose_source_nobody_has_counts():
-    names = {"nn": nn}
+def test_a_class_without_a_source_is_listed():
+    names = {"nn": nn, "__name__": "__main__"}
     exec("class Typed(nn.Identity):\n    def forward(self, x):\n        return x", names)
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.act_fn = names["Typed"]()
-    assert attached(model) == ["model.layers.1.mlp.act_fn: class Typed without a source"]
+    assert attached_code(model) == ["class Typed without a source"]
 
 
 def disable(model):
@@ -298,7 +296,7 @@ def another(model):
 
 @pytest.fixture
 def adapted():
-    """A model with two adapters in it, of which one is at work."""
+    """A model with two adapters, of which one is active."""
     peft = pytest.importorskip("peft")
     model = tiny_model("qwen3")
     for name in ("other", "default"):
@@ -308,16 +306,16 @@ def adapted():
 
 
 @pytest.mark.parametrize("change", [disable, scale, another])
-def test_which_adapters_are_at_work_counts(change, adapted):
+def test_the_active_adapters_are_in_the_digest(change, adapted):
     before = digest(adapted)
     adapted(torch.arange(2, 9)[None])
     assert digest(copy.deepcopy(adapted)) == digest(adapted) == before
-    assert attached(adapted) == []
+    assert attached_code(adapted) == []
     change(adapted)
     assert digest(adapted) != before
 
 
-def test_an_adapter_put_back_to_work_is_the_same(adapted):
+def test_a_reactivated_adapter_has_the_same_digest(adapted):
     before = digest(adapted)
     adapted.disable_adapters()
     adapted.enable_adapters()
@@ -338,7 +336,7 @@ class Ablated(nn.Module):
         return self.seen
 
 
-def test_the_settings_of_somebodys_own_modules_count():
+def test_the_settings_of_custom_modules_are_in_the_digest():
     model = tiny_model("qwen3")
     found = set()
     for units, mode in (([1, 3], "drop"), ([1, 4], "drop"), ({1, 4}, "keep"), ([1, 4], "keep")):
@@ -358,7 +356,7 @@ def one_head_less(module, query, key, value, mask, **options):
 
 @pytest.fixture
 def registered(monkeypatch):
-    """What somebody's attention, masks and experts are registered as, until the test is over."""
+    """Register custom attention, mask and expert functions, and return the names of the libraries' own."""
     from transformers.integrations import moe
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
@@ -389,38 +387,38 @@ def registered(monkeypatch):
         ("somebody/some", ["attention function 'somebody/some'"]),
     ],
 )
-def test_functions_that_a_name_in_the_configuration_stands_for_are_listed(name, told, registered):
+def test_custom_attention_functions_are_listed(name, told, registered):
     model = tiny_model("qwen3")
     model.config._attn_implementation_internal = name
-    assert attached(model) == told
+    assert attached_code(model) == told
     for library in registered["attn"]:
         model.config._attn_implementation_internal = library
-        assert attached(model) == [], library
+        assert attached_code(model) == [], library
 
 
-def test_somebodys_experts_are_listed(registered):
+def test_custom_expert_functions_are_listed(registered):
     model = tiny_model("qwen3_moe")
     for name in ("eager", *registered["experts"]):
         model.config._experts_implementation = name
-        assert attached(model) == (["experts function 'routed'"] if name == "routed" else []), name
+        assert attached_code(model) == (["experts function 'routed'"] if name == "routed" else []), name
 
 
-def test_what_trl_puts_before_a_forward_is_not_listed():
+def test_the_fused_head_of_trl_is_not_listed():
     trl = pytest.importorskip("trl.trainer.utils")
     model, ids = tiny_model("qwen3"), torch.arange(2, 9)[None]
     logits = model(ids).logits
     trl.add_fused_lm_head(model)
     assert "forward" in vars(model)
     assert torch.equal(model(ids).logits, logits)
-    assert attached(model) == []
+    assert attached_code(model) == []
 
 
 def test_a_replaced_eager_attention_is_listed(monkeypatch):
     model = tiny_model("qwen3", attention="eager")
     monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.eager_attention_forward", one_head_less)
-    assert attached(model) == ["attention function 'eager'"]
+    assert attached_code(model) == ["attention function 'eager'"]
     model.set_attn_implementation("sdpa")
-    assert attached(model) == []
+    assert attached_code(model) == []
 
 
 ATTENDS = """
@@ -438,7 +436,7 @@ class Attends(LlamaForCausalLM):
 """
 
 
-def test_the_attention_that_comes_with_a_checkpoint_is_in_its_digest(registered, tmp_path, monkeypatch):
+def test_the_attention_of_a_checkpoint_is_not_listed_unless_it_is_a_closure(registered, tmp_path, monkeypatch):
     from transformers.modeling_utils import AttentionInterface
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -452,7 +450,7 @@ def test_the_attention_that_comes_with_a_checkpoint_is_in_its_digest(registered,
     model.config._attn_implementation_internal = "own"
     for function, told in ((code["attend"], []), (code["made"](2), ["attention function 'own'"])):
         monkeypatch.setitem(AttentionInterface._global_mapping, "own", function)
-        assert attached(model) == told
+        assert attached_code(model) == told
 
 
 @pytest.fixture
@@ -460,8 +458,8 @@ def subject():
     return tiny_model("gemma2"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
 
 
-@pytest.mark.parametrize("what", ["the last bit of one weight", "softcap", "an epsilon", "two rows swapped"])
-def test_a_changed_model_is_not_taken_for_what_was_analysed(what, subject, tmp_path):
+@pytest.mark.parametrize("what", ["the last bit of one weight", "softcap"])
+def test_a_changed_model_does_not_reuse_an_analysis(what, subject, tmp_path):
     model, options = subject
     done = analyze(model, **options, output=tmp_path)
     with torch.no_grad():
@@ -471,11 +469,11 @@ def test_a_changed_model_is_not_taken_for_what_was_analysed(what, subject, tmp_p
     assert Analysis.load(done.path).config["weights"] == done.config["weights"]
 
 
-def test_a_hooked_model_is_never_taken_for_what_was_analysed(subject, tmp_path):
+def test_a_hooked_model_does_not_reuse_an_analysis(subject, tmp_path):
     model, options = subject
     plain = analyze(model, **options, output=tmp_path)
     handles = [model.model.layers[i].mlp.register_forward_hook(double) for i in (0, 2)]
-    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*no digest can tell.*overwrite=True"
+    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*which no digest covers.*overwrite=True"
     with pytest.raises(UserError, match=told):
         analyze(model, **options, output=tmp_path)
     hooked = analyze(model, **options, output=tmp_path, overwrite=True)
@@ -490,7 +488,7 @@ def test_a_hooked_model_is_never_taken_for_what_was_analysed(subject, tmp_path):
     assert analyze(model, **options, output=tmp_path / "new").config["hooked"] is None
 
 
-def test_a_hooked_model_does_not_go_on_with_what_was_begun(subject, tmp_path, monkeypatch):
+def test_a_hooked_model_does_not_resume_an_analysis(subject, tmp_path, monkeypatch):
     from internal_policy.analysis import pipeline
 
     model, options = subject
@@ -505,7 +503,7 @@ def test_a_hooked_model_does_not_go_on_with_what_was_begun(subject, tmp_path, mo
     assert analyze(model, **options, output=tmp_path, overwrite=True).config["hooked"]
 
 
-def test_what_ends_a_response_counts_where_responses_are_sampled(tmp_path):
+def test_the_end_tokens_matter_for_sampled_responses(tmp_path):
     model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "max_new_tokens": 3, "output": tmp_path}
     analyze(model, prompts=["w2 w3"], **options)
     model.generation_config.eos_token_id = [1, 7]
@@ -513,31 +511,12 @@ def test_what_ends_a_response_counts_where_responses_are_sampled(tmp_path):
         analyze(model, prompts=["w2 w3"], **options)
 
 
-def test_a_model_with_its_adapters_off_is_not_taken_for_the_one_with_them(adapted, tmp_path):
-    options = {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3), "output": tmp_path}
-    analyze(adapted, **options)
-    adapted.disable_adapters()
-    with pytest.raises(UserError, match=r"other settings \(weights \w+ -> \w+\)"):
-        analyze(adapted, **options)
-
-
-def test_a_model_with_somebodys_attention_is_never_taken_for_what_was_analysed(registered, tmp_path):
-    model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "responses": ragged_responses(3)}
-    plain = analyze(model, **options, output=tmp_path)
-    model.set_attn_implementation("ablated")
-    with pytest.raises(UserError, match=r"holds an analysis.*\(attention function 'ablated'\)"):
-        analyze(model, **options, output=tmp_path)
-    ablated = analyze(model, **options, output=tmp_path, overwrite=True)
-    assert ablated.config["hooked"] == ["attention function 'ablated'"]
-    assert ablated.layers["entropy_out"].tolist() != plain.layers["entropy_out"].tolist()
-
-
 @pytest.fixture
 def problems():
     return {"benchmark": [{"prompt": "w2 w3", "answer": "w4"}], "samples": 2, "max_new_tokens": 3, "template": "plain"}
 
 
-def test_a_hooked_model_is_never_taken_for_what_was_evaluated(problems, tmp_path, monkeypatch):
+def test_a_hooked_model_does_not_reuse_an_evaluation(problems, tmp_path, monkeypatch):
     from internal_policy.evaluation import pipeline as run
 
     model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
@@ -559,7 +538,7 @@ def test_a_hooked_model_is_never_taken_for_what_was_evaluated(problems, tmp_path
         evaluate(model, **options)
 
 
-def test_what_ends_a_sample_counts(problems, tmp_path):
+def test_the_end_tokens_matter_for_an_evaluation(problems, tmp_path):
     model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
     evaluate(model, **problems, output=tmp_path)
     model.model.generation_config.eos_token_id = [1, 7]
@@ -567,13 +546,13 @@ def test_what_ends_a_sample_counts(problems, tmp_path):
         evaluate(model, **problems, output=tmp_path)
 
 
-def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
+def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import training
+    from internal_policy.bupo import session
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
-    monkeypatch.setattr(training, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
     options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
     options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
@@ -590,8 +569,8 @@ def test_a_hooked_model_does_not_go_on_with_a_run(tmp_path, monkeypatch):
     assert settings["hooked"] == ["model.layers.1.mlp: forward hook"]
 
 
-@pytest.mark.parametrize("change", [{"reward": 0.0}, {"reward": None}, {"response": "w9"}, {"prompt": "w9"}])
-def test_all_that_is_known_of_ready_responses_counts(change, tmp_path):
+@pytest.mark.parametrize("change", [{"reward": 0.0}, {"response": "w9"}])
+def test_every_field_of_given_responses_matters(change, tmp_path):
     given = [{**each, "reward": 1.0, "prompt": "w2", "response": "w3"} for each in ragged_responses(3)]
     model, options = tiny_model("qwen3"), {"tokenizer": tiny_tokenizer(), "output": tmp_path}
     done = analyze(model, responses=given, **options)
@@ -600,63 +579,11 @@ def test_all_that_is_known_of_ready_responses_counts(change, tmp_path):
         analyze(model, responses=[*given[:2], {**given[2], **change}], **options)
 
 
-LATER = ("generator", "tolerance", "quantization", "hooked")
-"""Settings that results have lacked once."""
-
-
-def without(path, *names):
-    """Make a file of results as one that was written before there were these settings."""
-    told = json.loads(path.read_text())
-    settings = told.get("config", told)
-    for name in names:
-        settings.pop(name, None)
-    if told.pop("seal", None):
-        write_manifest(path.parent, path.name, told, tuple(told.pop("sha256")))
-    else:
-        path.write_text(json.dumps(told))
-
-
-def test_what_was_analysed_before_there_was_a_setting_is_taken(subject, tmp_path):
-    model, options = subject
-    done = analyze(model, **options, output=tmp_path)
-    without(done.path / "analysis.json", *LATER)
-    assert analyze(model, **options, output=tmp_path).layers.equals(done.layers)
-    with pytest.raises(UserError, match=r"other settings \(tolerance None -> 0.5\)"):
-        analyze(model, **options, output=tmp_path, tolerance=0.5)
-    without(done.path / "analysis.json", "weights")
-    with pytest.raises(UserError, match=r"other settings \(weights None -> \w+\)"):
-        analyze(model, **options, output=tmp_path)
-
-
-def test_what_was_begun_before_there_was_a_setting_goes_on(subject, tmp_path, monkeypatch):
-    from internal_policy.analysis import pipeline
-
-    model, options = subject
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_capture", lambda *a: (_ for _ in ()).throw(RuntimeError))
-        with pytest.raises(RuntimeError):
-            analyze(model, **options, output=tmp_path)
-    (begun,) = tmp_path.glob("*/work/run.json")
-    without(begun, *LATER)
-    with pytest.raises(UserError, match=r"unfinished analysis with other settings \(tolerance None -> 0.5\)"):
-        analyze(model, **options, output=tmp_path, tolerance=0.5)
-    assert analyze(model, **options, output=tmp_path).path == begun.parents[1]
-
-
-def test_what_was_evaluated_before_there_was_a_setting_is_taken(problems, tmp_path):
-    model = models.wrap(tiny_model("qwen3"), tiny_tokenizer(), "tiny")
-    done = evaluate(model, **problems, output=tmp_path)
-    without(done.path / "evaluation.json", *LATER)
-    assert evaluate(model, **problems, output=tmp_path).samples.equals(done.samples)
-    with pytest.raises(UserError, match=r"other settings \(seed 0 -> 1\)"):
-        evaluate(model, **problems, output=tmp_path, seed=1)
-
-
-def test_the_batch_size_counts_where_rounding_depends_on_it(subject, problems, tmp_path):
+def test_the_batch_size_matters_for_8_bit_weights(subject, problems, tmp_path):
     assert AnalyzeConfig(quantization="8bit", batch_size=3).cache_key()["batch_size"] == 3
     assert "batch_size" not in AnalyzeConfig(quantization="4bit").cache_key()
     model, options = subject
-    for settings in (None, {"load_in_4bit": True}, {"load_in_8bit": True}):
+    for settings in ({"load_in_4bit": True}, {"load_in_8bit": True}):
         # Only what the configuration says: quantised weights need a package that is not everywhere.
         model.config.quantization_config = settings
         output = tmp_path / str(settings)

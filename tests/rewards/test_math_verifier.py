@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from internal_policy.rewards import math_verifier_worker
-from internal_policy.rewards.functions import ExactReward, Failures, MathReward, MathVerifier, boxed_answer
+from internal_policy.rewards.functions import ExactReward, MathReward
+from internal_policy.rewards.math_verifier import Failures, MathVerifier, extract_boxed
 from internal_policy.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def verifier():
     ],
 )
 def test_the_last_complete_box_counts(text, content):
-    assert boxed_answer(text) == content
+    assert extract_boxed(text) == content
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_the_last_complete_box_counts(text, content):
 )
 def test_a_tail_of_boxes_or_backslashes_takes_no_time(tail):
     before = time.process_time()
-    assert boxed_answer(r"\boxed{1}" + tail) == "1"
+    assert extract_boxed(r"\boxed{1}" + tail) == "1"
     assert time.process_time() - before < 2
 
 
@@ -108,7 +109,7 @@ def test_answers_of_real_data_are_right_themselves(verifier):
     assert len(answers) > 5000
     assert all(verifier.check_many([rf"\boxed{{{a}}}" for a in answers], answers))
     # The comparison itself, not the equality of the texts that comes before it.
-    parsed = [math_verifier_worker.same(a, a) for a in answers[:: len(answers) // 40]]
+    parsed = [math_verifier_worker.is_equal(a, a) for a in answers[:: len(answers) // 40]]
     assert all(parsed)
 
 
@@ -160,17 +161,17 @@ def test_a_sealed_process_can_do_nothing_but_compare(tmp_path):
     (tmp_path / "keep").write_text("x")
     code = (
         "import ctypes, json, os, socket, subprocess, sys, sympy\n"
-        "from internal_policy.bupo import verifier_worker as worker\n"
+        "from internal_policy.rewards import math_verifier_worker as worker\n"
         f"target, keep = {str(tmp_path / 'made')!r}, {str(tmp_path / 'keep')!r}\n"
         "payload = \"__import__('os').system('touch \" + target + \"')\"\n"
         f"tries = [(t, compile(t, 'tries', 'eval' if '=1' not in t else 'exec')) for t in {tries!r}]\n"
-        "worker.seal(4 * 2**30)\n"
+        "worker.enter_sandbox(4 * 2**30)\n"
         "run, done = eval, []\n"
         "for text, attempt in tries:\n"
         "    try: run(attempt)\n"
         "    except Exception as error: done.append(type(error).__name__)\n"
         "    else: done.append('DONE ' + text)\n"
-        "print(json.dumps([done, worker.same('0.5', '1/2'), worker.same('(x-1)(x+1)', 'x^2-1')]))"
+        "print(json.dumps([done, worker.is_equal('0.5', '1/2'), worker.is_equal('(x-1)(x+1)', 'x^2-1')]))"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     done, *still_works = json.loads(process.stdout)
@@ -181,19 +182,52 @@ def test_a_sealed_process_can_do_nothing_but_compare(tmp_path):
 
 
 def test_what_never_ends_is_wrong_and_counted():
-    verifier = MathVerifier(time_limit=0.7, workers=1)
+    verifier = MathVerifier(time_limit=0.5, workers=1)
     verifier.check(r"\boxed{1}", "2")
     before = time.monotonic()
-    hard = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{10^{10^{10}}!}", r"\boxed{9^{9^{9^{9}}}}"]
+    hard = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{10^{10^{10}}!}"]
     # From another thread, where signals do not work.
     results = []
-    thread = threading.Thread(target=lambda: results.extend(verifier.check_many(hard, ["7"] * 3)))
+    thread = threading.Thread(target=lambda: results.extend(verifier.check_many([*hard, hard[0]], ["7"] * 3)))
     thread.start()
     thread.join()
     assert results == [False] * 3
     assert time.monotonic() - before < 15
     assert verifier.failures == Failures(checked=4, crashes=0, timeouts=3)
     verifier.close()
+
+
+def test_the_time_limit_survives_a_parent_that_ignores_alarms():
+    code = (
+        "import signal, threading\n"
+        "from internal_policy.rewards.math_verifier import MathVerifier\n"
+        "signal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
+        "v = MathVerifier(time_limit=0.5, workers=1)\n"
+        "print(v.check(r'\\boxed{9^{9^{9^{9}}}}', '7'), v.failures.timeouts)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "1"]
+
+
+def test_a_worker_ends_with_its_parent_even_while_it_compares():
+    code = (
+        "import os, threading, time\n"
+        "from internal_policy.rewards.math_verifier import MathVerifier\n"
+        "v = MathVerifier(time_limit=2.0, workers=1)\n"
+        "v.check(r'\\boxed{1}', '2')\n"
+        "threading.Thread(target=v.check, args=(r'\\boxed{9^{9^{9^{9}}}}', '7')).start()\n"
+        "time.sleep(0.3)\n"
+        "print(v._idle.qsize(), v._closer.peek()[2][0][0].process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    busy, pid = done.stdout.split()
+    assert busy == "0"
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_process_that_dies_costs_one_sample():
@@ -212,7 +246,7 @@ def test_a_process_that_dies_costs_one_sample():
 
 def test_it_works_in_a_script_without_a_guard_and_leaves_no_process():
     code = (
-        "from internal_policy.rewards.functions import MathVerifier\n"
+        "from internal_policy.rewards.math_verifier import MathVerifier\n"
         "import sys\n"
         "heavy = {'torch', 'trl', 'math_verify', 'sympy'} & set(sys.modules)\n"
         "v = MathVerifier(workers=1)\n"

@@ -1,0 +1,64 @@
+"""Imports that wait: public names on first use, modules without their notices, and packages that an extra brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.logging import quiet_libraries
+
+
+def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make ``__getattr__`` and ``__dir__`` of a package.
+
+    Args:
+        package: its ``__name__``.
+        home: the module, within the package, that each public name is defined in; an empty one for a module itself.
+
+    Returns:
+        Both functions.
+    """
+
+    def get(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if not home[name]:
+            return import_quietly(f"{package}.{name}")
+        return getattr(import_quietly(f"{package}.{home[name]}"), name)
+
+    return get, lambda: sorted(home)
+
+
+def import_quietly(name: str) -> ModuleType:
+    """Import a module without the notices of the libraries that it imports.
+
+    Args:
+        name: its full name.
+
+    Returns:
+        The module.
+    """
+    with quiet_libraries(bars=False):
+        return import_module(name)
+
+
+def require_package(package: str, what: str, extra: str) -> None:
+    """Refuse what needs a package that is not installed; nothing is imported.
+
+    Args:
+        package: its name in Python.
+        what: what needs it.
+        extra: the extra of this package that brings it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise UserError(
+            f"{what} needs the package {name}, which is not installed; in a clone: pip install -e '.[{extra}]'"
+        )
