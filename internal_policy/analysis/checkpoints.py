@@ -127,14 +127,7 @@ def _itself(path: Path) -> list[Path]:
 
 
 def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
-    """Refuse analyses of different models that would be written to one directory.
-
-    Args:
-        configs: the settings of each analysis; the same model twice is allowed.
-
-    Raises:
-        UserError: two would overwrite each other.
-    """
+    """Refuse different models whose analyses would be written to one directory; the same twice is allowed."""
     taken: dict[str, tuple[Any, ...]] = {}
     for config in configs:
         model = config.model, config.revision
@@ -146,14 +139,7 @@ def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
 
 
 def training_record(model: str | Path) -> dict[str, int] | None:
-    """Read from a checkpoint how far its training was.
-
-    Args:
-        model: directory of a checkpoint; anything else has no record.
-
-    Returns:
-        ``updates`` so far and ``updates_per_step``; None where the checkpoint does not contain both.
-    """
+    """The ``updates`` and ``updates_per_step`` in the trainer's state of a checkpoint; None without both."""
     try:
         state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
         per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]

@@ -75,14 +75,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts checkpoint-5 before checkpoint-10.
-
-    Args:
-        text: a name.
-
-    Returns:
-        Its runs of digits as numbers, the rest as text.
-    """
+    """Sort key that puts checkpoint-5 before checkpoint-10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
 
 
@@ -172,26 +165,12 @@ def training_steps(
 
 
 def without_step(analyses: Sequence[Analysis]) -> list[int]:
-    """Find the analyses whose names contain no step.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        Their indices.
-    """
+    """Indices of the analyses whose names contain no step."""
     return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
 
 
 def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
-    """List what rules out that analyses are of one training.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        What differs, with its values: family, layers, vocabulary or hidden size, as far as they are known.
-    """
+    """What differs and rules out one training: family, layers, vocabulary or hidden size, with the values."""
     found = []
     for key, plural in _ARCHITECTURE.items():
         values = list(dict.fromkeys(v for a in analyses if (v := a.model.get(key)) is not None))
@@ -224,18 +203,7 @@ def arrange(
 
 
 def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
-    """Find the analysis with which the others are compared.
-
-    Args:
-        baseline: its label, or its index.
-        labels: the labels.
-
-    Returns:
-        Its index.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Index of the analysis with which the others are compared, given by its label or index."""
     if isinstance(baseline, str):
         if baseline in labels:
             return list(labels).index(baseline)
@@ -256,14 +224,7 @@ def _inside(directory: Path) -> list[Path]:
 
 
 def only_figures(directory: Path) -> bool:
-    """Whether a directory holds the figures that a command wrote next to its results.
-
-    Args:
-        directory: any path.
-
-    Returns:
-        True where it is called ``figures`` and holds no analysis.
-    """
+    """Whether a directory holds the figures that a command wrote next to its results, and no analysis."""
     empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
     return directory.name == _FIGURES and directory.is_dir() and empty
 

@@ -84,14 +84,7 @@ def token_table(
 
 
 def sequence_table(responses: Sequence[Response]) -> pd.DataFrame:
-    """What was analysed.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        Columns prompt, response, input_ids, prompt_length, reward.
-    """
+    """The responses, with columns prompt, response, input_ids, prompt_length, reward."""
     frame = pd.DataFrame([asdict(r) for r in responses])
     frame["reward"] = frame["reward"].astype(object).where(frame["reward"].notna(), None)
     return frame
