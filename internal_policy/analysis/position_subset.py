@@ -74,14 +74,7 @@ class Design:
         return np.bincount(self.block).astype(np.int64)
 
     def taken(self, n: int) -> Ints:
-        """Count what the first n positions take of each block.
-
-        Args:
-            n: how many positions.
-
-        Returns:
-            [H] counts.
-        """
+        """How many of the first n positions are in each block, [H]."""
         return np.bincount(self.block[self.order[:n]], minlength=int(self.block.max()) + 1).astype(np.int64)
 
 

@@ -339,14 +339,7 @@ def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[An
 
 
 def other_lens_sentence(analysis: Analysis) -> str | None:
-    """Say what the same responses give under the other lens.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Such as "under the logit lens the same responses give layer 1"; None where that was not measured.
-    """
+    """Such as "under the logit lens the same responses give layer 1"; None where that was not measured."""
     other = find_other_lens(analysis)
     if other is None:
         return None

@@ -96,7 +96,7 @@ class NnsightExtractor:
     def ready(self) -> Iterator[tuple[Any, dict[str, Any], Any, Any]]:
         """Yield nnsight model, arguments of its trace, and what builds projection and states there."""
         with ExitStack() as stack:
-            stack.enter_context(one_line_errors(self.model.name))
+            stack.enter_context(as_nnsight_error(self.model.name))
             stack.enter_context(torch.no_grad())
             root = self._root
             if root is None:
@@ -165,7 +165,7 @@ def from_nnsight(root: Any, tokenizer: Any = None, name: str | None = None, remo
     if tokenizer is None:
         raise UserError(f"{name}: an nnsight model was given without its tokenizer; pass tokenizer=")
     if not remote and not root.__dict__.get("dispatched", True):
-        with one_line_errors(name):
+        with as_nnsight_error(name):
             root.dispatch()
     model = wrap(root._module, tokenizer, name)
     if next(root._module.parameters()).is_meta:
@@ -205,7 +205,7 @@ def from_hub(
     if _destination(remote) is True and Path(where).exists():
         raise UserError(f"{name}: NDIF has models of the hub only; leave --remote out for a model on this machine")
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    with as_user_error(name, "its configuration and tokenizer"), one_line_errors(name):
+    with as_user_error(name, "its configuration and tokenizer"), as_nnsight_error(name):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
@@ -292,7 +292,7 @@ def _wrapped(nnsight: Any, model: LanguageModel, remote: Remote) -> Iterator[Any
 
 
 @contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
+def as_nnsight_error(name: str) -> Iterator[None]:
     """Turn an exception of nnsight, NDIF or the network into an error message of one line.
 
     Raises:

@@ -20,7 +20,7 @@ from training import command
 from internal_policy import UserError
 from internal_policy.bupo import Run, TrainConfig, push_to_hub
 from internal_policy.bupo.trainer_config import check_trl_options
-from internal_policy.extractors.nnsight import one_line_errors
+from internal_policy.extractors.nnsight import as_nnsight_error
 
 SECRET = "hf_NobodyMaySeeThis"
 
@@ -170,7 +170,7 @@ def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
     hub.fails = type("ConnectError", (Exception,), {"__module__": f"{library}._exceptions"})("no route to host")
     with pytest.raises(UserError, match=r"cannot be pushed \(no route to host\); check the network"):
         push_to_hub(make(tmp_path / "run"), "me/it")
-    with pytest.raises(UserError, match="no connection to NDIF"), one_line_errors("m"):
+    with pytest.raises(UserError, match="no connection to NDIF"), as_nnsight_error("m"):
         raise hub.fails
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
 from internal_policy.bupo import Run
-from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.reproduce import training_commands
 from internal_policy.utils import result_format
 
 WORDS = [

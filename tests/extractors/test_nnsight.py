@@ -22,7 +22,7 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import read_responses
 from internal_policy.extractors import Batch, HookExtractor, Reducer, reduce_responses, verify
 from internal_policy.extractors import nnsight as backend
-from internal_policy.extractors.nnsight import one_line_errors
+from internal_policy.extractors.nnsight import as_nnsight_error
 from internal_policy.generation import Request, sample
 from internal_policy.generation.samplers import sample_remotely
 from internal_policy.models.projection import weight_by_calls
@@ -190,7 +190,7 @@ def test_a_model_on_this_machine_is_not_on_ndif(monkeypatch):
 def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
     from nnsight.intervention.backends.remote import RemoteError
 
-    with pytest.raises(torch.OutOfMemoryError), one_line_errors("m"):
+    with pytest.raises(torch.OutOfMemoryError), as_nnsight_error("m"):
         raise RemoteError("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory.")
 
 

@@ -527,7 +527,7 @@ def test_a_hooked_model_does_not_reuse_an_evaluation(problems, tmp_path, monkeyp
     with pytest.raises(UserError, match=told):
         evaluate(model, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "sample_all", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        patch.setattr(run, "_sample_and_score", lambda *a: (_ for _ in ()).throw(RuntimeError))
         with pytest.raises(RuntimeError):
             evaluate(model, **options, overwrite=True)
     with pytest.raises(UserError, match=told):
@@ -548,7 +548,7 @@ def test_the_end_tokens_matter_for_an_evaluation(problems, tmp_path):
 
 def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import session
+    from internal_policy.bupo import training as session
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
