@@ -82,7 +82,7 @@ def layer_table(analysis: Analysis) -> Table:
 
 
 def show_line(analysis: Analysis) -> None:
-    """Print in one line what an analysis among several found, on standard output.
+    """Print the result of an analysis among several in one line on standard output.
 
     Args:
         analysis: the analysis.
@@ -115,7 +115,7 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
         pad_edge=False,
         min_width=72,
     )
-    # Names give way last: a row that cannot be told from another is of no use.
+    # Names are shortened last: a row has to be told from the others.
     shown.add_column("", overflow="fold", min_width=min(22, max(len(str(label)) for label in table["label"])))
     for heading in ("H(π_θ)", "boundary", "E/I/C", "falls", "half", "last 3"):
         shown.add_column(heading, justify="left" if heading == "falls" else "right", no_wrap=True)
@@ -146,8 +146,8 @@ def show_comparison(comparison: AnalysisComparison) -> None:
     if not comparison.trends.empty:
         console.print(trend_table(comparison))
     for label, settings in comparison.differing.items():
-        told = ", ".join(f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items())
-        console.print(Text(f"{label}: settings differ too: {told}", style="yellow"))
+        pairs = [f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items()]
+        console.print(Text(f"{label}: settings differ too: {', '.join(pairs)}", style="yellow"))
     for note in comparison.notes[:_MOST_NOTES]:
         console.print(Text(note, style="yellow"))
     if len(comparison.notes) > _MOST_NOTES:
@@ -293,7 +293,7 @@ def files_of(directory: Path) -> list[Path]:
         directory: of the result.
 
     Returns:
-        The files in it, but its page, which is drawn after them: told by itself, whether or not there was one before.
+        The files in it without its page, which is drawn after them and listed separately.
     """
     return sorted(p for p in directory.iterdir() if p.is_file() and p.name != REPORT and not p.name.startswith("."))
 

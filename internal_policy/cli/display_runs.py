@@ -56,8 +56,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
             "(--max-new-tokens)"
         )
     if evaluation.failures:
-        told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
-        console.print(f"the verifier failed on some responses, which count as wrong: {told}")
+        failures = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
+        console.print(f"the verifier failed on some responses, which count as wrong: {failures}")
     if evaluation.path is not None:
         list_files("evaluation", files_of(evaluation.path))
 
@@ -99,8 +99,8 @@ def show_paired_difference(comparison: Comparison) -> None:
         f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)"
     )
     if c.differing:
-        told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
-        console.print(Text(f"settings differ too: {told}", style="yellow"))
+        pairs = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
+        console.print(Text(f"settings differ too: {pairs}", style="yellow"))
 
 
 def paired_difference_table(comparison: Comparison) -> Table:

@@ -1,4 +1,4 @@
-"""The command `internal-policy report`, and how the other commands write the page of what they have made."""
+"""The command `internal-policy report`, and how the other commands write the pages of their results."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def write_reports(
     tell: bool = True,
     keep: bool = False,
 ) -> None:
-    """Write the page of each result that is on disk already, and say where.
+    """Write the page of each result that is on disk already.
 
-    A page that cannot be drawn is told in one line, and nothing else of the command is lost for it.
+    A page that cannot be drawn is reported in one line, and the command continues.
 
     Args:
         things: the results.
-        directory: where a comparison's goes; the others go into their own.
-        tell: whether to say where.
+        directory: where the page of a comparison is written; the others are written into their own directories.
+        tell: whether to print where the page is.
         keep: leave a page that was drawn after its result was written.
     """
     from internal_policy.analysis.results import REPORT
@@ -87,9 +87,9 @@ def write_reports(
             path = place / REPORT
             if not (keep and _is_newer(path, place)):
                 path = write_report(_placed(thing, place), place)
-        # Whatever it is, the result is whole without its page.
+        # Whatever the error is, the result is complete without its page.
         except Exception as error:
-            # A page of earlier results beside new ones would be believed.
+            # A page of earlier results would be taken for one of the new results.
             with suppress(OSError):
                 (place / REPORT).unlink(missing_ok=True)
             old = ", and the page there is of earlier results" if _is_there(place / REPORT) else ""
@@ -107,7 +107,7 @@ def write_reports(
 
 
 def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
-    """Draw the pages again of earlier analyses of the same responses under another lens, which did not know of these.
+    """Draw the pages of earlier analyses again that used another lens on the same responses, to mention the new ones.
 
     Args:
         analyses: what has just been analysed.
@@ -121,18 +121,18 @@ def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
 
 
 def _placed(thing: Analysis | AnalysisComparison | Run, place: Path) -> Analysis | AnalysisComparison | Run:
-    """The result, knowing where it is: its page says how to make it again there."""
+    """The result with its path: its page says how to make it again there."""
     return thing if thing.path is not None else replace(thing, path=place)
 
 
 def _is_newer(page: Path, place: Path) -> bool:
-    """Whether a page was drawn after the result beside it was written."""
+    """Whether a page was drawn after the result in the same directory was written."""
     results = [path.stat().st_mtime_ns for path in place.glob("*.json")]
     return page.is_file() and bool(results) and page.stat().st_mtime_ns > max(results)
 
 
 def _is_there(path: Path) -> bool:
-    # A directory that may not be entered hides what is in it.
+    # A directory that may not be entered raises PermissionError.
     with suppress(OSError):
         return path.exists()
     return False
@@ -152,16 +152,16 @@ def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
 
 
 def kind_of(directory: Path) -> str:
-    """Tell what a directory holds; a run holds evaluations, and perhaps an analysis, of its own.
+    """Find out what kind of result a directory holds; a run also holds evaluations, and perhaps an analysis.
 
     Args:
-        directory: of one result, or above several.
+        directory: of one result, or one that holds several.
 
     Returns:
         run, analysis, evaluation, inspection or comparison.
 
     Raises:
-        UserError: nothing that is finished.
+        UserError: it holds no finished result.
     """
     refuse_unmatched(directory)
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
@@ -185,7 +185,7 @@ _DEPTHS = {
 
 
 def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
-    """All that a directory holds and there is a page of."""
+    """All results in a directory that have a page."""
     from internal_policy.analysis.results import ANALYSIS, Analysis
     from internal_policy.bupo.run import MANIFEST, Run
     from internal_policy.comparison.results import COMPARISON, AnalysisComparison

@@ -89,7 +89,7 @@ def slug(prompt: str) -> str:
 
 
 def check_choice(tokens: Span | None, last: int | None) -> tuple[int | None, int | None] | int:
-    """Check which tokens are wanted, as far as it can be told without them.
+    """Check which tokens are asked for, as far as this is possible without them.
 
     Args:
         tokens: which ones; not together with ``last``.

@@ -1,4 +1,4 @@
-"""The one way to the terminal: what is printed there, the looks of tables, and how a number not defined is written."""
+"""The terminal: what is printed there, how tables look, and how an undefined number is written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.text import Text
 from internal_policy.utils.shell import visible
 
 NARROWEST = 72
-"""No table is laid out for fewer columns: a number that was cut off would be read as another one."""
+"""Tables are laid out for at least this many columns: a number that was cut off would be read as another one."""
 
 
 class _Terminal(Console):
-    """A console on which text cannot do anything but be read, whoever wrote it."""
+    """A console that shows control characters in place of obeying them."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         # Before anything is measured, so that columns stay in line.
@@ -32,17 +32,17 @@ class _Terminal(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """Go on without a reader, such as ``head``, who has left: what was asked for is still to be written to disk."""
+        """Continue if a reader such as ``head`` has left: results are still to be written to disk."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Open the terminal; text is printed as it is, and styles are ``rich.text.Text``'s, never markup.
+    """Open the terminal. Text is printed as it is: styles come from ``rich.text.Text``, never from markup.
 
     Args:
-        stderr: standard error in place of standard output, in its own width however narrow that is.
+        stderr: print on standard error, with the width of the terminal however narrow it is.
 
     Returns:
         A console.
@@ -54,7 +54,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(text: str) -> None:
-    """Print a line on standard output, which the terminal folds and nothing cuts.
+    """Print a line on standard output; the terminal wraps it, and it is never cut.
 
     Args:
         text: the line.
@@ -63,7 +63,7 @@ def say(text: str) -> None:
 
 
 _ENOUGH_PROMPTS = 40
-"""Clusters from which on a clustered interval covers what it says, nearly."""
+"""The number of clusters from which on a clustered interval has nearly its nominal coverage."""
 
 
 def table(
@@ -77,12 +77,12 @@ def table(
     """Begin a table.
 
     Args:
-        title: above it.
-        caption: below it.
-        headings: of the columns, whose cells stand on the right and stay whole.
-        fold: those among them whose cells are names: on the left, and folded where they are long.
-        left: those whose cells stand on the left.
-        min_width: of the whole, columns; title and caption are folded to its width.
+        title: printed above it.
+        caption: printed below it.
+        headings: of the columns, whose cells are aligned to the right and never cut.
+        fold: the columns of names, which are aligned to the left and wrapped.
+        left: further columns that are aligned to the left.
+        min_width: smallest width of the table; title and caption are wrapped to its width.
 
     Returns:
         The table, without rows.
@@ -100,35 +100,35 @@ def number(value: float | None, form: str = ".3f") -> str:
     """Write a number.
 
     Args:
-        value: the number; None and NaN are not defined.
+        value: the number; None and NaN are undefined.
         form: its format.
 
     Returns:
-        The number; a stroke where it is not defined.
+        The number; a dash if it is undefined.
     """
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def of_resamples(share: float | None) -> str:
-    """Write a share of the resamples of the prompts, which in percent would read as certainty.
+    """Write a share of the bootstrap resamples, where 100% would read as certainty.
 
     Args:
-        share: 0 to 1; None and NaN are not defined.
+        share: 0 to 1; None and NaN are undefined.
 
     Returns:
-        ``all`` or ``none``, else in percent; a stroke where it is not defined.
+        ``all``, ``none``, or a percentage; a dash if it is undefined.
     """
     return {1.0: "all", 0.0: "none"}.get(share if share is not None else math.nan, number(share, ".1%"))
 
 
 def few_prompts(prompts: int) -> str | None:
-    """Say that intervals and shares of resamples are of too few prompts to be relied on.
+    """Warn that there are too few prompts for intervals and shares of resamples to be reliable.
 
     Args:
-        prompts: how many prompts there are.
+        prompts: number of prompts.
 
     Returns:
-        The sentence; None of enough prompts.
+        The sentence; None if there are enough prompts.
     """
     if prompts >= _ENOUGH_PROMPTS:
         return None
@@ -146,7 +146,7 @@ def plus_minus(stderr: float, form: str = ".3f") -> str:
         form: its format.
 
     Returns:
-        With its sign; nothing where it is not defined, as of a single prompt.
+        The error behind a plus-minus sign; nothing if it is undefined, as for a single prompt.
     """
     return "" if math.isnan(stderr) else f"±{stderr:{form}}"
 
@@ -157,9 +157,9 @@ def percent_span(low: float, high: float, sign: str = "") -> str:
     Args:
         low: 0 to 1.
         high: 0 to 1.
-        sign: ``+`` for differences, which show theirs.
+        sign: ``+`` to show the sign of differences.
 
     Returns:
-        In percent; a stroke where there is none, as of a single problem.
+        The interval in percent; a dash if there is none, as for a single problem.
     """
     return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"

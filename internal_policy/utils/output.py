@@ -1,7 +1,7 @@
-"""What a command says on standard output: tables, one JSON document (--json), or nothing (--quiet).
+"""What a command prints on standard output: tables, one JSON document (--json), or nothing (--quiet).
 
-While one of the two is chosen, standard output leads nowhere, whoever writes to it, so that a script reads the document
-and nothing else. What child processes and compiled code write goes to standard error, and under --quiet nowhere.
+With either option a script reads the document and nothing else: what Python code prints is dropped, and what child
+processes and compiled code write goes to standard error, or is dropped too with --quiet.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, TextIO
 from internal_policy.utils.shell import is_main_process
 
 _DESCRIPTOR = 1
-"""Of standard output, wherever a process is started."""
+"""The file descriptor of standard output."""
 
 
 class NullIO(io.StringIO):
-    """Takes what is written, and keeps none of it."""
+    """A text stream that drops what is written to it."""
 
     def write(self, text: str) -> int:
-        """Count the text."""
+        """Drop the text."""
         return len(text)
 
 
@@ -45,11 +45,11 @@ _CHOICE = _Choice()
 
 @contextmanager
 def output_mode(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
-    """Print one JSON document, or nothing, for as long as a command runs.
+    """Print one JSON document, or nothing, while a command runs.
 
     Args:
-        json: print what ``print_json`` is given, and nothing else.
-        quiet: no tables, no progress, no notices; errors are told all the same.
+        json: print only what ``print_json`` is given.
+        quiet: print no tables, progress or notices; errors are still reported.
     """
     if not (json or quiet):
         yield
@@ -68,8 +68,8 @@ def output_mode(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def redirect_stdout_fd(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | None]:
-    """Lead the descriptor of standard output aside, and give what still leads to standard output itself."""
-    # In a notebook, or where a test listens, standard output is no descriptor that others could write to.
+    """Redirect the descriptor of standard output, and yield a stream that still writes to standard output itself."""
+    # In a notebook and in tests, standard output is not the descriptor that others write to.
     if stdout is None or not _is_descriptor(stdout):
         yield stdout
         return
@@ -81,12 +81,12 @@ def redirect_stdout_fd(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | 
     try:
         yield kept
     finally:
-        # What is still in a buffer would be written when the process ends.
+        # What is still in a buffer would otherwise be written when the process ends.
         with suppress(OSError, ValueError):
             stdout.flush()
         _flush_compiled()
         os.dup2(kept.fileno(), _DESCRIPTOR)
-        # Who reads it may have left, which was told when the document was written.
+        # A reader that has left was noticed when the document was written.
         with suppress(OSError):
             kept.close()
 
@@ -110,34 +110,34 @@ def _standard_error() -> int:
 
 
 def _flush_compiled() -> None:
-    """Write out what C's own buffer of standard output holds."""
+    """Flush C's own buffer of standard output."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).fflush(None)
 
 
 def is_quiet() -> bool:
-    """Whether nothing but errors is to be told.
+    """Whether only errors are printed.
 
     Returns:
-        True under --quiet.
+        True with --quiet.
     """
     return _CHOICE.quiet
 
 
 def is_json() -> bool:
-    """Whether a script reads what is printed.
+    """Whether one JSON document is printed.
 
     Returns:
-        True under --json.
+        True with --json.
     """
     return _CHOICE.json
 
 
 def note_files(what: str, paths: Sequence[Path]) -> None:
-    """Note files for the JSON document.
+    """List files in the JSON document.
 
     Args:
-        what: what they are, such as figures.
+        what: the kind of the files, such as figures.
         paths: the files.
     """
     if _CHOICE.json:
@@ -146,26 +146,26 @@ def note_files(what: str, paths: Sequence[Path]) -> None:
 
 
 def print_json(fields: Mapping[str, Any]) -> None:
-    """Print the one JSON document of a command, where it was asked for.
+    """Print the JSON document of a command; without --json nothing is printed.
 
     Args:
-        fields: what it holds; ``files``, what was written, is added.
+        fields: its fields; ``files``, the paths of the written files, is added.
     """
     if _CHOICE.json and _CHOICE.stdout is not None and is_main_process():
-        told = to_plain({**fields, "files": _CHOICE.files})
-        # In ASCII: it is read whole wherever it is sent, whatever the terminal's encoding.
-        _CHOICE.stdout.write(json.dumps(told, indent=2, allow_nan=False) + "\n")
+        document = to_plain({**fields, "files": _CHOICE.files})
+        # In ASCII, which every terminal and pipe can encode.
+        _CHOICE.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
         _CHOICE.stdout.flush()
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a value into what JSON has.
+    """Convert a value to types that JSON has.
 
     Args:
-        value: any; a table becomes a list of its rows.
+        value: any value; a table becomes a list of its rows.
 
     Returns:
-        Objects, lists, texts, numbers, true, false and null; null also for what is not a finite number.
+        Dicts, lists, strings, finite numbers, True, False and None; None in place of NaN and infinity.
     """
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         return to_plain(value.to_dict("records"))

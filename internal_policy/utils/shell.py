@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Texts on a terminal, names of directories, and the processes that a launcher has started."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from internal_policy.utils.errors import UserError
 
 
 def figure_name(analyses: list[tuple[str, str]]) -> str:
-    """Name a directory for the figures of some analyses, short enough for any file system.
+    """Name a directory for the figures of several results, short enough for any file system.
 
     Args:
-        analyses: the directory's name and the lens of each.
+        analyses: the directory name and the lens of each.
 
     Returns:
-        All names where they are few; else the first, how many more, and a digest of all.
+        All names, joined; if that is too long, the first one, the number of others, and a digest of all.
     """
     names = list(
         dict.fromkeys(
@@ -38,10 +38,10 @@ _LINE_ENDS = {ord(end): "\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"
 
 
 def is_number(text: str) -> bool:
-    """Tell whether a text is a whole number, with or without a sign, that Python reads.
+    """Whether a text is a whole number, with or without a sign, that ``int`` reads.
 
     Args:
-        text: any; ``²`` is a digit and no number, and one of 5000 digits is refused by ``int``.
+        text: any text; ``²`` is a digit but not a number, and ``int`` refuses 5000 digits.
 
     Returns:
         True where ``int(text)`` gives a number of at most 18 digits.
@@ -50,10 +50,10 @@ def is_number(text: str) -> bool:
 
 
 def visible(text: str, *, one_line: bool = False) -> str:
-    """Replace the characters of a text that a terminal would obey rather than show.
+    """Replace the control characters of a text, which a terminal would obey in place of showing them.
 
     Args:
-        text: any; names, templates and files may hold anything.
+        text: any text; names, templates and files may contain anything.
         one_line: replace ends of lines and tabs as well.
 
     Returns:
@@ -71,29 +71,29 @@ def _picture(code: int) -> str:
 
 
 def refuse_unmatched(directory: Path) -> None:
-    """Refuse a pattern that the shell left as it was because nothing matches.
+    """Refuse a glob pattern that the shell has left unexpanded because nothing matches it.
 
     Args:
         directory: as it was given.
 
     Raises:
-        UserError: it is a pattern, and no path.
+        UserError: it is a pattern and not an existing path.
     """
     if glob.has_magic(str(directory)) and not directory.exists():
         raise UserError(f"{directory}: nothing matches this pattern; leave it out, or name what is there")
 
 
 def rank() -> int:
-    """Tell which process this is, of those that accelerate, torchrun or MPI started.
+    """The rank of this process among those that accelerate, torchrun or MPI started.
 
     Returns:
-        From 0; 0 where there is one only.
+        The rank, from 0; 0 for a single process.
     """
     return _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK") or 0
 
 
 def world_size() -> int:
-    """Tell how many processes accelerate, torchrun or MPI started.
+    """The number of processes that accelerate, torchrun or MPI started.
 
     Returns:
         Their number, at least 1.
@@ -106,7 +106,7 @@ def _launched(*names: str) -> int | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks to the user: the only one, or the first of those that a launcher started.
+    """Whether this process prints: the only one, or the first of those that a launcher started.
 
     Returns:
         False in the others.
