@@ -13,39 +13,43 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables
 from internal_policy.analysis.checkpoints import training_record
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.options import AnalyzeOptions, showing
-from internal_policy.analysis.position_sampling import MEMORY_ADVICE, Captured, Chosen, capture_in_rounds
+from internal_policy.analysis.position_sampling import (
+    MEMORY_ADVICE,
+    CaptureResult,
+    PositionSubset,
+    capture_in_rounds,
+)
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
+from internal_policy.generation import (
+    effective_batch_size,
+    end_ids,
+    refuse_generator,
+    response_limit,
+    samplers,
+)
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.utils.distributed import (
-    Processes,
-    batches_of_process,
-    launched_processes,
-    require_all_responses,
-    run_with_oom_retry,
-    unfinished_batches,
-)
+from internal_policy.utils.distributed import Processes, launched_processes, run_with_oom_retry
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
-from internal_policy.utils.logging import progress, quiet_libraries, status
+from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
 from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
@@ -54,7 +58,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
+@takes_options(AnalyzeConfig)
 @without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
@@ -66,7 +70,7 @@ def analyze(
     overwrite: bool = False,
     wait: bool = False,
     alone: bool = False,
-    **options: Unpack[AnalyzeOptions],
+    **options: Any,
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
@@ -93,7 +97,7 @@ def analyze(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     in_memory = registry.is_object(model, tokenizer, options)
     most = options.get("max_responses")
     prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
@@ -212,38 +216,26 @@ def _generate(
 ) -> list[Response]:
     if not inputs.requests:
         return inputs.responses
-    found = _sampled(workspace)
+    requests = inputs.requests
     limit = response_limit(extractor.model, config.max_new_tokens)
-    size = effective_batch_size(config.generator, config.batch_size)
-    batches = batches_of_process([len(r.prompt_ids) for r in inputs.requests], size, state)
-    mine = [i for batch in batches for i in batch]
-    with (
-        samplers.open_sampler(extractor, config, inputs.requests, limit) as draw,
-        progress("sampling responses", len(mine), len(found.keys() & set(mine))) as advance,
-    ):
+    with samplers.open_sampler(extractor, config, requests, limit) as draw:
         run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-        for batch in unfinished_batches(batches, set(found)):
-            started = time.perf_counter()
-            new = run_with_oom_retry([inputs.requests[i] for i in batch], run, MEMORY_ADVICE)
-            new = [_rewarded(r, inputs.requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
-            lines = np.array([json.dumps(asdict(r)) for r in new])
-            seconds = np.array(time.perf_counter() - started)
-            workspace.write("generate", batch[0], {"index": np.array(batch), "json": lines, "seconds": seconds})
-            advance(len(batch))
-    state.wait_for_everyone()
-    found = _sampled(workspace)
-    require_all_responses(len(found), len(inputs.requests), workspace.directory)
-    return [found[i] for i in range(len(found))]
 
+        def sample(batch: list[int]) -> Arrays:
+            new = run_with_oom_retry([requests[i] for i in batch], run, MEMORY_ADVICE)
+            new = [_rewarded(r, requests[i].prompt, inputs.reward) for i, r in zip(batch, new, strict=True)]
+            return {"json": np.array([json.dumps(asdict(r)) for r in new])}
 
-def _sampled(workspace: Workspace) -> dict[int, Response]:
-    """The responses that are on disk, by their number."""
-    found: dict[int, Response] = {}
-    for shard in workspace.shards("generate"):
-        found |= {
-            int(i): Response(**json.loads(str(line))) for i, line in zip(shard["index"], shard["json"], strict=True)
-        }
-    return found
+        portions = workspace.run_stage(
+            "generate",
+            {i: len(request.prompt_ids) for i, request in enumerate(requests)},
+            effective_batch_size(config.generator, config.batch_size),
+            sample,
+            description="sampling responses",
+            processes=state,
+        )
+    lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
+    return [Response(**json.loads(lines[i])) for i in range(len(requests))]
 
 
 def _rewarded(response: Response, prompt: Prompt, reward: Callable[[str, str], bool] | None) -> Response:
@@ -259,49 +251,41 @@ def _capture(
     workspace: Workspace,
     state: Processes,
     kind: str = "capture",
-) -> Captured:
+) -> CaptureResult:
     reducer = Reducer(extractor, config.lens)
     if config.tolerance is not None:
 
-        def run_chosen(batch: Sequence[Chosen]) -> list[TokenValues]:
+        def run_chosen(batch: Sequence[PositionSubset]) -> list[TokenValues]:
             return reduce_responses(reducer, [r for r, _ in batch], "right", [tokens for _, tokens in batch])
 
         return capture_in_rounds(config, responses, run_chosen, workspace, state)
-    done = {int(i) for shard in workspace.shards(kind) for i in shard["index"]}
 
     def run(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)
 
-    batches = batches_of_process([len(r.input_ids) for r in responses], config.batch_size, state)
-    mine = {i for batch in batches for i in batch}
+    def capture(batch: list[int]) -> Arrays:
+        values = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
+        kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
+        empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
+        return {
+            "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
+            "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
+            "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
+            "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
+        }
+
+    lengths = {i: len(response.input_ids) for i, response in enumerate(responses)}
     what = "analysing responses" if kind == "capture" else f"analysing responses, {kind}"
-    with progress(what, len(mine), len(done & mine)) as advance:
-        for batch in unfinished_batches(batches, done):
-            started = time.perf_counter()
-            values = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
-            kept = [v for i, v in zip(batch, values, strict=True) if i < config.keep_tokens]
-            empty_layers = np.zeros((0, *values[0].layers.shape[1:]), np.float32)
-            arrays: Arrays = {
-                "index": np.array(batch),
-                "layers": np.stack([v.layers.mean(axis=0, dtype=np.float64) for v in values]),
-                "policy": np.stack([v.policy.mean(axis=0, dtype=np.float64) for v in values]),
-                "token_layers": np.concatenate([v.layers for v in kept] or [empty_layers]),
-                "token_policy": np.concatenate([v.policy for v in kept] or [np.zeros((0, 2), np.float32)]),
-                "seconds": np.array(time.perf_counter() - started),
-            }
-            workspace.write(kind, batch[0], arrays)
-            advance(len(batch))
-    state.wait_for_everyone()
-    captured = list(workspace.shards(kind))
-    require_all_responses(sum(len(shard["index"]) for shard in captured), len(responses), workspace.directory)
-    return Captured(captured)
+    return CaptureResult(
+        workspace.run_stage(kind, lengths, config.batch_size, capture, description=what, processes=state)
+    )
 
 
 def _assemble(
     config: AnalyzeConfig,
     model: LanguageModel,
     responses: list[Response],
-    captured: Captured,
+    captured: CaptureResult,
     settings: dict[str, Any],
     timings: dict[str, float],
 ) -> Analysis:

@@ -7,7 +7,6 @@ before the next is settled, and so is how far each round goes, so an interrupted
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,31 +14,25 @@ from typing import TypeAlias
 import numpy as np
 
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.analysis.position_subset import Design, design_positions
-from internal_policy.analysis.sampling_error import (
+from internal_policy.analysis.position_subset import (
+    Design,
     Estimate,
+    design_positions,
     estimate,
-    known_well_enough,
+    is_precise_enough,
     positions_needed,
     response_means,
 )
 from internal_policy.data.responses import Response
 from internal_policy.extractors import QUANTITIES, TokenValues
 from internal_policy.statistics import SITES, Floats, Ints
-from internal_policy.utils.distributed import (
-    Processes,
-    batches_of_process,
-    require_all_responses,
-    run_with_oom_retry,
-    unfinished_batches,
-)
+from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.logging import progress
 from internal_policy.utils.workspace import Arrays, Workspace
 
 MEMORY_ADVICE = "lower --max-new-tokens or leave out the longest response, use --dtype bfloat16 or another --device"
 
-Chosen: TypeAlias = tuple[Response, Ints]
+PositionSubset: TypeAlias = tuple[Response, Ints]
 """A response, and which of its tokens to analyse, from 0."""
 
 
@@ -82,7 +75,7 @@ class PositionSample:
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
+class CaptureResult:
     """The numbers of all responses."""
 
     portions: list[Arrays]
@@ -95,10 +88,10 @@ class Captured:
 def capture_in_rounds(
     config: AnalyzeConfig,
     responses: Sequence[Response],
-    run: Callable[[Sequence[Chosen]], list[TokenValues]],
+    run: Callable[[Sequence[PositionSubset]], list[TokenValues]],
     workspace: Workspace,
     state: Processes,
-) -> Captured:
+) -> CaptureResult:
     """Analyse positions until every half-width is under the tolerance, or there are no more.
 
     Args:
@@ -125,7 +118,7 @@ def capture_in_rounds(
         estimated = estimate(design, _changes(values))
 
         def next_end(last: int = ends[-1], known: Estimate = estimated) -> int:
-            enough = known_well_enough(design, known, tolerance)
+            enough = is_precise_enough(design, known, tolerance)
             return last if enough else positions_needed(design, known, tolerance)
 
         end = _settled(len(ends), next_end, workspace, state)
@@ -160,58 +153,37 @@ def _round(
     design: Design,
     config: AnalyzeConfig,
     responses: Sequence[Response],
-    run: Callable[[Sequence[Chosen]], list[TokenValues]],
+    run: Callable[[Sequence[PositionSubset]], list[TokenValues]],
     workspace: Workspace,
     state: Processes,
 ) -> Floats:
     """One round's numbers in the order of the chosen positions, [n, L * Q + 2]."""
-    kind = f"capture-{number}"
     ordered = np.sort(chosen)
     concerned, first = np.unique(design.response[ordered], return_index=True)
     positions = dict(zip(concerned.tolist(), np.split(ordered, first[1:]), strict=True))
-    indices = list(positions)
-    done: set[int] = set()
-    for shard in workspace.shards(kind):
-        of_shard = [positions.get(int(i), ordered[:0]) for i in shard["index"]]
-        if not np.array_equal(shard["positions"], np.concatenate(of_shard)):
-            raise _others(number, workspace)
-        done.update(map(int, shard["index"]))
-    mine = [
-        [indices[i] for i in b]
-        for b in batches_of_process([len(responses[i].input_ids) for i in indices], config.batch_size, state)
-    ]
-    n_mine = {i for batch in mine for i in batch}
-    with progress(f"analysing responses, round {number}", len(n_mine), len(done & n_mine)) as advance:
-        for batch in unfinished_batches(mine, done):
-            started = time.perf_counter()
-            reduced = run_with_oom_retry(
-                [(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE
-            )
-            rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
-            arrays: Arrays = {
-                "index": np.array(batch),
-                "positions": np.concatenate([positions[i] for i in batch]),
-                "values": np.concatenate(rows),
-                "seconds": np.array(time.perf_counter() - started),
-            }
-            workspace.write(kind, batch[0], arrays)
-            advance(len(batch))
-    state.wait_for_everyone()
-    shards = list(workspace.shards(kind))
-    require_all_responses(sum(len(shard["index"]) for shard in shards), len(indices), workspace.directory)
+
+    def capture(batch: list[int]) -> Arrays:
+        reduced = run_with_oom_retry([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
+        rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
+        return {"positions": np.concatenate([positions[i] for i in batch]), "values": np.concatenate(rows)}
+
+    shards = workspace.run_stage(
+        f"capture-{number}",
+        {i: len(responses[i].input_ids) for i in positions},
+        config.batch_size,
+        capture,
+        description=f"analysing responses, round {number}",
+        processes=state,
+    )
     there = np.concatenate([shard["positions"] for shard in shards])
     if not np.array_equal(np.sort(there), ordered):
-        raise _others(number, workspace)
+        raise UserError(
+            f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as "
+            "another version of internal_policy or numpy may choose; add --overwrite to start over, or choose another "
+            "--output directory"
+        )
     values = np.concatenate([shard["values"] for shard in shards])[np.argsort(there)]
     return values[np.searchsorted(ordered, chosen)].astype(np.float64)
-
-
-def _others(number: int, workspace: Workspace) -> UserError:
-    return UserError(
-        f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as another "
-        "version of internal_policy or numpy may choose; add --overwrite to start over, or choose another --output "
-        "directory"
-    )
 
 
 def _changes(values: Floats) -> Floats:
@@ -230,7 +202,7 @@ def _captured(
     rounds: int,
     half_widths: Floats,
     few: int,
-) -> Captured:
+) -> CaptureResult:
     ordered = np.argsort(design.order[: len(values)])
     positions = design.order[: len(values)][ordered]
     tokens = np.split(
@@ -246,4 +218,4 @@ def _captured(
         "token_layers": kept[:, :-2].reshape(-1, *shape),
         "token_policy": kept[:, -2:],
     }
-    return Captured([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))
+    return CaptureResult([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))

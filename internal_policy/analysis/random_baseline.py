@@ -19,7 +19,7 @@ from internal_policy import models, statistics
 from internal_policy.analysis import tables
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.position_sampling import Captured
+from internal_policy.analysis.position_sampling import CaptureResult
 from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.responses import Response
 from internal_policy.extractors import Extractor
@@ -30,7 +30,7 @@ from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.logging import status
 from internal_policy.utils.workspace import Workspace
 
-Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Processes], Captured]
+Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Processes], CaptureResult]
 
 
 def architecture(config: AnalyzeConfig, network: Any = None) -> Any:
@@ -99,7 +99,7 @@ def add_baseline(
 
 
 def _with_baseline(
-    analysis: Analysis, captured: Captured, responses: Sequence[Response], seed_and_weights: dict[str, Any]
+    analysis: Analysis, captured: CaptureResult, responses: Sequence[Response], seed_and_weights: dict[str, Any]
 ) -> Analysis:
     per_response = tables.response_table(captured.portions, responses)
     layers = statistics.layer_table(per_response)

@@ -1,23 +1,13 @@
-"""Sentences about an analysis for terminal and report, and the result of the same responses under the other lens.
-
-Two analyses are of the same responses where the digests of weights and of responses agree, whatever file or sampling
-the responses came from.
-"""
+"""Sentences about an analysis for the terminal and the report, besides its layers and its boundary layer."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from internal_policy.analysis.results import Analysis
 from internal_policy.utils.errors import counted
-
-_UNDER = {"policy": "without the final norm (lens policy)", "logit-lens": "under the logit lens"}
 
 
 def remarks(analysis: Analysis) -> list[str]:
@@ -91,79 +81,3 @@ def plus_stderr(stderr: Any, digits: int = 3) -> str:
         ``±0.012``; an empty text where there is none.
     """
     return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"
-
-
-@dataclass(frozen=True)
-class LensResult:
-    """What the same responses of the same weights give under another lens."""
-
-    lens: str
-    """``policy`` or ``logit-lens``."""
-    boundary_layer: int | None
-    """The boundary layer under it, from 1; None where there is none."""
-    path: Path | None
-    """Where that analysis is."""
-
-
-def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensResult | None:
-    """Find what the same responses of the same weights give under another lens.
-
-    Args:
-        analysis: the analysis.
-        among: analyses in memory, which are looked at first.
-
-    Returns:
-        The answer of the first such analysis, else of the first beside this one on disk; None where there is none.
-    """
-    for other in among:
-        if other.lens != analysis.lens and _same(analysis, other.config.get("weights"), other.responses_digest):
-            return LensResult(other.lens, other.boundary_layer, other.path)
-    if analysis.path is None:
-        return None
-    for path in sorted(analysis.path.resolve().parent.glob("*/analysis.json")):
-        # One that is broken is told of by whoever reads it for its own sake.
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            lens, weights = manifest["config"]["lens"], manifest["config"]["weights"]
-            if lens != analysis.lens and _same(analysis, weights, manifest["responses_digest"]):
-                return LensResult(lens, manifest["boundary_layer"], analysis.path.parent / path.parent.name)
-    return None
-
-
-def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[Analysis]]:
-    """Set aside what only repeats another analysis under another lens, as ``compare DIR/*`` may name both.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        Those of the first one's lens, with those that have no counterpart of that lens; and those that have one.
-    """
-    first = [a for a in analyses if a.lens == analyses[0].lens]
-    aside = [
-        a
-        for a in analyses
-        if a.lens != analyses[0].lens and any(_same(b, a.config.get("weights"), a.responses_digest) for b in first)
-    ]
-    return [a for a in analyses if all(a is not other for other in aside)], aside
-
-
-def other_lens_sentence(analysis: Analysis) -> str | None:
-    """Say what the same responses give under the other lens.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Such as "under the logit lens the same responses give layer 1"; None where that was not measured.
-    """
-    other = find_other_lens(analysis)
-    if other is None:
-        return None
-    answer = "no boundary layer" if other.boundary_layer is None else f"layer {other.boundary_layer}"
-    agrees = " too" if other.boundary_layer == analysis.boundary_layer else ", so the answer depends on the lens"
-    return f"{_UNDER[other.lens]} the same responses give {answer}{agrees}"
-
-
-def _same(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:
-    return analysis.config.get("weights") == weights and analysis.responses_digest == responses_digest

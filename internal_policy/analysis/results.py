@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -29,6 +31,21 @@ REPORT = "report.html"
 BASELINE = "baseline.csv"
 _FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
 ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
+
+
+_UNDER = {"policy": "without the final norm (lens policy)", "logit-lens": "under the logit lens"}
+
+
+@dataclass(frozen=True)
+class LensResult:
+    """What the same responses of the same weights give under another lens."""
+
+    lens: str
+    """``policy`` or ``logit-lens``."""
+    boundary_layer: int | None
+    """The boundary layer under it, from 1; None where there is none."""
+    path: Path | None
+    """Where that analysis is."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,11 @@ class Analysis:
         rows = zip(self.sequences["prompt_length"], self.sequences["input_ids"], strict=True)
         read = sorted([int(length), *map(int, ids)] for length, ids in rows)
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+    @property
+    def other_lens(self) -> LensResult | None:
+        """What the same responses of the same weights give under the other lens; None where that is not on disk."""
+        return find_other_lens(self)
 
     def curve(self, site: str, value: str = "change") -> pd.Series:
         """One column of ``layers`` for one site.
@@ -246,7 +268,7 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import few_prompts, number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         ends = {site: self.curve(site) for site in ("attn", "ffn")}
         entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
@@ -261,16 +283,80 @@ class Analysis:
             boundary,
             "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
             few_prompts(self.n_prompts) or "",
+            other_lens_sentence(self) or "",
             f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
-        headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
-        table = Rows(headings, cells, left=("stage",), note="nats; .layers has every layer, with standard errors")
-        return card("Analysis", self.name, facts, table)
+        table = pd.DataFrame(cells, columns=["stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN"])
+        return card("Analysis", self.name, facts, table, "nats; .layers has every layer, with standard errors")
 
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer
         return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"
+
+
+def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensResult | None:
+    """Find what the same responses of the same weights give under another lens.
+
+    Args:
+        analysis: the analysis.
+        among: analyses in memory, which are looked at first.
+
+    Returns:
+        The answer of the first such analysis, else of the first beside this one on disk; None where there is none.
+    """
+    for other in among:
+        if other.lens != analysis.lens and _same(analysis, other.config.get("weights"), other.responses_digest):
+            return LensResult(other.lens, other.boundary_layer, other.path)
+    if analysis.path is None:
+        return None
+    for path in sorted(analysis.path.resolve().parent.glob("*/analysis.json")):
+        # One that is broken is told of by whoever reads it for its own sake.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            lens, weights = manifest["config"]["lens"], manifest["config"]["weights"]
+            if lens != analysis.lens and _same(analysis, weights, manifest["responses_digest"]):
+                return LensResult(lens, manifest["boundary_layer"], analysis.path.parent / path.parent.name)
+    return None
+
+
+def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[Analysis]]:
+    """Set aside what only repeats another analysis under another lens, as ``compare DIR/*`` may name both.
+
+    Args:
+        analyses: the analyses.
+
+    Returns:
+        Those of the first one's lens, with those that have no counterpart of that lens; and those that have one.
+    """
+    first = [a for a in analyses if a.lens == analyses[0].lens]
+    aside = [
+        a
+        for a in analyses
+        if a.lens != analyses[0].lens and any(_same(b, a.config.get("weights"), a.responses_digest) for b in first)
+    ]
+    return [a for a in analyses if all(a is not other for other in aside)], aside
+
+
+def other_lens_sentence(analysis: Analysis) -> str | None:
+    """Say what the same responses give under the other lens.
+
+    Args:
+        analysis: the analysis.
+
+    Returns:
+        Such as "under the logit lens the same responses give layer 1"; None where that was not measured.
+    """
+    other = find_other_lens(analysis)
+    if other is None:
+        return None
+    answer = "no boundary layer" if other.boundary_layer is None else f"layer {other.boundary_layer}"
+    agrees = " too" if other.boundary_layer == analysis.boundary_layer else ", so the answer depends on the lens"
+    return f"{_UNDER[other.lens]} the same responses give {answer}{agrees}"
+
+
+def _same(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:
+    return analysis.config.get("weights") == weights and analysis.responses_digest == responses_digest
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -30,7 +30,7 @@ def response_table(
     Returns:
         Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of
         site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). Where `tokens` is
-        given, also n_analysed, and the means are estimates (``sampling_error.response_means``).
+        given, also n_analysed, and the means are estimates (``position_subset.response_means``).
     """
     order = np.argsort(np.concatenate([c["index"] for c in captured]))
     values = np.concatenate([c["layers"] for c in captured])[order]

@@ -30,7 +30,7 @@ from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
 from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
-from internal_policy.utils.validation import require_one_of
+from internal_policy.utils.options import require_one_of
 
 logger = logging.getLogger(__name__)
 

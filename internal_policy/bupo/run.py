@@ -145,7 +145,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         def span(rows: pd.DataFrame, column: str, form: str) -> str:
             ends = rows[column].iloc[[0, -1]] if column in rows else (None, None)
@@ -167,13 +167,9 @@ class Run:
             if found is not None
         ]
         layer = "" if self.layer is None else f"layer {self.layer}: {self.layer_reason}"
-        table = Rows(
-            ("phase", "steps", "reward", "H(π_θ)", "tokens"),
-            cells,
-            left=("phase",),
-            note="first and last step of each phase; entropy in nats",
-        )
-        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table)
+        table = pd.DataFrame(cells, columns=["phase", "steps", "reward", "H(π_θ)", "tokens"])
+        note = "first and last step of each phase; entropy in nats"
+        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table, note)
 
     def __repr__(self) -> str:
         reward = self.history.get("reward", pd.Series(dtype=float))

@@ -27,7 +27,7 @@ from internal_policy.bupo.config import (
 )
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError, counted
-from internal_policy.utils.validation import require_one_of
+from internal_policy.utils.options import require_one_of
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.

@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 
 from internal_policy.analysis.inputs import Source, as_source
-from internal_policy.analysis.options import showing
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
@@ -50,6 +49,7 @@ from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import progress, quiet_libraries, status
+from internal_policy.utils.options import takes_options
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ _TESTBED_SAMPLES = 4
 
 
 @quiet_libraries()
-@showing(TrainConfig)
+@takes_options(TrainConfig, more=True)
 @without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()

@@ -12,10 +12,16 @@ import numpy as np
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import STAGES
-from internal_policy.analysis.remarks import find_other_lens
-from internal_policy.analysis.results import Analysis
+from internal_policy.analysis.results import Analysis, find_other_lens
 from internal_policy.analysis.sources import StepsFrom, architecture_differences, without_step
-from internal_policy.comparison.pairing import DEPTHS, QUANTITIES, Item, combine, group_paired, is_paired
+from internal_policy.comparison.pairing import (
+    DEPTHS,
+    QUANTITIES,
+    Item,
+    combine,
+    group_paired,
+    is_paired,
+)
 from internal_policy.statistics import SITES, Floats, clustered_mean
 from internal_policy.utils import console
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from internal_policy.analysis.layer_selection import COVERS, STAGES
-from internal_policy.analysis.remarks import other_lens_sentence, positions_line, remarks
-from internal_policy.analysis.results import Analysis
+from internal_policy.analysis.remarks import positions_line, remarks
+from internal_policy.analysis.results import Analysis, other_lens_sentence
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
 from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart

@@ -1,4 +1,4 @@
-"""How work is divided: among the processes of `accelerate launch` or torchrun, and into batches that fit memory."""
+"""The processes of `accelerate launch` or torchrun among which work is divided, and batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from internal_policy.utils.errors import UserError, is_out_of_memory
 from internal_policy.utils.shell import world_size
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Processes:
     """How many."""
     rank: int = 0
     """Which of them this is, from 0."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=lambda: _cpu())
     """This process's device, where there are several."""
     sharded: bool = False
     """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
@@ -92,6 +92,12 @@ class Processes:
         return done
 
 
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
 def training_processes(options: Mapping[str, Any]) -> Processes:
     """Find out how a training run was launched.
 
@@ -118,6 +124,7 @@ def launched_processes() -> Processes:
 
 
 def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
+    import torch
     from accelerate import PartialState
 
     cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"} or not torch.cuda.is_available()
@@ -129,54 +136,6 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
             "start with accelerate launch or torchrun, or unset WORLD_SIZE"
         ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)
-
-
-def batches_of_process(lengths: Sequence[int], size: int, state: Processes) -> list[list[int]]:
-    """Divide items into batches of similar length, the longest first so that too little memory shows at once.
-
-    The division does not depend on which items are done: a process that starts a little later finds more of them.
-
-    Args:
-        lengths: ids of each item.
-        size: items in a batch.
-        state: the processes.
-
-    Returns:
-        Indices of the items in each batch of this process.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + size] for start in range(0, len(order), size)][state.rank :: state.number]
-
-
-def unfinished_batches(batches: Sequence[list[int]], done: set[int]) -> list[list[int]]:
-    """Leave out the items that are done.
-
-    Args:
-        batches: indices of the items in each batch.
-        done: indices of the items that are done.
-
-    Returns:
-        The rest of each batch, without empty ones.
-    """
-    return [rest for batch in batches if (rest := [i for i in batch if i not in done])]
-
-
-def require_all_responses(found: int, wanted: int, directory: Path) -> None:
-    """Refuse to go on where portions of other processes are not in the directory.
-
-    Args:
-        found: responses on disk.
-        wanted: responses that should be there.
-        directory: of the result.
-
-    Raises:
-        UserError: some are missing.
-    """
-    if found < wanted:
-        raise UserError(
-            f"{directory}: {found} of {wanted} responses are there after all processes have finished; needed is an "
-            "--output directory that all of them share"
-        )
 
 
 def run_with_oom_retry(
@@ -203,9 +162,7 @@ def run_with_oom_retry(
         if len(items) == 1:
             raise UserError(f"out of memory on a single sequence; {advice}") from error
     # Outside the handler, so that the traceback no longer holds the tensors of the failed try.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     half = (len(items) + 1) // 2
     logger.warning("out of memory on a batch of %d; trying batches of %d", len(items), half)
     return run_with_oom_retry(items[:half], run, advice) + run_with_oom_retry(items[half:], run, advice)
@@ -213,6 +170,8 @@ def run_with_oom_retry(
 
 def release_memory() -> None:
     """Free the memory of a model that is no longer used, before the next one is loaded."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

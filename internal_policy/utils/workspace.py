@@ -13,7 +13,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from internal_policy.utils.distributed import Processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import is_temporary, require_writable, set_aside, write_atomically, write_text
 from internal_policy.utils.locks import LOCK
+from internal_policy.utils.logging import progress
 from internal_policy.utils.result_format import ResultFormat, describe_differences
 
 logger = logging.getLogger(__name__)
@@ -137,6 +140,59 @@ class Workspace:
         data, stem = buffer.getvalue(), f"{kind}-{first:07d}"
         path = self.work / f"{stem}-{self._seal(stem, data)}.npz"
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+    def run_stage(
+        self,
+        stage: str,
+        lengths: Mapping[int, int],
+        batch_size: int,
+        compute: Callable[[list[int]], Arrays],
+        *,
+        description: str,
+        processes: Processes | None = None,
+    ) -> list[Arrays]:
+        """Compute the portions of a stage that are missing, batch by batch, and return all of them.
+
+        Items are divided into batches of similar length, the longest first so that too little memory shows at once. The
+        division among processes does not depend on what is done: one that starts a little later finds more of it.
+
+        Args:
+            stage: its name.
+            lengths: ids of each item, by the item's index.
+            batch_size: items in a batch.
+            compute: returns the arrays of the items with these indices.
+            description: what the progress bar says.
+            processes: the processes that share the work; by default this is the only one.
+
+        Returns:
+            The arrays of each portion, with its ``index`` and the ``seconds`` that it took.
+
+        Raises:
+            UserError: the processes do not share the directory.
+        """
+        state = processes or Processes()
+        order = sorted(lengths, key=lambda i: (-lengths[i], i))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches = batches[state.rank :: state.number]
+        mine = {i for batch in batches for i in batch}
+        done = {int(i) for shard in self.shards(stage) for i in shard["index"]}
+        with progress(description, len(mine), len(done & mine)) as advance:
+            for batch in batches:
+                if not (missing := [i for i in batch if i not in done]):
+                    continue
+                started = time.perf_counter()
+                arrays = compute(missing)
+                seconds = np.array(time.perf_counter() - started)
+                self.write(stage, missing[0], {"index": np.array(missing), "seconds": seconds, **arrays})
+                advance(len(missing))
+        state.wait_for_everyone()
+        portions = list(self.shards(stage))
+        if (found := sum(len(shard["index"]) for shard in portions)) < len(lengths):
+            raise UserError(
+                f"{self.directory}: {found} of {len(lengths)} responses are there after all processes have finished; "
+                "needed is an --output directory that all of them share"
+            )
+        return portions
 
     @property
     def begun(self) -> bool:

@@ -49,6 +49,7 @@ def assert_same(one: Path, other: Path):
     assert {k: first[k] for k in kept} == {k: second[k] for k in kept}
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(alone, tmp_path):
     done = launched(2, tmp_path / "out")
     assert done.returncode == 0, done.stderr

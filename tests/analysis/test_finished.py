@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 
 import pytest
-from base_installation import EACH, run_base
 
 from internal_policy import AnalyzeConfig, analyze
 from internal_policy.analysis.finished import config_digest, find_finished, is_up_to_date
@@ -121,19 +120,3 @@ def test_a_gpu_may_be_what_auto_means(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     assert not result_format._is_cpu("auto")
     assert result_format._is_cpu("cpu")
-
-
-def test_nothing_is_loaded_for_nothing_to_do(place):
-    words = f"analyze --model {place / 'model'} --prompts {place / 'prompts.jsonl'} --max-responses 2 --output out"
-    words += " --max-new-tokens 4 --device cpu"
-    done = run_base(EACH, words, words + " --seed 3", cwd=place, absent="")
-    assert "2 responses" in done.stdout
-    first, second = done.stderr.split("# ")[1:]
-    line, end = first.splitlines()[1:]
-    assert line.startswith("out/")
-    assert line.endswith(": already complete; nothing to do (--overwrite starts over)")
-    # With no library behind it that was loaded.
-    assert end == ""
-    # Other settings are told at once, too.
-    assert "with other settings (seed 0 -> 3)" in second
-    assert second.splitlines()[-1] == "2"

@@ -197,14 +197,18 @@ def test_nothing_is_loaded_for_nothing_to_do(place):
     short = "--max-new-tokens 4 --device cpu"
     asked = [words + ("" if kind == "run" else f" {short}") for kind, words in COMMANDS.items()]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
-    done = run_base(PREPARED + EACH, *asked, cwd=place, absent="")
-    for said in done.stderr.split("# ")[1:]:
+    done = run_base(PREPARED + EACH, *asked, f"{asked[0]} --seed 3", cwd=place, absent="")
+    *same, other = done.stderr.split("# ")[1:]
+    # Other settings are refused at once, too.
+    assert "with other settings (seed 0 -> 3)" in other
+    assert other.splitlines()[-1] == "2"
+    for said in same:
         *lines, end = said.splitlines()[1:]
         assert lines
         assert all("complete; nothing to " in line for line in lines), said
         # With no library behind it that was loaded.
         assert end == ""
-    assert done.stderr.count("complete; nothing to ") == 6
+    assert "".join(same).count("complete; nothing to ") == 6
     assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 

@@ -23,7 +23,7 @@ def command(output):
         *(
             sys.executable,
             "-m",
-            "internal_policy.cli.main",
+            "internal_policy.cli",
             "analyze",
             "--model",
             "model",
@@ -111,7 +111,8 @@ def test_killed_at_random_moments_and_resumed(place):
     assert not [p for p in (place / "killed").rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_an_interrupt_from_the_keyboard_is_told_in_one_line(place):
+@pytest.mark.slow
+def test_an_interrupt_from_the_keyboard_is_reported_in_one_line(place):
     process = subprocess.Popen(
         command("out"),
         cwd=place,

@@ -24,6 +24,13 @@ def run(tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("runs") / "x")
 
 
+@pytest.fixture(autouse=True)
+def keep_garbage(request, monkeypatch):
+    """Nothing here fills the memory, and looking for garbage takes longer than a checkpoint."""
+    if "memory" not in request.node.name:
+        monkeypatch.setattr(sweeps, "release_memory", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def straight(run, tmp_path_factory):
     """The sweep that nothing interrupts."""

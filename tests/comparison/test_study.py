@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from internal_policy.comparison.study_results import Study
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
-from internal_policy.plotting import style
 from internal_policy.plotting.study import save_study
 
 QUICK = {"max_responses": 3, "max_new_tokens": 6}
@@ -63,16 +61,9 @@ def test_the_papers_preset_is_table_4():
     assert len(STUDIES["paper"]) == 12
 
 
-def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(style, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure) and [path])
-    save_study(papers, tmp_path)
-    titles = {
-        int(re.search(r"\d+", stem).group()): tuple(t for ax in figure.axes if (t := ax.get_title().replace("\n", "")))
-        for stem, figure in drawn.items()
-        if stem.startswith("fig")
-    }
-    assert titles == PANELS
+def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers):
+    panels = {number: tuple(a.name.rpartition("/")[2] for a in papers.of_figure(number)) for number in PANELS}
+    assert panels == PANELS
 
 
 @pytest.mark.parametrize("preset", STUDIES)

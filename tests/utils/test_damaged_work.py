@@ -50,6 +50,8 @@ def remove(path):
 
 
 DAMAGES = [empty, truncate, flip, remove]
+FEW = [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (empty, truncate, remove))]
+"""For what is the same mechanism: ``test_workspace.py`` has all of them."""
 
 
 def named(function):
@@ -103,7 +105,7 @@ def copied(begun, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["generate", "capture"])
-@pytest.mark.parametrize("damage", DAMAGES, ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_a_damaged_portion_is_set_aside_and_made_again(model, begun, tmp_path, caplog, damage, kind):
     work = copied(begun, tmp_path)
     shard = sorted(work.glob(f"{kind}-*.npz"))[0]
@@ -170,7 +172,7 @@ def test_files_beside_a_finished_result_stay(model, tmp_path):
     assert (work / "mine.npz").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW, ids=named)
 def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     options = {**OPTIONS, "tolerance": 0.5}
     whole = analyze(*model, **options)
@@ -180,7 +182,7 @@ def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
     assert_analyses_same(analyze(*model, output=tmp_path, **options), whole)
 
 
-@pytest.mark.parametrize("damage", [empty, flip], ids=named)
+@pytest.mark.parametrize("damage", FEW[:2], ids=named)
 def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     wrapped = models.wrap(*model, "tiny")
     problems = [{"prompt": p, "answer": "w4"} for p in PROMPTS]

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from base_installation import run_base
+from base_installation import EACH, run_base
 from documents import ROOT
 
-LOADED = """
-import sys
-from internal_policy.cli.main import main
-try:
-    main()
-finally:
-    print("loaded", *{"torch", "transformers"} & {*sys.modules})
-"""
+NEEDS = {
+    "train --model testbed/qwen3": ("training", "trl", "train"),
+    "evaluate --model testbed/qwen3 --reward math": ("the reward math", "math-verify", "train"),
+    "analyze --backend nnsight": ("--backend nnsight", "nnsight", "backends"),
+    "analyze --preset testbed --quantization 8bit": ("--quantization 8bit", "bitsandbytes", "quantized"),
+    "inspect --model testbed/qwen3 --prompt 1 --backend transformer-lens": ("", "transformer-lens", "backends"),
+}
 
 
-@pytest.mark.parametrize(
-    ("words", "what", "package", "extra"),
-    [
-        ("train --model testbed/qwen3", "training", "trl", "train"),
-        ("evaluate --model testbed/qwen3 --reward math", "the reward math", "math-verify", "train"),
-        ("analyze --backend nnsight", "--backend nnsight", "nnsight", "backends"),
-        ("analyze --preset testbed --quantization 8bit", "--quantization 8bit", "bitsandbytes", "quantized"),
-        ("inspect --model testbed/qwen3 --prompt 1 --backend transformer-lens", "", "transformer-lens", "backends"),
-    ],
-)
-def test_a_command_names_the_extra_that_it_needs(words, what, package, extra, tmp_path):
-    done = run_base(LOADED, *words.split(), cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {what}")
-    needed = f"needs the package {package}, which is not installed; in a clone: pip install -e '.[{extra}]'"
-    assert line.endswith(needed)
-    assert (done.returncode, done.stdout) == (2, "loaded\n")
+def test_a_command_names_the_extra_that_it_needs(tmp_path):
+    done = run_base(EACH, *NEEDS, cwd=tmp_path)
+    for part, (what, package, extra) in zip(done.stderr.split("# ")[1:], NEEDS.values(), strict=True):
+        _, line, end = part.splitlines()
+        assert line.startswith(f"error: {what}")
+        needed = f"needs the package {package}, which is not installed; in a clone: pip install -e '.[{extra}]'"
+        assert line.endswith(needed)
+        # The exit code, and no library that was loaded.
+        assert end == "2"
+    assert done.stdout == ""
     assert not list(tmp_path.iterdir())
 
 
