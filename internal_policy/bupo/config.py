@@ -176,7 +176,7 @@ class TrainConfig:
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: its train split."""
+    """Split of a hub data set. Default: test if there is one, else the first."""
     overwrite: bool = False
     """Start over where the output directory holds another run."""
     wait: bool = False

@@ -177,7 +177,7 @@ def test_grpo_is_trls_own_trainer_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("iterations", "slices", "accumulation"),
-    [slow(1, 2, 1), slow(2, 1, 1), (2, 2, 1), slow(2, 2, 2), (1, 4, 2), slow(3, 2, 2)],
+    [slow(1, 2, 1), slow(2, 1, 1), (2, 2, 1), slow(2, 2, 2), slow(1, 4, 2), slow(3, 2, 2)],
 )
 def test_old_and_new_log_probabilities_are_always_of_one_policy(tmp_path, iterations, slices, accumulation):
     per_step = iterations * slices // accumulation

@@ -138,6 +138,7 @@ def test_killed_and_resumed(place, straight, event, update):
     assert_same(straight(), train(place, output))
 
 
+@pytest.mark.slow
 def test_an_alignment_that_its_dynamics_ended_stays_ended(place, straight):
     """At this rate the perplexity ends it after the first step; without that it would last two."""
     auto = {"ipa_steps": "auto", "learning_rate": 3e-2}

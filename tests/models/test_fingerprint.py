@@ -548,11 +548,11 @@ def test_the_end_tokens_matter_for_an_evaluation(problems, tmp_path):
 
 def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     from internal_policy import bupo
-    from internal_policy.bupo import training as session
+    from internal_policy.bupo import training
 
     model = tiny_model("qwen3")
     model.model.layers[1].mlp.register_forward_hook(double)
-    monkeypatch.setattr(session, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(training, "BuPOTrainer", lambda **_: (_ for _ in ()).throw(KeyError))
     options = {"layer": 2, "ipa_steps": 1, "max_steps": 2, "prompts_per_step": 2, "num_generations": 4}
     options |= {"mini_batches": 1, "dynamics_every": 0, "max_completion_length": 8, "template": "plain"}
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
