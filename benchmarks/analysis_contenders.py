@@ -51,14 +51,7 @@ Run = Callable[[Sequence[Response]], Found]
 
 
 def ours(model: LanguageModel) -> Run:
-    """This package, every position: hooks, four products a layer and two, online entropies.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What is timed.
-    """
+    """This package at every position: hooks, 4 L + 2 products, online entropies."""
     reducer = Reducer(HookExtractor(model), "policy")
 
     def run(responses: Sequence[Response]) -> Found:
@@ -72,14 +65,7 @@ def ours(model: LanguageModel) -> Run:
 
 
 def ours_with_tolerance(model: LanguageModel) -> Run:
-    """This package, as many positions as a tolerance takes: the whole ``analyze``, with its statistics and tables.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What is timed.
-    """
+    """This package at as many positions as a tolerance requires: ``analyze`` with its statistics and tables."""
 
     def run(responses: Sequence[Response]) -> Found:
         records = [asdict(r) for r in responses]
@@ -97,15 +83,9 @@ def ours_with_tolerance(model: LanguageModel) -> Run:
 
 
 def paper(model: LanguageModel) -> Run:
-    """The procedure of the paper's script, written anew: hooks, states to the host, then logits in full.
+    """The procedure of the paper's script, rewritten: hooks, states to the host, then logits in full.
 
     One response at a time; six states a layer; of each [n, V] logits, softmax and log-softmax.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What is timed.
     """
     weight, device = model.projection.weight, model.projection.weight.device
 
@@ -167,27 +147,13 @@ def _to_host(layer: int, module: nn.Module, model: LanguageModel, states: dict[t
 
 
 def in_float64(model: LanguageModel) -> Run:
-    """Not timed: the definition in float64, of the states that the paper's procedure has.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What finds the figures that the others are measured against.
-    """
+    """The definition in float64 on the states of the paper's procedure: the reference of the others, not timed."""
     weight = model.projection.weight.double()
     return _by_hooks(model, lambda state: reference.policy_entropy(state.double(), weight))
 
 
 def transformer_lens(model: LanguageModel) -> Run:
-    """TransformerLens as a careful user would: only these states cached, each distinct one projected once, 5 L + 1.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What is timed.
-    """
+    """TransformerLens as a careful user would use it: only these states cached, each projected once, 5 L + 1."""
     from internal_policy.extractors.transformer_lens import from_model
 
     bridge, weight = from_model(model).bridge, model.projection.weight
@@ -225,14 +191,7 @@ def transformer_lens(model: LanguageModel) -> Run:
 
 
 def floor(model: LanguageModel) -> Run:
-    """What no exact way can do without: the decoder's forward pass, and bare products of 4 L + 2 states in our blocks.
-
-    Args:
-        model: the model.
-
-    Returns:
-        What is timed; it finds nothing.
-    """
+    """What every exact way needs: the decoder's forward pass, and bare products of 4 L + 2 states in our blocks."""
     weight = model.projection.weight
     vocab, d = weight.shape
     n, v = block_sizes(d, vocab, DEFAULT_MEMORY_BUDGET, weight.device)
@@ -257,14 +216,7 @@ def floor(model: LanguageModel) -> Run:
 
 
 def batches(responses: Sequence[Response]) -> list[list[int]]:
-    """Group responses as an analysis does by default.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        Places of each batch's responses, of similar length.
-    """
+    """Group responses of similar length as an analysis does by default; the groups hold indices."""
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].input_ids))
     return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 

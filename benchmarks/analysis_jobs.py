@@ -51,18 +51,11 @@ class Job:
 
 
 def build(shape: Mapping[str, int], device: str = "cpu") -> LanguageModel:
-    """Make a model in float32.
+    """Build testbed/qwen3, or a Qwen3 of a job's shape whose random weights are the same each time, in float32.
 
     Writes of a layer are small, and their sum grows until a few tokens take the policy. The first layer writes more
     than the others, as in trained models (in testbed/qwen3 some five times): else the token that was read would win or
     lose by chance against the whole vocabulary, since its embedding is tied, and entropies would jump between tokens.
-
-    Args:
-        shape: of a job.
-        device: a torch device.
-
-    Returns:
-        testbed/qwen3, or a Qwen3 whose random weights are the same each time.
     """
     embedded = load("testbed/qwen3", dtype="float32", device=device)
     if not shape:
@@ -84,29 +77,13 @@ def build(shape: Mapping[str, int], device: str = "cpu") -> LanguageModel:
 
 
 def random_response(tokens: int, vocab: int, seed: int = 0) -> dict[str, Any]:
-    """One sequence of random ids.
-
-    Args:
-        tokens: response tokens, after ``PROMPT`` others.
-        vocab: V.
-        seed: of the ids.
-
-    Returns:
-        Fields of a ``Response``.
-    """
+    """Fields of a ``Response`` of random ids: ``PROMPT`` for the prompt, then ``tokens`` for the response."""
     ids = np.random.default_rng(seed).integers(2, vocab, PROMPT + tokens).tolist()
     return {"prompt": "random", "response": "ids", "input_ids": ids, "prompt_length": PROMPT}
 
 
 def own_responses(number: int) -> list[dict[str, Any]]:
-    """Sample responses of the embedded model to its own tasks.
-
-    Args:
-        number: how many.
-
-    Returns:
-        Fields of each ``Response``.
-    """
+    """Fields of ``Response`` objects that the embedded model sampled for its own tasks."""
     sequences = analyze(MODEL, max_responses=number, keep_tokens=0).sequences
     rows = sequences[["input_ids", "prompt_length"]].to_dict("records")
     texts = {"prompt": "sampled", "response": "ids"}

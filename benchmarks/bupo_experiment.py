@@ -28,9 +28,8 @@ from internal_policy import bupo
 from internal_policy.bupo.run import write_table
 from internal_policy.cli.display import list_files
 from internal_policy.evaluation import Evaluation, compare, evaluate
-from internal_policy.plotting.alignment import alignment_dynamics
 from internal_policy.plotting.style import save_figure
-from internal_policy.plotting.training import policy_entropy_curves, training_curves
+from internal_policy.plotting.training import alignment_dynamics, policy_entropy_curves, training_curves
 from internal_policy.utils.errors import UserError
 
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}

@@ -1,4 +1,4 @@
-"""Made analyses to draw, and what a figure shows once it is laid out."""
+"""Synthetic analyses, runs and inspections to draw, and what a figure shows once it is laid out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from internal_policy import Inspection
 from internal_policy.plotting import style
+
+VOCAB = 151_936
+ODD = ["$_^", "$x$", "中文", "😀", "⏎⏎", "·the", "שלום", "\\frac{", "W" * 30, "a_b^c", "<E4B8>", "◌\u0301", "%d", "[b]"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,98 @@ NAMES = (
 
 def make_set(n_models):
     return [make_analysis(*row, seed=seed) for seed, row in enumerate(NAMES[:n_models])]
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """What the figures read of a run."""
+
+    name: str
+    label: str
+    method: str
+    layer: int | None
+    ipa_steps: int | None
+    history: pd.DataFrame
+    dynamics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    dynamics_layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    setting: dict = field(default_factory=dict)
+
+
+def make_run(
+    label="BuPO, layer 6, 10 steps", steps=60, layer=6, n_layers=8, ipa_steps=10, seed=0, name="testbed/qwen3", every=2
+):
+    """A run shaped as the paper reports: KL falls, then rises; perplexity degrades; reward rises and saturates."""
+    rng = np.random.default_rng([seed, len(label)])
+    x = np.arange(1, steps + 1)
+    speed = 1.0 + 0.3 * rng.standard_normal() + (0.3 if ipa_steps else 0)
+    history = pd.DataFrame({"step": x, "phase": np.where(x <= (ipa_steps or 0), "ipa", "grpo")})
+    history["reward"] = np.clip(
+        0.25 + 0.55 * (1 - np.exp(-3 * speed * x / steps)) + 0.03 * rng.standard_normal(steps), 0, 1
+    )
+    history["policy_entropy"] = 0.1 + 0.4 * np.exp(-2 * speed * x / steps) + 0.015 * rng.standard_normal(steps)
+    history["length"] = 900 + 900 * (x / steps) ** 0.7 * speed + 40 * rng.standard_normal(steps)
+    if layer is None:
+        return FakeRun(name, label, "grpo", None, 0, history)
+    at = np.unique([*range(0, steps + 1, every), steps])
+    u = at / max(ipa_steps or 1, 1)
+    kl = 1 - 0.35 * u * np.exp(1 - 1.6 * u) + 0.1 * np.maximum(u - 1, 0) ** 0.5
+    later = np.arange(layer + 1, n_layers + 1)
+    depth = (later - layer) / (n_layers - layer + 1e-9)
+    grid = pd.DataFrame(
+        {
+            "step": np.repeat(at, len(later)),
+            "layer": np.tile(later, len(at)),
+            "cosine": (np.exp(-1.6 * depth)[None, :] ** (1 - 0.2 * np.minimum(u, 1))[:, None]).ravel(),
+            "kl": (kl[:, None] * (0.4 + 7 * depth**2)[None, :]).ravel(),
+        }
+    )
+    log_perplexity = 0.3 + 0.04 * np.minimum(u, 3) ** 2 + 0.002 * rng.standard_normal(len(at))
+    dynamics = pd.DataFrame(
+        {
+            "step": at,
+            "phase": np.where(at <= (ipa_steps or 0), "ipa", "grpo"),
+            "layer": layer,
+            "change": -0.05 + 0.3 * (1 - np.exp(-u)),
+            "entropy": 4.0,
+            "policy_entropy": 0.4,
+            "log_perplexity": log_perplexity,
+            "log_perplexity_stderr": 0.02,
+            "perplexity": np.exp(log_perplexity),
+            "kl_mean": kl * (0.4 + 7 * depth**2).mean() if len(later) else kl,
+            "policy_kl": 9 * kl,
+        }
+    )
+    return FakeRun(name, label, "bupo", layer, ipa_steps, history, dynamics, grid)
+
+
+def make_inspection(n_layers=8, n_tokens=40, prompt=20, words=ODD, lens="policy", seed=0):
+    """An inspection of random numbers, with the columns that a real one has."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, len(words), n_tokens)
+    rows = [
+        (position, layer, site)
+        for position in range(1, n_tokens + 1)
+        for layer in range(n_layers + 1)
+        for site in (
+            ("layer",) if layer == 0 else ("layer", "attn", "ffn", *(("policy",) if layer == n_layers else ()))
+        )
+    ]
+    frame = pd.DataFrame(rows, columns=["position", "layer", "site"])
+    frame["entropy"] = rng.uniform(0, math.log(VOCAB), len(frame)).astype(np.float32)
+    frame["next_id"] = pd.array([ids[p] if p < n_tokens else pd.NA for p in frame["position"]], dtype="Int64")
+    frame["top1_id"] = rng.integers(0, len(words), len(frame))
+    frame["top1_token"] = [words[i] for i in frame["top1_id"]]
+    frame["top1_probability"] = rng.uniform(0, 1, len(frame))
+    tokens = pd.DataFrame(
+        {
+            "position": range(1, n_tokens + 1),
+            "part": ["prompt" if i < prompt else "response" for i in range(n_tokens)],
+            "id": ids,
+            "token": [words[i] for i in ids],
+        }
+    )
+    config = {"lens": lens, "top_k": 1}
+    return Inspection("some/$model_1", {"layers": n_layers, "vocabulary": VOCAB}, config, tokens, frame)
 
 
 def lay_out(figure):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from drawings import make_inspection
 from rated import rated
 from shapes import make, progressive
-from test_inspection_figure import made as make_inspection
 
 from internal_policy import Study, compare, load_analyses
 from internal_policy.comparison.study_presets import StudyModel

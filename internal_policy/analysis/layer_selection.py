@@ -104,7 +104,7 @@ class Selection:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import few_prompts, of_resamples
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         answer = "none" if self.boundary_layer is None else str(self.boundary_layer)
         cells = [
@@ -112,7 +112,7 @@ class Selection:
             ("runner-up", "none" if self.runner_up is None else self.runner_up, of_resamples(self.runner_up_share)),
         ]
         few = None if self.n_prompts is None else few_prompts(self.n_prompts)
-        table = Rows(("", "layer", "resamples of the prompts"), cells, left=("",))
+        table = pd.DataFrame(cells, columns=["", "layer", "resamples of the prompts"])
         return card("Selection", f"of {len(self.stages)} layers", (self.reason, few or ""), table)
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,32 +17,43 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables
 from internal_policy.analysis.checkpoints import training_record
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
-from internal_policy.analysis.options import AnalyzeOptions, showing
-from internal_policy.analysis.position_sampling import MEMORY_ADVICE, CaptureResult, PositionSubset, capture_in_rounds
+from internal_policy.analysis.position_sampling import (
+    MEMORY_ADVICE,
+    CaptureResult,
+    PositionSubset,
+    capture_in_rounds,
+)
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
-from internal_policy.generation import effective_batch_size, end_ids, refuse_generator, response_limit, samplers
+from internal_policy.generation import (
+    effective_batch_size,
+    end_ids,
+    refuse_generator,
+    response_limit,
+    samplers,
+)
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.utils.distributed import Processes, launched_processes, run_with_oom_retry
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
 from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
@@ -51,7 +62,7 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=AnalyzeOptions.__optional_keys__)
+@takes_options(AnalyzeConfig)
 @without_autocast()
 def analyze(
     model: Any = "testbed/qwen3",
@@ -63,7 +74,7 @@ def analyze(
     overwrite: bool = False,
     wait: bool = False,
     alone: bool = False,
-    **options: Unpack[AnalyzeOptions],
+    **options: Any,
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
@@ -91,7 +102,7 @@ def analyze(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     in_memory = registry.is_object(model, tokenizer, options)
     most = options.get("max_responses")
     prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)

@@ -268,7 +268,7 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import few_prompts, number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         ends = {site: self.curve(site) for site in ("attn", "ffn")}
         entropy, cells, start = self.curve("layer", "entropy_out"), [], 1
@@ -287,9 +287,8 @@ class Analysis:
             f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
-        headings = ("stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN")
-        table = Rows(headings, cells, left=("stage",), note="nats; .layers has every layer, with standard errors")
-        return card("Analysis", self.name, facts, table)
+        table = pd.DataFrame(cells, columns=["stage", "layers", "H at its end", "mean ΔH ATTN", "mean ΔH FFN"])
+        return card("Analysis", self.name, facts, table, "nats; .layers has every layer, with standard errors")
 
     def __repr__(self) -> str:
         boundary = "none" if self.boundary_layer is None else self.boundary_layer

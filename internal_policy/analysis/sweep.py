@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from internal_policy import models
 from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
-from internal_policy.analysis.options import SweepOptions, showing
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis
 from internal_policy.extractors.nnsight import load_nnsight, require_key
@@ -29,11 +28,12 @@ from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
 from internal_policy.utils.workspace import Workspace
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=SweepOptions.__optional_keys__)
+@takes_options(AnalyzeConfig, without=("revision",))
 def sweep(
     model: str | None = None,
     *,
@@ -46,7 +46,7 @@ def sweep(
     overwrite: bool = False,
     wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Unpack[SweepOptions],
+    **options: Any,
 ) -> list[Analysis]:
     """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
 
@@ -76,7 +76,7 @@ def sweep(
     most = options.get("max_responses")
     prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
     given = as_source(_sequences(responses), "responses", most)
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     if "revision" in options:
         raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}

@@ -30,7 +30,7 @@ from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
 from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
-from internal_policy.utils.validation import require_one_of
+from internal_policy.utils.options import require_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -313,8 +313,12 @@ def _no_room(error: BaseException) -> str | None:
     """Why a file could not be written; None where it is something else."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return _NO_ROOM[error.errno]
-    told = str(error)
+    message = str(error)
     if isinstance(error, SafetensorError):
-        return next((why for why in _NO_ROOM.values() if why in told), None)
+        return next((why for why in _NO_ROOM.values() if why in message), None)
     # torch writes in C++, and does not say why it could not.
-    return "PytorchStreamWriter failed" if "PytorchStreamWriter failed" in told or "inline_container" in told else None
+    return (
+        "PytorchStreamWriter failed"
+        if "PytorchStreamWriter failed" in message or "inline_container" in message
+        else None
+    )

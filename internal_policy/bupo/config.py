@@ -14,13 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
-from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig
 from internal_policy.data.prompts import TEMPLATES
 from internal_policy.models.options import DTYPES, Lens
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
+from internal_policy.utils.options import MOST_PROMPTS, option, refuse_too_large, require_one_of
 from internal_policy.utils.shell import is_number
-from internal_policy.utils.validation import MOST_PROMPTS, refuse_too_large, require_one_of
 
 DATA = "data/runs"
 """Where runs are written by default."""
@@ -55,7 +55,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         "top_p": 1.0,
     }
 )
-"""What all runs of the paper share, beside the defaults of ``TrainConfig``; the settings of a run without a preset."""
+"""What all runs of the paper share, on top of the defaults of ``TrainConfig``; a run without a preset has it."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
@@ -94,7 +94,7 @@ class TrainConfig:
     preset; where there is no preset, to the default that its text names.
     """
 
-    model: str = "testbed/qwen3"
+    model: str = option("testbed/qwen3", completions=EMBEDDED)
     """Hub id, local directory, or an embedded model (testbed/qwen3, testbed/llama)."""
     prompts: str | None = None
     """Hub data set id, or a parquet, jsonl or json file, with answers. Default: zwhe99/DeepMath-103K (the paper's), or
@@ -105,16 +105,16 @@ class TrainConfig:
     ipa_steps: int | str | None = None
     """Steps of the first phase, internal policy alignment (s_inter), or auto: until its own dynamics turn. Default: the
     preset's share of the run, or 20 of 300 steps."""
-    method: str = "bupo"
+    method: str = option("bupo", choices=METHODS)
     """bupo, grpo, rloo or reinforce++."""
-    reward: str | None = None
+    reward: str | None = option(None, completions=VERIFIERS)
     r"""math (math-verify on the last \boxed{}), exact, or module:function. Default: exact for the embedded tasks, else
     math."""
     max_steps: int | None = None
     """Steps in all. Default: the preset's, or 300."""
     output: str | None = None
     """Directory of the run; an interrupted run in it is continued. Default: data/runs/<model>--<method>..."""
-    preset: str | None = None
+    preset: str | None = option(None, choices=PRESETS)
     """Named settings: qwen, qwen3-8b, llama (the paper's) or testbed. Default: testbed for an embedded model."""
     seed: int = 0
     """Seed of everything that is random."""
@@ -132,7 +132,7 @@ class TrainConfig:
     """Largest number of tokens of a response. Default: the preset's, or TRL's."""
     max_prompt_length: int = 1024
     """Prompts of more tokens are left out."""
-    template: str | None = None
+    template: str | None = option(None, choices=TEMPLATES)
     """How a problem becomes a prompt: chat, plain, qwen-math, qwen3 or octothinker. Default: the preset's, or chat."""
     temperature: float = 1.0
     """Sampling temperature."""
@@ -141,7 +141,7 @@ class TrainConfig:
     writes."""
     lens: Lens = "policy"
     """Project states without the final norm (policy, as in the paper) or with it (logit-lens, the paper's ablation)."""
-    aggregation: str | None = None
+    aggregation: str | None = option(None, choices=AGGREGATIONS)
     """Mean of the loss: sequence-mean (over responses, of their token means; eq. 3 of the paper) or token-mean (over
     all tokens). Default: sequence-mean."""
     freeze_layers: int = 0
@@ -169,14 +169,14 @@ class TrainConfig:
     """Steps between two checkpoints; below 1 a share of the run. Default: ten checkpoints in the run."""
     report_to: str | list[str] | None = None
     """wandb, tensorboard and whatever else transformers can report to. Default: none."""
-    dtype: str = "auto"
+    dtype: str = option("auto", choices=DTYPES)
     """dtype of the weights: auto (float32), float32, bfloat16 or float16. Mixed precision is TRL's option bf16."""
     attn_implementation: str | None = None
     """transformers' attention: eager, sdpa, flash_attention_2 or a kernel of the hub. Default: transformers' choice."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: its train split."""
+    """Split of a hub data set. Default: test if there is one, else the first."""
     overwrite: bool = False
     """Start over where the output directory holds another run."""
     wait: bool = False
@@ -184,7 +184,7 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
     trl_options: dict[str, Any] = field(default_factory=dict)
-    """Any other option of trl.GRPOConfig, by name. As keywords of ``bupo.train`` they stand beside the others."""
+    """Any other option of trl.GRPOConfig, by name. ``bupo.train`` takes them as keywords like all others."""
 
     def __post_init__(self) -> None:
         """Check each field by itself, and bring numbers that were given as text into their form."""
@@ -230,8 +230,8 @@ class TrainConfig:
 
     def to_keywords(self) -> dict[str, Any]:
         """Return the model and what differs from the defaults, from which ``from_keywords`` makes the same again."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trl_options"}
-        changed = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        values = {name: getattr(self, name) for name in _FIELDS if name != "trl_options"}
+        changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
         return {"model": self.model, **changed, **self.trl_options}
 
     def with_preset(self) -> TrainConfig:

@@ -145,7 +145,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         def span(rows: pd.DataFrame, column: str, form: str) -> str:
             ends = rows[column].iloc[[0, -1]] if column in rows else (None, None)
@@ -167,13 +167,9 @@ class Run:
             if found is not None
         ]
         layer = "" if self.layer is None else f"layer {self.layer}: {self.layer_reason}"
-        table = Rows(
-            ("phase", "steps", "reward", "H(π_θ)", "tokens"),
-            cells,
-            left=("phase",),
-            note="first and last step of each phase; entropy in nats",
-        )
-        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table)
+        table = pd.DataFrame(cells, columns=["phase", "steps", "reward", "H(π_θ)", "tokens"])
+        note = "first and last step of each phase; entropy in nats"
+        return card("Run", f"{self.name}: {self.label}", (*rates, layer, str(self.path)), table, note)
 
     def __repr__(self) -> str:
         reward = self.history.get("reward", pd.Series(dtype=float))
@@ -209,7 +205,7 @@ class Run:
             )
 
 
-# What a label says beside method, layer and steps: the values that go without saying, and the text for others.
+# What a label may say after method, layer and steps: the usual values, which it leaves out, and the text for others.
 _IN_LABEL: dict[str, tuple[tuple[Any, ...], str]] = {
     "lens": (("policy",), "{}"),
     "ipa_learning_rate": ((None,), "first at {:g}"),
@@ -237,7 +233,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
     try:
-        # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
+        # pandas' own parser may be off in the last digit: a resumed run has to end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
         return table
     except (FileNotFoundError, pd.errors.EmptyDataError):

@@ -27,7 +27,7 @@ from internal_policy.bupo.config import (
 )
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError, counted
-from internal_policy.utils.validation import require_one_of
+from internal_policy.utils.options import require_one_of
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL refuses another one only in the first update.
@@ -301,7 +301,7 @@ def make_trainer_config(
             **{name: getattr(config, name) for name in _OF_POLICY},
             **options,
         )
-    # A missing package, such as deepspeed, is told by an ImportError.
+    # Where a package such as deepspeed is missing, TRL raises an ImportError.
     except (ValueError, TypeError, ImportError) as error:
         raise refused(error) from error
     # Only now it is known how many updates a step has.

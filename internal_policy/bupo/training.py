@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 
 from internal_policy.analysis.inputs import Source, as_source
-from internal_policy.analysis.options import showing
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
@@ -50,6 +49,7 @@ from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import progress, quiet_libraries, status
+from internal_policy.utils.options import takes_options
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ _TESTBED_SAMPLES = 4
 
 
 @quiet_libraries()
-@showing(TrainConfig)
+@takes_options(TrainConfig, more=True)
 @without_autocast()
 @torch.inference_mode(False)
 @torch.enable_grad()
@@ -193,7 +193,7 @@ def _train(
             args=trainer_config,
             train_dataset=dataset.to_trl(config.template or "chat", model.tokenizer),
             processing_class=model.tokenizer,
-            # It is filled in, and the caller's shall serve for further calls.
+            # PEFT fills it in, and the caller may use it for further calls.
             peft_config=copy.deepcopy(peft_config),
             family=model.family,
             callbacks=callbacks,
@@ -330,7 +330,7 @@ def _describe_call(config: TrainConfig, objects: list[str], model: Any) -> dict[
             continue
         if name not in (*objects, "overwrite", "wait"):
             options[name] = plain
-    # Only here and now can a repository's name be told from a directory's.
+    # Later, and elsewhere, nobody knows whether a name was that of a directory.
     places = {"model": model, "prompts": config.prompts}
     from_hub = [name for name, place in places.items() if is_on_the_hub(place)]
     digest = None if unwritten else call_digest(config)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from internal_policy.cli.common import Debug, Json, Quiet, Wait
+from internal_policy.cli.command import OutputOptions
 from internal_policy.cli.report import write_reports
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
-from internal_policy.utils.output import document
+from internal_policy.utils.options import check_options, option
+from internal_policy.utils.output import print_json
 from internal_policy.utils.shell import figure_name, is_number
 
 if TYPE_CHECKING:
@@ -21,72 +20,53 @@ if TYPE_CHECKING:
     from internal_policy.comparison.results import AnalysisComparison
 
 DATA = Path("data/comparisons")
-FIGURES = Path("figures")
 
 
-def compare(
-    directories: Annotated[
-        list[Path],
-        typer.Argument(help="What analyze wrote; one that holds several analyses stands for all."),
-    ],
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            help="What the others are compared with: a label, or a place from 1.", show_default="the first analysis"
-        ),
-    ] = None,
-    label: Annotated[
-        list[str] | None,
-        typer.Option(help="What to call an analysis; once for each, in their order.", show_default="from the names"),
-    ] = None,
-    step: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Which step of a training an analysis is of; once for each, in their order.",
-            show_default="from names such as checkpoint-40",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    wait: Wait = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(OutputOptions):
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
-    from internal_policy.analysis.results import keep_one_lens
-    from internal_policy.analysis.sources import arrange, gather
-    from internal_policy.cli import display_comparison
-    from internal_policy.comparison.results import compare as run
 
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; needed is a whole number of at least 0")
-    found = gather(directories)
-    kept, _ = keep_one_lens(found)
-    # The baseline is counted in the order that is shown.
-    analyses, labels, *_ = arrange(kept, label, step)
-    origin = 0 if baseline is None else _place(baseline, labels)
-    root = DATA if output is None else expanded(output)
-    name = "compare--" + figure_name([(each, analyses[0].lens) for each in _names(analyses, labels)])
-    with locked(root / name, wait=wait):
-        comparison = run(found, baseline=origin, labels=label, steps=step, seed=seed)
-        display_comparison.show_comparison(comparison)
-        where = _write(comparison, name, root, FIGURES if output is None else root / "figures")
-    document({"command": "compare", **fields(comparison), "path": where})
+    directories: tuple[Path, ...] = option(positional=True)
+    """What analyze wrote; a directory that holds several analyses stands for all of them."""
+    baseline: str | None = None
+    """What the others are compared with: a label, or a place from 1. Default: the first analysis."""
+    label: tuple[str, ...] = ()
+    """What to call an analysis, once for each, in their order. Default: from the names."""
+    step: tuple[float, ...] = ()
+    """The step of a training that an analysis is of, once for each, in their order. Default: from names such as
+    checkpoint-40."""
+    seed: int = option(0, least=0)
+    """Seed of the bootstrap."""
+
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: options that do not fit the analyses, or what the comparison refuses.
+        """
+        check_options(self)
+        from internal_policy.analysis.results import keep_one_lens
+        from internal_policy.analysis.sources import arrange, gather
+        from internal_policy.cli.display import show_comparison
+        from internal_policy.comparison.results import compare
+
+        found = gather(self.directories)
+        kept, _ = keep_one_lens(found)
+        # The baseline is counted in the order that is shown.
+        label, step = list(self.label) or None, list(self.step) or None
+        analyses, labels, *_ = arrange(kept, label, step)
+        origin = 0 if self.baseline is None else _place(self.baseline, labels)
+        root, figures = self.place(DATA)
+        name = "compare--" + figure_name([(each, analyses[0].lens) for each in _names(analyses, labels)])
+        with locked(root / name, wait=self.wait):
+            comparison = compare(found, baseline=origin, labels=label, steps=step, seed=self.seed)
+            show_comparison(comparison)
+            where = _write(comparison, name, root, figures)
+        print_json({"command": "compare", **_to_json(comparison), "path": where})
 
 
-def fields(comparison: AnalysisComparison) -> dict[str, Any]:
-    """Tell a comparison in a JSON document.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        The manifest, and each table.
-    """
+def _to_json(comparison: AnalysisComparison) -> dict[str, Any]:
+    """A comparison in a JSON document: the manifest, and each table."""
     from internal_policy.comparison.results import TABLES
 
     return {**comparison.manifest(), "tables": {name: getattr(comparison, name) for name in TABLES}}
@@ -105,16 +85,16 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be written.
     """
-    from internal_policy.cli import display, display_comparison
-    from internal_policy.comparison.results import compare as run
+    from internal_policy.cli.display import list_files, show_comparison
+    from internal_policy.comparison.results import compare
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting import comparison as comparison_figures
 
     # The ends name a sweep, for all of a hundred checkpoints would be no name.
     ends = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
     directory = root / f"sweep-{figure_name([(name, analyses[0].lens) for name in ends])}"
-    comparison = run(analyses)
-    display_comparison.show_comparison(comparison)
+    comparison = compare(analyses)
+    show_comparison(comparison)
     with writing(directory):
         comparison.save(directory)
         paths = [
@@ -123,9 +103,9 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
             *sorted(directory.glob("*.csv")),
             directory / "comparison.json",
         ]
-    display.list_files("figures and comparison", paths)
+    list_files("figures and comparison", paths)
     write_reports([comparison], directory)
-    return {**fields(comparison), "path": directory}
+    return {**_to_json(comparison), "path": directory}
 
 
 def redrawing(directory: Path) -> str:
@@ -153,15 +133,15 @@ def redrawing(directory: Path) -> str:
 
 def _write(comparison: AnalysisComparison, name: str, root: Path, figures: Path) -> Path:
     """Write the tables and the figures, each below a directory of that name, and list the files."""
-    from internal_policy.cli import display
+    from internal_policy.cli.display import files_of, list_files
     from internal_policy.plotting.comparison import save_comparison_figures
 
     with writing(root / name):
         tables = comparison.save(root / name)
     with writing(figures / name):
         drawn = save_comparison_figures(comparison, figures / name)
-    display.list_files("comparison", display.files_of(tables))
-    display.list_files("figures", drawn)
+    list_files("comparison", files_of(tables))
+    list_files("figures", drawn)
     write_reports([comparison], tables)
     return tables
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from internal_policy.cli import common
+from internal_policy.analysis.config import EMBEDDED, PromptOptions
+from internal_policy.cli.command import ResumeOptions, require_there, to_json
 from internal_policy.data.benchmarks import BENCHMARKS, label
 from internal_policy.data.prompts import TESTBED
-from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.evaluation.config import EvaluateConfig, EvaluateOptions
 from internal_policy.evaluation.scoring import Scorer
 from internal_policy.utils.errors import UserError, counted
-from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.logging import importing, status
-from internal_policy.utils.output import document
+from internal_policy.utils.options import option
+from internal_policy.utils.output import print_json
 from internal_policy.utils.shell import figure_name
 
 if TYPE_CHECKING:
@@ -25,86 +25,50 @@ if TYPE_CHECKING:
     from internal_policy.evaluation.results import Evaluation
 
 DATA = Path("data/evaluations")
-FIGURES = Path("figures")
-DEFAULTS = EvaluateConfig(model="testbed/qwen3", benchmark=TESTBED)
 
 
-def evaluate(
-    model: Annotated[
-        list[str],
-        common.Models,
-    ],
-    benchmark: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"One of {', '.join(BENCHMARKS)}, a parquet, jsonl or json file, or a hub data set id; repeat for "
-            "several.",
-            show_default="math500; testbed for embedded models",
-            autocompletion=common.completing(BENCHMARKS),
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = DEFAULTS.revision,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Responses sampled per problem.", show_default="16; 32 for AIME; 1 at temperature 0"),
-    ] = None,
-    max_problems: Annotated[
-        int | None, typer.Option(help="At most so many problems.", show_default="all")
-    ] = DEFAULTS.max_problems,
-    k: Annotated[
-        list[int] | None,
-        typer.Option(help="K of Pass@K; repeat for several.", show_default="1, 4, 16, 64, 256 up to --samples, and it"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="At most so many tokens a response.", show_default="what the checkpoint says, else 1024"),
-    ] = DEFAULTS.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = DEFAULTS.temperature,
-    generator: common.Generator = DEFAULTS.generator,
-    template: common.Template = DEFAULTS.template,
-    reward: Annotated[
-        str | None, typer.Option(help="math, exact, or module:function.", show_default="math; exact for testbed")
-    ] = DEFAULTS.reward,
-    batch_size: Annotated[int, typer.Option(help="Responses sampled together.")] = DEFAULTS.batch_size,
-    dtype: common.Dtype = DEFAULTS.dtype,
-    device: common.Device = DEFAULTS.device,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = DEFAULTS.seed,
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(help="Directory of a stored evaluation of the same problems to compare with; repeat for several."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Directory for results.", show_default=f"{DATA}, figures in {FIGURES}"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a used output directory.")] = False,
-    wait: common.Wait = False,
-    trust_remote_code: common.TrustRemoteCode = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-    debug: common.Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
     """Evaluate one or more models on benchmarks: Avg@K, Pass@K, paired comparison, figures."""
-    options: dict[str, Any] = {
-        "samples": samples,
-        "max_problems": max_problems,
-        "k": tuple(k) if k else None,
-        "revision": revision,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "generator": generator,
-        "template": template,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "reward": reward,
-        "trust_remote_code": trust_remote_code,
-    }
-    embedded = all(name.startswith("testbed/") for name in model)
-    sources = list(dict.fromkeys(benchmark or [TESTBED if embedded else "math500"]))
-    names = list(dict.fromkeys(model))
-    # A bad setting is told before anything heavy is imported, a bad model before another one is evaluated.
+
+    model: tuple[str, ...] = option(completions=EMBEDDED)
+    """Hub id, local directory, testbed/qwen3 or testbed/llama; repeat for several."""
+    benchmark: tuple[str, ...] = option((), completions=BENCHMARKS)
+    """math500, amc23, aime24, aime25, testbed, a parquet, jsonl or json file, or a hub data set id; repeat for several.
+    Default: math500, or testbed for embedded models."""
+    k: tuple[int, ...] = ()
+    """K of Pass@K; repeat for several. Default: 1, 4, 16, 64, 256 up to --samples, and --samples itself."""
+    against: tuple[Path, ...] = ()
+    """Directory of a stored evaluation of the same problems to compare with; repeat for several."""
+
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: options that contradict each other, or what the evaluation refuses.
+        """
+        _evaluate(self)
+
+    @property
+    def models(self) -> list[str]:
+        """The models, each once."""
+        return list(dict.fromkeys(self.model))
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """The benchmarks, each once, whether given or the default."""
+        embedded = all(name.startswith("testbed/") for name in self.model)
+        return list(dict.fromkeys(self.benchmark)) or [TESTBED if embedded else "math500"]
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords of ``evaluate`` that apply to every model and benchmark of the command."""
+        names = [each.name for config in (EvaluateOptions, PromptOptions) for each in fields(config)]
+        return {**{name: getattr(self, name) for name in names}, "k": self.k or None}
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    names, sources, options = command.models, command.benchmarks, command.settings()
+    # Bad settings are refused before anything heavy is imported, a bad model before another one is evaluated.
     slugs: dict[str, str] = {}
     configs: dict[tuple[str, str], EvaluateConfig] = {}
     for name in names:
@@ -117,46 +81,49 @@ def evaluate(
                     "evaluate them one by one, each with its own --output"
                 )
             slugs[slug] = f"{name} on {source}"
-    common.require_there(names, revision, *sources)
+    require_there(names, command.revision, *sources)
     for source in sources:
-        Scorer(reward, exact=source == TESTBED)
-    stored = _stored(against or [], sources, max_problems)
-    root = DATA if output is None else expanded(output)
+        Scorer(command.reward, exact=source == TESTBED)
+    stored = _stored(command.against, sources, command.max_problems)
+    root, figures = command.place(DATA)
     from internal_policy.evaluation.results import find_finished
 
-    ready = {(n, s): None if overwrite else find_finished(config, s, root) for (n, s), config in configs.items()}
+    fresh = command.overwrite
+    ready = {(n, s): None if fresh else find_finished(config, s, root) for (n, s), config in configs.items()}
     left = [name for name in names if None in (ready[name, source] for source in sources)]
     if left:
         with importing():
             from internal_policy import models
-            from internal_policy.evaluation.pipeline import evaluate as run
+            from internal_policy.evaluation.pipeline import evaluate
     for name in left:
         with status(f"looking up {name}"):
-            models.check(name, revision=revision, trust_remote_code=trust_remote_code)
-    from internal_policy.cli import display_evaluation
+            models.check(name, revision=command.revision, trust_remote_code=command.trust_remote_code)
+    from internal_policy.cli.display_runs import show_evaluation, show_evaluations
 
     done = []
-    # All of them from the start: a directory in use is told before another model is evaluated.
-    with locked(*(root / slug for slug in slugs), wait=wait):
+    # All of them from the start: a directory in use is refused before another model is evaluated.
+    with locked(*(root / slug for slug in slugs), wait=command.wait):
         for name in names:
             for source in sources:
                 evaluation = ready[name, source]
                 if evaluation is None:
-                    evaluation = run(name, source, output=root, overwrite=overwrite, wait=wait, **options)
-                display_evaluation.show(evaluation)
+                    evaluation = evaluate(
+                        name, source, output=root, overwrite=command.overwrite, wait=command.wait, **options
+                    )
+                show_evaluation(evaluation)
                 done.append(evaluation)
     compared = _compare(done, stored)
     # The same model may have been stored before it was trained further: a figure has each name once.
     known = {(e.name, e.benchmark) for e in done}
     drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
     if len(drawn) > 1:
-        display_evaluation.show_summary(drawn)
-    draw(drawn, FIGURES if output is None else root / "figures")
-    evaluations = [{**common.told(e), "intervals": e.pass_at_k} for e in done]
-    document({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
+        show_evaluations(drawn)
+    draw(drawn, figures)
+    evaluations = [{**to_json(e), "intervals": e.pass_at_k} for e in done]
+    print_json({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
 
 
-def _stored(directories: list[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
+def _stored(directories: Sequence[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
     """The evaluations to compare with; refused before the work where none of the benchmarks has their problems."""
     if not directories:
         return []
@@ -178,7 +145,7 @@ def _stored(directories: list[Path], sources: list[str], max_problems: int | Non
 
 def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Comparison]:
     """Print the first of two models less the second, and every model less each stored one, where problems agree."""
-    from internal_policy.cli import display_evaluation
+    from internal_policy.cli.display_runs import show_paired_difference
     from internal_policy.evaluation.paired_tests import compare
 
     names = list(dict.fromkeys(e.name for e in done))
@@ -187,7 +154,7 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Compariso
         pairs += [(a, b) for a in done for b in done if (a.name, b.name) == tuple(names)]
     compared = [compare(a, b) for a, b in pairs if a.digest() == b.digest()]
     for comparison in compared:
-        display_evaluation.show_comparison(comparison)
+        show_paired_difference(comparison)
     return compared
 
 
@@ -201,7 +168,7 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    from internal_policy.cli import display
+    from internal_policy.cli.display import list_files
     from internal_policy.data.benchmarks import slug
     from internal_policy.plotting import evaluation as evaluation_figures
 
@@ -210,4 +177,4 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     directory = root / figure_name([(name, "policy") for name in (*models, *benchmarks)])
     with writing(directory):
         paths = evaluation_figures.save_evaluation_figures(evaluations, directory)
-    display.list_files("figures", paths)
+    list_files("figures", paths)

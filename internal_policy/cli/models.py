@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from internal_policy.cli.common import Debug, Json
-from internal_policy.utils.output import document
+from internal_policy.cli.command import ConsoleOptions
+from internal_policy.utils.output import print_json
 
 
-def models(
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ModelsCommand(ConsoleOptions):
     """Print the families of models that are known, and where their parts are."""
+
+    def run(self) -> None:
+        """Run the command."""
+        _print_table()
+
+
+def _print_table() -> None:
     from rich import box
     from rich.table import Table
 
     from internal_policy.models.families import FAMILIES
     from internal_policy.utils.console import console as open_console
 
-    if as_json:
-        document({"command": "models", "families": {name: asdict(family) for name, family in FAMILIES.items()}})
-        return
+    print_json({"command": "models", "families": {name: asdict(family) for name, family in FAMILIES.items()}})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in (
         "family",

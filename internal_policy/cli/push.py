@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from internal_policy.cli.common import Debug, Json, Quiet
-from internal_policy.utils.output import document
+from internal_policy.cli.command import ConsoleOptions
+from internal_policy.utils.options import option
+from internal_policy.utils.output import print_json
 
 
-def push(
-    run: Annotated[Path, typer.Argument(help="Directory of a finished training run.")],
-    repo: Annotated[str, typer.Option("--repo", help="Repository on the hub: NAME or OWNER/NAME.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private, if it is made; it is public else.")
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to upload to; made if it is not there.", show_default="main")
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PushCommand(ConsoleOptions):
     """Upload a trained model with a filled model card to the hub (the token in HF_TOKEN, or of `hf auth login`).
 
     Look at the card, RUN/model/README.md, before you publish: the repository is made public unless --private is given.
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from internal_policy.bupo.hub import push_to_hub
-    from internal_policy.bupo.run import Run
-    from internal_policy.utils.console import say
+    directory: Path = option(positional=True)
+    """Directory of a finished training run."""
+    repo: str
+    """Repository on the hub: NAME or OWNER/NAME."""
+    private: bool = False
+    """Make the repository private, if it is made; otherwise it is public."""
+    revision: str | None = None
+    """Branch to upload to, made if it does not exist. Default: main."""
 
-    found = Run.load(run)
-    # Its own progress is shown, and the libraries' bars would stand between it and the result.
-    disable_progress_bars()
-    url = push_to_hub(found, repo, private=private, revision=revision)
-    say(f"pushed: {url}")
-    document({"command": "push", "url": url, "model_dir": found.model_dir})
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: no finished run, or what the hub refuses.
+        """
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        from internal_policy.bupo.hub import push_to_hub
+        from internal_policy.bupo.run import Run
+        from internal_policy.utils.console import say
+
+        found = Run.load(self.directory)
+        # Its own progress is shown, and the libraries' bars would stand between it and the result.
+        disable_progress_bars()
+        url = push_to_hub(found, self.repo, private=self.private, revision=self.revision)
+        say(f"pushed: {url}")
+        print_json({"command": "push", "url": url, "model_dir": found.model_dir})

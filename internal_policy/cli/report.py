@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from internal_policy.cli.common import Debug, Json, Quiet, Wait
+from internal_policy.cli.command import WaitOptions
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
-from internal_policy.utils.output import document, written
+from internal_policy.utils.options import option
+from internal_policy.utils.output import note_files, print_json
 from internal_policy.utils.shell import refuse_unmatched
 
 if TYPE_CHECKING:
@@ -26,37 +25,37 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def report(
-    directories: Annotated[
-        list[Path],
-        typer.Argument(
-            help="What analyze, compare or train wrote, also mixed; one that holds several stands for all of them."
-        ),
-    ],
-    wait: Wait = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(WaitOptions):
     """Draw report.html again in the directories of analyses, comparisons and training runs, without a model."""
-    from internal_policy.analysis.sources import only_figures
-    from internal_policy.cli import display as terminal
-    from internal_policy.report import write_report
 
-    # All are read before any is drawn, so that a bad one is told at once.
-    named = [expanded(directory) for directory in directories]
-    if len(named) > 1:
-        # A shell's DIR/* names the figures beside the results too.
-        named = [directory for directory in named if not only_figures(directory)] or named
-    held = [thing for directory in named for thing in _read(directory)]
-    places = [place for thing in held if (place := thing.path) is not None]
-    with locked(*places, wait=wait):
-        for thing, place in zip(held, places, strict=True):
-            with writing(place):
-                # Who held the directory until now may have written another result there.
-                path = write_report(type(thing).load(place))
-            terminal.list_files("report", [path])
-    document({"command": "report"})
+    directories: tuple[Path, ...] = option(positional=True)
+    """What analyze, compare or train wrote, also mixed; a directory that holds several stands for all of them."""
+
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: no finished result, or a directory that cannot be written.
+        """
+        from internal_policy.analysis.sources import only_figures
+        from internal_policy.cli.display import list_files
+        from internal_policy.report import write_report
+
+        # All are read before any is drawn, so that a bad one is refused at once.
+        named = [expanded(directory) for directory in self.directories]
+        if len(named) > 1:
+            # A shell's DIR/* names the figures next to the results too.
+            named = [directory for directory in named if not only_figures(directory)] or named
+        held = [thing for directory in named for thing in _read(directory)]
+        places = [place for thing in held if (place := thing.path) is not None]
+        with locked(*places, wait=self.wait):
+            for thing, place in zip(held, places, strict=True):
+                with writing(place):
+                    # Who held the directory until now may have written another result there.
+                    path = write_report(type(thing).load(place))
+                list_files("report", [path])
+        print_json({"command": "report"})
 
 
 def write_reports(
@@ -77,7 +76,7 @@ def write_reports(
         keep: leave a page that was drawn after its result was written.
     """
     from internal_policy.analysis.results import REPORT
-    from internal_policy.cli import display as terminal
+    from internal_policy.cli.display import list_files
     from internal_policy.report import write_report
 
     for thing in things:
@@ -102,9 +101,9 @@ def write_reports(
             logger.debug("%s", place, exc_info=error)
             continue
         if tell:
-            terminal.list_files("report", [path])
+            list_files("report", [path])
         else:
-            written("report", [path])
+            note_files("report", [path])
 
 
 def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
@@ -146,9 +145,9 @@ def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
         analysis: the analysis.
         keep: as for ``write_reports``.
     """
-    from internal_policy.cli import summary as summary
+    from internal_policy.cli.display import show_line
 
-    summary.show_line(analysis)
+    show_line(analysis)
     write_reports([analysis], tell=False, keep=keep)
 
 

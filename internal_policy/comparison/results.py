@@ -128,7 +128,7 @@ class AnalysisComparison:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         rows = zip(self.boundaries.to_dict("records"), self.convergence.to_dict("records"), strict=True)
         cells = [
@@ -143,14 +143,15 @@ class AnalysisComparison:
             )
             for place, measures in rows
         ]
-        headings = ("analysis", "L", "boundary", "drop", "half", "last 3", "reading")
+        headings = ["analysis", "L", "boundary", "drop", "half", "last 3", "reading"]
         note = "drop of H layer, nats; half: relative depth of half of it; last 3: share of the last three layers"
         pairs = f"{sum(self.paired.values()) - 1} of {len(self.labels) - 1} paired with the baseline"
         return card(
             "AnalysisComparison",
             f"of {len(self.labels)}, baseline {self.baseline}",
             (pairs, f"lens {self.lens}", self.no_trends or ""),
-            Rows(headings, cells, left=("analysis", "reading"), note=note),
+            pd.DataFrame(cells, columns=headings),
+            note,
         )
 
     @classmethod

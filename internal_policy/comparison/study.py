@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 
 from internal_policy import models
 from internal_policy.analysis.checkpoints import refuse_one_place
-from internal_policy.analysis.config import AnalyzeConfig, refuse_unknown
+from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.finished import is_up_to_date
-from internal_policy.analysis.options import StudyOptions, showing
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.sweep import start_over
@@ -36,6 +35,7 @@ from internal_policy.utils.errors import NoNetwork, UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
 from internal_policy.utils.result_format import describe_differences
 from internal_policy.utils.workspace import Workspace
 
@@ -49,7 +49,7 @@ _WARN_FROM = 2e9
 
 
 @quiet_libraries()
-@showing(AnalyzeConfig, names=StudyOptions.__optional_keys__)
+@takes_options(AnalyzeConfig, without=("model", "revision", "template", "responses"))
 def study(
     preset: str | Sequence[StudyModel] = "testbed",
     *,
@@ -58,7 +58,7 @@ def study(
     overwrite: bool = False,
     wait: bool = False,
     each: Callable[[Analysis], object] | None = None,
-    **options: Unpack[StudyOptions],
+    **options: Any,
 ) -> Study:
     """Analyse the models of a preset, each on its own responses, as the paper does.
 
@@ -82,7 +82,7 @@ def study(
     rows = _rows(preset)
     if fixed := sorted(options.keys() & {"template", "revision", "responses"}):
         raise UserError(f"{fixed[0]} was given with a preset, which settles it for each model; leave it out")
-    refuse_unknown(options)
+    refuse_unknown(AnalyzeConfig, options)
     prompts = None if prompts is None else str(prompts)
     settings = [_settings(row, options) for row in rows]
     configs = [AnalyzeConfig(model=row.model, prompts=prompts, **own) for row, own in zip(rows, settings, strict=True)]

@@ -116,7 +116,7 @@ class Study:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         cells = [
             (
@@ -129,14 +129,15 @@ class Study:
             )
             for row in self.table.to_dict("records")
         ]
-        headings = ("model", "L", "responses", "policy entropy", "boundary", "E/I/C")
+        headings = ["model", "L", "responses", "policy entropy", "boundary", "E/I/C"]
         note = "nats; E/I/C: layers of exploration, integration, convergence; .table and .convergence have more"
         failed = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
         return card(
             "Study",
             f"of {counted(len(self.analyses), 'model')}",
             (f"failed: {failed}" if failed else "",),
-            Rows(headings, cells, left=("model",), note=note),
+            pd.DataFrame(cells, columns=headings),
+            note,
         )
 
     def __repr__(self) -> str:

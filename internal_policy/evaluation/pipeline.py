@@ -46,8 +46,8 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import MOST_PROMPTS, refuse_unknown, takes_options
 from internal_policy.utils.result_format import library_version
-from internal_policy.utils.validation import MOST_PROMPTS
 from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
@@ -57,28 +57,17 @@ _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy",
 
 
 @quiet_libraries()
+@takes_options(EvaluateConfig)
 @without_autocast()
 def evaluate(
     model: str | Path | LanguageModel = "testbed/qwen3",
     benchmark: Source | None = None,
     *,
-    samples: int | None = None,
-    max_problems: int | None = None,
-    k: Sequence[int] | int | None = None,
-    temperature: float = 1.0,
-    generator: str = "transformers",
-    template: str = "chat",
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
     reward: Any = None,
-    revision: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     wait: bool = False,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Evaluation:
     """Sample responses to a benchmark's problems, score them, and compute Avg@K and Pass@K.
 
@@ -91,25 +80,13 @@ def evaluate(
             (HuggingFaceH4/aime_2024), ``aime25`` (math-ai/aime25), ``testbed`` (held-out problems of the embedded
             tasks), another hub id, a parquet, jsonl or json file, or a list or DataFrame of records with prompt and
             answer. By default math500, or testbed for an embedded model.
-        samples: n, responses sampled for each problem: by default 16, or 32 for AIME, as the paper.
-        max_problems: at most so many problems, from the start.
-        k: the K of Pass@K, each at most n: by default 1, 4, 16, 64, 256 as far as there are samples, and n.
-        temperature: divides the logits; 0 takes the most probable token.
-        generator: ``transformers``, or ``vllm`` where it is installed: what samples, of a model given by its name.
-        template: how a problem is put to the model, one of `prompts.TEMPLATES`.
-        max_new_tokens: at most so many tokens a response: by default what the checkpoint says, else 1024.
-        seed: of the sampling; each response has its own stream.
-        batch_size: responses sampled together; in float32 it does not change the result.
-        dtype: auto, float32, bfloat16, float16.
-        device: auto (cuda, mps, cpu) or a torch device.
-        reward: what scores a response, as `rewards.functions.as_rewards` takes it: from 0 to 1; a response is correct
-            if its score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
-        revision: branch, tag or commit on the hub.
+        reward: what scores a response from 0 to 1, as `rewards.functions.as_rewards` takes it; a response is correct
+            where the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
         output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up
             from there. Without it nothing is written.
         overwrite: start over where that directory holds another evaluation.
         wait: where another process writes there, start when it has ended.
-        trust_remote_code: run code that comes with the checkpoint.
+        **options: the further fields of ``EvaluateConfig``.
 
     Returns:
         The evaluation.
@@ -120,29 +97,20 @@ def evaluate(
     opened = model if isinstance(model, LanguageModel) else None
     if opened is None and not isinstance(model, (str, Path)):
         raise UserError(f"model is a {type(model).__name__}; needed is a name, or models.wrap(model, tokenizer)")
-    if opened is not None and (dtype, device, revision, trust_remote_code) != ("auto", "auto", None, False):
+    refuse_unknown(EvaluateConfig, options)
+    if opened is not None and any(
+        options.get(key) not in (None, "auto", False) for key in ("dtype", "device", "revision", "trust_remote_code")
+    ):
         raise UserError("a loaded model is taken as it is; leave out dtype, device, revision and trust_remote_code")
     name = opened.name if opened is not None else str(model)
-    source = as_source(benchmark, "benchmark", max_problems)
+    source = as_source(benchmark, "benchmark", options.get("max_problems"))
     if source is None:
         source = TESTBED if name.startswith("testbed/") else default_benchmark()
     config = EvaluateConfig(
         model=name,
         benchmark=benchmarks.label(source),
-        samples=samples,
-        max_problems=max_problems,
-        k=k,
-        revision=revision,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        generator=generator,
-        template=template,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
         reward=reward_name(reward, exact=source == TESTBED),
-        trust_remote_code=trust_remote_code,
+        **options,
     )
     refuse_generator(config.generator, in_memory=opened is not None)
     scorer = Scorer(reward, exact=source == TESTBED)

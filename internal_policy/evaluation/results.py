@@ -178,7 +178,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         def row(name: str, value: float, low: float, high: float) -> tuple[str, str, str]:
             span = "-" if low != low else f"{100 * low:.2f} to {100 * high:.2f}"
@@ -194,8 +194,8 @@ class Evaluation:
             f"mean length {self.mean_length:.1f} tokens",
             f"{self.n_truncated} truncated" if self.n_truncated else "",
         )
-        table = Rows(("", "%", "95% interval"), cells, left=("",), note="percent; intervals over problems")
-        return card("Evaluation", f"{self.name} on {self.benchmark}", facts, table)
+        table = pd.DataFrame(cells, columns=["", "%", "95% interval"])
+        return card("Evaluation", f"{self.name} on {self.benchmark}", facts, table, "percent; intervals over problems")
 
     def __repr__(self) -> str:
         return (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from internal_policy.inspection.settings import SITES, Site, Span
+from internal_policy.inspection.config import SITES, Site, Span
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:

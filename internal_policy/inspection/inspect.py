@@ -20,19 +20,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.data.prompts import Chat, Prompt, render, token_ids
 from internal_policy.data.token_text import texts_of, unknown_pieces
 from internal_policy.extractors import Batch, Extractor, registry
 from internal_policy.generation import Request, samplers
+from internal_policy.inspection.config import SITES, InspectConfig
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
-from internal_policy.inspection.settings import SITES, check_settings
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
-from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.logging import quiet_libraries, status
+from internal_policy.utils.options import refuse_unknown, takes_options
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +42,14 @@ _KEYS = ("position", "layer", "site", "entropy", "next_id", "next_rank", "next_p
 
 
 @quiet_libraries()
+@takes_options(InspectConfig)
 @without_autocast()
 def inspect(
     model: Any = "testbed/qwen3",
     tokenizer: Any = None,
     *,
     prompt: str | Chat,
-    response: str | None = None,
-    max_new_tokens: int | None = None,
-    template: str = "chat",
-    lens: Lens = "policy",
-    top_k: int = 5,
-    temperature: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    quantization: str | None = None,
-    backend: str | None = None,
-    remote: bool | str = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> Inspection:
     """Compute every internal policy at every token of one prompt and a response to it.
 
@@ -72,21 +58,7 @@ def inspect(
             ``transformer_lens`` TransformerBridge, or an ``nnsight`` model.
         tokenizer: the tokenizer of a transformers model given as an object; the others bring theirs.
         prompt: text, or a chat.
-        response: what was answered; sampled where not given.
-        max_new_tokens: at most so many sampled tokens: 32 unless a response is given; 0 looks at the prompt only.
-        template: how the prompt is templated: chat, plain, qwen-math, qwen3, octothinker.
-        lens: ``policy`` projects states as they are; ``logit-lens`` applies the final norm first.
-        top_k: how many tokens of each policy to keep.
-        temperature: of the sampling; 0 takes the most probable token. Policies are always those of temperature 1.
-        seed: of the sampling.
-        dtype: auto (the checkpoint's own on cuda, float32 elsewhere), float32, bfloat16, float16.
-        device: auto (cuda, mps, cpu) or a torch device.
-        device_map: ``auto`` spreads the model over all devices.
-        quantization: ``8bit`` or ``4bit``.
-        backend: ``hooks`` (the default), ``transformer-lens`` or ``nnsight``.
-        remote: run the model on NDIF, with ``backend="nnsight"``.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that comes with the checkpoint.
+        **options: the further fields of ``InspectConfig``.
 
     Returns:
         The inspection; entropies in nats.
@@ -94,28 +66,12 @@ def inspect(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    loading: dict[str, Any] = {
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "quantization": quantization,
-        "trust_remote_code": trust_remote_code,
-    }
-    in_memory = registry.is_object(model, tokenizer, [k for k, v in loading.items() if v not in (None, "auto", False)])
+    refuse_unknown(InspectConfig, options)
+    in_memory = registry.is_object(model, tokenizer, [k for k, v in options.items() if v not in (None, "auto", False)])
     name = registry.name_of(model) if in_memory else str(model)
-    own = registry.library_of(model) if in_memory else None
-    config = AnalyzeConfig(
-        model=name,
-        template=template,
-        lens=lens,
-        temperature=temperature,
-        seed=seed,
-        backend=backend or own or "hooks",
-        remote=remote,
-        **({} if in_memory else loading),
-    )
-    content, limit = check_settings(prompt, response, max_new_tokens, top_k, temperature)
+    if options.get("backend") is None:
+        options["backend"] = (registry.library_of(model) if in_memory else None) or "hooks"
+    config = InspectConfig(model=name, prompt=prompt, **options)
     opened = registry.wrap_in_memory(model, tokenizer, name, config) if in_memory else registry.opener(config)
     with ExitStack() as stack:
         if in_memory:
@@ -123,18 +79,16 @@ def inspect(
         with status(f"loading {name}"):
             extractor = opened()
         stack.enter_context(limit_threads(extractor.model))
-        ids, length = _sequence(extractor, config, content, response, limit)
+        ids, length = _sequence(extractor, config)
         with status(f"looking at {counted(len(ids), 'token')}"):
-            look = _look(extractor, config, ids, length, top_k, limit)
-        asked = {"prompt": content, **({} if response is None else {"response": response})}
+            look = _look(extractor, config, ids, length)
+        asked = {"prompt": config.prompt, **({} if config.response is None else {"response": config.response})}
         return replace(look, config={**look.config, **asked})
 
 
-def _sequence(
-    extractor: Extractor, config: AnalyzeConfig, content: str | Chat, response: str | None, limit: int
-) -> tuple[list[int], int]:
-    """The ids of prompt and response, and the number of the prompt's."""
-    model, prompt = extractor.model, Prompt(content)
+def _sequence(extractor: Extractor, config: InspectConfig) -> tuple[list[int], int]:
+    """The ids of prompt and response, and how many are the prompt's."""
+    model, prompt, response, limit = extractor.model, Prompt(config.prompt), config.response, config.token_limit
     ids = render(prompt, config.template, model.tokenizer)
     _check_ids(model, ids, "the prompt", room=limit > 0)
     _warn_of_unknown_text(model, "prompt", [message["content"] for message in prompt.chat])
@@ -142,7 +96,7 @@ def _sequence(
         answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
-        _check_ids(model, ids + answer, "prompt and response together", room=False)
+        _check_ids(model, ids + answer, "prompt and response effective_batch_size", room=False)
         _warn_of_unknown_text(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:
@@ -184,11 +138,9 @@ def _warn_of_unknown_text(model: LanguageModel, what: str, texts: Sequence[str])
     )
 
 
-def _look(
-    extractor: Extractor, config: AnalyzeConfig, ids: list[int], length: int, top_k: int, limit: int
-) -> Inspection:
-    model = extractor.model
-    top_k = min(top_k, model.vocab_size)
+def _look(extractor: Extractor, config: InspectConfig, ids: list[int], length: int) -> Inspection:
+    model, limit = extractor.model, config.token_limit
+    top_k = min(config.top_k, model.vocab_size)
     n = len(ids)
     row = torch.tensor([ids])
     reduce = partial(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from internal_policy.entropy.streaming import block_sizes
 from internal_policy.extractors import LayerStates
-from internal_policy.inspection.settings import SITES
+from internal_policy.inspection.config import SITES
 from internal_policy.models import Projection
 from internal_policy.models.options import Lens
 

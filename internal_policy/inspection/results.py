@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.inspection.settings import Span, check_choice
+from internal_policy.inspection.config import Span, check_choice
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
@@ -183,7 +183,7 @@ class Inspection:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import Rows, card
+        from internal_policy.utils.html import card
 
         shown = self.positions(None, min(_SHOWN, self.n_tokens))
         texts = self.tokens.set_index("position")["token"]
@@ -199,14 +199,13 @@ class Inspection:
             )
             for row in policy.sort_values("position").to_dict("records")
         ]
-        headings = ("position", "token read", "came next", "top token of π_θ", "H(π_θ)", "p(next)")
+        headings = ["position", "token read", "came next", "top token of π_θ", "H(π_θ)", "p(next)"]
         note = f"the last {len(cells)} of {counted(self.n_tokens, 'token')}; H in nats"
         facts = (
             f"{counted(self.prompt_length, 'token')} of a prompt, {self.n_tokens - self.prompt_length} of a response",
             f"{counted(self.n_layers, 'layer')}, lens {self.lens}",
         )
-        table = Rows(headings, cells, left=headings[1:4], note=note)
-        return card("Inspection", self.name, facts, table)
+        return card("Inspection", self.name, facts, pd.DataFrame(cells, columns=headings), note)
 
     def __repr__(self) -> str:
         return (

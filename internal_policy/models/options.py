@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.validation import require_one_of
+from internal_policy.utils.options import require_one_of
 
 Lens = Literal["policy", "logit-lens"]
 """``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""

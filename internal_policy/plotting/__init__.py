@@ -15,135 +15,54 @@ from typing import TYPE_CHECKING
 from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
-    from internal_policy.plotting.analysis import (
-        baseline_data,
-        entropy_change,
-        entropy_change_data,
-        entropy_flow,
-        entropy_flow_data,
-        plot_entropy_change,
-        plot_entropy_flow,
-        plot_residual_cosine,
-        residual_cosine,
-        residual_cosine_data,
-        save_analysis_figures,
-        stage_sketch,
-        stage_sketch_data,
-    )
-    from internal_policy.plotting.comparison import (
-        depth_differences,
-        depth_overlay,
-        entropy_fall,
-        heat_maps,
-        layer_differences,
-        layer_lines,
-        save_comparison_figures,
-    )
-    from internal_policy.plotting.evaluation import (
-        pass_at_k,
-        pass_at_k_by_benchmark,
-        pass_at_k_data,
-        plot_pass_at_k,
-        save_evaluation_figures,
-    )
-    from internal_policy.plotting.inspection import (
-        inspection_data,
-        inspection_map,
-        plot_inspection,
-        save_inspection_figures,
-    )
-    from internal_policy.plotting.study import save_study
-    from internal_policy.plotting.style import paper_style, save_figure
-    from internal_policy.plotting.training import (
-        alignment_dynamics,
-        policy_entropy_curves,
-        save_training_figures,
-        training_curves,
-        training_curves_data,
-    )
+    from internal_policy.plotting.analysis import *  # noqa: F403
+    from internal_policy.plotting.comparison import *  # noqa: F403
+    from internal_policy.plotting.evaluation import *  # noqa: F403
+    from internal_policy.plotting.inspection import *  # noqa: F403
+    from internal_policy.plotting.study import *  # noqa: F403
+    from internal_policy.plotting.style import paper_style as paper_style
+    from internal_policy.plotting.style import save_figure as save_figure
+    from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
-    "analysis": (
-        "baseline_data",
-        "entropy_change",
-        "entropy_change_data",
-        "entropy_flow",
-        "entropy_flow_data",
-        "plot_entropy_change",
-        "plot_entropy_flow",
-        "plot_residual_cosine",
-        "residual_cosine",
-        "residual_cosine_data",
-        "save_analysis_figures",
-        "stage_sketch",
-        "stage_sketch_data",
-    ),
-    "comparison": (
-        "depth_differences",
-        "depth_overlay",
-        "entropy_fall",
-        "heat_maps",
-        "layer_differences",
-        "layer_lines",
-        "save_comparison_figures",
-    ),
-    "evaluation": (
-        "pass_at_k",
-        "pass_at_k_by_benchmark",
-        "pass_at_k_data",
-        "plot_pass_at_k",
-        "save_evaluation_figures",
-    ),
-    "inspection": ("inspection_data", "inspection_map", "plot_inspection", "save_inspection_figures"),
-    "study": ("save_study",),
-    "style": ("paper_style", "save_figure"),
-    "training": (
-        "alignment_dynamics",
-        "policy_entropy_curves",
-        "save_training_figures",
-        "training_curves",
-        "training_curves_data",
-    ),
+    "alignment_dynamics": "training",
+    "baseline_data": "analysis",
+    "depth_differences": "comparison",
+    "depth_overlay": "comparison",
+    "entropy_change": "analysis",
+    "entropy_change_data": "analysis",
+    "entropy_fall": "comparison",
+    "entropy_flow": "analysis",
+    "entropy_flow_data": "analysis",
+    "heat_maps": "comparison",
+    "inspection_data": "inspection",
+    "inspection_map": "inspection",
+    "layer_differences": "comparison",
+    "layer_lines": "comparison",
+    "paper_style": "style",
+    "pass_at_k": "evaluation",
+    "pass_at_k_by_benchmark": "evaluation",
+    "pass_at_k_data": "evaluation",
+    "plot_entropy_change": "analysis",
+    "plot_entropy_flow": "analysis",
+    "plot_inspection": "inspection",
+    "plot_pass_at_k": "evaluation",
+    "plot_residual_cosine": "analysis",
+    "policy_entropy_curves": "training",
+    "residual_cosine": "analysis",
+    "residual_cosine_data": "analysis",
+    "save_analysis_figures": "analysis",
+    "save_comparison_figures": "comparison",
+    "save_evaluation_figures": "evaluation",
+    "save_figure": "style",
+    "save_inspection_figures": "inspection",
+    "save_study": "study",
+    "save_training_figures": "training",
+    "stage_sketch": "analysis",
+    "stage_sketch_data": "analysis",
+    "training_curves": "training",
+    "training_curves_data": "training",
 }
 
-__all__ = [
-    "alignment_dynamics",
-    "baseline_data",
-    "depth_differences",
-    "depth_overlay",
-    "entropy_change",
-    "entropy_change_data",
-    "entropy_fall",
-    "entropy_flow",
-    "entropy_flow_data",
-    "heat_maps",
-    "inspection_data",
-    "inspection_map",
-    "layer_differences",
-    "layer_lines",
-    "paper_style",
-    "pass_at_k",
-    "pass_at_k_by_benchmark",
-    "pass_at_k_data",
-    "plot_entropy_change",
-    "plot_entropy_flow",
-    "plot_inspection",
-    "plot_pass_at_k",
-    "plot_residual_cosine",
-    "policy_entropy_curves",
-    "residual_cosine",
-    "residual_cosine_data",
-    "save_analysis_figures",
-    "save_comparison_figures",
-    "save_evaluation_figures",
-    "save_figure",
-    "save_inspection_figures",
-    "save_study",
-    "save_training_figures",
-    "stage_sketch",
-    "stage_sketch_data",
-    "training_curves",
-    "training_curves_data",
-]
-
-__getattr__, __dir__ = lazy_names(__name__, {name: module for module, names in _HOME.items() for name in names})
+__all__ = sorted(_HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

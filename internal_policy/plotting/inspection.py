@@ -4,17 +4,19 @@
     figure = inspection_map(look, ["ffn"], tokens="1:20")
     numbers = inspection_data(look, tokens="1:20")       # exactly what it draws
 
-A column is a token that was read; its cells predict the token after it, which stands on top. Nothing here needs torch.
+A column is a token that was read; its cells predict the token after it, which is written above. Nothing here needs
+torch. The cells are not seaborn's heat map, as the final policy has a row of its own above a narrow gap, and each token
+a font size of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,14 +24,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 from internal_policy.analysis.figure_data import OneOrMany
+from internal_policy.inspection.config import SITES, Site, Span
 from internal_policy.inspection.figure_data import inspection_data
-from internal_policy.inspection.settings import SITES, Site, Span
 from internal_policy.plotting import style
-from internal_policy.plotting.fonts import drawable, fit, font
-from internal_policy.plotting.marks import color_map, panels_of
+from internal_policy.plotting.marks import check_axes, check_colormap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,21 +39,31 @@ if TYPE_CHECKING:
 
 __all__ = ["inspection_data", "inspection_map", "plot_inspection", "save_inspection_figures"]
 
-MOST_COLUMNS = 24
-"""Tokens side by side, at the smallest type that can be read."""
+MAX_COLUMNS = 24
+"""Most tokens side by side, at the smallest font that can be read."""
 TITLES: dict[Site, str] = {"layer": "Layer", "attn": "ATTN", "ffn": "FFN"}
 STATES: dict[Site, str] = {"layer": "H^l", "attn": "A^l", "ffn": "F^l"}
 POLICY_LABEL = "$\\pi_\\theta$"
-COLOURS = "viridis"
+_FONTS = ("STIXGeneral", "DejaVu Sans")
+_SYSTEM_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB", "Apple SD Gothic Neo"),
+    *("Microsoft YaHei", "SimHei", "MS Gothic", "Yu Gothic", "Malgun Gothic", "IPAGothic", "NanumGothic"),
+    *("Noto Sans", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Bengali"),
+    *("Noto Sans Tamil", "Noto Sans Thai", "FreeSans", "FreeSerif", "Arial Unicode MS", "Tahoma", "Nirmala UI"),
+    *("Noto Emoji", "Noto Sans Symbols", "Noto Sans Symbols 2", "Symbola", "Segoe UI Symbol", "Unifont"),
+)
+"""Fonts that come with matplotlib, and those of systems for what these lack; colour emoji fonts cannot be drawn."""
 _GAP = 0.35
 """Between layer L and the final policy, rows."""
-_LONGEST_LABEL = 38.0
-"""A token beside the map, points."""
+_MAX_LABEL_WIDTH = 38.0
+"""Of a token next to the map, points."""
 _MARGINS, _TITLE, _BAR = 0.32, 0.2, 0.75
-"""Inches: labels of a panel, its title, what stands beside the map."""
+"""Inches: labels of a panel, its title, and what is next to the map."""
 _PROMPT, _RESPONSE = "0.45", "black"
 
 
+@style.paper_style()
 def plot_inspection(
     inspection: Inspection,
     site: Site = "layer",
@@ -63,33 +74,32 @@ def plot_inspection(
     label: str | None = None,
     color: str | Colormap | None = None,
 ) -> Axes:
-    """Draw one heat map: layer 1 at the bottom, the final policy on top, a column a token.
+    """Draw one heat map: layer 1 at the bottom, the final policy at the top, a column for each token.
 
     Args:
-        inspection: What was looked at.
+        inspection: The inspection.
         site: ``layer``, ``attn`` or ``ffn``.
-        ax: Where to draw; without it a figure of its own with a colour bar is made.
-        tokens: Which tokens, from 1.
-        last: So many tokens at the end; 24 where neither is given.
-        label: What to call the model in the title.
-        color: The colour map of the entropies, by name.
+        ax: Where to draw; by default a new figure with a colour bar.
+        tokens: Positions of the tokens, from 1.
+        last: Number of tokens at the end; 24 if neither is given.
+        label: Name of the model in the title.
+        color: Colour map of the entropies, or its name.
 
     Returns:
         The axes.
 
     Raises:
-        UserError: no such token, or no such colour map.
+        UserError: There is no such token or colour map.
     """
     if ax is None:
         return inspection_map(inspection, site, tokens=tokens, last=last, label=label, color=color).axes[0]
     frame = inspection_data(inspection, [site], tokens=tokens, last=last)
-    with style.paper_style():
-        n = frame["position"].nunique()
-        cell = ax.bbox.width / style.root_figure(ax).dpi * style.POINTS_PER_INCH / n
-        _panel(ax, frame, site, inspection, cell, ends=(True, True), name=label, colours=color_map(color, COLOURS))
+    cell = ax.bbox.width / style.root_figure(ax).dpi * style.POINTS_PER_INCH / frame["position"].nunique()
+    _panel(ax, frame, site, inspection, cell, ends=(True, True), name=label, colormap=check_colormap(color))
     return ax
 
 
+@style.paper_style()
 def inspection_map(
     inspection: Inspection,
     sites: OneOrMany[Site] = SITES,
@@ -103,45 +113,43 @@ def inspection_map(
     """Draw heat maps one above the other, with one colour bar from 0 to ln V.
 
     Args:
-        inspection: What was looked at.
+        inspection: The inspection.
         sites: Which policies, one or several.
-        tokens: Which tokens, from 1; more than 24 make a wider figure.
-        last: So many tokens at the end; 24 where neither is given.
-        ax: Where to draw, a panel a site; without it a figure is made.
-        label: What to call the model in the title.
-        color: The colour map of the entropies, by name.
+        tokens: Positions of the tokens, from 1; more than 24 make a wider figure.
+        last: Number of tokens at the end; 24 if neither is given.
+        ax: Where to draw, one axes for each site; by default a new figure with a colour bar.
+        label: Name of the model in the title.
+        color: Colour map of the entropies, or its name.
 
     Returns:
         The figure.
 
     Raises:
-        UserError: no such token, another number of axes than of sites, or no such colour map.
+        UserError: There is no such token or colour map, or the number of axes is not that of the sites.
     """
     sites = [sites] if isinstance(sites, str) else list(sites)
     if ax is not None:
-        panels = panels_of(ax, len(sites), "one for each site")
+        panels = check_axes(ax, len(sites), "one for each site")
         for site, panel in zip(sites, panels, strict=True):
             plot_inspection(inspection, site, panel, tokens=tokens, last=last, label=label, color=color)
         return style.root_figure(panels[0])
-    colours = color_map(color, COLOURS)
+    colormap = check_colormap(color)
     frame = inspection_data(inspection, sites, tokens=tokens, last=last)
     read = frame["position"].unique()
     n = len(read)
     narrow = style.ONE_COLUMN if n <= 6 else style.TWO_COLUMNS
-    width = max(narrow, _BAR + (style.TWO_COLUMNS - _BAR) * n / MOST_COLUMNS)
+    width = max(narrow, _BAR + (style.TWO_COLUMNS - _BAR) * n / MAX_COLUMNS)
     cell = (width - _BAR) / n * style.POINTS_PER_INCH
-    size = _type_size(cell)
+    size = _font_size(cell)
     row = 1.5 * size / style.POINTS_PER_INCH
     height = len(sites) * ((inspection.n_layers + 1 + _GAP) * row + _TITLE) + _MARGINS
     height += sum(_label_height(_labels(inspection, read + shift, size), cell, size) for shift in (0, 1))
-    with style.paper_style():
-        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        figure = style.PaperFigure(figsize=(width, height), layout=layout)
-        panels = [figure.add_subplot(len(sites), 1, k + 1) for k in range(len(sites))]
-        for k, (site, panel) in enumerate(zip(sites, panels, strict=True)):
-            ends = (k == 0, k == len(sites) - 1)
-            _panel(panel, frame, site, inspection, cell, ends=ends, name=label, colours=colours)
-        _colour_bar(figure, panels, inspection.vocab_size, colours)
+    figure = style.new_figure(width, height, pad=0.02, space=0.01)
+    panels = [figure.add_subplot(len(sites), 1, k + 1) for k in range(len(sites))]
+    for k, (site, panel) in enumerate(zip(sites, panels, strict=True)):
+        ends = (k == 0, k == len(sites) - 1)
+        _panel(panel, frame, site, inspection, cell, ends=ends, name=label, colormap=colormap)
+    _color_bar(figure, panels, inspection.vocab_size, colormap)
     return figure
 
 
@@ -151,16 +159,16 @@ def save_inspection_figures(
     """Write a heat map for each of layer, ATTN and FFN as PNG and PDF; more than 24 tokens on several pages.
 
     Args:
-        inspection: What was looked at.
+        inspection: The inspection.
         directory: Where; pages of an earlier call are removed.
-        tokens: Which tokens, from 1.
-        last: So many tokens at the end; 24 where neither is given.
+        tokens: Positions of the tokens, from 1.
+        last: Number of tokens at the end; 24 if neither is given.
 
     Returns:
         The files: ``inspect_layer.png``, or ``inspect_layer_1.png`` and so on.
     """
     places = inspection.positions(tokens, last)
-    n_pages = math.ceil(len(places) / MOST_COLUMNS)
+    n_pages = math.ceil(len(places) / MAX_COLUMNS)
     pages = [part.tolist() for part in np.array_split(np.asarray(places), n_pages)]
     paths = []
     for site in SITES:
@@ -174,21 +182,21 @@ def save_inspection_figures(
     return paths
 
 
-def cell_colours(
-    entropy: NDArray[np.floating], vocab: int, colours: Colormap | None = None
+def cell_colors(
+    entropy: NDArray[np.floating], vocab_size: int, colormap: Colormap | None = None
 ) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
-    """Colour cells by entropy, and choose what to write in.
+    """Return the colours of cells by their entropy, and of the text on them.
 
     Args:
         entropy: [n] nats.
-        vocab: V; ln V is the end of the scale.
-        colours: The scale, where it is not `COLOURS`.
+        vocab_size: V; ln V is the end of the scale.
+        colormap: The scale, viridis by default.
 
     Returns:
         [n, 3] red, green and blue from 0 to 1; [n] black or white, whichever has the greater contrast with them (WCAG
         2.2, relative luminance).
     """
-    rgb = (colours or mpl.colormaps[COLOURS])(Normalize(0.0, math.log(vocab))(entropy))[:, :3]
+    rgb = (colormap or check_colormap(None))(Normalize(0.0, math.log(vocab_size))(entropy))[:, :3]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
     return rgb, np.where((luminance + 0.05) ** 2 > 1.05 * 0.05, "black", "white")
@@ -203,34 +211,34 @@ def _panel(
     *,
     ends: tuple[bool, bool],
     name: str | None,
-    colours: Colormap,
+    colormap: Colormap,
 ) -> None:
-    """Draw one site; `ends` says whether the panel has the labels on top and at the bottom, `cell` is in points."""
+    """Draw one site; `ends`: whether it has the labels above and below; `cell`: width of a column, points."""
     n_layers, own = inspection.n_layers, frame[frame["site"].isin([site, "policy"])]
     places = own["position"].unique()
     x = own["position"].to_numpy() - places[0]
     final = own["site"].to_numpy() == "policy"
     y = np.where(final, n_layers + 1 + _GAP, own["layer"].to_numpy())
-    fills, ink = cell_colours(own["entropy"].to_numpy(), inspection.vocab_size, colours)
+    fills, ink = cell_colors(own["entropy"].to_numpy(), inspection.vocab_size, colormap)
     corners = np.stack([x, y], axis=1)[:, None, :] + 0.5 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
     ax.add_collection(PolyCollection(list(corners), facecolors=fills, edgecolors="white", linewidths=0.25))
     hit = own["hit"].to_numpy()
     centres = np.stack([x, y], axis=1)[hit][:, None, :]
     inner = centres + 0.86 * (corners[hit] - centres)
     ax.add_collection(PolyCollection(list(inner), facecolors="none", edgecolors=ink[hit].tolist(), linewidths=0.8))
-    size = _type_size(cell)
-    for column, line, text, token_id, colour in zip(x, y, own["top1_token"], own["top1_id"], ink, strict=True):
+    size = _font_size(cell)
+    for column, line, text, token_id, color in zip(x, y, own["top1_token"], own["top1_id"], ink, strict=True):
         whole, room = drawable(text, int(token_id)), 0.88 * cell
-        # A little too long is written smaller; what is longer still is cut.
-        points = max(style.SMALLEST, size * min(1.0, room / max(style.text_width(whole, font(size)), 1e-9)))
+        # A token that is a little too long is written smaller; a longer one is cut.
+        points = max(style.MIN_FONT_SIZE, size * min(1.0, room / max(style.text_width(whole, font(size)), 1e-9)))
         shown = fit(whole, room, points)
-        label = ax.text(column, line, shown, color=colour, font=font(points), parse_math=False, clip_on=True)
+        label = ax.text(column, line, shown, color=color, font=font(points), parse_math=False, clip_on=True)
         label.set(horizontalalignment="center", verticalalignment="center_baseline")
         label.set_in_layout(False)
     ax.set_xlim(-0.5, len(places) - 0.5)
     ax.set_ylim(0.5, n_layers + 1.5 + _GAP)
     ax.set_yticks([*range(1, n_layers + 1), n_layers + 1 + _GAP], [*map(str, range(1, n_layers + 1)), POLICY_LABEL])
-    ax.tick_params(axis="both", length=0, labelsize=max(size, style.SMALLEST))
+    ax.tick_params(axis="both", length=0, labelsize=max(size, style.MIN_FONT_SIZE))
     ax.spines[:].set_visible(False)
     ax.set_ylabel("Layer")
     _token_labels(ax, own, inspection, cell, ends)
@@ -251,16 +259,16 @@ def _panel(
 
 
 def _token_labels(ax: Axes, own: pd.DataFrame, inspection: Inspection, cell: float, ends: tuple[bool, bool]) -> None:
-    """Write what was read at the bottom and what came next on top, grey where it is the prompt's."""
+    """Write what was read below and what came next above the map, in grey where it belongs to the prompt."""
     read = own["position"].unique()
-    size = _type_size(cell)
+    size = _font_size(cell)
 
     def write(axis_of: Any, positions: NDArray[np.integer], title: str) -> None:
         axis_of.set_xticks(range(len(positions)), _labels(inspection, positions, size))
         for tick, position in zip(axis_of.get_xticklabels(), positions, strict=True):
             grey = position <= inspection.prompt_length
             tick.set(font=font(size), parse_math=False, color=_PROMPT if grey else _RESPONSE)
-            # Those that have room stay level, which is how they are read.
+            # Labels that fit stay horizontal, which is easier to read.
             tick.set_rotation(90 if style.text_width(tick.get_text(), font(size)) > 0.95 * cell else 0)
         axis_of.set_xlabel(title, fontsize=7.0)
         axis_of.tick_params(length=0, pad=1.5)
@@ -278,17 +286,17 @@ def _token_labels(ax: Axes, own: pd.DataFrame, inspection: Inspection, cell: flo
 
 
 def _labels(inspection: Inspection, positions: NDArray[np.integer], size: float) -> list[str]:
-    """The tokens at some positions as they stand beside the map; nothing beyond the last."""
+    """Return the tokens at some positions as they are written next to the map; nothing beyond the last."""
     rows = inspection.tokens.set_index("position").reindex(positions)
     return [
-        "" if pd.isna(token_id) else fit(drawable(str(text), int(token_id)), _LONGEST_LABEL, size)
+        "" if pd.isna(token_id) else fit(drawable(str(text), int(token_id)), _MAX_LABEL_WIDTH, size)
         for text, token_id in zip(rows["token"], rows["id"], strict=True)
     ]
 
 
-def _colour_bar(figure: Figure, panels: Sequence[Axes], vocab: int, colours: Colormap) -> None:
-    top = math.log(vocab)
-    mappable = ScalarMappable(Normalize(0.0, top), colours)
+def _color_bar(figure: Figure, panels: Sequence[Axes], vocab_size: int, colormap: Colormap) -> None:
+    top = math.log(vocab_size)
+    mappable = ScalarMappable(Normalize(0.0, top), colormap)
     bar = figure.colorbar(mappable, ax=list(panels), fraction=0.03, pad=0.01, aspect=30 * len(panels))
     step = next(s for s in (0.5, 1, 2, 5) if top / s <= 6)
     ticks = [k * step for k in range(math.ceil(top / step)) if top - k * step > 0.6 * step]
@@ -297,12 +305,48 @@ def _colour_bar(figure: Figure, panels: Sequence[Axes], vocab: int, colours: Col
     bar.outline.set_visible(False)
 
 
-def _type_size(cell: float) -> float:
-    """Type for cells so many points wide: a token of about five letters has room."""
+def _font_size(cell: float) -> float:
+    """Return the font size for cells of a width, both in points: a token of about five letters fits."""
     return min(7.0, max(5.0, cell / 3.2))
 
 
 def _label_height(labels: Sequence[str], cell: float, size: float) -> float:
-    """Inches that labels beside the map take; one that is wider than its cell stands upright."""
+    """Return the height in inches of labels next to the map; one that is wider than its cell is written upright."""
     widest = max(style.text_width(label or "x", font(size)) for label in labels)
     return (widest if widest > 0.95 * cell else size) / style.POINTS_PER_INCH + 0.05
+
+
+@cache
+def _families() -> tuple[str, ...]:
+    """Return the fonts to draw tokens in; the first that has a character draws it."""
+    installed = {entry.name for entry in fontManager.ttflist}
+    return (*_FONTS, *(name for name in _SYSTEM_FONTS if name in installed))
+
+
+@lru_cache(maxsize=64)
+def font(size: float) -> FontProperties:
+    """Return the font of tokens at a size in points; it is shared and must not be changed."""
+    return FontProperties(family=list(_families()), size=size)
+
+
+@cache
+def _characters() -> frozenset[int]:
+    paths = (findfont(FontProperties(family=name), fallback_to_default=False) for name in _families())
+    return frozenset().union(*(get_font(path).get_charmap() for path in paths))
+
+
+def drawable(text: str, token_id: int) -> str:
+    """Return a token's text, or ``#1234`` with its id where no font here has its characters."""
+    return text if all(ord(character) in _characters() for character in text) else f"#{token_id}"
+
+
+@lru_cache(maxsize=65536)
+def fit(text: str, room: float, size: float) -> str:
+    """Return a token, or its beginning and an ellipsis where it is wider than `room`; room and font size in points."""
+    if style.text_width(text, font(size)) <= room:
+        return text
+    low, high = 1, max(1, len(text) - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if style.text_width(f"{text[:middle]}…", font(size)) <= room else (low, middle - 1)
+    return f"{text[:low]}…"

@@ -111,8 +111,7 @@ def _theme() -> str:
 
 @cache
 def _plotly() -> str:
-    # plotly has no types.
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    from plotly.offline import get_plotlyjs
 
     # An HTML parser turns these into line feeds, and the digest is of what it reads.
     return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")

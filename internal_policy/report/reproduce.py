@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.sources import labels_from
 from internal_policy.report.page import clean
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import command_line_of, words_of
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -66,12 +66,16 @@ def analysis_commands(analysis: Analysis) -> Commands:
         where = f"they are read from {clean(stored)}" if analysis.path is not None else "save the analysis to read them"
         notes.append(f"Prompts or responses were given from Python: {where}, which gives the same numbers.")
     root = None if analysis.path is None else str(analysis.path.parent)
-    place = {} if root in (None, ANALYSES) else {"output": root}
+    place = None if root == ANALYSES else root
     model = str(config.get("model", analysis.model["id"]))
     notes += _about(analysis, model)
-    words = ["internal-policy", "analyze"]
-    for name, value in {"model": model, **options, **place}.items():
-        words += flag(name, value)
+    config_again = AnalyzeConfig(model=model, **options)
+    words = [
+        "internal-policy",
+        "analyze",
+        *command_line_of(config_again, always=("model",)),
+        *words_of("output", place),
+    ]
     given = {**options, "output": root or ANALYSES}
     python = "from internal_policy import analyze\n\n" + call("analyze", [model], given)
     if _in_memory(analysis, model):
@@ -104,14 +108,14 @@ def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None =
         )
     words = ["internal-policy", "compare", *paths]
     if _labels_given(manifest):
-        words += [word for row in rows for word in flag("label", row["label"])]
+        words += [word for row in rows for word in words_of("label", row["label"])]
     if manifest["steps_from"] == "given":
         words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
     if baseline != rows[0]["label"]:
-        words += flag("baseline", baseline)
+        words += words_of("baseline", baseline)
     if manifest.get("seed"):
         words += ["--seed", str(manifest["seed"])]
-    return words if root is None else [*words, *flag("output", root)]
+    return words if root is None else [*words, *words_of("output", root)]
 
 
 def _labels_given(manifest: Mapping[str, Any]) -> bool:
@@ -176,26 +180,6 @@ def _in_memory(analysis: Analysis, model: str) -> bool:
     """A model that is neither on the hub, nor embedded, nor named by a path was an object."""
     named = analysis.model.get("revision") or analysis.config.get("remote") or "/" in model
     return not (named or Path(model).exists())
-
-
-def flag(name: str, value: Any) -> list[str]:
-    """Write a setting as words of a command.
-
-    Args:
-        name: of the setting.
-        value: of it; a switch that is off and None need no word.
-
-    Returns:
-        The words, not yet quoted.
-    """
-    option = "--" + name.replace("_", "-")
-    if value is False or value is None:
-        return []
-    if value is True:
-        return [option]
-    # A value that begins with a dash would be taken for an option.
-    text = value if isinstance(value, str) else json.dumps(value)
-    return [f"{option}={text}"] if text.startswith("-") else [option, text]
 
 
 def call(function: str, arguments: list[Any], options: Mapping[str, Any], first: str = "") -> str:

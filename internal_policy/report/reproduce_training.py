@@ -7,22 +7,15 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from internal_policy.bupo.config import TrainConfig
 from internal_policy.report.page import clean
-from internal_policy.report.reproduce import Commands, call, flag
+from internal_policy.report.reproduce import Commands, call
+from internal_policy.utils.options import options_of, words_of
 
 if TYPE_CHECKING:
     from internal_policy.bupo.run import Run
 
-FLAGS = frozenset(
-    (
-        *("model", "prompts", "layer", "ipa_steps", "method", "reward", "max_steps", "output", "preset", "seed"),
-        *("learning_rate", "ipa_learning_rate", "prompts_per_step", "num_generations", "mini_batches"),
-        *("max_completion_length", "max_prompt_length", "template", "temperature", "site", "lens", "aggregation"),
-        *("freeze_layers", "upper_lr_scale", "lora_rank", "benchmark", "eval_samples", "eval_problems"),
-        *("dynamics_every", "dynamics_responses", "save_steps", "report_to", "dtype", "revision", "prompts_split"),
-        *("overwrite", "trust_remote_code"),
-    )
-)
+FLAGS = frozenset(options_of(TrainConfig))
 """Options of ``internal-policy train``; what else was set is given with --set."""
 
 
@@ -56,7 +49,7 @@ def _words(told: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     for name, value in told.items():
         if name in FLAGS:
-            found += flag(name, value)
+            found += words_of(name, value)
         else:
             found += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return found

@@ -24,7 +24,7 @@ _DESCRIPTOR = 1
 """Of standard output, wherever a process is started."""
 
 
-class _Nowhere(io.StringIO):
+class NullIO(io.StringIO):
     """Takes what is written, and keeps none of it."""
 
     def write(self, text: str) -> int:
@@ -44,11 +44,11 @@ _CHOICE = _Choice()
 
 
 @contextmanager
-def chosen(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
+def output_mode(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
     """Print one JSON document, or nothing, for as long as a command runs.
 
     Args:
-        json: print what ``document`` is given, and nothing else.
+        json: print what ``print_json`` is given, and nothing else.
         quiet: no tables, no progress, no notices; errors are told all the same.
     """
     if not (json or quiet):
@@ -56,9 +56,9 @@ def chosen(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
         return
     before = sys.stdout
     try:
-        with _led_aside(before, quiet) as stdout:
+        with redirect_stdout_fd(before, quiet) as stdout:
             _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = json, quiet, stdout
-            sys.stdout = _Nowhere()
+            sys.stdout = NullIO()
             yield
     finally:
         sys.stdout = before
@@ -67,7 +67,7 @@ def chosen(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _led_aside(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | None]:
+def redirect_stdout_fd(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | None]:
     """Lead the descriptor of standard output aside, and give what still leads to standard output itself."""
     # In a notebook, or where a test listens, standard output is no descriptor that others could write to.
     if stdout is None or not _is_descriptor(stdout):
@@ -133,7 +133,7 @@ def is_json() -> bool:
     return _CHOICE.json
 
 
-def written(what: str, paths: Sequence[Path]) -> None:
+def note_files(what: str, paths: Sequence[Path]) -> None:
     """Note files for the JSON document.
 
     Args:
@@ -145,20 +145,20 @@ def written(what: str, paths: Sequence[Path]) -> None:
         known += [str(path) for path in paths if str(path) not in known]
 
 
-def document(fields: Mapping[str, Any]) -> None:
+def print_json(fields: Mapping[str, Any]) -> None:
     """Print the one JSON document of a command, where it was asked for.
 
     Args:
         fields: what it holds; ``files``, what was written, is added.
     """
     if _CHOICE.json and _CHOICE.stdout is not None and is_main_process():
-        told = plain({**fields, "files": _CHOICE.files})
+        told = to_plain({**fields, "files": _CHOICE.files})
         # In ASCII: it is read whole wherever it is sent, whatever the terminal's encoding.
         _CHOICE.stdout.write(json.dumps(told, indent=2, allow_nan=False) + "\n")
         _CHOICE.stdout.flush()
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Turn a value into what JSON has.
 
     Args:
@@ -168,11 +168,11 @@ def plain(value: Any) -> Any:
         Objects, lists, texts, numbers, true, false and null; null also for what is not a finite number.
     """
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
-        return plain(value.to_dict("records"))
+        return to_plain(value.to_dict("records"))
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): to_plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(each) for each in value]
+        return [to_plain(each) for each in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -180,5 +180,5 @@ def plain(value: Any) -> Any:
     if type(value).__name__ in ("NAType", "NaTType"):
         return None
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_plain(value.tolist())
     return str(value)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze
 from internal_policy.analysis import pipeline, random_baseline
-from internal_policy.cli import display as terminal
+from internal_policy.cli import display
 from internal_policy.extractors import reduce_responses
 from internal_policy.plotting import analysis as figures
 from internal_policy.report import analysis_report
@@ -176,7 +176,7 @@ def test_figures_report_and_terminal_show_it(analysis):
     assert "random weights, FFN" in page
     assert "random weights, layer output" in page
     told = f"random weights of the same architecture (seed 3): policy entropy {policy_of(analysis):.4f} nats"
-    assert any(remark.startswith(told) for remark in terminal.remarks(analysis))
+    assert any(remark.startswith(told) for remark in display.remarks(analysis))
     plain = replace(analysis, baseline=None, baseline_model=None)
     assert figures.baseline_data([plain]).empty
     assert "random weights" not in analysis_report(plain)

@@ -13,7 +13,7 @@ from shapes import make, progressive, training
 
 from internal_policy import UserError, compare
 from internal_policy.analysis.sources import gather, natural_key, training_steps, unique_labels
-from internal_policy.cli.display_comparison import show_comparison
+from internal_policy.cli.display import show_comparison
 from internal_policy.comparison.figure_data import shown_names
 from internal_policy.comparison.results import TABLES, AnalysisComparison
 from internal_policy.plotting import comparison as figures

@@ -23,7 +23,7 @@ def command(output):
         *(
             sys.executable,
             "-m",
-            "internal_policy.cli.main",
+            "internal_policy.cli",
             "analyze",
             "--model",
             "model",

@@ -8,13 +8,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from shapes import make, progressive
-from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.results import LensResult, find_other_lens, other_lens_sentence
-from internal_policy.cli import display as terminal
-from internal_policy.cli import display_comparison as comparison_terminal
-from internal_policy.cli.main import app
+from internal_policy.cli import display
+from internal_policy.cli.main import run as run_command
 from internal_policy.report import analysis_report, comparison_report
 
 
@@ -39,7 +37,7 @@ def test_each_finds_the_answer_of_the_other_and_says_whether_they_agree(pair, ca
     assert other_lens_sentence(policy) == told
     assert f"{told}. Its entropy" in analysis_report(policy)
     assert told in policy._repr_html_()
-    terminal.show(policy)
+    display.show_analysis(policy)
     assert told in " ".join(capsys.readouterr().out.split())
     alike = replace(policy, selection=replace(policy.selection, boundary_layer=1))
     assert other_lens_sentence(alike) == "under the logit lens the same responses give layer 1 too"
@@ -70,7 +68,7 @@ def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, cap
     rows = comparison.boundaries[["other_lens", "other_lens_boundary_layer"]].to_dict("records")
     assert rows[0] == {"other_lens": "logit-lens", "other_lens_boundary_layer": 1}
     assert rows[1]["other_lens"] is None or pd.isna(rows[1]["other_lens"])
-    comparison_terminal.show_comparison(comparison)
+    display.show_comparison(comparison)
     out = capsys.readouterr().out
     assert "4 (1)" in out
     assert "none (-)" in out
@@ -82,13 +80,14 @@ def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, cap
         compare(pair)
 
 
-def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatch):
+def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
 
     def run(*lens):
         few = ["--max-responses", "3", "--max-new-tokens", "6", "--json"]
         command = ["analyze", *few, "-o", str(tmp_path), *(word for name in lens for word in ("--lens", name))]
-        return json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)["analyses"]
+        run_command(command)
+        return json.loads(capsys.readouterr().out)["analyses"]
 
     policy, lens = run("policy", "logit-lens")
     assert lens["path"] == str(tmp_path / "testbed--qwen3--logit-lens")
@@ -111,4 +110,4 @@ def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatc
 def test_several_lenses_of_a_sweep_are_refused(of_several):
     command = ["analyze", *of_several, "--lens", "policy", "--lens", "logit-lens"]
     with pytest.raises(UserError, match=r"got 2 lenses for a .*; run it once for each"):
-        CliRunner().invoke(app, command, catch_exceptions=False)
+        run_command(command)

@@ -24,7 +24,7 @@ from internal_policy.analysis.position_subset import (
     response_means,
 )
 from internal_policy.analysis.results import ANALYSIS
-from internal_policy.cli import display as terminal
+from internal_policy.cli import display
 from internal_policy.data.responses import Response
 from internal_policy.extractors import QUANTITIES, TokenValues, reduce_responses
 from internal_policy.statistics import clustered_mean
@@ -348,7 +348,7 @@ def test_what_cannot_be_known_so_well_from_a_part_ends_exact(model, tokenizer, c
         found.responses.drop(columns="n_analysed"), whole.responses, check_exact=False, rtol=0, atol=1e-5
     )
     assert found.selection.boundary_layer == whole.selection.boundary_layer
-    terminal.show(found)
+    display.show_analysis(found)
     assert f"analysed all {whole.n_tokens} positions" in capsys.readouterr().out
 
 
@@ -458,12 +458,12 @@ def test_saved_and_loaded_it_says_what_was_analysed(model, tokenizer, tmp_path):
 def test_the_line_on_the_terminal():
     found = {"tolerance": 0.05, "analysed": 412, "total": 5320, "rounds": 2, "half_width": 0.0471, "layer": 8}
     found |= {"few": 0, "changes": 24}
-    assert terminal.positions_line({**found, "site": "ffn"}) == (
+    assert display.positions_line({**found, "site": "ffn"}) == (
         "analysed 412 of 5320 positions (7.7%) in 2 rounds; largest half-width of a 95% interval from that choice "
         "0.047 nats (layer 8, FFN); tolerance 0.05; ± is the standard error over prompts"
     )
-    assert "(layer 8); tolerance" in terminal.positions_line({**found, "site": "layer"})
-    assert terminal.positions_line({**found, "site": "ffn", "few": 3}).endswith(
+    assert "(layer 8); tolerance" in display.positions_line({**found, "site": "layer"})
+    assert display.positions_line({**found, "site": "ffn", "few": 3}).endswith(
         "; 3 of the 24 half-widths rest on a few positions with large values and may miss more often "
         "than one time in 20"
     )
@@ -487,7 +487,7 @@ def test_two_processes_choose_and_find_what_one_does(tmp_path):
     command += ["--mixed_precision=no", "--dynamo_backend=no", "--num_processes=2", "--main_process_port=0"]
     command += [
         "-m",
-        "internal_policy.cli.main",
+        "internal_policy.cli",
         "analyze",
         "--model",
         "testbed/llama",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,11 @@ def shaped(completions, **_):
     return [5.0 - len(c) % 9 for c in completions]
 
 
-@pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"learning_rate": 1e-30, "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.0}, pytest.param({"learning_rate": 1e-30, "lora_rank": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_where_no_weight_moves_both_evaluations_are_the_same(place, options):
     """Mixed precision is the training's. A random model is unsure of every token, and so shows a small difference."""
     sampled = {"benchmark": "testbed", "eval_problems": 32, "eval_samples": 8, "max_completion_length": 24}
@@ -113,19 +118,21 @@ def test_adapters_of_the_users_own_are_the_same_setting_in_every_call(place):
     assert named.config["peft"]["target_modules"] == sorted(names)
 
 
-def test_a_label_tells_what_is_unusual_about_a_run(place):
-    unusual = train(
-        place,
-        "unusual",
-        **{"lens": "logit-lens", "ipa_learning_rate": 1e-4, "freeze_layers": 1, "upper_lr_scale": 0.5, "lora_rank": 2},
-        aggregation="token-mean",
-    )
+def test_a_label_tells_what_is_unusual_about_a_run(seeds):
+    def label(run=seeds[0], **changed):
+        config = {**run.config, **changed}
+        return replace(run, config=config, ipa_steps=config["ipa_steps"], layer=config["layer"]).label
+
+    rates = {"ipa_learning_rate": 1e-4, "freeze_layers": 1, "upper_lr_scale": 0.5, "lora_rank": 2}
     first = "BuPO, layer 2, 1 step, logit-lens, first at 0.0001, layers 1-1 frozen, 0.5x above, token-mean, LoRA 2"
-    assert unusual.label == first
-    assert bupo.Run.load(unusual.path).label == first
-    usual = {"lens": "policy", "freeze_layers": 0, "upper_lr_scale": 1.0, "aggregation": "sequence-mean"}
-    assert train(place, "usual", **usual, site="ffn", ipa_steps=2).label == "BuPO, FFN 2, 2 steps"
-    assert train(place, "none", ipa_steps=0, max_steps=1).label == "GRPO"
+    assert label(lens="logit-lens", aggregation="token-mean", **rates) == first
+    assert bupo.Run.load(seeds[0].path).label == label(aggregation="sequence-mean") == "BuPO, layer 2, 1 step"
+    assert label(site="ffn", ipa_steps=2) == "BuPO, FFN 2, 2 steps"
+
+
+def test_without_a_first_phase_a_run_is_called_grpo(place):
+    run = train(place, "none", ipa_steps=0, max_steps=1)
+    assert (run.label, run.layer) == ("GRPO", None)
 
 
 @pytest.mark.parametrize("ipa_steps", [2, "auto"])
@@ -323,6 +330,7 @@ def test_a_call_without_a_boundary_layer_is_mended_by_a_number(place):
     assert json.loads((place / "mended" / "run_settings.json").read_text())["layer"] == 2
 
 
+@pytest.mark.slow
 def test_a_reward_that_cannot_be_used_is_mended_with_other_settings(place):
     def short(completions, **_):
         return [1.0]

@@ -7,9 +7,8 @@ import shlex
 
 import pytest
 from shapes import abrupt, make, progressive, training
-from typer.testing import CliRunner
 
-from internal_policy.cli.main import app
+from internal_policy.cli.main import run as run_command
 from internal_policy.comparison.results import TABLES
 from internal_policy.utils.errors import UserError
 
@@ -26,10 +25,16 @@ def place(tmp_path_factory):
     return root
 
 
-def compared(*arguments):
+@pytest.fixture
+def compared(monkeypatch, capsys):
     """What the command says; an error of it is raised here."""
-    command = ["compare", *map(str, arguments)]
-    return CliRunner().invoke(app, command, env={"COLUMNS": "100"}, catch_exceptions=False).stdout
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def compare(*arguments):
+        run_command(["compare", *map(str, arguments)])
+        return capsys.readouterr().out
+
+    return compare
 
 
 @pytest.fixture
@@ -47,13 +52,13 @@ NAME = "compare--run--checkpoint-0--run--checkpoint-10--run--checkpoint-20"
 
 
 @pytest.mark.slow
-def test_every_figure_of_a_training_is_drawn(place, tmp_path):
+def test_every_figure_of_a_training_is_drawn(place, tmp_path, compared):
     compared(place / "analyses", "-o", tmp_path)
     drawn = {p.name for p in (tmp_path / "figures" / NAME).iterdir()}
     assert drawn == {f"{stem}.{kind}" for stem in (*FIGURES, "compare_layer_differences") for kind in ("png", "pdf")}
 
 
-def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn):
+def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn, compared):
     out = compared(place / "analyses", "-o", tmp_path)
     written = {p.name for p in (tmp_path / NAME).iterdir()}
     assert written == {"comparison.json", "report.html", *(f"{t}.csv" for t in TABLES)}
@@ -65,7 +70,7 @@ def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn):
     assert [a["step"] for a in manifest["analyses"]] == [0.0, 10.0, 20.0]
 
 
-def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path, undrawn):
+def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path, undrawn, compared):
     start = make(progressive(6), "testbed/qwen3", prompts=4, seed=9).save(tmp_path / "start")
     after = [place / "analyses" / f"run--checkpoint-{k}" for k in (10, 20)]
     out = compared(*after, start, after[0], "-o", tmp_path)
@@ -78,7 +83,7 @@ def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path,
     assert out.index("\n s ") < out.index("\n x ") < out.index("\n y ")
 
 
-def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, undrawn):
+def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, undrawn, compared):
     for name in "abc":
         make(progressive(4), f"m/{name}", prompts=4).save(tmp_path / "in" / name)
     out = " ".join(compared(tmp_path / "in", "-o", tmp_path / "out").split())
@@ -86,7 +91,7 @@ def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, u
     assert "per 100" not in out
 
 
-def test_options_and_json(place, tmp_path, undrawn):
+def test_options_and_json(place, tmp_path, undrawn, compared):
     labels = [part for label in ("x", "y", "z", "w") for part in ("--label", label)]
     steps = [part for step in (1, 2, 3, 4) for part in ("--step", step)]
     out = compared(place / "analyses", place / "llama", "-o", tmp_path, *labels, *steps, "--baseline", "4", "--json")
@@ -104,7 +109,7 @@ def test_options_and_json(place, tmp_path, undrawn):
     assert "baseline checkpoint-20" in out
 
 
-def test_other_models_are_marked(place, tmp_path, undrawn):
+def test_other_models_are_marked(place, tmp_path, undrawn, compared):
     out = compared(place / "analyses" / "run--checkpoint-0", place / "llama", "-o", tmp_path)
     assert "llama ≠" in out
     assert "≠ other responses than the baseline" in out
@@ -124,7 +129,7 @@ def test_other_models_are_marked(place, tmp_path, undrawn):
         (["analyses", "--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_what_does_not_fit_is_refused(place, tmp_path, arguments, message):
+def test_what_does_not_fit_is_refused(place, tmp_path, arguments, message, compared):
     places = [str(place / a) if a in ("analyses", "llama", "nothing") else a for a in arguments]
     with pytest.raises(UserError, match=message):
         compared(*places, "-o", tmp_path / "out")
@@ -136,7 +141,7 @@ def other_lens(tmp_path):
     return make(progressive(6), "other", lens="logit-lens", prompts=4).save(tmp_path / "other")
 
 
-def test_another_lens_is_refused(place, other_lens, tmp_path):
+def test_another_lens_is_refused(place, other_lens, tmp_path, compared):
     with pytest.raises(UserError, match="llama was analysed with the lens policy and other with logit-lens"):
         compared(place / "llama", other_lens, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -168,12 +173,12 @@ def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, oth
         ),
     ],
 )
-def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_path, undrawn, options, command):
+def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_path, undrawn, options, command, compared):
     compared(place / "analyses", "-o", tmp_path, *options)
     stored = (tmp_path / NAME / "comparison.json").read_bytes()
     for named in (tmp_path, tmp_path / NAME):
         with pytest.raises(UserError, match="a comparison is drawn from its analyses") as caught:
-            CliRunner().invoke(app, ["figures", str(named)], catch_exceptions=False)
+            run_command(["figures", str(named)])
         said = str(caught.value).split("draw it by internal-policy compare ")[1]
         assert said == command.format(place / "analyses")
     # It does what it says.
@@ -181,18 +186,21 @@ def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_pat
     assert (tmp_path / NAME / "comparison.json").read_bytes() == stored
 
 
-def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, monkeypatch):
+def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(
         "internal_policy.plotting.analysis.save_analysis_figures",
         lambda analyses, directory: drawn.append([a.name for a in analyses]) or [directory / "figure.png"],
     )
-    out = CliRunner().invoke(app, ["figures", str(place / "analyses"), "-o", str(tmp_path)], catch_exceptions=False)
+    run_command(["figures", str(place / "analyses"), "-o", str(tmp_path)])
     assert drawn == [["run/checkpoint-0", "run/checkpoint-10", "run/checkpoint-20"]]
-    assert "holds 3 analyses, drawn together: run/checkpoint-0, run/checkpoint-10, run/checkpoint-20" in out.stdout
+    assert (
+        "holds 3 analyses, drawn together: run/checkpoint-0, run/checkpoint-10, run/checkpoint-20"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_directory_that_cannot_be_written_is_told(place, tmp_path):
+def test_a_directory_that_cannot_be_written_is_told(place, tmp_path, compared):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         compared(place / "analyses", "-o", tmp_path / "file")

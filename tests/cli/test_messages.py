@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 from documents import ROOT
-from typer.testing import CliRunner
 
 from internal_policy import Analysis, UserError, bupo
 from internal_policy.bupo import TrainConfig, training
-from internal_policy.cli import display as terminal
+from internal_policy.cli import display
 from internal_policy.cli import main as cli
 from internal_policy.comparison import study as studies
 from internal_policy.utils.errors import as_user_error, counted
@@ -29,7 +28,7 @@ def analysis():
 
 def test_results_count_in_the_right_number(analysis):
     one = replace(analysis, sequences=analysis.sequences[:1])
-    for said in (repr(one), terminal.layer_table(one).title):
+    for said in (repr(one), display.layer_table(one).title):
         assert "1 response, " in said
 
 
@@ -38,19 +37,20 @@ def test_a_part_of_the_positions_is_told_as_a_part(analysis):
     positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
     some = replace(analysis, positions=positions)
     part = f"428 of {analysis.n_tokens} tokens"
-    for said in (repr(some), terminal.layer_table(some).title):
+    for said in (repr(some), display.layer_table(some).title):
         assert part in said
     # Two errors stand side by side, and each says which it is.
-    said = terminal.positions_line(positions)
+    said = display.positions_line(positions)
     assert "largest half-width of a 95% interval from that choice 0.048 nats (layer 3, FFN)" in said
     assert said.endswith("± is the standard error over prompts")
 
 
-def test_the_list_of_commands_is_not_cut(monkeypatch):
+def test_the_list_of_commands_is_not_cut(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    said = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
-    assert "..." not in said.partition("Commands:")[2]
-    assert "find the boundary layer, draw the figures." in said
+    cli.run(["--help"])
+    said = capsys.readouterr().out
+    assert "find the boundary layer, draw the figures." in " ".join(said.split())
+    assert max(map(len, said.partition("commands:")[2].partition("options:")[0].splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

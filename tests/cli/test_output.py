@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,12 @@ from training import command
 import internal_policy
 from internal_policy import Analysis, AnalysisComparison, AnalyzeConfig, UserError, compare
 from internal_policy.bupo import Run
-from internal_policy.cli import display_comparison as comparison_terminal
+from internal_policy.cli import completion, display, main
 from internal_policy.comparison.results import TABLES
 from internal_policy.plotting import analysis as figures
 from internal_policy.plotting import comparison as comparison_figures
 from internal_policy.utils import output as output
 from internal_policy.utils.logging import progress, status
-
-COMMAND = Path(sys.executable).with_name("internal-policy")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +154,8 @@ def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option
 )
 def test_after_an_error_a_session_prints_again(words, capsys):
     before = sys.stdout
-    with pytest.raises((UserError, internal_policy.cli.main.UsageError)):
-        internal_policy.cli.main.app(words, standalone_mode=False)
+    with pytest.raises(UserError):
+        main.run(words)
     assert sys.stdout is before
     assert not output.is_quiet()
 
@@ -181,9 +180,9 @@ def noise(by):
     ctypes.CDLL(None).puts(f"compiled {by}".encode())
 
 print("before")
-with output.chosen(json="json" in sys.argv, quiet="quiet" in sys.argv):
+with output.output_mode(json="json" in sys.argv, quiet="quiet" in sys.argv):
     noise("meanwhile")
-    output.document({"a": 1})
+    output.print_json({"a": 1})
     noise("later")
 print("after")
 """
@@ -223,7 +222,7 @@ def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
 
 def test_what_json_does_not_have_is_null():
     odd = {"a": float("nan"), "b": [float("inf"), pd.NA], "c": Path("x"), "t": pd.DataFrame({"n": [1.5, None]})}
-    assert output.plain(odd) == {"a": None, "b": [None, None], "c": "x", "t": [{"n": 1.5}, {"n": None}]}
+    assert output.to_plain(odd) == {"a": None, "b": [None, None], "c": "x", "t": [{"n": 1.5}, {"n": None}]}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsy
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    comparison_terminal.show_comparison(comparison)
+    display.show_comparison(comparison)
     with progress("x", 2) as advance, status("y"):
         advance(1)
     told = capsys.readouterr()
@@ -250,25 +249,56 @@ def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsy
     assert told.err == ""
 
 
-def shell(words, **environment):
-    known = {"env": {**os.environ, **environment}, "stdin": subprocess.DEVNULL}
-    return subprocess.run([COMMAND, *words], capture_output=True, text=True, check=True, **known).stdout
-
-
-def test_completion_is_of_the_shell_that_is_named():
-    assert "#compdef internal-policy" in shell(["--show-completion", "zsh"])
-
-
 @pytest.mark.parametrize(
     ("words", "found"),
     [
+        ("an", ["analyze"]),
+        ("analyze --max-r", ["--max-responses"]),
         ("analyze --model te", ["testbed/qwen3", "testbed/llama"]),
+        ("evaluate -m testbed/qwen3 --benchmark aime", ["aime24", "aime25"]),
+        ("inspect --site ", ["layer", "attn", "ffn"]),
         ("train --preset q", ["qwen", "qwen3-8b"]),
+        ("train --device-m", []),
+        ("figures data/", []),
+        ("nothing --mo", []),
     ],
 )
-def test_values_are_completed(words, found):
-    asked = {"COMP_WORDS": f"internal-policy {words}", "COMP_CWORD": "3"}
-    assert shell([], _INTERNAL_POLICY_COMPLETE="complete_bash", **asked).split() == found
+def test_commands_options_and_values_are_completed(words, found):
+    *before, word = words.split(" ")
+    assert completion.candidates(before, word) == found
+
+
+BASH = """
+internal-policy() { "$PYTHON" -m internal_policy.cli "$@"; }
+eval "$(internal-policy --show-completion bash)"
+COMP_WORDS=(internal-policy analyze --lens "") COMP_CWORD=3
+_internal_policy
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="asks bash for a completion; run it where there is a bash")
+def test_bash_completes_an_empty_word():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-c", BASH], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "policy logit-lens\n"
+
+
+def test_completion_is_of_the_shell_that_is_named(tmp_path, monkeypatch, capsys):
+    main.run(["--show-completion", "zsh"])
+    assert "#compdef internal-policy" in capsys.readouterr().out
+    monkeypatch.setenv("SHELL", "/bin/fish")
+    main.run(["--show-completion"])
+    assert "complete -c internal-policy" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the shell is 'csh'; needed is one of bash, zsh, fish, powershell, pwsh"):
+        main.run(["--show-completion", "csh"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".bashrc").write_text("alias ll='ls -l'\n")
+    for _ in range(2):
+        main.run(["--install-completion", "bash"])
+    script = tmp_path / ".bash_completions" / "internal-policy.sh"
+    assert (tmp_path / ".bashrc").read_text() == f"alias ll='ls -l'\nsource '{script}'\n"
+    assert "complete -o default" in script.read_text()
 
 
 def test_nothing_of_the_hubs_own_settings_is_overridden():

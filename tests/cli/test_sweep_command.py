@@ -86,7 +86,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
         (["--checkpoints", ""], "--checkpoints is empty; name a training run's directory"),
         (["--model", "nobody/no-such-model", "--revision", ""], "--revision is empty; needed is a branch"),
         (["--model", "nobody/no-such-model", "--revision", "", "--revision", "r"], "--revision is empty"),
-        (["--preset", "huge"], "'huge' is not one of 'paper', 'small', 'testbed'"),
+        (["--preset", "huge"], "--preset is 'huge'; needed is one of paper, small, testbed"),
         (["--preset", "testbed", "--seed", "-1"], "--seed is -1"),
     ],
 )

@@ -92,8 +92,8 @@ def test_figures_are_redrawn_from_disk_without_torch(finished, tmp_path):
     place, _ = finished
     evaluation = next((place / "out" / "evaluations").glob("*/*"))
     code = (
-        "import sys; from internal_policy.cli import main as cli\n"
-        "try:\n    cli.main()\nfinally:\n    print('loaded', *({'torch', 'transformers', 'trl'} & {*sys.modules}))"
+        "import sys; from internal_policy.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print('loaded', *({'torch', 'transformers', 'trl'} & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "figures", str(place / "out"), str(evaluation), "--output", str(tmp_path)],
@@ -165,11 +165,11 @@ BAD_ARGUMENTS = [
     (["--aggregation", "sum"], "--aggregation is 'sum'"),
     (["--template", "qwen9"], "--template is 'qwen9'"),
     (["--dtype", "int8"], "--dtype is 'int8'"),
-    (["--site", "mlp"], "'mlp' is not one of"),
-    (["--lens", "wide"], "'wide' is not one of"),
-    (["--ipa-steps", "5", "--max-steps", "4"], "--ipa-steps is 5 and --max-steps 4"),
-    (["--ipa-steps", "-1"], "--ipa-steps is -1; needed is a number of steps of at least 0, or auto"),
-    (["--max-steps", "0"], "Invalid value for '--max-steps'"),
+    (["--site", "mlp"], "--site is 'mlp'; needed is one of layer, attn, ffn"),
+    (["--lens", "wide"], "--lens is 'wide'; needed is one of policy, logit-lens"),
+    (["--ipa-steps", "5", "--max-steps", "4"], "ipa_steps is 5 and the run has 4 steps; needed is 0 to 4, or auto"),
+    (["--ipa-steps", "-1"], "ipa_steps is -1 and the run has 60 steps; needed is 0 to 60, or auto"),
+    (["--max-steps", "0"], "max_steps is 0; needed is at least 1"),
     (["--set", "beta"], "--set is 'beta'; needed is name=value"),
     (["--set", "=1"], "--set is '=1'; needed is name=value"),
     (["--set", "callbacks=[]"], "--set callbacks takes an object"),
@@ -180,7 +180,7 @@ BAD_ARGUMENTS = [
     (["--layer", "9"], "layer is 9; needed is a layer of this model, 1 to 8"),
     (["--reward", "maths"], "reward 'maths' is unknown"),
     (["--prompts", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["--no-such-option"], "No such option: --no-such-option"),
+    (["--no-such-option"], "no such option: --no-such-option"),
 ]
 
 
@@ -197,7 +197,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
 def test_in_a_process_of_its_own(tmp_path):
     done = run("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
     assert done.stdout == ""
-    assert done.stderr == "error: --ipa-steps is 9 and --max-steps 4; needed is at most --max-steps, or auto\n"
+    assert done.stderr == "error: ipa_steps is 9 and the run has 4 steps; needed is 0 to 4, or auto\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -150,7 +150,7 @@ def test_samples_of_one_prompt_share_its_index():
         ("a.txt", b"x", "format '.txt' is unknown"),
     ],
 )
-def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
+def test_bad_files_are_reported_in_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -158,7 +158,7 @@ def test_bad_files_are_told_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_parquet_that_is_not_utf8_or_damaged_is_told_in_one_line(tmp_path):
+def test_parquet_that_is_not_utf8_or_damaged_is_reported_in_one_line(tmp_path):
     path = tmp_path / "a.parquet"
     column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     pq.write_table(pa.table({"prompt": column}), path)
@@ -196,7 +196,7 @@ def test_of_a_parquet_file_only_what_is_wanted_is_unpacked(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_bad_prompts_are_told_in_one_line(row, message):
+def test_bad_prompts_are_reported_in_one_line(row, message):
     with pytest.raises(UserError, match=message):
         read_prompts([row])
 
@@ -221,7 +221,7 @@ def test_bad_prompts_are_told_in_one_line(row, message):
         ("w2", "holds a str"),
     ],
 )
-def test_bad_responses_are_told_in_one_line(row, message):
+def test_bad_responses_are_reported_in_one_line(row, message):
     with pytest.raises(UserError, match=message):
         read_responses([row], tiny_tokenizer(), "plain")
 
@@ -234,7 +234,7 @@ def test_a_model_trained_from_an_embedded_one_gets_its_tasks(tmp_path):
     assert analysis.sequences["reward"].notna().all()
 
 
-def test_text_that_the_tokenizer_does_not_know_is_told(caplog):
+def test_text_that_the_tokenizer_does_not_know_is_reported(caplog):
     analyze("testbed/llama", prompts=["Where does the river begin ?"], max_responses=1)
     assert "of the tokens are <unk>: the tokenizer of testbed/llama does not know this text" in caplog.text
     caplog.clear()
@@ -242,7 +242,7 @@ def test_text_that_the_tokenizer_does_not_know_is_told(caplog):
     assert caplog.text == ""
 
 
-def test_a_text_that_the_tokenizer_fails_on_is_told_in_one_line():
+def test_a_text_that_the_tokenizer_fails_on_is_reported_in_one_line():
     words = Tokenizer(WordLevel({"w2": 0}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     for call in (
@@ -255,7 +255,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_told_in_one_line():
         assert "\n" not in str(error.value)
 
 
-def test_a_chat_template_that_fails_in_many_lines_is_told_in_one():
+def test_a_chat_template_that_fails_in_many_lines_is_reported_in_one():
     tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('one\\ntwo') }}")
     with pytest.raises(UserError, match=r"the chat template refuses .* \(one two\)"):
         render(Prompt("w2"), "chat", tokenizer)

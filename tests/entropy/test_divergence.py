@@ -133,7 +133,7 @@ def test_arguments_are_left_alone():
     assert all(torch.equal(x, y) for x, y in zip(arguments, copies, strict=True))
 
 
-def test_arguments_that_do_not_fit_are_told():
+def test_arguments_that_do_not_fit_are_reported():
     zeros = torch.zeros
     with pytest.raises(ValueError, match="equal shapes"):
         policy_divergence(zeros(3, 4), zeros(2, 4), zeros(5, 4))

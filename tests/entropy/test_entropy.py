@@ -106,7 +106,7 @@ def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
     assert entropies.isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_shapes_that_do_not_fit_are_told():
+def test_shapes_that_do_not_fit_are_reported():
     with pytest.raises(ValueError, match=r"needed \[N, d\] and \[V, d\]"):
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 6))
     with pytest.raises(ValueError, match=r"needed \[5\]"):

@@ -322,7 +322,7 @@ def test_without_triton_the_blocks_do_it_and_say_so_once(untried, monkeypatch, c
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel would run")
-def test_a_kernel_that_cannot_be_launched_is_told_once(untried, caplog):
+def test_a_kernel_that_cannot_be_launched_is_reported_once(untried, caplog):
     # Triton's own error: there is no driver here.
     assert "driver" in twice(caplog)
 

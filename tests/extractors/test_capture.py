@@ -115,7 +115,7 @@ def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
     verify(HookExtractor(models.wrap(model.to(dtype), tiny_tokenizer())))
 
 
-def test_logits_that_overflow_in_the_last_step_only_are_told():
+def test_logits_that_overflow_in_the_last_step_only_are_reported():
     model = tiny_model("qwen3")
     model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(UserError, match="NaN or inf in the final policy's logits"):

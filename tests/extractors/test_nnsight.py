@@ -155,7 +155,7 @@ def test_analyze_runs_ndifs_path_here():
     np.testing.assert_allclose(ours.layers[numbers], hooks.layers[numbers], rtol=0, atol=FLOAT32_NATS)
 
 
-def test_what_is_no_nnsight_model_is_told_without_loading_it(monkeypatch):
+def test_other_objects_are_recognised_without_loading_nnsight(monkeypatch):
     monkeypatch.delitem(sys.modules, "nnsight")
     assert not backend.is_nnsight(torch.nn.Linear(1, 1))
     assert "nnsight" not in sys.modules
@@ -168,7 +168,7 @@ def test_a_missing_library_is_reported_in_one_line(monkeypatch):
     assert one_line(error)
 
 
-def test_a_missing_key_is_told_in_one_line_and_before_anything_is_loaded(monkeypatch):
+def test_a_missing_key_is_reported_in_one_line_and_before_anything_is_loaded(monkeypatch):
     monkeypatch.delenv("NDIF_API_KEY", raising=False)
     monkeypatch.setattr(nnsight.schema.config.CONFIG.API, "APIKEY", None)
     with pytest.raises(UserError, match="export NDIF_API_KEY=") as error:

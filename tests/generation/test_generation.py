@@ -85,7 +85,7 @@ def test_a_response_ends_with_the_end_token_and_within_the_context(model):
         assert r.input_ids[-1] == 1 or len(r.input_ids) == model.max_length
 
 
-def test_prompts_that_leave_no_room_are_told(model):
+def test_prompts_that_leave_no_room_are_reported(model):
     with pytest.raises(UserError, match="prompt 1 has 64 tokens and the model's context is 64"):
         check_prompt_lengths([Request(Prompt("x"), [2] * 64, 0, 0)], model)
     with pytest.raises(UserError, match="prompt 1 has no tokens"):

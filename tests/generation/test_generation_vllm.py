@@ -190,7 +190,7 @@ def test_a_run_that_has_everything_starts_no_engine(vllm):
     assert vllm.made == []
 
 
-def test_what_vllm_cannot_load_is_told_in_one_line(vllm, monkeypatch):
+def test_what_vllm_cannot_load_is_reported_in_one_line(vllm, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Qwen9 is not supported\nby this version")
 

@@ -20,8 +20,8 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.token_text import texts_of, visible
 from internal_policy.entropy import reference as definition
 from internal_policy.generation import Request, sample
+from internal_policy.inspection.config import slug
 from internal_policy.inspection.policies import look
-from internal_policy.inspection.settings import slug
 from internal_policy.models import Projection
 from internal_policy.models.families import FAMILIES
 from internal_policy.plotting import inspection as figure
@@ -357,7 +357,7 @@ def test_what_the_tokenizer_does_not_know_is_named(texts, warnings, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Missing option '--prompt' / '-p'"),
+        ([], "missing: --prompt"),
         (["-p", " "], "--prompt is an empty text"),
         (["-p", "w3", "--response", "w4", "--max-new-tokens", 3], "both --response and --max-new-tokens were given"),
         (["-p", "w3", "--tokens", "3-4"], "--tokens is '3-4'; needed is FIRST:LAST"),
@@ -366,7 +366,7 @@ def test_what_the_tokenizer_does_not_know_is_named(texts, warnings, caplog):
         (["-p", "w3", "--tokens", ":0", "-m", "./nowhere"], "--tokens is ':0'; needed are places from 1"),
         (["-p", "w3", "--tokens", "2:", "--max-new-tokens", 0], "--tokens is 2:1 of 1 tokens"),
         (["-p", "w3", "--last", 0], "--last is 0"),
-        (["-p", "w3", "--site", "mlp"], "'mlp' is not one of"),
+        (["-p", "w3", "--site", "mlp"], "--site is 'mlp'; needed is one of"),
         (["-p", "w3", "--template", "none"], "--template is 'none'"),
         (["-p", "w3 " * 64], "the model's context is 64"),
         (["-p", "w3", "--model", "nowhere/at-all"], "no such model on the hub, or no network"),

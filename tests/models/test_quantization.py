@@ -169,7 +169,7 @@ def test_a_4_bit_embedded_model_is_what_its_codes_say():
     check_against_the_same_states(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
 
 
-def test_what_8_bit_products_do_to_their_input_is_not_told_at_each(tmp_path, caplog):
+def test_what_8_bit_products_do_to_their_input_is_not_reported_at_each(tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     model = models.load(save_tiny(tmp_path / "m"), quantization="8bit")
     captured(model, ragged_responses(1))
@@ -207,7 +207,7 @@ def test_an_fp8_checkpoint_is_what_transformers_makes_of_it(tmp_path):
         ("compressed_tensors", {"quant_method": "compressed-tensors"}, r"pip install compressed-tensors"),
     ],
 )
-def test_a_missing_package_is_told_with_its_pip_command(package, settings, said, tmp_path):
+def test_a_missing_package_is_reported_with_its_pip_command(package, settings, said, tmp_path):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     directory = tmp_path / "model"
@@ -219,7 +219,7 @@ def test_a_missing_package_is_told_with_its_pip_command(package, settings, said,
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_without_bitsandbytes_its_pip_command_is_told(monkeypatch):
+def test_without_bitsandbytes_its_pip_command_is_reported(monkeypatch):
     from transformers.quantizers import quantizer_bnb_4bit
 
     monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)

@@ -16,7 +16,6 @@ from shapes import abrupt, make, progressive, training
 from internal_policy import UserError, compare
 from internal_policy.comparison.figure_data import depth_data, difference_data, row_names, step_data
 from internal_policy.plotting import comparison as figures
-from internal_policy.plotting import comparison_marks as marks
 from internal_policy.plotting import style
 
 LONG = "an-organisation-with-a-long-name/" + "a-model-with-an-even-longer-name-" * 3 + "{}"
@@ -272,21 +271,21 @@ def test_shades_are_for_steps_and_colours_for_models():
     models = [make(progressive(6), n, prompts=2) for n in "abc"]
     mixed = [make(progressive(6), f"checkpoint-{n}", prompts=2, hidden_size=n) for n in (1, 2, 3)]
     for analyses, shaded in ((trained, True), (models, False), (mixed, False)):
-        colours = [mark["color"] for mark in marks.series(compare(analyses)).values()]
+        colours = [mark["color"] for mark in figures.line_styles(compare(analyses)).values()]
         assert all(isinstance(colour, tuple) == shaded for colour in colours)
 
 
 def test_the_users_labels_name_the_rows_and_are_cut_at_the_front():
     found = compare(training(3, 6, prompts=2), labels=["x", "y", "z"])
     assert row_names(found) == ["x", "y", "z"]
-    assert marks.cut_front("short", 100.0, 7.0) == "short"
-    assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).endswith("heckpoint-100")
-    assert marks.cut_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).startswith("…")
+    assert style.shorten_front("short", 100.0, 7.0) == "short"
+    assert style.shorten_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).endswith("heckpoint-100")
+    assert style.shorten_front("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0).startswith("…")
 
 
 def test_a_long_name_keeps_its_ends():
-    assert style.cut("short", 100.0, 7.0) == "short"
-    found = style.cut("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0)
+    assert style.shorten("short", 100.0, 7.0) == "short"
+    found = style.shorten("a-very-long-name-of-a-checkpoint-100", 60.0, 7.0)
     assert "…" in found
     assert found.endswith("-100")
     assert found.startswith("a-very")

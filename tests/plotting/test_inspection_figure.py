@@ -11,55 +11,24 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from drawings import VOCAB, make_inspection
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.cells import cell_len
 from rich.console import Console
 
-from internal_policy import Inspection, UserError
-from internal_policy.cli.display_inspection import blocks, show
+from internal_policy import UserError
+from internal_policy.cli.display_runs import blocks, show_inspection
 from internal_policy.inspection.figure_data import decision_data
 from internal_policy.plotting import style
-from internal_policy.plotting.fonts import drawable, fit
 from internal_policy.plotting.inspection import (
-    cell_colours,
+    cell_colors,
+    drawable,
+    fit,
     inspection_data,
     inspection_map,
     plot_inspection,
     save_inspection_figures,
 )
-
-VOCAB = 151_936
-ODD = ["$_^", "$x$", "中文", "😀", "⏎⏎", "·the", "שלום", "\\frac{", "W" * 30, "a_b^c", "<E4B8>", "◌\u0301", "%d", "[b]"]
-
-
-def made(n_layers=8, n_tokens=40, prompt=20, words=ODD, lens="policy", seed=0):
-    """An inspection of random numbers, with the columns that a real one has."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, len(words), n_tokens)
-    rows = [
-        (position, layer, site)
-        for position in range(1, n_tokens + 1)
-        for layer in range(n_layers + 1)
-        for site in (
-            ("layer",) if layer == 0 else ("layer", "attn", "ffn", *(("policy",) if layer == n_layers else ()))
-        )
-    ]
-    frame = pd.DataFrame(rows, columns=["position", "layer", "site"])
-    frame["entropy"] = rng.uniform(0, math.log(VOCAB), len(frame)).astype(np.float32)
-    frame["next_id"] = pd.array([ids[p] if p < n_tokens else pd.NA for p in frame["position"]], dtype="Int64")
-    frame["top1_id"] = rng.integers(0, len(words), len(frame))
-    frame["top1_token"] = [words[i] for i in frame["top1_id"]]
-    frame["top1_probability"] = rng.uniform(0, 1, len(frame))
-    tokens = pd.DataFrame(
-        {
-            "position": range(1, n_tokens + 1),
-            "part": ["prompt" if i < prompt else "response" for i in range(n_tokens)],
-            "id": ids,
-            "token": [words[i] for i in ids],
-        }
-    )
-    config = {"lens": lens, "top_k": 1}
-    return Inspection("some/$model_1", {"layers": n_layers, "vocabulary": VOCAB}, config, tokens, frame)
 
 
 def drawn(figure):
@@ -73,12 +42,12 @@ def drawn(figure):
 
 def plain(it, width=80, **options):
     out = io.StringIO()
-    show(it, console=Console(file=out, width=width), **options)
+    show_inspection(it, console=Console(file=out, width=width), **options)
     return out.getvalue()
 
 
 def test_the_data_are_the_values_of_the_chosen_tokens():
-    it = made()
+    it = make_inspection()
     data = inspection_data(it, ["ffn"], tokens="19:22")
     assert data["position"].unique().tolist() == [19, 20, 21, 22]
     assert set(data["site"]) == {"ffn", "policy"}
@@ -99,7 +68,7 @@ def test_the_data_are_the_values_of_the_chosen_tokens():
 
 
 def test_a_token_is_decided_where_all_later_layers_agree():
-    it = made(n_layers=6, n_tokens=200, prompt=2, words=["x", "y"])
+    it = make_inspection(n_layers=6, n_tokens=200, prompt=2, words=["x", "y"])
     table = decision_data(it).set_index("position")
     values = it.values.set_index(["position", "layer", "site"])  # noqa: PD011
     for position in range(1, 201):
@@ -121,7 +90,7 @@ def test_a_token_is_decided_where_all_later_layers_agree():
 
 
 def test_every_cell_has_its_colour_its_token_and_its_frame():
-    it = made(n_layers=5, n_tokens=6, prompt=2)
+    it = make_inspection(n_layers=5, n_tokens=6, prompt=2)
     figure = inspection_map(it, ["attn"])
     drawn(figure)
     ax = figure.axes[0]
@@ -147,7 +116,7 @@ def test_every_cell_has_its_colour_its_token_and_its_frame():
 
 @pytest.mark.parametrize(("n_layers", "site"), [(8, "layer"), pytest.param(36, "ffn", marks=pytest.mark.slow)])
 def test_nothing_overlaps_at_24_tokens(n_layers, site):
-    it = made(n_layers=n_layers, n_tokens=40, prompt=28)
+    it = make_inspection(n_layers=n_layers, n_tokens=40, prompt=28)
     figure = inspection_map(it, [site])
     renderer = drawn(figure)
     ax = figure.axes[0]
@@ -158,7 +127,7 @@ def test_nothing_overlaps_at_24_tokens(n_layers, site):
         assert box.width <= width, text.get_text()
         # A line's box has room for descenders below and accents above, which few tokens have at once.
         assert box.height <= 1.25 * height, text.get_text()
-        assert text.get_fontsize() >= style.SMALLEST
+        assert text.get_fontsize() >= style.MIN_FONT_SIZE
     boxes = [t.get_window_extent(renderer) for t in ax.get_xticklabels() if t.get_text()]
     assert len(boxes) == 24
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
@@ -170,7 +139,7 @@ def test_nothing_overlaps_at_24_tokens(n_layers, site):
 
 
 def test_what_is_written_can_be_read_on_every_colour():
-    rgb, ink = cell_colours(np.linspace(0, math.log(VOCAB), 200), VOCAB)
+    rgb, ink = cell_colors(np.linspace(0, math.log(VOCAB), 200), VOCAB)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
     contrast = np.where(ink == "black", (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05))
@@ -189,7 +158,7 @@ def test_what_no_font_has_is_written_as_its_id():
 
 
 def test_panels_can_stand_on_axes_of_ones_own_and_the_lens_is_told():
-    it = made(n_layers=3, n_tokens=4, lens="logit-lens")
+    it = make_inspection(n_layers=3, n_tokens=4, lens="logit-lens")
     figure, _ = style.panel_grid(1)
     ax = plot_inspection(it, "layer", figure.axes[0])
     assert ax is figure.axes[0]
@@ -205,7 +174,7 @@ def test_panels_can_stand_on_axes_of_ones_own_and_the_lens_is_told():
 
 
 def test_many_tokens_are_drawn_on_pages_and_old_pages_go(tmp_path, monkeypatch):
-    it, pages = made(n_layers=1, n_tokens=25), []
+    it, pages = make_inspection(n_layers=1, n_tokens=25), []
 
     def save(figure, stem):
         pages.append((stem.name, figure.axes[0].get_title().split("tokens ")[1]))
@@ -222,7 +191,7 @@ def test_many_tokens_are_drawn_on_pages_and_old_pages_go(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_terminal_says_all_of_it_without_colours(width):
-    it = made(n_layers=3)
+    it = make_inspection(n_layers=3)
     lines = plain(it, width, site="attn").splitlines()
     assert not any("\x1b" in line for line in lines)
     assert max(cell_len(line) for line in lines) <= width
@@ -243,16 +212,16 @@ def test_the_terminal_says_all_of_it_without_colours(width):
 
 
 def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(monkeypatch):
-    it = made(n_layers=2, n_tokens=3)
+    it = make_inspection(n_layers=2, n_tokens=3)
 
     def shown():
         out = io.StringIO()
-        show(it, console=Console(file=out, force_terminal=True, color_system="truecolor", width=80))
+        show_inspection(it, console=Console(file=out, force_terminal=True, color_system="truecolor", width=80))
         return out.getvalue()
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     data = inspection_data(it, ["layer"])
-    rgb, _ = cell_colours(data["entropy"].to_numpy(), VOCAB)
+    rgb, _ = cell_colors(data["entropy"].to_numpy(), VOCAB)
     red, green, blue = (int(255 * part) for part in rgb[0])
     assert f"48;2;{red};{green};{blue}m" in shown()
     monkeypatch.setenv("NO_COLOR", "1")
@@ -260,6 +229,6 @@ def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(mon
 
 
 def test_text_from_the_right_keeps_to_its_cell():
-    it = made(n_layers=1, n_tokens=2, words=["שלום"])
+    it = make_inspection(n_layers=1, n_tokens=2, words=["שלום"])
     (block,) = blocks(it)
     assert all("\u2068שלום\u2069" in str(line) for line in block[2:])

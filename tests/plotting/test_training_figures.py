@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import drawings
@@ -13,11 +13,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import assert_legible, band, drawn
+from drawings import assert_legible, band, drawn, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from internal_policy import UserError
-from internal_policy.plotting import alignment as alignment_figures
 from internal_policy.plotting import style
 from internal_policy.plotting import training as training_figures
 from internal_policy.plotting.training import (
@@ -27,69 +26,6 @@ from internal_policy.plotting.training import (
     training_curves,
     training_curves_data,
 )
-
-
-@dataclass(frozen=True)
-class FakeRun:
-    """What the figures read of a run."""
-
-    name: str
-    label: str
-    method: str
-    layer: int | None
-    ipa_steps: int | None
-    history: pd.DataFrame
-    dynamics: pd.DataFrame = field(default_factory=pd.DataFrame)
-    dynamics_layers: pd.DataFrame = field(default_factory=pd.DataFrame)
-    setting: dict = field(default_factory=dict)
-
-
-def make_run(
-    label="BuPO, layer 6, 10 steps", steps=60, layer=6, n_layers=8, ipa_steps=10, seed=0, name="testbed/qwen3", every=2
-):
-    """A run shaped as the paper reports: KL falls, then rises; perplexity degrades; reward rises and saturates."""
-    rng = np.random.default_rng([seed, len(label)])
-    x = np.arange(1, steps + 1)
-    speed = 1.0 + 0.3 * rng.standard_normal() + (0.3 if ipa_steps else 0)
-    history = pd.DataFrame({"step": x, "phase": np.where(x <= (ipa_steps or 0), "ipa", "grpo")})
-    history["reward"] = np.clip(
-        0.25 + 0.55 * (1 - np.exp(-3 * speed * x / steps)) + 0.03 * rng.standard_normal(steps), 0, 1
-    )
-    history["policy_entropy"] = 0.1 + 0.4 * np.exp(-2 * speed * x / steps) + 0.015 * rng.standard_normal(steps)
-    history["length"] = 900 + 900 * (x / steps) ** 0.7 * speed + 40 * rng.standard_normal(steps)
-    if layer is None:
-        return FakeRun(name, label, "grpo", None, 0, history)
-    at = np.unique([*range(0, steps + 1, every), steps])
-    u = at / max(ipa_steps or 1, 1)
-    kl = 1 - 0.35 * u * np.exp(1 - 1.6 * u) + 0.1 * np.maximum(u - 1, 0) ** 0.5
-    later = np.arange(layer + 1, n_layers + 1)
-    depth = (later - layer) / (n_layers - layer + 1e-9)
-    grid = pd.DataFrame(
-        {
-            "step": np.repeat(at, len(later)),
-            "layer": np.tile(later, len(at)),
-            "cosine": (np.exp(-1.6 * depth)[None, :] ** (1 - 0.2 * np.minimum(u, 1))[:, None]).ravel(),
-            "kl": (kl[:, None] * (0.4 + 7 * depth**2)[None, :]).ravel(),
-        }
-    )
-    log_perplexity = 0.3 + 0.04 * np.minimum(u, 3) ** 2 + 0.002 * rng.standard_normal(len(at))
-    dynamics = pd.DataFrame(
-        {
-            "step": at,
-            "phase": np.where(at <= (ipa_steps or 0), "ipa", "grpo"),
-            "layer": layer,
-            "change": -0.05 + 0.3 * (1 - np.exp(-u)),
-            "entropy": 4.0,
-            "policy_entropy": 0.4,
-            "log_perplexity": log_perplexity,
-            "log_perplexity_stderr": 0.02,
-            "perplexity": np.exp(log_perplexity),
-            "kl_mean": kl * (0.4 + 7 * depth**2).mean() if len(later) else kl,
-            "policy_kl": 9 * kl,
-        }
-    )
-    return FakeRun(name, label, "bupo", layer, ipa_steps, history, dynamics, grid)
-
 
 BUPO, GRPO = "BuPO, layer 6, 10 steps", "GRPO"
 
@@ -238,7 +174,7 @@ def test_alignment_dynamics_draw_the_measurements():
     lines = [line.get_ydata() for line in similarity.lines]
     np.testing.assert_array_equal(lines[: len(steps)], first.loc[steps])
     np.testing.assert_array_equal(lines[-1], first.loc[60])
-    assert len(lines) <= alignment_figures.MOST_STEPS
+    assert len(lines) <= training_figures.MAX_MEASUREMENTS
     for ax, column in ((change, "change"), (perplexity, "perplexity")):
         np.testing.assert_array_equal(ax.lines[0].get_xydata(), table[["step", column]])
     np.testing.assert_array_equal(drawn(divergence, "mean of later layers")[1], table["kl_mean"])
@@ -346,9 +282,10 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
 def test_files_are_the_same_bytes_in_another_process_without_torch(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import internal_policy.plotting.training\n"
-        "assert not {'torch', 'trl', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
-        "from test_training_figures import *\n"
-        "style.save_figure(alignment_dynamics(make_run()), Path(sys.argv[2]) / 'there')\n"
+        "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)\n"
+        "from drawings import make_run, style\n"
+        "from internal_policy.plotting import alignment_dynamics\n"
+        "style.save_figure(alignment_dynamics(make_run()), style.Path(sys.argv[2]) / 'there')\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path)]
     other = subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": "7"})

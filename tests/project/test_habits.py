@@ -14,13 +14,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from drawings import make_inspection, make_run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rated import rated
 from saved import save_one_of_each
 from shapes import make, progressive, training
-from test_inspection_figure import made as make_inspection
-from test_training_figures import make_run
 
 import internal_policy
 from internal_policy import (
@@ -35,9 +34,6 @@ from internal_policy import (
 )
 from internal_policy.bupo import Run
 from internal_policy.comparison.results import TABLES
-from internal_policy.plotting import (
-    alignment as alignment_figures,
-)
 from internal_policy.plotting import (
     analysis as figures,
 )
@@ -75,7 +71,8 @@ def test_every_result_is_loaded_by_its_class_and_in_no_other_way(place):
         with pytest.raises(UserError):
             kind.load(place / "nowhere")
     public = [*internal_policy.__all__, *internal_policy.bupo.__all__, *internal_policy.evaluation.__all__]
-    assert not [name for name in public if name.startswith("load") and name != "load_analyses"]
+    # Several at once have a function: a class has no place for the order that steps give them.
+    assert [name for name in public if name.startswith("load")] == ["load_analyses"]
 
 
 def test_a_directory_of_analyses_is_loaded_in_the_order_of_its_steps(tmp_path):
@@ -147,7 +144,7 @@ def drawings(comparison):
         figures.plot_residual_cosine: (analysis,),
         figures.stage_sketch: ([analysis],),
         **{f: ([run],) for f in (training_figures.training_curves, training_figures.policy_entropy_curves)},
-        alignment_figures.alignment_dynamics: (run,),
+        training_figures.alignment_dynamics: (run,),
         **{f: ([rates],) for f in (evaluation_figures.pass_at_k, evaluation_figures.pass_at_k_by_benchmark)},
         evaluation_figures.plot_pass_at_k: ([rates],),
         **dict.fromkeys((inspection_figure.inspection_map, inspection_figure.plot_inspection), (look,)),
@@ -158,7 +155,7 @@ def drawings(comparison):
     }
 
 
-MODULES = (*(figures, training_figures, alignment_figures, evaluation_figures, comparison_figures, inspection_figure),)
+MODULES = (*(figures, training_figures, evaluation_figures, comparison_figures, inspection_figure),)
 
 
 def public_figures():
@@ -229,26 +226,30 @@ def hostile(place):
     yield replace(Study.load(place), failures={HOSTILE: "why"})
 
 
-def test_a_notebook_shows_a_table_and_a_figure_and_no_markup_of_others(place, monkeypatch):
-    monkeypatch.setattr(notebook, "picture", lambda figure, told: f"<img alt='{len(figure.axes)}'>")
+def test_a_notebook_shows_a_table_and_no_markup_of_others(place):
     for result in hostile(place):
         page = Tags(result._repr_html_())
-        kinds = {tag for tag, _ in page.tags}
-        assert kinds <= {"div", "b", "table", "thead", "tbody", "tr", "th", "td", "img"}
-        assert "table" in kinds
-        assert all(names in ([], ["style"], ["alt"]) for _, names in page.tags)
-        assert ("img" in kinds) == (type(result).__name__ != "Selection")
+        assert (
+            {"b", "table"} <= {tag for tag, _ in page.tags} <= {"div", "b", "table", "thead", "tbody", "tr", "th", "td"}
+        )
+        assert {name for _, names in page.tags for name in names} <= {"style", "border", "class"}
         assert "<script>alert('x')</script>" in page.text
         # Colours are the notebook's own, so that a dark one can be read as well as a light one.
-        assert "color:#" not in result._repr_html_().replace("background:#fff", "")
+        assert "color" not in result._repr_html_()
 
 
-def test_a_long_table_tells_how_much_it_leaves_out():
-    rows = notebook.Rows(("n",), [[i] for i in range(notebook.MOST_ROWS + 3)])
-    page = Tags(notebook.card("Kind", "x" * 500, table=rows))
-    assert "and 3 more rows" in page.text
-    assert page.text.count("x") < 200
-    assert len([tag for tag, _ in page.tags if tag == "tr"]) == 1 + notebook.MOST_ROWS
+def test_a_long_table_shows_its_ends_and_its_size():
+    table = pd.DataFrame({"n": [f"{i}<" for i in range(notebook.MOST_ROWS + 3)], "text": "y" * 999})
+    html = notebook.card("Kind", "x" * 500, table=table, note="nats")
+    page = Tags(html)
+    assert f"{len(table)} rows" in page.text
+    assert page.text.count("x") <= 201
+    assert page.text.count("y") <= 200 * notebook.MOST_ROWS
+    # The first rows, the last ones, one that stands for those between, and the headings.
+    assert len([tag for tag, _ in page.tags if tag == "tr"]) == notebook.MOST_ROWS + 2
+    assert "0<" in page.text
+    assert "0<" not in html
+    assert "table" not in {tag for tag, _ in Tags(notebook.card("Kind", "x", table=table[:0])).tags}
 
 
 def test_plain_reprs_are_short(place, comparison):
@@ -265,8 +266,8 @@ def test_a_library_user_hears_nothing_and_needs_no_torch(place):
     code = (
         "import sys, logging\nfrom internal_policy import Analysis\n"
         f"page = Analysis.load({str(place / 'analyses' / 'NA')!r})._repr_html_()\n"
-        "assert 'src=\"data:image/png;base64,' in page\n"
-        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+        "assert '<table' in page\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
         "log = logging.getLogger('internal_policy')\n"
         "assert log.handlers == [] and log.level == logging.NOTSET and log.propagate\n"
         "log.info('not heard'); log.warning('heard')\n"

@@ -15,6 +15,13 @@ from pathlib import Path
 import pytest
 from documents import ROOT, python_blocks, run_python
 
+from internal_policy import AnalyzeConfig
+from internal_policy.bupo.config import TrainConfig
+from internal_policy.cli.parser import COMMANDS, command_class
+from internal_policy.evaluation.config import EvaluateConfig
+from internal_policy.inspection.config import InspectConfig
+from internal_policy.utils.options import options_of
+
 README = ROOT / "README.md"
 PACKAGE = ROOT / "internal_policy"
 
@@ -98,31 +105,37 @@ def test_figures_and_results_need_no_torch():
     assert "torch" not in loaded
 
 
-def test_help_answers_at_once():
+HELP = f"""
+from internal_policy.cli.main import main
+try:
+    main()
+finally:
+    print("loaded", *{{*{HEAVY!r}}} & {{*sys.modules}}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_answers_at_once_and_loads_nothing_heavy(name):
     def seconds():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "internal_policy.cli", "--help"], capture_output=True, check=True)
+        words = ["--help"] if name is None else [name, "--help"]
+        code = f"import sys; sys.argv[1:] = {words!r}\n{HELP}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stderr == "loaded\n"
+        assert done.stdout.startswith(f"usage: internal-policy {name or 'COMMAND'} [OPTIONS]")
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     # Processor time, and the best of several: what the command costs, not what else the machine is doing.
-    assert min(seconds() for _ in range(5)) < 0.4
+    assert any(seconds() < 0.4 for _ in range(5))
 
 
-def test_every_option_of_the_configuration_is_on_the_command_line():
-    from dataclasses import fields
-
-    from internal_policy import AnalyzeConfig
-
-    text = subprocess.run(
-        [sys.executable, "-m", "internal_policy.cli", "analyze", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": str(ROOT)},
-    ).stdout
-    for field in fields(AnalyzeConfig):
-        assert "--" + field.name.replace("_", "-") in text
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("analyze", AnalyzeConfig), ("evaluate", EvaluateConfig), ("inspect", InspectConfig), ("train", TrainConfig)],
+)
+def test_every_option_of_a_configuration_is_on_the_command_line(name, config):
+    assert options_of(config).keys() <= options_of(command_class(name)).keys()
 
 
 def test_figures_of_many_models_have_a_name_that_any_file_system_takes():

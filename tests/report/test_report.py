@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import inspect
 import json
 import re
 import shlex
@@ -16,14 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from shapes import make, progressive
-from typer.testing import CliRunner
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.run import Run
 from internal_policy.cli.compare import redrawing
-from internal_policy.cli.main import app
+from internal_policy.cli.main import run as run_command
 from internal_policy.cli.report import write_reports
-from internal_policy.cli.train import train
 from internal_policy.comparison import AnalysisComparison, measure_convergence
 from internal_policy.comparison.figure_data import shown_names
 from internal_policy.plotting import analysis as figures
@@ -33,7 +30,7 @@ from internal_policy.report.analysis import summary as analysis_summary
 from internal_policy.report.analysis_charts import fall_chart
 from internal_policy.report.numbers import number
 from internal_policy.report.reproduce import analysis_commands
-from internal_policy.report.reproduce_training import FLAGS, training_commands
+from internal_policy.report.reproduce_training import training_commands
 from internal_policy.utils.citation import bibtex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -361,12 +358,11 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     again = analysis_commands(saved)
     words = shlex.split(again.shell)
     asked = []
-    monkeypatch.setattr("internal_policy.cli.analyze._models", lambda *given: asked.append(given))
-    done = CliRunner().invoke(app, words[1:], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    names, lenses, output, _, options = asked[0]
-    assert (names, lenses, output) == (["testbed/qwen3"], ["policy"], saved.path.parent)
-    config = AnalyzeConfig(model=names[0], **options)
+    monkeypatch.setattr("internal_policy.cli.analyze._models", asked.append)
+    run_command(words[1:])
+    (command,) = asked
+    assert (command.model, command.lenses, command.output) == (("testbed/qwen3",), ("policy",), saved.path.parent)
+    config = AnalyzeConfig(model=command.model[0], **command.settings())
     assert {k: v for k, v in config.cache_key().items() if saved.config[k] != v} == {}
     # In a new place, so that the finished one is not just read.
     found = {}
@@ -480,22 +476,20 @@ def test_a_recorded_call_is_given_again(tmp_path):
     objects = training_commands(replace(run, call={**call, "objects": ["peft_config"]}))
     assert objects.shell is None
     assert "peft_config=peft_config" in objects.python
-    assert (
-        inspect.signature(train).parameters.keys() - {"set_", "debug", "wait", "json", "quiet", "json_", "as_json"}
-        == FLAGS
-    )
 
 
-def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path):
+def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+
     def command(*arguments):
-        return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "200"})
+        run_command(["report", *map(str, arguments)])
+        return capsys.readouterr().out
 
     saved.save(tmp_path / "data" / "one")
     compare(saved, saved).save(tmp_path / "data" / "compare--both")
     done = command(tmp_path / "data")
-    assert done.exit_code == 0, done.output
     assert sorted(p.parent.name for p in tmp_path.rglob("report.html")) == ["compare--both", "one"]
-    assert done.output.count("(report.html)") == 2
+    assert done.count("(report.html)") == 2
     (tmp_path / "empty").mkdir()
     evaluation = next((STORED / "evaluations").rglob("evaluation.json")).parent
     broken = tmp_path / "broken"
@@ -508,9 +502,8 @@ def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path
         (broken, "broken analysis"),
     ):
         (tmp_path / "data" / "one" / "report.html").unlink(missing_ok=True)
-        failed = command(tmp_path / "data", place)
-        assert isinstance(failed.exception, UserError), failed.output
-        assert told in str(failed.exception)
+        with pytest.raises(UserError, match=told):
+            command(tmp_path / "data", place)
         # A bad one is told before any is drawn.
         assert not (tmp_path / "data" / "one" / "report.html").exists()
 

@@ -14,7 +14,7 @@ from shapes import make, progressive
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.sources import gather
 from internal_policy.bupo.run import Run
-from internal_policy.cli.report import report, write_reports
+from internal_policy.cli.report import ReportCommand, write_reports
 from internal_policy.report import training_report
 from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words
 from internal_policy.report.reproduce_training import training_commands
@@ -155,7 +155,7 @@ def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):
     for name, stored in (("one", "qwen3-start"), ("two", "llama-start")):
         shutil.copytree(STORED / "analyses" / stored, tmp_path / name)
     (tmp_path / "figures" / "one").mkdir(parents=True)
-    report(sorted(tmp_path.iterdir()))
+    ReportCommand(directories=tuple(sorted(tmp_path.iterdir()))).run()
     assert {path.parent.name for path in tmp_path.rglob("report.html")} == {"one", "two"}
     with pytest.raises(UserError, match="no finished analysis here"):
-        report([tmp_path / "figures"])
+        ReportCommand(directories=(tmp_path / "figures",)).run()

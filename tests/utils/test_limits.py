@@ -7,9 +7,9 @@ import pytest
 from internal_policy import AnalyzeConfig, UserError
 from internal_policy.bupo.config import TrainConfig
 from internal_policy.evaluation.config import EvaluateConfig
-from internal_policy.inspection.settings import check_settings
+from internal_policy.inspection.config import InspectConfig
+from internal_policy.utils.options import LARGEST
 from internal_policy.utils.shell import is_number
-from internal_policy.utils.validation import LARGEST
 
 HUGE = (10**11, 10**30, 10**4500)
 
@@ -32,7 +32,7 @@ def test_so_do_evaluation_inspection_and_training(value):
             EvaluateConfig(model="testbed/qwen3", benchmark="testbed", **{name: value})
     for name in ("max_new_tokens", "top_k"):
         with pytest.raises(UserError, match="needed is a number of at most"):
-            check_settings("a?", None, **{"max_new_tokens": 4, "top_k": 1, name: value})
+            InspectConfig(prompt="a?", **{name: value})
     for name in ("max_steps", "prompts_per_step", "lora_rank", "num_generations", "max_completion_length", "seed"):
         with pytest.raises(UserError, match=f"{name} is .* at most {LARGEST[name]}"):
             TrainConfig(**{name: value})

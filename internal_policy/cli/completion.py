@@ -1,0 +1,123 @@
+"""Completion in a shell: the words that may come next, and the scripts by which shells ask for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, flags_of
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import options_of
+
+OPTIONS = ("--complete", "--show-completion", "--install-completion")
+_OWN = ("--help", "--version", "--install-completion", "--show-completion")
+# The word at the cursor is the last one, behind a dot, for some shells drop an empty word.
+_SCRIPTS = {
+    "bash": """\
+_internal_policy() {
+    local IFS=$'\\n'
+    COMPREPLY=($(internal-policy --complete "${COMP_WORDS[@]:1:COMP_CWORD-1}" ".${COMP_WORDS[COMP_CWORD]}" 2>/dev/null))
+}
+complete -o default -F _internal_policy internal-policy
+""",
+    "zsh": """\
+#compdef internal-policy
+_internal_policy() {
+    local -a found
+    found=("${(@f)$(internal-policy --complete "${(@)words[2,CURRENT-1]}" ".${words[CURRENT]}" 2>/dev/null)}")
+    if [[ -n "$found" ]]; then compadd -- $found; else _files; fi
+}
+compdef _internal_policy internal-policy
+""",
+    "fish": """\
+complete -c internal-policy -a '(internal-policy --complete (commandline -opc)[2..] .(commandline -ct))'
+""",
+    "powershell": """\
+Register-ArgumentCompleter -Native -CommandName internal-policy -ScriptBlock {
+    param($word, $ast, $cursor)
+    $before = @($ast.CommandElements | Select-Object -Skip 1 | ForEach-Object { "$_" })
+    if ($word -ne '') { $before = @($before | Select-Object -SkipLast 1) }
+    internal-policy --complete @before ".$word" | ForEach-Object {
+        [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_)
+    }
+}
+""",
+}
+_SCRIPTS["pwsh"] = _SCRIPTS["powershell"]
+
+
+def run(option: str, words: Sequence[str]) -> None:
+    """Answer one of the options of completion.
+
+    Args:
+        option: one of ``OPTIONS``.
+        words: what stands behind it: the command line up to the cursor, or the name of a shell.
+
+    Raises:
+        UserError: a shell that is not known.
+    """
+    if option == "--complete":
+        *before, at_cursor = words or ["."]
+        print(*candidates(before, at_cursor.removeprefix(".")), sep="\n")  # noqa: T201
+        return
+    shell = words[0] if words else Path(os.environ.get("SHELL", "")).name
+    if shell not in _SCRIPTS:
+        known = ", ".join(_SCRIPTS)
+        raise UserError(f"the shell is {shell!r}; needed is one of {known}, as in {PROGRAM} {option} zsh")
+    if option == "--show-completion":
+        print(_SCRIPTS[shell], end="")  # noqa: T201
+    else:
+        print(f"{shell} completion installed in {_install(shell)}; it works in the next shell")  # noqa: T201
+
+
+def candidates(before: Sequence[str], word: str) -> list[str]:
+    """The words that may stand at the cursor.
+
+    Args:
+        before: the words of the command line before the cursor, without the program.
+        word: the beginning of the word at the cursor.
+
+    Returns:
+        Commands, options or values that begin so; none where a file is expected.
+    """
+    known: Sequence[str] = ()
+    if not before:
+        known = [*COMMANDS, *_OWN]
+    elif before[0] in COMMANDS:
+        options = options_of(command_class(before[0]))
+        by_flag = {flag: option for option in options.values() for flag in flags_of(option)}
+        asked = by_flag.get(before[-1])
+        if asked is not None and asked.kind is not bool:
+            known = [*asked.choices, *asked.completions]
+        elif word.startswith("-"):
+            known = [*by_flag, "--help"]
+    return [each for each in known if each.startswith(word)]
+
+
+def _install(shell: str) -> Path:
+    """Write the script where the shell reads it; a second time changes nothing."""
+    home = Path.home()
+    if shell == "fish":
+        return _written(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
+    if shell == "bash":
+        script = _written(home / ".bash_completions" / "internal-policy.sh", _SCRIPTS[shell])
+        return _with_lines(home / ".bashrc", f"source '{script}'")
+    if shell == "zsh":
+        _written(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
+        return _with_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
+    command = [shell, "-NoProfile", "-Command", "echo $profile"]
+    profile = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return _with_lines(profile, _SCRIPTS[shell].rstrip())
+
+
+def _written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _with_lines(path: Path, lines: str) -> Path:
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    return path if lines in before else _written(path, f"{before.rstrip()}\n{lines}\n".lstrip())

@@ -1,0 +1,335 @@
+"""Evaluations, training runs and inspections on the terminal.
+
+An inspection shows the most probable token and the entropy of each policy, coloured by entropy. Without colours
+(``NO_COLOR``, a file, a pipe) the same text says the same.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+from rich.cells import cell_len, set_cell_size
+from rich.color import Color
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from internal_policy.bupo.run import Run
+from internal_policy.cli.display import files_of, list_files
+from internal_policy.data.benchmarks import title
+from internal_policy.evaluation.paired_tests import Comparison
+from internal_policy.evaluation.paired_tests import compare as compare_evaluations
+from internal_policy.evaluation.results import Evaluation
+from internal_policy.inspection.config import Site, Span
+from internal_policy.inspection.figure_data import inspection_data
+from internal_policy.inspection.results import Inspection
+from internal_policy.plotting.inspection import TITLES, cell_colors
+from internal_policy.utils.console import console as open_console
+from internal_policy.utils.console import percent_span, plus_minus, table
+from internal_policy.utils.errors import counted
+
+_WIDEST, _NARROWEST = 9, 3
+_NUMBER = 4
+_HIT, _BORDER = "✓", "│"
+_ISOLATE, _END = "\u2068", "\u2069"
+_POLICY, _NEXT, _READ = "π_θ", "next", "read"
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print an evaluation on standard output.
+
+    Args:
+        evaluation: the evaluation.
+    """
+    console = open_console()
+    console.print(rate_table(evaluation))
+    total = evaluation.n_problems * evaluation.n_samples
+    console.print(f"mean length {evaluation.mean_length:.1f} tokens")
+    if evaluation.n_truncated:
+        console.print(
+            f"{evaluation.n_truncated} of {counted(total, 'response')} reached the limit of tokens before they ended "
+            "(--max-new-tokens)"
+        )
+    if evaluation.failures:
+        told = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
+        console.print(f"the verifier failed on some responses, which count as wrong: {told}")
+    if evaluation.path is not None:
+        list_files("evaluation", files_of(evaluation.path))
+
+
+def rate_table(evaluation: Evaluation) -> Table:
+    """Lay out Avg@K and Pass@K, in percent with 95% intervals.
+
+    Args:
+        evaluation: the evaluation.
+
+    Returns:
+        A rich table.
+    """
+    shown = table(
+        f"{evaluation.name} on {title(evaluation.benchmark)}: "
+        f"{counted(evaluation.n_problems, 'problem')} x {counted(evaluation.n_samples, 'sample')}",
+        "percent, with 95% intervals over problems",
+        *("", "%", "95% interval"),
+        min_width=64,
+    )
+    avg = evaluation.avg
+    shown.add_row(f"Avg@{evaluation.n_samples}", f"{100 * avg['mean']:.2f}", percent_span(avg["low"], avg["high"]))
+    for row in evaluation.pass_at_k.to_dict("records"):
+        shown.add_row(f"Pass@{row['k']}", f"{100 * row['value']:.2f}", percent_span(row["low"], row["high"]))
+    return shown
+
+
+def show_paired_difference(comparison: Comparison) -> None:
+    """Print a comparison on standard output.
+
+    Args:
+        comparison: the comparison.
+    """
+    console = open_console()
+    console.print(paired_difference_table(comparison))
+    c = comparison
+    console.print(
+        f"{c.first} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
+        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)"
+    )
+    if c.differing:
+        told = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
+        console.print(Text(f"settings differ too: {told}", style="yellow"))
+
+
+def paired_difference_table(comparison: Comparison) -> Table:
+    """Lay out the differences, in percentage points with 95% intervals.
+
+    Args:
+        comparison: the comparison.
+
+    Returns:
+        A rich table.
+    """
+    shown = table(
+        f"{comparison.first} less {comparison.second} on {title(comparison.benchmark)}",
+        "percentage points, paired by problem, with 95% intervals",
+        *("", "difference", "95% interval"),
+        min_width=64,
+    )
+    shown.add_row("Avg@K", f"{100 * comparison.difference:+.2f}", percent_span(comparison.low, comparison.high, "+"))
+    for row in comparison.pass_at_k.to_dict("records"):
+        shown.add_row(f"Pass@{row['k']}", f"{100 * row['difference']:+.2f}", percent_span(row["low"], row["high"], "+"))
+    return shown
+
+
+def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """Print Avg@K of several models and benchmarks, a row a model.
+
+    Args:
+        evaluations: the evaluations.
+    """
+    benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
+    averaged = ("average",) if len(benchmarks) > 1 else ()
+    shown = table(
+        "Avg@K, percent ± standard error",
+        None,
+        *("model", *(title(name) for name in benchmarks), *averaged),
+        fold=("model",),
+        min_width=64,
+    )
+    for model in dict.fromkeys(e.name for e in evaluations):
+        own = {e.benchmark: e.avg for e in evaluations if e.name == model}
+        cells = [f"{100 * own[b]['mean']:.2f}{plus_minus(100 * own[b]['stderr'], '.2f')}" for b in benchmarks]
+        if averaged:
+            mean = sum(a["mean"] for a in own.values()) / len(own)
+            stderr = math.sqrt(sum(a["stderr"] ** 2 for a in own.values())) / len(own)
+            cells.append(f"{100 * mean:.2f}{plus_minus(100 * stderr, '.2f')}")
+        shown.add_row(model, *cells)
+    open_console().print(shown)
+
+
+def _p(p: float) -> str:
+    return "not defined" if math.isnan(p) else "below 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def show_run(run: Run) -> None:
+    """Print a run on standard output.
+
+    Args:
+        run: the run.
+    """
+    console = open_console()
+    phases = table(
+        f"{run.name}: {run.label}",
+        "first and last step of each phase; rewards are means over its rollouts",
+        *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
+        left=("phase",),
+    )
+    for phase, rows in _phases(run):
+        ends = rows.iloc[[0, -1]]
+        spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
+        phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
+    console.print(phases)
+    if run.layer is not None:
+        console.print(Text.assemble((f"layer {run.layer}", "bold"), f": {run.layer_reason}"))
+        console.print(f"internal policy alignment ended after {counted(run.ipa_steps, 'step')}: {run.ipa_reason}")
+    _show_evaluation(run, console)
+    if failed := ", ".join(f"{n} {kind}" for kind, n in run.failures.items() if n):
+        console.print(Text(f"the reward failed on some responses, which count as 0: {failed}", style="yellow"))
+    console.print(f"model: {run.model_dir}/", soft_wrap=True)
+    list_files("run", files_of(run.path))
+
+
+def _phases(run: Run) -> list[tuple[str, Any]]:
+    if run.history.empty:
+        return []
+    return [(str(name), rows) for name, rows in run.history.groupby("phase", sort=False)]
+
+
+def _pair(ends: Any, column: str, digits: int) -> str:
+    if column not in ends:
+        return "-"
+    first, last = ends[column]
+    return f"{first:.{digits}f} → {last:.{digits}f}"
+
+
+def _show_evaluation(run: Run, console: Console) -> None:
+    start, trained = run.evaluation_start, run.evaluation
+    if trained is None:
+        console.print("not evaluated; --benchmark evaluates start and result, `internal-policy evaluate` any model")
+    if start is None or trained is None:
+        return
+    change = compare_evaluations(trained, start)
+    shown = table(
+        f"{title(trained.benchmark)}: {counted(trained.n_problems, 'problem')} x "
+        f"{counted(trained.n_samples, 'sample')}",
+        "percent, with 95% intervals over problems; the difference is paired by problem",
+        *("", f"Avg@{trained.n_samples}", "95% interval"),
+        left=("",),
+        min_width=64,
+    )
+    for name, avg in (("start", start.avg), ("trained", trained.avg)):
+        shown.add_row(name, f"{100 * avg['mean']:.2f}", percent_span(avg["low"], avg["high"]))
+    shown.add_row("difference", f"{100 * change.difference:+.2f}", percent_span(change.low, change.high, "+"))
+    console.print(shown)
+    p = change.p_permutation
+    console.print(
+        f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
+        f"p {_p(p)} (sign flips)"
+    )
+
+
+def show_inspection(
+    inspection: Inspection,
+    site: Site = "layer",
+    *,
+    tokens: Span | None = None,
+    last: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print one site's policies: a row a layer, a column a token, as many side by side as the terminal is wide.
+
+    Args:
+        inspection: what was looked at.
+        site: ``layer``, ``attn`` or ``ffn``.
+        tokens: which tokens, from 1.
+        last: so many at the end; 24 where neither is given.
+        console: where; standard output where not given.
+    """
+    console = console or open_console()
+    lens = "" if inspection.lens == "policy" else f", lens {inspection.lens}"
+    places = inspection.positions(tokens, last)
+    span = f"tokens {places[0]} to {places[-1]} of {inspection.n_tokens}, {inspection.prompt_length} in the prompt"
+    _print(console, Text(f"{inspection.name}: {TITLES[site]} policies{lens}; {span}", style="bold"))
+    for block in blocks(inspection, site, tokens=tokens, last=last, width=console.width):
+        for line in block:
+            _print(console, line)
+        _print(console, Text())
+    _print(
+        console,
+        Text(
+            f"cells: top token and entropy in nats (ln V = {math.log(inspection.vocab_size):.2f}); "
+            f"{_HIT} it came next; {_BORDER} the response begins"
+        ),
+        wrap=True,
+    )
+
+
+def blocks(
+    inspection: Inspection,
+    site: Site = "layer",
+    *,
+    tokens: Span | None = None,
+    last: int | None = None,
+    width: int = 80,
+) -> Iterator[list[Text]]:
+    """Lay out one site's policies in blocks of columns.
+
+    Args:
+        inspection: what was looked at.
+        site: ``layer``, ``attn`` or ``ffn``.
+        tokens: which tokens, from 1.
+        last: so many at the end; 24 where neither is given.
+        width: of the terminal, columns.
+
+    Yields:
+        The lines of each block: places, what came next, the final policy, layers from L to 1, what was read.
+    """
+    frame = inspection_data(inspection, [site], tokens=tokens, last=last)
+    label = max(len(str(inspection.n_layers)), cell_len(_NEXT)) + 1
+    widest = max(cell_len(text) for text in frame["top1_token"])
+    word = min(max(widest, _NARROWEST), _WIDEST, max(1, width - label - _NUMBER - 2))
+    # A border or a space, the token, the mark of a hit or a space, the number.
+    cell = word + _NUMBER + 2
+    columns = frame.drop_duplicates("position").reset_index(drop=True)
+    room = max(1, (width - label) // cell)
+    for start in range(0, len(columns), room):
+        shown = columns.iloc[start : start + room]
+        own = frame[frame["position"].isin(shown["position"])]
+        borders = [_BORDER if p == inspection.prompt_length + 1 else " " for p in shown["position"]]
+        yield list(_block(own, shown, borders, label, word, inspection))
+
+
+def _block(
+    own: pd.DataFrame, shown: pd.DataFrame, borders: Sequence[str], label: int, word: int, inspection: Inspection
+) -> Iterator[Text]:
+    def heading(name: str, texts: Sequence[str], shift: int) -> Text:
+        line = Text(name.rjust(label - 1) + " ")
+        for position, text, border in zip(shown["position"], texts, borders, strict=True):
+            style = "dim" if position + shift <= inspection.prompt_length else "bold"
+            line.append(border).append(_fit(text, word + _NUMBER + 1), style=style)
+        return line
+
+    yield heading("", [str(p) for p in shown["position"]], 0)
+    yield heading(_NEXT, list(shown["next_token"]), 1)
+    for site, layer in (("policy", inspection.n_layers), *((None, n) for n in range(inspection.n_layers, 0, -1))):
+        rows = own[(own["layer"] == layer) & ((own["site"] == "policy") == (site == "policy"))]
+        line = Text((_POLICY if site else str(layer)).rjust(label - 1) + " ")
+        rgb, ink = cell_colors(rows["entropy"].to_numpy(), inspection.vocab_size)
+        cells = zip(borders, rows["top1_token"], rows["hit"], rows["entropy"], rgb, ink, strict=True)
+        for border, text, hit, entropy, colour, pen in cells:
+            background = Color.from_rgb(*(255 * colour))
+            written = f"{_fit(text, word)}{_HIT if hit else ' '}{_entropy(entropy)}"
+            line.append(border).append(written, style=Style(color=str(pen), bgcolor=background))
+        yield line
+    yield heading(_READ, list(shown["token"]), 0)
+
+
+def _entropy(entropy: float) -> str:
+    """Four characters, from 0.00 to 12.3."""
+    return f"{entropy:.2f}" if entropy < 9.995 else f"{entropy:.1f}"
+
+
+def _fit(text: str, width: int) -> str:
+    """A token in so many columns; what is written from the right keeps to its own cell."""
+    short = text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip(" ") + "…"
+    padding = " " * (width - cell_len(short))
+    if any(unicodedata.bidirectional(character) in {"R", "AL"} for character in short):
+        short = f"{_ISOLATE}{short}{_END}"
+    return short + padding
+
+
+def _print(console: Console, line: Text, *, wrap: bool = False) -> None:
+    console.print(line, no_wrap=not wrap, overflow="fold" if wrap else "crop", crop=not wrap)

@@ -1,0 +1,66 @@
+"""The command `internal-policy figures`: figures drawn again from disk, without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from internal_policy.cli import analyze, evaluate, inspect, train
+from internal_policy.cli.command import FIGURES, ConsoleOptions
+from internal_policy.cli.compare import redrawing
+from internal_policy.cli.report import kind_of
+from internal_policy.utils.errors import UserError
+from internal_policy.utils.io import expanded
+from internal_policy.utils.options import option
+from internal_policy.utils.output import print_json
+from internal_policy.utils.shell import figure_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiguresCommand(ConsoleOptions):
+    """Redraw the figures of analyses, training runs, evaluations and inspections from disk, without a model."""
+
+    directories: tuple[Path, ...] = option(positional=True)
+    """What analyze, train, evaluate or inspect wrote, also mixed; a directory that holds several stands for all of
+    them."""
+    output: Path = FIGURES
+    """Directory for the figures."""
+
+    def run(self) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: no finished result, or a directory that cannot be written.
+        """
+        from internal_policy.analysis.sources import gather
+        from internal_policy.bupo.run import Run
+        from internal_policy.evaluation.results import EVALUATION, Evaluation
+        from internal_policy.inspection.results import INSPECTION, Inspection
+        from internal_policy.utils.console import say
+
+        kinds = [(kind_of(path), path) for path in map(expanded, self.directories)]
+        # All are read before any is drawn, so that a bad one is refused at once.
+        held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
+        analyses = [analysis for _, found in held for analysis in found]
+        runs = [Run.load(path) for kind, path in kinds if kind == "run"]
+        evaluations = [
+            Evaluation.load(each) for kind, path in kinds if kind == "evaluation" for each in EVALUATION.below(path)
+        ]
+        looks = [
+            Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)
+        ]
+        if compared := next((path for kind, path in kinds if kind == "comparison"), None):
+            raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
+        root = expanded(self.output)
+        for path, found in held:
+            if len(found) > 1:
+                say(f"{path}: holds {len(found)} analyses, drawn together: {', '.join(a.name for a in found)}")
+        if analyses:
+            analyze.draw(analyses, root)
+        if runs:
+            train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
+        if evaluations:
+            evaluate.draw(evaluations, root)
+        for look in looks:
+            inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
+        print_json({"command": "figures"})

@@ -1,0 +1,414 @@
+"""Options as fields of dataclasses, each declared once with its name, type, default, range and docstring.
+
+The same field is a keyword of the Python function, an option of the command line and an entry of the stored settings::
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = option(16, least=1)
+        \"\"\"Sequences that are run together.\"\"\"
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import numbers
+import operator
+import re
+import textwrap
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from internal_policy.utils.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LARGEST: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("max_responses", "max_problems", "eval_problems", "max_steps"), 1_000_000),
+        **dict.fromkeys(("samples_per_prompt", "samples", "eval_samples", "num_generations", "num_iterations"), 10_000),
+        **dict.fromkeys(("prompts_per_step", "mini_batches", "dynamics_responses"), 100_000),
+        **dict.fromkeys(("max_new_tokens", "max_completion_length", "max_prompt_length", "top_k"), 10_000_000),
+        **dict.fromkeys(("batch_size", "keep_tokens", "entropy_sequences"), 1_000_000),
+        "lora_rank": 4096,
+        # What the generators of numpy and transformers take.
+        "seed": 2**32 - 1,
+    }
+)
+"""The largest value of each count. No run needs more; a slip of the keyboard is refused before memory fills."""
+MOST_PROMPTS = 10_000_000
+"""The most prompts or samples that one run or evaluation may list."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a dataclass says about an option."""
+
+    name: str
+    """The name of the field."""
+    kind: type
+    """The type of one value: bool, int, float, str or Path."""
+    default: Any
+    """The default; ``dataclasses.MISSING`` of a required option."""
+    many: bool
+    """Whether it takes several values."""
+    choices: tuple[str, ...]
+    """The values that it may have; empty where any value of its type will do."""
+    least: float | None
+    """The smallest number that it may be."""
+    completions: tuple[str, ...]
+    """Values that a shell offers besides ``choices``."""
+    positional: bool
+    """Whether the command line takes its values without a flag."""
+    help: str
+    """The docstring of the field, on one line; empty where the field is not an option for users."""
+    nullable: bool
+    """Whether it may be None."""
+    checked: bool
+    """Whether a value in Python has to be of ``kind``: not where the field takes values of several types."""
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return flag_of(self.name)
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is MISSING
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    choices: Iterable[str] = (),
+    least: float | None = None,
+    completions: Iterable[str] = (),
+    positional: bool = False,
+) -> Any:
+    """Declare an option that has more to it than a type and a default.
+
+    Args:
+        default: the default; none makes the option required.
+        choices: the values that it may have, where the type does not list them.
+        least: the smallest number that it may be.
+        completions: values that a shell offers.
+        positional: whether the command line takes its values without a flag.
+
+    Returns:
+        The field of the dataclass.
+    """
+    metadata = {"choices": choices, "least": least, "completions": completions, "positional": positional}
+    return field(default=default, metadata=metadata)
+
+
+def options_of(config: type[Any]) -> Mapping[str, Option]:
+    """Read the options that a dataclass declares.
+
+    Args:
+        config: the dataclass.
+
+    Returns:
+        The options by name: its own first, then those that it inherits.
+    """
+    docstrings, hints = field_docstrings(config), get_type_hints(config)
+    # What a factory makes is an object, which only Python can give.
+    by_name = {each.name: each for each in fields(config) if each.default_factory is MISSING}
+    order = [name for each in config.__mro__ for name in inspect.get_annotations(each) if name in by_name]
+    # The model comes first, wherever it is declared.
+    order.sort(key=lambda name: name != "model")
+    found = {}
+    for name in dict.fromkeys(order):
+        metadata = by_name[name].metadata
+        kind, many, choices, single = _read_type(hints[name])
+        found[name] = Option(
+            name=name,
+            kind=kind,
+            default=by_name[name].default,
+            many=many,
+            choices=tuple(metadata.get("choices", ())) or choices,
+            least=metadata.get("least"),
+            completions=tuple(metadata.get("completions", ())),
+            positional=metadata.get("positional", False),
+            help=docstrings.get(name, ""),
+            nullable=type(None) in get_args(hints[name]),
+            checked=single and not many,
+        )
+    return MappingProxyType(found)
+
+
+def _read_type(hint: Any) -> tuple[type, bool, tuple[str, ...], bool]:
+    """The type of one value, whether there are several, what they may be, and whether the hint names one type."""
+    kinds = [hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    # What may also be a text is read as one; a switch stays a switch.
+    first = str if str in kinds and bool not in kinds else kinds[0]
+    origin = get_origin(first)
+    if origin is Literal:
+        return str, False, get_args(first), len(kinds) == 1
+    if origin in (list, tuple, Sequence):
+        kind, _, choices, single = _read_type(get_args(first)[0])
+        return kind, True, choices, single
+    return (first if isinstance(first, type) else str), False, (), len(kinds) == 1
+
+
+def flag_of(name: str) -> str:
+    """Write the name of a field as the command line does.
+
+    Args:
+        name: of the field.
+
+    Returns:
+        ``--max-new-tokens`` of ``max_new_tokens``.
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_options(config: Any) -> None:
+    """Check the type and the range of each field, and make whole numbers ints and numbers floats.
+
+    Args:
+        config: an instance of a dataclass of options; a frozen one is changed all the same.
+
+    Raises:
+        UserError: a value that the field cannot have; the message states it and the rule.
+    """
+    for each in options_of(type(config)).values():
+        value = getattr(config, each.name)
+        if not each.checked or (value is None and each.nullable):
+            continue
+        if each.choices:
+            require_one_of(each.flag, value, each.choices)
+        elif each.kind in (int, float):
+            number = (require_whole_number if each.kind is int else _number)(each.flag, value)
+            if each.least is not None:
+                require_at_least(each.flag, number, each.least)
+            refuse_too_large(each.name, number, each.flag)
+            object.__setattr__(config, each.name, number)
+
+
+def require_whole_number(flag: str, value: Any) -> int:
+    """Refuse what is not a whole number.
+
+    Args:
+        flag: what the message calls the option.
+        value: what was given.
+
+    Returns:
+        The number as Python's int.
+
+    Raises:
+        UserError: it is something else, such as 2.5 or True.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{flag} is {value!r}; needed is a whole number")
+    return operator.index(value)
+
+
+def _number(flag: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UserError(f"{flag} is {value!r}; needed is a number")
+    return float(value)
+
+
+def require_at_least(flag: str, value: float, least: float) -> None:
+    """Refuse a number that is too small, infinite or not a number.
+
+    Args:
+        flag: what the message calls the option.
+        value: what was given.
+        least: the smallest number that is allowed.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if not least <= value < float("inf"):
+        raise UserError(f"{flag} is {value}; needed is a number of at least {least:g}")
+
+
+def refuse_too_large(name: str, value: Any, flag: str | None = None) -> None:
+    """Refuse a count that no run needs.
+
+    Args:
+        name: of the option; one that is not in ``LARGEST`` has no limit.
+        value: a number, or None.
+        flag: what the message calls the option, where not by its name.
+
+    Raises:
+        UserError: it is larger than ``LARGEST`` allows.
+    """
+    if value is not None and value > LARGEST.get(name, value):
+        shown = f"{value:.6g}" if value < 1e300 else "beyond all measure"
+        raise UserError(f"{flag or name} is {shown}; needed is a number of at most {LARGEST[name]}")
+
+
+def require_one_of(flag: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Args:
+        flag: what the message calls the option.
+        value: what was given.
+        choices: the known values.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if value not in choices:
+        raise UserError(f"{flag} is {value!r}; needed is one of {', '.join(choices)}")
+
+
+def refuse_unknown(config: type, given: Iterable[str]) -> None:
+    """Refuse keywords that are not fields of a dataclass of options.
+
+    Args:
+        config: the dataclass.
+        given: the keywords.
+
+    Raises:
+        UserError: one is unknown; the message lists the known ones.
+    """
+    known = options_of(config)
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    """Look up the values that options have where nobody sets them, so that results from before an option compare equal.
+
+    Args:
+        config: a dataclass of options.
+
+    Returns:
+        Defaults by name, without the batch size: it has always been an option, and was not always stored.
+    """
+    known = {each.name: each.default for each in fields(config) if each.default is not MISSING}
+    return {name: default for name, default in known.items() if name != "batch_size"}
+
+
+def field_docstrings(config: type) -> dict[str, str]:
+    """Read the docstrings below the fields of a dataclass, which only its source has.
+
+    Args:
+        config: the dataclass.
+
+    Returns:
+        Texts on one line, by field; also of the fields that it inherits from classes of the same package.
+    """
+    found: dict[str, str] = {}
+    package = config.__module__.partition(".")[0]
+    for each in reversed(config.__mro__):
+        if each.__module__.partition(".")[0] == package:
+            found |= _docstrings(each)
+    return found
+
+
+@cache
+def _docstrings(declaring: type) -> Mapping[str, str]:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(declaring))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        each.target.id: " ".join(str(text.value.value).split())
+        for each, text in zip(definition.body, definition.body[1:], strict=False)
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def takes_options(*configs: type, without: Collection[str] = (), more: bool = False) -> Callable[[Function], Function]:
+    """Make a function's signature and docstring name the fields of dataclasses that it takes as ``**options``.
+
+    ``help``, the completion of a notebook and the documentation then show each option as the dataclass declares it.
+
+    Args:
+        configs: the dataclasses.
+        without: fields that are not options of the function.
+        more: whether the function takes further options, which its docstring describes under ``**options``.
+
+    Returns:
+        A decorator for a function whose last parameter is ``**options``.
+    """
+
+    def show(function: Function) -> Function:
+        own = inspect.signature(function)
+        *named, rest = own.parameters.values()
+        parameters, entries = {p.name: p for p in named}, {}
+        for config in configs:
+            texts = field_docstrings(config)
+            for each in fields(config):
+                known = each.name in texts and each.default is not MISSING
+                if known and each.name not in {*parameters, *without}:
+                    entries[each.name] = texts[each.name]
+                    parameters[each.name] = inspect.Parameter(
+                        each.name, rest.KEYWORD_ONLY, default=each.default, annotation=each.type
+                    )
+        # functools.wraps copies what stands in __dict__, so that a decorator above this one loses nothing.
+        function.__dict__["__signature__"] = own.replace(parameters=[*parameters.values(), *([rest] if more else [])])
+        function.__doc__ = _with_entries(function.__doc__ or "", entries, keep=more)
+        return function
+
+    return show
+
+
+def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> str:
+    """The docstring with an entry for each option before that of ``**options``, or in its place."""
+
+    def written(found: re.Match[str]) -> str:
+        indent = found["indent"]
+        lines = [
+            textwrap.fill(f"{name}: {text}", 120, initial_indent=indent, subsequent_indent=f"{indent}    ")
+            for name, text in entries.items()
+        ]
+        return "\n".join([*lines, *([found[0]] if keep else [])])
+
+    return re.sub(r"^(?P<indent> *)\*\*options: .*(?:\n(?P=indent) +.*)*", written, docstring, count=1, flags=re.M)
+
+
+def command_line_of(config: Any, *, always: Collection[str] = ()) -> list[str]:
+    """Write the words of the command line that give the settings of a dataclass.
+
+    Args:
+        config: an instance of a dataclass of options.
+        always: options that are written although they have their default.
+
+    Returns:
+        The words behind the name of the command, not yet quoted for a shell; options that have their default are left
+        out.
+    """
+    positional: list[str] = []
+    words: list[str] = []
+    for each in options_of(type(config)).values():
+        value = getattr(config, each.name)
+        if value is None or (value == each.default and each.name not in always):
+            continue
+        if each.positional:
+            positional += map(str, value) if each.many else [str(value)]
+        else:
+            words += words_of(each.name, value)
+    return [*positional, *words]
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """Write an option and its value as words of a command line.
+
+    Args:
+        name: of the field.
+        value: of it; a list or tuple repeats the option, and neither None nor a switch that is off needs a word.
+
+    Returns:
+        The words, not yet quoted for a shell.
+    """
+    if value is False or value is None:
+        return []
+    if value is True:
+        return [flag_of(name)]
+    if isinstance(value, (list, tuple)):
+        return [word for each in value for word in words_of(name, each)]
+    text = json.dumps(value) if isinstance(value, (int, float, dict)) else str(value)
+    # A value that begins with a dash would be taken for an option.
+    return [f"{flag_of(name)}={text}"] if text.startswith("-") else [flag_of(name), text]
