@@ -62,7 +62,7 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the measurements of a resumed run, or make the first."""
         if self._resumed is not None:
-            # Those of the checkpoint: a run that died later measures the steps since then anew.
+            # Those of the checkpoint: a run that died later measures the steps since then again.
             stored = read_table(self._resumed / DYNAMICS)
             self.rows = [{str(k): v for k, v in row.items()} for row in stored.to_dict("records")]
             layers = read_table(self._resumed / DYNAMICS_LAYERS)

@@ -313,8 +313,12 @@ def _no_room(error: BaseException) -> str | None:
     """Why a file could not be written; None where it is something else."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return _NO_ROOM[error.errno]
-    told = str(error)
+    message = str(error)
     if isinstance(error, SafetensorError):
-        return next((why for why in _NO_ROOM.values() if why in told), None)
+        return next((why for why in _NO_ROOM.values() if why in message), None)
     # torch writes in C++, and does not say why it could not.
-    return "PytorchStreamWriter failed" if "PytorchStreamWriter failed" in told or "inline_container" in told else None
+    return (
+        "PytorchStreamWriter failed"
+        if "PytorchStreamWriter failed" in message or "inline_container" in message
+        else None
+    )

@@ -55,7 +55,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         "top_p": 1.0,
     }
 )
-"""What all runs of the paper share, beside the defaults of ``TrainConfig``; the settings of a run without a preset."""
+"""What all runs of the paper share, on top of the defaults of ``TrainConfig``; a run without a preset has it."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
@@ -184,7 +184,7 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
     trl_options: dict[str, Any] = field(default_factory=dict)
-    """Any other option of trl.GRPOConfig, by name. As keywords of ``bupo.train`` they stand beside the others."""
+    """Any other option of trl.GRPOConfig, by name. ``bupo.train`` takes them as keywords like all others."""
 
     def __post_init__(self) -> None:
         """Check each field by itself, and bring numbers that were given as text into their form."""
@@ -230,8 +230,8 @@ class TrainConfig:
 
     def to_keywords(self) -> dict[str, Any]:
         """Return the model and what differs from the defaults, from which ``from_keywords`` makes the same again."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trl_options"}
-        changed = {name: value for name, value in given.items() if value != _DEFAULTS[name]}
+        values = {name: getattr(self, name) for name in _FIELDS if name != "trl_options"}
+        changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
         return {"model": self.model, **changed, **self.trl_options}
 
     def with_preset(self) -> TrainConfig:

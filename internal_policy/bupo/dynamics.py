@@ -84,7 +84,7 @@ class Dynamics:
     """Measures a model in training, again and again, on the same responses.
 
     The model is left as it was found: its modules' modes, its gradients and the random generators. Its weights are read
-    anew each time, also where an optimiser has put other tensors in their place.
+    at each measurement, also where an optimiser has put other tensors in their place.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Dynamics:
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11; fig. 5 for cosine, perplexity and divergence.
         """
-        model = _read_anew(self.model)
+        model = _with_current_projection(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
         with eval_mode(model.model), torch.no_grad():
@@ -291,7 +291,7 @@ def alignment_end(
         history: rows in order of training, the first from before it, with the keys step, kl_mean and log_perplexity,
             as ``Measurement.row`` gives them; others are ignored.
         kl_margin: relative rise of the divergence that counts.
-        perplexity_tolerance: rise of the log-perplexity that is borne, nats per token.
+        perplexity_tolerance: largest rise of the log-perplexity that is allowed, in nats per token.
 
     Returns:
         The reason in a sentence, or None to go on.
@@ -304,7 +304,7 @@ def alignment_end(
         rise = last["log_perplexity"] - first["log_perplexity"]
         return (
             f"log-perplexity on the fixed responses rose by {rise:.3f} nats per token to {last['log_perplexity']:.3f} "
-            f"at step {last['step']:.0f}; {perplexity_tolerance:g} is borne"
+            f"at step {last['step']:.0f}; {perplexity_tolerance:g} is allowed"
         )
     if len(history) < 3:
         return None
@@ -318,7 +318,7 @@ def alignment_end(
     return None
 
 
-def _read_anew(model: LanguageModel) -> LanguageModel:
+def _with_current_projection(model: LanguageModel) -> LanguageModel:
     """Take E_u and LN_final from the model as it is now."""
     fresh = projection_of(model.model, model.family)
     return replace(model, projection=replace(fresh, memory_budget=model.projection.memory_budget))

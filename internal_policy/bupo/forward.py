@@ -23,7 +23,7 @@ from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
 from internal_policy.bupo.config import Site
-from internal_policy.entropy.log_probs import trained_log_probs
+from internal_policy.entropy.log_probs import differentiable_log_probs
 from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import Family, family_of, projection_of
 from internal_policy.models.options import Lens
@@ -155,13 +155,13 @@ def streamed_head(
             return usual(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         labels: Tensor = kwargs.pop("labels")[:, 1:]
         decoder: Any = model.base_model
-        # Found anew each time: PEFT may have wrapped it.
+        # Looked up at each call: PEFT may have wrapped it.
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         states = decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1].to(head.weight.device)
         labels = labels.to(head.weight.device)
         mask = labels != _IGNORED
         with torch.autocast(states.device.type, enabled=False) if in_float32 else nullcontext():
-            found = trained_log_probs(
+            found = differentiable_log_probs(
                 states[mask],
                 labels[mask],
                 head.weight,

@@ -1,8 +1,8 @@
 """A trained model on the hub: its model card, what is uploaded, and one clear line for what the hub refuses.
 
-The card, README.md beside the weights, says what was done and measured. It is public: of the settings it shows those
-that are listed here, and of a path only the last part. Whatever comes from a user or a model is written as text, never
-as markup; the metadata is YAML that ``huggingface_hub`` writes.
+The card, README.md in the directory of the weights, says what was done and measured. It is public: of the settings it
+shows those that are listed here, and of a path only the last part. Whatever comes from a user or a model is written as
+text, never as markup; the metadata is YAML that ``huggingface_hub`` writes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 BEGIN, END = "<!-- internal_policy: begin -->", "<!-- internal_policy: end -->"
-"""What stands between the two is written anew when the model is pushed; the rest of a card is the user's own."""
+"""The text between the two is replaced when the model is pushed; the rest of a card is the user's own."""
 UPLOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", CARD),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
@@ -56,7 +56,7 @@ PUBLISHED_SETTINGS = (
 """The settings that the card shows. Any other may say where on a machine or in a network something lies."""
 _PUBLISHED_ADAPTERS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 _REFUSED_CARD = f"Invalid metadata in {CARD}"
-"""How the hub's client begins to tell of a card's metadata, in an exception without a type of its own."""
+"""How the hub's client begins a message about a card's metadata; the exception has no type of its own."""
 _METHODS = {
     "bupo": "Bottom-up Policy Optimization (BuPO, [arXiv 2512.19673](https://arxiv.org/abs/2512.19673))",
     "grpo": "Group Relative Policy Optimization (GRPO)",
@@ -149,7 +149,7 @@ come.
 
 
 def write_card(run: Run, repo_id: str | None = None) -> Path:
-    """Write the card into the model's directory, or write anew what an earlier one has of the run.
+    """Write the card into the model's directory, or replace what an earlier card says of the run.
 
     Args:
         run: the run; its model is on disk.
@@ -168,9 +168,9 @@ def write_card(run: Run, repo_id: str | None = None) -> Path:
             kept: Any = ModelCard(path.read_text(encoding="utf-8"))
         # Of the hub's client or of its YAML parser; a card that was changed by hand may hold anything.
         except Exception as error:
-            told = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: its metadata cannot be read ({told}); mend it, or delete the file") from error
-        # Where the training ran a name could be told from a directory's, and a licence is the user's to add.
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: its metadata cannot be read ({reason}); mend it, or delete the file") from error
+        # Names of the hub were recognised where the training ran, and a licence is the user's to add.
         if known := kept.data.to_dict():
             data = ModelCardData(**known)
         before = kept.text

@@ -115,7 +115,7 @@ class RunDirectory:
         before = self._read_settings(settings)
         if differing := describe_differences(before, settings):
             if not any(checkpoints.glob(f"checkpoint-*/{FILES}")):
-                # Nothing was trained yet, so nothing is lost by starting anew.
+                # Nothing was trained yet, so nothing is lost by starting over.
                 self._begin(settings, clear=True)
                 return None
             raise UserError(

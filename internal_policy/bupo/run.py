@@ -205,7 +205,7 @@ class Run:
             )
 
 
-# What a label says beside method, layer and steps: the values that go without saying, and the text for others.
+# What a label may say after method, layer and steps: the usual values, which it leaves out, and the text for others.
 _IN_LABEL: dict[str, tuple[tuple[Any, ...], str]] = {
     "lens": (("policy",), "{}"),
     "ipa_learning_rate": ((None,), "first at {:g}"),
@@ -233,7 +233,7 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
     try:
-        # pandas' own parser may be off in the last digit: a resumed run shall end with the same numbers.
+        # pandas' own parser may be off in the last digit: a resumed run has to end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
         return table
     except (FileNotFoundError, pd.errors.EmptyDataError):

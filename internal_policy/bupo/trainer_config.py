@@ -301,7 +301,7 @@ def make_trainer_config(
             **{name: getattr(config, name) for name in _OF_POLICY},
             **options,
         )
-    # A missing package, such as deepspeed, is told by an ImportError.
+    # Where a package such as deepspeed is missing, TRL raises an ImportError.
     except (ValueError, TypeError, ImportError) as error:
         raise refused(error) from error
     # Only now it is known how many updates a step has.

@@ -193,7 +193,7 @@ def _train(
             args=trainer_config,
             train_dataset=dataset.to_trl(config.template or "chat", model.tokenizer),
             processing_class=model.tokenizer,
-            # It is filled in, and the caller's shall serve for further calls.
+            # PEFT fills it in, and the caller may use it for further calls.
             peft_config=copy.deepcopy(peft_config),
             family=model.family,
             callbacks=callbacks,
@@ -330,7 +330,7 @@ def _describe_call(config: TrainConfig, objects: list[str], model: Any) -> dict[
             continue
         if name not in (*objects, "overwrite", "wait"):
             options[name] = plain
-    # Only here and now can a repository's name be told from a directory's.
+    # Later, and elsewhere, nobody knows whether a name was that of a directory.
     places = {"model": model, "prompts": config.prompts}
     from_hub = [name for name, place in places.items() if is_on_the_hub(place)]
     digest = None if unwritten else call_digest(config)

@@ -1,13 +1,13 @@
-r"""Log-probabilities and entropies that training differentiates, without [tokens, V] in either direction.
+r"""Log-probabilities and entropies that training can differentiate, without [tokens, V] in either direction.
 
-Forward is the online log-sum-exp of `streaming`, and keeps the states and two numbers a token. Backward makes each
-block of logits again, turns it into its gradient and adds its two products up. With ``p`` the policy, ``H`` its
-entropy, ``y`` the token and ``a``, ``b`` what the loss gives log p_y and H::
+The forward pass is the online log-sum-exp of `streaming`, and keeps the states and two numbers per token. The backward
+pass computes each block of logits again, turns it into its gradient and accumulates the two products with it. With
+``p`` the policy, ``H`` its entropy, ``y`` the token, ``a = dL / d log p_y`` and ``b = dL / dH``::
 
     dL / dz_j = a (1[j = y] - p_j) - b p_j (log p_j + H)
 
-The chain goes on through temperature, soft cap and scale. That is four products where a head that keeps its logits has
-three. A token whose ``a`` and ``b`` are 0 (no advantage, a clipped ratio, padding) has none of the last three.
+The chain rule goes on through temperature, soft cap and scale. That makes four products where a head that keeps its
+logits has three. A token whose ``a`` and ``b`` are 0 (no advantage, a clipped ratio, padding) has only the first.
 
 Shape legend: N states, n of them in a block, V vocabulary, v of it in a block, d residual width.
 """
@@ -26,14 +26,14 @@ from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes
 
 
 @dataclass(frozen=True)
-class _Transform:
-    """What a model and a temperature make of the product of a state with E_u; and back."""
+class _LogitTransform:
+    """From the product of a state with E_u to the logits of the policy, and from their gradients back."""
 
     scale: float
     softcap: float | None
     temperature: float
 
-    def forth(self, z_nv: Tensor, bias: Tensor | None) -> Tensor:
+    def to_logits(self, z_nv: Tensor, bias: Tensor | None) -> Tensor:
         """Turn products into the logits of the policy, in place."""
         if bias is not None:
             z_nv += bias
@@ -42,7 +42,7 @@ class _Transform:
             return z_nv if factor == 1.0 else z_nv.mul_(factor)
         return z_nv.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def back(self, grad_nv: Tensor, z_nv: Tensor) -> Tensor:
+    def to_product_gradients(self, grad_nv: Tensor, z_nv: Tensor) -> Tensor:
         """Turn gradients of the policy's logits into those of the products, in place; the logits are lost."""
         factor = self.scale / self.temperature
         if self.softcap is not None:
@@ -52,7 +52,7 @@ class _Transform:
         return grad_nv if factor == 1.0 else grad_nv.mul_(factor)
 
 
-def trained_log_probs(
+def differentiable_log_probs(
     states: Tensor,
     targets: Tensor,
     unembedding: Tensor,
@@ -64,7 +64,7 @@ def trained_log_probs(
     entropy: bool = False,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Log-probability that each state's policy gives to one token, and its entropy, for a loss to differentiate.
+    r"""Compute the log-probability that each state's policy gives to one token, and its entropy, differentiably.
 
     Products and sums run in float32 (float64 where an operand is float64); under autocast the operands are rounded to
     its dtype first, as the model's own head rounds them.
@@ -99,7 +99,7 @@ def trained_log_probs(
         raise ValueError(
             f"got ids from {int(targets.min())} to {int(targets.max())}; needed are 0 to {len(unembedding) - 1}"
         )
-    transform = _Transform(scale, softcap, temperature)
+    transform = _LogitTransform(scale, softcap, temperature)
     found: tuple[Tensor, Tensor | None] = _LogProbs.apply(  # type: ignore[no-untyped-call]
         states, unembedding, bias, targets, transform, entropy, memory_budget
     )
@@ -113,15 +113,15 @@ class _Blocks:
     states: Tensor
     weight: Tensor
     bias: Tensor | None
-    transform: _Transform
+    transform: _LogitTransform
     dtype: torch.dtype
     rounding: torch.dtype | None
     memory_budget: int
 
-    def each(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
-        """Which states and which of the vocabulary; their operands [n, d], [v, d], logits and a buffer, [n, v] both.
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield rows (states) and columns (vocabulary), their operands [n, d] and [v, d], logits and a buffer [n, v].
 
-        Vocabulary outside, states inside: a block of E_u, and of its gradient, is touched once.
+        The vocabulary is the outer loop: a block of E_u, and of its gradient, is touched once.
         """
         vocab, d = self.weight.shape
         n, v = block_sizes(d, vocab, self.memory_budget, self.states.device, self.dtype.itemsize)
@@ -138,7 +138,7 @@ class _Blocks:
                 shape = (len(x_nd), len(e_vd))
                 z_nv, spare_nv = (b[: shape[0] * shape[1]].view(shape) for b in (z_buffer, spare))
                 torch.mm(x_nd, e_vd.T, out=z_nv)
-                yield rows, columns, x_nd, e_vd, self.transform.forth(z_nv, bias), spare_nv
+                yield rows, columns, x_nd, e_vd, self.transform.to_logits(z_nv, bias), spare_nv
 
     def operand(self, x: Tensor) -> Tensor:
         """A factor of the products, as they take it."""
@@ -146,7 +146,7 @@ class _Blocks:
 
 
 def _local(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets stand in a block of vocabulary, [n, 1], and where."""
+    """Whether each target is in a block of the vocabulary, and at which column of it; both [n, 1]."""
     index = targets.unsqueeze(1) - columns.start
     width = columns.stop - columns.start
     return (index >= 0) & (index < width), index.clamp(0, width - 1)
@@ -160,11 +160,11 @@ class _LogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        transform: _Transform,
+        transform: _LogitTransform,
         with_entropy: bool,
         memory_budget: int,
     ) -> tuple[Tensor, Tensor | None]:
-        # An entropy that is only logged shall cost backward nothing.
+        # An entropy that is only logged costs the backward pass nothing.
         ctx.set_materialize_grads(False)
         kind = states.device.type
         dtype = torch.float64 if torch.float64 in (states.dtype, weight.dtype) else torch.float32
@@ -172,7 +172,7 @@ class _LogProbs(torch.autograd.Function):
         ctx.options = {"transform": transform, "dtype": dtype, "rounding": rounding, "memory_budget": memory_budget}
         m = torch.full((len(states), 1), -torch.inf, dtype=dtype, device=states.device)
         s, t, chosen = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-        for rows, columns, _, _, z_nv, spare_nv in _Blocks(states, weight, bias, **ctx.options).each():
+        for rows, columns, _, _, z_nv, spare_nv in _Blocks(states, weight, bias, **ctx.options):
             inside, index = _local(targets[rows], columns)
             # Taken from the same product as the sum, so that rounding never makes a token more than certain.
             chosen[rows] = torch.where(inside, z_nv.gather(1, index), chosen[rows])
@@ -214,7 +214,7 @@ class _LogProbs(torch.autograd.Function):
             new = torch.empty if len(live) else torch.zeros
             grad_weight = new(weight.shape, dtype=dtype, device=weight.device)
         grad_bias = zeros(bias) if wants_bias else None
-        for rows, columns, x_nd, e_vd, z_nv, spare_nv in _Blocks(moving, weight, bias, **ctx.options).each():
+        for rows, columns, x_nd, e_vd, z_nv, spare_nv in _Blocks(moving, weight, bias, **ctx.options):
             log_p = torch.sub(z_nv, lse[rows], out=spare_nv)
             if b is None:
                 grad_nv = log_p.exp_()
@@ -229,7 +229,7 @@ class _LogProbs(torch.autograd.Function):
             if a is not None:
                 inside, index = _local(targets[rows], columns)
                 grad_nv.scatter_add_(1, index, torch.where(inside, a[rows], 0.0))
-            ctx.options["transform"].back(grad_nv, z_nv)
+            ctx.options["transform"].to_product_gradients(grad_nv, z_nv)
             if grad_moving is not None:
                 grad_moving[rows].addmm_(grad_nv, e_vd)
             if grad_weight is not None:

@@ -150,10 +150,8 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
         {"output": None},
         {"prompts": None},
         {"prompts": "owner/name"},
-        {"prompts": ["a=2;a?"]},
         {"model": "owner/name"},
         {"reward": "module:function"},
-        {"reward": len},
         {"revision": "main"},
         {"trust_remote_code": True},
         {"attn_implementation": "eager"},
@@ -178,9 +176,10 @@ def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
 
 
 def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
-    keep(Path("data/runs/its-name"), ASKED)
-    assert find("run", place, output=None).path == Path("data/runs/its-name")
-    Path("data/runs/its-name").rename("data/runs/another")
+    directory = TrainConfig.from_keywords(**ASKED).directory
+    keep(directory, ASKED)
+    assert find("run", place, output=None).path == directory
+    directory.rename(directory.with_name("another"))
     assert find("run", place, output=None) is None
 
 

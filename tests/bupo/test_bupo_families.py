@@ -26,11 +26,20 @@ CELLS = list(product(("layer", "attn", "ffn"), ("policy", "logit-lens")))
 # Every new family once, the six cells in turn; Granite's factor on its writes shows in the policies of modules only.
 SOME = [(f, *cell) for f, cell in zip([f for f in TABLE if f not in FIRST], cycle(CELLS), strict=False)]
 SOME += [("granite", "attn", "policy"), ("granite", "ffn", "policy"), ("gpt2", "layer", "policy")]
-PARTS = ("mixtral", "phi", "gemma2", "deepseek_v3", "gpt_oss", "gpt2", "gptj")
-"""Families that differ in what an update meets: experts, parallel blocks, post-norms, names, tuples, biases."""
+FIVE = ("mixtral", "phi", "gemma2", "gpt2", "granite")
+"""They differ by experts, a parallel block, norms after the modules, learned positions, and a multiplier."""
 
 
-@pytest.mark.parametrize(("model_type", "site", "lens"), SOME)
+def five_fast(cases):
+    """The cases of five families; those of the others are slow."""
+    families = [case if isinstance(case, str) else case[0] for case in cases]
+    return [
+        case if family in FIVE else pytest.param(*([case] if isinstance(case, str) else case), marks=pytest.mark.slow)
+        for family, case in zip(families, cases, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("model_type", "site", "lens"), five_fast(SOME))
 def test_both_policies_are_those_of_each_sequence_alone_in_float64(tmp_path, model_type, site, lens):
     trainer = check_policies(tmp_path, tiny_model(model_type, layers=LAYERS), site, lens)
     assert trainer._counts_positions == (model_type == "gpt2")
@@ -93,7 +102,7 @@ def check_reach(tmp_path, model_type, site="layer", layer=2, steps=1, **changed)
     assert any(name.startswith(unreached) for name in after)
 
 
-@pytest.mark.parametrize("model_type", PARTS)
+@pytest.mark.parametrize("model_type", five_fast([*FIVE, "deepseek_v3", "gpt_oss", "gptj"]))
 def test_updates_of_the_first_phase_reach_embedding_layers_up_to_l_and_the_unembedding(tmp_path, model_type):
     check_reach(tmp_path, model_type)
 
@@ -106,9 +115,8 @@ def test_every_family_is_trained_where_eqs_14_and_15_say(tmp_path, model_type, t
     check_reach(tmp_path, model_type, site, steps=3, tied=tied)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "site"), [("gptj", "ffn"), *(pytest.param(f, "attn", marks=pytest.mark.slow) for f in TABLE)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "site"), [("gptj", "ffn"), *((family, "attn") for family in TABLE)])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_type, site):
     found = []
     for checkpointing in (False, True):
@@ -137,14 +145,16 @@ def mean_of(parts):
 
 @pytest.mark.parametrize(
     ("model_type", "site", "lens"),
-    [
-        ("granite", "attn", "policy"),
-        ("gemma2", "ffn", "logit-lens"),
-        ("cohere2", "layer", "policy"),
-        ("phi", "ffn", "policy"),
-        ("gpt2", "layer", "logit-lens"),
-        ("mixtral", "ffn", "policy"),
-    ],
+    five_fast(
+        [
+            ("granite", "attn", "policy"),
+            ("gemma2", "ffn", "logit-lens"),
+            ("cohere2", "layer", "policy"),
+            ("phi", "ffn", "policy"),
+            ("gpt2", "layer", "logit-lens"),
+            ("mixtral", "ffn", "policy"),
+        ]
+    ),
 )
 def test_dynamics_are_those_of_each_sequence_alone_in_float64(model_type, site, lens):
     model, records, tokenizer = tiny_model(model_type, layers=LAYERS), ragged_responses(5), tiny_tokenizer()
@@ -170,7 +180,7 @@ def test_dynamics_are_those_of_each_sequence_alone_in_float64(model_type, site, 
         assert getattr(measured, name) == pytest.approx(mean_of(parts), rel=0, abs=FLOAT32_NATS), name
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_adapters_on_all_linear_modules_are_trained_up_to_l(tmp_path, model_type):
     """GPT-2's linear modules are Conv1D; Mixtral's experts are tensors of three dimensions."""
     trainer = BuPOTrainer(

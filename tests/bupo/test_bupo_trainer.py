@@ -33,7 +33,11 @@ def test_log_probabilities_are_those_of_the_states_that_hooks_see(tmp_path, fami
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", [f if f == "qwen3" else slow(f) for f in FAMILIES])
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_step_of_the_first_phase_reaches_layers_up_to_l_only(tmp_path, family, tied):
     model = tiny_model(family, layers=LAYERS, tied=tied)
@@ -72,7 +76,7 @@ def test_a_modular_policy_trains_its_module_and_what_is_below(tmp_path, site):
     assert gradients["model.layers.2.mlp.down_proj.weight"] is None
 
 
-@pytest.mark.parametrize("site", ["layer", "attn", "ffn"])
+@pytest.mark.parametrize("site", [slow("layer"), slow("attn"), "ffn"])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, site):
     found = []
     for checkpointing in (False, True):
@@ -139,7 +143,7 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path, layer):
         aligning(tmp_path, layer=layer)
 
 
-@pytest.mark.parametrize("mini_batches", [1, 2])
+@pytest.mark.parametrize("mini_batches", [slow(1), 2])
 def test_after_the_switch_it_is_trls_own_trainer_bit_for_bit(tmp_path, mini_batches):
     changed = {
         "per_device_train_batch_size": 8 // mini_batches,
@@ -172,7 +176,8 @@ def test_grpo_is_trls_own_trainer_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("iterations", "slices", "accumulation"), [(1, 2, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2), (3, 2, 2)]
+    ("iterations", "slices", "accumulation"),
+    [slow(1, 2, 1), slow(2, 1, 1), (2, 2, 1), slow(2, 2, 2), (1, 4, 2), slow(3, 2, 2)],
 )
 def test_old_and_new_log_probabilities_are_always_of_one_policy(tmp_path, iterations, slices, accumulation):
     per_step = iterations * slices // accumulation

@@ -223,7 +223,7 @@ def test_weights_that_an_optimiser_changed_or_replaced_are_read_anew(tied):
 def test_what_cannot_be_measured_is_told():
     model, records = tiny_model("qwen3"), ragged_responses()
     for layer in (0, 4):
-        with pytest.raises(UserError, match="layers 1 to 3"):
+        with pytest.raises(UserError, match="a layer of this model, 1 to 3"):
             dynamics(model, records, layer)
     with pytest.raises(UserError, match="no responses"):
         Dynamics(models.wrap(model, tiny_tokenizer()), [], 2)

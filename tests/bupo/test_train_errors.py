@@ -195,6 +195,10 @@ def test_prompts_that_cannot_be_trained_on(tmp_path, content, message):
     assert message in refused(tmp_path / "out", prompts=path, reward="exact")
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -202,9 +206,9 @@ def test_prompts_that_cannot_be_trained_on(tmp_path, content, message):
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("json:no_such_function", "the module 'json' has no 'no_such_function'"),
         (lambda prompts, completions, **_: [1.0], "returned 1 numbers; needed is a list of 8 numbers"),
-        (lambda prompts, completions, **_: [float("nan")] * len(completions), "returned nan; needed is a finite"),
-        (lambda prompts, completions, **_: ["good"] * len(completions), "returned a str; needed is a finite number"),
-        (lambda prompts, completions, **_: [1 / 0], "fails on every sample: ZeroDivisionError: division by zero"),
+        slow(lambda prompts, completions, **_: [float("nan")] * len(completions), "returned nan; needed is a finite"),
+        slow(lambda prompts, completions, **_: ["good"] * len(completions), "returned a str; needed is a finite"),
+        slow(lambda prompts, completions, **_: [1 / 0], "fails on every sample: ZeroDivisionError: division by zero"),
     ],
     ids=lambda value: value if isinstance(value, str) else "function",
 )
@@ -270,7 +274,7 @@ def test_a_directory_that_holds_another_run(tmp_path):
     assert "(layer 2 -> 3)" in refused(out, layer=3)
 
     bupo.train(MODEL, output=out, **SMALL)
-    assert "already holds a run with other settings (layer 2 -> 3)" in refused(out, layer=3)
+    assert "already holds a training run with other settings (layer 2 -> 3)" in refused(out, layer=3)
     assert "(model testbed/qwen3 -> testbed/llama" in refused(out, model="testbed/llama")
 
     (out / "notes.txt").write_text("mine")

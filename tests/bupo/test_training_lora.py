@@ -87,7 +87,7 @@ def test_lora_trains_adapters_only_and_in_the_first_phase_those_of_its_layers(tr
     assert (after - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_layers_stay_bit_by_bit(train, tmp_path, tied):
     tiny_model("qwen3", layers=LAYERS, tied=tied).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")

@@ -138,22 +138,43 @@ def updates(out, rank, processes, kind):
     torch.save(torch.stack(trainer.advantages), Path(out) / f"{kind}-{processes}-{rank}-advantages.pt")
 
 
+FAST = ("token-mean", "reinforce++")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process and two end with, for every kind; two processes are started once for all of them."""
-    out = tmp_path_factory.mktemp("processes")
-    both(out, list(KINDS))
-    for kind in KINDS:
-        updates(out, 0, 1, kind)
-    return out
+    """What one process and two end with; two processes are started once for all kinds of a tier."""
+    made = {}
+
+    def get(kind):
+        kinds = [other for other in KINDS if (other in FAST) == (kind in FAST)]
+        if kind not in made:
+            out = tmp_path_factory.mktemp("processes")
+            both(out, kinds)
+            for other in kinds:
+                updates(out, 0, 1, other)
+                made[other] = out
+        return made[kind]
+
+    return get
 
 
-@pytest.mark.parametrize("kind", ["sequence-mean", "token-mean", "mini-batches"])
+RANKS = ((1, 0), (2, 0), (2, 1))
+"""How many processes, and which of them."""
+
+
+def each(*kinds):
+    return [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", each("sequence-mean", "token-mean", "mini-batches"))
 def test_two_processes_make_the_updates_of_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
     before = start
     for update in (SWITCH * UPDATES, STEPS * UPDATES):
-        one, two, other = (torch.load(trained / f"{kind}-{n}-{r}-{update}.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
+        one, two, other = (
+            torch.load(trained(kind) / f"{kind}-{n}-{r}-{update}.pt") for n, r in ((1, 0), (2, 0), (2, 1))
+        )
         for name in one:
             assert torch.equal(two[name], other[name])
             # The same sums of float32 in another order: a few times 2^-24 of weights up to 1.
@@ -165,9 +186,11 @@ def test_two_processes_make_the_updates_of_one(trained, kind):
     assert max(float((two[n] - start[n]).abs().max()) for n in above) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["rloo", "reinforce++"])
+@pytest.mark.parametrize("kind", each("rloo", "reinforce++"))
 def test_two_processes_have_the_advantages_of_one(trained, kind):
-    one, first, second = (torch.load(trained / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
+    one, first, second = (
+        torch.load(trained(kind) / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1))
+    )
     two = torch.cat([first, second], dim=1)
     assert one.shape == two.shape == (STEPS, 16)
     # Rewards are exact eighths; the sums over 16 of them are taken in another order.

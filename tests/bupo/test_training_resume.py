@@ -128,10 +128,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("event", "update"),
     [
-        pytest.param("on_step_end", 1, id="between the updates of the first step, before any checkpoint"),
         pytest.param("on_step_end", 3, id="between two updates of the first phase"),
-        pytest.param("on_save", 4, id="before the switch"),
-        pytest.param("on_step_end", 5, id="after the switch, between two updates"),
         pytest.param("half", 6, id="while writing a checkpoint of the second phase"),
     ],
 )
@@ -188,7 +185,8 @@ def test_killed_at_each_moment(place, straight, options):
         assert_same(straight(**options), train(place, output, **options))
 
 
-@pytest.mark.parametrize("update", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("update", [3, 5])
 def test_rates_of_their_own_are_taken_up_too(place, straight, update):
     """In either phase: the optimiser has more groups than TRL's, and the first phase's rate is in no checkpoint."""
     rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}

@@ -18,7 +18,7 @@ from internal_policy.bupo.config import TrainConfig
 from internal_policy.bupo.dynamics import Dynamics, eval_interval
 from internal_policy.data.responses import read_responses
 from internal_policy.entropy import log_probs as trained
-from internal_policy.entropy.log_probs import trained_log_probs
+from internal_policy.entropy.log_probs import differentiable_log_probs
 from internal_policy.models import family_of
 
 N, WIDTH, VOCAB = 37, 16, 101
@@ -74,7 +74,7 @@ def small_blocks(monkeypatch):
 def test_values_and_gradients_are_those_of_the_definition(transform, bias, wants):
     *tensors, targets = operands(bias)
     expected = plain(*tensors, targets, **transform)
-    found = trained_log_probs(tensors[0], targets, *tensors[1:], entropy=True, **transform)
+    found = differentiable_log_probs(tensors[0], targets, *tensors[1:], entropy=True, **transform)
     # Float64 sums of 101 terms in another order.
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(gradients(found, wants, *tensors), gradients(expected, wants, *tensors), strict=True):
@@ -84,7 +84,7 @@ def test_values_and_gradients_are_those_of_the_definition(transform, bias, wants
 def test_autocast_rounds_the_operands_and_nothing_else():
     *tensors, targets = operands(bias=False, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = trained_log_probs(tensors[0], targets, *tensors[1:], entropy=True)
+        found = differentiable_log_probs(tensors[0], targets, *tensors[1:], entropy=True)
     rounded = [t.detach().bfloat16().double().requires_grad_() for t in tensors[:2]]
     expected = plain(*rounded, None, targets)
     for mine, theirs in zip(found, expected, strict=True):
@@ -101,7 +101,7 @@ def test_states_whose_loss_is_flat_cost_nothing_in_backward():
     a = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a[::3] = 0.0
     with FlopCounterMode(display=False) as forward:
-        log_probs, entropies = trained_log_probs(tensors[0], targets, *tensors[1:])
+        log_probs, entropies = differentiable_log_probs(tensors[0], targets, *tensors[1:])
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as backward:
         found = torch.autograd.grad(log_probs, tensors, a)
     product = 2 * WIDTH * VOCAB
@@ -110,13 +110,13 @@ def test_states_whose_loss_is_flat_cost_nothing_in_backward():
     assert backward.get_total_flops() == 3 * int((a != 0).sum()) * product
     expected = torch.autograd.grad(plain(*tensors, targets)[0], tensors, a)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    still = torch.autograd.grad(trained_log_probs(tensors[0], targets, *tensors[1:])[0], tensors, 0 * a)
+    still = torch.autograd.grad(differentiable_log_probs(tensors[0], targets, *tensors[1:])[0], tensors, 0 * a)
     assert not any(g.any() for g in still)
 
 
 def test_nan_in_a_loss_is_not_hidden():
     *tensors, targets = operands(bias=False)
-    log_probs, _ = trained_log_probs(tensors[0], targets, tensors[1])
+    log_probs, _ = differentiable_log_probs(tensors[0], targets, tensors[1])
     grad = torch.zeros(N, dtype=torch.float64)
     grad[4] = torch.nan
     to_states, to_weight = torch.autograd.grad(log_probs, tensors[:2], grad)
@@ -128,7 +128,7 @@ def test_nan_in_a_loss_is_not_hidden():
 def test_targets_that_do_not_fit_are_refused(targets):
     states, weight, _, _ = operands(bias=False)
     with pytest.raises(ValueError, match="needed"):
-        trained_log_probs(states, targets, weight)
+        differentiable_log_probs(states, targets, weight)
 
 
 def rollouts(vocab, rows=6, prompt=30, completion=40):
@@ -172,9 +172,9 @@ def test_memory_of_an_update_grows_by_the_gradient_of_the_unembedding_and_not_by
 @pytest.mark.parametrize("family", ["qwen3", "cohere", "gemma2", "granite", "phi", "gpt2"])
 def test_an_update_is_that_of_trls_head_and_scores_responses_only(tmp_path, monkeypatch, family):
     scored, found = [], []
-    score = forward.trained_log_probs
+    score = forward.differentiable_log_probs
     monkeypatch.setattr(
-        forward, "trained_log_probs", lambda *args, **kw: scored.append(len(args[0])) or score(*args, **kw)
+        forward, "differentiable_log_probs", lambda *args, **kw: scored.append(len(args[0])) or score(*args, **kw)
     )
     batch = rollouts(VOCAB_OF_TINY, prompt=5, completion=20)
     for streamed in (True, False):
@@ -243,7 +243,7 @@ def flops(work):
     return counted.get_total_flops()
 
 
-@pytest.mark.parametrize("named", ["testbed", "qwen"])
+@pytest.mark.parametrize("named", ["testbed", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
     """Operations at the default interval against those of updates and old log-probabilities, sampling left out."""
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)

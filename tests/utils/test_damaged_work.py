@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from test_training_resume import assert_same, train
+from bupo.test_training_resume import assert_same, train
 from tiny import tiny_model, tiny_tokenizer
 from training import command
 from transformers import TrainerCallback
