@@ -1,78 +1,49 @@
-"""The real command line in a process of its own, and what it is given that cannot be loaded."""
+"""The command line in this process or in one of its own, and what it is given that cannot be loaded."""
 
 from __future__ import annotations
 
-import atexit
+import contextlib
+import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 
+from internal_policy.cli.main import main
+
 COMMAND = [sys.executable, "-m", "internal_policy.cli"]
-SECONDS = 240
 
 
-def run(*arguments, cwd, code=2, **environment):
-    arguments = [str(argument) for argument in arguments]
-    # A setting of the environment may count while libraries are imported, and so does --debug.
-    alone = bool(environment) or "--debug" in arguments
-    done = (_alone if alone else _Prepared.run)(arguments, cwd, {**os.environ, **environment})
+def run(*arguments, cwd, code=2):
+    """A command in this process: exit code, and what it wrote."""
+    out, err = io.StringIO(), io.StringIO()
+    words = ["internal-policy", *map(str, arguments)]
+    before, sys.argv = sys.argv, words
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        ended = end.code or 0
+    finally:
+        sys.argv = before
+    done = subprocess.CompletedProcess(words, ended, out.getvalue(), err.getvalue())
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def _alone(arguments, cwd, environment):
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+def run_alone(*arguments, cwd, code=2, **environment):
+    """A command in a process of its own, whose environment has these settings."""
+    words = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False
     )
-
-
-class _Prepared:
-    """Forks of one process that has imported what a command imports: as real as a new one, seconds earlier."""
-
-    _process = None
-    _environment: ClassVar[dict] = {}
-
-    @classmethod
-    def run(cls, arguments, cwd, environment):
-        # pytest writes the test's name there, which no command reads.
-        environment = {name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"}
-        if cls._process is None:
-            cls._environment = environment
-            command = [sys.executable, Path(__file__).with_name("prepared_process.py")]
-            cls._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            atexit.register(cls._process.stdin.close)
-        if environment != cls._environment:
-            return _alone(arguments, cwd, environment)
-        with tempfile.TemporaryDirectory() as scratch:
-            outputs = {name: str(Path(scratch) / name) for name in ("stdout", "stderr")}
-            job = {"arguments": arguments, "cwd": str(cwd), **outputs}
-            print(json.dumps(job), file=cls._process.stdin, flush=True)
-            child = int(cls._answer())
-            watch = threading.Timer(SECONDS, os.killpg, (child, signal.SIGKILL))
-            watch.start()
-            code = int(cls._answer())
-            watch.cancel()
-            written = {name: Path(path).read_text() for name, path in outputs.items()}
-        return subprocess.CompletedProcess([*COMMAND, *arguments], code, **written)
-
-    @classmethod
-    def _answer(cls):
-        line = cls._process.stdout.readline()
-        assert line, f"the prepared process has ended with {cls._process.wait()}"
-        return line
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 def refused(*arguments, cwd, began=False):

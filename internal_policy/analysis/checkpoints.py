@@ -1,4 +1,8 @@
-"""Which checkpoints are meant: revisions of a hub model, or directories found by globs, in natural order."""
+"""The checkpoints of a sweep: revisions of a hub model, or directories found by globs, in natural order.
+
+TRL numbers checkpoints by optimiser updates, and a step is a batch of rollouts with all updates on it. Trainings by
+``bupo`` write into each checkpoint how many updates a step has; other checkpoints do not contain it.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +40,18 @@ class Target:
 def targets(
     model: str | None, revisions: str | Sequence[str] = (), checkpoints: str | Path | Iterable[str | Path] = ()
 ) -> list[Target]:
-    """List what a sweep goes through.
+    """List the checkpoints of a sweep.
 
     Args:
         model: the model whose revisions they are, or the model that the training of the checkpoints began with.
-        revisions: branches, tags or commits of it, in the order in which they are to stand.
+        revisions: branches, tags or commits of it, in order.
         checkpoints: directories and globs; see `find_checkpoints`.
 
     Returns:
-        The checkpoints: revisions as they were given; directories in natural order, after the model if there is one.
+        The checkpoints: revisions in the given order; directories in natural order, after the model if there is one.
 
     Raises:
-        UserError: nothing to go through, both kinds, or a checkpoint that is none.
+        UserError: no checkpoints, both kinds, or a directory that is not a checkpoint.
     """
     patterns = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     revisions = [revisions] if isinstance(revisions, str) else revisions
@@ -67,7 +71,7 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
     """Find checkpoints on disk.
 
     A directory that holds ``checkpoint-*`` directories, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does,
-    stands for these; what it holds beside them (a final model) is not looked at, for the last checkpoint is the same.
+    stands for these; a final model next to them is ignored, because the last checkpoint is the same.
 
     Args:
         patterns: directories, and globs as a shell has them.
@@ -76,7 +80,7 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
         The checkpoints, each once, in natural order: checkpoint-5, checkpoint-10, checkpoint-100.
 
     Raises:
-        UserError: a pattern that matches nothing, or something that is not a checkpoint.
+        UserError: a pattern that matches nothing, or a directory that is not a checkpoint.
     """
     found: dict[Path, Path] = {}
     for pattern in patterns:
@@ -99,7 +103,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """The checkpoints that a directory stands for: those that it holds, or itself."""
+    """The checkpoints in a directory, or the directory itself."""
     for place in (path, path / "checkpoints"):
         if held := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
             return [checkpoint for p in held for checkpoint in _itself(p)]
@@ -123,14 +127,7 @@ def _itself(path: Path) -> list[Path]:
 
 
 def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
-    """Refuse analyses of different models that would be written to one directory.
-
-    Args:
-        configs: what is to be analysed; the same model twice is none of this.
-
-    Raises:
-        UserError: two would overwrite each other.
-    """
+    """Refuse different models whose analyses would be written to one directory; the same twice is allowed."""
     taken: dict[str, tuple[Any, ...]] = {}
     for config in configs:
         model = config.model, config.revision
@@ -142,14 +139,7 @@ def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
 
 
 def training_record(model: str | Path) -> dict[str, int] | None:
-    """Read how far the training of a checkpoint was.
-
-    Args:
-        model: a checkpoint's directory; anything else has no record.
-
-    Returns:
-        ``updates`` so far and ``updates_per_step``; None where the checkpoint does not tell both.
-    """
+    """The ``updates`` and ``updates_per_step`` in the trainer's state of a checkpoint; None without both."""
     try:
         state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
         per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]

@@ -33,14 +33,7 @@ FLOW_POINTS = (
 
 
 def listed(given: T | Iterable[T]) -> list[T]:
-    """Return what a figure was given as a list.
-
-    Args:
-        given: One result, or several.
-
-    Returns:
-        All of them.
-    """
+    """What a figure was given, one result or several, as a list."""
     return list(given) if isinstance(given, Iterable) else [given]
 
 
@@ -64,15 +57,7 @@ def trailing_mean(values: pd.Series, window: int) -> pd.Series:
 
 
 def window_for(n_steps: int, window: int) -> int:
-    """Leave a training unsmoothed that is too short for it.
-
-    Args:
-        n_steps: Steps of the longest training in the figure.
-        window: Steps in a mean.
-
-    Returns:
-        The window if at least two means of so many steps differ, else 1, which draws the steps alone.
-    """
+    """The window of a trailing mean; 1 where the longest training has too few steps for two different means."""
     return window if n_steps >= window + FIRST_STEP + 1 else 1
 
 
@@ -223,13 +208,6 @@ def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
 
 
 def require_some(analyses: Sequence[Analysis]) -> None:
-    """Refuse to draw nothing.
-
-    Args:
-        analyses: What is to be drawn.
-
-    Raises:
-        ValueError: There is no analysis.
-    """
+    """Refuse to draw nothing."""
     if not analyses:
         raise ValueError("Got no analysis; a figure needs at least one.")

@@ -86,24 +86,12 @@ def load_finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
 
 
 def is_up_to_date(config: AnalyzeConfig, analysis: Analysis) -> bool:
-    """Whether an analysis with these settings was made from the same files, by the same code and libraries.
-
-    Args:
-        config: the settings that are asked for.
-        analysis: the analysis on disk.
-
-    Returns:
-        False also where that cannot be known.
-    """
+    """Whether an analysis with these settings was made from the same files, by the same code and libraries."""
     return result_format.is_up_to_date(analysis.config, analysis.versions, lambda: config_digest(config))
 
 
 def report_finished(directory: Path) -> None:
-    """Log that there is nothing to do.
-
-    Args:
-        directory: of the analysis.
-    """
+    """Log that there is nothing to do."""
     logger.warning("%s: already complete; nothing to do (--overwrite starts over)", directory)
 
 

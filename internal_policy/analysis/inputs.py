@@ -1,4 +1,4 @@
-"""What is analysed: ready responses, or requests to sample them; read and checked before anything long begins."""
+"""The inputs of an analysis: ready responses, or requests to sample them, checked before anything long runs."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from internal_policy.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 _MANY_UNKNOWN = 0.05
-"""Share of unknown tokens from which on a text is not in the tokenizer's language."""
+"""With a larger share of unknown tokens a text is not in the tokenizer's language."""
 
 Source = str | Path | Iterable[Any]
 """A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
 
 
 def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -> str | list[Any] | None:
-    """Bring what a user may pass into one of two forms.
+    """Convert a user's source of records to a name or a list.
 
     Args:
         source: a name or path, or records.
         what: the argument's name.
-        limit: of what has no length, such as a stream, at most so many are taken.
+        limit: the most records that are taken from an iterable without a length, such as a stream.
 
     Returns:
         The name, or a list of records; None stays None.
 
     Raises:
-        UserError: something that does not stand for records in an order: a dict, of splits or of columns; a set.
+        UserError: no sequence of records: a dict of splits or columns, or a set.
     """
     if source is None or isinstance(source, (str, Path)):
         return None if source is None else str(source)
@@ -51,7 +51,7 @@ def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -
         return list(rows.to_dict("records"))
     kind = type(source).__name__
     if isinstance(source, Mapping):
-        # Such as a DatasetDict: a list of it would be its keys.
+        # Such as a DatasetDict, whose iteration gives its keys.
         keys = ", ".join(repr(key) for key in list(source)[:4])
         raise UserError(
             f"{what} is a {kind} with {keys or 'nothing in it'}; needed is a list of records: choose one entry of a "
@@ -68,18 +68,18 @@ def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is analysed: ready responses, or requests to sample them."""
+    """Ready responses, or requests to sample them."""
 
     requests: list[Request]
     responses: list[Response]
     reward: Callable[[str, str], bool] | None = None
 
     def digest(self) -> str:
-        """A digest of what was read, so that a changed file of the same name is noticed.
+        """Digest what was read, so that a changed file of the same name is noticed.
 
         Returns:
-            16 hexadecimal digits: of the ids of prompts, or of all that is known of ready responses, whose texts and
-            rewards stand in the result.
+            16 hexadecimal digits: of the ids of prompts, or of all fields of ready responses, because their texts and
+            rewards are stored in the result.
         """
         read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
@@ -90,7 +90,7 @@ def _is_local(source: str | list[Any]) -> bool:
 
 
 def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
-    """Whether the model is an embedded one, or was trained from one and reads no other text."""
+    """Whether the model is an embedded one, or was trained from one and has its vocabulary."""
     if config.model.startswith("testbed/"):
         return True
     words: dict[str, int] = json.loads((testbed.path("testbed/qwen3") / "tokenizer.json").read_text(encoding="utf-8"))[
@@ -100,8 +100,8 @@ def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
     return own == words
 
 
-def _tell_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
-    """Say so where much of the text is in words that the tokenizer does not have."""
+def _warn_of_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
+    """Warn where much of the text is not in the tokenizer's vocabulary."""
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     if unknown is None:
         return
@@ -120,12 +120,12 @@ def gather_inputs(
     prompts: str | list[Any] | None = None,
     responses: str | list[Any] | None = None,
 ) -> Inputs:
-    """Read and check what is to be analysed, before anything long begins.
+    """Read and check the inputs, before anything long runs.
 
     Args:
         config: the settings.
-        model: the model that will read it.
-        prompts: where the prompts come from; the default for this model where both are None.
+        model: the model that is analysed.
+        prompts: the source of the prompts; the default for this model where both are None.
         responses: ready responses.
 
     Returns:
@@ -137,7 +137,7 @@ def gather_inputs(
     if responses is not None:
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
         check_responses(ready, model.vocab_size, model.max_length)
-        _tell_unknown(model, (r.input_ids for r in ready))
+        _warn_of_unknown(model, (r.input_ids for r in ready))
         return Inputs([], ready)
     if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
         raise UserError(
@@ -155,7 +155,7 @@ def gather_inputs(
     )
     requests = list(islice(asked, wanted))
     check_prompt_lengths(requests, model)
-    _tell_unknown(model, (r.prompt_ids for r in requests))
+    _warn_of_unknown(model, (r.prompt_ids for r in requests))
     reward = None
     if source == TESTBED:
         from internal_policy.data import arithmetic as tasks

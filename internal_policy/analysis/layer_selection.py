@@ -40,7 +40,7 @@ from internal_policy.statistics import Floats, Ints, change_curves
 from internal_policy.utils.errors import UserError
 
 COVERS = "which covers the drawing of prompts only"
-"""What resamples of the prompts do not know: another lens, other sampling, another rule may give another layer."""
+"""Resamples of the prompts do not cover the choice of the lens, of the sampling or of the rule."""
 STAGES = ("exploration", "integration", "convergence")
 
 _EXPLORATION, _INTEGRATION = 0, 1
@@ -78,7 +78,7 @@ class Selection:
     """Share of the resampled curves that give the same answer; None where nothing says how uncertain the curve is. From
     an Analysis it covers the drawing of prompts and nothing else, such as the choice of the lens."""
     runner_up: int | None
-    """Layer that the resamples name most often beside the answer."""
+    """The layer that the resamples give most often, apart from the boundary layer."""
     runner_up_share: float | None
     """Share of the resamples that name the runner-up."""
     candidates: tuple[int, ...]
@@ -106,9 +106,9 @@ class Selection:
         from internal_policy.utils.console import few_prompts, of_resamples
         from internal_policy.utils.html import card
 
-        told = "none" if self.boundary_layer is None else str(self.boundary_layer)
+        answer = "none" if self.boundary_layer is None else str(self.boundary_layer)
         cells = [
-            ("boundary layer", told, of_resamples(self.confidence)),
+            ("boundary layer", answer, of_resamples(self.confidence)),
             ("runner-up", "none" if self.runner_up is None else self.runner_up, of_resamples(self.runner_up_share)),
         ]
         few = None if self.n_prompts is None else few_prompts(self.n_prompts)
@@ -152,7 +152,7 @@ def select_layer(
         raise SelectionError(f"resamples is {resamples}; at least 1 is needed")
     if isinstance(x, HasLayers):
         if stderr is not None:
-            raise SelectionError("stderr was given beside an Analysis, which has its own; leave it out")
+            raise SelectionError("stderr was given with an Analysis, which has standard errors; leave it out")
         return _select_from_analysis(x, resamples, seed)
     curve = _as_curve(x, "the curve of dH_FFN")
     if stderr is None:

@@ -1,4 +1,8 @@
-"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer."""
+"""The analysis, stage by stage: model, prompts, responses, states, entropies, statistics, boundary layer.
+
+Entropies are computed in the forward pass (`extractors.reduce`); here the values of each batch are averaged over the
+tokens of each response, written to the workspace, and assembled into an `Analysis`.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,8 @@ def analyze(
 ) -> Analysis:
     """Analyse the internal policies of one causal language model.
 
-    Under ``accelerate launch`` or torchrun the processes share the responses out, and each returns the whole analysis.
+    Under ``accelerate launch`` or torchrun the responses are divided among the processes, and each returns the complete
+    analysis.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), a transformers model, a
@@ -84,11 +89,11 @@ def analyze(
             ``prompt``.
         responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records (see
             ``read_responses``); ``analysis.sequences`` is one.
-        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is taken up from there.
+        output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is resumed from there.
             Without it nothing is written.
         overwrite: start over where the output directory holds another analysis.
         wait: where another process writes there, start when it has ended.
-        alone: analyse in this process, without the others that a launcher started.
+        alone: analyse in this process only, even if a launcher started several.
         **options: the further fields of ``AnalyzeConfig``.
 
     Returns:
@@ -136,7 +141,7 @@ def analyze(
 
 
 def _label(source: str | list[Any] | None) -> str | None:
-    """What the settings call a source: its name, or how many records were given."""
+    """The source in the stored settings: its name, or the number of records that were given."""
     return f"{len(source)} given" if isinstance(source, list) else source
 
 
@@ -154,7 +159,7 @@ def _run(
     if finished is None:
         workspace.check()
     named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
-    # Before the model is read: what is written later into its files is then known to be another model.
+    # Before the model is loaded, so that a later change of its files is noticed.
     files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
@@ -162,16 +167,8 @@ def _run(
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
     hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
-    identity["hooked"] = hooked or None
-    if model.rounds_by_batch:
-        identity["batch_size"] = config.batch_size
-    if inputs.requests:
-        # Each kind of device has random streams of its own.
-        identity["sampled_on"] = model.device.type
-        identity["token_limit"] = response_limit(model, config.max_new_tokens)
-        identity["ends"] = end_ids(model)
+    identity = _identity(config, model, inputs, hooked)
 
     def begin() -> bool:
         if hooked and not overwrite and workspace.begun:
@@ -188,7 +185,7 @@ def _run(
         if state.is_main_process:
             report_finished(directory)
         return finished
-    # The main process changes the directory only when all others have looked at it.
+    # The main process changes the directory only after all others have read it.
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: going on with an unfinished analysis", directory)
     with limit_threads(model):
@@ -209,6 +206,20 @@ def _run(
 
     state.on_main(assemble)
     return Analysis.load(directory)
+
+
+def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooked: list[str]) -> dict[str, Any]:
+    """Everything that determines the numbers, by which an analysis is resumed or recognised."""
+    identity = {**config.cache_key(), "weights": model.fingerprint(), "inputs": inputs.digest()}
+    identity["hooked"] = hooked or None
+    if model.rounds_by_batch:
+        identity["batch_size"] = config.batch_size
+    if inputs.requests:
+        # Random streams depend on the kind of device.
+        identity["sampled_on"] = model.device.type
+        identity["token_limit"] = response_limit(model, config.max_new_tokens)
+        identity["ends"] = end_ids(model)
+    return identity
 
 
 def _generate(

@@ -1,8 +1,9 @@
-"""Capture at chosen positions only, in rounds, until every entropy change is known well enough.
+"""Capture at a random subset of positions, in rounds, until every entropy change is known well enough (--tolerance).
 
-The first round takes some positions of every block of similar ones, the second as many as the first says are needed;
-a third is rare. Each round is one pass over the responses that it has positions in. What a round found is on disk
-before the next is settled, and so is how far each round goes, so an interrupted run goes on with the same positions.
+The first round takes some positions of every block of similar ones, the second as many as the variances of the first
+say are needed; a third is rare. Each round is one pass over the responses in which it has positions. The values of a
+round are on disk before the size of the next is chosen, and so is that size, so an interrupted run goes on with the
+same positions.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ PositionSubset: TypeAlias = tuple[Response, Ints]
 
 @dataclass(frozen=True, eq=False)
 class PositionSample:
-    """Which positions were analysed, and how far the changes may be off for it."""
+    """Which positions were analysed, and the uncertainty of the changes that comes from it."""
 
     tolerance: float
-    """What was asked for, nats."""
+    """The largest half-width that was allowed, nats."""
     tokens: list[Ints]
     """Analysed tokens of each response, from 0, ascending."""
     total: int
     """All positions."""
     rounds: int
-    """In how many rounds."""
+    """Number of rounds."""
     half_widths: Floats
     """Half of the 95% interval of each change for what all positions would give, nats, [L, 3] in order of SITES."""
     few: int = 0
-    """How many of the half-widths hang on a few positions and may miss more often than one time in 20."""
+    """How many of the half-widths rest on a few positions, so that they may miss more often than one time in 20."""
 
     def summary(self) -> dict[str, float | int | str]:
         """What the manifest holds.
@@ -131,10 +132,10 @@ def capture_in_rounds(
 
 
 def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
-    """Where a round ends, counted in all positions so far; where the last one did if there is none.
+    """The number of positions up to the end of a round; that of the last round if there is no further one.
 
-    One process decides for all, and once for all: another machine's or library's rounding could settle on another
-    number, and what an interrupted run has of a round are the positions that were chosen then.
+    One process decides for all, and only once: the rounding of another machine or library could lead to another number,
+    and an interrupted round holds the positions that were chosen then.
     """
 
     def settle() -> int:

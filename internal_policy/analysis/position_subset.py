@@ -74,14 +74,7 @@ class Design:
         return np.bincount(self.block).astype(np.int64)
 
     def taken(self, n: int) -> Ints:
-        """Count what the first n positions take of each block.
-
-        Args:
-            n: how many positions.
-
-        Returns:
-            [H] counts.
-        """
+        """How many of the first n positions are in each block, [H]."""
         return np.bincount(self.block[self.order[:n]], minlength=int(self.block.max()) + 1).astype(np.int64)
 
 
@@ -106,7 +99,7 @@ def design_positions(responses: Sequence[Response], seed: int) -> Design:
     shuffled = np.lexsort((generator.random(total), block))
     rank = np.empty(total)
     rank[shuffled] = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    # With a start of its own in each block, every beginning takes the same share of all, rounded at random.
+    # With a random start in each block, the first n positions take the same share of all blocks, rounded at random.
     share = (rank + generator.random(len(sizes))[block]) / sizes[block]
     order = np.lexsort((share, rank >= 2))
     pilot = max(int(np.minimum(sizes, 2).sum()), min(_FEWEST_FIRST, int(_MOST_FIRST * total)))
@@ -161,7 +154,7 @@ class Estimate:
     """Skewness of the values over all blocks, squared, [K]."""
 
     def rests_on_few(self, total: int) -> Flags:
-        """Tell which half-widths hang on a few positions, so that they miss more often than one time in 20.
+        """Find the half-widths that rest on a few positions, so that they miss more often than one time in 20.
 
         Args:
             total: how many positions there are.
@@ -236,7 +229,7 @@ def _widening(skewness: Floats, n: int, total: int) -> Floats:
 
 
 def is_precise_enough(design: Design, found: Estimate, tolerance: float) -> bool:
-    """Tell whether an analysis may stop.
+    """Whether an analysis may stop.
 
     A figure that did not vary at all is not exact for it: what makes it vary may be rare. It needs more positions.
 

@@ -1,8 +1,8 @@
 """The baseline of an analysis: the same responses through the same architecture with random weights.
 
-It tells apart what a curve owes to the training and what any network of that shape would show. The weights are what
-transformers initialises from the model's configuration, drawn on the CPU by the seed, so that they are the same
-wherever the analysis runs. Eq. 4 is proved of this model as of any other.
+It separates what the training contributes to a curve from what any network of that shape shows. The weights are those
+that transformers initialises from the model's configuration, drawn on the CPU by the seed, so that they are the same on
+every machine. Eq. 4 is verified for this model as for any other.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def architecture(config: AnalyzeConfig, network: Any = None) -> Any:
 def add_baseline(
     analysis: Analysis, config: AnalyzeConfig, source: Any, network: Any, capture: Capture, state: Processes
 ) -> Analysis:
-    """Measure the baseline of an analysis and write it beside the rest; an interrupted one is taken up.
+    """Measure the baseline of an analysis and write it to its directory; an interrupted one is resumed.
 
     Args:
         analysis: the finished analysis, on disk.
@@ -77,7 +77,7 @@ def add_baseline(
         UserError: the weights cannot be made, or eq. 4 does not hold for them.
     """
     assert analysis.path is not None
-    # The model before was dropped by its owner, unless that is the user; two would need twice the memory.
+    # The analysed model is no longer referenced, unless the user holds it; two would need twice the memory.
     release_memory()
     with status(f"making random weights for {config.model}"):
         extractor = prove(_random_model(analysis, config, source, _device(config, network, state)))
@@ -123,7 +123,7 @@ def _random_model(analysis: Analysis, config: AnalyzeConfig, source: Any, device
 
     name = f"{config.model} with random weights"
     dtype = getattr(torch, analysis.model["dtype"])
-    # The user's own random streams go on as if nothing had been drawn.
+    # The user's random streams continue as if nothing had been drawn.
     with torch.random.fork_rng(devices=[]), as_user_error(name, "its architecture"):
         # Of the CPU alone: torch.manual_seed would set those of all devices.
         torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())

@@ -11,14 +11,7 @@ from internal_policy.utils.errors import counted
 
 
 def remarks(analysis: Analysis) -> list[str]:
-    """Say what is to be said beside the layers and the boundary layer.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        The policy's entropy, then responses that were cut, the mean reward, and the baseline, each where there is one.
-    """
+    """Sentences about the policy's entropy, and about cut responses, rewards and the baseline where there are any."""
     entropy = analysis.policy_entropy
     found = [
         f"policy entropy H(π_θ) {entropy['mean']:.4f}{plus_stderr(entropy['stderr'], 4)} nats; "
@@ -44,14 +37,7 @@ def remarks(analysis: Analysis) -> list[str]:
 
 
 def positions_line(positions: Mapping[str, Any]) -> str:
-    """Say how many positions were analysed and what that costs in certainty.
-
-    Args:
-        positions: of an Analysis with a tolerance.
-
-    Returns:
-        One line.
-    """
+    """One line about how many positions were analysed, and the uncertainty that comes from it."""
     analysed, total, rounds = positions["analysed"], positions["total"], positions["rounds"]
     in_rounds = f"in {counted(rounds, 'round')}"
     if analysed == total:
@@ -71,13 +57,5 @@ def positions_line(positions: Mapping[str, Any]) -> str:
 
 
 def plus_stderr(stderr: Any, digits: int = 3) -> str:
-    """Write a standard error behind its mean.
-
-    Args:
-        stderr: nats; NaN of a single prompt, which has none.
-        digits: behind the point.
-
-    Returns:
-        ``±0.012``; an empty text where there is none.
-    """
+    """A standard error in nats as ``±0.012``; empty where it is not defined, as for a single prompt."""
     return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"

@@ -1,7 +1,7 @@
 """The result of an analysis, in memory and on disk.
 
-A directory holds one analysis of one checkpoint. ``analysis.json`` is written last: a directory without it is not an
-analysis, so nothing half-written is ever read as whole.
+A directory holds one analysis of one checkpoint. ``analysis.json`` is written last, so a directory without it is never
+read as an analysis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from internal_policy.utils.table_io import read_parquet, read_rows, write_parque
 SCHEMA_VERSION = 1
 MANIFEST = "analysis.json"
 REPORT = "report.html"
-"""The page that is drawn of a result; results are whole without it."""
+"""The page that is drawn of a result, which is complete without it."""
 BASELINE = "baseline.csv"
 _FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
 ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
@@ -193,7 +193,7 @@ class Analysis:
         return target
 
     def save_baseline(self) -> None:
-        """Write the baseline into the analysis' directory, beside what is there; the manifest last."""
+        """Add the baseline to the analysis on disk; the manifest last."""
         assert self.path is not None
         self._write_baseline(self.path)
         ANALYSIS.write_manifest(self.path, self.manifest())
@@ -311,7 +311,7 @@ def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensR
     if analysis.path is None:
         return None
     for path in sorted(analysis.path.resolve().parent.glob("*/analysis.json")):
-        # One that is broken is told of by whoever reads it for its own sake.
+        # A broken one is reported where it is loaded itself.
         with suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             lens, weights = manifest["config"]["lens"], manifest["config"]["weights"]
@@ -339,14 +339,7 @@ def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[An
 
 
 def other_lens_sentence(analysis: Analysis) -> str | None:
-    """Say what the same responses give under the other lens.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Such as "under the logit lens the same responses give layer 1"; None where that was not measured.
-    """
+    """Such as "under the logit lens the same responses give layer 1"; None where that was not measured."""
     other = find_other_lens(analysis)
     if other is None:
         return None

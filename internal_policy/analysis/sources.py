@@ -1,4 +1,4 @@
-"""What is compared: analyses from objects and directories, what to call each, and which step of a training it is."""
+"""Where compared analyses come from: objects and directories, a label for each, and its step in a training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from internal_policy.utils.io import expanded
 
 StepsFrom = Literal["given", "name", "order"]
 Unit = Literal["step", "update"]
-"""What the numbers count: batches of rollouts, or the trainer's updates where their number in a step is not known."""
+"""What steps count: batches of rollouts, or the trainer's updates where the updates in each step are not known."""
 
 _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
@@ -25,13 +25,13 @@ _STEP = re.compile(r"(?:^|[^a-z0-9])(checkpoint|global[-_]?step|step|ckpt)[-_=]?
 
 
 def load_analyses(directory: str | Path) -> list[Analysis]:
-    """Read every analysis below a directory, such as those of a sweep.
+    """Load every analysis below a directory, such as those of a sweep.
 
     Args:
         directory: of one analysis, or above several.
 
     Returns:
-        The analyses, in the order of their steps where their names tell them, else of their names.
+        The analyses, ordered by the training steps in their names where there are any, otherwise by name.
 
     Raises:
         UserError: no analysis there, or a broken one.
@@ -40,10 +40,11 @@ def load_analyses(directory: str | Path) -> list[Analysis]:
 
 
 def gather(sources: Iterable[Any]) -> list[Analysis]:
-    """Load what is not loaded yet; a directory that holds several analyses stands for all of them.
+    """Collect analyses; a directory that holds several stands for all of them.
 
-    These are in the order of their steps where the names tell each one's own, else in natural order. Among several, a
-    directory of figures is passed over: ``compare DIR/*`` names the one that ``analyze --output DIR`` wrote.
+    Those of one directory are ordered by the training steps in their names where all differ, otherwise in natural
+    order. Among several sources a directory of figures is skipped: ``compare DIR/*`` includes the one that
+    ``analyze --output DIR`` wrote.
 
     Args:
         sources: analyses, directories, or lists of them.
@@ -52,7 +53,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
         The analyses.
 
     Raises:
-        UserError: a directory without an analysis, or something else than an analysis or a path.
+        UserError: a directory without an analysis, or a source of another type.
     """
     found: list[Analysis] = []
     given = list(sources)
@@ -74,50 +75,42 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts checkpoint-5 before checkpoint-10.
-
-    Args:
-        text: a name.
-
-    Returns:
-        Its runs of digits as numbers, the rest as text.
-    """
+    """Sort key that puts checkpoint-5 before checkpoint-10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"([0-9]+)", text) if part]
 
 
 def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:
-    """What to call each analysis.
+    """Check the labels of analyses, or choose them.
 
     Args:
         analyses: the analyses.
-        labels: what the user calls them.
+        labels: the labels that the user gave.
 
     Returns:
-        The labels; without any as much of the end of each model's name as tells them apart, or else of the directory's,
-        or else numbered.
+        A different label for each; by default as `labels_from` chooses them.
 
     Raises:
         UserError: not one label for each, or two the same.
     """
     if labels is not None:
-        told = [str(label) for label in labels]
-        if len(told) != len(analyses):
-            raise UserError(f"got {len(told)} labels for {len(analyses)} analyses; give one for each, in their order")
-        if twice := next((label for label in told if told.count(label) > 1), None):
-            raise UserError(f"the label {twice!r} was given twice; give each analysis one of its own")
-        return told
+        given = [str(label) for label in labels]
+        if len(given) != len(analyses):
+            raise UserError(f"got {len(given)} labels for {len(analyses)} analyses; give one for each, in their order")
+        if twice := next((label for label in given if given.count(label) > 1), None):
+            raise UserError(f"the label {twice!r} was given twice; give every analysis a different one")
+        return given
     return labels_from([a.name for a in analyses], [a.path for a in analyses])
 
 
 def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
-    """Tell analyses apart by as little as does it.
+    """Choose short labels that differ.
 
     Args:
-        names: of their models.
-        paths: their directories; None of those in memory.
+        names: of the models.
+        paths: the directories of the analyses; None for those in memory.
 
     Returns:
-        As much of the end of each name as tells them apart, or else of the directory's, or else numbered.
+        As many last parts of each name as make all differ; failing that, of each directory; failing that, numbered.
     """
     models = [name.strip("/").split("/") for name in names]
     directories = [
@@ -136,19 +129,19 @@ def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]
 def training_steps(
     analyses: Sequence[Analysis], steps: Sequence[float] | None = None
 ) -> tuple[list[float], StepsFrom, Unit]:
-    """Which step of a training each analysis is of.
+    """Find the training step of each analysis.
 
-    Names of the form checkpoint-40 count updates. They are converted where each of these checkpoints recorded how many
-    updates a step has, as those of ``bupo`` do; else the numbers stay what they are, and the unit says so.
+    Names such as checkpoint-40 count updates. They are converted to steps where every checkpoint recorded how many
+    updates a step has, as those of ``bupo`` do; otherwise the numbers stay, and the unit says so.
 
     Args:
         analyses: the analyses.
-        steps: what the user says.
+        steps: the steps that the user gave.
 
     Returns:
-        The steps; where they come from: given; the end of each name (checkpoint-40, step_40, @step40), where one
-        of the same architecture may have none and is then the start, step 0; else order: none are known, and the
-        places from 0 stand in; and what they count.
+        The steps; their origin; and their unit. The origin is ``given``, ``name`` (the end of each name:
+        checkpoint-40, step_40, @step40; one analysis of the same architecture may have none and is then step 0, the
+        start), or ``order`` where no steps are known and the indices from 0 are used.
 
     Raises:
         UserError: not one finite step for each.
@@ -160,11 +153,11 @@ def training_steps(
         if not all(map(math.isfinite, given)):
             raise UserError(f"the steps are {', '.join(map(str, given))}; needed are finite numbers")
         return given, "given", "step"
-    named, unit = _told(analyses)
+    named, unit = _steps_from_names(analyses)
     known = [step for step in named if step is not None]
     alike = not architecture_differences(analyses)
     if len(known) == len(named) - 1 and min(known, default=0.0) > 0 and alike:
-        # The model that a training started from bears no step.
+        # The model from which a training started has no step in its name.
         return [0.0 if step is None else step for step in named], "name", unit
     if len(known) == len(named):
         return known, "name", unit
@@ -172,47 +165,32 @@ def training_steps(
 
 
 def without_step(analyses: Sequence[Analysis]) -> list[int]:
-    """Find the analyses whose names tell no step.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        Their places, from 0.
-    """
+    """Indices of the analyses whose names contain no step."""
     return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
 
 
 def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
-    """Tell whether the analyses could be of one training.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        What differs, with its values: family, layers, vocabulary or hidden size; what an analysis does not tell is
-        left out.
-    """
+    """What differs and rules out one training: family, layers, vocabulary or hidden size, with the values."""
     found = []
-    for key, told in _ARCHITECTURE.items():
+    for key, plural in _ARCHITECTURE.items():
         values = list(dict.fromkeys(v for a in analyses if (v := a.model.get(key)) is not None))
         if len(values) > 1:
-            found.append(f"{told} {', '.join(map(str, values))}")
+            found.append(f"{plural} {', '.join(map(str, values))}")
     return found
 
 
 def arrange(
     analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
 ) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
-    """Name the analyses, find their steps, and put the model that the training started from first.
+    """Label analyses, find their steps, and put the model from which the training started first.
 
     Args:
         analyses: the analyses.
-        labels: what the user calls them, in this order.
-        steps: what the user says, in this order; the order then stays.
+        labels: the labels that the user gave, in this order.
+        steps: the steps that the user gave, in this order, which is then kept.
 
     Returns:
-        The analyses, their labels, their steps, where the steps come from, and what they count.
+        The analyses, their labels, their steps, and the origin and unit of the steps.
 
     Raises:
         UserError: labels or steps that do not fit.
@@ -225,18 +203,7 @@ def arrange(
 
 
 def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
-    """Find the analysis that the others are compared with.
-
-    Args:
-        baseline: its label, or its place from 0.
-        labels: the labels.
-
-    Returns:
-        Its place.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Index of the analysis with which the others are compared, given by its label or index."""
     if isinstance(baseline, str):
         if baseline in labels:
             return list(labels).index(baseline)
@@ -247,7 +214,7 @@ def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
 
 
 def _inside(directory: Path) -> list[Path]:
-    """The analyses that a directory holds; itself where it is one, or where nothing is found, for the message."""
+    """The directories of analyses in a directory; itself where it is one, or where there is none, for the message."""
     if (directory / MANIFEST).is_file():
         return [directory]
     for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
@@ -257,28 +224,21 @@ def _inside(directory: Path) -> list[Path]:
 
 
 def only_figures(directory: Path) -> bool:
-    """Whether a directory is the one of figures that a command wrote beside its results.
-
-    Args:
-        directory: any path.
-
-    Returns:
-        True where it has that name and holds no analysis.
-    """
+    """Whether a directory holds the figures that a command wrote next to its results, and no analysis."""
     empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
     return directory.name == _FIGURES and directory.is_dir() and empty
 
 
 def _by_step(analyses: list[Analysis]) -> list[Analysis]:
-    """In the order of the steps where these are known; two runs side by side stay apart."""
+    """Order analyses by their steps where these are known and differ: those of two runs do not mix."""
     steps, steps_from, _ = training_steps(analyses)
     if steps_from == "order" or len(set(steps)) < len(steps):
         return analyses
     return [analyses[i] for i in sorted(range(len(steps)), key=steps.__getitem__)]
 
 
-def _told(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
-    """The number of each name: of steps where all can be had in steps, else as it stands there."""
+def _steps_from_names(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
+    """The number in each name: in steps where all can be converted, otherwise as it is."""
     named = [_named(a) for a in analyses]
     steps = [None if name is None else _in_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
     if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):
@@ -294,7 +254,7 @@ def _in_steps(analysis: Analysis, word: str, number: float) -> float | None:
 
 
 def _named(analysis: Analysis) -> tuple[str, float] | None:
-    """Word and number at the end of the first of its names that has them."""
+    """The word and the number at the end of the first of its names that has them."""
     names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
     directory = analysis.path.name if analysis.path is not None else None
     for name in (*names, directory):

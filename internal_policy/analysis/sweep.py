@@ -1,10 +1,10 @@
-"""Checkpoints of one training, analysed one after the other on the same responses.
+"""Checkpoints of one training, analysed one after another on the same responses.
 
     analyses = sweep(checkpoints="runs/x", output="data/analyses")
     analyses = sweep("Qwen/Qwen3-4B", revisions=["step-100", "step-200"])
     compare(analyses)
 
-One checkpoint is in memory at a time. What is written is taken up again by the same call.
+One checkpoint is in memory at a time. The same call resumes an interrupted sweep.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ def sweep(
     """Analyse several checkpoints, by default on the responses of the first, so that the analyses are paired.
 
     Args:
-        model: the hub model whose revisions are meant; with `checkpoints` the model that their training began with,
+        model: the hub model whose revisions are meant; with `checkpoints` the model from which their training started,
             which is then analysed first.
-        revisions: branches, tags or commits, in the order in which they are to stand.
+        revisions: branches, tags or commits, in order.
         checkpoints: directories, globs, or a training run's directory; taken in natural order.
-        own_responses: let each checkpoint sample responses of its own.
+        own_responses: let each checkpoint sample its own responses.
         prompts: as for ``analyze``; the first checkpoint answers them.
-        responses: as for ``analyze``, or an earlier analysis, whose responses are taken; every checkpoint reads these.
-        output: directory for results, one directory below it for each checkpoint; nothing is written without it.
-        overwrite: start all over.
+        responses: as for ``analyze``, or an earlier analysis, whose responses every checkpoint reads.
+        output: directory for results, with a directory for each checkpoint; nothing is written without it.
+        overwrite: start all of them over.
         wait: where another process writes to one of these directories, start when it has ended.
-        each: called with each analysis when it is done.
+        each: called with each analysis when it is finished.
         **options: the further fields of ``AnalyzeConfig``.
 
     Returns:
         One analysis for each checkpoint, in order.
 
     Raises:
-        UserError: bad input, told before the first checkpoint is analysed wherever it can be known.
+        UserError: bad input, if possible before the first checkpoint is analysed.
     """
     found = targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
@@ -84,7 +84,7 @@ def sweep(
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
     refuse_one_place(configs)
     if configs[0].remote is True:
-        # The hub is not asked for what no key would let run.
+        # Without a key nothing would run, so it is needed before the hub is asked for the checkpoints.
         require_key(load_nnsight())
     trust = bool(options.get("trust_remote_code", False))
     places = [_look_up(target, trust) for target in found]
@@ -134,8 +134,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
 
     Args:
         model: as for ``analyze``.
-        lenses: the lenses, each once.
-        output: directory for results, one directory below it for each lens.
+        lenses: the lenses, all different.
+        output: directory for results, with a directory for each lens.
         **options: as for ``analyze``, but the lens.
 
     Returns:
@@ -154,7 +154,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
         release_memory()
         other = analyze(model, output=output, lens=lens, **options)
         if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
-            # Which responses were cut is known of those that were sampled, and these are the same.
+            # Responses that are given do not show whether they were cut; these are the sampled ones of the first lens.
             place, other = other.path, replace(other, n_truncated=first.n_truncated)
             ANALYSIS.write_manifest(place, other.manifest())
         analyses.append(other)
@@ -162,7 +162,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
 
 
 def start_over(directories: Iterable[Path]) -> None:
-    """Drop all results that are to be made anew, at once: an interrupted sweep then holds none of before.
+    """Delete all results that will be made again, at once, so that an interrupted sweep contains no older ones.
 
     Args:
         directories: one for each analysis.
@@ -192,7 +192,7 @@ def _look_up(target: Target, trust_remote_code: bool) -> str:
 
 
 def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trust_remote_code: bool) -> None:
-    """Refuse checkpoints among which an id stands for different tokens: the same ids would be other responses."""
+    """Refuse checkpoints with different vocabularies, for which the same ids would be different responses."""
     if len(found) < 2:
         return
     first: dict[str, int] = {}

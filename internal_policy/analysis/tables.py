@@ -1,4 +1,4 @@
-"""Captured numbers as tidy tables: one row per response, layer and site; per token for the responses that were kept."""
+"""Captured values as tidy tables: a row for each response, layer and site, and for each token of the kept responses."""
 
 from __future__ import annotations
 
@@ -84,14 +84,7 @@ def token_table(
 
 
 def sequence_table(responses: Sequence[Response]) -> pd.DataFrame:
-    """What was analysed.
-
-    Args:
-        responses: the responses.
-
-    Returns:
-        Columns prompt, response, input_ids, prompt_length, reward.
-    """
+    """The responses, with columns prompt, response, input_ids, prompt_length, reward."""
     frame = pd.DataFrame([asdict(r) for r in responses])
     frame["reward"] = frame["reward"].astype(object).where(frame["reward"].notna(), None)
     return frame

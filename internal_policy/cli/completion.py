@@ -11,7 +11,6 @@ from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, flags_o
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import options_of
 
-OPTIONS = ("--complete", "--show-completion", "--install-completion")
 _OWN = ("--help", "--version", "--install-completion", "--show-completion")
 # The word at the cursor is the last one, behind a dot, for some shells drop an empty word.
 _SCRIPTS = {
@@ -52,7 +51,7 @@ def run(option: str, words: Sequence[str]) -> None:
     """Answer one of the options of completion.
 
     Args:
-        option: one of ``OPTIONS``.
+        option: ``--complete``, ``--show-completion`` or ``--install-completion``.
         words: what stands behind it: the command line up to the cursor, or the name of a shell.
 
     Raises:

@@ -12,7 +12,6 @@ from internal_policy.cli.command import ResumeOptions, require_there, to_json
 from internal_policy.data.benchmarks import BENCHMARKS, label
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation.config import EvaluateConfig, EvaluateOptions
-from internal_policy.evaluation.scoring import Scorer
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.logging import importing, status
@@ -82,6 +81,8 @@ def _evaluate(command: EvaluateCommand) -> None:
                 )
             slugs[slug] = f"{name} on {source}"
     require_there(names, command.revision, *sources)
+    from internal_policy.evaluation.scoring import Scorer
+
     for source in sources:
         Scorer(command.reward, exact=source == TESTBED)
     stored = _stored(command.against, sources, command.max_problems)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from internal_policy.cli import analyze, evaluate, inspect, train
 from internal_policy.cli.command import FIGURES, ConsoleOptions
-from internal_policy.cli.compare import redrawing
-from internal_policy.cli.report import kind_of
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.options import option
@@ -34,6 +31,9 @@ class FiguresCommand(ConsoleOptions):
         """
         from internal_policy.analysis.sources import gather
         from internal_policy.bupo.run import Run
+        from internal_policy.cli import analyze, evaluate, inspect, train
+        from internal_policy.cli.compare import redrawing
+        from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
         from internal_policy.inspection.results import INSPECTION, Inspection
         from internal_policy.utils.console import say

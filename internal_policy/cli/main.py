@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from internal_policy.cli import completion
 from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, parse
 from internal_policy.utils.citation import __version__
 from internal_policy.utils.errors import UserError
@@ -55,7 +54,9 @@ def run(words: Sequence[str]) -> None:
         print(_help(), end="")  # noqa: T201
     elif name == "--version":
         print(f"{PROGRAM} {__version__}")  # noqa: T201
-    elif name in completion.OPTIONS:
+    elif name in ("--complete", "--show-completion", "--install-completion"):
+        from internal_policy.cli import completion
+
         completion.run(name, rest)
     else:
         command = parse(name, rest)

@@ -17,27 +17,13 @@ MAPS = {"entropy": ("layer", "entropy_out"), "attn": ("attn", "change"), "ffn": 
 
 
 def steps_known(comparison: AnalysisComparison) -> bool:
-    """Return whether the analyses form a sequence: one architecture, and a different step for each.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        True if a line from one to the next is meaningful.
-    """
+    """Return whether the analyses form a sequence: one architecture, and a different step for each."""
     distinct = len(set(comparison.steps)) == len(comparison.steps)
     return comparison.steps_from != "order" and distinct and comparison.one_architecture
 
 
 def in_order(comparison: AnalysisComparison) -> list[str]:
-    """Return the labels, in the order of the steps if these are known.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        The labels.
-    """
+    """Return the labels, in the order of the steps if these are known."""
     if not steps_known(comparison):
         return list(comparison.labels)
     pairs = zip(comparison.steps, comparison.labels, strict=True)
@@ -45,14 +31,7 @@ def in_order(comparison: AnalysisComparison) -> list[str]:
 
 
 def row_names(comparison: AnalysisComparison) -> list[str]:
-    """Name the analyses by the user's labels, or else by their steps if these are known.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        Names in order of the steps.
-    """
+    """Name the analyses, in the order of the steps, by the user's labels or else by known steps."""
     labels = in_order(comparison)
     if comparison.labels_given or not steps_known(comparison):
         return labels
@@ -61,26 +40,12 @@ def row_names(comparison: AnalysisComparison) -> list[str]:
 
 
 def shown_names(comparison: AnalysisComparison) -> dict[str, str]:
-    """Map each label to the name that figures show.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        Names by label, in the order of the steps.
-    """
+    """Map each label to the name that figures show, in the order of the steps."""
     return dict(zip(in_order(comparison), row_names(comparison), strict=True))
 
 
 def same_depth(comparison: AnalysisComparison) -> bool:
-    """Return whether all analyses have the same number of layers.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        True if they have.
-    """
+    """Return whether all analyses have the same number of layers."""
     return len(set(comparison.boundaries["n_layers"])) == 1
 
 

@@ -100,28 +100,13 @@ class Item:
 
 
 def is_paired(first: Item, second: Item) -> bool:
-    """Return whether two analyses are of the same sequences.
-
-    Args:
-        first: one analysis.
-        second: the other.
-
-    Returns:
-        True if the same responses, in whatever order, were analysed.
-    """
+    """Return whether two analyses are of the same sequences, in whatever order."""
     a, b = first.sequences, second.sequences
     return len(a) == len(b) and all(a[i] == b[j] for i, j in zip(first.order, second.order, strict=True))
 
 
 def group_paired(items: Sequence[Item]) -> list[list[int]]:
-    """Group analyses of the same sequences.
-
-    Args:
-        items: the analyses.
-
-    Returns:
-        Their indices, a list for each group.
-    """
+    """Group analyses of the same sequences: their indices, a list for each group."""
     groups: list[list[int]] = []
     for i, item in enumerate(items):
         group = next((g for g in groups if is_paired(items[g[0]], item)), None)

@@ -265,27 +265,13 @@ def _stacked(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
 
 
 def other_lens_of(boundaries: pd.DataFrame) -> str | None:
-    """Name the other lens under which the same responses were analysed.
-
-    Args:
-        boundaries: that table of a comparison.
-
-    Returns:
-        The lens; None if there is none.
-    """
+    """Name the other lens under which the same responses were analysed; None if there is none."""
     named = [lens for lens in boundaries["other_lens"] if not pd.isna(lens)]
     return str(named[0]) if named else None
 
 
 def under_other_lens(row: dict[Hashable, Any]) -> str:
-    """Format the boundary layer under the other lens.
-
-    Args:
-        row: of the boundaries of a comparison.
-
-    Returns:
-        The layer or ``none``; a dash if it was not measured.
-    """
+    """Format the boundary layer under the other lens: the layer, ``none``, or a dash if it was not measured."""
     if pd.isna(row["other_lens"]):
         return "-"
     layer = row["other_lens_boundary_layer"]
@@ -313,15 +299,7 @@ def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tupl
 
 
 def why_no_trends(items: Sequence[Item], steps_from: StepsFrom) -> str | None:
-    """Return why there are no trends, if there are none.
-
-    Args:
-        items: the analyses.
-        steps_from: where their steps come from.
-
-    Returns:
-        The reason; None if there are trends.
-    """
+    """Return why there are no trends; None if there are some."""
     if len(items) < _MIN_TREND:
         return f"no trends: a trend needs at least {_MIN_TREND} checkpoints, and these are {len(items)} analyses"
     if differences := architecture_differences([item.analysis for item in items]):
@@ -338,14 +316,7 @@ def why_no_trends(items: Sequence[Item], steps_from: StepsFrom) -> str | None:
 
 
 def find_duplicates(items: Sequence[Item]) -> list[str]:
-    """Find analyses that are in the comparison twice.
-
-    Args:
-        items: the analyses.
-
-    Returns:
-        A sentence for each duplicate.
-    """
+    """Return a sentence for each analysis that is in the comparison twice."""
     found = []
     for i, item in enumerate(items):
         if first := next((other for other in items[:i] if _same(other.analysis, item.analysis)), None):
@@ -354,16 +325,7 @@ def find_duplicates(items: Sequence[Item]) -> list[str]:
 
 
 def find_incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bool]) -> list[str]:
-    """Find what could not be compared with the baseline, and why.
-
-    Args:
-        items: the analyses.
-        baseline: one of them.
-        pairs: by label, whether each is of the same sequences as the baseline.
-
-    Returns:
-        Sentences.
-    """
+    """Return sentences on what could not be compared with the baseline, and why."""
     notes = [_sampled_positions(item) for item in items if item.analysis.positions is not None]
     origin = baseline.analysis
     for item in items:
@@ -384,14 +346,7 @@ def find_incomparable(items: Sequence[Item], baseline: Item, pairs: dict[str, bo
 
 
 def find_few_prompts(items: Sequence[Item]) -> list[str]:
-    """Find analyses that have too few prompts for their intervals.
-
-    Args:
-        items: the analyses.
-
-    Returns:
-        A sentence for each number of prompts that is too small.
-    """
+    """Return a sentence for each number of prompts that is too small for the intervals."""
     labels: dict[int, list[str]] = {}
     for item in items:
         labels.setdefault(item.analysis.n_prompts, []).append(item.label)

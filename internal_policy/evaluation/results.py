@@ -247,18 +247,7 @@ def config_digest(config: EvaluateConfig, source: str) -> str | None:
 
 
 def load_finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
-    """Load the evaluation that is already in a directory.
-
-    Args:
-        config: the settings that are asked for.
-        directory: of the evaluation.
-
-    Returns:
-        The evaluation; None if there is none.
-
-    Raises:
-        UserError: an evaluation with other settings, or a broken one.
-    """
+    """Load the evaluation that is already in a directory, if any; refuse one with other settings."""
     if not EVALUATION.is_in(directory):
         return None
     evaluation = Evaluation.load(directory)
@@ -267,16 +256,7 @@ def load_finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:
 
 
 def with_k(evaluation: Evaluation, config: EvaluateConfig, directory: Path) -> Evaluation:
-    """Compute Pass@K of a finished evaluation for other K, which need no new samples.
-
-    Args:
-        evaluation: the evaluation on disk.
-        config: the settings that are asked for.
-        directory: of the evaluation.
-
-    Returns:
-        The evaluation, which is written again if the K differ.
-    """
+    """Compute Pass@K of a finished evaluation for other K, which need no new samples, and write it again."""
     Workspace(directory, EVALUATION).close()
     logger.warning("%s: this evaluation is complete; nothing to sample", directory)
     if tuple(evaluation.pass_at_k["k"]) == config.ks:

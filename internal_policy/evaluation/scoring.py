@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from internal_policy.data.prompts import Prompt
-from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.errors import UserError
 
 
 def reward_name(reward: Any, *, exact: bool) -> str:
@@ -43,12 +44,14 @@ class Scorer:
         Raises:
             UserError: there is no such reward, or several were given, which would leave open what is correct.
         """
+        # Imported here so that the command line can read this module quickly.
         from internal_policy.rewards import functions
 
-        found = functions.as_rewards(reward, exact=exact)
-        if len(found) != 1:
-            raise UserError(f"{len(found)} rewards were given; an evaluation needs one, which says what is correct")
-        self._rewards = found
+        rewards = functions.as_rewards(reward, exact=exact)
+        if len(rewards) != 1:
+            raise UserError(f"{len(rewards)} rewards were given; an evaluation needs one, which says what is correct")
+        self._score = partial(functions.score, rewards[0])
+        self._count_failures = partial(functions.count_failures, rewards)
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[list[float], dict[str, int]]:
         """Score one batch.
@@ -63,22 +66,9 @@ class Scorer:
         Raises:
             UserError: a score that is not from 0 to 1.
         """
-        from internal_policy.rewards import functions
-
-        before = self._failures()
+        before = Counter(self._count_failures())
         answers = [prompt.answer or "" for prompt in prompts]
-        asked = [prompt.content for prompt in prompts]
-        scores = [float(s) for s in functions.score(self._rewards[0], list(texts), answers, asked)]
-        if len(scores) != len(texts):
-            raise UserError(
-                f"the reward gave {counted(len(scores), 'score')} for {counted(len(texts), 'response')}; "
-                "needed is one for each"
-            )
+        scores = self._score(list(texts), answers, [prompt.content for prompt in prompts])
         if bad := [s for s in scores if not 0.0 <= s <= 1.0]:
             raise UserError(f"the reward gave {bad[0]}; needed for an evaluation is a score from 0 to 1 (correct is 1)")
-        return scores, dict(self._failures() - before)
-
-    def _failures(self) -> Counter[str]:
-        from internal_policy.rewards import functions
-
-        return Counter(functions.count_failures(self._rewards))
+        return scores, dict(Counter(self._count_failures()) - before)

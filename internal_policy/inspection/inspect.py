@@ -96,7 +96,7 @@ def _sequence(extractor: Extractor, config: InspectConfig) -> tuple[list[int], i
         answer = token_ids(model.tokenizer, response, add_special_tokens=False)
         if not answer:
             raise UserError(f"the response {response!r} has no tokens; needed is at least one")
-        _check_ids(model, ids + answer, "prompt and response effective_batch_size", room=False)
+        _check_ids(model, ids + answer, "prompt and response together", room=False)
         _warn_of_unknown_text(model, "response", [response])
         return ids + answer, len(ids)
     if limit == 0:

@@ -166,7 +166,7 @@ def _refuse_other_weights(report: Any, model: Any, family: Family, name: str) ->
         if keys:
             raise UserError(
                 f"{name}: the checkpoint {what} {keys[0]}{_more(keys)}; "
-                "give a checkpoint whose config.json and weights belong effective_batch_size"
+                "give a checkpoint whose config.json and weights belong together"
             )
     if unused := [key for key in unexpected if not _NOT_READ.search(key)]:
         logger.warning(

@@ -26,16 +26,16 @@ __all__ = ["analysis_report", "comparison_report", "training_report", "write_rep
 
 
 def analysis_report(analyses: Analysis | Sequence[Analysis]) -> str:
-    """Draw up the page of one analysis, or of several one below the other.
+    """Return the page of one analysis, or of several one below the other.
 
     Args:
-        analyses: the analysis, or several.
+        analyses: One analysis or several.
 
     Returns:
         HTML.
 
     Raises:
-        UserError: no analysis was given.
+        UserError: There is no analysis.
     """
     from internal_policy.report.analysis import page
 
@@ -43,10 +43,10 @@ def analysis_report(analyses: Analysis | Sequence[Analysis]) -> str:
 
 
 def comparison_report(comparison: AnalysisComparison) -> str:
-    """Draw up the page of a comparison.
+    """Return the page of a comparison.
 
     Args:
-        comparison: the comparison.
+        comparison: The comparison.
 
     Returns:
         HTML.
@@ -57,10 +57,10 @@ def comparison_report(comparison: AnalysisComparison) -> str:
 
 
 def training_report(run: Run) -> str:
-    """Draw up the page of a training run.
+    """Return the page of a training run.
 
     Args:
-        run: the run.
+        run: The run.
 
     Returns:
         HTML.
@@ -71,32 +71,32 @@ def training_report(run: Run) -> str:
 
 
 def write_report(
-    thing: Analysis | AnalysisComparison | Run | Sequence[Analysis], directory: str | Path | None = None
+    result: Analysis | AnalysisComparison | Run | Sequence[Analysis], directory: str | Path | None = None
 ) -> Path:
-    """Write the page of a result to ``report.html``, whole or not at all.
+    """Write the page of a result to ``report.html``, atomically.
 
     Args:
-        thing: an analysis, several of them, a comparison or a run.
-        directory: where it goes, made where it does not exist; the result's own where not given.
+        result: An analysis, several of them, a comparison or a run.
+        directory: Where to write, made if it is missing; by default the directory of the result.
 
     Returns:
-        The file.
+        The path of the page.
 
     Raises:
-        UserError: the result is in memory only, and no directory was given; or nothing that can be reported on was.
+        UserError: The result is in memory only and there is no directory, or it is of a kind that has no page.
     """
     from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
-    if isinstance(thing, Run):
-        html = training_report(thing)
-    elif isinstance(thing, AnalysisComparison):
-        html = comparison_report(thing)
-    elif isinstance(thing, (Analysis, Sequence)) and not isinstance(thing, str):
-        html = analysis_report(thing)
+    if isinstance(result, Run):
+        html = training_report(result)
+    elif isinstance(result, AnalysisComparison):
+        html = comparison_report(result)
+    elif isinstance(result, (Analysis, Sequence)) and not isinstance(result, str):
+        html = analysis_report(result)
     else:
-        raise UserError(f"got a {type(thing).__name__} to report on; needed is an analysis, a comparison or a run")
-    place = directory if directory is not None else getattr(thing, "path", None)
+        raise UserError(f"got a {type(result).__name__} to report on; needed is an analysis, a comparison or a run")
+    place = directory if directory is not None else getattr(result, "path", None)
     if place is None:
         raise UserError("this result is in memory only; give a directory for its report, or save it first")
     target = expanded(place)

@@ -1,70 +1,57 @@
-"""The page of one or several analyses: what can be quoted, stages, curves, tokens, how to do it again."""
+"""The page of one or several analyses: summary, boundary layer, stages, charts, tokens, and how to reproduce it."""
 
 from __future__ import annotations
 
+import base64
+import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from internal_policy.analysis.layer_selection import COVERS, STAGES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis, other_lens_sentence
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
-from internal_policy.report.analysis_charts import change_chart, fall_chart, flow_chart
-from internal_policy.report.numbers import interval, number, spans
-from internal_policy.report.page import clean, render
-from internal_policy.report.settings import settings_of
-from internal_policy.report.tokens import token_view
+from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
+from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
 
+SITES = ("layer", "attn", "ffn")
+MAX_VALUES = 1_500_000
+"""Most numbers in a page, two bytes each: 4 MB of text."""
+MAX_TOKENS = 1200
+"""Most tokens of one response: each is an element of the page."""
+_UNKNOWN = -(2**15)
+_MAX_TEXT = 20_000
+
 
 def page(analyses: Sequence[Analysis]) -> str:
-    """Draw up the page.
-
-    Args:
-        analyses: the analyses.
-
-    Returns:
-        HTML.
+    """Return the page of analyses as HTML.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no analysis.
     """
     if not analyses:
         raise UserError("there is no analysis to report on; give at least one")
-    charts: dict[str, Any] = {}
+    charts: dict[str, Chart] = {}
     tokens: dict[str, Any] = {}
-    parts = []
-    for place, analysis in enumerate(analyses, start=1):
-        parts.append(part_of(analysis, f"a{place}", charts, tokens))
-    names = [str(a.name) for a in analyses]
-    title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    return render(
-        "analysis.html.j2",
-        title=f"Internal policies of {title}",
-        charts=charts,
-        tokens=tokens,
-        parts=parts,
-    )
+    parts = [_part(analysis, f"a{i}", charts, tokens) for i, analysis in enumerate(analyses, start=1)]
+    title = str(analyses[0].name) if len(analyses) == 1 else f"{analyses[0].name} and {len(analyses) - 1} more"
+    return render("analysis.html.j2", title=f"Internal policies of {title}", charts=charts, tokens=tokens, parts=parts)
 
 
-def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
-    """Gather what the page shows of one analysis.
-
-    Args:
-        analysis: the analysis.
-        key: what the ids of its elements begin with.
-        charts: its figures are added here.
-        tokens: its token view is added here.
-
-    Returns:
-        What the template fills in.
-    """
+def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[str, Any]) -> dict[str, Any]:
+    """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
-    drawn = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
-    charts.update({f"{key}-{name}": chart.spec() for name, chart in drawn.items()})
+    own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
+    charts.update({f"{key}-{name}": chart for name, chart in own.items()})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -72,79 +59,61 @@ def part_of(analysis: Analysis, key: str, charts: dict[str, Any], tokens: dict[s
         "key": key,
         "name": clean(analysis.name),
         "summary": summary(analysis, convergence),
-        "target": target(analysis),
+        "target": _boundary(analysis),
         "remarks": remarks(analysis),
         "other_lens": other_lens_sentence(analysis),
         "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else positions_line(analysis.positions),
-        "stages": stages(analysis),
+        "stages": _stages(analysis),
         "strip": [
             {"layer": n, "stage": stage, "mark": STAGE_LOOKS[stage].sign, "target": n == analysis.boundary_layer}
             for n, stage in enumerate(analysis.stages, start=1)
         ],
-        "charts": {name: {"title": c.title, "described": c.described} for name, c in drawn.items()},
-        "rows": layer_rows(analysis),
-        "convergence": convergence_rows(convergence),
+        "charts": own,
+        "rows": _layer_rows(analysis),
+        "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
         "reason": convergence.reason,
-        "tokens": None if view is None else view["told"],
-        "settings": settings_of(analysis),
+        "tokens": view,
+        "settings": settings_tables(analysis),
         "again": reproduce.analysis_commands(analysis),
     }
 
 
 def summary(analysis: Analysis, convergence: Convergence) -> str:
-    """Say in sentences that can be quoted what the analysis found.
-
-    Args:
-        analysis: the analysis.
-        convergence: how its entropy falls.
-
-    Returns:
-        Text.
-    """
+    """Return what the analysis found in sentences that can be quoted."""
     chosen, name = analysis.selection, clean(analysis.name)
     responses, _, tokens = analysis.extent.partition(", ")
     size = f"{responses} ({tokens})"
     if chosen.boundary_layer is None:
-        found = f"it has no boundary layer, for {_why(chosen.reason)}"
+        boundary = f"it has no boundary layer, for {_why(chosen.reason)}"
     else:
-        found = f"its boundary layer is {chosen.boundary_layer}"
+        boundary = f"its boundary layer is {chosen.boundary_layer}"
     if chosen.agreement is not None:
-        found += f" ({chosen.agreement}, {COVERS})"
+        boundary += f" ({chosen.agreement}, {COVERS})"
     if other := other_lens_sentence(analysis):
-        found += f"; {other}"
-    falls = {
-        "progressive": "progressively",
-        "abrupt": "abruptly",
-        "mixed": "neither progressively nor abruptly",
-    }.get(convergence.reading)
+        boundary += f"; {other}"
+    adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
+    falls = adverbs.get(convergence.reading)
     if falls is None:
-        told = f"Whether its entropy converges progressively or abruptly cannot be said: {convergence.reason}."
+        course = f"Whether its entropy converges progressively or abruptly cannot be said: {convergence.reason}."
     else:
-        told = (
+        course = (
             f"Its entropy converges {falls}: half of the drop of {number(convergence.total_drop, '.2f')} nats has "
             f"fallen at depth {number(convergence.half_drop_depth, '.2f')}, and the last three layers take "
             f"{number(convergence.last_three_share, '.0%')} of it."
         )
-    return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {found}. {told}"
+    return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {boundary}. {course}"
 
 
 def _why(reason: str) -> str:
-    """A reason without how many resamples share it; what comes before that may hold semicolons too."""
-    told, _, last = reason.rpartition("; ")
-    return told if told and "resamples" in last else reason
+    """Return a reason without how many resamples share it; the rest may hold semicolons too."""
+    rest, _, last = reason.rpartition("; ")
+    return rest if rest and "resamples" in last else reason
 
 
-def target(analysis: Analysis) -> dict[str, Any]:
-    """Gather what is said of the boundary layer.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Texts by name.
-    """
+def _boundary(analysis: Analysis) -> dict[str, Any]:
+    """Return what is said of the boundary layer, as texts by name."""
     chosen = analysis.selection
     runner_up = None
     if chosen.runner_up is not None:
@@ -155,79 +124,151 @@ def target(analysis: Analysis) -> dict[str, Any]:
         "confidence": "not known" if agreed is None else f"{agreed[0].upper()}{agreed[1:]}, {COVERS}",
         "runner_up": runner_up or "none in any resample" if chosen.confidence is not None else "not known",
         "reason": _why(chosen.reason),
-        "candidates": ", ".join(map(str, chosen.candidates)),
     }
 
 
-def stages(analysis: Analysis) -> list[dict[str, str]]:
-    """Say which layers belong to each stage.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Stage, its mark, its layers.
-    """
-    found = []
+def _stages(analysis: Analysis) -> list[dict[str, str]]:
+    """Return each stage with its mark and its layers."""
+    rows = []
     for stage in STAGES:
         layers = [n for n, name in enumerate(analysis.stages, start=1) if name == stage]
-        told = f"layer{'s' if len(layers) > 1 else ''} {spans(layers)}" if layers else "no layer"
-        found.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": told})
-    return found
+        text = f"layer{'s' if len(layers) > 1 else ''} {_spans(layers)}" if layers else "no layer"
+        rows.append({"stage": stage, "mark": STAGE_LOOKS[stage].sign, "layers": text})
+    return rows
 
 
-def convergence_rows(convergence: Convergence) -> list[dict[str, str]]:
-    """Lay out the convergence measures.
+def _spans(layers: Sequence[int]) -> str:
+    """Write rising layers as ranges: ``1–3, 5``."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
-    Args:
-        convergence: the measures.
 
-    Returns:
-        Measure, value, interval.
-    """
+def _convergence_rows(convergence: Convergence) -> list[dict[str, str]]:
+    """Return the convergence measures as rows of measure, value and interval."""
     sure = of_resamples(convergence.reading_share)
-    found = [
-        ("highest entropy at", f"layer {convergence.peak_layer}", ""),
-        ("total drop", f"{number(convergence.total_drop)} nats", interval(*convergence.total_drop_interval)),
-        (
-            "half has fallen at depth",
-            number(convergence.half_drop_depth),
-            interval(*convergence.half_drop_interval),
-        ),
-        (
-            "share of the last three layers",
+    measures = {
+        "highest entropy at": (f"layer {convergence.peak_layer}", ""),
+        "total drop": (f"{number(convergence.total_drop)} nats", interval(*convergence.total_drop_interval)),
+        "half has fallen at depth": (number(convergence.half_drop_depth), interval(*convergence.half_drop_interval)),
+        "share of the last three layers": (
             number(convergence.last_three_share, ".1%"),
             interval(*convergence.last_three_interval, ".1%"),
         ),
-        ("reading", convergence.reading, f"{sure} of the resamples of the prompts" if sure != "-" else ""),
-    ]
-    return [dict(zip(("measure", "value", "interval"), row, strict=True)) for row in found]
+        "reading": (convergence.reading, f"{sure} of the resamples of the prompts" if sure != "-" else ""),
+    }
+    return [{"measure": name, "value": value, "interval": ends} for name, (value, ends) in measures.items()]
 
 
-def layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    """Lay out the layers, one row each.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        Layer, stage, whether it is the boundary layer, and cells of value and interval.
-    """
+def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return a row for each layer: its stage, whether it is the boundary layer, and cells of value and interval."""
     columns = [("layer", "entropy_in", ".3f"), ("layer", "entropy_out", ".3f")]
-    columns += [(site, "change", "+.3f") for site in ("layer", "attn", "ffn")]
-    sites = {s: analysis.layers[analysis.layers["site"] == s].set_index("layer") for s in ("layer", "attn", "ffn")}
-    rows = []
-    for layer, stage in enumerate(analysis.stages, start=1):
-        cells = []
-        for site, column, form in columns:
-            row = sites[site].loc[layer]
-            ends = interval(row[f"{column}_low"], row[f"{column}_high"], form)
-            cells.append({"value": number(row[column], form), "interval": ends})
-        where = {
+    columns += [(site, "change", "+.3f") for site in SITES]
+    table = analysis.layers.set_index(["site", "layer"])
+
+    def cell(layer: int, site: str, column: str, form: str) -> dict[str, str]:
+        value, low, high = table.loc[(site, layer), [column, f"{column}_low", f"{column}_high"]]
+        return {"value": number(value, form), "interval": interval(low, high, form)}
+
+    return [
+        {
             "layer": layer,
             "stage": stage,
             "mark": STAGE_LOOKS[stage].sign,
             "target": layer == analysis.boundary_layer,
+            "cells": [cell(layer, *column) for column in columns],
         }
-        rows.append({**where, "cells": cells})
-    return rows
+        for layer, stage in enumerate(analysis.stages, start=1)
+    ]
+
+
+def token_view(analysis: Analysis) -> dict[str, Any] | None:
+    """Pack the values of the kept responses, so that a page of thousands of tokens stays quick.
+
+    Args:
+        analysis: The analysis.
+
+    Returns:
+        `data` for the page's script, with thousandths of a nat as little-endian 16-bit numbers in base64: [site,
+        quantity, layer, token] with the quantities entropy and change, then the entropy of pi_theta [token]; and for
+        the template `notes`, the number of `layers` and the one to `start` with. None where no response was kept.
+    """
+    table = analysis.tokens
+    if table.empty:
+        return None
+    kept = sorted(int(r) for r in table["response"].unique())
+    room = MAX_VALUES // (len(SITES) * 2 * analysis.n_layers + 1)
+    shown, cut, left_out = [], 0, 0
+    for response in kept:
+        rows = table[table["response"] == response]
+        size = int(rows["token"].nunique())
+        take = min(size, MAX_TOKENS, room)
+        if take < 1:
+            left_out += 1
+            continue
+        room -= take
+        cut += take < size
+        shown.append(_response(analysis, rows, response, take, size))
+    notes = []
+    if cut:
+        what = "response is" if cut == 1 else "responses are"
+        notes.append(f"{cut} {what} cut after {MAX_TOKENS} tokens or fewer, so that this page stays quick.")
+    if left_out:
+        notes.append(f"{counted(left_out, 'kept response')} left out, so that this page stays quick.")
+    if analysis.positions is not None:
+        notes.append("Positions were chosen at random for a tolerance: only those are shown, gaps are marked “…”.")
+    if "token_text" not in table:
+        notes.append("This analysis stores no texts of single tokens, so their ids are shown; a new one stores them.")
+    notes.append(
+        f"{len(kept)} of {counted(analysis.n_responses, 'response')} kept token by token (--keep-tokens); all values "
+        "are in tokens.parquet."
+    )
+    top = math.log(analysis.vocab_size)
+    data = {"layers": analysis.n_layers, "top": round(top, 4), "target": analysis.boundary_layer, "responses": shown}
+    start = analysis.boundary_layer or max(1, analysis.n_layers // 2)
+    return {"data": {**data, "start": start}, "notes": notes, "layers": analysis.n_layers, "start": start}
+
+
+def _response(analysis: Analysis, rows: pd.DataFrame, response: int, take: int, size: int) -> dict[str, Any]:
+    places = np.sort(rows["token"].unique())[:take]
+    rows = rows[rows["token"].isin(places)]
+    values = np.full((len(SITES), 2, analysis.n_layers, take), np.nan)
+    for i, site in enumerate(SITES):
+        own = rows[rows["site"] == site]
+        at = own["layer"].to_numpy() - 1, np.searchsorted(places, own["token"].to_numpy())
+        values[i, 0][at] = own["entropy_out"].to_numpy()
+        values[i, 1][at] = own["change"].to_numpy()
+    policy = np.full(take, np.nan)
+    own = rows[rows["site"] == "policy"]
+    policy[np.searchsorted(places, own["token"].to_numpy())] = own["entropy_out"].to_numpy()
+    first = rows.drop_duplicates("token").sort_values("token")
+    ids = [int(i) for i in first["token_id"]]
+    texts = [clean(t) for t in first["token_text"]] if "token_text" in first else [f"#{i}" for i in ids]
+    sequence = analysis.sequences.iloc[response]
+    reward = sequence.get("reward")
+    return {
+        "number": response + 1,
+        "ids": ids,
+        "texts": texts,
+        "places": [int(p) + 1 for p in places],
+        "size": size,
+        "reward": None if reward is None or pd.isna(reward) else float(reward),
+        "prompt": _text(sequence["prompt"]),
+        "response": _text(sequence["response"]),
+        "values": _packed(np.concatenate([values.ravel(), policy])),
+    }
+
+
+def _packed(values: NDArray[np.float64]) -> str:
+    thousandths = np.clip(np.rint(np.nan_to_num(values * 1000, nan=_UNKNOWN)), _UNKNOWN, 2**15 - 1)
+    return base64.b64encode(thousandths.astype("<i2").tobytes()).decode("ascii")
+
+
+def _text(value: Any) -> str:
+    """Return a prompt, which may be a text, a chat or unknown, as text; a very long one is cut."""
+    if isinstance(value, str):
+        text = value
+    elif value is None or isinstance(value, float):
+        text = ""
+    else:
+        text = "\n\n".join(f"{message.get('role') or ''}: {message.get('content') or ''}" for message in value)
+    return clean(text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} […]")

@@ -1,265 +1,306 @@
-"""Figures for plotly as plain data: traces, bands, shading; colours by name, so that the page's theme decides them.
+"""Charts of the page, drawn by plotly: lines with bands, stages, marks; and the charts of an analysis.
 
-``$attn`` in a colour is the page's CSS variable ``--attn``; ``$attn/0.2`` is the same with that opacity.
+A colour is a CSS variable of the page, ``var(--attn)``, or a place on a scale from 0 to 1, ``var(--shade-0.25)``. The
+page's script replaces it by the colour of the light or dark theme, since plotly itself resolves no variables.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
-from internal_policy.report.numbers import plain, plain_all
 from internal_policy.utils import palette
 
-_LONGEST = 36
-"""Characters of a name beside a value, where a phone has room for both."""
-_THIN = 1.0
-"""Below so many pixels a line has a thin sign in the key."""
+if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
+    from internal_policy.comparison.convergence import Convergence
+
+_MAX_NAME = 36
+"""Characters of a name next to a value, where a phone has room for both."""
+_MIN_WIDTH = 1.0
+"""A line of fewer pixels has a thin sign in the key."""
 
 
 def look(name: str) -> dict[str, Any]:
-    """Say how a thing of `palette` is drawn.
-
-    Args:
-        name: stream, attn, ffn, policy or another key of `palette.LOOKS`.
-
-    Returns:
-        Arguments of `Chart.curve`.
-    """
+    """Return the arguments of `Chart.curve` for a key of `palette.LOOKS`: stream, attn, ffn, policy and so on."""
     known = palette.LOOKS[name]
-    return {"colour": f"${name}", "dash": known.dash, "symbol": known.marker}
+    return {"color": f"var(--{name})", "dash": known.dash, "symbol": known.marker}
 
 
 def series_look(index: int) -> dict[str, Any]:
-    """Say how one of several models or runs is drawn.
-
-    Args:
-        index: its place, from 0.
-
-    Returns:
-        Arguments of `Chart.curve`.
-    """
+    """Return the arguments of `Chart.curve` for one of several models or runs; `index` counts from 0."""
     known = palette.series(index)
-    return {"colour": f"$series{index % palette.N_COLOURS + 1}", "dash": known.dash, "symbol": known.marker}
+    return {"color": f"var(--series{index % palette.N_COLOURS + 1})", "dash": known.dash, "symbol": known.marker}
 
 
-def label(value: Any) -> str:
-    """Escape a name: plotly takes the texts of a figure for markup.
+def shade(index: int, n: int) -> str:
+    """Return the colour of one of n steps, from dark to bright on paper; `index` counts from 0."""
+    return f"var(--shade-{index / max(n - 1, 1):.3f})"
 
-    Args:
-        value: the name.
 
-    Returns:
-        Text in which every character stands for itself; the middle of a long one is left out, as it tells least.
-    """
+def escape_name(value: Any) -> str:
+    """Escape a name, as plotly takes the texts of a figure for markup, and leave out the middle of a long one."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     # Quotes are no markup between tags, and plotly shows &quot; as it is.
-    return html.escape(text if len(text) <= _LONGEST else f"{text[:16]}…{text[-19:]}", quote=False)
+    return html.escape(text if len(text) <= _MAX_NAME else f"{text[:16]}…{text[-19:]}", quote=False)
+
+
+def finite(values: Iterable[Any]) -> list[float | None]:
+    """Return numbers as JSON can hold them: rounded to six decimals, and None where one is missing or infinite."""
+    numbers = (math.nan if value is None or pd.isna(value) else float(value) for value in values)
+    return [round(number, 6) if math.isfinite(number) else None for number in numbers]
 
 
 @dataclass
 class Chart:
-    """One figure: what plotly draws, and the key that the page shows above it."""
+    """A figure of plotly, and the key of its lines that the page shows above it."""
 
     title: str
     x: str
+    """Title of the horizontal axis."""
     y: str
-    described: str
-    """What a reader hears who does not see it."""
-    traces: list[dict[str, Any]] = field(default_factory=list)
+    """Title of the vertical axis."""
+    description: str
+    """What a screen reader says instead of the figure."""
+    single: bool = False
+    """Whether the title says everything, and a key would only repeat it."""
+    figure: go.Figure = field(default_factory=go.Figure)
     key: list[dict[str, Any]] = field(default_factory=list)
-    shapes: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[dict[str, Any]] = field(default_factory=list)
-    x_axis: dict[str, Any] = field(default_factory=dict)
-    y_axis: dict[str, Any] = field(default_factory=dict)
-    beside: dict[str, Any] = field(default_factory=dict)
-    """A second horizontal axis, unseen, for what has a position but no number on the first."""
-    plain: bool = False
-    """Whether the title says all, and a key would only repeat it."""
+
+    def __post_init__(self) -> None:
+        self.figure.update_layout(xaxis_title_text=self.x, yaxis_title={"text": self.y, "standoff": 12})
 
     def curve(
         self,
         name: str,
-        x: Sequence[Any] | pd.Series,
-        y: Sequence[Any] | pd.Series,
-        ends: tuple[Sequence[Any] | pd.Series, Sequence[Any] | pd.Series] | None = None,
+        x: Iterable[Any],
+        y: Iterable[Any],
+        ends: tuple[Iterable[Any], Iterable[Any]] = ((), ()),
         *,
-        colour: str,
+        color: str,
         dash: str = "solid",
         symbol: str = "circle",
         shown: bool = True,
-        marks: bool = True,
+        markers: bool = True,
         band: bool = True,
         hover: bool = True,
-        form: str = ".3f",
+        format: str = ".3f",
         unit: str = " nats",
         width: float = 2,
     ) -> None:
         """Add a line with its 95% intervals.
 
         Args:
-            name: of the line, as text.
-            x: positions.
-            y: values.
-            ends: lower and upper ends of the intervals.
-            colour: of both.
-            dash: of the line.
-            symbol: of the marks.
-            shown: whether it is drawn before the reader asks for it.
-            marks: whether the points are marked.
-            band: whether the intervals are drawn; the hover text has them anyway.
-            hover: whether pointing at it tells its values.
-            form: of the numbers in the hover text.
-            unit: of the values.
-            width: of the line, pixels.
+            name: Name of the line, as text.
+            x: Positions.
+            y: Values.
+            ends: Lower and upper ends of the intervals.
+            color: Colour of the line, its markers and its band.
+            dash: Dash of the line, by plotly's name.
+            symbol: Marker, by plotly's name.
+            shown: Whether it is drawn before the reader asks for it.
+            markers: Whether the points are marked.
+            band: Whether the intervals are drawn; the hover text has them in any case.
+            hover: Whether pointing at the line shows its values.
+            format: Format of the numbers in the hover text.
+            unit: Unit of the values.
+            width: Of the line, pixels.
         """
-        here, values = plain_all(x), plain_all(y)
-        low, high = ([], []) if ends is None else (plain_all(ends[0]), plain_all(ends[1]))
-        hidden = {} if shown else {"visible": False}
-        places = []
-        known = [i for i in range(len(low)) if None not in (here[i], low[i], high[i])]
+        x, y, low, high = finite(x), finite(y), finite(ends[0]), finite(ends[1])
+        common: dict[str, Any] = {"name": escape_name(name), "showlegend": False, "visible": None if shown else False}
+        known = [i for i in range(len(low)) if None not in (x[i], low[i], high[i])]
+        first = len(self.figure.data)
         if band and len(known) > 1:
             around = [*known, *reversed(known)]
             edge = [high[i] for i in known] + [low[i] for i in reversed(known)]
-            area = {"x": [here[i] for i in around], "y": edge, "fill": "toself", "fillcolor": f"{colour}/0.16"}
-            outline = {
-                "type": "scatter",
-                "mode": "lines",
-                "line": {"width": 0},
-                "hoverinfo": "skip",
-                "name": label(name),
-            }
-            places.append(len(self.traces))
-            self.traces.append({**outline, **area, "showlegend": False, **hidden})
-        template = f"%{{fullData.name}} %{{y:{form}}}{unit}"
-        extra: dict[str, Any] = {}
+            area = {"x": [x[i] for i in around], "y": edge, "fill": "toself", "fillcolor": color, "opacity": 0.16}
+            self.figure.add_scatter(**common, **area, mode="lines", line_width=0, hoverinfo="skip")
+        template = f"%{{fullData.name}} %{{y:{format}}}{unit}"
         if known:
-            template += f" [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]"
-            extra["customdata"] = [[a, b] for a, b in zip(low, high, strict=True)]
-        drawn = {"type": "scatter", "mode": "lines+markers" if marks else "lines", "name": label(name)}
-        line = {"color": colour, "dash": dash, "width": width}
-        places.append(len(self.traces))
-        self.traces.append(
-            {
-                **{**drawn, "x": here, "y": values, "line": line, "showlegend": False},
-                **{"marker": {"symbol": symbol, "size": _mark_size(len(here)), "color": colour}, **extra},
-                **({"hovertemplate": f"{template}<extra></extra>"} if hover else {"hoverinfo": "skip"}),
-                **hidden,
-            }
+            template += f" [%{{customdata[0]:{format}}}, %{{customdata[1]:{format}}}]"
+            common["customdata"] = [list(pair) for pair in zip(low, high, strict=True)]
+        self.figure.add_scatter(
+            **common,
+            **({"hovertemplate": f"{template}<extra></extra>"} if hover else {"hoverinfo": "skip"}),
+            x=x,
+            y=y,
+            mode="lines+markers" if markers else "lines",
+            line={"color": color, "dash": dash, "width": width},
+            # Markers that touch hide the lines and one another.
+            marker={"symbol": symbol, "size": 6 if len(x) <= 16 else 4 if len(x) <= 40 else 3, "color": color},
         )
-        sign = dash if width >= _THIN else f"{dash} thin"
-        self.key.append({"name": str(name), "colour": colour, "dash": sign, "traces": places, "shown": shown})
+        self._add_key(name, color, dash if width >= _MIN_WIDTH else f"{dash} thin", first, shown)
 
-    def shade(self, first: float, last: float, colour: str) -> None:
-        """Shade positions over the whole height.
+    def points(
+        self, name: str, x: Iterable[Any], y: Iterable[Any], color: Any, what: str, size: int = 12, **more: Any
+    ) -> None:
+        """Add markers without a line.
 
         Args:
-            first: where it starts.
-            last: where it ends.
-            colour: of the shading.
+            name: Their name, as text.
+            x: Positions.
+            y: Values.
+            color: Their colour, or that of each.
+            what: Key of `palette.LOOKS`, whose marker they have.
+            size: Pixels.
+            **more: Further properties of `plotly.graph_objects.Scatter`.
         """
-        area = {"type": "rect", "xref": "x", "yref": "paper", "x0": first, "x1": last, "y0": 0, "y1": 1}
-        self.shapes.append({**area, "fillcolor": colour, "line": {"width": 0}, "layer": "below"})
+        symbol, first = palette.LOOKS[what].marker, len(self.figure.data)
+        marker = {"symbol": symbol, "size": size, "color": color, **more.pop("marker", {})}
+        self.figure.add_scatter(
+            x=list(x), y=list(y), mode="markers", name=escape_name(name), marker=marker, showlegend=False, **more
+        )
+        self._add_key(name, color if isinstance(color, str) else "var(--fg)", symbol, first)
+
+    def _add_key(self, name: str, color: str, sign: str, first: int, shown: bool = True) -> None:
+        traces = list(range(first, len(self.figure.data)))
+        self.key.append({"name": str(name), "color": color, "sign": sign, "traces": traces, "shown": shown})
+
+    def shade(self, first: float, last: float, color: str, opacity: float = 1.0) -> None:
+        """Shade a span of the horizontal axis over the whole height."""
+        area = {"fillcolor": color, "opacity": opacity, "line_width": 0, "layer": "below"}
+        self.figure.add_shape(type="rect", x0=first, x1=last, y0=0, y1=1, yref="paper", **area)
 
     def stages(self, stages: Sequence[str]) -> None:
-        """Shade the layers of each stage.
-
-        Args:
-            stages: of layers 1..L.
-        """
+        """Shade the layers of each stage; `stages` are those of layers 1..L."""
         start = 1
         for layer, stage in enumerate(stages, start=1):
             if layer == len(stages) or stages[layer] != stage:
-                self.shade(start - 0.5, layer + 0.5, f"${stage}")
+                self.shade(start - 0.5, layer + 0.5, f"var(--{stage})")
                 start = layer + 1
 
     def mark(self, at: float, text: str, what: str) -> None:
-        """Draw a vertical line with its name.
-
-        Args:
-            at: where.
-            text: the name, as text.
-            what: boundary or switch, of `palette.LOOKS`.
-        """
-        colour, dash = f"${what}", palette.LOOKS[what].dash
-        line = {"type": "line", "xref": "x", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
-        self.shapes.append({**line, "line": {"color": colour, "width": 1.5, "dash": dash}})
-        note = {"x": at, "xref": "x", "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-        self.notes.append({**note, "text": label(text), "font": {"color": "$fg"}})
+        """Draw a vertical line with its name; `what` is its key in `palette.LOOKS`."""
+        line = {"color": f"var(--{what})", "width": 1.5, "dash": palette.LOOKS[what].dash}
+        self.figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=line)
+        place = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+        self.figure.add_annotation(text=escape_name(text), font_color="var(--fg)", **place)
 
     def level(self, at: float, *, dash: palette.Dash = "dot") -> None:
-        """Draw a horizontal line.
+        """Draw a horizontal line behind the curves."""
+        line = {"color": "var(--neutral)", "width": 1, "dash": dash}
+        self.figure.add_shape(type="line", x0=0, x1=1, xref="paper", y0=at, y1=at, line=line, layer="below")
 
-        Args:
-            at: where.
-            dash: of the line.
-        """
-        line = {"type": "line", "xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": at, "y1": at}
-        self.shapes.append({**line, "line": {"color": "$neutral", "width": 1, "dash": dash}, "layer": "below"})
+    def set_x_axis(self, **properties: Any) -> None:
+        """Set properties of the horizontal axis, and of no second one."""
+        self.figure.update_layout(xaxis=properties)
 
-    def layers(self, n_layers: int, after: float = 0.5) -> None:
-        """Make the horizontal axis one of layers.
-
-        Args:
-            n_layers: L.
-            after: room after the last layer.
-        """
-        self.x_axis |= {"range": [0.5, n_layers + after], "tickformat": "d", "hoverformat": "d"}
+    def layer_axis(self, n_layers: int, after: float = 0.5) -> None:
+        """Make the horizontal axis one of layers 1..L, with room after the last."""
         step = next((s for s in (1, 2, 4, 5, 10, 20) if n_layers / s <= 9), max(1, n_layers // 8))
         between = [layer for layer in range(step, n_layers, step) if layer > 1 and n_layers - layer >= 0.6 * step]
-        self.x_axis |= {"tickvals": list(dict.fromkeys([1, *between, n_layers]))}
+        ticks = list(dict.fromkeys([1, *between, n_layers]))
+        self.set_x_axis(range=[0.5, n_layers + after], tickformat="d", hoverformat="d", tickvals=ticks)
+
+    def depth_axis(self) -> None:
+        """Make the horizontal axis one of relative depths from 0 to 1."""
+        self.set_x_axis(range=[-0.02, 1.02], hoverformat=".3f")
 
     def spec(self) -> dict[str, Any]:
-        """Return what the page draws.
-
-        Returns:
-            JSON-able data.
-        """
-        x_axis: Mapping[str, Any] = {"title": {"text": self.x}, **self.x_axis}
-        y_axis: Mapping[str, Any] = {"title": {"text": self.y, "standoff": 12}, **self.y_axis}
-        layout: dict[str, Any] = {"xaxis": x_axis, "yaxis": y_axis, "shapes": self.shapes, "annotations": self.notes}
-        if self.beside:
-            # An axis that is not visible has no ticks at all, and so no texts for them.
-            unseen: dict[str, Any] = dict.fromkeys(("showticklabels", "showline", "showgrid", "zeroline"), False)
-            layout["xaxis2"] = {**self.beside, **unseen, "ticks": "", "overlaying": "x", "matches": "x"}
-        return {"traces": self.traces, "layout": layout, "key": self.key, "plain": self.plain}
+        """Return what the page's script draws, as JSON-able data."""
+        spec = self.figure.to_plotly_json()
+        # The page's own theme decides what plotly's template would.
+        layout = {name: value for name, value in spec["layout"].items() if name != "template"}
+        return {"traces": spec["data"], "layout": layout, "key": self.key, "single": self.single}
 
 
-def _mark_size(n: int) -> int:
-    """Pixels; marks that touch hide the lines and one another."""
-    return 6 if n <= 16 else 4 if n <= 40 else 3
+_FLOW = (
+    ("layer output", "layer", "entropy_out", "stream", True),
+    ("layer input", "layer", "entropy_in", "stream", True),
+    ("ATTN output", "attn", "entropy_out", "attn", True),
+    ("ATTN input", "attn", "entropy_in", "attn", False),
+    ("FFN output", "ffn", "entropy_out", "ffn", True),
+    ("FFN input", "ffn", "entropy_in", "ffn", False),
+)
+_CHANGES = (("layer", "layer", "stream"), ("ATTN", "attn", "attn"), ("FFN", "ffn", "ffn"))
 
 
-def point(chart: Chart, name: str, x: float, row: Mapping[str, Any], *, what: str, title: str) -> None:
-    """Add one value with its interval, at a position that the axis has no number for.
+def flow_chart(analysis: Analysis) -> Chart:
+    """Draw the entropies at the input and output of each layer and module, as fig. 2 of the paper."""
+    what = "Entropy of the internal policies at the input and output of each layer, attention and FFN, over the layers."
+    chart = Chart("Entropy flow", "Layer", "Entropy (nats)", what)
+    chart.stages(analysis.stages)
+    for name, site, column, key, shown in _FLOW:
+        drawn = look(key)
+        if column == "entropy_in":
+            drawn |= {"dash": "dot", "symbol": f"{drawn['symbol']}-open"}
+        _add_site(chart, analysis, name, site, column, shown=shown, **drawn)
+    _add_baseline(chart, analysis, "layer output", "layer", "entropy_out")
+    after = 0.5 + max(1.0, 0.07 * analysis.n_layers)
+    _add_policy(chart, analysis.n_layers + after / 2 + 0.25, analysis.policy_entropy)
+    span, top = [0.5, analysis.n_layers + after], [math.log(analysis.vocab_size)] * 2
+    chart.curve("uniform, ln V", span, top, markers=False, hover=False, **look("uniform"))
+    chart.layer_axis(analysis.n_layers, after)
+    chart.figure.update_yaxes(rangemode="tozero")
+    _mark_boundary(chart, analysis)
+    return chart
 
-    Args:
-        chart: where.
-        name: of the value, as text.
-        x: its position.
-        row: mean, and low and high where they are known, nats.
-        what: policy or another key of `palette.LOOKS`.
-        title: of the hover text, in place of the position.
-    """
-    colour, symbol = f"${what}", palette.LOOKS[what].marker
-    mean, low, high = (plain(row.get(key)) for key in ("mean", "low", "high"))
-    template, extra = "%{fullData.name} %{y:.3f} nats", {}
+
+def change_chart(analysis: Analysis) -> Chart:
+    """Draw the entropy change that each layer and module makes, as fig. 3 of the paper."""
+    what = "Entropy change that each layer, its attention and its FFN make, over the layers."
+    chart = Chart("Entropy change", "Layer", "Entropy change (nats)", what)
+    chart.stages(analysis.stages)
+    chart.level(0.0, dash="solid")
+    for name, site, key in _CHANGES:
+        _add_site(chart, analysis, name, site, "change", format="+.3f", **look(key))
+    for name, site, _ in reversed(_CHANGES):
+        _add_baseline(chart, analysis, name, site, "change", shown=site == "ffn", format="+.3f")
+    chart.layer_axis(analysis.n_layers)
+    _mark_boundary(chart, analysis)
+    return chart
+
+
+def fall_chart(convergence: Convergence) -> Chart:
+    """Draw how much of the drop has fallen by each relative depth."""
+    what = "Share of the total drop of the entropy that has fallen by each relative depth."
+    chart = Chart("Share of the drop so far", "Relative depth, layer / L", "Share of the drop", what)
+    chart.level(0.5)
+    table = convergence.curve
+    ends = (table["low"], table["high"])
+    chart.curve("fallen", table["relative_depth"], table["fallen"], ends, format=".2f", unit="", **look("stream"))
+    if convergence.n_layers > 1:
+        x = [1 / convergence.n_layers, 1.0]
+        chart.curve("even fall", x, [0.0, 1.0], markers=False, hover=False, **look("neutral"))
+    chart.depth_axis()
+    return chart
+
+
+def _add_site(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **drawn: Any) -> None:
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    chart.curve(name, rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), **drawn)
+
+
+def _add_baseline(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **drawn: Any) -> None:
+    """Draw the same through random weights, in grey, where that was measured."""
+    if analysis.baseline is not None:
+        random = replace(analysis, layers=analysis.baseline)
+        _add_site(chart, random, f"random weights, {name}", site, column, color="var(--muted)", symbol="x", **drawn)
+
+
+def _add_policy(chart: Chart, x: float, entropy: Mapping[str, Any]) -> None:
+    """Mark the entropy of the final policy, with its interval, at a position that the axis has no number for."""
+    color, template = "var(--policy)", "%{fullData.name} %{y:.3f} nats"
+    more: dict[str, Any] = {}
+    mean, low, high = finite([entropy.get(name) for name in ("mean", "low", "high")])
     if mean is not None and low is not None and high is not None:
-        bar = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low], "color": colour}
-        extra = {"error_y": bar, "customdata": [[low, high]]}
+        bar = {"type": "data", "symmetric": False, "array": [high - mean], "arrayminus": [mean - low], "color": color}
+        more = {"error_y": bar, "customdata": [[low, high]]}
         template += " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
-    mark = {"symbol": symbol, "size": 12, "color": colour}
-    # The title of a hover text is the text of the tick at its position, on the axis of its line.
-    chart.beside |= {"tickvals": [x], "ticktext": [title]}
-    drawn = {"type": "scatter", "mode": "markers", "name": label(name), "marker": mark}
-    chart.key.append({"name": name, "colour": colour, "dash": symbol, "traces": [len(chart.traces)], "shown": True})
-    chart.traces.append(
-        {
-            **{**drawn, "x": [x], "y": [mean], "xaxis": "x2", **extra},
-            **{"hovertemplate": f"{template}<extra></extra>", "showlegend": False},
-        }
-    )
+    more["hovertemplate"] = f"{template}<extra></extra>"
+    chart.points("policy π_θ", [x], [mean], color, "policy", xaxis="x2", **more)
+    # The title of a hover text is the text of the tick there, and an axis that is not visible has no ticks.
+    unseen: dict[str, Any] = dict.fromkeys(("showticklabels", "showline", "showgrid", "zeroline"), False)
+    axis = {"tickvals": [x], "ticktext": ["final policy"], "ticks": "", "overlaying": "x", "matches": "x"}
+    chart.figure.update_layout(xaxis2={**unseen, **axis})
+
+
+def _mark_boundary(chart: Chart, analysis: Analysis) -> None:
+    if analysis.boundary_layer is not None:
+        chart.mark(analysis.boundary_layer, f"boundary layer {analysis.boundary_layer}", "boundary")

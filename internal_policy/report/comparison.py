@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -9,18 +10,17 @@ import pandas as pd
 from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, shown_names, steps_known
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
 from internal_policy.report import reproduce
-from internal_policy.report.charts import Chart, look, series_look
-from internal_policy.report.numbers import interval, number
-from internal_policy.report.page import clean, render
+from internal_policy.report.charts import Chart, series_look, shade
+from internal_policy.report.page import clean, interval, number, render, setting
 from internal_policy.utils.console import of_resamples
 from internal_policy.utils.palette import N_SERIES
 
 if TYPE_CHECKING:
     from internal_policy.comparison.results import AnalysisComparison
 
-MOST_BANDS = 6
+MAX_BANDS = 6
 """More lines than this have no bands: they would hide one another."""
-MOST_LINES = N_SERIES
+MAX_LINES = N_SERIES
 """At most so many analyses are drawn; the tables have all."""
 _ADVERBS = {
     "progressive": "converge progressively",
@@ -33,32 +33,26 @@ _MAPS = {"entropy": "Entropy of the layers", "attn": "Entropy change of ATTN", "
 
 
 def page(comparison: AnalysisComparison) -> str:
-    """Draw up the page.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        HTML.
-    """
+    """Return the page of a comparison as HTML."""
     drawn = _drawn(comparison)
     looks = _looks(comparison, drawn)
-    charts = [*_overlays(comparison, looks), _fall(comparison, looks), *_differences(comparison, looks)]
-    named = {f"c{i}": chart for i, chart in enumerate(charts, start=1)}
-    kinds = {"overlay": 2, "fall": 1, "difference": len(charts) - 3}
-    told = [{"id": key, "title": c.title, "described": c.described} for key, c in named.items()]
-    shown = {kind: told[sum(list(kinds.values())[:i]) :][:n] for i, (kind, n) in enumerate(kinds.items())}
+    groups = {
+        "overlay": _overlays(comparison, looks),
+        "fall": [_fall(comparison, looks)],
+        "difference": _differences(comparison, looks),
+    }
+    ids = (f"c{i}" for i in count(1))
+    shown = {name: {next(ids): chart for chart in charts} for name, charts in groups.items()}
     n = len(comparison.labels)
     cut = f"{len(drawn)} of {n} analyses are drawn, evenly chosen, so that the curves can be told apart; the tables "
     return render(
         "comparison.html.j2",
         title=f"{n} analyses compared with {comparison.baseline}",
-        charts={key: chart.spec() for key, chart in named.items()},
-        tokens={},
+        charts={key: chart for charts in shown.values() for key, chart in charts.items()},
         summary=summary(comparison),
         shown=shown,
         cut=cut + "have all." if len(drawn) < n else None,
-        bands=len(drawn) <= MOST_BANDS,
+        bands=len(drawn) <= MAX_BANDS,
         boundaries=_boundaries(comparison),
         other_lens=other_lens_of(comparison.boundaries),
         convergence=_convergence(comparison),
@@ -69,12 +63,12 @@ def page(comparison: AnalysisComparison) -> str:
         lens=comparison.lens,
         notes=[clean(note) for note in comparison.notes],
         differing=[
-            {"label": clean(label), "name": clean(name), "one": _setting(one), "other": _setting(other)}
+            {"label": clean(label), "name": clean(name), "one": setting(one), "other": setting(other)}
             for label, settings in comparison.differing.items()
             for name, (one, other) in settings.items()
         ],
         sources=[
-            {"label": clean(label), **{key: _setting(source.get(key)) for key in _SOURCE}}
+            {"label": clean(label), **{key: setting(source.get(key)) for key in _SOURCE}}
             for label, source in zip(comparison.labels, comparison.sources, strict=True)
         ],
         again=reproduce.comparison_commands(comparison.manifest(), comparison.path),
@@ -82,14 +76,7 @@ def page(comparison: AnalysisComparison) -> str:
 
 
 def summary(comparison: AnalysisComparison) -> str:
-    """Say in sentences that can be quoted what the comparison found.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        Text.
-    """
+    """Return what the comparison found in sentences that can be quoted."""
     others = [label for label in comparison.labels if label != comparison.baseline]
     who = f"{clean(others[0])} was compared" if len(others) == 1 else f"{len(others)} analyses were compared"
     pairs = sum(comparison.paired[label] for label in others)
@@ -107,30 +94,29 @@ def summary(comparison: AnalysisComparison) -> str:
             f"{who} with {clean(comparison.baseline)}, {how}. Boundary layers lie {where}; of the {len(rows)} "
             f"entropies {counts}."
         )
-    told = []
+    sentences = []
     for row in rows:
         name, boundary = clean(row["label"]), row["boundary_layer"]
         at = "no boundary layer" if pd.isna(boundary) else f"boundary layer {int(boundary)} of {row['n_layers']}"
         reading = falls[str(row["label"])]
-        told.append(f"{name} has {at} and {'no reading of' if reading == 'none' else f'{reading}'} convergence")
-    return f"{who} with {clean(comparison.baseline)}, {how}. {'; '.join(told)}."
+        sentences.append(f"{name} has {at} and {'no reading of' if reading == 'none' else f'{reading}'} convergence")
+    return f"{who} with {clean(comparison.baseline)}, {how}. {'; '.join(sentences)}."
 
 
 def _drawn(comparison: AnalysisComparison) -> list[str]:
-    """The labels that are drawn: the baseline, the ends, and others evenly between."""
+    """Return the labels that are drawn: the baseline, the ends, and others evenly between."""
     labels = in_order(comparison)
-    if len(labels) <= MOST_LINES:
+    if len(labels) <= MAX_LINES:
         return labels
-    chosen = {round(i * (len(labels) - 1) / (MOST_LINES - 2)) for i in range(MOST_LINES - 1)}
+    chosen = {round(i * (len(labels) - 1) / (MAX_LINES - 2)) for i in range(MAX_LINES - 1)}
     return [label for i, label in enumerate(labels) if i in chosen or label == comparison.baseline]
 
 
 def _looks(comparison: AnalysisComparison, drawn: list[str]) -> dict[str, dict[str, Any]]:
-    """The name of each line and how it is drawn; in shades in the order of the steps."""
+    """Return the name of each line and how it is drawn, in shades where steps give an order."""
     names = shown_names(comparison)
     if steps_known(comparison):
-        shades = [f"@{i / max(len(drawn) - 1, 1):.3f}" for i in range(len(drawn))]
-        return {label: {"name": names[label], "colour": shades[i]} for i, label in enumerate(drawn)}
+        return {label: {"name": names[label], "color": shade(i, len(drawn))} for i, label in enumerate(drawn)}
     return {label: {"name": names[label], **series_look(i)} for i, label in enumerate(drawn)}
 
 
@@ -139,14 +125,14 @@ def _lines(chart: Chart, frame: pd.DataFrame, x: str, y: str, looks: dict[str, A
         rows = frame[frame["label"] == label]
         if rows.empty:
             continue
-        few = len(looks) <= MOST_BANDS
+        few = len(looks) <= MAX_BANDS
         ends = (rows["low"], rows["high"])
-        chart.curve(x=rows[x], y=rows[y], ends=ends, **drawn, form=form, unit=unit, marks=few, band=few)
+        chart.curve(x=rows[x], y=rows[y], ends=ends, **drawn, format=form, unit=unit, markers=few, band=few)
 
 
 def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
     frame = depth_data(comparison)
-    found = []
+    charts = []
     for unit, y, form, ends in (
         ("nats", "Entropy (nats)", ".3f", " nats"),
         ("share", "Entropy / ln V", ".3f", ""),
@@ -162,18 +148,13 @@ def _overlays(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Cha
         _lines(chart, rows, "relative_depth", "value", looks, form, ends)
         at = rows[rows["boundary"] & rows["label"].isin(list(looks))]
         if len(at):
-            trace = {"type": "scatter", "mode": "markers", "name": "boundary layer", "hoverinfo": "skip"}
-            symbol = look("boundary")["symbol"]
-            mark = {"symbol": symbol, "size": 11, "color": [looks[str(label)]["colour"] for label in at["label"]]}
-            mark["line"] = {"color": "$fg", "width": 1.5}
-            places = {"x": at["relative_depth"].tolist(), "y": at["value"].tolist(), "showlegend": False}
-            key = {"name": "boundary layer", "colour": "$fg", "dash": symbol, "traces": [len(chart.traces)]}
-            chart.key.append({**key, "shown": True})
-            chart.traces.append({**trace, "marker": mark, **places})
-        chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
-        chart.y_axis["rangemode"] = "tozero"
-        found.append(chart)
-    return found
+            colors = [looks[str(label)]["color"] for label in at["label"]]
+            more: dict[str, Any] = {"marker": {"line": {"color": "var(--fg)", "width": 1.5}}, "hoverinfo": "skip"}
+            chart.points("boundary layer", at["relative_depth"], at["value"], colors, "boundary", 11, **more)
+        chart.depth_axis()
+        chart.figure.update_yaxes(rangemode="tozero")
+        charts.append(chart)
+    return charts
 
 
 def _fall(comparison: AnalysisComparison, looks: dict[str, Any]) -> Chart:
@@ -185,14 +166,14 @@ def _fall(comparison: AnalysisComparison, looks: dict[str, Any]) -> Chart:
     )
     chart.level(0.5)
     _lines(chart, comparison.fall, "relative_depth", "fallen", looks, ".2f", "")
-    chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
+    chart.depth_axis()
     return chart
 
 
 def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[Chart]:
     base = comparison.baseline
     others = {label: drawn for label, drawn in looks.items() if label != base}
-    found = []
+    charts = []
     if not comparison.differences.empty:
         frame = difference_data(comparison)
         for name, title in _MAPS.items():
@@ -200,9 +181,9 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
             chart = Chart(f"{title}, less the baseline", "Layer", "Difference (nats)", described)
             chart.level(0.0, dash="solid")
             _lines(chart, frame[frame["map"] == name], "layer", "difference", others, "+.3f", " nats")
-            chart.layers(int(frame["layer"].max()))
-            found.append(chart)
-        return found
+            chart.layer_axis(int(frame["layer"].max()))
+            charts.append(chart)
+        return charts
     for quantity, title, unit in (
         ("entropy", "Entropy by relative depth", " nats"),
         ("entropy_share", "Entropy / ln V by relative depth", ""),
@@ -213,9 +194,9 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
         chart.level(0.0, dash="solid")
         rows = comparison.depths[comparison.depths["quantity"] == quantity]
         _lines(chart, rows, "relative_depth", "difference", others, "+.3f", unit)
-        chart.x_axis |= {"range": [-0.02, 1.02], "hoverformat": ".3f"}
-        found.append(chart)
-    return found
+        chart.depth_axis()
+        charts.append(chart)
+    return charts
 
 
 def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
@@ -255,7 +236,7 @@ def _convergence(comparison: AnalysisComparison) -> list[dict[str, Any]]:
 
 
 def _largest(comparison: AnalysisComparison) -> list[dict[str, Any]]:
-    """Where each analysis differs most from the baseline, per quantity, with its interval."""
+    """Return where each analysis differs most from the baseline, for each quantity, with its interval."""
     frame = comparison.differences
     if frame.empty:
         return []
@@ -267,11 +248,7 @@ def _largest(comparison: AnalysisComparison) -> list[dict[str, Any]]:
             own = frame[(frame["label"] == label) & (frame["site"] == site) & (frame["quantity"] == quantity)]
             most = max(own.to_dict("records"), key=lambda row: abs(row["difference"]), default=None)
             ends = "" if most is None else interval(most["low"], most["high"], "+.3f")
-            told = number(None) if most is None else f"layer {most['layer']}: {number(most['difference'], '+.3f')}"
-            cells.append({"value": told, "interval": ends})
+            text = number(None) if most is None else f"layer {most['layer']}: {number(most['difference'], '+.3f')}"
+            cells.append({"value": text, "interval": ends})
         rows.append({"label": clean(label), "cells": cells})
     return rows
-
-
-def _setting(value: Any) -> str:
-    return "none" if value is None else clean(value)

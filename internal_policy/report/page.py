@@ -1,22 +1,33 @@
-"""The page around a result: templates, styles and scripts in one file that loads nothing and runs nothing foreign."""
+"""The page around a result: one file of templates, styles and scripts that loads nothing from a network.
+
+What a model wrote, and what anything is called, reaches the page as text, and no script runs but the page's own.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from internal_policy.report.numbers import interval, number
 from internal_policy.utils import palette
 from internal_policy.utils.citation import __version__, bibtex
 from internal_policy.utils.errors import counted
 
+if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
+    from internal_policy.bupo.run import Run
+    from internal_policy.report.charts import Chart
+
+MISSING = "–"
+_MAX_SETTING = 400
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")
 _SCRIPTS = ("charts.js", "tokens.js", "page.js")
@@ -24,47 +35,72 @@ _SCRIPTS = ("charts.js", "tokens.js", "page.js")
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
+def number(value: Any, form: str = ".3f") -> str:
+    """Format a number with a true minus sign; a dash where it is not defined."""
+    if value is None or pd.isna(value):
+        return MISSING
+    return format(value, form).replace("-", "−") if form[-1] != "s" else str(value)
+
+
+def interval(low: Any, high: Any, form: str = ".3f") -> str:
+    """Format a 95% interval as ``[low, high]``; nothing where it is not defined."""
+    known = not (low is None or high is None or pd.isna(low) or pd.isna(high))
+    return f"[{number(low, form)}, {number(high, form)}]" if known else ""
+
+
+def clean(value: Any) -> str:
+    """Return any value as a text that every file can hold; half characters and NUL are replaced."""
+    return str(value).encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+
+
+def setting(value: Any) -> str:
+    """Return the value of a setting as text; a very long one is cut."""
+    if value is None:
+        return "none"
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    text = clean(value if plain else json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= _MAX_SETTING else f"{text[:_MAX_SETTING]} […]"
+
+
+def settings_tables(result: Analysis | Run) -> list[dict[str, Any]]:
+    """Return the tables of a result's model, settings, timings and versions: a title, and rows of name and value."""
+    tables: dict[str, Mapping[str, Any]] = {
+        "Model": getattr(result, "model", {}),
+        "Settings": result.config,
+        "Seconds": {name: f"{seconds:.1f}" for name, seconds in result.timings.items()},
+        "Versions": result.versions,
+    }
+    return [
+        {"title": title, "rows": [{"name": clean(name), "value": setting(value)} for name, value in table.items()]}
+        for title, table in tables.items()
+        if table
+    ]
+
+
 def embed(value: Any) -> Markup:
-    """Write a value as JSON that may stand inside a script element.
-
-    Args:
-        value: JSON-able, without NaN.
-
-    Returns:
-        JSON in ASCII, in which no character can end the element.
-    """
+    """Write a value without NaN as JSON in ASCII, in which no character can end the script element around it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character, escape in _ESCAPED.items():
         text = text.replace(character, escape)
     return Markup(text)
 
 
-def clean(value: Any) -> str:
-    """Write any value as a text that every file can hold.
-
-    Args:
-        value: a name, a path, what a model wrote.
-
-    Returns:
-        The text; half characters and NUL are shown as replaced.
-    """
-    return str(value).encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
-
-
-def render(template: str, *, title: str, charts: dict[str, Any], tokens: dict[str, Any], **context: Any) -> str:
+def render(
+    template: str, *, title: str, charts: Mapping[str, Chart], tokens: dict[str, Any] | None = None, **context: Any
+) -> str:
     """Fill a template.
 
     Args:
-        template: its name in ``assets``.
-        title: of the page, as text.
-        charts: figures by the id of the element that they are drawn in.
-        tokens: token views by the id of theirs.
-        **context: what the template shows.
+        template: Its name in ``assets``.
+        title: Title of the page, as text.
+        charts: Charts by the id of the element in which they are drawn.
+        tokens: Data of the token views by the id of theirs.
+        **context: What the template shows.
 
     Returns:
-        HTML. The same result gives the same text: no date or place of writing is in it.
+        HTML. The same result gives the same text: it contains no date and no place of writing.
     """
-    scripts = [_theme(), _plotly() if charts else "", *(_asset(name) for name in _SCRIPTS)]
+    scripts = [_asset("theme.js"), _plotly() if charts else "", *(_asset(name) for name in _SCRIPTS)]
     allowed = " ".join(_digest(script) for script in scripts if script)
     html = (
         _environment()
@@ -76,7 +112,7 @@ def render(template: str, *, title: str, charts: dict[str, Any], tokens: dict[st
             style=Markup("\n".join([palette.stylesheet(), *(_asset(name) for name in _STYLES)])),
             theme=Markup(scripts[0]),
             scripts=[Markup(script) for script in scripts[1:] if script],
-            data=embed({"charts": charts, "tokens": tokens}),
+            data=embed({"charts": {key: chart.spec() for key, chart in charts.items()}, "tokens": tokens or {}}),
             bibtex=bibtex(),
             version=__version__,
         )
@@ -105,11 +141,6 @@ def _asset(name: str) -> str:
 
 
 @cache
-def _theme() -> str:
-    return _asset("theme.js")
-
-
-@cache
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
@@ -119,5 +150,5 @@ def _plotly() -> str:
 
 @cache
 def _digest(script: str) -> str:
-    """What the browser must find before it runs an inline script: anything that got in otherwise does not run."""
+    """Return the digest that lets the browser run an inline script; it runs no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,7 +1,11 @@
-"""How to make a result again: the command line, quoted for a shell, and the same call from Python."""
+"""How to reproduce a result: the command line, quoted for a shell, and the same call from Python.
+
+Both are written from the stored settings, which are the fields of the dataclass that the command takes.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -10,43 +14,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.analysis.sources import labels_from
+from internal_policy.bupo.config import TrainConfig
 from internal_policy.report.page import clean
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import command_line_of, words_of
+from internal_policy.utils.options import command_line_of, options_of, words_of
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
+    from internal_policy.bupo.run import Run
 
 ANALYSES = "data/analyses"
 COMPARISONS = "data/comparisons"
 COMPARED = "compare--"
-"""What the directory of a comparison begins with where the command wrote it."""
+"""How the name of a comparison's directory begins where the command wrote it."""
 SAMPLING = ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
 _GIVEN = re.compile(r"\d+ given")
 
 
 @dataclass(frozen=True)
 class Commands:
-    """What to type, and what to know of it."""
+    """What to type, and what to know about it."""
 
     shell: str | None
-    """The command line; None where only Python can say it."""
+    """The command line; None where only Python can express it."""
     python: str
     """The call from Python."""
     notes: tuple[str, ...] = ()
-    """What else decides whether the same comes out."""
+    """What else decides whether the result is the same."""
 
 
 def analysis_commands(analysis: Analysis) -> Commands:
-    """Rebuild the command that made an analysis from its settings.
+    """Return the command and the call that make an analysis.
 
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        The command and the call. Where prompts or responses were given from memory, the ones that are stored with the
-        analysis are read instead, which gives the same numbers.
+    Prompts or responses that were given from memory are read from where they are stored with the analysis, which gives
+    the same numbers.
     """
     config = analysis.config
     options = {
@@ -58,46 +59,39 @@ def analysis_commands(analysis: Analysis) -> Commands:
         "Where this analysis is finished in the output directory, it is read and nothing is computed: to compute it "
         "again, choose another output, or add --overwrite (overwrite=True in Python), which replaces it."
     ]
-    stored = "responses.jsonl" if analysis.path is None else str(analysis.path / "responses.jsonl")
     if any(_GIVEN.fullmatch(str(config.get(name))) for name in ("prompts", "responses")):
-        for name in ("prompts", *SAMPLING):
-            options.pop(name, None)
-        options["responses"] = stored
+        stored = "responses.jsonl" if analysis.path is None else str(analysis.path / "responses.jsonl")
+        options = {k: v for k, v in options.items() if k not in ("prompts", *SAMPLING)} | {"responses": stored}
         where = f"they are read from {clean(stored)}" if analysis.path is not None else "save the analysis to read them"
         notes.append(f"Prompts or responses were given from Python: {where}, which gives the same numbers.")
-    root = None if analysis.path is None else str(analysis.path.parent)
-    place = None if root == ANALYSES else root
+    root = ANALYSES if analysis.path is None else str(analysis.path.parent)
     model = str(config.get("model", analysis.model["id"]))
-    notes += _about(analysis, model)
-    config_again = AnalyzeConfig(model=model, **options)
-    words = [
-        "internal-policy",
-        "analyze",
-        *command_line_of(config_again, always=("model",)),
-        *words_of("output", place),
-    ]
-    given = {**options, "output": root or ANALYSES}
-    python = "from internal_policy import analyze\n\n" + call("analyze", [model], given)
-    if _in_memory(analysis, model):
-        loaded = "# model and tokenizer as they were in memory then\n"
-        python = "from internal_policy import analyze\n\n" + loaded + call("analyze", [], given, "model, tokenizer")
-        return Commands(None, clean(python), tuple(notes))
-    return Commands(clean(shlex.join(words)), clean(python), tuple(notes))
+    notes += _notes_of(analysis, model)
+    given, header = {**options, "output": root}, "from internal_policy import analyze\n\n"
+    # A model that is neither on the hub, nor embedded, nor named by a path was an object.
+    named = analysis.model.get("revision") or config.get("remote") or "/" in model or Path(model).exists()
+    if not named:
+        header += "# model and tokenizer as they were in memory then\n"
+        return Commands(None, clean(header + call("analyze", [], given, "model, tokenizer")), tuple(notes))
+    words = command_line_of(AnalyzeConfig, {"model": model, **options}, always=("model",))
+    words += [] if root == ANALYSES else words_of("output", root)
+    shell = shlex.join(["internal-policy", "analyze", *words])
+    return Commands(clean(shell), clean(header + call("analyze", [model], given)), tuple(notes))
 
 
 def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None = None) -> list[str]:
-    """Say which command makes a comparison again.
+    """Return the words of the command that makes a comparison.
 
     Args:
-        manifest: what ``comparison.json`` holds.
-        where: its directory, for the message.
-        root: what --output was; None of the default.
+        manifest: The content of ``comparison.json``.
+        where: Its directory, for the message.
+        root: The command's --output; None for the default.
 
     Returns:
-        The words of the command.
+        The words, not yet quoted for a shell.
 
     Raises:
-        UserError: its analyses were never on disk.
+        UserError: The analyses were never on disk.
     """
     rows, baseline = manifest["analyses"], manifest["baseline"]
     paths = [row["path"] for row in rows]
@@ -107,93 +101,86 @@ def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None =
             "and compare their directories"
         )
     words = ["internal-policy", "compare", *paths]
-    if _labels_given(manifest):
-        words += [word for row in rows for word in words_of("label", row["label"])]
+    if manifest["labels_given"]:
+        words += words_of("label", [row["label"] for row in rows])
     if manifest["steps_from"] == "given":
-        words += [word for row in rows for word in ("--step", f"{row['step']:g}")]
+        words += words_of("step", [f"{row['step']:g}" for row in rows])
     if baseline != rows[0]["label"]:
         words += words_of("baseline", baseline)
-    if manifest.get("seed"):
-        words += ["--seed", str(manifest["seed"])]
-    return words if root is None else [*words, *words_of("output", root)]
-
-
-def _labels_given(manifest: Mapping[str, Any]) -> bool:
-    """Whether labels are the user's own, of which older manifests say nothing, or others than the names would give."""
-    rows = manifest["analyses"]
-    found = labels_from([row["model"] for row in rows], [row["path"] and Path(row["path"]) for row in rows])
-    return bool(manifest.get("labels_given")) or found != [row["label"] for row in rows]
+    return [*words, *words_of("seed", manifest.get("seed") or None), *words_of("output", root)]
 
 
 def comparison_commands(manifest: Mapping[str, Any], path: Path | None = None) -> Commands:
-    """Say how to make a comparison again.
+    """Return the command and the call that make a comparison.
 
     Args:
-        manifest: what ``comparison.json`` holds.
-        path: its directory; None of one in memory.
+        manifest: The content of ``comparison.json``.
+        path: Its directory; None for a comparison in memory.
 
     Returns:
         The command and the call.
     """
-    # Only what the command wrote itself is named so, and lies in what it was given.
+    # The command names only its own comparisons so, and writes them below its --output.
     made = path is not None and path.name.startswith(COMPARED)
     root = str(path.parent) if path is not None and made and str(path.parent) != COMPARISONS else None
+    header = "from internal_policy import compare\n\n"
     try:
         shell = shlex.join(comparison_words(manifest, "this comparison", root))
     except UserError:
         note = "The analyses were compared in memory and have no directories; save them to compare them again."
-        return Commands(None, "from internal_policy import compare\n\ncompare(analyses)", (note,))
+        return Commands(None, f"{header}compare(analyses)", (note,))
     rows = manifest["analyses"]
     labels = [row["label"] for row in rows]
     options: dict[str, Any] = {"baseline": labels.index(manifest["baseline"])}
-    if _labels_given(manifest):
-        options["labels"] = labels
-    if manifest["steps_from"] == "given":
-        options["steps"] = [row["step"] for row in rows]
-    if manifest.get("seed"):
-        options["seed"] = manifest["seed"]
+    options |= {"labels": labels} if manifest["labels_given"] else {}
+    options |= {"steps": [row["step"] for row in rows]} if manifest["steps_from"] == "given" else {}
+    options |= {"seed": manifest["seed"]} if manifest.get("seed") else {}
     python = call("compare", [row["path"] for row in rows], options)
-    if path is not None:
-        python += f".save({str(path)!r})"
+    python += "" if path is None else f".save({str(path)!r})"
     note = (
         "A comparison is computed from the analyses as they are in their directories now, and replaces the one that it "
         "finds in its own; another output keeps this one."
     )
-    return Commands(clean(shell), clean(f"from internal_policy import compare\n\n{python}"), (note,))
+    return Commands(clean(shell), clean(header + python), (note,))
 
 
-def _about(analysis: Analysis, model: str) -> list[str]:
-    found = []
-    commit, told = analysis.model.get("revision"), analysis.config.get("revision")
-    if commit and commit != told:
+def training_commands(run: Run) -> Commands:
+    """Return the command and the call that made a run."""
+    options, objects = run.call["options"], run.call["objects"]
+    notes = [
+        "Where this run is finished in the output directory, it is read and nothing is trained; where it is not, it "
+        "goes on. To train it again, choose another output, or add --overwrite (overwrite=True in Python), which "
+        "replaces it.",
+        "A GPU, or another number of processes, adds up in another order: the same to rounding, not to bits.",
+    ]
+    python = "from internal_policy import bupo\n\n"
+    if objects:
+        python += f"# given as objects then: {', '.join(objects)}\n"
+        notes.append(f"Given as objects from Python: {', '.join(objects)}. A command cannot give them.")
+    python += call("bupo.train", [], options, ", ".join(f"{name}={name}" for name in objects))
+    others = {name: value for name, value in options.items() if name not in options_of(TrainConfig)}
+    texts = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in others.items()]
+    words = ["internal-policy", "train", *command_line_of(TrainConfig, options, always=("model",))]
+    words += words_of("set", texts)
+    return Commands(None if objects else clean(shlex.join(words)), clean(python), tuple(notes))
+
+
+def _notes_of(analysis: Analysis, model: str) -> list[str]:
+    notes = []
+    commit, revision = analysis.model.get("revision"), analysis.config.get("revision")
+    if commit and commit != revision:
         name = clean(f"{model}: {commit}")
-        found.append(f"Commit on the hub then: {name}. If the branch has moved since, give it with --revision.")
-    if on := analysis.config.get("sampled_on"):
-        found.append(f"Responses were sampled on {clean(on)}; another kind of device has other random streams.")
-    found.append(f"Weights were in {clean(analysis.model.get('dtype'))}; their digest is in the settings.")
+        notes.append(f"Commit on the hub then: {name}. If the branch has moved since, give it with --revision.")
+    if device := analysis.config.get("sampled_on"):
+        notes.append(f"Responses were sampled on {clean(device)}; another kind of device has other random streams.")
+    notes.append(f"Weights were in {clean(analysis.model.get('dtype'))}; their digest is in the settings.")
     if analysis.config.get("hooked"):
-        found.append("The model had hooks or patches of the user's own, which no command repeats.")
-    return found
-
-
-def _in_memory(analysis: Analysis, model: str) -> bool:
-    """A model that is neither on the hub, nor embedded, nor named by a path was an object."""
-    named = analysis.model.get("revision") or analysis.config.get("remote") or "/" in model
-    return not (named or Path(model).exists())
+        notes.append("The model had hooks or patches of the user's own, which no command repeats.")
+    return notes
 
 
 def call(function: str, arguments: list[Any], options: Mapping[str, Any], first: str = "") -> str:
-    """Write a call in Python.
-
-    Args:
-        function: its name.
-        arguments: values by place.
-        options: values by name.
-        first: what stands before them, as it is.
-
-    Returns:
-        Python, on several lines where one would be long.
-    """
+    """Write a call in Python, on several lines where one would be long; `first` are arguments written as they are."""
     parts = [*([first] if first else []), *map(repr, arguments), *(f"{k}={v!r}" for k, v in options.items())]
     line = f"{function}({', '.join(parts)})"
     return line if len(line) <= 90 else f"{function}(\n    " + ",\n    ".join(parts) + ",\n)"

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.analysis.figure_data import FIRST_STEP, SMOOTH, trailing_mean, window_for
 from internal_policy.bupo.config import ALIGNMENT
 from internal_policy.bupo.run import last_alignment_step, why_no_dynamics
-from internal_policy.report.charts import Chart, look, series_look
-from internal_policy.report.numbers import interval, number
-from internal_policy.report.page import clean, render
-from internal_policy.report.reproduce_training import training_commands
-from internal_policy.report.settings import settings_of
+from internal_policy.report.charts import Chart, look, series_look, shade
+from internal_policy.report.page import clean, interval, number, render, settings_tables
+from internal_policy.report.reproduce import training_commands
 from internal_policy.utils.errors import counted
 
 if TYPE_CHECKING:
@@ -32,27 +30,18 @@ _PERCENT = ".2f"
 
 
 def page(run: Run) -> str:
-    """Draw up the page.
-
-    Args:
-        run: the run.
-
-    Returns:
-        HTML.
-    """
-    history, dynamics = _history(run), _dynamics(run)
+    """Return the page of a training run as HTML."""
+    history = {f"h{i}": chart for i, chart in enumerate(_history(run), start=1)}
+    dynamics = {f"d{i}": chart for i, chart in enumerate(_dynamics(run), start=1)}
     evaluated = _evaluated(run)
-    charts = {f"h{i}": chart for i, chart in enumerate(history, start=1)}
-    charts |= {f"d{i}": chart for i, chart in enumerate(dynamics, start=1)}
+    charts = {**history, **dynamics}
     if evaluated is not None and evaluated["chart"] is not None:
         charts["e1"] = evaluated["chart"]
-    shown = {key: {"id": key, "title": c.title, "described": c.described} for key, c in charts.items()}
     failed = ", ".join(f"{n} {clean(kind)}" for kind, n in run.failures.items() if n)
     return render(
         "training.html.j2",
         title=f"Training of {run.name}: {run.label}",
-        charts={key: chart.spec() for key, chart in charts.items()},
-        tokens={},
+        charts=charts,
         name=clean(run.name),
         label=clean(run.label),
         summary=summary(run, evaluated),
@@ -65,55 +54,46 @@ def page(run: Run) -> str:
         phases=_phases(run),
         window=window_for(len(run.history), SMOOTH),
         last_layer=clean(why_no_dynamics(run) or ""),
-        history=[shown[key] for key in shown if key.startswith("h")],
-        dynamics=[shown[key] for key in shown if key.startswith("d")],
+        history=history,
+        dynamics=dynamics,
         evaluated=evaluated,
-        pass_chart=shown.get("e1"),
         failed=failed,
-        settings=settings_of(run),
+        settings=settings_tables(run),
         again=training_commands(run),
     )
 
 
 def summary(run: Run, evaluated: dict[str, Any] | None) -> str:
-    """Say in sentences that can be quoted what the run did.
-
-    Args:
-        run: the run.
-        evaluated: what came of it on held-out problems, if that was measured.
-
-    Returns:
-        Text.
-    """
+    """Return what the run did in sentences that can be quoted; `evaluated` is the result of `_evaluated`."""
     first = f"{clean(run.name)} was trained for {counted(len(run.history), 'step')} with {clean(run.label)}"
     if run.layer is not None and len(run.history):
         first += f": {_course(run)}"
-    told = [f"{first}."]
+    sentences = [f"{first}."]
     if len(run.history) > 1:
-        told.append(_rewards(run))
+        sentences.append(_rewards(run))
     if evaluated is not None and evaluated["sentence"]:
-        told.append(evaluated["sentence"])
-    return " ".join(told)
+        sentences.append(evaluated["sentence"])
+    return " ".join(sentences)
 
 
 def _course(run: Run) -> str:
-    """What was optimised, phase by phase."""
+    """Return what was optimised, phase by phase."""
     site = f"the {_site(run)} in " if _site(run) else ""
     aligned = f"internal policy alignment of {site}layer {run.layer}"
-    told = [
+    phases = [
         f"{aligned if phase == ALIGNMENT else clean(phase).upper()} for {counted(len(own), 'step')}"
         for phase, own in run.history.groupby("phase", sort=False)
     ]
-    return ", then ".join(told) if run.ipa_steps else f"no {aligned}, {told[0]}"
+    return ", then ".join(phases) if run.ipa_steps else f"no {aligned}, {phases[0]}"
 
 
 def _site(run: Run) -> str:
-    """What of the layer was aligned; nothing where it was the layer itself."""
+    """Return what of the layer was aligned; nothing where it was the layer itself."""
     return _SITES[run.config["site"]]
 
 
 def _rewards(run: Run) -> str:
-    """Where the reward started and ended; a single batch says little, so a tenth of the steps is taken at each end."""
+    """Return where the reward started and ended, over a tenth of the steps at each end: one batch says little."""
     n = max(1, len(run.history) // 10)
     start, end = (number(rewards.mean()) for rewards in (run.history["reward"][:n], run.history["reward"][-n:]))
     if n == 1:
@@ -137,15 +117,15 @@ def _phases(run: Run) -> list[dict[str, str]]:
 def _history(run: Run) -> list[Chart]:
     table = run.history
     window = window_for(len(table), SMOOTH)
-    found = []
+    charts = []
     for column, title, y, form, unit in _HISTORY:
         if column not in table or table[column].isna().all():
             continue
         described = f"{title} over the steps of the training, with its phases."
-        chart = Chart(title, "Step", y, described, plain=window == 1)
+        chart = Chart(title, "Step", y, described, single=window == 1)
         _shade_phases(chart, run, 0.5)
         values = table.set_index("step")[column].astype(float).sort_index()
-        marked = {"marks": len(table) <= 60, "form": form, "unit": unit}
+        marked = {"markers": len(table) <= 60, "format": form, "unit": unit}
         thin = {"width": 0.7} if window > 1 else {}
         name = "each step" if window > 1 else column.replace("_", " ")
         chart.curve(name, list(values.index), values, **{**series_look(0), **marked, **thin})
@@ -153,10 +133,10 @@ def _history(run: Run) -> list[Chart]:
             # Step 1 was sampled before any update; it is no part of a mean.
             means = trailing_mean(values, window).loc[FIRST_STEP + 1 :]
             name = f"mean of the last {window} steps"
-            chart.curve(name, list(means.index), means, **{**series_look(0), **marked, "marks": False}, width=3)
+            chart.curve(name, list(means.index), means, **{**series_look(0), **marked, "markers": False}, width=3)
         _step_axis(chart, table["step"])
-        found.append(chart)
-    return found
+        charts.append(chart)
+    return charts
 
 
 def _dynamics(run: Run) -> list[Chart]:
@@ -165,13 +145,13 @@ def _dynamics(run: Run) -> list[Chart]:
         return []
     table = table.sort_values("step")
     layer = int(table["layer"].iloc[0])
-    found = []
+    charts = []
     for column, title, y, form, unit in _DYNAMICS:
         described = f"{title} on fixed responses, over the steps of the training."
-        chart = Chart(title, "Step", y, described, plain=True)
+        chart = Chart(title, "Step", y, described, single=True)
         _shade_phases(chart, run, 0.0)
-        chart.curve(title, table["step"], table[column], form=form, unit=unit, **look("stream"))
-        found.append(chart)
+        chart.curve(title, table["step"], table[column], format=form, unit=unit, **look("stream"))
+        charts.append(chart)
     title = f"Divergence of layer {layer} from later layers"
     chart = Chart(title, "Step", "KL (nats)", f"{title} on fixed responses, over the steps of the training.")
     _shade_phases(chart, run, 0.0)
@@ -184,21 +164,21 @@ def _dynamics(run: Run) -> list[Chart]:
     chart.curve("policy π_θ", table["step"], table["policy_kl"], **look("policy"))
     positive = [v for v in values if v > 0]
     if len(positive) == len(values) and max(values) > 20 * min(values):
-        chart.y_axis |= {"type": "log", "dtick": 1}
-    found.append(chart)
-    for chart in found:
+        chart.figure.update_yaxes(type="log", dtick=1)
+    charts.append(chart)
+    for chart in charts:
         _step_axis(chart, table["step"])
     if later:
-        found.append(_similarity(run, layer, later))
-    return found
+        charts.append(_similarity(run, layer, later))
+    return charts
 
 
 def _similarity(run: Run, layer: int, later: list[Any]) -> Chart:
-    """Lines at the start, at the end of alignment and at the end of training; of one later layer, over the steps."""
+    """Draw a line at the start, at the end of alignment and of training; of one later layer, one over the steps."""
     rows = run.dynamics_layers.sort_values(["step", "layer"])
     if len(later) == 1:
         title = f"Similarity of layer {layer} to layer {later[0]}"
-        chart = Chart(title, "Step", "Cosine", f"{title}: cosine of their states, over the steps.", plain=True)
+        chart = Chart(title, "Step", "Cosine", f"{title}: cosine of their states, over the steps.", single=True)
         _shade_phases(chart, run, 0.0)
         chart.curve(title, rows["step"], rows["cosine"], unit="", **look("stream"))
         _step_axis(chart, rows["step"])
@@ -209,10 +189,9 @@ def _similarity(run: Run, layer: int, later: list[Any]) -> Chart:
     chosen = list(dict.fromkeys([steps[0], *([max(s for s in steps if s <= switch)] if switch else []), steps[-1]]))
     for place, step in enumerate(chosen):
         own = rows[rows["step"] == step]
-        shade = f"@{place / max(len(chosen) - 1, 1):.3f}"
-        chart.curve(f"step {step}", own["layer"], own["cosine"], colour=shade, unit="")
-    chart.x_axis |= {"tickformat": "d", "hoverformat": "d"}
-    chart.x_axis |= {"dtick": 1} if len(later) <= 10 else {"nticks": 8}
+        chart.curve(f"step {step}", own["layer"], own["cosine"], color=shade(place, len(chosen)), unit="")
+    ticks = {"dtick": 1} if len(later) <= 10 else {"nticks": 8}
+    chart.set_x_axis(tickformat="d", hoverformat="d", **ticks)
     return chart
 
 
@@ -220,7 +199,7 @@ def _shade_phases(chart: Chart, run: Run, after: float) -> None:
     switch = last_alignment_step(run)
     if len(run.history) and (run.history["phase"] == ALIGNMENT).any():
         end = float(switch if switch is not None else run.history["step"].max()) + after
-        chart.shade(-0.5 + after, end, "$switch/0.15")
+        chart.shade(-0.5 + after, end, "var(--switch)", 0.15)
         if switch is not None:
             chart.mark(end, "end of alignment", "switch")
 
@@ -228,8 +207,8 @@ def _shade_phases(chart: Chart, run: Run, after: float) -> None:
 def _step_axis(chart: Chart, steps: Any) -> None:
     first, last = float(min(steps)), float(max(steps))
     room = max(0.5, 0.02 * (last - first))
-    chart.x_axis |= {"range": [first - room, last + room], "tickformat": "d", "hoverformat": "d"}
-    chart.x_axis |= {"dtick": 1, "tick0": first} if last - first <= 10 else {"nticks": 8}
+    ticks = {"dtick": 1, "tick0": first} if last - first <= 10 else {"nticks": 8}
+    chart.set_x_axis(range=[first - room, last + room], tickformat="d", hoverformat="d", **ticks)
 
 
 def _evaluated(run: Run) -> dict[str, Any] | None:
@@ -242,28 +221,28 @@ def _evaluated(run: Run) -> dict[str, Any] | None:
         return None
     rows = [_rate(name, e.avg["mean"], e.avg["low"], e.avg["high"], "") for name, e in known.items()]
     last = next(reversed(known.values()))
-    told: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "title": clean(title(last.benchmark)),
         "n_problems": last.n_problems,
         "n_samples": last.n_samples,
     }
-    sentence = change_told = None
+    sentence = change_text = None
     if start is not None and trained is not None:
         change = compare(trained, start)
         rows.append(_rate("difference", change.difference, change.low, change.high, "+"))
         p = "below 0.0001" if change.p_permutation < 1e-4 else f"{change.p_permutation:.2g}"
-        change_told = (
+        change_text = (
             f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
             f"p {p} (sign flips)"
         )
         ends = interval(100 * change.low, 100 * change.high, f"+{_PERCENT}")
         sentence = (
-            f"On {counted(told['n_problems'], 'problem')} of {told['title']} Avg@{told['n_samples']} went from "
+            f"On {counted(facts['n_problems'], 'problem')} of {facts['title']} Avg@{facts['n_samples']} went from "
             f"{number(100 * start.avg['mean'], '.1f')}% to {number(100 * trained.avg['mean'], '.1f')}% "
             f"({number(100 * change.difference, '+.1f')} points{f', 95% interval {ends}' if ends else ''})."
         )
     chart = _pass_chart(known) if all(len(e.pass_at_k) > 1 for e in known.values()) else None
-    return {**told, "rows": rows, "change": change_told, "sentence": sentence, "chart": chart}
+    return {**facts, "rows": rows, "change": change_text, "sentence": sentence, "chart": chart}
 
 
 def _rate(name: str, mean: float, low: float, high: float, sign: str) -> dict[str, str]:
@@ -283,5 +262,5 @@ def _pass_chart(evaluations: dict[str, Any]) -> Chart:
         ends = (table["low"], table["high"])
         chart.curve(name, table["k"], table["value"], ends, unit="", **series_look(place))
     ks = sorted({int(k) for e in evaluations.values() for k in e.pass_at_k["k"]})
-    chart.x_axis |= {"type": "log", "tickvals": ks, "ticktext": [str(k) for k in ks], "hoverformat": "d"}
+    chart.set_x_axis(type="log", tickvals=ks, ticktext=[str(k) for k in ks], hoverformat="d")
     return chart

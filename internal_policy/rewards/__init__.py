@@ -1,1 +1,1 @@
-"""Rewards of responses, which training and evaluation share."""
+"""Reward functions and the verifier of mathematical answers, which training and evaluation share."""

@@ -51,14 +51,7 @@ class Processes:
             wait_for_everyone()
 
     def broadcast(self, value: Any) -> Any:
-        """Hand the main process's value to all.
-
-        Args:
-            value: what the main process has; ignored elsewhere.
-
-        Returns:
-            The main process's value.
-        """
+        """The main process's value, in every process; the values of the others are ignored."""
         if self.number == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -99,14 +92,7 @@ def _cpu() -> torch.device:
 
 
 def training_processes(options: Mapping[str, Any]) -> Processes:
-    """Find out how a training run was launched.
-
-    Args:
-        options: the trainer's options.
-
-    Returns:
-        The processes.
-    """
+    """How a training with these options was launched; FSDP and DeepSpeed shard the weights."""
     kinds = (os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
     sharded = any(kinds) or bool(options.get("fsdp") or options.get("deepspeed"))
     # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
@@ -115,11 +101,7 @@ def training_processes(options: Mapping[str, Any]) -> Processes:
 
 
 def launched_processes() -> Processes:
-    """Find out whether this program was launched as several processes.
-
-    Returns:
-        The processes; a single one where nothing launched more.
-    """
+    """The processes as which this program was launched; a single one where nothing launched more."""
     return _started(False, _PATIENCE, False) if world_size() > 1 else Processes()
 
 

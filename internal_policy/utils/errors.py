@@ -96,14 +96,7 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message.
-
-    Args:
-        error: the exception.
-
-    Returns:
-        At most about 200 characters; the exception's type where it has no message.
-    """
+    """The first line of an exception's message, at most about 200 characters; its type where there is none."""
     lines = str(error).strip().splitlines()
     return shorten(lines[0]) if lines else type(error).__name__
 
@@ -126,15 +119,7 @@ def shorten(text: str, length: int = 200) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Args:
-        number: how many.
-        noun: the singular.
-
-    Returns:
-        ``1 response``, ``2 responses``.
-    """
+    """A number with its noun: ``1 response``, ``2 responses``."""
     return f"{number} {noun if number == 1 else _PLURALS.get(noun, noun + 's')}"
 
 

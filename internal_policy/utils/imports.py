@@ -34,14 +34,7 @@ def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], A
 
 
 def import_quietly(name: str) -> ModuleType:
-    """Import a module without the notices of the libraries that it imports.
-
-    Args:
-        name: its full name.
-
-    Returns:
-        The module.
-    """
+    """Import a module by its full name, without the notices of the libraries that it imports."""
     with quiet_libraries(bars=False):
         return import_module(name)
 

@@ -16,12 +16,7 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)\.internal-policy\.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name in the same directory, flush it to disk, then rename.
-
-    Args:
-        path: the file's final name.
-        write: writes the whole content to the path that it is given.
-    """
+    """Let `write` write to a temporary path in the same directory, flush it to disk, then rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.internal-policy.tmp")
     try:
         write(temporary)
@@ -33,24 +28,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, in UTF-8.
-
-    Args:
-        path: the file's final name.
-        text: its content.
-    """
+    """Write a text file in UTF-8, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sha256_of(path: Path) -> str:
-    """Digest a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its SHA-256 as 64 hexadecimal digits.
-    """
+    """The SHA-256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -95,23 +78,12 @@ def expanded(path: str | Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Tell whether a file is one that `write_atomically` had not yet renamed.
-
-    Args:
-        path: any file.
-
-    Returns:
-        True where it has such a name.
-    """
+    """Whether a file is one that `write_atomically` had not yet renamed."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what killed processes left unrenamed.
-
-    Args:
-        directory: looked at itself, not below.
-    """
+    """Remove what killed processes left unrenamed in a directory, not below it."""
     for path in directory.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match is not None and not _runs(int(match[1])):
@@ -129,49 +101,23 @@ def _runs(pid: int) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged, so that nothing takes it for whole and nobody loses it.
-
-    Args:
-        path: a file or a directory.
-
-    Returns:
-        Its new name.
-    """
+    """Rename a damaged file or directory, so that it is neither read nor lost, and return the new path."""
     return path.rename(name_aside(path))
 
 
 def name_aside(path: Path) -> Path:
-    """Find the name under which what is damaged is kept.
-
-    Args:
-        path: a file or a directory.
-
-    Returns:
-        A name beside it that is not taken.
-    """
+    """A free name next to a damaged file or directory, under which it is kept."""
     return next(p for n in count(1) if not (p := path.with_name(f"damaged-{n}-{path.name}")).exists())
 
 
 def write_lines_sealed(path: Path, lines: list[str]) -> None:
-    """Write lines of JSON whole or not at all, and a digest of them as the last.
-
-    Args:
-        path: the file's final name.
-        lines: each without its end.
-    """
+    """Write lines of JSON atomically, with a digest of them as the last line."""
     text = "".join(f"{line}\n" for line in lines)
     write_text(path, text + json.dumps({"sha256": _digest(text)}) + "\n")
 
 
 def read_lines_sealed(path: Path) -> list[str] | None:
-    """Read what `write_lines_sealed` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The lines; None where they are not what was written.
-    """
+    """Read what `write_lines_sealed` wrote; None where it has changed since."""
     try:
         # Not splitlines: a text may hold any other line ending, unescaped.
         *lines, seal, end = path.read_bytes().decode("utf-8").split("\n")

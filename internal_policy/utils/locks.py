@@ -35,12 +35,12 @@ _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 @contextmanager
 def locked(*directories: Path, wait: bool = False, state: Processes | None = None) -> Iterator[None]:
-    """Keep other processes from writing to some directories.
+    """Keep other processes from writing to directories.
 
     Args:
-        *directories: made where they do not exist, and removed again where nothing was written to them.
+        *directories: made where they do not exist, and removed again if nothing was written to them.
         wait: where another process writes to one of them, wait until it has ended.
-        state: the processes of this run, of which the main one holds the locks; by default this is the only one.
+        state: the processes of this run, of which the main one holds the locks; by default there is only this one.
 
     Raises:
         UserError: another process writes to one of them, or it cannot be written to.
@@ -49,7 +49,7 @@ def locked(*directories: Path, wait: bool = False, state: Processes | None = Non
         stack = _keeper.get() or own
 
         def take() -> None:
-            # In one order everywhere: of two that wait for each other neither would ever go on.
+            # In one order everywhere, so that no two processes wait for each other.
             for place, directory in sorted({path.resolve(): path for path in directories}.items()):
                 stack.enter_context(_lock(place, directory, wait))
 
@@ -65,7 +65,7 @@ def locked(*directories: Path, wait: bool = False, state: Processes | None = Non
 
 @contextmanager
 def keep_locks() -> Iterator[None]:
-    """Hold every lock that is taken meanwhile until the end: a command draws its figures after its result is whole."""
+    """Hold every lock that is taken inside until the end: a command draws figures after its result is written."""
     with ExitStack() as stack:
         token = _keeper.set(stack)
         try:
@@ -76,7 +76,7 @@ def keep_locks() -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Make a directory for results or figures, alone in it, and tell in one line where it cannot be written.
+    """Make and lock a directory for results or figures; if it cannot be written to, say so in one line.
 
     Args:
         directory: made where it does not exist.
@@ -114,7 +114,7 @@ def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
         _held.set(_held.get() - {place})
         _handles.discard(handle)
         with suppress(OSError):
-            # While it is locked: who waits for it sees afterwards that it is gone, and makes a new one.
+            # While it is locked: a process that waits for it then sees that it is gone, and makes a new one.
             (place / LOCK).unlink()
         os.close(handle)
         for path in missing:
@@ -123,7 +123,7 @@ def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
 
 
 def _take(place: Path, directory: Path, wait: bool) -> int | None:
-    """Lock a directory's file and say in it who holds it; None where there can be no lock.
+    """Lock a directory's file and write into it who holds it; None where there can be no lock.
 
     Messages name the directory as it was given.
     """
@@ -137,11 +137,11 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
         try:
             handle = _open(path)
         except FileNotFoundError:
-            # Who held it has just removed the directory, which was left empty.
+            # The process that held it has just removed the empty directory.
             continue
         except OSError as error:
             if error.errno in _NOT_WRITABLE:
-                # Nothing can be written there, and what is told of it depends on what is there.
+                # Nothing can be written there; the message depends on what is there, and comes from the caller.
                 return None
             raise UserError(
                 f"{directory}: cannot be written ({error.strerror or error}); choose another --output directory"
@@ -171,7 +171,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
         if _is_there(handle, path):
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             with suppress(OSError):
-                # Not ours to write where another user's process was killed; the lock itself holds all the same.
+                # The file of another user's killed process cannot be written; the lock itself is held anyway.
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, json.dumps(me).encode(), 0)
             return handle
@@ -181,7 +181,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
 def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # A link that somebody left there would have another file overwritten.
+        # Following a link would overwrite another file.
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except PermissionError:
         if not path.exists():
@@ -190,7 +190,7 @@ def _open(path: Path) -> int:
 
 
 def _is_there(handle: int, path: Path) -> bool:
-    """Whether the locked file is still the directory's: who held it before has removed it."""
+    """Whether the locked file is still in the directory: the process that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
@@ -216,7 +216,7 @@ def _holder(handle: int) -> str:
 
 
 def _after_fork() -> None:
-    """Let go of what a forked child has inherited: one that outlives its parent must not keep the locks."""
+    """Release what a forked child has inherited: a child that outlives its parent must not keep the locks."""
     for handle in _handles:
         with suppress(OSError):
             os.close(handle)

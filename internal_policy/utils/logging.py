@@ -32,13 +32,13 @@ _MODULES = r"(accelerate|bitsandbytes|datasets|huggingface_hub|peft|torch|tqdm|t
 
 @contextmanager
 def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
-    """Keep progress bars, warnings and notices of the libraries away; as a decorator, while a function runs.
+    """Suppress progress bars, warnings and notices of the libraries; as a decorator, while a function runs.
 
-    Afterwards everything is as it was. Errors are told all the same, and so is what this package and the caller's own
-    code say. Nothing is kept away where the logger ``internal_policy`` is enabled for INFO.
+    Afterwards all settings are restored. Errors are shown, and so are messages of this package and of the caller's own
+    code. Nothing is suppressed where the logger ``internal_policy`` is enabled for INFO.
 
     Args:
-        bars: keep progress bars away as well, for which the hub's client is imported.
+        bars: suppress progress bars as well, for which the hub's client is imported.
     """
     if logging.getLogger("internal_policy").isEnabledFor(logging.INFO):
         yield
@@ -46,9 +46,9 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=_MODULES)
-        # Of what they have deprecated the libraries accuse their caller, which is this package.
+        # Deprecation warnings of the libraries name their caller, which is this package.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"internal_policy(\.|$)")
-        # Else they warn of each process that is started.
+        # Otherwise tokenizers warns of each process that is started.
         stack.enter_context(_environment("TOKENIZERS_PARALLELISM", "false"))
         for name in _LOGGERS:
             stack.enter_context(_errors_only(logging.getLogger(name)))
@@ -78,14 +78,14 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
     try:
         yield
     finally:
-        # A library that was imported meanwhile has chosen its own level.
+        # A library that was imported inside has set its own level.
         if logger.level == logging.ERROR:
             logger.setLevel(before)
 
 
 @contextmanager
 def _transformers() -> Iterator[None]:
-    """Take it that transformers may be imported meanwhile, which sets its level."""
+    """Also where transformers is imported inside, which sets its level."""
     logger = logging.getLogger("transformers")
     if _TRANSFORMERS in sys.modules:
         with _errors_only(logger):
@@ -107,7 +107,7 @@ def _without_bars() -> Iterator[None]:
         with _transformers_bars(shown), _datasets_bars():
             yield
     finally:
-        # That of transformers switches the hub's as well.
+        # The switch of transformers affects the hub's as well.
         if shown:
             enable_progress_bars()
         else:
@@ -122,7 +122,7 @@ def _transformers_bars(shown: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # Imported meanwhile it has copied the hub's state.
+        # If it was imported inside, it has copied the hub's state.
         library = sys.modules.get(_TRANSFORMERS)
         if shown and library is not None:
             library.enable_progress_bar()
@@ -142,7 +142,7 @@ def _datasets_bars() -> Iterator[None]:
 
 
 def _is_shown(console: Console) -> bool:
-    """Whether somebody looks: FORCE_COLOR colours a log, and what moves on a terminal would only spoil it."""
+    """Whether a terminal shows it: FORCE_COLOR colours a log as well, where moving output is unreadable."""
     return console.is_interactive and sys.stderr.isatty() and is_main_process() and not is_quiet()
 
 
@@ -166,9 +166,9 @@ def status(description: str) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Say that the libraries are being imported, which takes seconds, and keep away what they say of themselves.
+    """Show that the libraries are being imported, which takes seconds, and suppress their notices.
 
-    Where standard error is no terminal it is one line, and none under --json and --quiet, or where they are there.
+    Without a terminal it is one line on standard error; nothing under --json and --quiet, or if torch is imported.
     """
     if "torch" in sys.modules:
         with quiet_libraries(bars=False):

@@ -369,11 +369,13 @@ def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> 
     return re.sub(r"^(?P<indent> *)\*\*options: .*(?:\n(?P=indent) +.*)*", written, docstring, count=1, flags=re.M)
 
 
-def command_line_of(config: Any, *, always: Collection[str] = ()) -> list[str]:
-    """Write the words of the command line that give the settings of a dataclass.
+def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collection[str] = ()) -> list[str]:
+    """Write the words of the command line that give some settings.
 
     Args:
-        config: an instance of a dataclass of options.
+        config: a dataclass of options.
+        settings: values by name, as ``dataclasses.asdict`` or a stored manifest has them; names that are not options
+            of the dataclass are left out.
         always: options that are written although they have their default.
 
     Returns:
@@ -382,8 +384,8 @@ def command_line_of(config: Any, *, always: Collection[str] = ()) -> list[str]:
     """
     positional: list[str] = []
     words: list[str] = []
-    for each in options_of(type(config)).values():
-        value = getattr(config, each.name)
+    for each in options_of(config).values():
+        value = settings.get(each.name)
         if value is None or (value == each.default and each.name not in always):
             continue
         if each.positional:

@@ -1,7 +1,7 @@
-"""How each thing looks wherever it is shown: in a figure, on a page and on the terminal read the same table.
+"""How each thing looks wherever it is shown: figures, pages and the terminal read the same table.
 
 Dashes and markers have plotly's names; `style` translates them for matplotlib. Colours have the hues of Okabe and Ito,
-which colour-blind readers can tell apart, in a shade that stands out from white and another that stands out from black.
+which colour-blind readers can distinguish, in one shade for white pages and one for black.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Look:
 
 @dataclass(frozen=True)
 class StageLook:
-    """How the layers of a stage are told from the others."""
+    """How the layers of a stage are shown."""
 
     light: str
     """Background on paper and on a light page; the lightness differs too, for a grey printer."""
     dark: str
     """Background on a dark page."""
     sign: str
-    """What stands before the stage's name in text."""
+    """What is written before the stage's name in text."""
     terminal: str
     """Colour of the text on a terminal, by rich's name; readable on white and on black."""
 
@@ -65,7 +65,7 @@ STAGES: Mapping[str, StageLook] = MappingProxyType(
 )
 
 BOUNDARY_SIGN = "◀"
-"""What stands behind the boundary layer in a table."""
+"""What is written after the boundary layer in a table."""
 
 _SERIES: tuple[tuple[str, str, Marker], ...] = (
     ("#0072b2", "#56b4e9", "circle"),
@@ -78,7 +78,7 @@ _SERIES: tuple[tuple[str, str, Marker], ...] = (
 _DASHES: tuple[Dash, ...] = ("solid", "dash", "dot", "dashdot")
 N_COLOURS = len(_SERIES)
 N_SERIES = len(_SERIES) * len(_DASHES)
-"""So many series differ in colour or dash."""
+"""Number of series that differ in colour or dash."""
 
 
 def series(index: int) -> Look:

@@ -58,25 +58,11 @@ class ResultFormat:
     """How many levels below a directory its results may be."""
 
     def is_in(self, directory: Path) -> bool:
-        """Whether a directory holds a finished result.
-
-        Args:
-            directory: any path.
-
-        Returns:
-            True where the manifest is there.
-        """
+        """Whether a directory holds a finished result: the manifest is there."""
         return (directory / self.manifest).is_file()
 
     def below(self, directory: Path) -> list[Path]:
-        """List the results of a directory.
-
-        Args:
-            directory: of one result, or above several.
-
-        Returns:
-            The directory alone where it is one; otherwise those below it, in the order of their paths.
-        """
+        """The directory itself where it is one result; otherwise the results below it, in the order of their paths."""
         if self.is_in(directory):
             return [directory]
         levels = ("/".join(["*"] * depth) for depth in range(1, self.depth + 1))
@@ -214,15 +200,7 @@ class ResultFormat:
 
 
 def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the settings that differ.
-
-    Args:
-        stored: what is on disk.
-        wanted: what is asked for.
-
-    Returns:
-        ``max_new_tokens 32 -> 64, ...``; empty where nothing differs.
-    """
+    """Name the settings that differ: ``max_new_tokens 32 -> 64, ...``; empty where none does."""
     wanted = json.loads(json.dumps(wanted))
     keys = sorted(stored.keys() | wanted.keys())
     return ", ".join(f"{k} {stored.get(k)} -> {wanted.get(k)}" for k in keys if stored.get(k) != wanted.get(k))
@@ -283,14 +261,7 @@ def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> 
 
 
 def library_version(name: str) -> str | None:
-    """Look up the version of an installed package.
-
-    Args:
-        name: of the distribution.
-
-    Returns:
-        Its version; None where it is not installed.
-    """
+    """The version of an installed distribution; None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

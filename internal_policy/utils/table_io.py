@@ -24,26 +24,12 @@ _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 def to_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Put an apostrophe before texts that a spreadsheet would run as formulas.
-
-    Args:
-        table: the table; names, prompts and tokens in it may be anybody's.
-
-    Returns:
-        What is written as CSV.
-    """
+    """Put an apostrophe before texts that a spreadsheet would run as formulas: names and prompts may hold anything."""
     return _each_text(table, lambda text: f"'{text}" if _is_formula(text) else text)
 
 
 def from_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Take the apostrophes away again.
-
-    Args:
-        table: what was read of a CSV file.
-
-    Returns:
-        What ``to_cells`` was given.
-    """
+    """Remove the apostrophes of `to_cells` from a table that was read."""
     return _each_text(table, lambda text: text[1:] if text.startswith("'") and _is_formula(text[1:]) else text)
 
 
@@ -58,75 +44,36 @@ def _each_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFram
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as parquet, whole or not at all, with a checksum in every page.
-
-    Args:
-        path: the file.
-        table: its rows.
-    """
+    """Write a table as parquet, atomically, with a checksum in every page."""
     write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False, write_page_checksum=True))
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_parquet`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows.
-    """
+    """Read a table that `write_parquet` wrote."""
     return pd.read_parquet(path, page_checksum_verification=True)
 
 
 def columns_of(table: pd.DataFrame) -> dict[str, str]:
-    """Tell the kinds of a table's columns, which CSV does not keep.
-
-    Args:
-        table: the table.
-
-    Returns:
-        For each column ``text``, or the name of its dtype.
-    """
+    """The type of each column, which CSV does not keep: ``text``, or the name of its dtype."""
     kinds = {str(name): str(dtype) for name, dtype in table.dtypes.items()}
     return {name: "text" if kind in ("object", "str") else kind for name, kind in kinds.items()}
 
 
 def read_columns(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Read a CSV table whose kinds of columns are known: a name such as NA or 007 stays a text.
-
-    Args:
-        path: the file.
-        columns: of ``columns_of``.
-
-    Returns:
-        Its rows; what is empty is not defined.
-    """
+    """Read a CSV table by the types of `columns_of`: NA or 007 stays a text, and an empty cell is not defined."""
     kinds: dict[Any, Any] = {name: str if kind == "text" else kind for name, kind in columns.items()}
     table: pd.DataFrame = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""], **EXACT)
     return from_cells(table)
 
 
 def write_rows(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as JSON lines, whole or not at all.
-
-    Args:
-        path: the file.
-        table: its rows; a cell may hold a list.
-    """
+    """Write a table as JSON lines, atomically; a cell may hold a list."""
     lines = (json.dumps(row, ensure_ascii=False) for row in table.to_dict("records"))
     write_text(path, "".join(line + "\n" for line in lines))
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Read what ``write_rows`` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its rows.
-    """
+    """Read a table that `write_rows` wrote."""
     # Not splitlines: a text may hold any other line ending, unescaped.
     lines = path.read_text(encoding="utf-8").split("\n")
     return pd.DataFrame([json.loads(line) for line in lines if line])

@@ -114,12 +114,12 @@ class Workspace:
         """
         for path in sorted(self.work.glob(f"{kind}-*.npz")):
             if path.name.startswith("damaged-"):
-                # Set aside before.
+                # It was set aside earlier.
                 continue
             data = path.read_bytes()
             name = _SHARD.fullmatch(path.name)
             if name is None or name[2] != self._seal(name[1], data):
-                # Of several processes another one may have been first.
+                # Another process may have set it aside first.
                 with suppress(FileNotFoundError):
                     aside = set_aside(path)
                     logger.warning("%s: damaged, or of another run; kept as %s, and made again", path, aside.name)
@@ -200,8 +200,8 @@ class Workspace:
         return self.work.is_dir() and any(p.name == _RUN or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
 
     def close(self) -> None:
-        """Drop the portions, and what a killed run left unrenamed, once the result is whole; nothing else."""
-        # What says whose they are goes last: a kill in between leaves none that nobody knows.
+        """Delete the portions and unrenamed files of a killed run once the result is complete; nothing else."""
+        # run.json goes last: a kill in between leaves no shards without it.
         for path in sorted(self._files(), key=lambda path: path.name == _RUN):
             if is_temporary(path) or (path.parent == self.work and (path.name == _RUN or _SHARD.fullmatch(path.name))):
                 path.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ class Workspace:
             self.work.rmdir()
 
     def _identity(self) -> dict[str, Any] | None:
-        """What is being worked on; None where nothing says so, or no longer legibly."""
+        """The content of run.json; None where it is missing or damaged."""
         path = self.work / _RUN
         if not path.is_file():
             return None
@@ -242,7 +242,7 @@ class Workspace:
         return sorted(p for p in inside if p not in (self.work, self.directory / LOCK))
 
     def _ours(self, path: Path) -> bool:
-        """Tell what a run writes before its manifest from what anybody else may have put there."""
+        """Whether a file is one that a run writes before its manifest."""
         if is_temporary(path):
             return True
         if path.parent == self.work:

@@ -179,7 +179,7 @@ def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
     directory = TrainConfig.from_keywords(**ASKED).directory
     keep(directory, ASKED)
     assert find("run", place, output=None).path == directory
-    directory.rename("data/runs/another")
+    directory.rename(directory.with_name("another"))
     assert find("run", place, output=None) is None
 
 

@@ -130,6 +130,14 @@ def test_nothing_to_turn_from(curve: list[float]):
     assert len(selection.stages) == len(curve)
 
 
+def test_a_layer_within_the_noise_is_not_the_last_that_explores():
+    # At 0.02 nats layer 4 is far below the zero band's edge, although no cheaper path of stages leaves it out.
+    curve = [0.6, 0.6, 0.6, 0.02, -2.0, -2.2, -2.1, -2.0]
+    selection = select_layer(curve)
+    assert selection.boundary_layer == 3
+    assert selection.stages[3] == "integration"
+
+
 def test_two_layers_are_enough():
     assert select_layer([2.0, -1.0]).boundary_layer == 1
 

@@ -1,4 +1,4 @@
-"""Every bad input on the real command line: one clear line, exit code 2, nothing lost and nothing half-written."""
+"""Every bad input on the command line: one clear line, exit code 2, nothing lost and nothing half-written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import make_unloadable, refused, run, save
+from command_line import make_unloadable, refused, run, run_alone, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Analysis, UserError, analyze, bupo, compare, sweep
@@ -81,7 +81,7 @@ def test_what_the_hub_says_is_cut_between_words():
 def test_no_network_is_one_line_too(tmp_path):
     # A closed port of this machine stands for the hub; the client tries again for some twenty seconds.
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
+    done = run_alone("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
     first, line = done.stderr.splitlines()
     assert first == "loading the libraries (torch, transformers)"
     assert line.startswith("error: nobody/no-such-model: cannot load its config.json: no such model on the hub, or no")
@@ -164,7 +164,7 @@ def test_a_data_set_that_is_not_there(tmp_path, model_dir):
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--prompts", "a", "--responses", "b"], "both --prompts and --responses"),
         (["--lens", "wide"], "--lens is 'wide'; needed is one of policy, logit-lens"),
-        (["--no-such-option"], "No such option: --no-such-option"),
+        (["--no-such-option"], "no such option: --no-such-option"),
         (["--responses", "r.jsonl", "--temperature", "0.5"], "--temperature was given with --responses"),
     ],
 )
@@ -222,8 +222,13 @@ def refused_beside(path, *arguments, cwd):
     return told
 
 
+def test_a_table_on_a_terminal_that_knows_ascii_only(tmp_path):
+    assert "model.layers" in run_alone("models", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii").stdout
+
+
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(tmp_path, model_dir, responses):
-    done = run(
+    done = run_alone(
         *("analyze", "--model", model_dir, "--responses", responses, "-o", "out"),
         cwd=tmp_path,
         code=0,
@@ -233,7 +238,10 @@ def test_a_terminal_that_knows_ascii_only(tmp_path, model_dir, responses):
     assert list(tmp_path.rglob("fig3_entropy_change.pdf"))
 
 
-def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, responses):
+def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, responses, monkeypatch):
+    # Drawing takes most of the time, and is tested elsewhere.
+    monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
+    monkeypatch.setattr("internal_policy.cli.report.write_reports", lambda analyses, **options: None)
     arguments = ["analyze", "--model", model_dir, "--responses", responses, "--output", "out"]
     run(*arguments, cwd=tmp_path, code=0)
     manifest = next(tmp_path.glob("out/*/analysis.json"))
@@ -260,7 +268,7 @@ def test_figures_without_an_analysis(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path, code=2)
+    done = run_alone("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
     traced, line = done.stderr.rstrip().rsplit("\n", 1)
     # Before it may stand the stages that were reached.
     assert "Traceback (most recent call last)" in traced
@@ -281,7 +289,7 @@ main()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory through Linux's RLIMIT_DATA")
-@pytest.mark.parametrize(("mebibytes", "code"), [(700, 0), (170, 2)])
+@pytest.mark.parametrize(("mebibytes", "code"), [pytest.param(700, 0, marks=pytest.mark.slow), (170, 2)])
 def test_out_of_memory_retries_smaller_then_says_what_to_lower(tmp_path, mebibytes, code):
     save(tiny_model("qwen2", layers=1, context=4096, intermediate_size=8192), tmp_path / "wide")
     rows = [{"input_ids": [2 + i % 50 for i in range(2048)], "prompt_length": 1024} for _ in range(8)]

@@ -149,9 +149,9 @@ def test_another_lens_is_refused(place, other_lens, tmp_path, compared):
 
 @pytest.mark.slow
 def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, other_lens, tmp_path):
-    from command_line import run
+    from command_line import run_alone
 
-    done = run("compare", place / "llama", other_lens, cwd=tmp_path)
+    done = run_alone("compare", place / "llama", other_lens, cwd=tmp_path)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: llama was analysed with the lens policy and other with logit-lens")

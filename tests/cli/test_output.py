@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command_line import run
+from command_line import run_alone
+from documents import ROOT
 from saved import save_one_of_each
 from training import command
 
@@ -215,7 +216,7 @@ def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
     small = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "1", "--prompts-per-step", "2", "--mini-batches", "1")
     more = ("--num-generations", "2", "--eval-samples", "0", "--max-completion-length", "4", "--dynamics-every", "0")
     words = ("train", "--reward", "loud:reward", *small, *more, "-o", "run", "--json")
-    done = run(*words, cwd=tmp_path, code=0, PYTHONPATH=str(tmp_path))
+    done = run_alone(*words, cwd=tmp_path, code=0, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert json.loads(done.stdout)["run"]["layer"] == 2
     assert "from a child" in done.stderr
 

@@ -10,13 +10,13 @@ import sys
 
 import pandas as pd
 import pytest
-from command_line import run
+from command_line import run, run_alone
 from training import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
 from internal_policy.bupo import Run
-from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.reproduce import training_commands
 from internal_policy.utils import result_format
 
 WORDS = [
@@ -195,7 +195,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
 
 
 def test_in_a_process_of_its_own(tmp_path):
-    done = run("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
+    done = run_alone("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
     assert done.stdout == ""
     assert done.stderr == "error: ipa_steps is 9 and the run has 4 steps; needed is 0 to 4, or auto\n"
     assert list(tmp_path.iterdir()) == []

@@ -218,8 +218,8 @@ def test_models_of_other_depth_and_vocabulary_are_compared_by_relative_depth():
     assert comparison.trends.empty
     assert list(comparison.convergence["reading"]) == ["progressive", "abrupt"]
     few = "all analyses have 12 prompts only: intervals"
-    for told in ("8 layers and Qwen3-4B 12", "128256 tokens and Qwen3-4B 151936", "other responses", few):
-        assert any(told in note for note in comparison.notes), comparison.notes
+    for expected in ("8 layers and Qwen3-4B 12", "128256 tokens and Qwen3-4B 151936", "other responses", few):
+        assert any(expected in note for note in comparison.notes), comparison.notes
     assert pd.isna(comparison.boundaries["move"].iloc[1])
     depths = rows_of(comparison.depths, quantity="entropy")
     assert not comparison.depths["same_vocabulary"].any()

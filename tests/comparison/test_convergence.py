@@ -52,10 +52,10 @@ def test_the_published_reading_comes_out(curve, reading, noise):
 
 def test_what_is_between_the_two_is_mixed():
     cliff = np.interp(np.arange(37), [0, 12, 15, 36], [11.0, 11.0, 1.0, 1.0])
-    for curve, told in ((abrupt(falls=7), ""), (cliff, "layers 13-15 take 100%")):
+    for curve, expected in ((abrupt(falls=7), ""), (cliff, "layers 13-15 take 100%")):
         found = measure_convergence(stream(curve), resamples=10)
         assert found.reading == "mixed"
-        assert told in found.reason
+        assert expected in found.reason
     second = measure_convergence(stream([3.6, 3.6, *np.linspace(1.7, 0.1, 8)]), resamples=10)
     assert (second.reading, "layer 2 alone takes 54%" in second.reason) == ("mixed", True)
 

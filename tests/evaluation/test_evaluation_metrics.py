@@ -35,11 +35,11 @@ def test_pass_at_k_takes_problems_with_different_numbers_of_samples():
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "k", "told"),
+    ("n", "c", "k", "expected"),
     [(4, 1, 5, "Pass@5 of 4"), (4, 5, 2, "correct"), (4, -1, 2, "correct"), (4, 1, 0, "Pass@0")],
 )
-def test_pass_at_k_refuses_what_is_not_defined(n, c, k, told):
-    with pytest.raises(UserError, match=told):
+def test_pass_at_k_refuses_what_is_not_defined(n, c, k, expected):
+    with pytest.raises(UserError, match=expected):
         metrics.pass_at_k(n, c, k)
 
 

@@ -105,6 +105,18 @@ def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
         verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
 
 
+def test_a_stream_that_changes_between_layers_is_refused():
+    model = tiny_model("llama")
+
+    def double(_, args, kwargs):
+        # Within each layer eq. 4 holds all the same.
+        return tuple(2 * a for a in args), {k: 2 * v if k == "hidden_states" else v for k, v in kwargs.items()}
+
+    model.model.layers[2].register_forward_pre_hook(double, with_kwargs=True)
+    with pytest.raises(UserError, match="layer 3 does not start from the output of layer 2"):
+        verify(HookExtractor(models.wrap(model, tiny_tokenizer())))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e3, 1e4])
 def test_massive_activations_that_cancel_pass_the_proof(dtype, size):

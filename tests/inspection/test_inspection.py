@@ -250,7 +250,7 @@ def test_what_cannot_be_seen_is_written_out():
         ({"prompt": "w99"}, "id 99 is beyond the vocabulary of 61"),
     ],
 )
-def test_bad_input_is_told_in_one_line(options, message):
+def test_bad_input_is_reported_in_one_line(options, message):
     with pytest.raises(UserError) as caught:
         inspect(tiny_model("llama", layers=1), tiny_tokenizer(vocab=100), **options)
     assert message in str(caught.value)
@@ -331,13 +331,13 @@ def test_looks_at_several_prompts_stay_side_by_side_and_the_same_look_is_replace
     names = ["some--model--w3-w4", "some--model--w3-w4-2", "some--model--w3-w4-3"]
     long = "some--model--" + "w5-" * 13 + "w"
     assert sorted(path.name for path in root.iterdir()) == [*names, long]
-    told = [Inspection.load(root / name).config for name in names]
-    assert [(t["prompt"], t["response"]) for t in told] == [("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7")]
+    configs = [Inspection.load(root / name).config for name in names]
+    assert [(c["prompt"], c["response"]) for c in configs] == [("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7")]
     assert (slug("?! =;"), slug("é 中文_")) == ("prompt", "é-中文")
 
 
 @pytest.mark.parametrize(
-    ("texts", "told"),
+    ("texts", "warnings"),
     [
         ({"prompt": "w3 what w4", "response": "w6"}, ["its tokenizer does not know 'what' of the prompt and"]),
         ({"prompt": "w3", "response": "w6 oh w7 oh"}, ["its tokenizer does not know 'oh' of the response and"]),
@@ -346,12 +346,12 @@ def test_looks_at_several_prompts_stay_side_by_side_and_the_same_look_is_replace
         ({"prompt": "w3 <eos> w4", "response": "w6 w7"}, []),
     ],
 )
-def test_what_the_tokenizer_does_not_know_is_named(texts, told, caplog):
+def test_what_the_tokenizer_does_not_know_is_named(texts, warnings, caplog):
     own = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **own)
     inspect(tiny_model("llama", layers=1), tokenizer, max_new_tokens=None if "response" in texts else 0, **texts)
-    assert len(caplog.messages) == len(told)
-    assert all(part in message for part, message in zip(told, caplog.messages, strict=True))
+    assert len(caplog.messages) == len(warnings)
+    assert all(part in message for part, message in zip(warnings, caplog.messages, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_what_the_tokenizer_does_not_know_is_named(texts, told, caplog):
         (["-p", " "], "--prompt is an empty text"),
         (["-p", "w3", "--response", "w4", "--max-new-tokens", 3], "both --response and --max-new-tokens were given"),
         (["-p", "w3", "--tokens", "3-4"], "--tokens is '3-4'; needed is FIRST:LAST"),
-        # Told by themselves, whatever the model is.
+        # Refused before the model is looked up.
         (["-p", "w3", "--tokens", "9:3", "-m", "./nowhere"], "--tokens is '9:3'; needed are places from 1, the lower"),
         (["-p", "w3", "--tokens", ":0", "-m", "./nowhere"], "--tokens is ':0'; needed are places from 1"),
         (["-p", "w3", "--tokens", "2:", "--max-new-tokens", 0], "--tokens is 2:1 of 1 tokens"),

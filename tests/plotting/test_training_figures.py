@@ -229,8 +229,14 @@ LONG = "BuPO, attention 26, 30 steps"
     [
         [make_run()],
         [make_run(seed=seed) for seed in range(3)] + [grpo(seed=seed) for seed in range(3)],
-        [make_run(label, 300, 6, 36, 30) for label in (LONG, LONG.replace("26", "27"), "REINFORCE++", GRPO)],
-        [grpo(name=name) for name in ("Qwen/Qwen3-4B-Instruct-2507", "OctoThinker/OctoThinker-3B-Long-Base")],
+        pytest.param(
+            [make_run(label, 300, 6, 36, 30) for label in (LONG, LONG.replace("26", "27"), "REINFORCE++", GRPO)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [grpo(name=name) for name in ("Qwen/Qwen3-4B-Instruct-2507", "OctoThinker/OctoThinker-3B-Long-Base")],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one", "seeds", "four long ones", "two models"],
 )
@@ -241,7 +247,11 @@ def test_no_text_overlaps_in_the_curves(runs):
 
 @pytest.mark.parametrize(
     "run",
-    [make_run(), make_run(LONG, 300, 6, 36, 30, name="Qwen/Qwen3-4B-Instruct-2507"), make_run(layer=7, steps=12)],
+    [
+        make_run(),
+        pytest.param(make_run(LONG, 300, 6, 36, 30, name="Qwen/Qwen3-4B-Instruct-2507"), marks=pytest.mark.slow),
+        make_run(layer=7, steps=12),
+    ],
     ids=["8 layers", "36 layers", "one later layer"],
 )
 def test_no_text_overlaps_in_the_dynamics(run, monkeypatch):
@@ -279,6 +289,7 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
         alignment_dynamics(grpo())
 
 
+@pytest.mark.slow
 def test_files_are_the_same_bytes_in_another_process_without_torch(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import internal_policy.plotting.training\n"

@@ -24,13 +24,11 @@ from internal_policy.cli.report import write_reports
 from internal_policy.comparison import AnalysisComparison, measure_convergence
 from internal_policy.comparison.figure_data import shown_names
 from internal_policy.plotting import analysis as figures
+from internal_policy.report import analysis as analysis_pages
 from internal_policy.report import analysis_report, comparison_report, training_report, write_report
-from internal_policy.report import tokens as token_views
-from internal_policy.report.analysis import summary as analysis_summary
-from internal_policy.report.analysis_charts import fall_chart
-from internal_policy.report.numbers import number
-from internal_policy.report.reproduce import analysis_commands
-from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.charts import fall_chart
+from internal_policy.report.page import number
+from internal_policy.report.reproduce import analysis_commands, training_commands
 from internal_policy.utils.citation import bibtex
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +188,7 @@ def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(pa
 def test_a_model_of_one_layer_has_no_even_fall():
     one = make(progressive(1), prompts=4, noise=0.05)
     convergence = measure_convergence(one)
-    assert " has 1 layer; on " in analysis_summary(one, convergence)
+    assert " has 1 layer; on " in analysis_pages.summary(one, convergence)
     assert [entry["name"] for entry in fall_chart(convergence).spec()["key"]] == ["fallen"]
 
 
@@ -229,7 +227,7 @@ def test_an_analysis_from_before_token_texts_shows_ids(saved):
 )
 def test_a_prompt_that_lacks_something_is_shown_as_far_as_it_goes(saved, prompt, shown):
     sequences = saved.sequences.assign(prompt=pd.Series([prompt] * len(saved.sequences), dtype=object))
-    view = token_views.token_view(replace(saved, sequences=sequences))
+    view = analysis_pages.token_view(replace(saved, sequences=sequences))
     assert view["data"]["responses"][0]["prompt"] == shown
 
 
@@ -246,7 +244,7 @@ def hostile(saved):
         saved,
         name=name,
         model={**saved.model, "id": name, "family": HOSTILE[2], "dtype": HOSTILE[0]},
-        config={**saved.config, "model": name, "template": HOSTILE[1], HOSTILE[0]: HOSTILE[2], "prompts": HOSTILE[3]},
+        config={**saved.config, "model": name, "revision": HOSTILE[1], HOSTILE[0]: HOSTILE[2], "prompts": HOSTILE[3]},
         selection=replace(saved.selection, reason=f"because {HOSTILE[0]}"),
         tokens=tokens,
         sequences=sequences,
@@ -304,41 +302,32 @@ def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
     assert len(run) == 5
 
 
-def coloured(value, key=""):
-    """The page's own names of colours, as any colour."""
-    if isinstance(value, str) and key in {"color", "fillcolor"} and value[0] in "$@":
-        return "#123456"
-    if isinstance(value, list):
-        return [coloured(item, key) for item in value]
-    return {k: coloured(v, k) for k, v in value.items()} if isinstance(value, dict) else value
-
-
 def test_plotly_takes_every_figure(page):
     from plotly import graph_objects
 
     run = Run.load(next(iter(sorted((STORED / "runs").glob("*bupo*")))))
     specs = [page, Page(training_report(run)), Page(comparison_report(AnalysisComparison.load(STORED / "sweep")))]
     for name, spec in ((name, spec) for found in specs for name, spec in found.data["charts"].items()):
-        figure = graph_objects.Figure(coloured(spec["traces"]), coloured(spec["layout"]))
+        figure = graph_objects.Figure(spec["traces"], spec["layout"])
         assert len(figure.data) >= 1, name
         places = [i for entry in spec["key"] for i in entry["traces"]]
         assert sorted(places) == list(range(len(figure.data)))
 
 
 def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatch):
-    monkeypatch.setattr(token_views, "MOST_TOKENS", 5)
-    view = token_views.token_view(saved)
+    monkeypatch.setattr(analysis_pages, "MAX_TOKENS", 5)
+    view = analysis_pages.token_view(saved)
     assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 5, 5]
-    assert "3 responses are cut after 5 tokens" in view["told"]["notes"][0]
+    assert "3 responses are cut after 5 tokens" in view["notes"][0]
     np.testing.assert_allclose(
         unpack(view["data"]["responses"][0], 8)[0][0, 0, 7],
         saved.tokens.query("response == 0 and site == 'layer' and layer == 8")["entropy_out"][:5],
         atol=5.1e-4,
     )
-    monkeypatch.setattr(token_views, "MOST_VALUES", 7 * (6 * 8 + 1))
-    view = token_views.token_view(saved)
+    monkeypatch.setattr(analysis_pages, "MAX_VALUES", 7 * (6 * 8 + 1))
+    view = analysis_pages.token_view(saved)
     assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 2]
-    assert "1 kept response left out" in " ".join(view["told"]["notes"])
+    assert "1 kept response left out" in " ".join(view["notes"])
 
 
 def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
@@ -471,7 +460,7 @@ def test_a_recorded_call_is_given_again(tmp_path):
     call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
     assert shlex.split(again.shell)[2:] == [
-        *("--model", "a b", "--reward", "mod:f", "--set", "beta=0.1", "--report-to", "none")
+        *("--model", "a b", "--reward", "mod:f", "--report-to", "none", "--set", "beta=0.1")
     ]
     objects = training_commands(replace(run, call={**call, "objects": ["peft_config"]}))
     assert objects.shell is None

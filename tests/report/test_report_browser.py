@@ -65,8 +65,8 @@ def browser(tmp_path_factory):
 
 
 def show(browser, path, width=1280, *, scheme="light", media=""):
-    told = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", told)
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     browser.get(path.as_uri())
@@ -155,6 +155,7 @@ def test_the_layer_slider_changes_the_colours_and_values_of_the_tokens(browser, 
     assert "Entropy change of FFN in layer 8" in found(browser, "state").text
 
 
+@pytest.mark.slow
 def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
     from selenium.webdriver.common.keys import Keys
 
@@ -170,16 +171,16 @@ def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
     assert [text for _, _, text in coloured(browser)] == second["token_text"].tolist()
     browser.execute_script("document.querySelector('.token').focus()")
     browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    told = found(browser, "told").text
+    readout = found(browser, "readout").text
     row = analysis.tokens.query(
         f"response == 1 and token == 1 and site == 'layer' and layer == {analysis.boundary_layer}"
     )
     marked = "return [...document.querySelectorAll('.token[aria-selected=true]')].map(t => t.textContent)"
     assert browser.execute_script(marked) == [second["token_text"].iloc[1]]
-    own = "return document.querySelector('[data-part=told] strong > bdi').textContent"
+    own = "return document.querySelector('[data-part=readout] strong > bdi').textContent"
     assert browser.execute_script(own) == second["token_text"].iloc[1]
-    assert f"token 2 of {len(second)}, id {second['token_id'].iloc[1]}" in told
-    assert f"layer {analysis.boundary_layer}: entropy {float(row['entropy_out'].iloc[0]):.3f} nats" in told
+    assert f"token 2 of {len(second)}, id {second['token_id'].iloc[1]}" in readout
+    assert f"layer {analysis.boundary_layer}: entropy {float(row['entropy_out'].iloc[0]):.3f} nats" in readout
     assert browser.execute_script("return window.ran") is None
     assert browser.get_log("browser") == []
 
@@ -214,7 +215,7 @@ def test_pointing_at_the_final_policy_names_it_and_no_layer(browser, tmp_path, l
     show(browser, write_report(analysis, tmp_path), width)
 
     def pointed(x, y):
-        """The title and the lines of what is told there."""
+        """The title and the lines of the hover text there."""
         at = browser.execute_script(
             "const p = document.getElementById('a1-flow'), l = p._fullLayout; p.scrollIntoView({block: 'center'});"
             "const box = p.getBoundingClientRect(); return [box.left + l.xaxis._offset + l.xaxis.l2p(arguments[0]),"
@@ -234,9 +235,9 @@ def test_pointing_at_the_final_policy_names_it_and_no_layer(browser, tmp_path, l
     place = browser.execute_script(
         "return document.getElementById('a1-flow').data.find(t => t.name.startsWith('policy')).x[0]"
     )
-    told = pointed(place, mean)
-    assert told[0] == "final policy"
-    assert [text.startswith(f"policy π_θ {mean:.3f} nats") for text in told[1:]] == [True]
+    readout = pointed(place, mean)
+    assert readout[0] == "final policy"
+    assert [text.startswith(f"policy π_θ {mean:.3f} nats") for text in readout[1:]] == [True]
     for layer in (3, layers):
         title, *lines = pointed(layer, float(analysis.curve("layer", "entropy_out").loc[layer]))
         assert title == f"Layer {layer}"

@@ -119,12 +119,13 @@ def test_numbers_of_other_libraries_become_pythons():
 
 
 def test_a_command_line_gives_the_settings_again():
-    assert command_line_of(AnalyzeConfig()) == []
+    assert command_line_of(AnalyzeConfig, vars(AnalyzeConfig())) == []
     config = AnalyzeConfig("a b", temperature=0.5, max_new_tokens=7, random_baseline=True, lens="logit-lens")
-    words = command_line_of(config)
+    words = command_line_of(AnalyzeConfig, vars(config))
     assert words[:2] == ["--model", "a b"]
     command = parse("analyze", words)
     assert AnalyzeConfig(command.model[0], lens=command.lens[0], **command.settings()) == config
-    compared = CompareCommand(directories=(Path("x"), Path("-y")), label=("-1", "b"), step=(0.0, 2.5))
-    assert command_line_of(compared) == ["x", "-y", "--label=-1", "--label", "b", "--step", "0.0", "--step", "2.5"]
+    compared = vars(CompareCommand(directories=(Path("x"), Path("-y")), label=("-1", "b"), step=(0.0, 2.5)))
+    words = command_line_of(CompareCommand, compared)
+    assert words == ["x", "-y", "--label=-1", "--label", "b", "--step", "0.0", "--step", "2.5"]
     assert words_of("beta", False) == words_of("beta", None) == []

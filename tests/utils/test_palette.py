@@ -14,8 +14,7 @@ from shapes import make, progressive
 from internal_policy.cli.display import layer_table
 from internal_policy.plotting import analysis as figures
 from internal_policy.plotting import style
-from internal_policy.report.analysis_charts import change_chart
-from internal_policy.report.charts import series_look
+from internal_policy.report.charts import change_chart, series_look
 from internal_policy.utils import palette
 
 PACKAGE = ROOT / "internal_policy"
@@ -29,17 +28,18 @@ def luminance(colour):
 
 def test_a_figure_and_a_page_draw_a_module_alike():
     analysis = make(progressive(6), prompts=4)
-    page = {trace["name"]: trace for trace in change_chart(analysis).traces if trace.get("hoverinfo") != "skip"}
+    spec = change_chart(analysis).spec()
+    page = {trace["name"]: trace for trace in spec["traces"] if trace.get("hoverinfo") != "skip"}
     for site, name in (("attn", "ATTN"), ("ffn", "FFN")):
         look = palette.LOOKS[site]
         (line,) = (line for line in figures.plot_entropy_change(analysis, site).lines if line.get_label() == name)
         assert line.get_color() == look.light
         assert line.get_marker() == style.MARKERS[look.marker]
         drawn = page[name]
-        assert (drawn["line"]["color"], drawn["line"]["dash"]) == (f"${site}", look.dash)
+        assert (drawn["line"]["color"], drawn["line"]["dash"]) == (f"var(--{site})", look.dash)
         assert drawn["marker"]["symbol"] == look.marker
         assert f"--{site}: {look.light};" in palette.stylesheet()
-    boundary = [shape["line"]["dash"] for shape in change_chart(analysis).shapes if shape["type"] == "line"]
+    boundary = [shape["line"]["dash"] for shape in spec["layout"]["shapes"] if shape["type"] == "line"]
     assert palette.LOOKS["boundary"].dash in boundary
 
 

@@ -1,7 +1,7 @@
 (function () {
   "use strict";
   var VIRIDIS = [[68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 222, 44], [253, 231, 37]];
-  var COLOURS = { color: true, fillcolor: true, colour: true };
+  var COLOURS = { color: true, fillcolor: true };
   var page = window.internalPolicy = { data: JSON.parse(document.getElementById("report-data").textContent) };
 
   page.between = function (stops, share) {
@@ -10,19 +10,14 @@
     return stops[low].map(function (v, i) { return Math.round(v + (at - low) * (stops[low + 1][i] - v)); });
   };
 
+  // plotly resolves no CSS variables: var(--attn) is read from the page, var(--shade-0.25) from the scale.
   function colour(name, css) {
-    var parts = /^([$@])([\w.]+)(?:\/([\d.]+))?$/.exec(name);
+    var parts = /^var\(--(shade-)?([\w.]+)\)$/.exec(name);
     if (!parts) return name;
-    var rgb;
-    if (parts[1] === "$") {
-      var value = css.getPropertyValue("--" + parts[2]).trim();
-      rgb = [1, 3, 5].map(function (i) { return parseInt(value.slice(i, i + 2), 16); });
-    } else {
-      // The bright end of the scale is lost on white paper, the dark one on black.
-      var dark = css.getPropertyValue("--scheme").trim() === "dark";
-      rgb = page.between(VIRIDIS, (dark ? 0.25 : 0) + (dark ? 0.75 : 0.88) * Number(parts[2]));
-    }
-    return "rgba(" + rgb.join(",") + "," + (parts[3] || 1) + ")";
+    if (!parts[1]) return css.getPropertyValue("--" + parts[2]).trim();
+    // The bright end of the scale is lost on white paper, the dark one on black.
+    var dark = css.getPropertyValue("--scheme").trim() === "dark";
+    return "rgb(" + page.between(VIRIDIS, (dark ? 0.25 : 0) + (dark ? 0.75 : 0.88) * Number(parts[2])).join(",") + ")";
   }
 
   // Only fields that hold a colour are looked at: a name may begin with any sign.
@@ -37,7 +32,7 @@
     return value;
   }
 
-  // Where layers are close, the last one is not told together with what stands beyond it.
+  // Where layers are close, the last one is not readout together with what stands beyond it.
   function apart(made, host) {
     var range = made.xaxis.range, last = made.xaxis.tickvals[made.xaxis.tickvals.length - 1];
     var pixels = (host.clientWidth - 72) * (made.xaxis2.tickvals[0] - last) / (range[1] - range[0]);
@@ -85,26 +80,26 @@
 
   function key(host, spec) {
     var list = document.getElementById(host.id + "-key");
-    list.hidden = spec.plain;
+    list.hidden = spec.single;
     spec.key.forEach(function (entry) {
       var item = document.createElement("button"), sign = document.createElement("span");
       item.type = "button";
       item.className = "key";
       item.setAttribute("aria-pressed", String(entry.shown));
-      sign.className = "sign " + entry.dash;
+      sign.className = "sign " + entry.sign;
       item.append(sign, document.createTextNode(entry.name));
       item.addEventListener("click", function () {
         entry.shown = !entry.shown;
         item.setAttribute("aria-pressed", String(entry.shown));
         Plotly.restyle(host, { visible: entry.shown }, entry.traces);
       });
-      entry.sign = sign;
+      entry.element = sign;
       list.append(item);
     });
   }
 
   function paint(host, spec, css) {
-    spec.key.forEach(function (entry) { entry.sign.style.setProperty("--sign", colour(entry.colour, css)); });
+    spec.key.forEach(function (entry) { entry.element.style.setProperty("--sign", colour(entry.color, css)); });
     return Plotly.react(host, shown(spec, traces(spec, css)), layout(spec, css, host), CONFIG);
   }
 

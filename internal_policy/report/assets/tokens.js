@@ -2,7 +2,7 @@
   "use strict";
   var page = window.internalPolicy;
   var CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
-  // Purple to orange: told apart by every kind of colour blindness.
+  // Purple to orange: readout apart by every kind of colour blindness.
   var DIVERGING = [[84, 39, 136], [128, 115, 172], [178, 171, 210], [216, 218, 235], [247, 247, 247], [254, 224, 182], [253, 184, 99], [224, 130, 20], [179, 88, 6]];
   var SITES = ["layer", "ATTN", "FFN"], UNKNOWN = -32768;
 
@@ -31,7 +31,7 @@
     if (!root) return;
     var part = function (name) { return root.querySelector('[data-part="' + name + '"]'); };
     var choice = part("response"), site = part("site"), quantity = part("quantity"), layer = part("layer");
-    var text = part("text"), told = part("told"), state = part("state"), fit = part("fit");
+    var text = part("text"), readout = part("readout"), state = part("state"), fit = part("fit");
     var unpacked = {}, spans = [], current = null, at = -1;
 
     function value(s, q, l, t) { return current.values[((s * 2 + q) * data.layers + l - 1) * current.texts.length + t]; }
@@ -73,12 +73,12 @@
       var s = Number(site.value), l = Number(layer.value);
       var entropy = value(s, 0, l, t), change = value(s, 1, l, t), policy = current.values[6 * data.layers * current.texts.length + t];
       var before = entropy === UNKNOWN || change === UNKNOWN ? UNKNOWN : entropy - change;
-      told.textContent = "";
+      readout.textContent = "";
       var name = document.createElement("strong"), own = document.createElement("bdi");
       // A token of a script from right to left turns nothing around but itself.
       own.textContent = current.texts[t];
       name.append(own);
-      told.append(name, " token " + current.places[t] + " of " + current.size + ", id " + current.ids[t] + ", layer " + l + (s ? ", " + SITES[s] : "") + ": entropy " + nats(entropy) + " nats (in " + nats(before) + ", change " + nats(change, true) + "); policy π_θ " + nats(policy) + " nats");
+      readout.append(name, " token " + current.places[t] + " of " + current.size + ", id " + current.ids[t] + ", layer " + l + (s ? ", " + SITES[s] : "") + ": entropy " + nats(entropy) + " nats (in " + nats(before) + ", change " + nats(change, true) + "); policy π_θ " + nats(policy) + " nats");
     }
 
     function paint() {
@@ -106,7 +106,7 @@
       part("answer").textContent = current.response;
       text.textContent = "";
       at = -1;
-      told.textContent = "Point at a token, or reach it with the arrow keys.";
+      readout.textContent = "Point at a token, or reach it with the arrow keys.";
       var all = document.createDocumentFragment();
       spans = current.texts.map(function (token, t) {
         if (t > 0 && current.places[t] !== current.places[t - 1] + 1) all.append(gap());

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from internal_policy import UserError
 from internal_policy.plotting import analysis as figures
-from internal_policy.plotting import style
+from internal_policy.plotting import marks, style
 
 DRAWINGS = (figures.entropy_flow, figures.entropy_change, figures.residual_cosine)
 
@@ -149,31 +149,33 @@ def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_p
         "import internal_policy.plotting.analysis as f\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
         "from drawings import make_analysis\n"
-        "f.save_analysis_figures([make_analysis('testbed/qwen3', 8, 'qwen', 46)], Path(sys.argv[2]))\n"
+        "f.style.save_figure(f.entropy_change(make_analysis('testbed/qwen3', 8, 'qwen', 46)), Path(sys.argv[2]))\n"
     )
-    here, there = tmp_path / "new" / "here", tmp_path / "there"
+    here, there = tmp_path / "new" / "fig3", tmp_path / "there" / "fig3"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(there)]
     other = subprocess.Popen(command, env=environment)
     with mpl.rc_context({"font.size": 20, "axes.grid": True, "pdf.fonttype": 3, "savefig.bbox": "tight"}):
-        paths = figures.save_analysis_figures([make_analysis("testbed/qwen3", 8, "qwen", 46)], here)
+        figure = figures.entropy_change(make_analysis("testbed/qwen3", 8, "qwen", 46))
+        paths = style.save_figure(figure, here)
     assert other.wait(timeout=120) == 0
-    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
-    assert paths == [here / f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")]
-    assert sorted(paths) == sorted(here.iterdir())
+    assert paths == [here.with_suffix(kind) for kind in (".png", ".pdf")]
     for path in paths:
-        assert path.read_bytes() == (there / path.name).read_bytes()
-    pdf = (here / "fig2_entropy_flow.pdf").read_bytes()
+        assert path.read_bytes() == there.with_suffix(path.suffix).read_bytes()
+    pdf = here.with_suffix(".pdf").read_bytes()
     assert b"CreationDate" not in pdf
     assert b"/Type3" not in pdf
     assert b"/FontFile2" in pdf
 
 
-def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path):
+def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path, monkeypatch):
     first, second = (
         style.save_figure(figures.residual_cosine(make_set(1)), tmp_path / name) for name in ("first", "second")
     )
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    monkeypatch.setattr(style, "save_figure", lambda figure, stem: [stem])
+    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
+    assert figures.save_analysis_figures(make_set(1), tmp_path) == [tmp_path / stem for stem in stems]
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
@@ -212,19 +214,24 @@ def test_grids_have_room_for_every_model():
     )
 
 
-@pytest.mark.parametrize(
-    ("draw", "n_models"),
-    [(figures.entropy_change, n) for n in (1, 2, 3, 5, 12)]
-    + [(figures.entropy_flow, 2), (figures.entropy_flow, 12), (figures.residual_cosine, 4)],
-)
+FEW = [(figures.entropy_change, 1), (figures.entropy_change, 2), (figures.entropy_flow, 2)]
+MANY = [*((figures.entropy_change, n) for n in (3, 5, 12)), (figures.entropy_flow, 12), (figures.residual_cosine, 4)]
+
+
+@pytest.mark.parametrize(("draw", "n_models"), [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY)])
 def test_no_text_overlaps(draw, n_models):
     figure = draw(make_set(n_models))
     assert len(figure.axes) == n_models * (2 if draw is figures.entropy_change else 1)
     assert_legible(figure)
 
 
-@pytest.mark.parametrize("n_layers", [1, 2, 3, 8, 12, 28, 30, 32, 36, 40, 48, 61, 80, 126])
-@pytest.mark.parametrize("width", [1.2, 2.8, 6.0])
+LAYERS = (1, 2, 8, 28, 36, 126)
+
+
+@pytest.mark.parametrize(
+    "n_layers", [*LAYERS, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 12, 30, 32, 40, 48, 61, 80))]
+)
+@pytest.mark.parametrize("width", [1.2, 6.0])
 def test_layer_ticks(n_layers, width):
     figure = mpl.figure.Figure(figsize=(width, 1.0))
     ax = figure.add_axes((0, 0.3, 1, 0.7))
@@ -288,8 +295,14 @@ def test_no_boundary_layer_is_said():
     ("n_parameters", "told"),
     [(668_928, "0.67 M"), (4_022_468_096, "4.0 B"), (14_768_307_200, "15 B"), (124_439_808, "124 M"), (3_000, "3.0 k")],
 )
-def test_titles_tell_the_size_where_the_name_does_not(n_parameters, told):
-    analysis = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=n_parameters)
+def test_a_size_is_rounded_and_has_its_unit(n_parameters, told):
+    assert marks.size_of(replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=n_parameters)) == (
+        f"{told} parameters"
+    )
+
+
+def test_titles_tell_the_size_where_the_name_does_not():
+    analysis, told = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
     assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({told} parameters)"
     # Where four stand side by side, the size has a line of its own.
     panels = figures.entropy_change([replace(analysis, name=f"testbed/{k}") for k in ("qwen3", "llama", "a", "b")]).axes

@@ -16,8 +16,7 @@ from internal_policy.analysis.sources import gather
 from internal_policy.bupo.run import Run
 from internal_policy.cli.report import ReportCommand, write_reports
 from internal_policy.report import training_report
-from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words
-from internal_policy.report.reproduce_training import training_commands
+from internal_policy.report.reproduce import analysis_commands, comparison_commands, comparison_words, training_commands
 from internal_policy.report.training import summary
 
 STORED = Path(__file__).resolve().parents[2] / "data" / "experiments"
@@ -83,25 +82,18 @@ def manifest():
     return json.loads((STORED / "sweep" / "comparison.json").read_text())
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_labels_of_the_user_are_given_again_though_names_end_with_them(manifest, known):
-    manifest.pop("labels_given", None)
+def test_labels_of_the_user_are_given_again(manifest):
     assert "--label" not in comparison_words(manifest, "here")
     assert "labels" not in comparison_commands(manifest).python
     rows = manifest["analyses"]
     for row in rows[1:]:
         row["label"] = row["label"].removeprefix("checkpoint-")
     rows[0]["label"] = "-start"
-    manifest |= {"baseline": "6", **({"labels_given": True} if known else {})}
+    manifest |= {"baseline": "6", "labels_given": True}
     words = comparison_words(manifest, "here")
     assert words[2 + len(rows) :][:3] == ["--label=-start", "--label", "6"]
     assert words[-2:] == ["--baseline", "6"]
     assert "labels=['-start', '6', '12'," in comparison_commands(manifest).python
-
-
-def test_labels_of_the_user_are_given_again_though_they_are_those_of_the_names(manifest):
-    # With labels of the user's own the figures name what they else number.
-    assert "--label" in comparison_words({**manifest, "labels_given": True}, "here")
 
 
 def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
