@@ -1,7 +1,7 @@
 r"""Chained arithmetic modulo 23: problems whose worked solution and final ``\boxed{}`` answer can be checked exactly.
 
 A problem of level k states one variable and k derived ones, each an operation on an earlier variable, and asks for
-the last: ``a=12,b=a-15,c=b*11;c?`` has level 2. Its solution works the variables out in turn,
+the last one: ``a=12,b=a-15,c=b*11;c?`` has level 2. Its solution works the variables out in turn,
 ``b=12-15=20;c=20*11=13;\boxed{13}``.
 """
 
@@ -29,7 +29,7 @@ class Problem:
 
     Attributes:
         prompt: The question as a user writes it, ``a=12,b=a-15;b?``.
-        answer: The value asked for, a decimal number from 0 to 22.
+        answer: The value of the last variable, a decimal number from 0 to 22.
         level: The number of derived variables, from 1 to 4.
         solution: The worked solution, which ends with ``\boxed{answer}``.
     """
@@ -41,16 +41,10 @@ class Problem:
 
 
 def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
-    """Draw one problem.
+    """Draw one problem of a level from 1 to 4.
 
-    Args:
-        rng: The source of randomness.
-        level: The number of derived variables, from 1 to 4.
-        slip: The probability that a result in the solution is off by 1 or 2. The wrong value is carried forward, as
-            with a person's slip; `answer` is right regardless.
-
-    Returns:
-        The problem.
+    With probability ``slip`` a result in the solution is off by 1 or 2. The wrong value is carried forward, as when a
+    person makes a slip; ``answer`` is correct in any case.
     """
     if not 1 <= level <= MAX_LEVEL:
         raise ValueError(f"level {level}: must be from 1 to {MAX_LEVEL}")

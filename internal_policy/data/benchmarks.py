@@ -68,18 +68,13 @@ def default_samples(name: str) -> int:
 
 
 def read_benchmark(source: str | Sequence[Any], limit: int | None = None) -> list[Prompt]:
-    """Read problems with their answers.
+    """Read at most ``limit`` problems with their answers, from the start.
 
-    Args:
-        source: a name of `BENCHMARKS`, a parquet, jsonl or json file, a hub data set id, or a list of records with
-            a prompt (or problem, question) and an answer (or final_answer, reward_model.ground_truth).
-        limit: maximum number of problems, from the start.
-
-    Returns:
-        The problems.
+    The source is a name of `BENCHMARKS`, a parquet, jsonl or json file, a hub data set id, or a list of records with a
+    prompt (or problem, question) and an answer (or final_answer, reward_model.ground_truth).
 
     Raises:
-        UserError: unreadable, empty, or a problem without an answer.
+        UserError: the source is unreadable or empty, or a problem has no answer.
     """
     if isinstance(source, str) and source == TESTBED:
         from internal_policy.data import arithmetic as tasks

@@ -34,7 +34,7 @@ class Prompt:
     content: str | Chat
     """Text, or a chat."""
     answer: str | None = None
-    """The reference answer, where known."""
+    """The reference answer, if known."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The other columns of its record."""
     unusable: str = field(default="", compare=False, repr=False)
@@ -45,8 +45,8 @@ class Prompt:
         """The bare question: the text, or the last message of the user."""
         if isinstance(self.content, str):
             return self.content
-        said = [m["content"] for m in self.content if m["role"] == "user"]
-        return said[-1] if said else self.content[-1]["content"]
+        questions = [m["content"] for m in self.content if m["role"] == "user"]
+        return questions[-1] if questions else self.content[-1]["content"]
 
     @property
     def chat(self) -> Chat:
@@ -55,18 +55,13 @@ class Prompt:
 
 
 def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit: int | None = None) -> list[Prompt]:
-    """Read prompts from a file, the hub, the built-in tasks (``testbed``) or a list.
+    """Read at most ``limit`` prompts from a file, the hub, the built-in tasks (``testbed``) or a list.
 
-    Args:
-        source: hub data set id, path of a parquet, jsonl or json file, ``testbed``, or a list of texts or records.
-        split: split of a hub data set.
-        limit: maximum number of prompts, from the start.
-
-    Returns:
-        The prompts.
+    The source is a hub data set id, of which ``split`` is read, the path of a parquet, jsonl or json file, ``testbed``,
+    or a list of texts or records.
 
     Raises:
-        UserError: unreadable, empty, or without a prompt column.
+        UserError: the source is unreadable, empty, or without a prompt column.
     """
     if not isinstance(source, str):
         where = "the list of prompts"
@@ -155,9 +150,9 @@ def content_of(value: Any, where: str) -> str | Chat:
 
 
 def whole_text(text: str, where: str) -> str:
-    """Refuse half a character, with which a response ends that was cut in the middle of an emoji.
+    """Refuse half a character (a lone surrogate), which no tokenizer and no file accepts.
 
-    No tokenizer and no file accepts such a lone surrogate.
+    A response that was cut in the middle of an emoji ends with one.
     """
     try:
         text.encode("utf-8")
@@ -206,19 +201,11 @@ def render(prompt: Prompt, template: str, tokenizer: Any) -> list[int]:
 def render_all(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list[list[int]]:
     """Turn prompts into token ids.
 
-    ``chat`` applies the tokenizer's chat template and falls back to plain text if it has none; ``plain`` uses the
-    text unchanged; the named templates build the paper's prompts from the bare question.
-
-    Args:
-        prompts: the questions.
-        template: one of ``TEMPLATES``.
-        tokenizer: the model's tokenizer.
-
-    Returns:
-        Token ids of each.
+    ``chat`` applies the tokenizer's chat template and falls back to plain text if it has none; ``plain`` uses the text
+    unchanged; the named templates build the paper's prompts from the bare question.
 
     Raises:
-        UserError: unknown template, or a chat that the tokenizer's template refuses or does not finish.
+        UserError: the template is unknown, or the tokenizer's template refuses or does not finish a chat.
     """
     if template in NAMED_TEMPLATES:
         return [token_ids(tokenizer, NAMED_TEMPLATES[template](p.problem)) for p in prompts]

@@ -37,7 +37,7 @@ class Response:
     prompt_length: int
     """P: number of ids of the prompt."""
     reward: float | None = None
-    """The reward, where known."""
+    """The reward, if known."""
 
     @property
     def n_tokens(self) -> int:
@@ -59,22 +59,15 @@ def prompt_indices(responses: Sequence[Response]) -> list[int]:
 def read_responses(
     source: str | Path | Sequence[Mapping[str, Any]], tokenizer: Any, template: str, *, limit: int | None = None
 ) -> list[Response]:
-    """Read ready responses: ``{"prompt", "response"}`` or ``{"input_ids", "prompt_length"}``.
+    """Read at most ``limit`` responses: ``{"prompt", "response"}`` or ``{"input_ids", "prompt_length"}``.
 
-    A response given as text is tokenised separately from the templated prompt, so that the boundary is exact. No
+    The source is a jsonl, json or parquet file, or a list of records; ``template`` applies to prompts given as text or
+    chat. A response given as text is tokenised separately from the templated prompt, so that the boundary is exact. No
     end-of-sequence token is added, since it is unknown whether the response ended there.
 
-    Args:
-        source: a jsonl, json or parquet file, or a list of records.
-        tokenizer: the model's tokenizer.
-        template: how prompts given as text or chat are templated.
-        limit: maximum number of responses, from the start.
-
-    Returns:
-        The responses.
-
     Raises:
-        UserError: unreadable, wrong keys, or a response without tokens; the message names the record.
+        UserError: the source is unreadable, has the wrong keys, or has a response without tokens; the message names the
+        record.
     """
     if isinstance(source, (str, Path)):
         rows, where = records.read_file(Path(source), limit), str(source)
@@ -187,14 +180,9 @@ def check_responses(responses: Iterable[Response], vocab_size: int, max_length: 
 
 
 def pad(sequences: Sequence[Sequence[int]], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Pad sequences to one length.
+    """Pad sequences on one side to ids [B, T] and a mask [B, T], which is 1 for tokens.
 
-    Args:
-        sequences: B lists of ids.
-        side: the side of the padding.
-
-    Returns:
-        ids [B, T] and mask [B, T], 1 for tokens. Padding has id 0, which every vocabulary has, and is masked.
+    Padding has id 0, which every vocabulary has, and is masked.
     """
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)

@@ -19,7 +19,7 @@ _HALVES = re.compile("[\udc80-\udcff]+")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level BPE (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    """The characters that represent bytes in byte-level BPE (openai/gpt-2, encoder.py, bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -72,7 +72,7 @@ def _text(tokenizer: Any, token_id: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Format a text so that all of it is visible on one line; lone surrogates stand for incomplete characters."""
+    """Format a text so that all of it is visible on one line; lone surrogates represent incomplete characters."""
     text = _HALVES.sub(lambda m: f"<{m[0].encode('utf-8', 'surrogateescape').hex().upper()}>", text)
     shown = "".join(_MARKS.get(c) or (f"<U+{ord(c):04X}>" if unicodedata.category(c) in _UNSEEN else c) for c in text)
     # A combining mark would attach to whatever precedes the cell.

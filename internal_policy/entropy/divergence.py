@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes, check_shapes, fused
+from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes, check_shapes, check_targets, fused
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ def policy_divergence(
 
     .. math:: KL(p, q) = \sum_j p_j (\log p_j - \log q_j), \quad p = \mathrm{softmax}(x_p E_u^T)
 
-    Products and sums run in float32 (float64 where an operand is float64), whatever the operands' dtype. It is never
-    negative but by rounding. A state that holds NaN or inf has divergence NaN.
+    Products and sums run in float32 (float64 if an operand is float64), regardless of the operands' dtype. It is
+    negative only by rounding. A state that holds NaN or inf has divergence NaN.
 
     Args:
         p_states: [N, d] states of the policy over which the mean is taken.
         q_states: [N, d] states of the other policy, on the same device.
         unembedding: [V, d] unembedding matrix E_u, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
-        memory_budget: bytes of working memory, whatever N and V.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
+        memory_budget: bytes of working memory, independent of N and V.
 
     Returns:
-        [N] divergences in nats, float32 (float64 where an operand is float64).
+        [N] divergences in nats, float32 (float64 if an operand is float64).
 
     Raises:
         ValueError: the shapes do not fit, or the budget is too small for a single row.
@@ -135,20 +135,20 @@ def token_log_probs(
 ) -> Tensor:
     r"""Log-probability that each state's policy gives to one token, block by block.
 
-    Products and sums run in float32 (float64 where an operand is float64), whatever the operands' dtype. A state that
+    Products and sums run in float32 (float64 if an operand is float64), regardless of the operands' dtype. A state that
     holds NaN or inf has log-probability NaN.
 
     Args:
         states: [N, d] states.
         targets: [N] token ids, on the same device.
         unembedding: [V, d] unembedding matrix E_u, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
-        memory_budget: bytes of working memory, whatever N and V.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
+        memory_budget: bytes of working memory, independent of N and V.
 
     Returns:
-        [N] log-probabilities in nats, at most 0, float32 (float64 where an operand is float64).
+        [N] log-probabilities in nats, at most 0, float32 (float64 if an operand is float64).
 
     Raises:
         ValueError: the shapes do not fit, an id is beyond the vocabulary, or the budget is too small for a single row.
@@ -157,10 +157,7 @@ def token_log_probs(
     """
     head = _head(states, unembedding, bias, scale, softcap, states.dtype)
     vocab, d = unembedding.shape
-    if targets.shape != states.shape[:1]:
-        raise ValueError(f"got targets {tuple(targets.shape)} for {len(states)} states; needed is one id a state")
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
-        raise ValueError(f"got ids from {int(targets.min())} to {int(targets.max())}; needed are 0 to {vocab - 1}")
+    check_targets(states, targets, vocab)
     options = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
     if (by_kernel := fused("token_log_probs", states, unembedding, targets, bias, **options)) is not None:
         return by_kernel

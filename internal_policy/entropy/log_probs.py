@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes
+from internal_policy.entropy.streaming import DEFAULT_MEMORY_BUDGET, block_sizes, check_shapes, check_targets
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ def differentiable_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Compute the log-probability that each state's policy gives to one token, and its entropy, differentiably.
 
-    Products and sums run in float32 (float64 where an operand is float64); under autocast the operands are rounded to
+    Products and sums run in float32 (float64 if an operand is float64); under autocast the operands are rounded to
     its dtype first, as the model's own head rounds them.
 
     Args:
         states: [N, d] states.
         targets: [N] token ids, on the same device.
         unembedding: [V, d] unembedding matrix E_u, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
+        bias: [V] bias of the unembedding, if the model has one.
         temperature: divides the logits.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
         entropy: compute entropies too.
-        memory_budget: bytes of working memory of a block, whatever N and V.
+        memory_budget: bytes of working memory of a block, independent of N and V.
 
     Returns:
-        [N] log-probabilities and [N] entropies (None unless asked for) in nats, float32 (float64 where an operand is
+        [N] log-probabilities and [N] entropies (None without ``entropy``) in nats, float32 (float64 if an operand is
         float64). Both are differentiable by states, unembedding and bias.
 
     Raises:
@@ -89,16 +89,8 @@ def differentiable_log_probs(
 
     Source: the factors of arXiv 2512.19673v3, eq. 9, and eq. 7.
     """
-    if states.ndim != 2 or unembedding.ndim != 2 or states.shape[1] != unembedding.shape[1]:
-        raise ValueError(
-            f"got states {tuple(states.shape)} and unembedding {tuple(unembedding.shape)}; needed [N, d] and [V, d]"
-        )
-    if targets.shape != states.shape[:1]:
-        raise ValueError(f"got targets {tuple(targets.shape)} for {len(states)} states; needed is one id a state")
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(unembedding):
-        raise ValueError(
-            f"got ids from {int(targets.min())} to {int(targets.max())}; needed are 0 to {len(unembedding) - 1}"
-        )
+    check_shapes(states, unembedding, bias)
+    check_targets(states, targets, len(unembedding))
     transform = _LogitTransform(scale, softcap, temperature)
     found: tuple[Tensor, Tensor | None] = _LogProbs.apply(  # type: ignore[no-untyped-call]
         states, unembedding, bias, targets, transform, entropy, memory_budget
@@ -141,7 +133,7 @@ class _Blocks:
                 yield rows, columns, x_nd, e_vd, self.transform.to_logits(z_nv, bias), spare_nv
 
     def operand(self, x: Tensor) -> Tensor:
-        """A factor of the products, as they take it."""
+        """Convert a factor of the products to their dtype, after the rounding of autocast."""
         return (x if self.rounding is None else x.to(self.rounding)).to(self.dtype)
 
 
@@ -210,7 +202,7 @@ class _LogProbs(torch.autograd.Function):
         grad_moving = zeros(moving) if wants_states else None
         grad_weight = None
         if wants_weight:
-            # Every block of it is written, but where no token moves.
+            # Every block of it is written, unless no token has a gradient.
             new = torch.empty if len(live) else torch.zeros
             grad_weight = new(weight.shape, dtype=dtype, device=weight.device)
         grad_bias = zeros(bias) if wants_bias else None

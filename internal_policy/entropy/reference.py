@@ -1,4 +1,4 @@
-"""Policies as the paper defines them, in float64: the oracles that every faster form is tested against."""
+"""Policies as the paper defines them, in float64: the reference against which every faster form is tested."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def policy_entropy(
     Args:
         states: [N, d] residual states or module writes.
         unembedding: [V, d] unembedding matrix E_u.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
 
     Returns:
         [N] entropies in nats, float64.
@@ -53,9 +53,9 @@ def policy_divergence(
         p_states: [N, d] states of the policy over which the mean is taken.
         q_states: [N, d] states of the other policy.
         unembedding: [V, d] unembedding matrix E_u.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
 
     Returns:
         [N] divergences in nats, float64.
@@ -80,9 +80,9 @@ def token_log_probs(
         states: [N, d] states.
         targets: [N] token ids.
         unembedding: [V, d] unembedding matrix E_u.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
 
     Returns:
         [N] log-probabilities in nats, float64.

@@ -26,7 +26,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BUDGET = 128 * 2**20
-"""Bytes of working memory: the buffers that exist beside the states and the unembedding."""
+"""Bytes of working memory: the buffers in addition to the states and the unembedding."""
 
 # A logit block of 1024 x 1024 float32 (4 MiB) stays in a CPU's shared cache between the product and the passes of the
 # online softmax, together with the 4 MiB of either operand at a width of 1024; half as many rows cost a product a tenth
@@ -37,7 +37,7 @@ _LOG2_E = 1.4426950408889634
 
 _HALF = (torch.bfloat16, torch.float16)
 _failures: set[str] = set()
-"""Why the fused kernel is not tried again: what fails to compile once fails at every call."""
+"""The reasons not to try the fused kernel again: if it fails to compile once, it fails at every call."""
 
 
 def check_shapes(states: Tensor, unembedding: Tensor, bias: Tensor | None) -> None:
@@ -50,21 +50,19 @@ def check_shapes(states: Tensor, unembedding: Tensor, bias: Tensor | None) -> No
         raise ValueError(f"got a bias of shape {tuple(bias.shape)}; needed [{len(unembedding)}]")
 
 
+def check_targets(states: Tensor, targets: Tensor, vocab: int) -> None:
+    """Refuse targets that are not one id of the vocabulary per state with a ``ValueError``."""
+    if targets.shape != states.shape[:1]:
+        raise ValueError(f"got targets {tuple(targets.shape)} for {len(states)} states; needed is one id a state")
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab:
+        raise ValueError(f"got ids from {int(targets.min())} to {int(targets.max())}; needed are 0 to {vocab - 1}")
+
+
 def block_sizes(d: int, vocab: int, memory_budget: int, device: torch.device, element_size: int = 4) -> tuple[int, int]:
-    """Choose the sizes of the blocks of states and of vocabulary from a memory budget.
+    """Choose n states and v vocabulary entries of a block, so that its buffers fit in ``memory_budget`` bytes.
 
-    Args:
-        d: residual width.
-        vocab: vocabulary size V.
-        memory_budget: bytes of working memory.
-        device: where the products run.
-        element_size: bytes of one number in the products.
-
-    Returns:
-        (n, v): states and vocabulary entries in a block.
-
-    Raises:
-        ValueError: the budget does not hold a block of one state and one vocabulary entry.
+    ``d`` is the residual width, and ``element_size`` the bytes of one number in the products. A ``ValueError`` says
+    that the budget does not hold a block of one state and one vocabulary entry.
     """
     n, v = _CPU_BLOCK if device.type == "cpu" else _ACCELERATOR_BLOCK
     v = min(v, vocab)
@@ -95,19 +93,19 @@ def policy_entropy(
 ) -> Tensor:
     r"""Entropy of ``softmax(states @ unembedding.T)``, block by block.
 
-    Products and sums run in float32 (float64 where an operand is float64), whatever the operands' dtype. A state that
+    Products and sums run in float32 (float64 if an operand is float64), regardless of the operands' dtype. A state that
     holds NaN or inf has entropy NaN.
 
     Args:
         states: [N, d] residual states or module writes.
         unembedding: [V, d] unembedding matrix E_u, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
-        memory_budget: bytes of working memory, whatever N and V.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
+        memory_budget: bytes of working memory, independent of N and V.
 
     Returns:
-        [N] entropies in nats, float32 (float64 where an operand is float64).
+        [N] entropies in nats, float32 (float64 if an operand is float64).
 
     Raises:
         ValueError: the shapes do not fit, or the budget is too small for a single row.
@@ -136,15 +134,15 @@ def policy_entropies(
     Args:
         states: S states of the same N positions, [N, d] each.
         unembedding: [V, d] unembedding matrix E_u, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
-        sums: R lists of places in ``states``; the first sum is that of its two or more states, each next one adds its
-            states to the one before.
-        scale: factor on the logits, where the model has one.
-        softcap: c in ``c * tanh(logits / c)``, where the model caps its logits.
-        memory_budget: bytes of working memory, whatever N and V.
+        bias: [V] bias of the unembedding, if the model has one.
+        sums: R lists of indices into ``states``; the first sum is that of its two or more states, each later one adds
+            its states to the one before.
+        scale: factor on the logits, if the model has one.
+        softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
+        memory_budget: bytes of working memory, independent of N and V.
 
     Returns:
-        [S + R, N] entropies in nats, of the states and then of the sums; float32 (float64 where an operand is float64).
+        [S + R, N] entropies in nats, of the states and then of the sums; float32 (float64 if an operand is float64).
 
     Raises:
         ValueError: the shapes do not fit, or the budget is too small for a single row.
@@ -164,17 +162,10 @@ def fused(
     *rest: Any,
     **options: Any,
 ) -> Tensor | None:
-    """Compute a quantity with the fused kernel of ``triton_kernel``, where it is available and faster.
+    """Compute a quantity [N] in nats with ``triton_kernel``; None if the blocks of torch have to compute it.
 
-    Args:
-        quantity: a function of ``triton_kernel``.
-        states: [N, d] states.
-        unembedding: [V, d] unembedding matrix E_u.
-        rest: the targets where the quantity has any, and the bias or None.
-        options: scale, softcap and memory_budget.
-
-    Returns:
-        [N] nats, or None where the blocks of torch have to compute it.
+    ``rest`` holds the targets, if the quantity has any, and then the bias or None; ``options`` are scale, softcap and
+    memory_budget.
     """
     if _failures or not kernel_is_faster(states, unembedding, *rest):
         return None

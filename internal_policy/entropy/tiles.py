@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-# What starting a program costs, in tiles of work: filling the pipeline, writing sums, merging them.
+# The cost of starting a program, in tiles of work: filling the pipeline, writing sums, merging them.
 _PROGRAM_COST = 0.5
 _MAX_SLICES = 256
 # Bytes of a row and slice: m, s and t, and as much again while slices are merged.
@@ -17,7 +17,7 @@ _SLICE_BYTES = 24
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a program is cut, and how the compiler lays it out."""
+    """The size of the tiles of a program, and the settings of the compiler."""
 
     rows: int
     vocab: int
@@ -33,7 +33,7 @@ class Blocks:
 
 
 # Few, since each is compiled on first use. Of the tiles whose logits fit the registers, those of 128 x 256 read least
-# for a product. What a device has no shared memory for drops out by itself.
+# for a product. Blocks for which a device has too little shared memory are skipped by the autotuner.
 _MANY_ROWS = (
     Blocks(128, 256, 64, warps=8, stages=3),
     Blocks(128, 256, 64, warps=8, stages=4),
@@ -45,16 +45,14 @@ _TF32 = (Blocks(128, 128, 32, warps=4, stages=3), Blocks(128, 256, 32, warps=8, 
 # Without tensor cores the operands of a tile wait in registers too.
 _PLAIN = (Blocks(64, 64, 16, warps=8, stages=2), Blocks(32, 64, 32, warps=4, stages=2))
 INTERPRETED = Blocks(16, 64, 32)
-"""For the interpreter, whose time goes by the number of operations."""
+"""For the interpreter, whose time depends on the number of operations."""
 
 
 def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
     """List the two to four blocks among which the fastest is chosen by measurement, the likeliest first.
 
-    Args:
-        n: rows.
-        half: whether the operands have 16 bits.
-        tf32: whether products of float32 operands may be rounded to TF32.
+    ``n`` is the number of rows; ``half`` says whether the operands have 16 bits, and ``tf32`` whether products of
+    float32 operands may be rounded to TF32.
     """
     if half:
         return _MANY_ROWS if n > _FEW_ROWS[0].rows else _FEW_ROWS
@@ -63,17 +61,10 @@ def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
 
 @lru_cache(maxsize=256)
 def slices_of_vocabulary(n: int, vocab: int, processors: int, blocks: Blocks, memory_budget: int) -> int:
-    """Choose into how many slices the vocabulary is cut, so that all processors work till the end.
+    """Choose into how many slices the vocabulary is cut, so that all processors work until the end.
 
-    Args:
-        n: rows.
-        vocab: vocabulary size V.
-        processors: multiprocessors of the device, one program on each at a time.
-        blocks: how a program is cut.
-        memory_budget: bytes that the sums of all slices may take.
-
-    Returns:
-        The S with the shortest run: rounds of programs, times the tiles of a program and what starting it costs.
+    The duration of a run is its rounds of programs, one program on each of the device's ``processors`` at a time, times
+    the tiles of a program and the cost of starting it. ``memory_budget`` limits the bytes of the sums of all slices.
     """
     row_blocks, tiles = -(-n // blocks.rows), -(-vocab // blocks.vocab)
     most = min(tiles, _MAX_SLICES, memory_budget // (_SLICE_BYTES * n))

@@ -2,7 +2,7 @@
 
 A program of the kernel holds a block of rows, walks over a slice of the vocabulary tile by tile, and keeps the running
 maximum m and the sums s and t of ``streaming`` in registers. Logits exist as one tile a program, never in memory. Each
-program writes three numbers a row; the slices of a row are merged exactly, as blocks are merged in ``streaming``.
+program writes three numbers per row; the slices of a row are merged exactly, as blocks are merged in ``streaming``.
 
 Products of 16-bit operands of one dtype are exact in the float32 in which they are summed, so nothing is widened in
 memory. Operands of two dtypes are widened tile by tile in registers and multiplied as float32: the numbers are those of
@@ -81,21 +81,11 @@ def online_sums(
     blocks: tiles.Blocks | None = None,
     slices: int | None = None,
 ) -> Sums:
-    """Run the kernel and merge what its slices of the vocabulary give.
+    """Run the kernel on states [N, d] and E_u [V, d] of 16-bit or float32, and merge the slices of the vocabulary.
 
-    Args:
-        states: [N, d] bfloat16, float16 or float32.
-        unembedding: [V, d] unembedding matrix E_u, of any of these dtypes, on the same device.
-        bias: [V] bias of the unembedding, where the model has one.
-        targets: [N] ids of the tokens whose logits are wanted.
-        scale: factor on the logits.
-        softcap: c in ``c * tanh(logits / c)``.
-        memory_budget: bytes that the sums of all slices may take.
-        blocks: how a program is cut; the fastest of a few by default.
-        slices: into how many slices the vocabulary is cut; as many as fill the device by default.
-
-    Returns:
-        The sums of each row, and the logits of the targets.
+    ``bias`` is [V]. ``targets`` are [N] ids of the tokens whose logits are returned as ``chosen``. The logits are
+    ``scale * z``, or ``c * tanh(scale * z / c)`` with c = ``softcap``. ``memory_budget`` limits the bytes of the sums
+    of all slices. By default ``blocks`` are the fastest of a few, and ``slices`` as many as fill the device.
     """
     n, d = states.shape
     vocab = len(unembedding)
@@ -150,7 +140,7 @@ def online_sums(
 
 
 def _merged(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge [3, S, N] sums of slices, each about a maximum of its own, into three of [N]."""
+    """Merge [3, S, N] sums of slices, each relative to its own maximum, into three of [N]."""
     m, s, t = sums
     top = m.amax(dim=0)
     # A slice without a finite logit has nothing to carry over; -inf times the 0 that it sums to would be NaN.
@@ -166,14 +156,14 @@ def _processors(device: torch.device) -> int:
 
 @cache
 def _tuned(choices: tuple[tiles.Blocks, ...]) -> Any:
-    """The kernel with the blocks that run fastest, looked for once for each d, V and dtype."""
+    """The kernel with the fastest blocks, which are measured once for each d, V and dtype."""
     configs = [triton.Config(b.meta(), num_warps=b.warps, num_stages=b.stages) for b in choices]
     key = ["d", "vocab", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TARGET"]
     return triton.autotune(configs, key=key, do_bench=_milliseconds)(_kernel)
 
 
 def _milliseconds(launch: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """Time a launch; triton's own timer takes 256 MiB to empty the cache, beside a budget that is meant to hold."""
+    """Time a launch; triton's own timer would allocate 256 MiB, beyond the memory budget, to empty the cache."""
     launch()
     times = []
     for _ in range(3):

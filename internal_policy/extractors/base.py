@@ -65,17 +65,12 @@ LogitReduction: TypeAlias = Callable[[Tensor, Tensor, Projection], Tensor]
 
 
 class LayerGroups:
-    """Collects the states of consecutive layers, and reduces and frees them group by group."""
+    """Collects the states of consecutive layers, and reduces and frees them in groups of ``at_once`` layers.
+
+    The group that layer L completes may be smaller.
+    """
 
     def __init__(self, reduce: LayerReduction, projection: Projection, n_layers: int, at_once: int) -> None:
-        """Store the reduction.
-
-        Args:
-            reduce: applied to each group.
-            projection: E_u and LN_final.
-            n_layers: L; the group that layer L completes may be smaller.
-            at_once: layers in a group.
-        """
         self.reduced: list[Tensor] = []
         """The result for each group so far."""
         self._reduce, self._projection = reduce, projection
@@ -83,11 +78,7 @@ class LayerGroups:
         self._held: list[LayerStates] = []
 
     def append(self, states: LayerStates) -> None:
-        """Add the states of the next layer, and reduce the group if it is complete.
-
-        Args:
-            states: of one layer.
-        """
+        """Add the states of the next layer, and reduce the group if it is complete."""
         if self._held:
             # The input of a layer is the output of the layer below: one copy is enough.
             below = self._held[-1].residual_out

@@ -57,7 +57,7 @@ class NnsightExtractor:
     """The nnsight backend; see ``Extractor``."""
 
     def __init__(self, model: LanguageModel, root: Any = None, remote: Remote = False) -> None:
-        """Connect a model, its nnsight model if there is one already, and the place where it runs.
+        """Connect a model to nnsight, or to its nnsight model ``root``, if there is one already.
 
         Raises:
             UserError: nnsight is not installed, there is no key for NDIF, or the nnsight model cannot run remotely.
@@ -145,19 +145,10 @@ def from_model(model: LanguageModel, remote: Remote = False) -> NnsightExtractor
 
 
 def from_nnsight(root: Any, tokenizer: Any = None, name: str | None = None, remote: Remote = False) -> NnsightExtractor:
-    """Capture from an nnsight model in memory, with its edits.
-
-    Args:
-        root: an nnsight model of a causal LM.
-        tokenizer: its tokenizer; its own where not given.
-        name: what to call it.
-        remote: where to run it.
-
-    Returns:
-        The extractor, with its ``LanguageModel``.
+    """Capture from an nnsight model of a causal LM in memory, with its edits.
 
     Raises:
-        UserError: no tokenizer, or not a causal LM.
+        UserError: it has no tokenizer, or is not a causal LM.
     """
     load_nnsight()
     name = name or getattr(root, "repo_id", None) or getattr(root._module, "name_or_path", "") or type(root).__name__
@@ -169,7 +160,7 @@ def from_nnsight(root: Any, tokenizer: Any = None, name: str | None = None, remo
             root.dispatch()
     model = wrap(root._module, tokenizer, name)
     if next(root._module.parameters()).is_meta:
-        model = _elsewhere(model, root.__dict__.get("revision"))
+        model = _as_remote(model, root.__dict__.get("revision"))
     return NnsightExtractor(model, root, remote)
 
 
@@ -183,18 +174,11 @@ def from_hub(
 ) -> NnsightExtractor:
     """Capture on NDIF from a model that it hosts; here only its configuration and its tokenizer are loaded.
 
-    Args:
-        name: hub id.
-        revision: branch, tag or commit.
-        trust_remote_code: run code that comes with the checkpoint, here and there.
-        attn_implementation: transformers' attention; its own choice where not given.
-        remote: True for NDIF, or the address of another host.
-
-    Returns:
-        The extractor, with its ``RemoteLanguageModel``.
+    ``remote`` is True for NDIF, or the address of another host. With ``trust_remote_code``, code that comes with the
+    checkpoint runs both here and there.
 
     Raises:
-        UserError: nnsight is not installed, no key, or no such model.
+        UserError: nnsight is not installed, there is no key, or no such model.
     """
     nnsight = load_nnsight()
     if remote is True:
@@ -213,11 +197,11 @@ def from_hub(
             where, revision=revision, task="text-generation", tokenizer=tokenizer, **options
         )
         root._module.generation_config = _generation_config(where, revision) or root._module.generation_config
-    model = _elsewhere(wrap(root._module, root.tokenizer, name), revision)
+    model = _as_remote(wrap(root._module, root.tokenizer, name), revision)
     return NnsightExtractor(model, root, remote)
 
 
-def _elsewhere(model: LanguageModel, revision: str | None) -> RemoteLanguageModel:
+def _as_remote(model: LanguageModel, revision: str | None) -> RemoteLanguageModel:
     commit = getattr(model.config, "_commit_hash", None) or revision
     return RemoteLanguageModel(model.name, commit, model.model, model.tokenizer, model.family, model.projection)
 
@@ -257,7 +241,7 @@ def require_key(nnsight: Any) -> None:
 
 
 def _destination(remote: Remote) -> Remote:
-    """Nnsight's ``remote=``: the environment variable NDIF_HOST, where it is set, replaces NDIF's own address."""
+    """Nnsight's ``remote=``: the environment variable NDIF_HOST, if set, replaces NDIF's own address."""
     return os.environ.get("NDIF_HOST") or True if remote is True else remote
 
 

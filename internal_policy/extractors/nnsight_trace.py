@@ -28,25 +28,16 @@ def reduce_layers(
     states_class: Callable[..., Any],
     projection: Any,
 ) -> list[Tensor]:
-    """Reduce the states of layers 1..L while the forward pass computes them.
+    """Reduce the states of layers 1..L in groups, while the forward pass computes them.
 
-    Args:
-        root: the nnsight model.
-        row: paths of the parts, ``multiplier`` of the writes; see ``NnsightExtractor.row``.
-        positions: [n] flat indices into B * T.
-        reduce: applied to each group of layers.
-        at_once: layers in a group.
-        states_class: ``LayerStates``, or the plain class that a server can build.
-        projection: E_u and LN_final.
-
-    Returns:
-        The result of ``reduce`` for each group.
+    ``row`` is the result of ``NnsightExtractor.row``, ``positions`` are [n] flat indices into B * T, and
+    ``states_class`` is ``LayerStates`` or the plain class that a server can build.
     """
     blocks = root.get(row["layers"])
     values: list[Tensor] = []
     group: list[Any] = []
     for layer, block in enumerate(blocks, start=1):
-        # Locations must be read in the order in which the forward pass comes by.
+        # Locations must be read in the order of the forward pass.
         read = {
             "residual_in": received(block),
             "attention_in": received(block.get(row["attention"])),
@@ -62,7 +53,7 @@ def reduce_layers(
                 for name in ("attention_write", "ffn_write"):
                     states[name] = states[name] * row["multiplier"]
             if group:
-                # One copy of what one layer gave and the next received.
+                # One copy of what one layer returned and the next received.
                 states["residual_in"] = group[-1].residual_out.to(states["residual_out"].device)
             group.append(states_class(layer=layer, **states))
             del states
@@ -85,10 +76,7 @@ def reduce_logits(
 def choose_token(root: Any, row: dict[str, Any], sampler: Callable[[Any, Tensor], Tensor] | None) -> None:
     """Choose the next token of each sequence, and leave greedy search no other choice.
 
-    Args:
-        root: the nnsight model, at a step of generation.
-        row: path of the unembedding, and ``transform`` of the logits.
-        sampler: adds noise to [B, V] logits on the CPU; None for the most probable token.
+    ``sampler`` adds noise to [B, V] logits on the CPU; without it, the most probable token is chosen.
     """
     head = root.get(row["unembedding"])
     projected = head.output

@@ -38,7 +38,7 @@ _POSITIONS = 2048
 _STATES_BUDGET = 128 * 2**20
 """Bytes of states that a group of layers may hold."""
 _LEAST_LAYERS = 4
-"""Layers that are reduced together even beyond the budget, where that saves products."""
+"""Layers that are reduced together even beyond the budget, if that saves products."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,8 @@ def reduce_layers(
 ) -> Tensor:
     """Reduce consecutive layers; a function of its arguments only, so that it can run on another machine.
 
-    Args:
-        group: the states of k layers at n positions.
-        projection: E_u and LN_final.
-        lens: ``policy`` or ``logit-lens``.
-        summed: whether to compute the logits of H^l as a sum, instead of projecting it.
-        n_layers: L.
-        parallel: whether both writes are added to H^{l-1}.
+    ``group`` holds the states of k layers at n positions. With ``summed``, the logits of H^l are computed as a sum and
+    not by a projection; ``parallel`` says whether both writes are added to H^{l-1}.
 
     Returns:
         [n, 7 k] float32: ``QUANTITIES`` without the first, layer by layer. A column with the first, H(H^0), precedes
@@ -189,7 +184,7 @@ def reduce_responses(
     side: Literal["left", "right"] = "right",
     tokens: Sequence[NDArray[np.int64]] | None = None,
 ) -> list[TokenValues]:
-    """Analyse a batch of responses in one forward pass, or in two where a long response would affect a short one.
+    """Analyse a batch of responses in one forward pass, or in two if a long response would affect a short one.
 
     Args:
         reducer: capture and reduction.

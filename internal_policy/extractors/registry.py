@@ -48,11 +48,9 @@ Opener: TypeAlias = Callable[[], Extractor]
 
 
 def opener(config: _Options, device: torch.device | None = None) -> Opener:
-    """Prepare to open a model by its name: to load it, prove eq. 4 through the backend, and return the backend.
+    """Prepare to open a model by its name: load it, prove eq. 4 through the backend, and return the backend.
 
-    Args:
-        config: the configuration, with the backend.
-        device: the device of this process, if several processes have one each.
+    ``device`` is the device of this process, if several processes have one each.
     """
 
     def open_model() -> Extractor:
@@ -87,36 +85,25 @@ def opener(config: _Options, device: torch.device | None = None) -> Opener:
 
 
 def is_object(model: Any, tokenizer: Any, given: Iterable[str]) -> bool:
-    """Check whether a model is an object in memory, and that the other arguments agree with that.
+    """Check whether a model is an object in memory and not a name or a path.
 
-    Args:
-        model: a name, a path, or an object.
-        tokenizer: its tokenizer, if the caller gave one.
-        given: names of the options that the caller set.
-
-    Raises:
-        UserError: options of loading with an object, or a tokenizer with a name.
+    Options of loading with an object, and a tokenizer with a name, are refused; ``given`` holds the names of the
+    options that the caller set.
     """
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
         return False
-    if settled := sorted(_LOADING.intersection(given)):
-        raise UserError(f"{settled[0]} was given with a model object, which is taken as it is; set it when loading")
+    if loading := sorted(_LOADING.intersection(given)):
+        raise UserError(f"{loading[0]} was given with a model object, which is taken as it is; set it when loading")
     return True
 
 
 def wrap_in_memory(value: Any, tokenizer: Any, name: str, config: _Options) -> Opener:
-    """Prepare to open a model that is in memory: to prove eq. 4 through the backend, and return the backend.
+    """Prepare to open a model that is in memory: prove eq. 4 through the backend, and return the backend.
 
-    Args:
-        value: a transformers model, a TransformerBridge, or an nnsight model.
-        tokenizer: its tokenizer; a bridge and an nnsight model may bring their own.
-        name: its name in results.
-        config: the configuration, with the backend.
-
-    Raises:
-        UserError: a transformers model without its tokenizer, or a backend that is not the object's own.
+    The model is a transformers model, a TransformerBridge, or an nnsight model; the latter two may bring their own
+    tokenizer. A transformers model without its tokenizer is refused, and so is a backend of another library.
     """
     own = library_of(value)
     if own is not None and config.backend != own:

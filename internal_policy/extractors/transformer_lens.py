@@ -145,14 +145,8 @@ def from_model(model: LanguageModel) -> TransformerLensExtractor:
     and buffer with the model. It takes memory for attention patterns [B, heads, T, T], which are computed in full, and
     in GPT-NeoX for the fused query, key and value weights, which transformer-lens copies into separate tensors.
 
-    Args:
-        model: a model of any family for which transformer-lens has an adapter.
-
-    Returns:
-        The backend.
-
     Raises:
-        UserError: transformer-lens is not installed, or does not know the architecture.
+        UserError: transformer-lens is not installed, or has no adapter for the architecture.
     """
     sources = _library(model.name)
     shared = {id(t): t for t in [*model.model.parameters(), *model.model.buffers()]}
@@ -166,25 +160,22 @@ def from_model(model: LanguageModel) -> TransformerLensExtractor:
         chosen = sources.transformers.determine_architecture_from_hf_config(twin.config)
         bridge = sources.build_bridge_from_module(twin, chosen, hf_config=twin.config, model_name=model.name)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, ImportError) as error:
-        said = " ".join(str(error).split()).split(". ")[0][:200]
-        raise UserError(f"{model.name}: transformer-lens cannot bridge {architecture} ({said}); {_INSTEAD}") from error
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        raise UserError(
+            f"{model.name}: transformer-lens cannot bridge {architecture} ({reason}); {_INSTEAD}"
+        ) from error
     return TransformerLensExtractor(model, bridge)
 
 
 def from_bridge(bridge: Any, tokenizer: Any = None, name: str | None = None) -> TransformerLensExtractor:
     """Analyse a ``TransformerBridge`` that is already in memory.
 
-    Args:
-        bridge: the bridge of a transformers model, without weight processing and without hooks; its model is put in
-            evaluation mode and does not change otherwise.
-        tokenizer: its tokenizer; the bridge's own by default.
-        name: its name in results; the bridge's own by default.
-
-    Returns:
-        The backend; its ``model`` is the plain transformers model of the bridge, over the same weights.
+    The ``model`` of the result is the bridge's plain transformers model, over the same weights. It is put in evaluation
+    mode and does not change otherwise.
 
     Raises:
-        UserError: the bridge does not compute the same as its model, or it has no tokenizer.
+        UserError: the bridge has processed weights or hooks, so that it does not compute the same as its model, or it
+        has no tokenizer.
     """
     name = name or getattr(bridge.cfg, "model_name", None) or type(bridge.original_model).__name__
     tokenizer = tokenizer if tokenizer is not None else bridge.tokenizer

@@ -76,14 +76,12 @@ def prove(
             found.append((verify(HookExtractor(tried), seed), tried))
         except NotProved as error:
             why = f"no structure that was tried fits ({error.why})"
-            continue
         except UserError:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             why = f"no structure that was tried fits ({type(error).__name__}: {first_line(error)})"
-            continue
     if found:
         # A wrong write within the rounding of the stream passes too; the right one has the smallest error.
         tried = min(found, key=lambda pair: pair[0])[1]

@@ -53,7 +53,7 @@ def check_prompt_lengths(requests: Sequence[Request], model: LanguageModel) -> N
 
 
 def length_limits(model: LanguageModel, requests: Sequence[Request], max_new_tokens: int) -> list[int]:
-    """Compute how long each response may be: ``max_new_tokens``, or less where the context ends earlier."""
+    """Compute how long each response may be: ``max_new_tokens``, or less if the context ends earlier."""
     if model.max_length is None:
         return [max_new_tokens] * len(requests)
     return [min(max_new_tokens, model.max_length - len(r.prompt_ids)) for r in requests]
@@ -100,6 +100,6 @@ def end_ids(model: LanguageModel) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) for i in found):
         raise UserError(
             f"{model.name}: the checkpoint says eos_token_id {configured!r}; needed is a token id or a list of them: "
-            "correct generation_config.json, or config.json where there is none"
+            "correct generation_config.json, or config.json if there is none"
         )
     return list(dict.fromkeys(found))

@@ -30,7 +30,7 @@ _NEUTRAL: dict[str, Any] = {
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
 }
-_WITHOUT_NEUTRAL = (
+_UNSUPPORTED = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id"),
     *("forced_eos_token_id", "exponential_decay_length_penalty"),
 )
@@ -59,16 +59,9 @@ def sampler(extractor: Extractor, config: _Options) -> Callable[..., list[Respon
 def open_sampler(
     extractor: Extractor, config: _Options, requests: Sequence[Request], max_new_tokens: int
 ) -> Iterator[Callable[..., list[Response]]]:
-    """Open what samples responses, and release the memory of an engine on exit.
+    """Open the function that samples responses, and release the memory of an engine on exit.
 
-    Args:
-        extractor: the backend.
-        config: the configuration, with the generator.
-        requests: all requests that will be sampled.
-        max_new_tokens: limit on the tokens of a response.
-
-    Yields:
-        The function that `sampler` returns, or a ``VllmSampler``.
+    ``requests`` are all that will be sampled. Yields the result of ``sampler``, or a ``VllmSampler``.
     """
     if config.generator == "vllm":
         with VllmSampler(extractor.model, requests, max_new_tokens, config.trust_remote_code) as draw:
@@ -80,32 +73,24 @@ def open_sampler(
 def sample_remotely(
     extractor: NnsightExtractor, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
 ) -> list[Response]:
-    """Sample one response a request, in one batch and one job.
+    """Sample one response per request on NDIF, in one batch and one job; see ``generation.sample``.
 
-    Args:
-        extractor: the model on NDIF.
-        requests: the requests.
-        max_new_tokens: limit on the tokens of a response; the context may end earlier.
-        temperature: divides the logits; 0 takes the most probable token.
-        seed: seed of the whole run.
-
-    Returns:
-        The responses: those of ``generation.sample`` on a CPU, as far as rounding leaves the logits equal.
+    The responses are those of ``generation.sample`` on a CPU, as far as rounding leaves the logits equal.
 
     Raises:
-        UserError: what NDIF or the network refused; a checkpoint that forbids or forces tokens.
+        UserError: NDIF or the network refused, or the checkpoint forbids or forces tokens.
     """
     own: Any = extractor.model.model.generation_config
-    if forced := [name for name in _WITHOUT_NEUTRAL if getattr(own, name, None) is not None]:
+    if forced := [name for name in _UNSUPPORTED if getattr(own, name, None) is not None]:
         raise UserError(
-            f"{extractor.model.name}: its generation config sets {forced[0]}, which NDIF would apply and which is no "
+            f"{extractor.model.name}: its generation config sets {forced[0]}, which NDIF would apply and which is not "
             "part of the policy; give --responses sampled elsewhere"
         )
-    model = replace(extractor.model, model=cast(nn.Module, _Generating(extractor)))
+    model = replace(extractor.model, model=cast(nn.Module, _NnsightGenerator(extractor)))
     return sample(model, requests, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-class _Generating:
+class _NnsightGenerator:
     """The part of a transformers model that ``generation.sample`` uses, generating through nnsight."""
 
     def __init__(self, extractor: NnsightExtractor) -> None:

@@ -22,7 +22,7 @@ _LEAVE_TOGETHER = 16
 
 
 class RowSampler:
-    """A logits processor that makes greedy search sample: it adds Gumbel noise from one generator a row.
+    """A logits processor that makes greedy search sample: it adds Gumbel noise from one generator per row.
 
     argmax(z / T + g) with g standard Gumbel is a draw from softmax(z / T).
     """
@@ -65,7 +65,7 @@ class RowSampler:
 def sample(
     model: LanguageModel, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, seed: int
 ) -> list[Response]:
-    """Sample one response a request, in one batch.
+    """Sample one response per request, in one batch.
 
     Args:
         model: the model.
@@ -81,7 +81,7 @@ def sample(
 
     limits = length_limits(model, requests, max_new_tokens)
     # A model that generates in another way, such as on a server, returns ids only.
-    decode = _in_rounds if isinstance(model.model, GenerationMixin) else _at_once
+    decode = _decode_in_rounds if isinstance(model.model, GenerationMixin) else _decode_batch
     ends = end_ids(model)
     sampled: dict[int, list[int]] = {}
     with _plain_generation_config(model.model):
@@ -103,7 +103,7 @@ def _within_context(model: LanguageModel, requests: Sequence[Request], limits: S
     return [[i for i, limit in enumerate(limits) if limit == size] for size in sorted(set(limits), reverse=True)]
 
 
-def _at_once(
+def _decode_batch(
     model: LanguageModel, prompts: list[list[int]], limits: list[int], ends: list[int], sampler: RowSampler | None
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList
@@ -120,7 +120,7 @@ def _at_once(
     return sampled
 
 
-def _in_rounds(
+def _decode_in_rounds(
     model: LanguageModel, prompts: list[list[int]], limits: list[int], ends: list[int], sampler: RowSampler | None
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -132,8 +132,8 @@ def _in_rounds(
         ids, attention_mask=mask, generation_config=_config(ends, 1, return_dict_in_generate=True, output_logits=True)
     )
     cache = first.past_key_values
-    if not _can_be_repeated(cache):
-        return _at_once(model, prompts, limits, ends, sampler)
+    if not _supports_reordering(cache):
+        return _decode_batch(model, prompts, limits, ends, sampler)
 
     # From here on the samples of a prompt differ: each draws its first token from the same logits.
     source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
@@ -151,8 +151,8 @@ def _in_rounds(
         steps = ids.shape[1] - prompt_width
         for row, new in zip(rows, ids[:, prompt_width:].tolist(), strict=True):
             sampled[row] = new
-        over = torch.isin(ids[:, -1], ending).tolist()
-        left = [i for i, row in enumerate(rows) if not over[i] and steps < limits[row]]
+        ended = torch.isin(ids[:, -1], ending).tolist()
+        left = [i for i, row in enumerate(rows) if not ended[i] and steps < limits[row]]
         if not left:
             return sampled
         if len(left) < len(rows):
@@ -166,7 +166,7 @@ def _in_rounds(
             ids,
             attention_mask=mask,
             past_key_values=cache,
-            # No response runs beyond its own limit, where the model may have no positions.
+            # No response runs beyond its own limit, beyond which the model may have no positions.
             generation_config=_config(ends, min(limits[row] for row in rows) - steps, return_dict_in_generate=True),
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             stopping_criteria=StoppingCriteriaList([_EnoughHaveEnded(ending, len(rows))]),
@@ -186,7 +186,7 @@ class _EnoughHaveEnded:
         return (ended >= self._enough).expand(len(input_ids))
 
 
-def _can_be_repeated(cache: Any) -> bool:
+def _supports_reordering(cache: Any) -> bool:
     """Whether rows of a cache can be copied and dropped; only keys and values of attention are supported."""
     from transformers import cache_utils
 

@@ -99,7 +99,7 @@ class VllmSampler:
         """
         vllm: Any = import_module("vllm")
         if self._engine is None:
-            self._engine = self._started()
+            self._engine = self._start_engine()
         limits = length_limits(self._model, requests, max_new_tokens)
         params = [
             vllm.SamplingParams(
@@ -119,7 +119,7 @@ class VllmSampler:
         sampled = [list(output.outputs[0].token_ids) for output in outputs]
         return to_responses(self._model, requests, sampled, limits)
 
-    def _started(self) -> Any:
+    def _start_engine(self) -> Any:
         vllm: Any = import_module("vllm")
         where, _ = check(self._model.name, revision=self._model.revision, trust_remote_code=self._trust_remote_code)
         revision = None if Path(where).is_dir() else self._model.revision

@@ -33,8 +33,8 @@ def weight_files(where: str, config: Any, revision: str | None, name: str) -> li
     """
     if _file(where, _ADAPTER, revision) is not None:
         raise UserError(
-            f"{name}: holds LoRA adapters beside the model ({_ADAPTER}), which would be laid over its weights; merge "
-            "them (peft: model.merge_and_unload().save_pretrained(...)), or remove them where they are merged already"
+            f"{name}: holds LoRA adapters next to the model ({_ADAPTER}), which would be added to its weights; merge "
+            "them (peft: model.merge_and_unload().save_pretrained(...)), or remove them if they are merged already"
         )
     chosen = getattr(config, "transformers_weights", None)
     if chosen is not None:
@@ -90,7 +90,7 @@ def refuse_pickles(directory: Path) -> None:
         if found := next(directory.rglob(pattern), None):
             raise UserError(
                 f"{directory}: holds weights in pickle format ({found.name}), which can run code and are not read; "
-                "remove this checkpoint, and the same command goes on from the one before"
+                "remove this checkpoint, and the same command resumes from the one before"
             )
 
 

@@ -12,10 +12,13 @@ def max_length(config: Any) -> int | None:
     That is ``max_position_embeddings``, or with YaRN, whose checkpoints often leave that at the original length, the
     original length times the factor if that is more.
     """
-    length = getattr(config, "max_position_embeddings", None)
+    length = int(getattr(config, "max_position_embeddings", None) or 0)
     if not length:
         return None
-    return max(int(length), *(_stretched(rope, int(length)) for rope in _ropes(config)), 0)
+    yarn = [rope for rope in _ropes(config) if _kind(rope) == "yarn"]
+    originals = [int(rope.get("original_max_position_embeddings") or length) for rope in yarn]
+    factors = [float(rope.get("factor") or 1.0) for rope in yarn]
+    return max([length, *(int(factor * original) for factor, original in zip(factors, originals, strict=True))])
 
 
 def cache_bytes(config: Any) -> int | None:
@@ -63,9 +66,3 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
 
 def _kind(rope: Mapping[str, Any]) -> Any:
     return rope.get("rope_type", rope.get("type"))
-
-
-def _stretched(rope: Mapping[str, Any], length: int) -> int:
-    if _kind(rope) != "yarn":
-        return 0
-    return int(float(rope.get("factor") or 1.0) * int(rope.get("original_max_position_embeddings") or length))

@@ -49,13 +49,8 @@ def describe(model: Any) -> str:
 def materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Fetch a weight that accelerate offloads until its module runs.
 
-    Args:
-        model: the model.
-        name: the weight's name in the state dict.
-        tensor: the entry of the state dict.
-
-    Returns:
-        The tensor itself, or a copy of the offloaded weight on the CPU, in the tensor's dtype.
+    ``name`` and ``tensor`` are an entry of the state dict. An offloaded weight is returned as a copy on the CPU, in the
+    dtype of ``tensor``; any other is ``tensor`` itself.
     """
     if not tensor.is_meta:
         return tensor

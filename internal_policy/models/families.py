@@ -1,6 +1,6 @@
 """Where the parts of a decoder are: a table with one row per family, keyed by ``config.model_type``, and a guess.
 
-To support another family, add a row: the paths of its parts and, where they differ from the raw module outputs, of the
+To support another family, add a row: the paths of its parts and, if they differ from the raw module outputs, of the
 modules whose outputs are what the attention and the FFN WRITE to the residual stream. ``extractors.verify`` proves the
 row on every load, by eq. 4 and against the model's own logits. For a model type without a row, ``guess_families`` finds
 the parts by the names of the modules, and ``extractors.prove`` takes the first guess that passes the same proof.
@@ -33,7 +33,7 @@ class Family:
     final_norm: str = "model.norm"
     """LN_final, between H^L and the unembedding."""
     unembedding: str = "lm_head"
-    """The linear module that holds E_u (and a bias, where there is one)."""
+    """The linear module that holds E_u (and a bias, if there is one)."""
     attention: str = "self_attn"
     """The attention module, whose input is the normed state LN_in(H(2l-2))."""
     ffn: str = "mlp"

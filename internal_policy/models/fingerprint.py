@@ -46,11 +46,11 @@ _REGISTRIES = (
 )
 """Functions that a field of the configuration chooses by name, and the registry that holds them."""
 
-_UNDECIDED = frozenset(
+_IGNORED_KEYS = frozenset(
     {
         # Where it came from, what wrote it, and what the tensors and classes say themselves.
         *("name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
-        # What a forward pass returns beside the logits, and what it keeps.
+        # What a forward pass returns in addition to the logits, and what it keeps.
         *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "attn_implementation"),
         # What ends or fills a response counts where responses are sampled; a forward pass does not read it.
         *("bos_token_id", "eos_token_id", "pad_token_id"),
@@ -60,19 +60,19 @@ _UNDECIDED = frozenset(
 )
 """Keys of a configuration that do not affect the numbers; keys that begin with an underscore do not either."""
 
-_STATES = frozenset({"training", "gradient_checkpointing", "compute_type_is_set"})
+_CHANGING_ATTRIBUTES = frozenset({"training", "gradient_checkpointing", "compute_type_is_set"})
 """Plain attributes of a module that change while it is used."""
 
-_SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters")
+_ADAPTER_SWITCHES = ("active_adapters", "disable_adapters", "merged_adapters")
 """Which adapters of peft are active; the first two are properties over private attributes."""
 
-_PLACES = frozenset({"device", "kwargs"})
+_PLACEMENT_ATTRIBUTES = frozenset({"device", "kwargs"})
 """Attributes that say where a module is; ``kwargs`` of an adapter holds the device map that it was created with."""
 
-_PORTION = 1 << 25
+_CHUNK = 1 << 25
 """Elements that are copied from another device at a time."""
 
-_TABLE = 4096
+_LARGEST_BUFFER = 4096
 """Size of a computed buffer above which rounding would differ between kinds of devices."""
 
 
@@ -81,31 +81,36 @@ def digest(model: nn.Module) -> str:
 
     Any other bit of a weight, another configuration or other classes give another digest.
     """
-    unsaved = _unsaved(model)
-    tensors = {**model.state_dict(), **unsaved}
-    # Equal layouts over one storage are read once; by themselves they are no mark, as a weight that was set aside on
-    # the disk has no storage to be told by.
+    buffers = _non_persistent_buffers(model)
+    tensors = {**model.state_dict(), **buffers}
+    # Equal layouts over one storage are read once. Which tensors share storage is no part of the digest, since a weight
+    # that is offloaded to disk has no storage.
     groups: dict[Any, list[str]] = {}
     for name, stored in tensors.items():
-        groups.setdefault((name in unsaved, _place(stored)), []).append(name)
+        groups.setdefault((name in buffers, _storage_key(stored)), []).append(name)
 
     def described(names: list[str]) -> list[Any]:
         stored = tensors[names[0]]
         if not isinstance(stored, Tensor):
-            return [_plain(stored)]
+            return [_jsonable(stored)]
         tensor = devices.materialize(model, names[0], stored)
-        return [str(tensor.dtype), list(tensor.shape), _digest_of(tensor, exact=names[0] not in unsaved)]
+        return [str(tensor.dtype), list(tensor.shape), _digest_of(tensor, exact=names[0] not in buffers)]
 
     # A thread has one tensor at a time, and hashing lets the others run.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         found = threads.map(described, groups.values())
-        weights = {name: told for names, told in zip(groups.values(), found, strict=True) for name in names}
+        weights = {name: each for names, each in zip(groups.values(), found, strict=True) for name in names}
     config: Any = model.config
-    told = {"weights": weights, "config": _plain(config), "modules": _modules(model), "code": _code(model)}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    contents = {
+        "weights": weights,
+        "config": _jsonable(config),
+        "modules": _module_settings(model),
+        "code": _source_digests(model),
+    }
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _place(stored: Any) -> Any:
+def _storage_key(stored: Any) -> Any:
     """What equal entries of a state dict share."""
     if type(stored) in (Tensor, nn.Parameter) and not stored.is_meta and stored.numel():
         return stored.device, stored.data_ptr(), stored.shape, stored.stride(), stored.dtype
@@ -116,101 +121,96 @@ def _digest_of(tensor: Tensor, exact: bool = True) -> str:
     found = hashlib.sha256()
     if hasattr(tensor, "__tensor_flatten__"):
         inner, context = tensor.__tensor_flatten__()
-        found.update(repr(_plain(context)).encode())
+        found.update(repr(_jsonable(context)).encode())
         for name in inner:
             found.update(_digest_of(getattr(tensor, name)).encode())
         return found.hexdigest()
     flat = tensor.detach().reshape(-1)
-    for start in range(0, flat.numel(), _PORTION):
-        values = flat[start : start + _PORTION].to("cpu")
+    for start in range(0, flat.numel(), _CHUNK):
+        values = flat[start : start + _CHUNK].to("cpu")
         if not exact and values.is_floating_point():
             values = values.to(torch.bfloat16)
         found.update(values.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
-def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+def _non_persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that no state dict has: position frequencies, embedding scales, masks.
 
-    They are computed where the model is, in the last bits otherwise on each kind of device, and therefore compared by 8
-    bits; in a long table one number would even so round the other way. Such tables, and what a forward pass replaces,
-    are left to the configuration that they come from.
+    They are computed on the model's device, and their last bits differ between kinds of devices; they are therefore
+    compared as bfloat16. In a long table some number would still round the other way. Such tables, and buffers that a
+    forward pass replaces, are covered by the configuration from which they are computed.
     """
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
-        if not _moving(module)
+        if not _has_changing_positions(module)
         for name in sorted(module._non_persistent_buffers_set)
         if (buffer := module._buffers.get(name)) is not None
         and "cached" not in name
-        and (not buffer.is_floating_point() or buffer.numel() <= _TABLE)
+        and (not buffer.is_floating_point() or buffer.numel() <= _LARGEST_BUFFER)
     }
 
 
-def _moving(module: nn.Module) -> bool:
-    """Whether these are position frequencies that follow the length of what the model reads."""
+def _has_changing_positions(module: nn.Module) -> bool:
+    """Whether a module holds position frequencies that change with the length of the sequence."""
     return any(kind in str(vars(module).get("rope_type", "")) for kind in ("dynamic", "longrope"))
 
 
-def _modules(model: nn.Module) -> dict[str, list[Any]]:
+def _module_settings(model: nn.Module) -> dict[str, list[Any]]:
     """The class of each module with its plain settings, such as an epsilon or a scale."""
     return {path: [type(module).__qualname__, _settings(module)] for path, module in model.named_modules()}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The numbers of a module; of an adapter, and of a class that no library has, texts and collections too.
+    """The numeric settings of a module; for an adapter or a class of no library, also texts and collections.
 
-    The classes of the libraries keep the rest in the configuration. Adapters have their scales by name, and what
-    somebody wrote himself may have which heads or layers it is about.
+    The classes of the libraries keep the rest in the configuration. Adapters keep their scales in dicts by name, and a
+    user's own class may name the heads or layers that it changes.
     """
-    if _moving(module):
+    if _has_changing_positions(module):
         return {}
     public = {
         name: value
         for name, value in vars(module).items()
-        if not (name.startswith("_") or "cached" in name or name in _STATES)
+        if not (name.startswith("_") or "cached" in name or name in _CHANGING_ATTRIBUTES)
     }
     found = {name: value for name, value in public.items() if type(value) in (bool, int, float)}
     adapter = any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
-    # What a whole model keeps, such as its name and the map of its devices, is about where it came from.
+    # The attributes of a whole model, such as its name and its device map, describe where it came from.
     own = not _is_library_class(type(module)) and not hasattr(module, "name_or_path")
     if adapter:
-        public |= {name: getattr(module, name) for name in _SWITCHES if hasattr(module, name)}
+        public |= {name: getattr(module, name) for name in _ADAPTER_SWITCHES if hasattr(module, name)}
     if adapter or own:
         for name, value in public.items():
-            if value is not None and name not in _PLACES and name not in _UNDECIDED:
+            if value is not None and name not in _PLACEMENT_ATTRIBUTES and name not in _IGNORED_KEYS:
                 with suppress(TypeError):
-                    found[name] = _collection(value, objects=adapter)
+                    found[name] = _plain_setting(value, objects=adapter)
     return found
 
 
-def _collection(value: Any, objects: bool) -> Any:
-    """A plain value or a collection of such, JSON-able.
+def _plain_setting(value: Any, objects: bool) -> Any:
+    """Convert a plain value, or a collection of such, to JSON-able data; TypeError for anything else.
 
-    Args:
-        value: an attribute.
-        objects: name the class of what is not plain, where a dict holds it.
-
-    Raises:
-        TypeError: it is anything else, such as what was kept of a forward pass.
+    With ``objects``, a value of a dict that is not plain is replaced by the name of its class.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _collection(each, objects) for key, each in _named(value, objects).items()}
+        return {str(key): _plain_setting(each, objects) for key, each in _with_class_names(value, objects).items()}
     if isinstance(value, (list, tuple)):
-        return [_collection(each, objects) for each in value]
+        return [_plain_setting(each, objects) for each in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((_collection(each, objects) for each in value), key=repr)
+        return sorted((_plain_setting(each, objects) for each in value), key=repr)
     raise TypeError(f"a {type(value).__name__} is no setting")
 
 
-def _named(values: Mapping[Any, Any], objects: bool) -> Mapping[Any, Any]:
+def _with_class_names(values: Mapping[Any, Any], objects: bool) -> Mapping[Any, Any]:
     known = (type(None), bool, int, float, str, Mapping, list, tuple, set, frozenset)
     return {k: v if isinstance(v, known) or not objects else type(v).__qualname__ for k, v in values.items()}
 
 
-def _code(model: nn.Module) -> list[str]:
+def _source_digests(model: nn.Module) -> list[str]:
     """Digests of the sources of classes that are in no library, such as those that ship with a checkpoint."""
     sources = {source for kind in _own_classes(model) for source in _sources(kind)}
     return sorted(hashlib.sha256(source.encode()).hexdigest()[:16] for source in sources)
@@ -241,33 +241,33 @@ def _is_library_class(kind: type) -> bool:
     return kind.__module__.split(".")[0] in _LIBRARIES
 
 
-def _plain(value: Any) -> Any:
-    """Something JSON-able that says the same in every process."""
+def _jsonable(value: Any) -> Any:
+    """Convert a value to JSON-able data that is the same in every process."""
     if isinstance(value, Mapping):
-        kept = {str(key): _plain(each) for key, each in value.items()}
-        return {key: each for key, each in kept.items() if key not in _UNDECIDED and not key.startswith("_")}
+        kept = {str(key): _jsonable(each) for key, each in value.items()}
+        return {key: each for key, each in kept.items() if key not in _IGNORED_KEYS and not key.startswith("_")}
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return _jsonable(value.value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_jsonable(each) for each in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(_plain(each)) for each in value)
+        return sorted(json.dumps(_jsonable(each)) for each in value)
     for name in ("to_dict", "tolist"):
         if callable(convert := getattr(value, name, None)) and not isinstance(value, type):
-            return _plain(convert())
+            return _jsonable(convert())
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def commit_now(name: str) -> str | None:
-    """Find the commit of a hub model from the hub, else from the cache; None if neither has it."""
+    """Look up the commit of a hub model on the hub, or else in the cache; None if neither has it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         return HfApi().model_info(name, timeout=3).sha
-    # Which errors those are depends on the hub's library and on the network's. Where it cannot be reached, or does not
-    # let us look, the cache is what would be loaded.
+    # The type of the error depends on the versions of the libraries. If the hub cannot be reached or denies access, the
+    # model would be loaded from the cache.
     except Exception as error:
         logger.debug("%s: %s", name, error)
     try:
@@ -280,13 +280,9 @@ def commit_now(name: str) -> str | None:
 def attached_code(model: nn.Module, wrapper: Any = None) -> list[str]:
     """List the hooks, replaced methods and registered functions that change a model and appear in no digest.
 
-    Args:
-        model: a transformers causal LM.
-        wrapper: the nnsight model or the TransformerBridge around it, where there is one.
-
-    Returns:
-        One entry each, such as ``model.layers.3.mlp: forward hook``. Empty for a model as it was loaded: code of the
-        libraries, which places weights or reads states, does not count.
+    ``wrapper`` is the nnsight model or the TransformerBridge around the model, if there is one. An entry reads
+    ``model.layers.3.mlp: forward hook``. The list is empty for a model as it was loaded: code of the libraries, which
+    places weights or reads states, does not count.
     """
     hooks = {"hook": torch_module._global_forward_hooks, "pre-hook": torch_module._global_forward_pre_hooks}
     found = [f"every module: forward {kind}" for kind, each in hooks.items() if any(map(_is_foreign, each.values()))]
@@ -320,10 +316,8 @@ def attached_code(model: nn.Module, wrapper: Any = None) -> list[str]:
 def resume_refused(directory: Path, attached: Sequence[str], what: str = "an analysis") -> UserError:
     """Create the error for a directory with a result, since it cannot be compared with a model that has attached code.
 
-    Args:
-        directory: the directory of the result.
-        attached: the result of ``attached_code`` for the model, not empty.
-        what: ``an analysis``, ``an evaluation``, ``a run``.
+    ``attached`` is the result of ``attached_code``, not empty; ``what`` is ``an analysis``, ``an evaluation`` or ``a
+    run``.
     """
     more = f" and {len(attached) - 1} more" if len(attached) > 1 else ""
     return UserError(

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from internal_policy.models import context, devices, fingerprint, quantization
 from internal_policy.models.families import FAMILIES, Family, guess_families
-from internal_policy.models.projection import Projection, projection_of
+from internal_policy.models.projection import FLOAT_DTYPES, Projection, projection_of
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.logging import status
-
-_MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest dtype in which the model computes states: that of its weights, except quantised ones."""
-        found = [p.dtype for p in self.model.parameters() if p.dtype in _MODEL_DTYPES]
+        found = [p.dtype for p in self.model.parameters() if p.dtype in FLOAT_DTYPES]
         return max([*found, self.projection.weight.dtype], key=lambda dtype: torch.finfo(dtype).eps)
 
     @property

@@ -17,7 +17,7 @@ _NARROW = 256
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_making = threading.Lock()
+_locks_guard = threading.Lock()
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def exclusive_use(model: Any) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    with _making:
+    with _locks_guard:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
         yield

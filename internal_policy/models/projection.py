@@ -16,7 +16,8 @@ from internal_policy.models.families import Family
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
 
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes in which a model computes; weights of any other are quantised."""
 # Some libraries pack weights into a subclass of Tensor.
 _DENSE: tuple[type, ...] = (Tensor, nn.Parameter)
 # A product in the head's dtype is rounded by a few eps. A head that quantises its inputs to 8 bits errs by half a step,
@@ -142,7 +143,7 @@ def _matrix(model: Any, path: str) -> tuple[Tensor, Tensor | None]:
     head = operator.attrgetter(path)(model)
     weight: Tensor | None = getattr(head, "weight", None)
     bias: Tensor | None = getattr(head, "bias", None)
-    if weight is None or type(weight) not in _DENSE or weight.dtype not in _PLAIN or weight.ndim != 2:
+    if weight is None or type(weight) not in _DENSE or weight.dtype not in FLOAT_DTYPES or weight.ndim != 2:
         return _by_calls(model, head, path)
     device = devices.execution_device(head)
     if device is None:
@@ -156,31 +157,21 @@ def _by_calls(model: Any, head: Any, path: str) -> tuple[Tensor, Tensor | None]:
     """E_u of a quantised unembedding, whose bits do not depend on the way in which the weights are packed."""
     embedding = model.get_input_embeddings().weight
     width = int(getattr(head, "in_features", embedding.shape[1]))
-    dtype = embedding.dtype if embedding.dtype in _PLAIN else torch.float32
-    device = devices.execution_device(head) or _device_of(head)
-
-    def call(states: Tensor) -> Tensor:
-        out: Tensor = head(states)
-        return out
-
-    weight, bias = weight_by_calls(call, width, dtype, device)
-    _refuse_inexact(call, weight, bias, dtype, device, f"{getattr(model, 'name_or_path', '') or 'model'}: {path}")
+    dtype = embedding.dtype if embedding.dtype in FLOAT_DTYPES else torch.float32
+    tensors = [*head.parameters(), *head.buffers()]
+    device = devices.execution_device(head) or (tensors[0].device if tensors else torch.device("cpu"))
+    weight, bias = weight_by_calls(head, width, dtype, device)
+    _refuse_inexact(head, weight, bias, dtype, device, f"{getattr(model, 'name_or_path', '') or 'model'}: {path}")
     return weight, bias
 
 
 def weight_by_calls(
     call: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Read E_u [V, d] and its bias where only calls work: projecting the identity matrix gives the exact transpose.
+    """Read E_u [V, d] and its bias [V], None if it is 0, of an unembedding that can only be called.
 
-    Args:
-        call: the unembedding.
-        width: d.
-        dtype: dtype of its inputs.
-        device: device of its inputs.
-
-    Returns:
-        E_u with the values by which the model itself multiplies, and its bias [V] if it is not 0.
+    Projecting the identity matrix, in inputs of width d, gives the exact transpose: the values by which the model
+    itself multiplies.
     """
     zero = call(torch.zeros(1, width, dtype=dtype, device=device))[0]
     bias = zero if bool(zero.any()) else None
@@ -205,8 +196,3 @@ def _refuse_inexact(
             f"{what} also quantises the states that it receives (relative difference {error:.1e}), so that no matrix "
             "E_u gives the model's logits; leave the unembedding out of the quantisation (llm_int8_skip_modules)"
         )
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")

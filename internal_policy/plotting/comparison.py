@@ -244,7 +244,7 @@ def entropy_fall(
     last.set_title("Last three layers' share")
     last.set_xlim(-0.7, len(looks) - 0.3)
     extra_height = _name_places(last, comparison, looks)
-    # The right panel has a scale of its own, on which the intervals can be seen.
+    # The right panel has its own scale, on which the intervals can be seen.
     panel.set_ylim(min(-0.03, panel.get_ylim()[0]), max(1.03, panel.get_ylim()[1]))
     if ax is None:
         figure = style.root_figure(panel)
@@ -391,7 +391,7 @@ def _heat_map(ax: Axes, table: pd.DataFrame, names: Sequence[str], colormap: Col
     height = ax.bbox.height / style.root_figure(ax).dpi * style.POINTS_PER_INCH
     every = ceil(n_rows * (SMALL + 1.0) / (0.72 * height))
     ticks = list(range(0, n_rows, every))
-    # The last checkpoint is the one that is asked for most.
+    # The last checkpoint is the one that readers look for first.
     if ticks[-1] != n_rows - 1:
         ticks = [i for i in ticks if n_rows - 1 - i >= every] + [n_rows - 1]
     texts = [style.shorten_front(names[i], _ROW_NAME_WIDTH, SMALL) for i in ticks]
@@ -399,7 +399,7 @@ def _heat_map(ax: Axes, table: pd.DataFrame, names: Sequence[str], colormap: Col
 
 
 def _lines(ax: Axes, rows: pd.DataFrame, x: str, y: str, looks: Mapping[str, dict[str, Any]]) -> None:
-    """Draw a line for each analysis; bands only where they can be told apart."""
+    """Draw a line for each analysis; bands only if they can be distinguished."""
     for label, look in looks.items():
         marks.line(ax, rows[rows["label"] == label], x, y, alpha=0.15, bands=len(looks) <= MAX_NAMED, **look)
 
@@ -460,7 +460,7 @@ def _add_legend(
     extra: Sequence[Artist],
     frame: pd.DataFrame,
 ) -> None:
-    """Name the lines above the panels, or by a colour bar where there are too many; `frame` is what is drawn."""
+    """Name the lines above the panels, or by a colour bar if there are too many; `frame` is what is drawn."""
     figure, labels = style.root_figure(panels[0]), list(looks)
     if len(labels) > MAX_NAMED:
         names, title = _step_names(comparison)
@@ -468,7 +468,7 @@ def _add_legend(
         _color_bar(panels, [look["color"] for look in looks.values()], ticks, title)
         style.figure_legend(figure, [], extra=extra)
         return
-    # More than three names stand in two columns at least, and take no room from the panels.
+    # More than three names are in at least two columns, and take no room from the panels.
     n_columns = 1 if len(labels) < 4 else 2
     size = style.RC["legend.fontsize"]
     names = figure_data.shown_names(comparison)

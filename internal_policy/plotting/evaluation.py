@@ -55,7 +55,7 @@ def pass_at_k_data(evaluations: OneOrMany[Evaluation], *, label: OneOrMany[str] 
         that all of these have.
 
     Raises:
-        UserError: There is no evaluation, one name stands for different problems, a model is given twice on one
+        UserError: There is no evaluation, one name refers to different problems, a model is given twice on one
             benchmark, or the number of labels is not that of the evaluations.
     """
     given = listed(evaluations)

@@ -5,8 +5,8 @@
     numbers = inspection_data(look, tokens="1:20")       # exactly what it draws
 
 A column is a token that was read; its cells predict the token after it, which is written above. Nothing here needs
-torch. The cells are not seaborn's heat map, as the final policy has a row of its own above a narrow gap, and each token
-a font size of its own.
+torch. The cells are not seaborn's heat map, as the final policy is a separate row above a narrow gap, and each token
+has its own font size.
 """
 
 from __future__ import annotations
@@ -187,14 +187,8 @@ def cell_colors(
 ) -> tuple[NDArray[np.floating], NDArray[np.str_]]:
     """Return the colours of cells by their entropy, and of the text on them.
 
-    Args:
-        entropy: [n] nats.
-        vocab_size: V; ln V is the end of the scale.
-        colormap: The scale, viridis by default.
-
-    Returns:
-        [n, 3] red, green and blue from 0 to 1; [n] black or white, whichever has the greater contrast with them (WCAG
-        2.2, relative luminance).
+    The entropies are [n] in nats, on a scale from 0 to ln V. The colours are [n, 3] from 0 to 1; the text is [n] black
+    or white, whichever has the greater contrast (WCAG 2.2, relative luminance).
     """
     rgb = (colormap or check_colormap(None))(Normalize(0.0, math.log(vocab_size))(entropy))[:, :3]
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -246,7 +240,7 @@ def _panel(
     start = inspection.prompt_length - first + 0.5
     # At the right edge there is no response to begin.
     if 0 < start < len(places) - 0.5:
-        # White beside black shows on dark cells and on light ones.
+        # White next to black is visible on dark cells and on light ones.
         ax.axvline(start, color="white", linewidth=2.6)
         ax.axvline(start, color="black", linewidth=1.0)
     note = "" if inspection.lens == "policy" else ", logit lens"
@@ -336,13 +330,13 @@ def _characters() -> frozenset[int]:
 
 
 def drawable(text: str, token_id: int) -> str:
-    """Return a token's text, or ``#1234`` with its id where no font here has its characters."""
+    """Return a token's text, or ``#1234`` with its id if no font here has its characters."""
     return text if all(ord(character) in _characters() for character in text) else f"#{token_id}"
 
 
 @lru_cache(maxsize=65536)
 def fit(text: str, room: float, size: float) -> str:
-    """Return a token, or its beginning and an ellipsis where it is wider than `room`; room and font size in points."""
+    """Return a token, or its beginning and an ellipsis if it is wider than `room`; room and font size in points."""
     if style.text_width(text, font(size)) <= room:
         return text
     low, high = 1, max(1, len(text) - 1)

@@ -25,21 +25,15 @@ BASELINE_LABEL = "random weights"
 EMBEDDED = "testbed/"
 LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
 SMALL = 6.5
-"""Font size of what stands in a panel, points."""
+"""Font size of text inside a panel, points."""
 _SIZE_IN_NAME = re.compile(r"\d[bm]\b", re.IGNORECASE)
 _DRAWN = "internal_policy"
 
 
 def check_axes(ax: OneOrMany[Axes], n: int, needed: str) -> list[Axes]:
-    """Return the axes that a user gave as a list of `n`.
+    """Return the axes that a user gave as a list of `n`; a grid, as `Figure.subplots` makes it, row by row.
 
-    Args:
-        ax: One panel, several, or a grid of them as `Figure.subplots` gives it, row by row.
-        n: How many panels the figure has.
-        needed: What they are for, for the message.
-
-    Returns:
-        The panels.
+    `needed` says in the message what they are for.
 
     Raises:
         UserError: There are more or fewer.
@@ -52,15 +46,9 @@ def check_axes(ax: OneOrMany[Axes], n: int, needed: str) -> list[Axes]:
 
 
 def check_labels(label: OneOrMany[str] | None, names: Sequence[str], what: str) -> list[str]:
-    """Return a label for each of the things in a figure.
+    """Return a label for each of the things in a figure: the user's (one for all, or one for each), or `names`.
 
-    Args:
-        label: The user's labels: one for all, one for each, or None for their own names.
-        names: Their own names.
-        what: What they are, for the message.
-
-    Returns:
-        The labels.
+    `what` says in the message what the things are.
 
     Raises:
         UserError: There are more or fewer labels than things.
@@ -74,15 +62,9 @@ def check_labels(label: OneOrMany[str] | None, names: Sequence[str], what: str) 
 
 
 def check_colors(color: Any, n: int, what: str) -> list[Any]:
-    """Return a colour for each of the things in a figure, None where the user gave none.
+    """Return a colour for each of the `n` things in a figure: the user's (one for all, or one for each), or None.
 
-    Args:
-        color: The user's colours: one for all, one for each, or None.
-        n: How many things there are.
-        what: What they are, for the message.
-
-    Returns:
-        The colours.
+    `what` says in the message what the things are.
 
     Raises:
         UserError: There are more or fewer colours than things, or one is not a colour.
@@ -97,17 +79,10 @@ def check_colors(color: Any, n: int, what: str) -> list[Any]:
 
 
 def check_colormap(color: str | Colormap | None, default: str = "viridis") -> Colormap:
-    """Return the colour map of a figure in which colours are a scale.
-
-    Args:
-        color: The user's colour map or its name.
-        default: Name of the colour map without one.
-
-    Returns:
-        The colour map.
+    """Return the user's colour map, given as such or by its name, or that called `default`.
 
     Raises:
-        UserError: matplotlib has none of this name.
+        UserError: matplotlib has no colour map of this name.
     """
     if isinstance(color, Colormap):
         return color
@@ -143,16 +118,10 @@ def widen_limits(ax: Axes, rows: pd.DataFrame, y: str) -> None:
 
 
 def line(ax: Axes, rows: pd.DataFrame, x: str, y: str, *, alpha: float = 0.2, bands: bool = True, **marks: Any) -> None:
-    """Draw a line with its band; nothing where nothing was measured, and no band where no interval is known.
+    """Draw a line with the band of its 95% intervals, in columns `low` and `high`, on a panel.
 
-    Args:
-        ax: The panel.
-        rows: A row for each point, with the ends `low` and `high` of its 95% interval.
-        x: The column along the panel.
-        y: The column up the panel.
-        alpha: Opacity of the band.
-        bands: Whether there is room for bands.
-        **marks: Arguments of `Axes.plot`.
+    An empty table draws nothing; without intervals, or without room for `bands`, there is no band. `marks` are
+    arguments of `Axes.plot`.
     """
     if rows.empty:
         return
@@ -169,14 +138,9 @@ def marker_size(rows: pd.DataFrame) -> float:
 
 
 def baseline(ax: Axes, analysis: Analysis, site: str, quantity: str, offset: float = 0.0) -> None:
-    """Draw in grey what the same responses give with random weights, where that was measured.
+    """Draw in grey what the same responses give with random weights, if that was measured.
 
-    Args:
-        ax: The panel.
-        analysis: What it shows.
-        site: layer, attn or ffn.
-        quantity: entropy or change.
-        offset: Distance of the points from their layer's tick, layers.
+    The points are `offset` layers to the right of their layer's tick.
     """
     rows = baseline_data([analysis])
     rows = rows[(rows["site"] == site) & (rows["quantity"] == quantity)]
@@ -209,12 +173,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis], label: OneOrMany[str] | None = None) -> None:
-    """Title each panel with its model's name, its size where the name does not say it, and its lens.
-
-    Args:
-        axes: The panels.
-        analyses: What each shows.
-        label: The user's titles.
+    """Title each panel with its model's name or the user's label, its size if the name does not say it, and its lens.
 
     Raises:
         UserError: There are more or fewer labels than analyses.
@@ -230,7 +189,7 @@ def set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis], label: OneOrM
 
 
 def size_of(analysis: Analysis) -> str:
-    """Return the number of parameters as text, nothing where the name says it or it was not recorded."""
+    """Return the number of parameters as text; nothing if the name says it or it was not recorded."""
     n = analysis.n_parameters
     if n is None or _SIZE_IN_NAME.search(analysis.name):
         return ""
@@ -242,12 +201,8 @@ def size_of(analysis: Analysis) -> str:
 def stage_strip(ax: Axes, rows: pd.DataFrame, place: float, name: str, color: Any = None) -> None:
     """Draw a model's layers as one strip from the embedding (left) to the top, coloured by stage.
 
-    Args:
-        ax: The panel, with relative depth along it.
-        rows: A row for each layer: `stage`, `start` and `end` in relative depth, and whether it is the `boundary`.
-        place: The strip's middle.
-        name: What is written above the strip.
-        color: Of the line at the boundary layer.
+    A row of `rows` is a layer: its `stage`, its `start` and `end` in relative depth, and whether it is the `boundary`,
+    where a line in `color` is drawn. `place` is the strip's middle, and `name` is written above it.
     """
     text_style: dict[str, Any] = {"fontfamily": ax.title.get_fontfamily(), "parse_math": False}
     room = style.panel_width(ax)

@@ -93,7 +93,7 @@ RC: Mapping[str, Any] = MappingProxyType(
         "path.simplify": False,
     }
 )
-"""Where the style differs from matplotlib's defaults."""
+"""The settings that differ from matplotlib's defaults."""
 
 
 def line_style(look: Look) -> dict[str, Any]:
@@ -148,9 +148,7 @@ def new_figure(width: float, height: float, pad: float = 0.03, space: float = 0.
 class LayerLocator(Locator):
     """Ticks of an axis of layers: layer 1, multiples of a round step, and the last layer, as many as fit.
 
-    Args:
-        n_layers: L.
-        first: Position of layer 1 on the axis.
+    `first` is the position of layer 1 on the axis.
     """
 
     STEPS = (1, 2, 4, 5, 10, 20, 25, 50, 100, 200, 500, 1000)
@@ -193,10 +191,7 @@ def grid_shape(n_panels: int) -> tuple[int, int]:
 def panel_grid(n_panels: int, n_stacked: int = 1, panel_height: float = 1.45) -> tuple[PaperFigure, list[list[Axes]]]:
     """Make a figure with a column of panels for each model, in blocks of up to `MAX_COLUMNS` models.
 
-    Args:
-        n_panels: Number of models.
-        n_stacked: Panels one above the other for each model.
-        panel_height: Height of a panel with its labels, inches.
+    `panel_height` is in inches and includes the labels.
 
     Returns:
         The figure, and for each model its `n_stacked` axes from the top.
@@ -284,13 +279,9 @@ def shorten_front(text: str, room: float, size: float) -> str:
 
 
 def set_layer_axis(ax: Axes, n_layers: int, margins: tuple[float, float] = (0.5, 0.5), first: float = 1.0) -> None:
-    """Give a panel an x-axis of layers.
+    """Give a panel an x-axis of layers 1..L, with layer 1 at `first`.
 
-    Args:
-        ax: The panel.
-        n_layers: L.
-        margins: Room before the first layer and after the last, layers.
-        first: Position of layer 1 on the axis.
+    `margins` is the room before the first layer and after the last, in layers.
     """
     ax.set_xlim(first - margins[0], first + n_layers - 1 + margins[1])
     ax.xaxis.set_major_locator(LayerLocator(n_layers, first))
@@ -311,12 +302,8 @@ def figure_legend(
 ) -> None:
     """Put one legend above the panels, each label once, in as few even rows as the width allows.
 
-    Args:
-        figure: A figure with a constrained layout.
-        axes: The panels whose labelled artists are collected.
-        order: Labels in the order in which they are shown; others follow.
-        extra: Labelled artists that are in no panel.
-        band: Whether to explain the bands.
+    It names the labelled artists of the panels and those of `extra`, which are in no panel, and with `band` also the
+    bands. The labels of `order` come first. The figure needs a constrained layout.
     """
     handles: dict[str, Artist] = {}
     for ax in axes:

@@ -231,7 +231,7 @@ def save_training_figures(runs: Sequence[Run], directory: Path, *, smooth: int =
     }
     for run in runs:
         if why := why_no_dynamics(run):
-            # Where nothing was measured, nothing was asked for.
+            # A run without measurements was made without the option for them.
             if not run.dynamics.empty:
                 logger.warning("%s", why)
             continue

@@ -4,7 +4,7 @@
     html = analysis_report([one, another])  # the page as text
     write_report(comparison, "data/comparisons/mine")
 
-The page opens from disk and loads nothing from a network. What a model wrote, and what anything is called, reaches it
+The page opens from disk and loads nothing from a network. Texts of a model, and all names, reach it
 as text, never as markup. Nothing here needs a model or torch.
 """
 

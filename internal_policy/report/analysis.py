@@ -25,9 +25,9 @@ from internal_policy.utils.palette import STAGES as STAGE_LOOKS
 
 SITES = ("layer", "attn", "ffn")
 MAX_VALUES = 1_500_000
-"""Most numbers in a page, two bytes each: 4 MB of text."""
+"""Maximum number of values in a page, two bytes each: 4 MB of text."""
 MAX_TOKENS = 1200
-"""Most tokens of one response: each is an element of the page."""
+"""Maximum number of tokens of one response: each is an element of the page."""
 _UNKNOWN = -(2**15)
 _MAX_TEXT = 20_000
 
@@ -113,7 +113,7 @@ def _why(reason: str) -> str:
 
 
 def _boundary(analysis: Analysis) -> dict[str, Any]:
-    """Return what is said of the boundary layer, as texts by name."""
+    """Return the texts about the boundary layer by name."""
     chosen = analysis.selection
     runner_up = None
     if chosen.runner_up is not None:
@@ -182,15 +182,12 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def token_view(analysis: Analysis) -> dict[str, Any] | None:
-    """Pack the values of the kept responses, so that a page of thousands of tokens stays quick.
-
-    Args:
-        analysis: The analysis.
+    """Pack the values of the kept responses, so that a page of thousands of tokens stays quick; None if there are none.
 
     Returns:
         `data` for the page's script, with thousandths of a nat as little-endian 16-bit numbers in base64: [site,
         quantity, layer, token] with the quantities entropy and change, then the entropy of pi_theta [token]; and for
-        the template `notes`, the number of `layers` and the one to `start` with. None where no response was kept.
+        the template `notes`, the number of `layers` and the one to `start` with.
     """
     table = analysis.tokens
     if table.empty:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from internal_policy.comparison.convergence import Convergence
 
 _MAX_NAME = 36
-"""Characters of a name next to a value, where a phone has room for both."""
+"""Characters of a name next to a value, so that a phone has room for both."""
 _MIN_WIDTH = 1.0
 """A line of fewer pixels has a thin sign in the key."""
 
@@ -94,23 +94,11 @@ class Chart:
         unit: str = " nats",
         width: float = 2,
     ) -> None:
-        """Add a line with its 95% intervals.
+        """Add a line with its 95% intervals, whose lower and upper ends are `ends`.
 
-        Args:
-            name: Name of the line, as text.
-            x: Positions.
-            y: Values.
-            ends: Lower and upper ends of the intervals.
-            color: Colour of the line, its markers and its band.
-            dash: Dash of the line, by plotly's name.
-            symbol: Marker, by plotly's name.
-            shown: Whether it is drawn before the reader asks for it.
-            markers: Whether the points are marked.
-            band: Whether the intervals are drawn; the hover text has them in any case.
-            hover: Whether pointing at the line shows its values.
-            format: Format of the numbers in the hover text.
-            unit: Unit of the values.
-            width: Of the line, pixels.
+        `shown` says whether the line is drawn before the reader asks for it, `markers` whether its points are marked,
+        `band` whether the intervals are drawn (the hover text has them in any case), and `hover` whether pointing at
+        the line shows its values, in `format` and `unit`. `dash` and `symbol` are plotly's names; `width` is in pixels.
         """
         x, y, low, high = finite(x), finite(y), finite(ends[0]), finite(ends[1])
         common: dict[str, Any] = {"name": escape_name(name), "showlegend": False, "visible": None if shown else False}
@@ -140,16 +128,10 @@ class Chart:
     def points(
         self, name: str, x: Iterable[Any], y: Iterable[Any], color: Any, what: str, size: int = 12, **more: Any
     ) -> None:
-        """Add markers without a line.
+        """Add markers without a line, in one colour or one for each, of `size` pixels.
 
-        Args:
-            name: Their name, as text.
-            x: Positions.
-            y: Values.
-            color: Their colour, or that of each.
-            what: Key of `palette.LOOKS`, whose marker they have.
-            size: Pixels.
-            **more: Further properties of `plotly.graph_objects.Scatter`.
+        `what` is a key of `palette.LOOKS`, whose marker they have; `more` are properties of
+        `plotly.graph_objects.Scatter`.
         """
         symbol, first = palette.LOOKS[what].marker, len(self.figure.data)
         marker = {"symbol": symbol, "size": size, "color": color, **more.pop("marker", {})}
@@ -278,7 +260,7 @@ def _add_site(chart: Chart, analysis: Analysis, name: str, site: str, column: st
 
 
 def _add_baseline(chart: Chart, analysis: Analysis, name: str, site: str, column: str, **drawn: Any) -> None:
-    """Draw the same through random weights, in grey, where that was measured."""
+    """Draw the same quantity with random weights, in grey, if that was measured."""
     if analysis.baseline is not None:
         random = replace(analysis, layers=analysis.baseline)
         _add_site(chart, random, f"random weights, {name}", site, column, color="var(--muted)", symbol="x", **drawn)

@@ -44,7 +44,7 @@ def page(comparison: AnalysisComparison) -> str:
     ids = (f"c{i}" for i in count(1))
     shown = {name: {next(ids): chart for chart in charts} for name, charts in groups.items()}
     n = len(comparison.labels)
-    cut = f"{len(drawn)} of {n} analyses are drawn, evenly chosen, so that the curves can be told apart; the tables "
+    cut = f"{len(drawn)} of {n} analyses are drawn, evenly chosen, so that the curves can be distinguished; the tables "
     return render(
         "comparison.html.j2",
         title=f"{n} analyses compared with {comparison.baseline}",
@@ -113,7 +113,7 @@ def _drawn(comparison: AnalysisComparison) -> list[str]:
 
 
 def _looks(comparison: AnalysisComparison, drawn: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the name of each line and how it is drawn, in shades where steps give an order."""
+    """Return the name of each line and how it is drawn, in shades if steps give an order."""
     names = shown_names(comparison)
     if steps_known(comparison):
         return {label: {"name": names[label], "color": shade(i, len(drawn))} for i, label in enumerate(drawn)}

@@ -1,6 +1,6 @@
 """The page around a result: one file of templates, styles and scripts that loads nothing from a network.
 
-What a model wrote, and what anything is called, reaches the page as text, and no script runs but the page's own.
+Texts of a model, and all names, reach the page as text, and only the page's own scripts run.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _MAX_SETTING = 400
 ASSETS = Path(__file__).parent / "assets"
 _STYLES = ("report.css", "tokens.css", "print.css")
 _SCRIPTS = ("charts.js", "tokens.js", "page.js")
-# A script element ends at the first of these, whatever string it stands in; the separators end a line of JavaScript.
+# A script element ends at the first "<", even inside a string; the separators end a line of JavaScript.
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def number(value: Any, form: str = ".3f") -> str:
-    """Format a number with a true minus sign; a dash where it is not defined."""
+    """Format a number with a true minus sign; a dash if it is not defined."""
     if value is None or pd.isna(value):
         return MISSING
     return format(value, form).replace("-", "−") if form[-1] != "s" else str(value)
 
 
 def interval(low: Any, high: Any, form: str = ".3f") -> str:
-    """Format a 95% interval as ``[low, high]``; nothing where it is not defined."""
+    """Format a 95% interval as ``[low, high]``; nothing if it is not defined."""
     known = not (low is None or high is None or pd.isna(low) or pd.isna(high))
     return f"[{number(low, form)}, {number(high, form)}]" if known else ""
 
@@ -88,14 +88,10 @@ def embed(value: Any) -> Markup:
 def render(
     template: str, *, title: str, charts: Mapping[str, Chart], tokens: dict[str, Any] | None = None, **context: Any
 ) -> str:
-    """Fill a template.
+    """Fill a template of ``assets``.
 
-    Args:
-        template: Its name in ``assets``.
-        title: Title of the page, as text.
-        charts: Charts by the id of the element in which they are drawn.
-        tokens: Data of the token views by the id of theirs.
-        **context: What the template shows.
+    `charts` are by the id of the element in which they are drawn, and `tokens` is the data of the token views by the id
+    of theirs; `context` is what the template shows.
 
     Returns:
         HTML. The same result gives the same text: it contains no date and no place of writing.

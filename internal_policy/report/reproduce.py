@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 ANALYSES = "data/analyses"
 COMPARISONS = "data/comparisons"
 COMPARED = "compare--"
-"""How the name of a comparison's directory begins where the command wrote it."""
+"""Prefix of the directory of a comparison that the command wrote."""
 SAMPLING = ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
 _GIVEN = re.compile(r"\d+ given")
 
 
 @dataclass(frozen=True)
 class Commands:
-    """What to type, and what to know about it."""
+    """The command and the call that reproduce a result, with remarks."""
 
     shell: str | None
-    """The command line; None where only Python can express it."""
+    """The command line; None if only Python can express it."""
     python: str
     """The call from Python."""
     notes: tuple[str, ...] = ()
-    """What else decides whether the result is the same."""
+    """What else determines whether the result is the same."""
 
 
 def analysis_commands(analysis: Analysis) -> Commands:
@@ -56,7 +56,7 @@ def analysis_commands(analysis: Analysis) -> Commands:
         if f.name != "model" and f.name in config and config[f.name] != f.default
     }
     notes = [
-        "Where this analysis is finished in the output directory, it is read and nothing is computed: to compute it "
+        "If this analysis is finished in the output directory, it is read and nothing is computed. To compute it "
         "again, choose another output, or add --overwrite (overwrite=True in Python), which replaces it."
     ]
     if any(_GIVEN.fullmatch(str(config.get(name))) for name in ("prompts", "responses")):
@@ -80,15 +80,10 @@ def analysis_commands(analysis: Analysis) -> Commands:
 
 
 def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None = None) -> list[str]:
-    """Return the words of the command that makes a comparison.
+    """Return the words, not yet quoted for a shell, of the command that makes a comparison.
 
-    Args:
-        manifest: The content of ``comparison.json``.
-        where: Its directory, for the message.
-        root: The command's --output; None for the default.
-
-    Returns:
-        The words, not yet quoted for a shell.
+    `manifest` is the content of ``comparison.json``, `where` its directory, for the message, and `root` the command's
+    --output, None for the default.
 
     Raises:
         UserError: The analyses were never on disk.
@@ -113,12 +108,7 @@ def comparison_words(manifest: Mapping[str, Any], where: Any, root: str | None =
 def comparison_commands(manifest: Mapping[str, Any], path: Path | None = None) -> Commands:
     """Return the command and the call that make a comparison.
 
-    Args:
-        manifest: The content of ``comparison.json``.
-        path: Its directory; None for a comparison in memory.
-
-    Returns:
-        The command and the call.
+    `manifest` is the content of ``comparison.json`` and `path` its directory; None for a comparison in memory.
     """
     # The command names only its own comparisons so, and writes them below its --output.
     made = path is not None and path.name.startswith(COMPARED)
@@ -148,8 +138,8 @@ def training_commands(run: Run) -> Commands:
     """Return the command and the call that made a run."""
     options, objects = run.call["options"], run.call["objects"]
     notes = [
-        "Where this run is finished in the output directory, it is read and nothing is trained; where it is not, it "
-        "goes on. To train it again, choose another output, or add --overwrite (overwrite=True in Python), which "
+        "If this run is finished in the output directory, it is read and nothing is trained; otherwise it is "
+        "resumed. To train it again, choose another output, or add --overwrite (overwrite=True in Python), which "
         "replaces it.",
         "A GPU, or another number of processes, adds up in another order: the same to rounding, not to bits.",
     ]
@@ -180,7 +170,7 @@ def _notes_of(analysis: Analysis, model: str) -> list[str]:
 
 
 def call(function: str, arguments: list[Any], options: Mapping[str, Any], first: str = "") -> str:
-    """Write a call in Python, on several lines where one would be long; `first` are arguments written as they are."""
+    """Write a call in Python, on several lines if one would be long; `first` are arguments written as they are."""
     parts = [*([first] if first else []), *map(repr, arguments), *(f"{k}={v!r}" for k, v in options.items())]
     line = f"{function}({', '.join(parts)})"
     return line if len(line) <= 90 else f"{function}(\n    " + ",\n    ".join(parts) + ",\n)"

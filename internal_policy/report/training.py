@@ -1,4 +1,4 @@
-"""The page of a training run: reward, entropy and length over the steps, figure 5's measures, and what came of it."""
+"""The page of a training run: reward, entropy and length over the steps, figure 5's measures, and evaluations."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def page(run: Run) -> str:
 
 
 def summary(run: Run, evaluated: dict[str, Any] | None) -> str:
-    """Return what the run did in sentences that can be quoted; `evaluated` is the result of `_evaluated`."""
+    """Summarise the run in sentences that can be quoted; `evaluated` is the result of `_evaluated`."""
     first = f"{clean(run.name)} was trained for {counted(len(run.history), 'step')} with {clean(run.label)}"
     if run.layer is not None and len(run.history):
         first += f": {_course(run)}"
@@ -88,12 +88,12 @@ def _course(run: Run) -> str:
 
 
 def _site(run: Run) -> str:
-    """Return what of the layer was aligned; nothing where it was the layer itself."""
+    """Return the module of the layer that was aligned; nothing if it was the layer itself."""
     return _SITES[run.config["site"]]
 
 
 def _rewards(run: Run) -> str:
-    """Return where the reward started and ended, over a tenth of the steps at each end: one batch says little."""
+    """Describe the reward at the start and the end, over a tenth of the steps each, since one batch is noisy."""
     n = max(1, len(run.history) // 10)
     start, end = (number(rewards.mean()) for rewards in (run.history["reward"][:n], run.history["reward"][-n:]))
     if n == 1:

@@ -162,22 +162,24 @@ def test_an_evaluations_samples_cost_half_the_tokens():
 def test_a_cache_that_cannot_be_repeated_changes_nothing(model, monkeypatch):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     shared = sample(model, several([[2, 3, 4], [5, 6]], 3), **options)
-    monkeypatch.setattr(sampling, "_can_be_repeated", lambda cache: False)
+    monkeypatch.setattr(sampling, "_supports_reordering", lambda cache: False)
     assert sample(model, several([[2, 3, 4], [5, 6]], 3), **options) == shared
 
 
 def test_what_a_cache_must_be_made_of_to_be_repeated():
-    assert sampling._can_be_repeated(DynamicCache(config=tiny_model("gemma2").config))
-    assert not sampling._can_be_repeated(DynamicCache(config=tiny_model("llama", layer_types=["hybrid"] * 3).config))
-    assert not sampling._can_be_repeated(StaticCache(config=tiny_model("llama").config, max_cache_len=8))
-    assert not sampling._can_be_repeated(None)
+    assert sampling._supports_reordering(DynamicCache(config=tiny_model("gemma2").config))
+    assert not sampling._supports_reordering(
+        DynamicCache(config=tiny_model("llama", layer_types=["hybrid"] * 3).config)
+    )
+    assert not sampling._supports_reordering(StaticCache(config=tiny_model("llama").config, max_cache_len=8))
+    assert not sampling._supports_reordering(None)
 
 
 @pytest.mark.parametrize("repeated", [True, False])
 def test_no_response_runs_beyond_the_positions_of_the_model(repeated, monkeypatch):
     # Learned positions: an index beyond them is an error, not only a number that nobody reads.
     model = models.wrap(tiny_model("gpt2"), tiny_tokenizer())
-    monkeypatch.setattr(sampling, "_can_be_repeated", lambda cache: repeated)
+    monkeypatch.setattr(sampling, "_supports_reordering", lambda cache: repeated)
     requests = several([[3] * 60, [4] * 5], 2)
     responses = sample(model, requests, max_new_tokens=200, temperature=1.0, seed=0)
     assert max(len(r.input_ids) for r in responses) == model.max_length

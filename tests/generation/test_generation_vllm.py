@@ -75,7 +75,7 @@ class LLM:
         sampler = sampling.RowSampler(seeds, p.temperature, torch.device("cpu")) if p.temperature else None
         room = [q.max_tokens for q in sampling_params]
         ids = [q["prompt_token_ids"] for q in prompts]
-        rows = sampling._in_rounds(self.loaded, ids, room, p.stop_token_ids, sampler)
+        rows = sampling._decode_in_rounds(self.loaded, ids, room, p.stop_token_ids, sampler)
         outputs = []
         for row, limit in zip(rows, room, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in p.stop_token_ids), limit)
@@ -164,7 +164,7 @@ def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
     ]
     monkeypatch.setattr(vllm_engine, "check", lambda name, **_: (name, None))
     named = replace(model, name="hub/id", revision="5f0b", model=model.model.to(torch.bfloat16))
-    assert VllmSampler(named, requests, 7, trust_remote_code=True)._started() is vllm.made[-1]
+    assert VllmSampler(named, requests, 7, trust_remote_code=True)._start_engine() is vllm.made[-1]
     started = vllm.made[-1]
     assert (started.model, started.kwargs["revision"], started.kwargs["tokenizer_revision"]) == ("hub/id",) + (
         "5f0b",

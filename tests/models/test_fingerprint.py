@@ -18,7 +18,7 @@ from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, models
 from internal_policy.evaluation import evaluate
 from internal_policy.extractors import HookExtractor, prove, transformer_lens
 from internal_policy.extractors import nnsight as nnsight_backend
-from internal_policy.models.fingerprint import _PORTION, _plain, attached_code, digest
+from internal_policy.models.fingerprint import _CHUNK, _jsonable, attached_code, digest
 
 
 def changed(change, model_type="gemma2", **options):
@@ -126,9 +126,9 @@ def test_every_dtype_is_read_bit_by_bit(dtype):
 
 def test_every_portion_of_a_large_tensor_is_read():
     model = tiny_model("llama")
-    model.register_buffer("large", torch.zeros(2 * _PORTION + 3, dtype=torch.int8))
+    model.register_buffer("large", torch.zeros(2 * _CHUNK + 3, dtype=torch.int8))
     found = {digest(model)}
-    for place in (_PORTION - 1, _PORTION, -1):
+    for place in (_CHUNK - 1, _CHUNK, -1):
         model.large[place] = 1
         found.add(digest(model))
     assert len(found) == 4
@@ -138,10 +138,10 @@ def test_settings_are_the_same_in_every_process():
     class Odd:
         pass
 
-    told = [_plain({"b": {"x", "y"}, 1: Odd(), "torch_dtype": "float32", "_private": 3}) for _ in range(2)]
+    told = [_jsonable({"b": {"x", "y"}, 1: Odd(), "torch_dtype": "float32", "_private": 3}) for _ in range(2)]
     assert told[0] == told[1]
     assert told[0].keys() == {"b", "1"}
-    assert _plain({"scale": torch.tensor([1.0, 2.0]), "kind": torch.float32}) == {
+    assert _jsonable({"scale": torch.tensor([1.0, 2.0]), "kind": torch.float32}) == {
         "scale": [1.0, 2.0],
         "kind": "torch.float32",
     }

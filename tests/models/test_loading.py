@@ -107,7 +107,7 @@ UNSAFE = {
         "model.safetensors.index.json is not an index of shards",
     ),
     "a pickle by the configuration": (chosen_pickle, "config.json (transformers_weights) names 'adapter_model.bin'"),
-    "adapters": (adapters, "holds LoRA adapters beside the model (adapter_config.json)"),
+    "adapters": (adapters, "holds LoRA adapters next to the model (adapter_config.json)"),
 }
 
 

@@ -113,13 +113,13 @@ def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
-def test_beside_every_command_it_is_said_that_it_may_only_read(run, manifest):
+def test_every_command_has_a_note_that_it_may_only_read(run, manifest):
     analysis = analysis_commands(Analysis.load(STORED / "analyses" / "qwen3-start")).notes[0]
     assert "is read and nothing is computed" in analysis
     training = training_commands(run).notes[0]
-    assert "is read and nothing is trained; where it is not, it goes on" in training
-    for told in (analysis, training):
-        assert "another output, or add --overwrite (overwrite=True in Python)" in told
+    assert "is read and nothing is trained; otherwise it is resumed" in training
+    for note in (analysis, training):
+        assert "another output, or add --overwrite (overwrite=True in Python)" in note
     (compared,) = comparison_commands(manifest).notes
     assert "computed from the analyses as they are in their directories now" in compared
     assert "--overwrite" not in compared
