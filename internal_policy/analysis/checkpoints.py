@@ -43,12 +43,12 @@ def targets(
     """List the checkpoints of a sweep.
 
     Args:
-        model: the model whose revisions they are, or the model that the training of the checkpoints began with.
+        model: the hub model of the revisions, or the model from which the training of the checkpoints started.
         revisions: branches, tags or commits of it, in order.
         checkpoints: directories and globs; see `find_checkpoints`.
 
     Returns:
-        The checkpoints: revisions in the given order; directories in natural order, after the model if there is one.
+        Revisions in the given order, or directories in natural order, after the model if there is one.
 
     Raises:
         UserError: no checkpoints, both kinds, or a directory that is not a checkpoint.
@@ -68,16 +68,10 @@ def targets(
 
 
 def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
-    """Find checkpoints on disk.
+    """Find checkpoints on disk by directories and shell globs, in natural order (checkpoint-5 before checkpoint-10).
 
-    A directory that holds ``checkpoint-*`` directories, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does,
-    stands for these; a final model next to them is ignored, because the last checkpoint is the same.
-
-    Args:
-        patterns: directories, and globs as a shell has them.
-
-    Returns:
-        The checkpoints, each once, in natural order: checkpoint-5, checkpoint-10, checkpoint-100.
+    A directory that contains ``checkpoint-*``, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does, is replaced
+    by these; a final model next to them is ignored, because the last checkpoint is the same.
 
     Raises:
         UserError: a pattern that matches nothing, or a directory that is not a checkpoint.

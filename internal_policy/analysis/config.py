@@ -187,8 +187,8 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
         """The settings that determine the numbers together with weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor
-            whether a baseline is added. The portions count for 8bit, whose rounding depends on them.
+            JSON-able fields without the device, the batch size, the spelling of a path and whether a baseline is added.
+            The batch size is included for 8bit, whose rounding depends on it.
         """
         settings = asdict(self)
         for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline"):
@@ -199,29 +199,13 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
 
 
 def require_revision(revision: str | None) -> None:
-    """Refuse an empty revision.
-
-    Args:
-        revision: branch, tag or commit, or None.
-
-    Raises:
-        UserError: it is empty.
-    """
+    """Raise a `UserError` if a revision is empty."""
     if revision == "":
         raise UserError("--revision is empty; needed is a branch, tag or commit on the hub, or leave it out")
 
 
 def slug_of(model: str, revision: str | None = None, lens: Lens = DEFAULT_LENS) -> str:
-    """Name a model, and a lens other than the default, for a path.
-
-    Args:
-        model: hub id, directory or embedded model.
-        revision: on the hub.
-        lens: the lens.
-
-    Returns:
-        ``Qwen--Qwen3-4B``, ``testbed--qwen3--logit-lens``.
-    """
+    """Name a model, and a lens other than the default, for a path: ``Qwen--Qwen3-4B``, ``Qwen--Qwen3-4B--logit-lens``."""
     path = Path(model)
     parts = _last_parts(path.resolve()) if path.exists() else tuple(model.split("/"))
     name = "--".join(p for p in parts if p not in {"/", ""})

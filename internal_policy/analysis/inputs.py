@@ -31,15 +31,12 @@ Source = str | Path | Iterable[Any]
 
 
 def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -> str | list[Any] | None:
-    """Convert a user's source of records to a name or a list.
+    """Convert a user's source of records to a name or a list; None stays None.
 
     Args:
         source: a name or path, or records.
-        what: the argument's name.
+        what: the argument's name, for messages.
         limit: the most records that are taken from an iterable without a length, such as a stream.
-
-    Returns:
-        The name, or a list of records; None stays None.
 
     Raises:
         UserError: no sequence of records: a dict of splits or columns, or a set.
@@ -75,11 +72,9 @@ class Inputs:
     reward: Callable[[str, str], bool] | None = None
 
     def digest(self) -> str:
-        """Digest what was read, so that a changed file of the same name is noticed.
+        """Digest what was read, in 16 hexadecimal digits, so that a changed file of the same name is noticed.
 
-        Returns:
-            16 hexadecimal digits: of the ids of prompts, or of all fields of ready responses, because their texts and
-            rewards are stored in the result.
+        It covers the ids of prompts, or all fields of ready responses: their texts and rewards are stored in the result.
         """
         read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
@@ -122,17 +117,7 @@ def gather_inputs(
 ) -> Inputs:
     """Read and check the inputs, before anything long runs.
 
-    Args:
-        config: the settings.
-        model: the model that is analysed.
-        prompts: the source of the prompts; the default for this model where both are None.
-        responses: ready responses.
-
-    Returns:
-        Requests to sample, or responses.
-
-    Raises:
-        UserError: bad input.
+    The default prompts of the model are used if both sources are None. Bad input raises a `UserError`.
     """
     if responses is not None:
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)

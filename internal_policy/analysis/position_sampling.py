@@ -55,12 +55,7 @@ class PositionSample:
     """How many of the half-widths rest on a few positions, so that they may miss more often than one time in 20."""
 
     def summary(self) -> dict[str, float | int | str]:
-        """What the manifest holds.
-
-        Returns:
-            tolerance, analysed, total, rounds, the largest half_width with its layer (from 1) and site, and how many
-            of the half-widths rest on a few positions.
-        """
+        """The entry of the manifest, with the layer (from 1) and site of the largest half-width."""
         layer, site = np.unravel_index(int(self.half_widths.argmax()), self.half_widths.shape)
         return {
             "tolerance": self.tolerance,
@@ -99,11 +94,8 @@ def capture_in_rounds(
         config: the settings, with a tolerance.
         responses: all responses, in order.
         run: analyses a batch.
-        workspace: where the portions go.
+        workspace: where the portions are stored.
         state: the processes; all take the same decisions.
-
-    Returns:
-        Estimates for every response.
 
     Raises:
         UserError: out of memory, or the processes share no directory.

@@ -79,14 +79,9 @@ class Design:
 
 
 def design_positions(responses: Sequence[Response], seed: int) -> Design:
-    """Lay out the positions of some responses.
+    """Lay out the positions of some responses, given in order.
 
-    Args:
-        responses: the responses, in order.
-        seed: of the random order; the same seed and responses give the same order, whatever computes them.
-
-    Returns:
-        The design.
+    The same seed and responses give the same random order on every machine.
     """
     lengths = [r.n_tokens for r in responses]
     response = np.repeat(np.arange(len(responses)), lengths)
@@ -154,10 +149,7 @@ class Estimate:
     """Skewness of the values over all blocks, squared, [K]."""
 
     def rests_on_few(self, total: int) -> Flags:
-        """Find the half-widths that rest on a few positions, so that they miss more often than one time in 20.
-
-        Args:
-            total: how many positions there are.
+        """Find the half-widths that rest on a few of all positions, so that they miss more often than one time in 20.
 
         Returns:
             [K], true where skewness widens the interval by more than a tenth: in simulation such intervals hold 84
@@ -168,18 +160,11 @@ class Estimate:
 
 
 def estimate(design: Design, values: Floats) -> Estimate:
-    """Estimate means over all positions.
+    """Estimate means over all positions from `values` [n, K] of the first n, in the order of the design.
 
     The degrees of freedom are Satterthwaite's, V^2 / sum_h (g_h^2 / (n_h - 1)) with the blocks' shares g_h of the
     variance V, less what estimating V and g_h adds to their squares: an estimated g_h^2 is (n_h + 1) / (n_h - 1) times
     too large, and V^2 by V's own variance, so that they are V^2 / sum_h (g_h^2 / (n_h + 1)) - 2; in one block, n - 1.
-
-    Args:
-        design: the positions.
-        values: of its first n positions, in its order, [n, K].
-
-    Returns:
-        The estimate.
     """
     n, total = len(values), len(design.order)
     sizes, taken = design.sizes[:, None], design.taken(n)[:, None]
@@ -229,32 +214,18 @@ def _widening(skewness: Floats, n: int, total: int) -> Floats:
 
 
 def is_precise_enough(design: Design, found: Estimate, tolerance: float) -> bool:
-    """Whether an analysis may stop.
+    """Whether every half-width is within the tolerance, or there are no more positions.
 
-    A figure that did not vary at all is not exact for it: what makes it vary may be rare. It needs more positions.
-
-    Args:
-        design: the positions.
-        found: what the positions so far say.
-        tolerance: the largest half-width allowed, in the unit of the values.
-
-    Returns:
-        True where every figure is known, or there are no more positions.
+    A value that did not vary at all needs more positions: what makes it vary may be rare.
     """
     known = (found.half_width <= tolerance) & ((found.half_width > _NOTHING) | (found.n >= _SEEN))
     return bool(known.all()) or found.n == len(design.order)
 
 
 def positions_needed(design: Design, found: Estimate, tolerance: float) -> int:
-    """Find how many positions bring every half-width under a tolerance.
+    """Find how many positions bring every half-width under a tolerance, given an estimate that is not precise enough.
 
-    Args:
-        design: the positions.
-        found: what the positions so far say, which is not enough.
-        tolerance: the largest half-width allowed, in the unit of the values.
-
-    Returns:
-        The number, so that a second round seldom falls short; twice as many as so far where something never varied.
+    The number is such that a second round seldom falls short; it is twice the present one if a value never varied.
     """
     from scipy.stats import chi2
 
@@ -276,21 +247,19 @@ def positions_needed(design: Design, found: Estimate, tolerance: float) -> int:
 
 
 def response_means(design: Design, values: Floats) -> Floats:
-    """Estimate the mean of every response, so that what is made of them is the estimate over all positions.
+    """Estimate the means [G, K] of the G responses, whose mean over tokens is the estimate over all positions.
 
-    A position that was not analysed counts as the mean of its block; one that was adds how far it is from there, times
-    c_h (the difference estimator: Särndal, Swensson and Wretman, Model Assisted Survey Sampling, section 6.3). Over all
-    responses these distances cancel, so the mean over tokens is `estimate`'s. A response is known roughly, one without
-    an analysed position by its tokens alone, but errors are all there: with c_h^2 = (N_h^2 / n_h - 1) / (n_h - 1) the
-    scatter of the responses is what it would be of all positions, plus the variance of the sample. A standard error
-    clustered by response thus holds both. Where all positions were analysed, c_h is 1 and the means are exact.
+    A position that was not analysed counts as the mean of its block; one that was adds its distance from that mean,
+    times c_h (the difference estimator: Särndal, Swensson and Wretman, Model Assisted Survey Sampling, section 6.3).
+    Over all responses these distances cancel, so the mean over tokens is that of `estimate`. Single responses are known
+    roughly, those without an analysed position by their tokens alone, but no error is lost: with
+    c_h^2 = (N_h^2 / n_h - 1) / (n_h - 1) the scatter of the responses is what it would be of all positions, plus the
+    variance of the sample. A standard error clustered by response thus contains both. If all positions were analysed,
+    c_h is 1 and the means are exact.
 
     Args:
         design: the positions.
         values: of its first n positions, in its order, [n, K].
-
-    Returns:
-        [G, K] means of the G responses.
     """
     from scipy.sparse import csr_array
 

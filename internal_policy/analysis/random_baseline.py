@@ -34,14 +34,9 @@ Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Process
 
 
 def architecture(config: AnalyzeConfig, network: Any = None) -> Any:
-    """Read the configuration from which random weights are made, before anything long begins.
+    """Read the transformers configuration from which random weights are made, before anything long begins.
 
-    Args:
-        config: the settings.
-        network: the transformers model, where it is in memory.
-
-    Returns:
-        The transformers configuration.
+    `network` is the transformers model if it is in memory.
 
     Raises:
         UserError: no such model, or one whose weights are quantised.
@@ -65,8 +60,8 @@ def add_baseline(
     Args:
         analysis: the finished analysis, on disk.
         config: its settings.
-        source: what `architecture` returned.
-        network: the transformers model, where it is in memory.
+        source: the configuration from `architecture`.
+        network: the transformers model, if it is in memory.
         capture: analyses responses, writing its portions to a workspace.
         state: the processes.
 

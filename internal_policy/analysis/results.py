@@ -296,14 +296,9 @@ class Analysis:
 
 
 def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensResult | None:
-    """Find what the same responses of the same weights give under another lens.
+    """Find the result of the same responses of the same weights under another lens; None if there is none.
 
-    Args:
-        analysis: the analysis.
-        among: analyses in memory, which are looked at first.
-
-    Returns:
-        The answer of the first such analysis, else of the first beside this one on disk; None where there is none.
+    Analyses in memory (`among`) come first, then those next to this one on disk.
     """
     for other in among:
         if other.lens != analysis.lens and _same(analysis, other.config.get("weights"), other.responses_digest):
@@ -321,10 +316,7 @@ def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensR
 
 
 def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[Analysis]]:
-    """Set aside what only repeats another analysis under another lens, as ``compare DIR/*`` may name both.
-
-    Args:
-        analyses: the analyses.
+    """Set aside analyses that only repeat another one under another lens, as ``compare DIR/*`` may name both.
 
     Returns:
         Those of the first one's lens, with those that have no counterpart of that lens; and those that have one.

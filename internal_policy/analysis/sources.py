@@ -40,17 +40,11 @@ def load_analyses(directory: str | Path) -> list[Analysis]:
 
 
 def gather(sources: Iterable[Any]) -> list[Analysis]:
-    """Collect analyses; a directory that holds several stands for all of them.
+    """Collect analyses from analyses, directories, or lists of them; a directory of several yields all of them.
 
-    Those of one directory are ordered by the training steps in their names where all differ, otherwise in natural
+    Those of one directory are ordered by the training steps in their names if all differ, otherwise in natural
     order. Among several sources a directory of figures is skipped: ``compare DIR/*`` includes the one that
     ``analyze --output DIR`` wrote.
-
-    Args:
-        sources: analyses, directories, or lists of them.
-
-    Returns:
-        The analyses.
 
     Raises:
         UserError: a directory without an analysis, or a source of another type.
@@ -80,17 +74,10 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:
-    """Check the labels of analyses, or choose them.
-
-    Args:
-        analyses: the analyses.
-        labels: the labels that the user gave.
-
-    Returns:
-        A different label for each; by default as `labels_from` chooses them.
+    """Check the labels that the user gave, or choose them as `labels_from` does.
 
     Raises:
-        UserError: not one label for each, or two the same.
+        UserError: not one label for each analysis, or two the same.
     """
     if labels is not None:
         given = [str(label) for label in labels]
@@ -103,14 +90,9 @@ def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = N
 
 
 def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
-    """Choose short labels that differ.
+    """Choose short labels that differ from the names of models and the directories of their analyses (None in memory).
 
-    Args:
-        names: of the models.
-        paths: the directories of the analyses; None for those in memory.
-
-    Returns:
-        As many last parts of each name as make all differ; failing that, of each directory; failing that, numbered.
+    They are the shortest ends of the names that all differ; failing that, of the directories; failing that, numbered.
     """
     models = [name.strip("/").split("/") for name in names]
     directories = [
@@ -129,19 +111,15 @@ def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]
 def training_steps(
     analyses: Sequence[Analysis], steps: Sequence[float] | None = None
 ) -> tuple[list[float], StepsFrom, Unit]:
-    """Find the training step of each analysis.
+    """Find the training step of each analysis, where the steps come from, and their unit.
 
-    Names such as checkpoint-40 count updates. They are converted to steps where every checkpoint recorded how many
+    Names such as checkpoint-40 count updates. They are converted to steps if every checkpoint recorded how many
     updates a step has, as those of ``bupo`` do; otherwise the numbers stay, and the unit says so.
-
-    Args:
-        analyses: the analyses.
-        steps: the steps that the user gave.
 
     Returns:
         The steps; their origin; and their unit. The origin is ``given``, ``name`` (the end of each name:
         checkpoint-40, step_40, @step40; one analysis of the same architecture may have none and is then step 0, the
-        start), or ``order`` where no steps are known and the indices from 0 are used.
+        start), or ``order`` if no steps are known and the indices from 0 are used.
 
     Raises:
         UserError: not one finite step for each.
@@ -184,10 +162,7 @@ def arrange(
 ) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
     """Label analyses, find their steps, and put the model from which the training started first.
 
-    Args:
-        analyses: the analyses.
-        labels: the labels that the user gave, in this order.
-        steps: the steps that the user gave, in this order, which is then kept.
+    Labels and steps that the user gave are in the order of `analyses`, which is kept if steps are given.
 
     Returns:
         The analyses, their labels, their steps, and the origin and unit of the steps.

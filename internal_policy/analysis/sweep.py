@@ -130,19 +130,9 @@ def _analyses(
 
 
 def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
-    """Analyse one model under several lenses, all on the responses of the first.
+    """Analyse one model under several different lenses, all on the responses of the first.
 
-    Args:
-        model: as for ``analyze``.
-        lenses: the lenses, all different.
-        output: directory for results, with a directory for each lens.
-        **options: as for ``analyze``, but the lens.
-
-    Returns:
-        An analysis for each lens.
-
-    Raises:
-        UserError: bad input.
+    There is a directory below `output` for each lens; `options` are those of ``analyze``.
     """
     first = analyze(model, output=output, lens=lenses[0], **options)
     assert first.path is not None
@@ -164,11 +154,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
 def start_over(directories: Iterable[Path]) -> None:
     """Delete all results that will be made again, at once, so that an interrupted sweep contains no older ones.
 
-    Args:
-        directories: one for each analysis.
-
     Raises:
-        UserError: one of them is not writable, or in use for something else.
+        UserError: one of the directories is not writable, or in use for something else.
     """
     workspaces = [Workspace(directory, ANALYSIS) for directory in directories]
 

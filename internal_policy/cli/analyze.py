@@ -57,11 +57,7 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
     extra: tuple[str, ...] = option((), positional=True)
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that contradict each other, or what the analysis refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         require_packages(self.backend, self.quantization)
         if self.extra and not self.checkpoints:
             raise UserError(f"unexpected extra argument ({self.extra[0]}). See internal-policy analyze --help")
@@ -277,15 +273,7 @@ def _raise_failures(done: Study) -> NoReturn:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12, and list the files.
-
-    Args:
-        analyses: what is drawn.
-        root: below it a directory named by the analyses is written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 2, 3 and 12 into a directory below `root` that is named by the analyses, and list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
 

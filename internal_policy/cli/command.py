@@ -44,14 +44,7 @@ class OutputOptions(WaitOptions):
     """Directory for the results, and for their figures below it. Default: a directory below data, and figures."""
 
     def place(self, default: Path) -> tuple[Path, Path]:
-        """Where results and figures go.
-
-        Args:
-            default: the directory for results where no output is given.
-
-        Returns:
-            The directories for results and for figures.
-        """
+        """The directories for results (`default` without --output) and for figures."""
         return (default, FIGURES) if self.output is None else (expanded(self.output), expanded(self.output) / "figures")
 
 
@@ -64,13 +57,9 @@ class ResumeOptions(OutputOptions):
 
 
 def to_json(result: Any) -> dict[str, Any]:
-    """Describe a result for a JSON document: what its manifest on disk holds, and where it is.
+    """Describe a result for a JSON document: the content of its manifest on disk, and where it is.
 
-    Args:
-        result: an analysis, evaluation, inspection, comparison or run.
-
-    Returns:
-        The fields.
+    `result` is an analysis, evaluation, inspection, comparison or run.
     """
     from internal_policy.analysis.results import REPORT
 
@@ -80,12 +69,12 @@ def to_json(result: Any) -> dict[str, Any]:
 
 
 def require_there(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
-    """Refuse paths where nothing is, before anything heavy is imported.
+    """Refuse paths that do not exist, before anything heavy is imported.
 
     Args:
         models: hub ids, directories and embedded models.
         revision: of a hub model.
-        sources: files, hub data sets and benchmarks by name; None stands for a default.
+        sources: files, hub data sets and benchmarks by name; None for the default.
 
     Raises:
         UserError: a directory without a model, or no such file.
@@ -98,15 +87,7 @@ def require_there(models: Iterable[str], revision: str | None, *sources: str | N
 
 
 def require_packages(backend: str, quantization: str | None) -> None:
-    """Refuse options whose packages are not installed, before anything heavy is imported.
-
-    Args:
-        backend: what captures the states.
-        quantization: how the weights are to be quantised.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Raise a `UserError` for options whose packages are not installed, before anything heavy is imported."""
     if backend != "hooks":
         require_package(backend.replace("-", "_"), f"--backend {backend}", "backends")
     if quantization is not None:
@@ -114,14 +95,7 @@ def require_packages(backend: str, quantization: str | None) -> None:
 
 
 def require_key(remote: bool | str) -> None:
-    """Refuse to go to NDIF without a key, before the hub is asked for a model.
-
-    Args:
-        remote: what ``--remote`` says.
-
-    Raises:
-        UserError: nnsight is not installed, or there is no key.
-    """
+    """Raise a `UserError` if --remote has no nnsight or no key for NDIF, before the hub is asked for a model."""
     if remote is True:
         from internal_policy.extractors import nnsight as nnsight_library
 

@@ -39,11 +39,7 @@ class CompareCommand(OutputOptions):
     """Seed of the bootstrap."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that do not fit the analyses, or what the comparison refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_options(self)
         from internal_policy.analysis.results import keep_one_lens
         from internal_policy.analysis.sources import arrange, gather
@@ -73,17 +69,9 @@ def _to_json(comparison: AnalysisComparison) -> dict[str, Any]:
 
 
 def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
-    """Compare the checkpoints of a sweep: print, draw, and write everything into one directory.
+    """Compare the checkpoints of a sweep: print, draw, and write everything into one directory below `root`.
 
-    Args:
-        analyses: two or more, in the order of the training.
-        root: below it a directory named by the first and the last is written.
-
-    Returns:
-        The comparison as in a JSON document, with its path.
-
-    Raises:
-        UserError: it cannot be written.
+    `analyses` are in the order of the training. The comparison is returned as in a JSON document, with its path.
     """
     from internal_policy.cli.display import list_files, show_comparison
     from internal_policy.comparison.results import compare
@@ -109,13 +97,7 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
 
 
 def redrawing(directory: Path) -> str:
-    """Say which command makes a stored comparison, with its figures, again.
-
-    Args:
-        directory: of the comparison, or one that holds a single comparison.
-
-    Returns:
-        The command.
+    """Return the command that makes a stored comparison, with its figures, again.
 
     Raises:
         UserError: several comparisons, a broken one, or one of analyses that were never on disk.

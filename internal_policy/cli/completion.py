@@ -52,10 +52,10 @@ def run(option: str, words: Sequence[str]) -> None:
 
     Args:
         option: ``--complete``, ``--show-completion`` or ``--install-completion``.
-        words: what stands behind it: the command line up to the cursor, or the name of a shell.
+        words: what follows it: the command line up to the cursor, or the name of a shell.
 
     Raises:
-        UserError: a shell that is not known.
+        UserError: an unknown shell.
     """
     if option == "--complete":
         *before, at_cursor = words or ["."]
@@ -72,14 +72,9 @@ def run(option: str, words: Sequence[str]) -> None:
 
 
 def candidates(before: Sequence[str], word: str) -> list[str]:
-    """The words that may stand at the cursor.
+    """The commands, options or values that may come next and begin with `word`; none if a file is expected.
 
-    Args:
-        before: the words of the command line before the cursor, without the program.
-        word: the beginning of the word at the cursor.
-
-    Returns:
-        Commands, options or values that begin so; none where a file is expected.
+    `before` are the words of the command line before the cursor, without the program.
     """
     known: Sequence[str] = ()
     if not before:

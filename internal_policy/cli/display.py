@@ -26,11 +26,7 @@ _MOST_NOTES = 6
 
 
 def show_analysis(analysis: Analysis) -> None:
-    """Print an analysis on standard output.
-
-    Args:
-        analysis: the analysis.
-    """
+    """Print an analysis on standard output."""
     console = open_console()
     console.print(layer_table(analysis))
     first, *others = remarks(analysis)
@@ -49,14 +45,7 @@ def show_analysis(analysis: Analysis) -> None:
 
 
 def layer_table(analysis: Analysis) -> Table:
-    """Lay out the layers, one row each, with means in nats and standard errors.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out the layers, one row each, with means in nats and standard errors."""
     table = Table(
         title=f"{analysis.name}: {analysis.extent}, lens {analysis.lens}",
         caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
@@ -82,11 +71,7 @@ def layer_table(analysis: Analysis) -> Table:
 
 
 def show_line(analysis: Analysis) -> None:
-    """Print the result of an analysis among several in one line on standard output.
-
-    Args:
-        analysis: the analysis.
-    """
+    """Print the result of an analysis among several in one line on standard output."""
     boundary = "no boundary layer" if analysis.boundary_layer is None else f"boundary layer {analysis.boundary_layer}"
     where = "" if analysis.path is None else f"  ({analysis.path}/)"
     open_console().print(
@@ -99,9 +84,9 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
     """Print what each analysis found and how its entropy falls, on standard output.
 
     Args:
-        title: what they are.
-        table: of ``Study.table``.
-        convergence: of ``convergence_table``, in the same order.
+        title: printed above the table.
+        table: as ``Study.table``.
+        convergence: as ``convergence_table``, in the same order.
     """
     columns = ["reading", "half_drop_depth", "last_three_share"]
     rows = pd.concat([table, convergence[columns].reset_index(drop=True)], axis=1)
@@ -134,11 +119,7 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
 
 
 def show_comparison(comparison: AnalysisComparison) -> None:
-    """Print a comparison on standard output.
-
-    Args:
-        comparison: the comparison.
-    """
+    """Print a comparison of analyses on standard output."""
     console = open_console()
     console.print(comparison_table(comparison))
     if not comparison.differences.empty:
@@ -155,14 +136,7 @@ def show_comparison(comparison: AnalysisComparison) -> None:
 
 
 def comparison_table(comparison: AnalysisComparison) -> Table:
-    """Lay out boundary layer and convergence, one row an analysis.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out boundary layer and convergence, one row per analysis."""
     caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
     if not all(comparison.paired.values()):
         caption += "\n≠ other responses than the baseline"
@@ -205,14 +179,7 @@ def comparison_table(comparison: AnalysisComparison) -> Table:
 
 
 def difference_table(comparison: AnalysisComparison) -> Table:
-    """Lay out where each analysis differs most from the baseline.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out where each analysis differs most from the baseline."""
     shown = table(
         f"largest difference from {comparison.baseline}, nats",
         "layer: difference ± standard error",
@@ -230,14 +197,7 @@ def difference_table(comparison: AnalysisComparison) -> Table:
 
 
 def trend_table(comparison: AnalysisComparison) -> Table:
-    """Lay out which layer moves most over the steps.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out which layer moves most over the steps."""
     shown = table(
         f"over {len(comparison.labels)} checkpoints, nats",
         f"steepest slope per 100 {comparison.unit}s ± standard error, largest move between two neighbours",
@@ -287,24 +247,12 @@ def _move(row: dict[Hashable, Any]) -> str:
 
 
 def files_of(directory: Path) -> list[Path]:
-    """List the files of a result.
-
-    Args:
-        directory: of the result.
-
-    Returns:
-        The files in it without its page, which is drawn after them and listed separately.
-    """
+    """The files of a result without its page, which is drawn after them and listed separately."""
     return sorted(p for p in directory.iterdir() if p.is_file() and p.name != REPORT and not p.name.startswith("."))
 
 
 def list_files(what: str, paths: Sequence[Path]) -> None:
-    """Print where files are.
-
-    Args:
-        what: what the files are.
-        paths: the files, of one directory.
-    """
+    """Print where the files of some kind are; all are in one directory."""
     note_files(what, paths)
     names = ", ".join(p.name for p in paths)
     open_console().print(f"{what}: {paths[0].parent}/ ({names})", soft_wrap=True)

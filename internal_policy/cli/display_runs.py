@@ -41,11 +41,7 @@ _POLICY, _NEXT, _READ = "π_θ", "next", "read"
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print an evaluation on standard output.
-
-    Args:
-        evaluation: the evaluation.
-    """
+    """Print an evaluation on standard output."""
     console = open_console()
     console.print(rate_table(evaluation))
     total = evaluation.n_problems * evaluation.n_samples
@@ -63,14 +59,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 
 def rate_table(evaluation: Evaluation) -> Table:
-    """Lay out Avg@K and Pass@K, in percent with 95% intervals.
-
-    Args:
-        evaluation: the evaluation.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out Avg@K and Pass@K, in percent with 95% intervals."""
     shown = table(
         f"{evaluation.name} on {title(evaluation.benchmark)}: "
         f"{counted(evaluation.n_problems, 'problem')} x {counted(evaluation.n_samples, 'sample')}",
@@ -86,11 +75,7 @@ def rate_table(evaluation: Evaluation) -> Table:
 
 
 def show_paired_difference(comparison: Comparison) -> None:
-    """Print a comparison on standard output.
-
-    Args:
-        comparison: the comparison.
-    """
+    """Print a comparison of two evaluations on standard output."""
     console = open_console()
     console.print(paired_difference_table(comparison))
     c = comparison
@@ -104,14 +89,7 @@ def show_paired_difference(comparison: Comparison) -> None:
 
 
 def paired_difference_table(comparison: Comparison) -> Table:
-    """Lay out the differences, in percentage points with 95% intervals.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out the differences, in percentage points with 95% intervals."""
     shown = table(
         f"{comparison.first} less {comparison.second} on {title(comparison.benchmark)}",
         "percentage points, paired by problem, with 95% intervals",
@@ -125,11 +103,7 @@ def paired_difference_table(comparison: Comparison) -> Table:
 
 
 def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Print Avg@K of several models and benchmarks, a row a model.
-
-    Args:
-        evaluations: the evaluations.
-    """
+    """Print Avg@K of several models and benchmarks, one row per model."""
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
     averaged = ("average",) if len(benchmarks) > 1 else ()
     shown = table(
@@ -155,11 +129,7 @@ def _p(p: float) -> str:
 
 
 def show_run(run: Run) -> None:
-    """Print a run on standard output.
-
-    Args:
-        run: the run.
-    """
+    """Print a training run on standard output."""
     console = open_console()
     phases = table(
         f"{run.name}: {run.label}",
@@ -229,14 +199,9 @@ def show_inspection(
     last: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print one site's policies: a row a layer, a column a token, as many side by side as the terminal is wide.
+    """Print one site's policies: one row per layer, one column per token, as many as fit the width of the terminal.
 
-    Args:
-        inspection: what was looked at.
-        site: ``layer``, ``attn`` or ``ffn``.
-        tokens: which tokens, from 1.
-        last: so many at the end; 24 where neither is given.
-        console: where; standard output where not given.
+    `tokens` selects tokens, from 1; `last` a number of them at the end, 24 if neither is given.
     """
     console = console or open_console()
     lens = "" if inspection.lens == "policy" else f", lens {inspection.lens}"
@@ -265,17 +230,10 @@ def blocks(
     last: int | None = None,
     width: int = 80,
 ) -> Iterator[list[Text]]:
-    """Lay out one site's policies in blocks of columns.
-
-    Args:
-        inspection: what was looked at.
-        site: ``layer``, ``attn`` or ``ffn``.
-        tokens: which tokens, from 1.
-        last: so many at the end; 24 where neither is given.
-        width: of the terminal, columns.
+    """Lay out one site's policies in blocks of columns for a terminal of some width; arguments as `show_inspection`.
 
     Yields:
-        The lines of each block: places, what came next, the final policy, layers from L to 1, what was read.
+        The lines of each block: positions, next tokens, the final policy, layers from L to 1, tokens read.
     """
     frame = inspection_data(inspection, [site], tokens=tokens, last=last)
     label = max(len(str(inspection.n_layers)), cell_len(_NEXT)) + 1

@@ -41,11 +41,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
     """Directory of a stored evaluation of the same problems to compare with; repeat for several."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that contradict each other, or what the evaluation refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         _evaluate(self)
 
     @property
@@ -160,15 +156,7 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Compariso
 
 
 def draw(evaluations: list[Evaluation], root: Path) -> None:
-    """Draw figures 6 and 15, and list the files.
-
-    Args:
-        evaluations: what is drawn.
-        root: below it a directory named by models and benchmarks is written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 6 and 15 into a directory below `root` named by models and benchmarks, and list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.data.benchmarks import slug
     from internal_policy.plotting import evaluation as evaluation_figures

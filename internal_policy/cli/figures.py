@@ -24,11 +24,7 @@ class FiguresCommand(ConsoleOptions):
     """Directory for the figures."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished result, or a directory that cannot be written.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from internal_policy.analysis.sources import gather
         from internal_policy.bupo.run import Run
         from internal_policy.cli import analyze, evaluate, inspect, train

@@ -30,11 +30,7 @@ class InspectCommand(InspectConfig, OutputOptions):
     """The policies that the terminal shows; all are drawn."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: a directory that is in use, or what the inspection refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_choice(self.tokens, self.last)
         require_packages(self.backend, self.quantization)
         require_there([self.model], self.revision)
@@ -69,14 +65,7 @@ class InspectCommand(InspectConfig, OutputOptions):
 def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: int | None = None) -> None:
     """Draw the heat maps, and list the files.
 
-    Args:
-        look: what is drawn.
-        directory: where; made where it does not exist.
-        tokens: which tokens, from 1.
-        last: number of tokens at the end; 24 where neither is given.
-
-    Raises:
-        UserError: it cannot be written.
+    `tokens` selects tokens, from 1; `last` a number of them at the end, 24 if neither is given.
     """
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import inspection as figure

@@ -41,14 +41,7 @@ options:
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the command that the words of a command line ask for.
-
-    Args:
-        words: without the name of the program.
-
-    Raises:
-        UserError: an error that the user can mend.
-    """
+    """Run the command line, given as words without the name of the program."""
     name, *rest = words
     if name in ("-h", "--help"):
         print(_help(), end="")  # noqa: T201

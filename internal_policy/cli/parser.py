@@ -37,13 +37,7 @@ _METAVARS = {int: "N", float: "X"}
 
 
 def command_class(name: str) -> Any:
-    """Import the dataclass of a command.
-
-    Args:
-        name: of the command.
-
-    Returns:
-        A dataclass whose fields are the options, with a method ``run``.
+    """Import the dataclass of a command, whose fields are the options, with a method ``run``.
 
     Raises:
         UserError: no such command; the message names what was probably meant.
@@ -62,17 +56,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
-    """Read the words of a command line into the dataclass of the command.
-
-    Args:
-        name: of the command.
-        words: what stands behind the name.
-
-    Returns:
-        An instance of ``command_class(name)``.
+    """Parse the words after the name of a command into an instance of its dataclass.
 
     Raises:
-        UserError: the words cannot be read; the message names what was probably meant.
+        UserError: the words cannot be parsed; the message names what was probably meant.
     """
     command = command_class(name)
     try:
@@ -134,26 +121,12 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def flags_of(option: Option) -> list[str]:
-    """The names of an option on the command line.
-
-    Args:
-        option: the option.
-
-    Returns:
-        The short form if there is one, and the long one.
-    """
+    """The names of an option on the command line: the short form if there is one, and the long one."""
     return [*filter(None, [SHORT.get(option.name)]), option.flag]
 
 
 def metavar_of(option: Option) -> str:
-    """What stands in the help for the value of an option.
-
-    Args:
-        option: the option.
-
-    Returns:
-        Its choices, a letter for a number, or a word.
-    """
+    """What the help shows for the value of an option: its choices, a letter for a number, or a word."""
     if option.positional:
         return {"directories": "DIR", "directory": "RUN"}.get(option.name, option.name.upper())
     if option.choices:
@@ -162,14 +135,7 @@ def metavar_of(option: Option) -> str:
 
 
 def help_of(option: Option) -> str:
-    """The help of an option: its docstring, with the default where the dataclass has one.
-
-    Args:
-        option: the option.
-
-    Returns:
-        One line.
-    """
+    """The help of an option in one line: its docstring, with the default if the dataclass has one."""
     if option.required and not option.positional:
         return f"{option.help} Required."
     if option.required or option.default is None or option.default is False or option.default == ():

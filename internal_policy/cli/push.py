@@ -27,11 +27,7 @@ class PushCommand(ConsoleOptions):
     """Branch to upload to, made if it does not exist. Default: main."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished run, or what the hub refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         from internal_policy.bupo.hub import push_to_hub

@@ -33,11 +33,7 @@ class ReportCommand(WaitOptions):
     """What analyze, compare or train wrote, also mixed; a directory that holds several stands for all of them."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished result, or a directory that cannot be written.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from internal_policy.analysis.sources import only_figures
         from internal_policy.cli.display import list_files
         from internal_policy.report import write_report
@@ -107,11 +103,7 @@ def write_reports(
 
 
 def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
-    """Draw the pages of earlier analyses again that used another lens on the same responses, to mention the new ones.
-
-    Args:
-        analyses: what has just been analysed.
-    """
+    """Redraw the pages of earlier analyses that used another lens on the same responses, to mention the new ones."""
     from internal_policy.analysis.results import REPORT, Analysis, find_other_lens
 
     paths = [analysis.path for analysis in analyses]
@@ -139,12 +131,7 @@ def _is_there(path: Path) -> bool:
 
 
 def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
-    """Print the line of an analysis among many, and write its page into the directory that the line names.
-
-    Args:
-        analysis: the analysis.
-        keep: as for ``write_reports``.
-    """
+    """Print an analysis among many in one line, and write its page into the directory that the line names."""
     from internal_policy.cli.display import show_line
 
     show_line(analysis)
@@ -152,16 +139,12 @@ def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
 
 
 def kind_of(directory: Path) -> str:
-    """Find out what kind of result a directory holds; a run also holds evaluations, and perhaps an analysis.
+    """Find out what kind of result a directory contains: run, analysis, evaluation, inspection or comparison.
 
-    Args:
-        directory: of one result, or one that holds several.
-
-    Returns:
-        run, analysis, evaluation, inspection or comparison.
+    A run also contains evaluations, and perhaps an analysis.
 
     Raises:
-        UserError: it holds no finished result.
+        UserError: there is no finished result.
     """
     refuse_unmatched(directory)
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):

@@ -37,11 +37,7 @@ class TrainCommand(TrainConfig, SetOptions):
     """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that contradict each other, or what the training refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         given = {each.name: getattr(self, each.name) for each in fields(TrainConfig) if each.name != "trl_options"}
         defaults = {each.name: each.default for each in fields(TrainConfig)}
         options = _with_settings({n: v for n, v in given.items() if v != defaults[n]}, self.set)
@@ -101,15 +97,7 @@ def _to_json(run: Run) -> dict[str, Any]:
 
 
 def draw(runs: list[Run], directory: Path) -> None:
-    """Draw figures 4, 5 and 7, and list the files.
-
-    Args:
-        runs: the runs.
-        directory: made where it does not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 4, 5 and 7, and list the files; the directory is made if it does not exist."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import training as figures
 

@@ -23,9 +23,5 @@ _SOFTWARE = """@software{internal_policy,
 
 
 def bibtex() -> str:
-    """Return the entries of the paper and of this software.
-
-    Returns:
-        BibTeX.
-    """
+    """The BibTeX entries of the paper and of this software."""
     return f"{_PAPER}\n\n{_SOFTWARE.replace('VERSION', __version__)}"

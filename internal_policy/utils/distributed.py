@@ -59,16 +59,9 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def on_main(self, do: Callable[[], T]) -> T:
-        """Do something in the main process when all have arrived, and hand what came of it to all.
+        """Call a function in the main process when all processes have arrived, and return its value in all of them.
 
-        Args:
-            do: called in the main process only.
-
-        Returns:
-            What it returned there.
-
-        Raises:
-            UserError: in every process, where it was raised in the main one.
+        A `UserError` that it raises in the main process is raised in every process.
         """
         self.wait_for_everyone()
         value: Any = None
@@ -123,12 +116,12 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
 def run_with_oom_retry(
     items: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]], advice: str
 ) -> list[Result]:
-    """Run a batch; where memory runs out, run its two halves instead, down to single items.
+    """Run a batch; if memory runs out, run its two halves instead, down to single items.
 
     Args:
         items: the batch.
         run: returns one result for each item, in order.
-        advice: what the user can do where a single item does not fit.
+        advice: what the user can do if a single item does not fit.
 
     Returns:
         One result for each item, in order.

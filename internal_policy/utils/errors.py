@@ -39,9 +39,6 @@ def as_user_error(name: str, what: str, *, doing: str = "load", advice: str | No
         what: what is being loaded.
         doing: the verb for it.
         advice: what to do next; by default it follows from the exception.
-
-    Raises:
-        UserError: in place of the library's exception.
     """
     try:
         yield
@@ -102,14 +99,9 @@ def first_line(error: BaseException) -> str:
 
 
 def shorten(text: str, length: int = 200) -> str:
-    """Shorten a text for a message, between words: an address or a path stays complete or is left out.
+    """Shorten a line for a message between words, so that an address or a path stays complete or is left out.
 
-    Args:
-        text: one line.
-        length: the most characters, unless the first word is longer.
-
-    Returns:
-        The text without the full stop at its end; with three dots where it was cut.
+    The full stop at the end is removed; three dots show where the line was cut.
     """
     text = text.strip().rstrip(".:")
     if len(text) <= length:
@@ -126,11 +118,7 @@ def counted(number: int, noun: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on any device.
 
-    Args:
-        error: the exception.
-
-    Returns:
-        True for MemoryError, ``torch.OutOfMemoryError``, and the CPU allocator's RuntimeError.
+    These are MemoryError, ``torch.OutOfMemoryError``, and the RuntimeError of the CPU allocator.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -139,12 +127,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_http_error(error: BaseException) -> bool:
-    """Whether an exception is one of an HTTP library.
+    """Whether an exception is one of an HTTP library: no answer came, or none that could be read.
 
-    Args:
-        error: the exception.
-
-    Returns:
-        True where no answer came, or none that could be read: an answer that refuses is the hub's own exception.
+    An answer that refuses is an exception of the hub's client.
     """
     return type(error).__module__.partition(".")[0] in HTTP_LIBRARIES

@@ -24,14 +24,11 @@ def card(kind: str, name: str, facts: Iterable[str] = (), table: pd.DataFrame | 
     """Return a result as HTML without scripts, style sheets or anything from a network.
 
     Args:
-        kind: What the result is.
-        name: Its name.
-        facts: Short texts, shown on one line; empty ones are left out.
-        table: Its numbers, already formatted.
-        note: Units and whatever else a reader needs, shown below the table.
-
-    Returns:
-        HTML.
+        kind: the kind of result.
+        name: its name.
+        facts: short texts, shown on one line; empty ones are left out.
+        table: its numbers, already formatted.
+        note: units and whatever else a reader needs, shown below the table.
     """
     parts = [f"<div><b>{_text(kind)}</b> {_text(name)}</div>"]
     parts += [f"<div>{line}</div>"] if (line := " · ".join(_text(fact) for fact in facts if fact)) else []

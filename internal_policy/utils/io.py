@@ -39,14 +39,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_writable(directory: Path) -> None:
-    """Refuse a directory that cannot be written to, or made, before anything long begins.
-
-    Args:
-        directory: of a result; it need not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Raise a `UserError` if a directory cannot be written to, or made, before anything long begins."""
     try:
         str(directory.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -58,17 +51,7 @@ def require_writable(directory: Path) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """Put a user's home directory in place of ``~`` or ``~name``.
-
-    Args:
-        path: what was given.
-
-    Returns:
-        The path.
-
-    Raises:
-        UserError: there is no such user, or nobody's home is known.
-    """
+    """Put a user's home directory in place of ``~`` or ``~name``; a `UserError` if none is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -38,8 +38,8 @@ def locked(*directories: Path, wait: bool = False, state: Processes | None = Non
     """Keep other processes from writing to directories.
 
     Args:
-        *directories: made where they do not exist, and removed again if nothing was written to them.
-        wait: where another process writes to one of them, wait until it has ended.
+        *directories: made if they do not exist, and removed again if nothing was written to them.
+        wait: if another process writes to one of them, wait until it has ended.
         state: the processes of this run, of which the main one holds the locks; by default there is only this one.
 
     Raises:
@@ -76,15 +76,7 @@ def keep_locks() -> Iterator[None]:
 
 @contextmanager
 def writing(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Make and lock a directory for results or figures; if it cannot be written to, say so in one line.
-
-    Args:
-        directory: made where it does not exist.
-        wait: as in `locked`.
-
-    Raises:
-        UserError: it, or a file in it, cannot be written.
-    """
+    """Make and lock a directory for results or figures; a `UserError` if it, or a file in it, cannot be written."""
     with locked(directory, wait=wait):
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -148,11 +148,7 @@ def _is_shown(console: Console) -> bool:
 
 @contextmanager
 def status(description: str) -> Iterator[None]:
-    """Show on standard error that something runs whose length is not known.
-
-    Args:
-        description: what runs.
-    """
+    """Show on standard error that something is running whose length is not known."""
     from internal_policy.utils.console import console as open_console
 
     logger.info("%s", description)
@@ -183,12 +179,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error while something long runs.
-
-    Args:
-        description: what runs.
-        total: how many units in all.
-        done: how many were done before.
+    """Show a bar on standard error while something long runs, of which `done` of `total` units were done before.
 
     Yields:
         A function to call with the number of units just done.

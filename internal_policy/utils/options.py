@@ -108,14 +108,7 @@ def option(
 
 
 def options_of(config: type[Any]) -> Mapping[str, Option]:
-    """Read the options that a dataclass declares.
-
-    Args:
-        config: the dataclass.
-
-    Returns:
-        The options by name: its own first, then those that it inherits.
-    """
+    """The options that a dataclass declares, by name: its own first, then those that it inherits."""
     docstrings, hints = field_docstrings(config), get_type_hints(config)
     # What a factory makes is an object, which only Python can give.
     by_name = {each.name: each for each in fields(config) if each.default_factory is MISSING}
@@ -159,25 +152,14 @@ def _read_type(hint: Any) -> tuple[type, bool, tuple[str, ...], bool]:
 
 
 def flag_of(name: str) -> str:
-    """Write the name of a field as the command line does.
-
-    Args:
-        name: of the field.
-
-    Returns:
-        ``--max-new-tokens`` of ``max_new_tokens``.
-    """
+    """Write the name of a field as the command line does: ``--max-new-tokens`` for ``max_new_tokens``."""
     return "--" + name.replace("_", "-")
 
 
 def check_options(config: Any) -> None:
     """Check the type and the range of each field, and make whole numbers ints and numbers floats.
 
-    Args:
-        config: an instance of a dataclass of options; a frozen one is changed all the same.
-
-    Raises:
-        UserError: a value that the field cannot have; the message states it and the rule.
+    The fields of a frozen instance are changed all the same. A `UserError` states a bad value and the rule.
     """
     for each in options_of(type(config)).values():
         value = getattr(config, each.name)
@@ -194,18 +176,7 @@ def check_options(config: Any) -> None:
 
 
 def require_whole_number(flag: str, value: Any) -> int:
-    """Refuse what is not a whole number.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-
-    Returns:
-        The number as Python's int.
-
-    Raises:
-        UserError: it is something else, such as 2.5 or True.
-    """
+    """Convert a whole number to Python's int; a `UserError` if it is something else, such as 2.5 or True."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UserError(f"{flag} is {value!r}; needed is a whole number")
     return operator.index(value)
@@ -218,74 +189,35 @@ def _number(flag: str, value: Any) -> float:
 
 
 def require_at_least(flag: str, value: float, least: float) -> None:
-    """Refuse a number that is too small, infinite or not a number.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-        least: the smallest number that is allowed.
-
-    Raises:
-        UserError: it is out of range.
-    """
+    """Raise a `UserError` if a number is too small, infinite or NaN."""
     if not least <= value < float("inf"):
         raise UserError(f"{flag} is {value}; needed is a number of at least {least:g}")
 
 
 def refuse_too_large(name: str, value: Any, flag: str | None = None) -> None:
-    """Refuse a count that no run needs.
-
-    Args:
-        name: of the option; one that is not in ``LARGEST`` has no limit.
-        value: a number, or None.
-        flag: what the message calls the option, where not by its name.
-
-    Raises:
-        UserError: it is larger than ``LARGEST`` allows.
-    """
+    """Raise a `UserError` if a count is larger than `LARGEST` allows; a name that is not listed there has no limit."""
     if value is not None and value > LARGEST.get(name, value):
         shown = f"{value:.6g}" if value < 1e300 else "beyond all measure"
         raise UserError(f"{flag or name} is {shown}; needed is a number of at most {LARGEST[name]}")
 
 
 def require_one_of(flag: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of the known ones.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-        choices: the known values.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """Raise a `UserError` if a value is none of the known ones."""
     if value not in choices:
         raise UserError(f"{flag} is {value!r}; needed is one of {', '.join(choices)}")
 
 
 def refuse_unknown(config: type, given: Iterable[str]) -> None:
-    """Refuse keywords that are not fields of a dataclass of options.
-
-    Args:
-        config: the dataclass.
-        given: the keywords.
-
-    Raises:
-        UserError: one is unknown; the message lists the known ones.
-    """
+    """Raise a `UserError` if a keyword is not a field of a dataclass of options; the message lists the known ones."""
     known = options_of(config)
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
 def defaults_of(config: type) -> dict[str, Any]:
-    """Look up the values that options have where nobody sets them, so that results from before an option compare equal.
+    """The defaults of options by name, so that results from before an option was added compare equal.
 
-    Args:
-        config: a dataclass of options.
-
-    Returns:
-        Defaults by name, without the batch size: it has always been an option, and was not always stored.
+    The batch size is left out: it has always been an option, and was not always stored.
     """
     known = {each.name: each.default for each in fields(config) if each.default is not MISSING}
     return {name: default for name, default in known.items() if name != "batch_size"}
@@ -294,11 +226,7 @@ def defaults_of(config: type) -> dict[str, Any]:
 def field_docstrings(config: type) -> dict[str, str]:
     """Read the docstrings below the fields of a dataclass, which only its source has.
 
-    Args:
-        config: the dataclass.
-
-    Returns:
-        Texts on one line, by field; also of the fields that it inherits from classes of the same package.
+    They are on one line each, by field; those of fields inherited from classes of the same package are included.
     """
     found: dict[str, str] = {}
     package = config.__module__.partition(".")[0]
@@ -370,17 +298,13 @@ def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> 
 
 
 def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collection[str] = ()) -> list[str]:
-    """Write the words of the command line that give some settings.
+    """Write the words of the command line that give some settings, not yet quoted for a shell.
 
     Args:
         config: a dataclass of options.
         settings: values by name, as ``dataclasses.asdict`` or a stored manifest has them; names that are not options
             of the dataclass are left out.
-        always: options that are written although they have their default.
-
-    Returns:
-        The words behind the name of the command, not yet quoted for a shell; options that have their default are left
-        out.
+        always: options that are written although they have their default; all others with it are left out.
     """
     positional: list[str] = []
     words: list[str] = []
@@ -396,14 +320,9 @@ def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collec
 
 
 def words_of(name: str, value: Any) -> list[str]:
-    """Write an option and its value as words of a command line.
+    """Write an option and its value as words of a command line, not yet quoted for a shell.
 
-    Args:
-        name: of the field.
-        value: of it; a list or tuple repeats the option, and neither None nor a switch that is off needs a word.
-
-    Returns:
-        The words, not yet quoted for a shell.
+    A list or tuple repeats the option; neither None nor a switch that is off needs a word.
     """
     if value is False or value is None:
         return []

@@ -116,41 +116,24 @@ def _flush_compiled() -> None:
 
 
 def is_quiet() -> bool:
-    """Whether only errors are printed.
-
-    Returns:
-        True with --quiet.
-    """
+    """Whether only errors are printed (--quiet)."""
     return _CHOICE.quiet
 
 
 def is_json() -> bool:
-    """Whether one JSON document is printed.
-
-    Returns:
-        True with --json.
-    """
+    """Whether one JSON document is printed (--json)."""
     return _CHOICE.json
 
 
 def note_files(what: str, paths: Sequence[Path]) -> None:
-    """List files in the JSON document.
-
-    Args:
-        what: the kind of the files, such as figures.
-        paths: the files.
-    """
+    """List files of some kind, such as figures, in the JSON document."""
     if _CHOICE.json:
         known = _CHOICE.files.setdefault(what, [])
         known += [str(path) for path in paths if str(path) not in known]
 
 
 def print_json(fields: Mapping[str, Any]) -> None:
-    """Print the JSON document of a command; without --json nothing is printed.
-
-    Args:
-        fields: its fields; ``files``, the paths of the written files, is added.
-    """
+    """Print the JSON document of a command, with the paths of its files; without --json nothing is printed."""
     if _CHOICE.json and _CHOICE.stdout is not None and is_main_process():
         document = to_plain({**fields, "files": _CHOICE.files})
         # In ASCII, which every terminal and pipe can encode.
@@ -159,14 +142,7 @@ def print_json(fields: Mapping[str, Any]) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a value to types that JSON has.
-
-    Args:
-        value: any value; a table becomes a list of its rows.
-
-    Returns:
-        Dicts, lists, strings, finite numbers, True, False and None; None in place of NaN and infinity.
-    """
+    """Convert a value to types of JSON: a table becomes a list of its rows; NaN and infinity become None."""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         return to_plain(value.to_dict("records"))
     if isinstance(value, Mapping):

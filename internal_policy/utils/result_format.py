@@ -69,13 +69,7 @@ class ResultFormat:
         return sorted(path.parent for level in levels for path in directory.glob(f"{level}/{self.manifest}"))
 
     def find(self, directory: Path) -> Path:
-        """Find the one result that is meant.
-
-        Args:
-            directory: of one result, or one that holds a single one.
-
-        Returns:
-            The result's directory.
+        """Find the one result that is meant: in a directory of one result, or one that contains a single one.
 
         Raises:
             UserError: there is none, or there are several.
@@ -94,13 +88,7 @@ class ResultFormat:
 
     @contextmanager
     def reading(self, source: Path) -> Iterator[dict[str, Any]]:
-        """Read the manifest, and report in one line what is broken in it or in the files that are read meanwhile.
-
-        Args:
-            source: the result's directory.
-
-        Yields:
-            What the manifest holds.
+        """Yield the manifest of a result, and report in one line what is broken in it or in files read meanwhile.
 
         Raises:
             UserError: broken, or written by another version.
@@ -132,11 +120,11 @@ class ResultFormat:
         """Make a result's directory, and write the manifest when all else is written.
 
         Args:
-            directory: made where it does not exist; files of the same names are replaced.
-            manifest: what the manifest holds; JSON-able, without NaN.
+            directory: made if it does not exist; files of the same names are replaced.
+            manifest: its content; JSON-able, without NaN.
 
         Yields:
-            The directory. Until the manifest is written it holds no finished result.
+            The directory. Until the manifest is written it contains no finished result.
 
         Raises:
             UserError: another process writes there.
@@ -151,9 +139,7 @@ class ResultFormat:
     def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Write the manifest with the digests of the other files and of itself, or replace it, atomically.
 
-        Args:
-            directory: of the result.
-            manifest: what it holds; JSON-able, without NaN.
+        `manifest` is JSON-able, without NaN.
         """
         digests = {file: sha256_of(directory / file) for file in self.files if (directory / file).is_file()}
         complete = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
@@ -161,14 +147,7 @@ class ResultFormat:
         write_text(directory / self.manifest, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
 
     def changed_file(self, directory: Path, manifest: Mapping[str, Any]) -> str | None:
-        """Compare a result with the digests that were taken when it was written.
-
-        Args:
-            directory: of the result.
-            manifest: what the manifest holds now.
-
-        Returns:
-            The first file that has changed; None where all are the same.
+        """The first file that differs from the digests taken when the result was written; None if all are the same.
 
         Raises:
             OSError: a file is gone.
@@ -181,12 +160,7 @@ class ResultFormat:
         return next(changed, None)
 
     def check_settings(self, directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Refuse a finished result of other settings than those that are asked for.
-
-        Args:
-            directory: of the result.
-            stored: its settings.
-            wanted: the settings that are compared, as JSON-able values; further ones in ``stored`` may differ.
+        """Refuse a finished result with other settings than the wanted ones; further settings in `stored` may differ.
 
         Raises:
             UserError: one differs; the message names all that do.

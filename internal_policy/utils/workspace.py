@@ -52,11 +52,7 @@ class Workspace:
         self._result = result
 
     def check(self) -> None:
-        """Refuse a directory that holds something else or is not writable, before anything long begins.
-
-        Raises:
-            UserError: not writable, or in use for something else.
-        """
+        """Raise a `UserError` if the directory contains something else or is not writable, before a long run begins."""
         require_writable(self.directory)
         manifest = self._result.is_in(self.directory)
         others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
@@ -104,14 +100,7 @@ class Workspace:
         return True
 
     def shards(self, kind: str) -> Iterator[Arrays]:
-        """Read the finished portions of a stage.
-
-        Args:
-            kind: the stage's name.
-
-        Yields:
-            The arrays of each portion.
-        """
+        """Read the arrays of each finished portion of a stage."""
         for path in sorted(self.work.glob(f"{kind}-*.npz")):
             if path.name.startswith("damaged-"):
                 # It was set aside earlier.
@@ -128,13 +117,7 @@ class Workspace:
                 yield dict(arrays)
 
     def write(self, kind: str, first: int, arrays: Arrays) -> None:
-        """Write a finished portion.
-
-        Args:
-            kind: the stage's name.
-            first: the index of its first item, which no other portion has.
-            arrays: what to keep.
-        """
+        """Write a finished portion; `first` is the index of its first item, which no other portion has."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         data, stem = buffer.getvalue(), f"{kind}-{first:07d}"
