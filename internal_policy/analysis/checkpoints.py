@@ -20,7 +20,7 @@ from internal_policy.utils.io import expanded
 
 _CHECKPOINT = "checkpoint-*"
 STATE = "trainer_state.json"
-RECORD = "StepCallback"
+STEP_CALLBACK = "StepCallback"
 """Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
 
 
@@ -37,7 +37,7 @@ class Target:
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
 
-def targets(
+def list_targets(
     model: str | None, revisions: str | Sequence[str] = (), checkpoints: str | Path | Iterable[str | Path] = ()
 ) -> list[Target]:
     """List the checkpoints of a sweep.
@@ -80,12 +80,12 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
     for pattern in patterns:
         if not str(pattern):
             raise UserError("--checkpoints is empty; name a training run's directory, or quote a glob")
-        for path in _matches(str(expanded(pattern))):
-            found |= {checkpoint.resolve(): checkpoint for checkpoint in _inside(path)}
+        for path in _match(str(expanded(pattern))):
+            found |= {checkpoint.resolve(): checkpoint for checkpoint in _checkpoints_in(path)}
     return sorted(found.values(), key=lambda path: natural_key(str(path)))
 
 
-def _matches(pattern: str) -> list[Path]:
+def _match(pattern: str) -> list[Path]:
     if Path(pattern).exists():
         return [Path(pattern)]
     if matches := glob.glob(pattern, recursive=True):  # noqa: PTH207 - pathlib refuses absolute patterns.
@@ -96,15 +96,15 @@ def _matches(pattern: str) -> list[Path]:
     raise UserError(f"--checkpoints {pattern}: no such directory; {advice or 'name a run or its checkpoints'}")
 
 
-def _inside(path: Path) -> list[Path]:
+def _checkpoints_in(path: Path) -> list[Path]:
     """The checkpoints in a directory, or the directory itself."""
     for place in (path, path / "checkpoints"):
         if held := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
-            return [checkpoint for p in held for checkpoint in _itself(p)]
-    return _itself(path)
+            return [checkpoint for p in held for checkpoint in _require_checkpoint(p)]
+    return _require_checkpoint(path)
 
 
-def _itself(path: Path) -> list[Path]:
+def _require_checkpoint(path: Path) -> list[Path]:
     if (path / "config.json").is_file():
         return [path]
     if (path / "adapter_config.json").is_file():
@@ -120,7 +120,7 @@ def _itself(path: Path) -> list[Path]:
     )
 
 
-def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
+def require_distinct_outputs(configs: Iterable[AnalyzeConfig]) -> None:
     """Refuse different models whose analyses would be written to one directory; the same twice is allowed."""
     taken: dict[str, tuple[Any, ...]] = {}
     for config in configs:
@@ -136,7 +136,7 @@ def training_record(model: str | Path) -> dict[str, int] | None:
     """The ``updates`` and ``updates_per_step`` in the trainer's state of a checkpoint; None without both."""
     try:
         state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
-        per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]
+        per_step = state["stateful_callbacks"][STEP_CALLBACK]["args"]["updates_per_step"]
         return {"updates": int(state["global_step"]), "updates_per_step": int(per_step)}
     except (OSError, ValueError, KeyError, TypeError):
         return None

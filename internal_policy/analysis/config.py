@@ -205,7 +205,7 @@ def require_revision(revision: str | None) -> None:
 
 
 def slug_of(model: str, revision: str | None = None, lens: Lens = DEFAULT_LENS) -> str:
-    """Name a model, and a lens other than the default, for a path: ``Qwen--Qwen3-4B``, ``Qwen--Qwen3-4B--logit-lens``."""
+    """A path-safe name of a model, and of a lens other than the default: ``Qwen--Qwen3-4B``, ``model--logit-lens``."""
     path = Path(model)
     parts = _last_parts(path.resolve()) if path.exists() else tuple(model.split("/"))
     name = "--".join(p for p in parts if p not in {"/", ""})

@@ -43,11 +43,11 @@ def trailing_mean(values: pd.Series, window: int) -> pd.Series:
     Step 1 samples from the model that no update has changed yet. It stays as it is, and no mean reaches back to it.
 
     Args:
-        values: A value for each step, with the steps as a sorted index; NaN where it was not measured.
+        values: A value for each step, with the steps as a sorted index; NaN if it was not measured.
         window: Steps in the mean; there are fewer behind the first ones.
 
     Returns:
-        The same steps; NaN where there was none.
+        The same steps; NaN if there was none.
     """
     trained = values[values.index > FIRST_STEP]
     # Where a step was not measured there is nothing to draw, however near its neighbours are.
@@ -57,7 +57,7 @@ def trailing_mean(values: pd.Series, window: int) -> pd.Series:
 
 
 def window_for(n_steps: int, window: int) -> int:
-    """The window of a trailing mean; 1 where the longest training has too few steps for two different means."""
+    """The window of a trailing mean; 1 if the longest training has too few steps for two different means."""
     return window if n_steps >= window + FIRST_STEP + 1 else 1
 
 

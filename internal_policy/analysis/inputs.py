@@ -23,7 +23,7 @@ from internal_policy.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_MANY_UNKNOWN = 0.05
+_MAX_UNKNOWN_SHARE = 0.05
 """With a larger share of unknown tokens a text is not in the tokenizer's language."""
 
 Source = str | Path | Iterable[Any]
@@ -74,7 +74,7 @@ class Inputs:
     def digest(self) -> str:
         """Digest what was read, in 16 hexadecimal digits, so that a changed file of the same name is noticed.
 
-        It covers the ids of prompts, or all fields of ready responses: their texts and rewards are stored in the result.
+        It covers the ids of prompts, or all fields of ready responses: the result stores their texts and rewards.
         """
         read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
@@ -95,14 +95,14 @@ def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
     return own == words
 
 
-def _warn_of_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
+def _warn_about_unknown_tokens(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
     """Warn where much of the text is not in the tokenizer's vocabulary."""
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     if unknown is None:
         return
     ids = np.concatenate([np.asarray(s) for s in sequences])
     share = float((ids == unknown).mean())
-    if share > _MANY_UNKNOWN:
+    if share > _MAX_UNKNOWN_SHARE:
         logger.warning(
             "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, and the numbers say little",
             *(100 * share, model.tokenizer.unk_token, model.name),
@@ -122,7 +122,7 @@ def gather_inputs(
     if responses is not None:
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
         check_responses(ready, model.vocab_size, model.max_length)
-        _warn_of_unknown(model, (r.input_ids for r in ready))
+        _warn_about_unknown_tokens(model, (r.input_ids for r in ready))
         return Inputs([], ready)
     if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
         raise UserError(
@@ -140,7 +140,7 @@ def gather_inputs(
     )
     requests = list(islice(asked, wanted))
     check_prompt_lengths(requests, model)
-    _warn_of_unknown(model, (r.prompt_ids for r in requests))
+    _warn_about_unknown_tokens(model, (r.prompt_ids for r in requests))
     reward = None
     if source == TESTBED:
         from internal_policy.data import arithmetic as tasks

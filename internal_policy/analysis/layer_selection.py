@@ -71,11 +71,11 @@ class Selection:
     """The boundary layer of a model, how sure it is and why. Layers are counted from 1."""
 
     boundary_layer: int | None
-    """Last layer of the exploration stage, which BuPO takes for its target layer; None where the model has none."""
+    """Last layer of the exploration stage, which BuPO takes for its target layer; None if the model has none."""
     stages: tuple[str, ...]
     """Stage of each layer: "exploration", "integration" or "convergence"."""
     confidence: float | None
-    """Share of the resampled curves that give the same answer; None where nothing says how uncertain the curve is. From
+    """Share of the resampled curves that give the same answer; None if nothing says how uncertain the curve is. From
     an Analysis it covers the drawing of prompts and nothing else, such as the choice of the lens."""
     runner_up: int | None
     """The layer that the resamples give most often, apart from the boundary layer."""
@@ -88,7 +88,7 @@ class Selection:
     n_resamples: int = 1000
     """How many curves were drawn for the confidence."""
     n_prompts: int | None = None
-    """How many prompts they were drawn from; None where a plain curve was given, or where nothing was drawn."""
+    """How many prompts they were drawn from; None if a plain curve was given, or where nothing was drawn."""
 
     @property
     def agreement(self) -> str | None:

@@ -78,7 +78,7 @@ class CaptureResult:
     """``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2] of some responses; ``token_layers`` [n, L, Q] and
     ``token_policy`` [n, 2] of those that are kept token by token."""
     sample: PositionSample | None = None
-    """Which positions these are of; None where of all."""
+    """Which positions these are of; None if of all."""
 
 
 def capture_in_rounds(
@@ -102,11 +102,11 @@ def capture_in_rounds(
     """
     tolerance = float(config.tolerance or 0)
     design = design_positions(responses, config.seed)
-    ends = [0, _settled(1, lambda: design.pilot, workspace, state)]
+    ends = [0, _agree_on_end(1, lambda: design.pilot, workspace, state)]
     values = np.zeros((0, 0))
     while True:
         chosen = design.order[ends[-2] : ends[-1]]
-        found = _round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
+        found = _capture_round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
         values = np.concatenate([values, found]) if len(values) else found
         estimated = estimate(design, _changes(values))
 
@@ -114,16 +114,16 @@ def capture_in_rounds(
             enough = is_precise_enough(design, known, tolerance)
             return last if enough else positions_needed(design, known, tolerance)
 
-        end = _settled(len(ends), next_end, workspace, state)
+        end = _agree_on_end(len(ends), next_end, workspace, state)
         if end == ends[-1]:
             break
         ends.append(end)
     half_widths = estimated.half_width.reshape(-1, len(SITES))
     few = int(estimated.rests_on_few(len(design.order)).sum())
-    return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
+    return _to_result(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
 
 
-def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
+def _agree_on_end(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
     """The number of positions up to the end of a round; that of the last round if there is no further one.
 
     One process decides for all, and only once: the rounding of another machine or library could lead to another number,
@@ -140,7 +140,7 @@ def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state
     return state.on_main(settle)
 
 
-def _round(
+def _capture_round(
     number: int,
     chosen: Ints,
     design: Design,
@@ -186,7 +186,7 @@ def _changes(values: Floats) -> Floats:
     return (layers[:, :, out] - layers[:, :, into]).reshape(len(values), -1)
 
 
-def _captured(
+def _to_result(
     config: AnalyzeConfig,
     design: Design,
     values: Floats,

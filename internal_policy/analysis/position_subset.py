@@ -34,22 +34,22 @@ from internal_policy.statistics import Floats, Ints
 Flags: TypeAlias = npt.NDArray[np.bool_]
 
 _PER_BLOCK = 32
-_MOST_BLOCKS = 512
-_FEW_BLOCKS = 40
-_FEWEST_PER_BLOCK = 4
-_FEWEST_FIRST = 400
-_MOST_FIRST = 1 / 4
-_SHORTEST, _LONGEST = 0.7, 1.4
+_MAX_BLOCKS = 512
+_MIN_BLOCKS = 40
+_MIN_PER_BLOCK = 4
+_MIN_PILOT = 400
+_MAX_PILOT_SHARE = 1 / 4
+_SHORTEST_BLOCK, _LONGEST_BLOCK = 0.7, 1.4
 _TOKENS_BEFORE = 3
-_STREAM = 5
-_LEVEL = 0.95
-_LUCK = 0.2
+_SEED_STREAM = 5
+_CONFIDENCE = 0.95
+_SHORTFALL = 0.2
 """Chance that the first round finds so little variance that the second, as large as that says, is too small."""
-_SEEN = 1024
+_ENOUGH_WITHOUT_VARIANCE = 1024
 """What has not varied among so many positions counts as constant; one sample in 20 misses three in a thousand."""
-_FEW = 0.1
+_WIDE = 0.1
 """From this share on the correction for skewness says that a few values decide; it is a first-order one."""
-_NOTHING = 1e-9
+_ROUNDING = 1e-9
 """Below this a half-width is the rounding of a sum of equal values."""
 
 
@@ -87,9 +87,9 @@ def design_positions(responses: Sequence[Response], seed: int) -> Design:
     response = np.repeat(np.arange(len(responses)), lengths)
     token = np.concatenate([np.arange(n) for n in lengths])
     total = len(token)
-    n_blocks = min(max(total // _PER_BLOCK, min(_FEW_BLOCKS, total // _FEWEST_PER_BLOCK), 1), _MOST_BLOCKS)
-    block = _blocks(_tokens_about(responses, response, token), n_blocks)
-    generator = np.random.default_rng(np.random.SeedSequence((seed, _STREAM)))
+    n_blocks = min(max(total // _PER_BLOCK, min(_MIN_BLOCKS, total // _MIN_PER_BLOCK), 1), _MAX_BLOCKS)
+    block = _blocks(_context_tokens(responses, response, token), n_blocks)
+    generator = np.random.default_rng(np.random.SeedSequence((seed, _SEED_STREAM)))
     sizes = np.bincount(block)
     shuffled = np.lexsort((generator.random(total), block))
     rank = np.empty(total)
@@ -97,11 +97,11 @@ def design_positions(responses: Sequence[Response], seed: int) -> Design:
     # With a random start in each block, the first n positions take the same share of all blocks, rounded at random.
     share = (rank + generator.random(len(sizes))[block]) / sizes[block]
     order = np.lexsort((share, rank >= 2))
-    pilot = max(int(np.minimum(sizes, 2).sum()), min(_FEWEST_FIRST, int(_MOST_FIRST * total)))
+    pilot = max(int(np.minimum(sizes, 2).sum()), min(_MIN_PILOT, int(_MAX_PILOT_SHARE * total)))
     return Design(response, token, block.astype(np.int64), order, pilot)
 
 
-def _tokens_about(responses: Sequence[Response], response: Ints, token: Ints) -> list[Ints]:
+def _context_tokens(responses: Sequence[Response], response: Ints, token: Ints) -> list[Ints]:
     """Ids of the token that each position predicts, of the one it reads, and of those before; -1 before the first."""
     padding = [-1] * _TOKENS_BEFORE
     ids = np.fromiter(chain.from_iterable((*padding, *r.input_ids) for r in responses), dtype=np.int64)
@@ -119,10 +119,10 @@ def _blocks(keys: Sequence[Ints], n_blocks: int) -> Ints:
     for depth in reversed(range(len(keys))):
         change[1:][np.diff(keys[depth][order]) != 0] = depth
     wanted = total / n_blocks
-    shortest = max(int(np.ceil(_SHORTEST * wanted)), 2)
+    shortest = max(int(np.ceil(_SHORTEST_BLOCK * wanted)), 2)
     starts = np.zeros(total, dtype=np.int64)
     start = 0
-    while (last := min(start + int(_LONGEST * wanted), total - shortest)) >= start + shortest:
+    while (last := min(start + int(_LONGEST_BLOCK * wanted), total - shortest)) >= start + shortest:
         places = np.arange(start + shortest, last + 1)
         start = int(places[np.lexsort((np.abs(places - start - wanted), change[places]))[0]])
         starts[start] = 1
@@ -140,7 +140,7 @@ class Estimate:
     mean: Floats
     """[K]."""
     half_width: Floats
-    """Half of the 95% interval for what all positions would give, [K]; 0 where all were analysed."""
+    """Half of the 95% interval for what all positions would give, [K]; 0 if all were analysed."""
     spread: Floats
     """Variance within each block, [H, K]."""
     degrees: Floats
@@ -155,7 +155,7 @@ class Estimate:
             [K], true where skewness widens the interval by more than a tenth: in simulation such intervals hold 84
             to 93% of the time.
         """
-        few: Flags = _widening(self.skewness, self.n, total) > _FEW
+        few: Flags = _widening(self.skewness, self.n, total) > _WIDE
         return few
 
 
@@ -200,7 +200,7 @@ def _quantile(degrees: Floats, skewness: Floats, n: int, total: int) -> Floats:
     """
     from scipy.stats import t as scipy_t
 
-    at = (1 + _LEVEL) / 2
+    at = (1 + _CONFIDENCE) / 2
     return np.asarray(scipy_t.ppf(at, degrees)) * (1 + _widening(skewness, n, total))
 
 
@@ -208,7 +208,7 @@ def _widening(skewness: Floats, n: int, total: int) -> Floats:
     """By which share of itself the quantile grows with the skewness, [K]."""
     from scipy.stats import norm
 
-    z = norm.ppf((1 + _LEVEL) / 2)
+    z = norm.ppf((1 + _CONFIDENCE) / 2)
     wider: Floats = skewness * (z**4 + 2 * z**2 - 3) / 18 * (1 / n - 1 / total)
     return wider
 
@@ -218,7 +218,7 @@ def is_precise_enough(design: Design, found: Estimate, tolerance: float) -> bool
 
     A value that did not vary at all needs more positions: what makes it vary may be rare.
     """
-    known = (found.half_width <= tolerance) & ((found.half_width > _NOTHING) | (found.n >= _SEEN))
+    known = (found.half_width <= tolerance) & ((found.half_width > _ROUNDING) | (found.n >= _ENOUGH_WITHOUT_VARIANCE))
     return bool(known.all()) or found.n == len(design.order)
 
 
@@ -231,14 +231,14 @@ def positions_needed(design: Design, found: Estimate, tolerance: float) -> int:
 
     total = len(design.order)
     finite = np.where(np.isfinite(found.degrees), found.degrees, 1e9)
-    luck = finite / chi2.ppf(_LUCK, finite)
+    margin = finite / chi2.ppf(_SHORTFALL, finite)
 
     def enough(n: int) -> bool:
         variance = _shares(design, n, found.spread).sum(axis=0)
-        reach = _quantile(finite, found.skewness, n, total) ** 2 * luck
+        reach = _quantile(finite, found.skewness, n, total) ** 2 * margin
         return bool((reach * variance <= tolerance**2).all())
 
-    doubled = found.n < _SEEN and (found.half_width <= _NOTHING).any()
+    doubled = found.n < _ENOUGH_WITHOUT_VARIANCE and (found.half_width <= _ROUNDING).any()
     low, high = min(2 * found.n if doubled else found.n + 1, total), total
     while low < high:
         middle = (low + high) // 2

@@ -20,7 +20,7 @@ _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
     "hidden_size": "hidden sizes",
 }
-_FIGURES = "figures"
+_FIGURES_DIR = "figures"
 _STEP = re.compile(r"(?:^|[^a-z0-9])(checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
 
 
@@ -58,7 +58,7 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
             directory = expanded(source)
             if len(given) > 1 and only_figures(directory):
                 continue
-            found += _by_step([Analysis.load(path) for path in _inside(directory)])
+            found += _sort_by_step([Analysis.load(path) for path in _analysis_dirs(directory)])
         elif isinstance(source, Iterable) and not isinstance(source, Mapping):
             found += gather(source)
         else:
@@ -144,7 +144,7 @@ def training_steps(
 
 def without_step(analyses: Sequence[Analysis]) -> list[int]:
     """Indices of the analyses whose names contain no step."""
-    return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
+    return [i for i, analysis in enumerate(analyses) if _step_in_name(analysis) is None]
 
 
 def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
@@ -188,7 +188,7 @@ def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
     return baseline % len(labels)
 
 
-def _inside(directory: Path) -> list[Path]:
+def _analysis_dirs(directory: Path) -> list[Path]:
     """The directories of analyses in a directory; itself where it is one, or where there is none, for the message."""
     if (directory / MANIFEST).is_file():
         return [directory]
@@ -200,11 +200,11 @@ def _inside(directory: Path) -> list[Path]:
 
 def only_figures(directory: Path) -> bool:
     """Whether a directory holds the figures that a command wrote next to its results, and no analysis."""
-    empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
-    return directory.name == _FIGURES and directory.is_dir() and empty
+    empty = _analysis_dirs(directory) == [directory] and not (directory / MANIFEST).is_file()
+    return directory.name == _FIGURES_DIR and directory.is_dir() and empty
 
 
-def _by_step(analyses: list[Analysis]) -> list[Analysis]:
+def _sort_by_step(analyses: list[Analysis]) -> list[Analysis]:
     """Order analyses by their steps where these are known and differ: those of two runs do not mix."""
     steps, steps_from, _ = training_steps(analyses)
     if steps_from == "order" or len(set(steps)) < len(steps):
@@ -214,21 +214,21 @@ def _by_step(analyses: list[Analysis]) -> list[Analysis]:
 
 def _steps_from_names(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
     """The number in each name: in steps where all can be converted, otherwise as it is."""
-    named = [_named(a) for a in analyses]
-    steps = [None if name is None else _in_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
+    named = [_step_in_name(a) for a in analyses]
+    steps = [None if name is None else _to_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
     if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):
         return steps, "step"
     return [None if name is None else name[1] for name in named], "update"
 
 
-def _in_steps(analysis: Analysis, word: str, number: float) -> float | None:
+def _to_steps(analysis: Analysis, word: str, number: float) -> float | None:
     if "step" in word.lower():
         return number
     record = analysis.model.get("training") or {}
     return number / record["updates_per_step"] if record.get("updates") == number else None
 
 
-def _named(analysis: Analysis) -> tuple[str, float] | None:
+def _step_in_name(analysis: Analysis) -> tuple[str, float] | None:
     """The word and the number at the end of the first of its names that has them."""
     names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
     directory = analysis.path.name if analysis.path is not None else None

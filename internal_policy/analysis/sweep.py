@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy import models
-from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
+from internal_policy.analysis.checkpoints import Target, list_targets, require_distinct_outputs
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
@@ -60,7 +60,7 @@ def sweep(
         responses: as for ``analyze``, or an earlier analysis, whose responses every checkpoint reads.
         output: directory for results, with a directory for each checkpoint; nothing is written without it.
         overwrite: start all of them over.
-        wait: where another process writes to one of these directories, start when it has ended.
+        wait: if another process writes to one of these directories, start when it has ended.
         each: called with each analysis when it is finished.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -70,19 +70,19 @@ def sweep(
     Raises:
         UserError: bad input, if possible before the first checkpoint is analysed.
     """
-    found = targets(model, revisions, checkpoints)
+    found = list_targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
     most = options.get("max_responses")
     prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
-    given = as_source(_sequences(responses), "responses", most)
+    given = as_source(responses.sequences if isinstance(responses, Analysis) else responses, "responses", most)
     refuse_unknown(AnalyzeConfig, options)
     if "revision" in options:
         raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
-    refuse_one_place(configs)
+    require_distinct_outputs(configs)
     if configs[0].remote is True:
         # Without a key nothing would run, so it is needed before the hub is asked for the checkpoints.
         require_key(load_nnsight())
@@ -169,10 +169,6 @@ def start_over(directories: Iterable[Path]) -> None:
     launched_processes().on_main(drop)
 
 
-def _sequences(responses: Source | Analysis | None) -> Source | None:
-    return responses.sequences if isinstance(responses, Analysis) else responses
-
-
 def _look_up(target: Target, trust_remote_code: bool) -> str:
     with status(f"looking up {target}"):
         return models.check(target.model, revision=target.revision, trust_remote_code=trust_remote_code)[0]
@@ -182,9 +178,15 @@ def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trus
     """Refuse checkpoints with different vocabularies, for which the same ids would be different responses."""
     if len(found) < 2:
         return
+    from transformers import AutoTokenizer
+
     first: dict[str, int] = {}
-    for target, where in zip(found, places, strict=True):
-        vocabulary = _vocabulary(target, where, trust_remote_code)
+    for target, place in zip(found, places, strict=True):
+        with as_user_error(str(target), "its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=target.revision, trust_remote_code=trust_remote_code
+            )
+        vocabulary = dict(tokenizer.get_vocab())
         first = first or vocabulary
         if vocabulary != first:
             token = min(vocabulary.items() ^ first.items(), key=lambda item: item[1])[0]
@@ -192,11 +194,3 @@ def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trus
                 f"{target}: another tokenizer than {found[0]} (they differ in {token!r}), so the same ids would be "
                 "other responses; add --own-responses, or sweep over checkpoints of one training"
             )
-
-
-def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    with as_user_error(str(target), "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
-    return dict(tokenizer.get_vocab())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
 from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import report
-from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_there, to_json
+from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_paths, to_json
 from internal_policy.cli.compare import compare_sweep
 from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
@@ -122,11 +122,11 @@ def _models(command: AnalyzeCommand) -> None:
     # Bad settings are refused before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
     if len(configs) > 1:
-        from internal_policy.analysis.checkpoints import refuse_one_place
+        from internal_policy.analysis.checkpoints import require_distinct_outputs
 
-        refuse_one_place(configs)
+        require_distinct_outputs(configs)
     first = configs[0]
-    require_there(names, first.revision, first.prompts, first.responses)
+    require_paths(names, first.revision, first.prompts, first.responses)
     root, figures = command.place(DATA)
     alone = not command.overwrite and world_size() == 1
     each = {name: [c for c in configs if c.model == name] for name in names}
@@ -182,17 +182,17 @@ def _to_json(analysis: Analysis) -> dict[str, Any]:
 def _sweep(command: AnalyzeCommand) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(**settings)
-    from internal_policy.analysis.checkpoints import refuse_one_place, targets
+    from internal_policy.analysis.checkpoints import list_targets, require_distinct_outputs
 
     start = command.model[0] if command.model else None
     # A shell that was given no quotes has turned the glob into many words.
     checkpoints = [*command.checkpoints, *command.extra]
     # What is not there is refused before torch is imported.
-    found = targets(start, command.revision, checkpoints)
-    require_there([start] if start else [], None, settings["prompts"], settings["responses"])
+    found = list_targets(start, command.revision, checkpoints)
+    require_paths([start] if start else [], None, settings["prompts"], settings["responses"])
     root, figures = command.place(DATA)
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **settings) for t in found]
-    refuse_one_place(configs)
+    require_distinct_outputs(configs)
     own = command.own_responses
     alone = not command.overwrite and world_size() == 1 and not (own and command.responses)
     known = find_finished(configs, root, follow=not own) if alone else None
@@ -228,7 +228,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(model=STUDIES[preset][0].model, **settings)
     del settings["responses"]
-    require_there([], None, command.prompts)
+    require_paths([], None, command.prompts)
     with importing():
         from internal_policy.cli.display import list_files, show_study
         from internal_policy.comparison.study import study

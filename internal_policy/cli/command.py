@@ -68,7 +68,7 @@ def to_json(result: Any) -> dict[str, Any]:
     return {**result.manifest(), "path": path, "report": report}
 
 
-def require_there(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
+def require_paths(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
     """Refuse paths that do not exist, before anything heavy is imported.
 
     Args:

@@ -96,7 +96,7 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
     return {**_to_json(comparison), "path": directory}
 
 
-def redrawing(directory: Path) -> str:
+def redraw_command(directory: Path) -> str:
     """Return the command that makes a stored comparison, with its figures, again.
 
     Raises:

@@ -11,7 +11,7 @@ from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, flags_o
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import options_of
 
-_OWN = ("--help", "--version", "--install-completion", "--show-completion")
+_GLOBAL_FLAGS = ("--help", "--version", "--install-completion", "--show-completion")
 # The word at the cursor is the last one, behind a dot, for some shells drop an empty word.
 _SCRIPTS = {
     "bash": """\
@@ -78,7 +78,7 @@ def candidates(before: Sequence[str], word: str) -> list[str]:
     """
     known: Sequence[str] = ()
     if not before:
-        known = [*COMMANDS, *_OWN]
+        known = [*COMMANDS, *_GLOBAL_FLAGS]
     elif before[0] in COMMANDS:
         options = options_of(command_class(before[0]))
         by_flag = {flag: option for option in options.values() for flag in flags_of(option)}
@@ -94,24 +94,24 @@ def _install(shell: str) -> Path:
     """Write the script where the shell reads it; a second time changes nothing."""
     home = Path.home()
     if shell == "fish":
-        return _written(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
+        return _write_script(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
     if shell == "bash":
-        script = _written(home / ".bash_completions" / "internal-policy.sh", _SCRIPTS[shell])
-        return _with_lines(home / ".bashrc", f"source '{script}'")
+        script = _write_script(home / ".bash_completions" / "internal-policy.sh", _SCRIPTS[shell])
+        return _append_lines(home / ".bashrc", f"source '{script}'")
     if shell == "zsh":
-        _written(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
-        return _with_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
+        _write_script(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
+        return _append_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
     command = [shell, "-NoProfile", "-Command", "echo $profile"]
     profile = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return _with_lines(profile, _SCRIPTS[shell].rstrip())
+    return _append_lines(profile, _SCRIPTS[shell].rstrip())
 
 
-def _written(path: Path, text: str) -> Path:
+def _write_script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _with_lines(path: Path, lines: str) -> Path:
+def _append_lines(path: Path, lines: str) -> Path:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    return path if lines in before else _written(path, f"{before.rstrip()}\n{lines}\n".lstrip())
+    return path if lines in before else _write_script(path, f"{before.rstrip()}\n{lines}\n".lstrip())

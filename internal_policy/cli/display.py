@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
-from internal_policy.analysis.remarks import plus_stderr, positions_line, remarks
+from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
@@ -35,8 +35,8 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(positions_line(analysis.positions))
     for remark in others:
         console.print(remark)
-    where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
-    console.print(Text.assemble((f"boundary layer: {where}", "bold"), f"  {analysis.selection.reason}"))
+    boundary = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
+    console.print(Text.assemble((f"boundary layer: {boundary}", "bold"), f"  {analysis.selection.reason}"))
     for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
         if line is not None:
             console.print(line)
@@ -55,16 +55,15 @@ def layer_table(analysis: Analysis) -> Table:
     for heading in ("layer", "H layer", "ΔH layer", "ΔH ATTN", "ΔH FFN"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    sites = {
-        site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in ("layer", "attn", "ffn")
-    }
+    names = ("layer", "attn", "ffn")
+    sites = {site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in names}
     for layer, stage in enumerate(analysis.stages, start=1):
-        rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
+        rows = [sites[site].loc[layer] for site in names]
         sign = f" {BOUNDARY_SIGN}" if layer == analysis.boundary_layer else ""
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
-            *(f"{row['change']:+.3f}{plus_stderr(row['change_stderr'])}" for row in rows),
+            *(f"{row['change']:+.3f}{plus_minus(row['change_stderr'])}" for row in rows),
             Text(f"{STAGES[stage].sign} {stage}{sign}", style=STAGES[stage].terminal),
         )
     return table
@@ -100,7 +99,7 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
         pad_edge=False,
         min_width=72,
     )
-    # Names are shortened last: a row has to be told from the others.
+    # Names are shortened last, because they distinguish the rows.
     shown.add_column("", overflow="fold", min_width=min(22, max(len(str(label)) for label in table["label"])))
     for heading in ("H(π_θ)", "boundary", "E/I/C", "falls", "half", "last 3"):
         shown.add_column(heading, justify="left" if heading == "falls" else "right", no_wrap=True)
@@ -127,7 +126,8 @@ def show_comparison(comparison: AnalysisComparison) -> None:
     if not comparison.trends.empty:
         console.print(trend_table(comparison))
     for label, settings in comparison.differing.items():
-        pairs = [f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items()]
+        shown = {name: ["none" if value is None else value for value in pair] for name, pair in settings.items()}
+        pairs = [f"{name} {one} against {other}" for name, (one, other) in shown.items()]
         console.print(Text(f"{label}: settings differ too: {', '.join(pairs)}", style="yellow"))
     for note in comparison.notes[:_MOST_NOTES]:
         console.print(Text(note, style="yellow"))
@@ -231,16 +231,12 @@ def _largest(rows: pd.DataFrame) -> str:
     return f"{row['layer']}: {row['difference']:+.3f}{plus_minus(row['stderr'])}"
 
 
-def _setting(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
 def _layer(value: Any) -> str:
     return "none" if pd.isna(value) else str(value)
 
 
 def _move(row: dict[Hashable, Any]) -> str:
-    """In layers where these are comparable, else in relative depth."""
+    """The move in layers if these are comparable, otherwise in relative depth."""
     if not pd.isna(row["move"]):
         return f"{row['move']:+d}" if row["move"] else "0"
     return number(row["depth_move"], "+.2f") + (" L" if not pd.isna(row["depth_move"]) else "")

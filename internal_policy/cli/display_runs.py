@@ -33,10 +33,10 @@ from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, plus_minus, table
 from internal_policy.utils.errors import counted
 
-_WIDEST, _NARROWEST = 9, 3
-_NUMBER = 4
+_MAX_TOKEN_WIDTH, _MIN_TOKEN_WIDTH = 9, 3
+_NUMBER_WIDTH = 4
 _HIT, _BORDER = "✓", "│"
-_ISOLATE, _END = "\u2068", "\u2069"
+_ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 _POLICY, _NEXT, _READ = "π_θ", "next", "read"
 
 
@@ -81,7 +81,7 @@ def show_paired_difference(comparison: Comparison) -> None:
     c = comparison
     console.print(
         f"{c.first} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
-        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)"
+        f"equal on {c.n_equal}; p {_format_p(c.p_value)} (paired t), {_format_p(c.p_permutation)} (sign flips)"
     )
     if c.differing:
         pairs = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
@@ -124,7 +124,7 @@ def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
     open_console().print(shown)
 
 
-def _p(p: float) -> str:
+def _format_p(p: float) -> str:
     return "not defined" if math.isnan(p) else "below 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
@@ -137,10 +137,12 @@ def show_run(run: Run) -> None:
         *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
         left=("phase",),
     )
-    for phase, rows in _phases(run):
+    for phase, rows in run.history.groupby("phase", sort=False) if len(run.history) else ():
         ends = rows.iloc[[0, -1]]
-        spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
-        phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
+        spans = [
+            _first_to_last(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))
+        ]
+        phases.add_row(str(phase), f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
     console.print(phases)
     if run.layer is not None:
         console.print(Text.assemble((f"layer {run.layer}", "bold"), f": {run.layer_reason}"))
@@ -152,13 +154,7 @@ def show_run(run: Run) -> None:
     list_files("run", files_of(run.path))
 
 
-def _phases(run: Run) -> list[tuple[str, Any]]:
-    if run.history.empty:
-        return []
-    return [(str(name), rows) for name, rows in run.history.groupby("phase", sort=False)]
-
-
-def _pair(ends: Any, column: str, digits: int) -> str:
+def _first_to_last(ends: Any, column: str, digits: int) -> str:
     if column not in ends:
         return "-"
     first, last = ends[column]
@@ -187,7 +183,7 @@ def _show_evaluation(run: Run, console: Console) -> None:
     p = change.p_permutation
     console.print(
         f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
-        f"p {_p(p)} (sign flips)"
+        f"p {_format_p(p)} (sign flips)"
     )
 
 
@@ -238,9 +234,9 @@ def blocks(
     frame = inspection_data(inspection, [site], tokens=tokens, last=last)
     label = max(len(str(inspection.n_layers)), cell_len(_NEXT)) + 1
     widest = max(cell_len(text) for text in frame["top1_token"])
-    word = min(max(widest, _NARROWEST), _WIDEST, max(1, width - label - _NUMBER - 2))
-    # A border or a space, the token, the mark of a hit or a space, the number.
-    cell = word + _NUMBER + 2
+    word = min(max(widest, _MIN_TOKEN_WIDTH), _MAX_TOKEN_WIDTH, max(1, width - label - _NUMBER_WIDTH - 2))
+    # A border or a space, the token, the mark of a hit or a space, and the number.
+    cell = word + _NUMBER_WIDTH + 2
     columns = frame.drop_duplicates("position").reset_index(drop=True)
     room = max(1, (width - label) // cell)
     for start in range(0, len(columns), room):
@@ -257,7 +253,7 @@ def _block(
         line = Text(name.rjust(label - 1) + " ")
         for position, text, border in zip(shown["position"], texts, borders, strict=True):
             style = "dim" if position + shift <= inspection.prompt_length else "bold"
-            line.append(border).append(_fit(text, word + _NUMBER + 1), style=style)
+            line.append(border).append(_fit_width(text, word + _NUMBER_WIDTH + 1), style=style)
         return line
 
     yield heading("", [str(p) for p in shown["position"]], 0)
@@ -269,7 +265,7 @@ def _block(
         cells = zip(borders, rows["top1_token"], rows["hit"], rows["entropy"], rgb, ink, strict=True)
         for border, text, hit, entropy, colour, pen in cells:
             background = Color.from_rgb(*(255 * colour))
-            written = f"{_fit(text, word)}{_HIT if hit else ' '}{_entropy(entropy)}"
+            written = f"{_fit_width(text, word)}{_HIT if hit else ' '}{_entropy(entropy)}"
             line.append(border).append(written, style=Style(color=str(pen), bgcolor=background))
         yield line
     yield heading(_READ, list(shown["token"]), 0)
@@ -280,12 +276,12 @@ def _entropy(entropy: float) -> str:
     return f"{entropy:.2f}" if entropy < 9.995 else f"{entropy:.1f}"
 
 
-def _fit(text: str, width: int) -> str:
-    """A token in so many columns; what is written from the right keeps to its own cell."""
+def _fit_width(text: str, width: int) -> str:
+    """Fit a token into a number of columns; text written from the right stays in its own cell."""
     short = text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip(" ") + "…"
     padding = " " * (width - cell_len(short))
     if any(unicodedata.bidirectional(character) in {"R", "AL"} for character in short):
-        short = f"{_ISOLATE}{short}{_END}"
+        short = f"{_ISOLATE}{short}{_END_ISOLATE}"
     return short + padding
 
 

@@ -28,7 +28,7 @@ class FiguresCommand(ConsoleOptions):
         from internal_policy.analysis.sources import gather
         from internal_policy.bupo.run import Run
         from internal_policy.cli import analyze, evaluate, inspect, train
-        from internal_policy.cli.compare import redrawing
+        from internal_policy.cli.compare import redraw_command
         from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
         from internal_policy.inspection.results import INSPECTION, Inspection
@@ -46,7 +46,9 @@ class FiguresCommand(ConsoleOptions):
             Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)
         ]
         if compared := next((path for kind, path in kinds if kind == "comparison"), None):
-            raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
+            raise UserError(
+                f"{compared}: a comparison is drawn from its analyses; draw it by {redraw_command(compared)}"
+            )
         root = expanded(self.output)
         for path, found in held:
             if len(found) > 1:

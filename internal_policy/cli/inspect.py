@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internal_policy.cli.command import OutputOptions, require_packages, require_there
+from internal_policy.cli.command import OutputOptions, require_packages, require_paths
 from internal_policy.inspection.config import InspectConfig, Site, check_choice
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.logging import importing
@@ -33,7 +33,7 @@ class InspectCommand(InspectConfig, OutputOptions):
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_choice(self.tokens, self.last)
         require_packages(self.backend, self.quantization)
-        require_there([self.model], self.revision)
+        require_paths([self.model], self.revision)
         with importing():
             from internal_policy.cli.display import list_files
             from internal_policy.cli.display_runs import show_inspection

@@ -22,7 +22,7 @@ from internal_policy.utils.output import is_quiet, output_mode
 from internal_policy.utils.shell import is_main_process, rank, visible
 
 INTERRUPTED = 130
-_LONGEST = 2000
+_MAX_MESSAGE = 2000
 """No message is longer: what was given may be, and stands in it."""
 _HELP = """\
 usage: internal-policy COMMAND [OPTIONS]
@@ -71,18 +71,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     debug = "--debug" in words
     try:
-        _refuse_bytes(words)
-        with _notices(debug):
+        _refuse_non_utf8(words)
+        with _log_to_stderr(debug):
             run(words)
     except UserError as error:
-        _fail(str(error), traced=debug)
+        _fail(str(error), with_traceback=debug)
     except EOFError as error:
-        _fail(f"a file ends too early ({error or 'EOFError'}); --debug shows which", traced=debug)
+        _fail(f"a file ends too early ({error or 'EOFError'}); --debug shows which", with_traceback=debug)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(
             f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped",
-            traced=debug,
+            with_traceback=debug,
         )
     except KeyboardInterrupt:
         without = " without --overwrite" if "--overwrite" in words else ""
@@ -100,7 +100,7 @@ def _help() -> str:
     return _HELP.format(commands="\n".join(lines))
 
 
-def _refuse_bytes(words: Sequence[str]) -> None:
+def _refuse_non_utf8(words: Sequence[str]) -> None:
     """Refuse before the work what no result can name: paths may hold bytes that are no text, and manifests may not."""
     for word in words:
         try:
@@ -109,7 +109,7 @@ def _refuse_bytes(words: Sequence[str]) -> None:
             raise UserError(f"{word}: holds bytes that are not UTF-8; rename it, or give another name") from error
 
 
-class _Visible(logging.Formatter):
+class _OneLineFormatter(logging.Formatter):
     """A line a message, whatever names and templates put into it."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -117,10 +117,10 @@ class _Visible(logging.Formatter):
 
 
 @contextmanager
-def _notices(debug: bool) -> Iterator[None]:
+def _log_to_stderr(debug: bool) -> Iterator[None]:
     """Show what the package logs on standard error, once however many processes there are; --debug shows all of it."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
-    handler.setFormatter(_Visible("%(message)s"))
+    handler.setFormatter(_OneLineFormatter("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
     logger = logging.getLogger("internal_policy")
     before = logger.level
@@ -134,13 +134,13 @@ def _notices(debug: bool) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _fail(message: str, *, traced: bool = False) -> NoReturn:
-    if traced:
+def _fail(message: str, *, with_traceback: bool = False) -> NoReturn:
+    if with_traceback:
         print(visible(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
     # Each of several processes says what stopped it, which need not be what stopped the others.
     which = "" if is_main_process() else f" (process {rank()})"
-    if len(message) > _LONGEST:
+    if len(message) > _MAX_MESSAGE:
         # The end says what to do next.
-        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
     print(f"error{which}: {visible(message, one_line=True)}", file=sys.stderr)  # noqa: T201
     sys.exit(2)

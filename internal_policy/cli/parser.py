@@ -32,7 +32,7 @@ COMMANDS = {
 """Every command, with its dataclass in the module of the same name."""
 SHORT = {"model": "-m", "output": "-o", "quiet": "-q", "prompt": "-p"}
 """Short forms, the same in every command."""
-_NUMBERS = {int: "a whole number", float: "a number"}
+_NUMBER_NAMES = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X"}
 
 
@@ -44,7 +44,7 @@ def command_class(name: str) -> Any:
     """
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        raise UserError(f"no such {what}: {name}{_meant(name, COMMANDS)}. See {PROGRAM} --help")
+        raise UserError(f"no such {what}: {name}{_suggestion(name, COMMANDS)}. See {PROGRAM} --help")
     return getattr(import_module(f"internal_policy.cli.{name}"), COMMANDS[name])
 
 
@@ -146,12 +146,12 @@ def help_of(option: Option) -> str:
 def _read(flag: str, option: Option, text: str) -> Any:
     """One value from a word."""
     if option.choices and text not in option.choices:
-        meant = _meant(text, option.choices)
+        meant = _suggestion(text, option.choices)
         raise UserError(f"{flag} is {text!r}; needed is one of {', '.join(option.choices)}{meant}")
     try:
         return option.kind(text)
     except ValueError:
-        raise UserError(f"{flag} is {text!r}; needed is {_NUMBERS[option.kind]}") from None
+        raise UserError(f"{flag} is {text!r}; needed is {_NUMBER_NAMES[option.kind]}") from None
 
 
 def _unknown(words: Sequence[str], command: type) -> str:
@@ -159,10 +159,10 @@ def _unknown(words: Sequence[str], command: type) -> str:
     flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
         return f"unexpected extra argument ({words[0]})"
-    return f"no such option: {flag}{_meant(flag, [option.flag for option in options_of(command).values()])}"
+    return f"no such option: {flag}{_suggestion(flag, [option.flag for option in options_of(command).values()])}"
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 

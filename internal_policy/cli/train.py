@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.bupo.config import TrainConfig, require_layer
-from internal_policy.cli.command import FIGURES, ConsoleOptions, require_there, to_json
+from internal_policy.cli.command import FIGURES, ConsoleOptions, require_paths, to_json
 from internal_policy.cli.report import write_reports
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.imports import require_package
@@ -45,7 +45,7 @@ class TrainCommand(TrainConfig, SetOptions):
         config = TrainConfig.from_keywords(**options)
         # Whether the steps fit is known without the libraries, whose import takes seconds.
         config.with_preset()
-        require_there([config.model], config.revision, config.prompts, config.benchmark)
+        require_paths([config.model], config.revision, config.prompts, config.benchmark)
         if config.layer is not None:
             require_layer(str(config.layer))
         from internal_policy.bupo.run import find_finished

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from internal_policy.utils.shell import visible
 
-NARROWEST = 72
+MIN_WIDTH = 72
 """Tables are laid out for at least this many columns: a number that was cut off would be read as another one."""
 
 
@@ -41,11 +41,11 @@ class _Terminal(Console):
 def console(*, stderr: bool = False) -> Console:
     """Open the terminal. Text is printed as it is: styles come from ``rich.text.Text``, never from markup.
 
-    Standard output is at least `NARROWEST` columns wide; standard error (`stderr`) has the width of the terminal.
+    Standard output is at least `MIN_WIDTH` columns wide; standard error (`stderr`) has the width of the terminal.
     """
     made = _Terminal(stderr=stderr, markup=False, highlight=False, emoji=False)
-    if not stderr and made.width < NARROWEST:
-        made.width = NARROWEST
+    if not stderr and made.width < MIN_WIDTH:
+        made.width = MIN_WIDTH
     return made
 
 

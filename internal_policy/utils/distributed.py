@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 24 * 3600
+_TIMEOUT_SECONDS = 24 * 3600
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -89,16 +89,16 @@ def training_processes(options: Mapping[str, Any]) -> Processes:
     kinds = (os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
     sharded = any(kinds) or bool(options.get("fsdp") or options.get("deepspeed"))
     # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
-    timeout = float(options.get("ddp_timeout") or _PATIENCE)
-    return _started(bool(options.get("use_cpu")), timeout, sharded)
+    timeout = float(options.get("ddp_timeout") or _TIMEOUT_SECONDS)
+    return _start(bool(options.get("use_cpu")), timeout, sharded)
 
 
 def launched_processes() -> Processes:
     """The processes as which this program was launched; a single one where nothing launched more."""
-    return _started(False, _PATIENCE, False) if world_size() > 1 else Processes()
+    return _start(False, _TIMEOUT_SECONDS, False) if world_size() > 1 else Processes()
 
 
-def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
+def _start(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
     import torch
     from accelerate import PartialState
 

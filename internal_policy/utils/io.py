@@ -69,11 +69,11 @@ def remove_stale(directory: Path) -> None:
     """Remove what killed processes left unrenamed in a directory, not below it."""
     for path in directory.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match is not None and not _runs(int(match[1])):
+        if match is not None and not _is_running(int(match[1])):
             path.unlink(missing_ok=True)
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -100,7 +100,7 @@ def write_lines_sealed(path: Path, lines: list[str]) -> None:
 
 
 def read_lines_sealed(path: Path) -> list[str] | None:
-    """Read what `write_lines_sealed` wrote; None where it has changed since."""
+    """Read what `write_lines_sealed` wrote; None if it has changed since."""
     try:
         # Not splitlines: a text may hold any other line ending, unescaped.
         *lines, seal, end = path.read_bytes().decode("utf-8").split("\n")

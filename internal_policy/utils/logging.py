@@ -49,17 +49,17 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         # Deprecation warnings of the libraries name their caller, which is this package.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"internal_policy(\.|$)")
         # Otherwise tokenizers warns of each process that is started.
-        stack.enter_context(_environment("TOKENIZERS_PARALLELISM", "false"))
+        stack.enter_context(_environment_default("TOKENIZERS_PARALLELISM", "false"))
         for name in _LOGGERS:
             stack.enter_context(_errors_only(logging.getLogger(name)))
-        stack.enter_context(_transformers())
+        stack.enter_context(_quiet_transformers())
         if bars:
             stack.enter_context(_without_bars())
         yield
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def _environment_default(name: str, value: str) -> Iterator[None]:
     """Set a variable, unless the caller has."""
     if name in os.environ:
         yield
@@ -84,14 +84,14 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
 
 
 @contextmanager
-def _transformers() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Also where transformers is imported inside, which sets its level."""
     logger = logging.getLogger("transformers")
     if _TRANSFORMERS in sys.modules:
         with _errors_only(logger):
             yield
         return
-    with _environment("TRANSFORMERS_VERBOSITY", "error"):
+    with _environment_default("TRANSFORMERS_VERBOSITY", "error"):
         yield
     if _TRANSFORMERS in sys.modules and "TRANSFORMERS_VERBOSITY" not in os.environ:
         logger.setLevel(logging.WARNING)

@@ -58,7 +58,7 @@ class Option:
     many: bool
     """Whether it takes several values."""
     choices: tuple[str, ...]
-    """The values that it may have; empty where any value of its type will do."""
+    """The values that it may have; empty if any value of its type will do."""
     least: float | None
     """The smallest number that it may be."""
     completions: tuple[str, ...]
@@ -66,7 +66,7 @@ class Option:
     positional: bool
     """Whether the command line takes its values without a flag."""
     help: str
-    """The docstring of the field, on one line; empty where the field is not an option for users."""
+    """The docstring of the field, on one line; empty if the field is not an option for users."""
     nullable: bool
     """Whether it may be None."""
     checked: bool
@@ -212,15 +212,6 @@ def refuse_unknown(config: type, given: Iterable[str]) -> None:
     known = options_of(config)
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-
-
-def defaults_of(config: type) -> dict[str, Any]:
-    """The defaults of options by name, so that results from before an option was added compare equal.
-
-    The batch size is left out: it has always been an option, and was not always stored.
-    """
-    known = {each.name: each.default for each in fields(config) if each.default is not MISSING}
-    return {name: default for name, default in known.items() if name != "batch_size"}
 
 
 def field_docstrings(config: type) -> dict[str, str]:

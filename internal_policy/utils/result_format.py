@@ -26,11 +26,11 @@ from internal_policy.utils.io import sha256_of, write_text
 from internal_policy.utils.locks import locked
 from internal_policy.utils.shell import refuse_unmatched
 
-_NAMED = 4
+_MAX_NAMED = 4
 _PACKAGE = Path(__file__).parents[1]
 _ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """Devices of Linux through which torch finds a GPU."""
-_NEVER_READ = (".bin", ".pt", ".pth", ".ckpt")
+_SKIPPED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Pickles: large optimiser states in the directory of a checkpoint."""
 
 
@@ -79,8 +79,8 @@ class ResultFormat:
         if len(inside) == 1:
             return inside[0]
         if inside:
-            names = ", ".join(str(path.relative_to(directory)) for path in inside[:_NAMED])
-            more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+            names = ", ".join(str(path.relative_to(directory)) for path in inside[:_MAX_NAMED])
+            more = f" and {len(inside) - _MAX_NAMED} more" if len(inside) > _MAX_NAMED else ""
             raise UserError(f"{directory}: holds {len(inside)} {self.plural} ({names}{more}); name one of them")
         raise UserError(
             f"{directory}: no finished {self.name} here (no {self.manifest}); run internal-policy {self.command} first"
@@ -174,7 +174,7 @@ class ResultFormat:
 
 
 def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the settings that differ: ``max_new_tokens 32 -> 64, ...``; empty where none does."""
+    """Name the settings that differ: ``max_new_tokens 32 -> 64, ...``; empty if none does."""
     wanted = json.loads(json.dumps(wanted))
     keys = sorted(stored.keys() | wanted.keys())
     return ", ".join(f"{k} {stored.get(k)} -> {wanted.get(k)}" for k in keys if stored.get(k) != wanted.get(k))
@@ -212,12 +212,12 @@ def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> 
         device: on which the model is loaded.
 
     Returns:
-        64 hexadecimal digits; None where a file is missing, or where a GPU or another library decides as well.
+        64 hexadecimal digits; None if a file is missing, or where a GPU or another library decides as well.
     """
     if not _is_cpu(device) or not model.is_dir() or (model / "adapter_config.json").exists():
         return None
     folders = (model, model / "additional_chat_templates")
-    files = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.suffix not in _NEVER_READ]
+    files = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.suffix not in _SKIPPED_SUFFIXES]
     files = [p for p in files if p.is_file()]
     digest = hashlib.sha256()
     try:
@@ -235,7 +235,7 @@ def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> 
 
 
 def library_version(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -49,10 +49,11 @@ def visible(text: str, *, one_line: bool = False) -> str:
     """
     if one_line:
         text = text.translate(_LINE_ENDS)
-    return _UNPRINTABLE.sub(lambda found: _picture(ord(found[0])), text)
+    return _UNPRINTABLE.sub(_picture, text)
 
 
-def _picture(code: int) -> str:
+def _picture(found: re.Match[str]) -> str:
+    code = ord(found[0])
     if code < 0x20:
         return chr(0x2400 + code)
     return "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\N{REPLACEMENT CHARACTER}"

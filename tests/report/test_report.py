@@ -18,7 +18,7 @@ from shapes import make, progressive
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.run import Run
-from internal_policy.cli.compare import redrawing
+from internal_policy.cli.compare import redraw_command
 from internal_policy.cli.main import run as run_command
 from internal_policy.cli.report import write_reports
 from internal_policy.comparison import AnalysisComparison, measure_convergence
@@ -403,7 +403,7 @@ def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
         drawn = line(spec, shown_names(stored)[label])
         np.testing.assert_allclose(drawn["y"], rows["difference"], atol=1e-6)
     (command,) = [text for text in re.findall(r"internal-policy compare [^\n]+", page.text) if "checkpoint-6" in text]
-    assert command.strip() == redrawing(STORED / "sweep")
+    assert command.strip() == redraw_command(STORED / "sweep")
 
 
 def test_a_comparison_is_the_same_read_back(saved, tmp_path):
