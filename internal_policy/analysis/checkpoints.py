@@ -1,7 +1,7 @@
 """The checkpoints of a sweep: revisions of a hub model, or directories found by globs, in natural order.
 
-TRL numbers checkpoints by optimiser updates, and a step is a batch of rollouts with all updates on it. Trainings by
-``bupo`` write into each checkpoint how many updates a step has; other checkpoints do not contain it.
+TRL numbers checkpoints by optimiser updates, and a step is a batch of rollouts with all updates on it. Trainings with
+``bupo`` store in each checkpoint how many updates a step has; other checkpoints do not contain it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internal_policy.utils.io import expanded
 _CHECKPOINT = "checkpoint-*"
 STATE = "trainer_state.json"
 STEP_CALLBACK = "StepCallback"
-"""Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
+"""The key, in ``stateful_callbacks`` of the trainer's state, of the callback that stores the updates per step."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoints in a directory, or the directory itself."""
+    """The checkpoints in a directory, or the directory itself if it is one."""
     for place in (path, path / "checkpoints"):
-        if held := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
-            return [checkpoint for p in held for checkpoint in _require_checkpoint(p)]
+        if inside := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
+            return [checkpoint for p in inside for checkpoint in _require_checkpoint(p)]
     return _require_checkpoint(path)
 
 
@@ -121,7 +121,7 @@ def _require_checkpoint(path: Path) -> list[Path]:
 
 
 def require_distinct_outputs(configs: Iterable[AnalyzeConfig]) -> None:
-    """Refuse different models whose analyses would be written to one directory; the same twice is allowed."""
+    """Refuse different models whose analyses would be written to one directory; repeating a model is allowed."""
     taken: dict[str, tuple[Any, ...]] = {}
     for config in configs:
         model = config.model, config.revision

@@ -34,7 +34,7 @@ class PromptOptions:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     template: str = option("chat", choices=TEMPLATES)
-    """How a prompt is put to the model: the tokenizer's own chat template (plain text where it has none), plain text,
+    """How a prompt is put to the model: the tokenizer's own chat template (plain text if it has none), plain text,
     or a template of the paper; qwen3 is the non-thinking one."""
 
 
@@ -82,7 +82,7 @@ class BatchOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """How the states of a model are captured, and where its layers are."""
+    """How the states of a model are captured, and on which devices its layers are."""
 
     backend: str = option("hooks", choices=BACKENDS)
     """What captures the states. The backends agree to float32 rounding."""
@@ -115,9 +115,9 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     """Hub data set id, or a parquet, jsonl or json file. Default: MATH-500, or the embedded tasks for an embedded
     model."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: test where there is one, or the first."""
+    """Split of a hub data set. Default: test if there is one, or the first."""
     responses: str | None = None
-    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) to analyse in place of
+    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) to analyse instead of
     sampled ones."""
     max_responses: int | None = option(None, least=1)
     """Largest number of responses. Default: 256 when they are sampled, all when they are given."""

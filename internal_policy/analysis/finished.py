@@ -27,7 +27,7 @@ RESPONSES = "responses.jsonl"
 SAMPLING_OPTIONS = (
     *("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature", "generator"),
 )
-"""Settings without a meaning where responses are given, which were chosen with them."""
+"""Settings that have no meaning if responses are given."""
 
 
 def find_finished(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool = False) -> list[Analysis] | None:

@@ -24,7 +24,7 @@ from internal_policy.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 _MAX_UNKNOWN_SHARE = 0.05
-"""With a larger share of unknown tokens a text is not in the tokenizer's language."""
+"""A text with a larger share of unknown tokens is not in the tokenizer's language."""
 
 Source = str | Path | Iterable[Any]
 """A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
@@ -48,7 +48,7 @@ def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -
         return list(rows.to_dict("records"))
     kind = type(source).__name__
     if isinstance(source, Mapping):
-        # Such as a DatasetDict, whose iteration gives its keys.
+        # For example a DatasetDict, whose iteration gives its keys.
         keys = ", ".join(repr(key) for key in list(source)[:4])
         raise UserError(
             f"{what} is a {kind} with {keys or 'nothing in it'}; needed is a list of records: choose one entry of a "
@@ -96,7 +96,7 @@ def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
 
 
 def _warn_about_unknown_tokens(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
-    """Warn where much of the text is not in the tokenizer's vocabulary."""
+    """Warn if much of the text is not in the tokenizer's vocabulary."""
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     if unknown is None:
         return

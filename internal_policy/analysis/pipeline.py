@@ -91,7 +91,7 @@ def analyze(
             ``read_responses``); ``analysis.sequences`` is one.
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is resumed from there.
             Without it nothing is written.
-        overwrite: start over if the output directory holds another analysis.
+        overwrite: start over if the output directory contains another analysis.
         wait: if another process writes there, start when it has ended.
         alone: analyse in this process only, even if a launcher started several.
         **options: the further fields of ``AnalyzeConfig``.

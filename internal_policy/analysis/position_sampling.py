@@ -2,7 +2,7 @@
 
 The first round takes some positions of every block of similar ones, the second as many as the variances of the first
 say are needed; a third is rare. Each round is one pass over the responses in which it has positions. The values of a
-round are on disk before the size of the next is chosen, and so is that size, so an interrupted run goes on with the
+round are on disk before the size of the next is chosen, and so is that size, so an interrupted run is resumed with the
 same positions.
 """
 
@@ -52,7 +52,7 @@ class PositionSample:
     half_widths: Floats
     """Half of the 95% interval of each change for what all positions would give, nats, [L, 3] in order of SITES."""
     few: int = 0
-    """How many of the half-widths rest on a few positions, so that they may miss more often than one time in 20."""
+    """Number of half-widths that rest on a few positions, so that they may miss more often than one time in 20."""
 
     def summary(self) -> dict[str, float | int | str]:
         """The entry of the manifest, with the layer (from 1) and site of the largest half-width."""
@@ -78,7 +78,7 @@ class CaptureResult:
     """``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2] of some responses; ``token_layers`` [n, L, Q] and
     ``token_policy`` [n, 2] of those that are kept token by token."""
     sample: PositionSample | None = None
-    """Which positions these are of; None if of all."""
+    """The analysed positions; None if all were analysed."""
 
 
 def capture_in_rounds(
@@ -124,10 +124,10 @@ def capture_in_rounds(
 
 
 def _agree_on_end(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
-    """The number of positions up to the end of a round; that of the last round if there is no further one.
+    """The number of positions up to the end of a round; that of the previous round if there is no further one.
 
     One process decides for all, and only once: the rounding of another machine or library could lead to another number,
-    and an interrupted round holds the positions that were chosen then.
+    and an interrupted round contains the positions that were chosen at its start.
     """
 
     def settle() -> int:

@@ -1,8 +1,8 @@
-"""Which positions stand for all of them under --tolerance, and how far means over them may be off.
+"""Which positions are analysed under --tolerance, and how uncertain the means over them are.
 
 A position is the state that predicts one response token. What a layer does there depends most on the tokens around it,
 and these are known before anything is analysed. So all positions of all responses are sorted by the token that is
-predicted, then by the one that is read, then by the two before it, and cut into blocks of about equal size, where
+predicted, then by the one that is read, then by the two before it, and cut into blocks of about equal size, if
 possible between different tokens. Within a block every position is equally likely, and each block contributes its
 share: a stratified random sample without replacement (Cochran, Sampling Techniques, sections 5.3 and 5.6). Each block
 contributes two or more in the first round, from which its variance is known without bias.
@@ -10,9 +10,9 @@ contributes two or more in the first round, from which its variance is known wit
 What is estimated is the mean over all M response tokens of the same responses. With N_h positions in block h, of which
 n_h were analysed, the estimate is sum_h N_h m_h / M, unbiased, and its variance is
 sum_h (N_h / M)^2 (1 / n_h - 1 / N_h) s_h^2 with the variance s_h^2 within the block (Cochran, eqs. 5.1 and 5.13). That
-tokens of one response are alike does not matter here: positions are drawn without regard to their response, and the
-responses are given. How much other responses would change the mean is what the standard errors of an analysis say,
-clustered by prompt.
+tokens of one response are similar does not matter here: positions are drawn without regard to their response, and the
+responses are given. The standard errors of an analysis, clustered by prompt, say how much other responses
+would change the mean.
 
 The estimate is unbiased for each n. But the n at which an analysis stops depends on the variance that it found, which
 for skewed values goes with the mean that it found; `_quantile` and the least numbers of positions keep that bias small.
@@ -44,13 +44,13 @@ _TOKENS_BEFORE = 3
 _SEED_STREAM = 5
 _CONFIDENCE = 0.95
 _SHORTFALL = 0.2
-"""Chance that the first round finds so little variance that the second, as large as that says, is too small."""
+"""Chance that the first round finds so little variance that the second, sized by it, is too small."""
 _ENOUGH_WITHOUT_VARIANCE = 1024
-"""What has not varied among so many positions counts as constant; one sample in 20 misses three in a thousand."""
+"""A value without variance over so many positions counts as constant; one sample in 20 misses three in a thousand."""
 _WIDE = 0.1
-"""From this share on the correction for skewness says that a few values decide; it is a first-order one."""
+"""If the correction for skewness, which is of first order, widens an interval by more, it rests on a few values."""
 _ROUNDING = 1e-9
-"""Below this a half-width is the rounding of a sum of equal values."""
+"""A smaller half-width is the rounding error of a sum of equal values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def _context_tokens(responses: Sequence[Response], response: Ints, token: Ints) 
 
 
 def _blocks(keys: Sequence[Ints], n_blocks: int) -> Ints:
-    """Cut the sorted positions into about so many blocks, where the most significant key changes if one does nearby."""
+    """Cut the sorted positions into about `n_blocks` blocks, where the most significant key nearby changes."""
     total = len(keys[0])
     order = np.lexsort(keys[::-1])
     change = np.full(total, len(keys))
@@ -136,7 +136,7 @@ class Estimate:
     """Means over all positions, estimated from the first n of a design."""
 
     n: int
-    """How many positions this is from."""
+    """Number of analysed positions."""
     mean: Floats
     """[K]."""
     half_width: Floats
@@ -194,7 +194,7 @@ def _shares(design: Design, n: int, spread: Floats) -> Floats:
 def _quantile(degrees: Floats, skewness: Floats, n: int, total: int) -> Floats:
     """Student's quantile, wider for values that are skewed, [K].
 
-    Where large values are rare, a sample that has too few of them finds too small a mean and too small a variance both.
+    If large values are rare, a sample with too few of them has both too small a mean and too small a variance.
     Of n values of skewness g the quantile z of a studentised mean grows by g^2 (z^4 + 2 z^2 - 3) / (18 n) of itself
     (Hall, The Bootstrap and Edgeworth Expansion, section 2.6); the term of the kurtosis would take some of it back.
     """
@@ -205,7 +205,7 @@ def _quantile(degrees: Floats, skewness: Floats, n: int, total: int) -> Floats:
 
 
 def _widening(skewness: Floats, n: int, total: int) -> Floats:
-    """By which share of itself the quantile grows with the skewness, [K]."""
+    """The relative growth of the quantile with the skewness, [K]."""
     from scipy.stats import norm
 
     z = norm.ppf((1 + _CONFIDENCE) / 2)

@@ -1,4 +1,4 @@
-"""Where compared analyses come from: objects and directories, a label for each, and its step in a training."""
+"""The analyses of a comparison, from objects and directories, with a label and a training step for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from internal_policy.utils.io import expanded
 
 StepsFrom = Literal["given", "name", "order"]
 Unit = Literal["step", "update"]
-"""What steps count: batches of rollouts, or the trainer's updates where the updates in each step are not known."""
+"""What steps count: batches of rollouts, or the trainer's updates if the updates per step are unknown."""
 
 _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
@@ -31,7 +31,7 @@ def load_analyses(directory: str | Path) -> list[Analysis]:
         directory: of one analysis, or above several.
 
     Returns:
-        The analyses, ordered by the training steps in their names where there are any, otherwise by name.
+        The analyses, ordered by the training steps in their names if there are any, otherwise by name.
 
     Raises:
         UserError: no analysis there, or a broken one.
@@ -189,7 +189,7 @@ def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
 
 
 def _analysis_dirs(directory: Path) -> list[Path]:
-    """The directories of analyses in a directory; itself where it is one, or where there is none, for the message."""
+    """The directories of analyses in a directory; itself if it is one, or if there is none, for the message."""
     if (directory / MANIFEST).is_file():
         return [directory]
     for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
@@ -199,13 +199,13 @@ def _analysis_dirs(directory: Path) -> list[Path]:
 
 
 def only_figures(directory: Path) -> bool:
-    """Whether a directory holds the figures that a command wrote next to its results, and no analysis."""
+    """Whether a directory contains only the figures that a command wrote next to its results."""
     empty = _analysis_dirs(directory) == [directory] and not (directory / MANIFEST).is_file()
     return directory.name == _FIGURES_DIR and directory.is_dir() and empty
 
 
 def _sort_by_step(analyses: list[Analysis]) -> list[Analysis]:
-    """Order analyses by their steps where these are known and differ: those of two runs do not mix."""
+    """Order analyses by their steps if these are known and differ, so that two runs are not mixed."""
     steps, steps_from, _ = training_steps(analyses)
     if steps_from == "order" or len(set(steps)) < len(steps):
         return analyses
@@ -213,7 +213,7 @@ def _sort_by_step(analyses: list[Analysis]) -> list[Analysis]:
 
 
 def _steps_from_names(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
-    """The number in each name: in steps where all can be converted, otherwise as it is."""
+    """The number in each name, converted to steps if that is possible for all."""
     named = [_step_in_name(a) for a in analyses]
     steps = [None if name is None else _to_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
     if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):

@@ -84,7 +84,7 @@ def sweep(
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
     require_distinct_outputs(configs)
     if configs[0].remote is True:
-        # Without a key nothing would run, so it is needed before the hub is asked for the checkpoints.
+        # The key is checked before the hub is queried, because nothing runs without it.
         require_key(load_nnsight())
     trust = bool(options.get("trust_remote_code", False))
     places = [_look_up(target, trust) for target in found]
@@ -144,7 +144,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
         release_memory()
         other = analyze(model, output=output, lens=lens, **options)
         if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
-            # Responses that are given do not show whether they were cut; these are the sampled ones of the first lens.
+            # Given responses do not show whether they were cut; these were sampled under the first lens.
             place, other = other.path, replace(other, n_truncated=first.n_truncated)
             ANALYSIS.write_manifest(place, other.manifest())
         analyses.append(other)

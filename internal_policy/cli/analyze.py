@@ -44,7 +44,7 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
     """Sweep over a training run's directory, a checkpoint, or a quoted glob such as 'RUN/checkpoint-*'; repeat for
     several. With --model, the model that the training began with comes first."""
     own_responses: bool = False
-    """In a sweep, let each checkpoint sample its own responses in place of reading the first one's."""
+    """In a sweep, let each checkpoint sample its own responses instead of reading those of the first."""
     preset: Preset | None = None
     """Cross-model study: paper (twelve models, up to 7168 tokens a response), small (0.6B-1.7B), testbed (embedded, no
     network)."""
@@ -150,7 +150,7 @@ def _models(command: AnalyzeCommand) -> None:
         state = launched_processes()
 
     analyses, new = [], []
-    # All of them from the start: a directory in use is refused before another model is analysed.
+    # All are locked from the start, so that a directory in use is refused before another model is analysed.
     with locked(*(root / config.slug for config in configs), wait=command.wait, state=state):
         for name in names:
             # All lenses of a model first, so that each can show what the others give.
@@ -185,9 +185,9 @@ def _sweep(command: AnalyzeCommand) -> None:
     from internal_policy.analysis.checkpoints import list_targets, require_distinct_outputs
 
     start = command.model[0] if command.model else None
-    # A shell that was given no quotes has turned the glob into many words.
+    # Without quotes the shell has expanded the glob into many words.
     checkpoints = [*command.checkpoints, *command.extra]
-    # What is not there is refused before torch is imported.
+    # Missing paths are refused before torch is imported.
     found = list_targets(start, command.revision, checkpoints)
     require_paths([start] if start else [], None, settings["prompts"], settings["responses"])
     root, figures = command.place(DATA)

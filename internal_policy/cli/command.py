@@ -13,7 +13,7 @@ from internal_policy.utils.imports import require_package
 from internal_policy.utils.io import expanded
 
 FIGURES = Path("figures")
-"""Where figures go when no output is given."""
+"""Directory of the figures when no output is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class ConsoleOptions:
     """What a command prints."""
 
     json: bool = False
-    """Print one JSON document in place of tables, for scripts."""
+    """Print one JSON document instead of tables, for scripts."""
     quiet: bool = False
     """Print errors only; results are written as always."""
     debug: bool = False
@@ -50,10 +50,10 @@ class OutputOptions(WaitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions(OutputOptions):
-    """What a command does where results are in its place already."""
+    """What a command does if its output directory already contains results."""
 
     overwrite: bool = False
-    """Start over in an output directory that is in use, in place of going on or of reading what is finished."""
+    """Start over in an output directory that is in use, instead of resuming or reading what is finished."""
 
 
 def to_json(result: Any) -> dict[str, Any]:

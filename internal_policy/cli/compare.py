@@ -27,7 +27,7 @@ class CompareCommand(OutputOptions):
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze wrote; a directory that holds several analyses stands for all of them."""
+    """What analyze wrote; a directory of several analyses includes all of them."""
     baseline: str | None = None
     """What the others are compared with: a label, or a place from 1. Default: the first analysis."""
     label: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting import comparison as comparison_figures
 
-    # The ends name a sweep, for all of a hundred checkpoints would be no name.
+    # The first and the last checkpoint name a sweep: the names of a hundred would be too long.
     ends = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
     directory = root / f"sweep-{figure_name([(name, analyses[0].lens) for name in ends])}"
     comparison = compare(analyses)
@@ -129,7 +129,7 @@ def _write(comparison: AnalysisComparison, name: str, root: Path, figures: Path)
 
 
 def _names(analyses: list[Analysis], labels: list[str]) -> list[str]:
-    """Names for a path: the analyses' directories, as everywhere, or the labels where these are not enough."""
+    """Names for a path: the directories of the analyses, or the labels if the directories have the same name."""
     directories = [a.path.resolve().name if a.path is not None else a.name for a in analyses]
     if len(set(directories)) == len(directories):
         return directories
@@ -137,7 +137,7 @@ def _names(analyses: list[Analysis], labels: list[str]) -> list[str]:
 
 
 def _place(baseline: str, labels: list[str]) -> int | str:
-    """A label where it is one, else a place that is counted from 1."""
+    """The baseline as a label if it is one, otherwise as an index; on the command line it is counted from 1."""
     if baseline in labels or not is_number(baseline):
         return baseline
     if not 1 <= int(baseline) <= len(labels):

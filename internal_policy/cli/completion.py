@@ -1,4 +1,4 @@
-"""Completion in a shell: the words that may come next, and the scripts by which shells ask for them."""
+"""Completion in a shell: the words that may come next, and the scripts with which shells request them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import options_of
 
 _GLOBAL_FLAGS = ("--help", "--version", "--install-completion", "--show-completion")
-# The word at the cursor is the last one, behind a dot, for some shells drop an empty word.
+# The word at the cursor is the last one, after a dot, because some shells drop an empty word.
 _SCRIPTS = {
     "bash": """\
 _internal_policy() {
@@ -91,7 +91,7 @@ def candidates(before: Sequence[str], word: str) -> list[str]:
 
 
 def _install(shell: str) -> Path:
-    """Write the script where the shell reads it; a second time changes nothing."""
+    """Write the script to the place from which the shell reads it; repeating that changes nothing."""
     home = Path.home()
     if shell == "fish":
         return _write_script(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])

@@ -1,4 +1,4 @@
-"""Analyses, comparisons and studies on the terminal, and where the files of a result are."""
+"""Analyses, comparisons and studies on the terminal, and the files of a result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def layer_table(analysis: Analysis) -> Table:
     names = ("layer", "attn", "ffn")
     sites = {site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in names}
     for layer, stage in enumerate(analysis.stages, start=1):
-        rows = [sites[site].loc[layer] for site in names]
+        rows: list[Any] = [sites[site].loc[layer] for site in names]
         sign = f" {BOUNDARY_SIGN}" if layer == analysis.boundary_layer else ""
         table.add_row(
             str(layer),

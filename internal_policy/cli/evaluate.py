@@ -78,7 +78,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
         from internal_policy.cli.display_runs import show_evaluation, show_evaluations
 
         done = []
-        # All of them from the start: a directory in use is refused before another model is evaluated.
+        # All are locked from the start, so that a directory in use is refused before another model is evaluated.
         with locked(*(root / slug for slug in slugs), wait=self.wait):
             for name in names:
                 for source in sources:
@@ -90,7 +90,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
                     show_evaluation(evaluation)
                     done.append(evaluation)
         compared = _compare(done, stored)
-        # The same model may have been stored before it was trained further: a figure has each name once.
+        # A model may have been stored before it was trained further, and a figure shows each name once.
         known = {(e.name, e.benchmark) for e in done}
         drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
         if len(drawn) > 1:
@@ -117,7 +117,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
 
 
 def _stored(directories: Sequence[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
-    """The evaluations to compare with; refused before the work where none of the benchmarks has their problems."""
+    """Load the evaluations to compare with; they are refused if no benchmark has the same problems."""
     if not directories:
         return []
     from internal_policy.data import benchmarks
@@ -137,7 +137,7 @@ def _stored(directories: Sequence[Path], sources: list[str], max_problems: int |
 
 
 def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Comparison]:
-    """Print the first of two models less the second, and every model less each stored one, where problems agree."""
+    """Compare two models, and each model with each stored evaluation, if they have the same problems; print all."""
     from internal_policy.cli.display_runs import show_paired_difference
     from internal_policy.evaluation.paired_tests import compare
 

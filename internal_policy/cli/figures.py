@@ -18,7 +18,7 @@ class FiguresCommand(ConsoleOptions):
     """Redraw the figures of analyses, training runs, evaluations and inspections from disk, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, train, evaluate or inspect wrote, also mixed; a directory that holds several stands for all of
+    """What analyze, train, evaluate or inspect wrote, also mixed; a directory of several includes all of
     them."""
     output: Path = FIGURES
     """Directory for the figures."""

@@ -1,4 +1,4 @@
-"""The command `internal-policy inspect`: what every internal policy says at every token of one prompt."""
+"""The command `internal-policy inspect`: what every internal policy predicts at every token of one prompt."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class InspectCommand(InspectConfig, OutputOptions):
         root, figures = self.place(DATA)
         Workspace(root / self.slug, results.INSPECTION).check()
         look = inspect(**{each.name: getattr(self, each.name) for each in fields(InspectConfig)})
-        # Nothing is written where what was asked for is not there.
+        # Nothing is written if the requested tokens do not exist.
         look.positions(self.tokens, self.last)
-        # Alone among the inspections while a free name is chosen.
+        # No other inspection may choose the same free name.
         with locked(root, wait=True):
             name = look.place(root, self.slug)
             directory = root / name
             with writing(directory):
                 look.save(directory)
-        # Shown when it is safe: a pager that is left early ends the command.
+        # It is shown after it is saved, because quitting a pager ends the command.
         show_inspection(look, self.site, tokens=self.tokens, last=self.last)
         list_files("inspection", [directory / file for file in (*results.INSPECTION.files, results.MANIFEST)])
         draw(look, figures / name, tokens=self.tokens, last=self.last)

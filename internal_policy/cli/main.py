@@ -1,4 +1,4 @@
-"""The command line: find the command, read its options, run it, and say what went wrong in one line."""
+"""The command line: find the command, parse its options, run it, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from internal_policy.utils.shell import is_main_process, rank, visible
 
 INTERRUPTED = 130
 _MAX_MESSAGE = 2000
-"""No message is longer: what was given may be, and stands in it."""
+"""Largest number of characters of a message, which quotes user input of any length."""
 _HELP = """\
 usage: internal-policy COMMAND [OPTIONS]
 
@@ -35,7 +35,7 @@ commands:
 options:
   -h, --help              Show this help; COMMAND --help shows the options of a command.
   --version               Show the version.
-  --install-completion    Install completion for the shell; name it where it cannot be found out.
+  --install-completion    Install completion for the shell; name the shell if it is not detected.
   --show-completion       Print what would be installed.
 """
 
@@ -58,9 +58,9 @@ def run(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one line for an error that the user can mend, 130 for an interrupt."""
+    """Run the command line: exit code 2 and one line for an error that the user can correct, 130 for an interrupt."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a sign gets another one, not a crash after the work is done.
+        # A terminal that cannot show a character shows a replacement, instead of a crash after the work is done.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     words = sys.argv[1:]
@@ -101,7 +101,7 @@ def _help() -> str:
 
 
 def _refuse_non_utf8(words: Sequence[str]) -> None:
-    """Refuse before the work what no result can name: paths may hold bytes that are no text, and manifests may not."""
+    """Refuse paths with bytes that are not text before the work, because a manifest cannot contain them."""
     for word in words:
         try:
             word.encode()
@@ -110,7 +110,7 @@ def _refuse_non_utf8(words: Sequence[str]) -> None:
 
 
 class _OneLineFormatter(logging.Formatter):
-    """A line a message, whatever names and templates put into it."""
+    """Puts every message on one line, whatever its names and templates contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), one_line=True)
@@ -118,7 +118,7 @@ class _OneLineFormatter(logging.Formatter):
 
 @contextmanager
 def _log_to_stderr(debug: bool) -> Iterator[None]:
-    """Show what the package logs on standard error, once however many processes there are; --debug shows all of it."""
+    """Show the messages of the package on standard error, in the main process only; --debug shows all levels."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
     handler.setFormatter(_OneLineFormatter("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
@@ -137,7 +137,7 @@ def _log_to_stderr(debug: bool) -> Iterator[None]:
 def _fail(message: str, *, with_traceback: bool = False) -> NoReturn:
     if with_traceback:
         print(visible(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
-    # Each of several processes says what stopped it, which need not be what stopped the others.
+    # Each of several processes names its own error, because they may differ.
     which = "" if is_main_process() else f" (process {rank()})"
     if len(message) > _MAX_MESSAGE:
         # The end says what to do next.

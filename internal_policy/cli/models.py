@@ -47,7 +47,7 @@ class ModelsCommand(ConsoleOptions):
                 block + ("" if family.pre_norm else ", no norm before modules"),
                 ", ".join(filter(None, (family.logit_softcap, family.logit_scale, family.logit_divisor))) or "-",
             )
-        # A pipe has no width of its own, and a table that is cut is of no use in one.
+        # A pipe has no width, and a truncated table would be useless in it.
         console = open_console()
         if not console.is_terminal:
             console.width = 200

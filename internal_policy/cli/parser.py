@@ -1,6 +1,6 @@
 """The command line of a dataclass: its fields are the options, and their docstrings are the help.
 
-argparse reads the words, whose import takes no time that a user notices.
+argparse parses the words; its import is fast.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def command_class(name: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser that raises its complaints."""
+    """An argparse parser that raises its errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -168,7 +168,7 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def _readable(message: str) -> str:
-    """What argparse complains about, in our words."""
+    """Reword an error message of argparse."""
     message = message.removeprefix("argument ")
     if message.endswith(": expected one argument"):
         flag = message.partition(":")[0].rpartition("/")[2]

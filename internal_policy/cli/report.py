@@ -30,7 +30,7 @@ class ReportCommand(WaitOptions):
     """Draw report.html again in the directories of analyses, comparisons and training runs, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, compare or train wrote, also mixed; a directory that holds several stands for all of them."""
+    """What analyze, compare or train wrote, also mixed; a directory of several includes all of them."""
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
@@ -41,14 +41,14 @@ class ReportCommand(WaitOptions):
         # All are read before any is drawn, so that a bad one is refused at once.
         named = [expanded(directory) for directory in self.directories]
         if len(named) > 1:
-            # A shell's DIR/* names the figures next to the results too.
+            # The shell expands DIR/* to the figures next to the results as well.
             named = [directory for directory in named if not only_figures(directory)] or named
         held = [thing for directory in named for thing in _read(directory)]
         places = [place for thing in held if (place := thing.path) is not None]
         with locked(*places, wait=self.wait):
             for thing, place in zip(held, places, strict=True):
                 with writing(place):
-                    # Who held the directory until now may have written another result there.
+                    # The process that held the lock until now may have written another result there.
                     path = write_report(type(thing).load(place))
                 list_files("report", [path])
         print_json({"command": "report"})
@@ -83,7 +83,7 @@ def write_reports(
             path = place / REPORT
             if not (keep and _is_newer(path, place)):
                 path = write_report(_placed(thing, place), place)
-        # Whatever the error is, the result is complete without its page.
+        # The result is complete without its page, so no error may end the command.
         except Exception as error:
             # A page of earlier results would be taken for one of the new results.
             with suppress(OSError):
@@ -149,7 +149,7 @@ def kind_of(directory: Path) -> str:
     refuse_unmatched(directory)
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
         return "run"
-    # What is not a run may be named by a directory above it.
+    # Results other than runs may be in a subdirectory.
     for kind, depths in _DEPTHS.items():
         if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
             return kind

@@ -71,7 +71,7 @@ class TrainCommand(TrainConfig, SetOptions):
 
 
 def _with_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The options with those of ``--set``, whose values are read as JSON where they are JSON."""
+    """The options with those of ``--set``, whose values are parsed as JSON if possible."""
     options = dict(given)
     for setting in settings:
         name, equals, text = setting.partition("=")

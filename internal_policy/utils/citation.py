@@ -1,4 +1,4 @@
-"""How to cite the paper and this software, as BibTeX: the facts of CITATION.cff, which a wheel does not hold."""
+"""How to cite the paper and this software, as BibTeX: the facts of CITATION.cff, which is not in a wheel."""
 
 from __future__ import annotations
 

@@ -17,11 +17,14 @@ from rich.text import Text
 from internal_policy.utils.shell import visible
 
 MIN_WIDTH = 72
-"""Tables are laid out for at least this many columns: a number that was cut off would be read as another one."""
+"""Tables are laid out for at least this many columns: a truncated number would be read as a different one."""
+
+_ENOUGH_PROMPTS = 40
+"""The number of clusters from which on a clustered interval has nearly its nominal coverage."""
 
 
 class _Terminal(Console):
-    """A console that shows control characters in place of obeying them."""
+    """A console that shows control characters instead of obeying them."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         # Before anything is measured, so that columns stay in line.
@@ -32,10 +35,10 @@ class _Terminal(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """Continue if a reader such as ``head`` has left: results are still to be written to disk."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        """Continue if a reader such as ``head`` has closed the pipe: results have yet to be written to disk."""
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -52,10 +55,6 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """Print a line on standard output; the terminal wraps it, and it is never cut."""
     console().print(text, soft_wrap=True)
-
-
-_ENOUGH_PROMPTS = 40
-"""The number of clusters from which on a clustered interval has nearly its nominal coverage."""
 
 
 def table(

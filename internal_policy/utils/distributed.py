@@ -27,14 +27,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """The data-parallel processes of this run; by default there is this one only."""
+    """The data-parallel processes of this run; by default only this one."""
 
     number: int = 1
-    """How many."""
+    """Number of processes."""
     rank: int = 0
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     device: torch.device = field(default_factory=lambda: _cpu())
-    """This process's device, where there are several."""
+    """This process's device, if there are several processes."""
     sharded: bool = False
     """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
 
@@ -44,7 +44,7 @@ class Processes:
         return self.rank == 0
 
     def wait_for_everyone(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have arrived."""
         if self.number > 1:
             from accelerate.utils import wait_for_everyone
 
@@ -88,13 +88,13 @@ def training_processes(options: Mapping[str, Any]) -> Processes:
     """How a training with these options was launched; FSDP and DeepSpeed shard the weights."""
     kinds = (os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
     sharded = any(kinds) or bool(options.get("fsdp") or options.get("deepspeed"))
-    # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
+    # The main process analyses and evaluates alone, however long that takes; the launcher notices a dead process.
     timeout = float(options.get("ddp_timeout") or _TIMEOUT_SECONDS)
     return _start(bool(options.get("use_cpu")), timeout, sharded)
 
 
 def launched_processes() -> Processes:
-    """The processes as which this program was launched; a single one where nothing launched more."""
+    """The processes that a launcher started for this program; a single one without a launcher."""
     return _start(False, _TIMEOUT_SECONDS, False) if world_size() > 1 else Processes()
 
 

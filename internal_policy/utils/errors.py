@@ -9,14 +9,14 @@ from pathlib import Path
 WEIGHTS = "its weights"
 """What is loaded when everything else about the checkpoint is known."""
 HTTP_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
-"""Named and never imported: the hub's client brings one of them, and their exceptions have no class in common."""
+"""They are never imported: the hub's client depends on one of them, and their exceptions share no class."""
 _PANIC = "PanicException"
-"""What tokenizers and safetensors raise where their Rust code gives up; it is no ``Exception``."""
+"""What tokenizers and safetensors raise if their Rust code panics; it is not a subclass of ``Exception``."""
 _PLURALS = {"analysis": "analyses", "process": "processes"}
 
 
 class UserError(Exception):
-    """An error that the user can mend, described in one line.
+    """An error that the user can correct, described in one line.
 
     The message says what was got, what is needed and what to do next. The command line prints it without a
     traceback and exits with code 2; from Python it is an ordinary exception.
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class NoNetwork(UserError):
-    """The hub cannot be reached, and its cache on this disk does not have what was asked for."""
+    """The hub cannot be reached, and its cache on this disk does not contain what was requested."""
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, at most about 200 characters; its type where there is none."""
+    """The first line of an exception's message, at most about 200 characters; its type if there is none."""
     lines = str(error).strip().splitlines()
     return shorten(lines[0]) if lines else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook: a title, a few facts and a small table.
+"""How results are shown in a notebook: a title, a few facts and a small table.
 
     def _repr_html_(self) -> str:
         return card("Analysis", self.name, ["8 layers"], pd.DataFrame({"layer": [1], "change": ["-0.12"]}), "nats")

@@ -1,4 +1,4 @@
-"""Imports that wait: public names on first use, modules without their notices, and packages that an extra brings."""
+"""Lazy imports: public names on first use, modules without their notices, and packages of an extra."""
 
 from __future__ import annotations
 

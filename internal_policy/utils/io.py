@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and know afterwards whether they still are."""
+"""Write files completely or not at all, and detect later changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what killed processes left unrenamed in a directory, not below it."""
+    """Remove the temporary files that killed processes left in a directory, not below it."""
     for path in directory.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match is not None and not _is_running(int(match[1])):

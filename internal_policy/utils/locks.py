@@ -1,4 +1,4 @@
-"""One writer at a time for a directory: a lock that the system gives back when its process ends, however it ends."""
+"""One writer at a time for a directory: a lock that the system releases when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".internal-policy.lock"
 """The file that is locked while a process writes to its directory, and removed afterwards."""
 
-# What this thread holds already: a sweep holds what its analyses take again.
+# The directories that this thread has locked already: a sweep locks those of its analyses.
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 _kept_locks: ContextVar[ExitStack | None] = ContextVar("keeper", default=None)
 _handles: set[int] = set()
@@ -115,7 +115,7 @@ def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
 
 
 def _acquire(place: Path, directory: Path, wait: bool) -> int | None:
-    """Lock a directory's file and write into it who holds it; None if there can be no lock.
+    """Lock a directory's file and write the holder into it; None if there can be no lock.
 
     Messages name the directory as it was given.
     """

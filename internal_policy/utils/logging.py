@@ -1,4 +1,4 @@
-"""What is shown while a call runs: our own progress, and none of the libraries' bars, warnings and notices.
+"""Output while a call runs: this package's progress, without the libraries' bars, warnings and notices.
 
 To see those as well, and what this package does step by step, use ``logging``::
 
@@ -35,7 +35,7 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
     """Suppress progress bars, warnings and notices of the libraries; as a decorator, while a function runs.
 
     Afterwards all settings are restored. Errors are shown, and so are messages of this package and of the caller's own
-    code. Nothing is suppressed where the logger ``internal_policy`` is enabled for INFO.
+    code. Nothing is suppressed if the logger ``internal_policy`` is enabled for INFO.
 
     Args:
         bars: suppress progress bars as well, for which the hub's client is imported.
@@ -85,7 +85,7 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Also where transformers is imported inside, which sets its level."""
+    """Raise the level of transformers, also if it is imported inside the block, which sets its level."""
     logger = logging.getLogger("transformers")
     if _TRANSFORMERS in sys.modules:
         with _errors_only(logger):
@@ -142,7 +142,7 @@ def _datasets_bars() -> Iterator[None]:
 
 
 def _is_shown(console: Console) -> bool:
-    """Whether a terminal shows it: FORCE_COLOR colours a log as well, where moving output is unreadable."""
+    """Whether output is on a terminal: FORCE_COLOR colours a log as well, in which moving output is unreadable."""
     return console.is_interactive and sys.stderr.isatty() and is_main_process() and not is_quiet()
 
 

@@ -40,14 +40,14 @@ LARGEST: Mapping[str, int] = MappingProxyType(
         "seed": 2**32 - 1,
     }
 )
-"""The largest value of each count. No run needs more; a slip of the keyboard is refused before memory fills."""
+"""The largest value of each count. No run needs more; a typing error is refused before memory fills."""
 MOST_PROMPTS = 10_000_000
 """The most prompts or samples that one run or evaluation may list."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a dataclass says about an option."""
+    """An option as a field of a dataclass declares it."""
 
     name: str
     """The name of the field."""
@@ -62,7 +62,7 @@ class Option:
     least: float | None
     """The smallest number that it may be."""
     completions: tuple[str, ...]
-    """Values that a shell offers besides ``choices``."""
+    """Values that a shell offers in addition to ``choices``."""
     positional: bool
     """Whether the command line takes its values without a flag."""
     help: str
@@ -70,7 +70,7 @@ class Option:
     nullable: bool
     """Whether it may be None."""
     checked: bool
-    """Whether a value in Python has to be of ``kind``: not where the field takes values of several types."""
+    """Whether a value in Python has to be of ``kind``; False if the field takes values of several types."""
 
     @property
     def flag(self) -> str:
@@ -91,11 +91,11 @@ def option(
     completions: Iterable[str] = (),
     positional: bool = False,
 ) -> Any:
-    """Declare an option that has more to it than a type and a default.
+    """Declare an option with more properties than a type and a default.
 
     Args:
         default: the default; none makes the option required.
-        choices: the values that it may have, where the type does not list them.
+        choices: the values that it may have, if the type does not list them.
         least: the smallest number that it may be.
         completions: values that a shell offers.
         positional: whether the command line takes its values without a flag.
@@ -110,7 +110,7 @@ def option(
 def options_of(config: type[Any]) -> Mapping[str, Option]:
     """The options that a dataclass declares, by name: its own first, then those that it inherits."""
     docstrings, hints = field_docstrings(config), get_type_hints(config)
-    # What a factory makes is an object, which only Python can give.
+    # A default factory makes an object, which can be given only in Python.
     by_name = {each.name: each for each in fields(config) if each.default_factory is MISSING}
     order = [name for each in config.__mro__ for name in inspect.get_annotations(each) if name in by_name]
     # The model comes first, wherever it is declared.
@@ -140,7 +140,7 @@ def _read_type(hint: Any) -> tuple[type, bool, tuple[str, ...], bool]:
     kinds = [hint]
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    # What may also be a text is read as one; a switch stays a switch.
+    # A type that includes str is parsed as str, unless it also includes bool: a switch stays a switch.
     first = str if str in kinds and bool not in kinds else kinds[0]
     origin = get_origin(first)
     if origin is Literal:
@@ -266,7 +266,7 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
                     parameters[each.name] = inspect.Parameter(
                         each.name, rest.KEYWORD_ONLY, default=each.default, annotation=each.type
                     )
-        # functools.wraps copies what stands in __dict__, so that a decorator above this one loses nothing.
+        # functools.wraps copies __dict__, so a decorator above this one keeps the signature.
         function.__dict__["__signature__"] = own.replace(parameters=[*parameters.values(), *([rest] if more else [])])
         function.__doc__ = _with_entries(function.__doc__ or "", entries, keep=more)
         return function
@@ -275,7 +275,7 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
 
 
 def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> str:
-    """The docstring with an entry for each option before that of ``**options``, or in its place."""
+    """The docstring with an entry for each option before that of ``**options``, or instead of it."""
 
     def written(found: re.Match[str]) -> str:
         indent = found["indent"]

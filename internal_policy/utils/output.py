@@ -1,7 +1,7 @@
 """What a command prints on standard output: tables, one JSON document (--json), or nothing (--quiet).
 
-With either option a script reads the document and nothing else: what Python code prints is dropped, and what child
-processes and compiled code write goes to standard error, or is dropped too with --quiet.
+With either option standard output contains only the document: what Python code prints is dropped, and what child
+processes and compiled code write goes to standard error, or is dropped as well with --quiet.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def redirect_stdout_fd(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | 
     try:
         yield kept
     finally:
-        # What is still in a buffer would otherwise be written when the process ends.
+        # The content of a buffer would otherwise be written when the process ends.
         with suppress(OSError, ValueError):
             stdout.flush()
         # Compiled code has a buffer of its own.
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept.fileno(), _STDOUT_FD)
-        # A reader that has left was noticed when the document was written.
+        # A closed pipe was noticed when the document was written.
         with suppress(OSError):
             kept.close()
 

@@ -36,7 +36,7 @@ class StageLook:
     dark: str
     """Background on a dark page."""
     sign: str
-    """What is written before the stage's name in text."""
+    """Sign before the stage's name in text."""
     terminal: str
     """Colour of the text on a terminal, by rich's name; readable on white and on black."""
 
@@ -65,7 +65,7 @@ STAGES: Mapping[str, StageLook] = MappingProxyType(
 )
 
 BOUNDARY_SIGN = "◀"
-"""What is written after the boundary layer in a table."""
+"""Sign after the boundary layer in a table."""
 
 _SERIES: tuple[tuple[str, str, Marker], ...] = (
     ("#0072b2", "#56b4e9", "circle"),

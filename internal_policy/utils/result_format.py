@@ -1,9 +1,9 @@
 """A finished result on disk: a directory with a manifest that is written last, and how a result is recognised.
 
-The manifest holds the SHA-256 of every file of the result and of itself, so that a result that was damaged or edited
-after it was written is never read as if it were whole. A command that would make the same result again recognises it
+The manifest contains the SHA-256 of every file of the result and of itself, so that a result that was damaged or edited
+after it was written is never read as if it were intact. A command that would make the same result again recognises it
 
-1. by its settings and by the digests of weights and inputs, which stand in the manifest (`check_settings`); and
+1. by its settings and by the digests of weights and inputs, which are in the manifest (`check_settings`); and
 2. without loading a model, by one digest of the files from which it was made (`source_digest`, `is_up_to_date`).
 
 Unfinished results are in ``workspace``.
@@ -47,7 +47,7 @@ class ResultFormat:
     redo: str
     """The verb for making a broken one again."""
     manifest: str
-    """The file that is written last: a directory without it holds no finished result."""
+    """The file that is written last: a directory without it contains no finished result."""
     version: int
     """The version of the format."""
     files: tuple[str, ...]
@@ -58,11 +58,11 @@ class ResultFormat:
     """How many levels below a directory its results may be."""
 
     def is_in(self, directory: Path) -> bool:
-        """Whether a directory holds a finished result: the manifest is there."""
+        """Whether a directory contains a finished result: the manifest is there."""
         return (directory / self.manifest).is_file()
 
     def below(self, directory: Path) -> list[Path]:
-        """The directory itself where it is one result; otherwise the results below it, in the order of their paths."""
+        """The directory itself if it is one result; otherwise the results below it, in the order of their paths."""
         if self.is_in(directory):
             return [directory]
         levels = ("/".join(["*"] * depth) for depth in range(1, self.depth + 1))
@@ -108,7 +108,7 @@ class ResultFormat:
             yield manifest
         except UserError:
             raise
-        # Which exceptions a library raises on a broken table is no closed list.
+        # Libraries raise many kinds of exceptions on a broken table.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -183,15 +183,15 @@ def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -
 def is_up_to_date(
     config: Mapping[str, Any], versions: Mapping[str, str], current_digest: Callable[[], str | None]
 ) -> bool:
-    """Whether a finished result was made from the files that are there now, by the same versions of the libraries.
+    """Whether a finished result was made from the present files, by the present versions of the libraries.
 
     Args:
-        config: of the result; ``files`` is the `source_digest` from then.
-        versions: of the libraries then, by name.
-        current_digest: returns the `source_digest` from now; called last, because it reads the files.
+        config: of the result; ``files`` is the `source_digest` when it was made.
+        versions: of the libraries when it was made, by name.
+        current_digest: returns the present `source_digest`; called last, because it reads the files.
 
     Returns:
-        False also where that cannot be known.
+        False also if that is unknown.
     """
     if config.get("files") is None or config.get("hooked"):
         return False
@@ -203,16 +203,17 @@ def is_up_to_date(
 def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> str | None:
     """Digest the files from which a result is made: a model's, its inputs, and the code of this package.
 
-    Reading them takes milliseconds for the embedded models, and neither torch nor transformers. Where more than files
-    on this disk decides, nothing is concluded: the model is loaded and compared by all that its numbers come from.
+    Reading them takes milliseconds for the embedded models and needs neither torch nor transformers. If the result
+    depends on more than files on this disk, there is no digest: the model is loaded and compared by its weights.
 
     Args:
         model: directory of the checkpoint.
-        inputs: files that are read besides.
+        inputs: the other files that are read.
         device: on which the model is loaded.
 
     Returns:
-        64 hexadecimal digits; None if a file is missing, or where a GPU or another library decides as well.
+        64 hexadecimal digits; None if a file is missing, or if the result also depends on a GPU or on
+        another library.
     """
     if not _is_cpu(device) or not model.is_dir() or (model / "adapter_config.json").exists():
         return None
@@ -221,7 +222,7 @@ def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> 
     files = [p for p in files if p.is_file()]
     digest = hashlib.sha256()
     try:
-        # A pipe is not read here: it gives what it holds only once.
+        # A pipe is not read here, because its content can be read only once.
         if not all(path.is_file() for path in inputs):
             return None
         # Quantised weights are read by a library whose version is in no result.

@@ -28,7 +28,7 @@ def figure_name(analyses: list[tuple[str, str]]) -> str:
     return f"{names[0][:80]}--and-{len(names) - 1}-more-{digest}"
 
 
-# What would move the cursor, hide text, or reverse its direction, and halves of characters that no encoding has.
+# Characters that move the cursor, hide text or reverse its direction, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066\u2067\ud800-\udfff]")
 _LINE_ENDS = {ord(end): "\N{SYMBOL FOR NEWLINE}" for end in "\n\x85\u2028\u2029"} | {ord("\t"): " "}
 
