@@ -104,7 +104,7 @@ def _warn_about_unknown_tokens(model: LanguageModel, sequences: Iterable[Sequenc
     share = float((ids == unknown).mean())
     if share > _MAX_UNKNOWN_SHARE:
         logger.warning(
-            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, and the numbers say little",
+            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, so the numbers mean little",
             *(100 * share, model.tokenizer.unk_token, model.name),
         )
 

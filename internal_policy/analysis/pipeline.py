@@ -187,7 +187,7 @@ def _run(
         return finished
     # The main process changes the directory only after all others have read it.
     if state.on_main(begin) and state.is_main_process:
-        logger.warning("%s: going on with an unfinished analysis", directory)
+        logger.warning("%s: resuming an unfinished analysis", directory)
     with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)

@@ -120,7 +120,24 @@ def capture_in_rounds(
         ends.append(end)
     half_widths = estimated.half_width.reshape(-1, len(SITES))
     few = int(estimated.rests_on_few(len(design.order)).sum())
-    return _to_result(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
+    ordered = np.argsort(design.order[: len(values)])
+    positions = design.order[: len(values)][ordered]
+    tokens = np.split(
+        design.token[positions], np.searchsorted(design.response[positions], np.arange(1, len(responses)))
+    )
+    means = response_means(design, values)
+    shape = (len(half_widths), len(QUANTITIES))
+    kept = values[ordered][: sum(len(t) for t in tokens[: config.keep_tokens])].astype(np.float32)
+    portion: Arrays = {
+        "index": np.arange(len(responses)),
+        "layers": means[:, :-2].reshape(-1, *shape),
+        "policy": means[:, -2:],
+        "token_layers": kept[:, :-2].reshape(-1, *shape),
+        "token_policy": kept[:, -2:],
+    }
+    return CaptureResult(
+        [portion], PositionSample(tolerance, tokens, len(design.order), len(ends) - 1, half_widths, few)
+    )
 
 
 def _agree_on_end(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
@@ -184,31 +201,3 @@ def _changes(values: Floats) -> Floats:
     layers = values[:, :-2].reshape(len(values), -1, len(QUANTITIES))
     into, out = ([QUANTITIES.index(f"{site}_{end}") for site in SITES] for end in ("in", "out"))
     return (layers[:, :, out] - layers[:, :, into]).reshape(len(values), -1)
-
-
-def _to_result(
-    config: AnalyzeConfig,
-    design: Design,
-    values: Floats,
-    responses: Sequence[Response],
-    tolerance: float,
-    rounds: int,
-    half_widths: Floats,
-    few: int,
-) -> CaptureResult:
-    ordered = np.argsort(design.order[: len(values)])
-    positions = design.order[: len(values)][ordered]
-    tokens = np.split(
-        design.token[positions], np.searchsorted(design.response[positions], np.arange(1, len(responses)))
-    )
-    means = response_means(design, values)
-    shape = (len(half_widths), len(QUANTITIES))
-    kept = values[ordered][: sum(len(t) for t in tokens[: config.keep_tokens])].astype(np.float32)
-    portion: Arrays = {
-        "index": np.arange(len(responses)),
-        "layers": means[:, :-2].reshape(-1, *shape),
-        "policy": means[:, -2:],
-        "token_layers": kept[:, :-2].reshape(-1, *shape),
-        "token_policy": kept[:, -2:],
-    }
-    return CaptureResult([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))

@@ -9,7 +9,7 @@ One checkpoint is in memory at a time. The same call resumes an interrupted swee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,45 +87,36 @@ def sweep(
         # The key is checked before the hub is queried, because nothing runs without it.
         require_key(load_nnsight())
     trust = bool(options.get("trust_remote_code", False))
-    places = [_look_up(target, trust) for target in found]
+    places = []
+    for target in found:
+        with status(f"looking up {target}"):
+            places.append(models.check(target.model, revision=target.revision, trust_remote_code=trust)[0])
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     directories = [] if output is None else [expanded(output) / config.slug for config in configs]
+    analyses: list[Analysis] = []
     with locked(*directories, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(directories)
-        return _analyses(found, own_responses, prompts, given, output, each, options)
-
-
-def _analyses(
-    found: Sequence[Target],
-    own_responses: bool,
-    prompts: str | list[Any] | None,
-    given: str | list[Any] | None,
-    output: str | Path | None,
-    each: Callable[[Analysis], object] | None,
-    options: Mapping[str, Any],
-) -> list[Analysis]:
-    analyses: list[Analysis] = []
-    for target in found:
-        wanted: dict[str, Any] = dict(options)
-        source = given
-        if analyses and not own_responses:
-            first = analyses[0]
-            source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
-            wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
-        analysis = analyze(
-            target.model,
-            prompts=None if source is not None else prompts,
-            responses=source,
-            output=output,
-            revision=target.revision,
-            **wanted,
-        )
-        analyses.append(analysis)
-        release_memory()
-        if each is not None:
-            each(analysis)
+        for target in found:
+            wanted: dict[str, Any] = dict(options)
+            source = given
+            if analyses and not own_responses:
+                first = analyses[0]
+                source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
+                wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
+            analysis = analyze(
+                target.model,
+                prompts=None if source is not None else prompts,
+                responses=source,
+                output=output,
+                revision=target.revision,
+                **wanted,
+            )
+            analyses.append(analysis)
+            release_memory()
+            if each is not None:
+                each(analysis)
     return analyses
 
 
@@ -169,11 +160,6 @@ def start_over(directories: Iterable[Path]) -> None:
     launched_processes().on_main(drop)
 
 
-def _look_up(target: Target, trust_remote_code: bool) -> str:
-    with status(f"looking up {target}"):
-        return models.check(target.model, revision=target.revision, trust_remote_code=trust_remote_code)[0]
-
-
 def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trust_remote_code: bool) -> None:
     """Refuse checkpoints with different vocabularies, for which the same ids would be different responses."""
     if len(found) < 2:
@@ -192,5 +178,5 @@ def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trus
             token = min(vocabulary.items() ^ first.items(), key=lambda item: item[1])[0]
             raise UserError(
                 f"{target}: another tokenizer than {found[0]} (they differ in {token!r}), so the same ids would be "
-                "other responses; add --own-responses, or sweep over checkpoints of one training"
+                "different responses; add --own-responses, or sweep over checkpoints of one training"
             )

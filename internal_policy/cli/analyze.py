@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
 from internal_policy.analysis.finished import find_finished
@@ -25,7 +25,6 @@ from internal_policy.utils.shell import figure_name, is_main_process, world_size
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
-    from internal_policy.comparison.study_results import Study
 
 DATA = Path("data/analyses")
 STUDY_DATA = Path("data/studies")
@@ -257,19 +256,15 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
         }
     )
     if done.failures:
-        _raise_failures(done)
-
-
-def _raise_failures(done: Study) -> NoReturn:
-    n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
-    alike: dict[str, list[str]] = {}
-    for name, why in done.failures.items():
-        alike.setdefault(why, []).append(name)
-    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
-    raise UserError(
-        f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
-        "The same command without --overwrite tries these again and keeps what is finished"
-    )
+        n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
+        alike: dict[str, list[str]] = {}
+        for name, why in done.failures.items():
+            alike.setdefault(why, []).append(name)
+        reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
+        raise UserError(
+            f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
+            "The same command without --overwrite tries these again and keeps what is finished"
+        )
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:

@@ -131,7 +131,7 @@ def _stored(directories: Sequence[Path], sources: list[str], max_problems: int |
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
             raise UserError(
                 f"{evaluation.path}: was evaluated on {counted(evaluation.n_problems, 'problem')} of "
-                f"{evaluation.benchmark}, and asked for are {asked}; give the same --benchmark and --max-problems"
+                f"{evaluation.benchmark}, but this command uses {asked}; give the same --benchmark and --max-problems"
             )
     return stored
 

@@ -81,12 +81,12 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(
-            f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped",
+            f"{where}{error.strerror or error}; fix this and repeat the command, which resumes where it stopped",
             with_traceback=debug,
         )
     except KeyboardInterrupt:
         without = " without --overwrite" if "--overwrite" in words else ""
-        print(f"interrupted; the same command{without} goes on where it stopped", file=sys.stderr)  # noqa: T201
+        print(f"interrupted; the same command{without} resumes where it stopped", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
     sys.exit(0)
 

@@ -107,7 +107,7 @@ def _start(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{world_size()} processes are announced and cannot meet ({str(error).splitlines()[0][:150]}); "
+            f"{world_size()} processes were announced but cannot connect ({str(error).splitlines()[0][:150]}); "
             "start with accelerate launch or torchrun, or unset WORLD_SIZE"
         ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)

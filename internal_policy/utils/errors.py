@@ -78,7 +78,7 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
     if what != WEIGHTS and name.startswith("testbed/"):
         return f"{text}; install internal-policy again"
     if Path(name).exists():
-        return f"{text}; mend this directory, or give another"
+        return f"{text}; repair this directory, or give another"
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
         return "the repository has no safetensors weights (pickle only?); only safetensors is read"

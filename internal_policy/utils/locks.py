@@ -204,7 +204,7 @@ def _describe_holder(handle: int) -> str:
         held = json.loads(os.pread(handle, 1000, 0))
         return f"process {held['pid']} on {held['host']} since {held['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it has not yet said which"
+        return "it has not recorded its number yet"
 
 
 def _release_after_fork() -> None:

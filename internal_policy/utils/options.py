@@ -197,7 +197,7 @@ def require_at_least(flag: str, value: float, least: float) -> None:
 def refuse_too_large(name: str, value: Any, flag: str | None = None) -> None:
     """Raise a `UserError` if a count is larger than `LARGEST` allows; a name that is not listed there has no limit."""
     if value is not None and value > LARGEST.get(name, value):
-        shown = f"{value:.6g}" if value < 1e300 else "beyond all measure"
+        shown = f"{value:.6g}" if value < 1e300 else "above 1e300"
         raise UserError(f"{flag or name} is {shown}; needed is a number of at most {LARGEST[name]}")
 
 

@@ -96,7 +96,7 @@ class Workspace:
         if differing := describe_differences(old, identity):
             raise UserError(
                 f"{self.directory}: holds an unfinished {self._result.name} with other settings ({differing}); repeat "
-                "its command to go on, add --overwrite to start over, or choose another --output directory"
+                "its command to resume it, add --overwrite to start over, or choose another --output directory"
             )
         self._check_shards()
         return True

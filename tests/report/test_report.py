@@ -508,7 +508,7 @@ def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_p
     write_reports([Analysis.load(place)])
     assert not (place / "report.html").exists()
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in told
+    assert "no report.html could be written (RuntimeError: no room at all); the results are complete" in told
     assert Analysis.load(place).n_responses == 6
 
 
@@ -519,7 +519,7 @@ def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
     write_reports([Analysis.load(place)])
     (told,) = [record.getMessage() for record in caplog.records]
     assert "no report.html could be written (IsADirectoryError" in told
-    assert "), and the page there is of earlier results; the results are whole" in told
+    assert "), and the page there is of earlier results; the results are complete" in told
 
 
 def test_bibtex_has_the_facts_of_the_citation_file():

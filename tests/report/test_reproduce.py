@@ -109,7 +109,7 @@ def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
     stored = [STORED / "analyses" / name for name in ("qwen3-start", "qwen3-bupo")]
     made = compare(*stored)
     place = made.save(tmp_path / "compare--x")
-    write_reports([made], place, tell=False)
+    write_reports([made], place, announce=False)
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
