@@ -40,15 +40,9 @@ class Target:
 def list_targets(
     model: str | None, revisions: str | Sequence[str] = (), checkpoints: str | Path | Iterable[str | Path] = ()
 ) -> list[Target]:
-    """List the checkpoints of a sweep.
+    """List the checkpoints of a sweep: revisions in the given order, or directories in natural order.
 
-    Args:
-        model: the hub model of the revisions, or the model from which the training of the checkpoints started.
-        revisions: branches, tags or commits of it, in order.
-        checkpoints: directories and globs; see `find_checkpoints`.
-
-    Returns:
-        Revisions in the given order, or directories in natural order, after the model if there is one.
+    A model with `checkpoints` (see `find_checkpoints`) is the one from which their training started; it comes first.
 
     Raises:
         UserError: no checkpoints, both kinds, or a directory that is not a checkpoint.

@@ -33,13 +33,8 @@ SAMPLING_OPTIONS = (
 def find_finished(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool = False) -> list[Analysis] | None:
     """Find the analyses that a command would make again, without loading a model.
 
-    Args:
-        configs: the settings of one analysis or several.
-        root: contains a directory for each analysis.
-        follow: whether the later analyses read the responses of the first.
-
-    Returns:
-        All of them; None if one is missing, or if the model has to be loaded to decide.
+    With `follow` the later analyses read the responses of the first. The result is None if one is missing, or if the
+    model has to be loaded to decide.
 
     Raises:
         UserError: an analysis with other settings, or a broken one.

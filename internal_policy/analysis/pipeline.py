@@ -104,9 +104,9 @@ def analyze(
     """
     refuse_unknown(AnalyzeConfig, options)
     in_memory = registry.is_object(model, tokenizer, options)
-    most = options.get("max_responses")
-    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
-    responses = as_source(responses, "responses", most)
+    limit = options.get("max_responses")
+    prompts = as_source(prompts, limit=limit or DEFAULT_RESPONSES)
+    responses = as_source(responses, "responses", limit)
     name = registry.name_of(model) if in_memory else str(model)
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}

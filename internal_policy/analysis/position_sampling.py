@@ -90,12 +90,7 @@ def capture_in_rounds(
 ) -> CaptureResult:
     """Analyse positions until every half-width is under the tolerance, or there are no more.
 
-    Args:
-        config: the settings, with a tolerance.
-        responses: all responses, in order.
-        run: analyses a batch.
-        workspace: where the portions are stored.
-        state: the processes; all take the same decisions.
+    `run` analyses a batch. All processes take the same decisions.
 
     Raises:
         UserError: out of memory, or the processes share no directory.
@@ -169,8 +164,8 @@ def _capture_round(
 ) -> Floats:
     """One round's numbers in the order of the chosen positions, [n, L * Q + 2]."""
     ordered = np.sort(chosen)
-    concerned, first = np.unique(design.response[ordered], return_index=True)
-    positions = dict(zip(concerned.tolist(), np.split(ordered, first[1:]), strict=True))
+    sampled, first = np.unique(design.response[ordered], return_index=True)
+    positions = dict(zip(sampled.tolist(), np.split(ordered, first[1:]), strict=True))
 
     def capture(batch: list[int]) -> Arrays:
         reduced = run_with_oom_retry([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
@@ -185,14 +180,14 @@ def _capture_round(
         description=f"analysing responses, round {number}",
         processes=state,
     )
-    there = np.concatenate([shard["positions"] for shard in shards])
-    if not np.array_equal(np.sort(there), ordered):
+    captured = np.concatenate([shard["positions"] for shard in shards])
+    if not np.array_equal(np.sort(captured), ordered):
         raise UserError(
             f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as "
             "another version of internal_policy or numpy may choose; add --overwrite to start over, or choose another "
             "--output directory"
         )
-    values = np.concatenate([shard["values"] for shard in shards])[np.argsort(there)]
+    values = np.concatenate([shard["values"] for shard in shards])[np.argsort(captured)]
     return values[np.searchsorted(ordered, chosen)].astype(np.float64)
 
 

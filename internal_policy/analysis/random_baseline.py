@@ -65,9 +65,6 @@ def add_baseline(
         capture: analyses responses, writing its portions to a workspace.
         state: the processes.
 
-    Returns:
-        The analysis with its baseline.
-
     Raises:
         UserError: the weights cannot be made, or eq. 4 does not hold for them.
     """

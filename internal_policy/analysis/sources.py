@@ -36,10 +36,10 @@ def load_analyses(directory: str | Path) -> list[Analysis]:
     Raises:
         UserError: no analysis there, or a broken one.
     """
-    return gather([directory])
+    return collect_analyses([directory])
 
 
-def gather(sources: Iterable[Any]) -> list[Analysis]:
+def collect_analyses(sources: Iterable[Any]) -> list[Analysis]:
     """Collect analyses from analyses, directories, or lists of them; a directory of several yields all of them.
 
     Those of one directory are ordered by the training steps in their names if all differ, otherwise in natural
@@ -56,11 +56,11 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
             found.append(source)
         elif isinstance(source, (str, Path)):
             directory = expanded(source)
-            if len(given) > 1 and only_figures(directory):
+            if len(given) > 1 and has_only_figures(directory):
                 continue
             found += _sort_by_step([Analysis.load(path) for path in _analysis_dirs(directory)])
         elif isinstance(source, Iterable) and not isinstance(source, Mapping):
-            found += gather(source)
+            found += collect_analyses(source)
         else:
             raise UserError(
                 f"got a {type(source).__name__} to compare; needed are analyses or directories that analyze wrote"
@@ -142,7 +142,7 @@ def training_steps(
     return [float(i) for i in range(len(analyses))], "order", "step"
 
 
-def without_step(analyses: Sequence[Analysis]) -> list[int]:
+def indices_without_step(analyses: Sequence[Analysis]) -> list[int]:
     """Indices of the analyses whose names contain no step."""
     return [i for i, analysis in enumerate(analyses) if _step_in_name(analysis) is None]
 
@@ -157,7 +157,7 @@ def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
     return found
 
 
-def arrange(
+def label_and_order(
     analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
 ) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
     """Label analyses, find their steps, and put the model from which the training started first.
@@ -172,7 +172,7 @@ def arrange(
     """
     names = unique_labels(analyses, labels)
     numbers, steps_from, unit = training_steps(analyses, steps)
-    start = without_step(analyses) if steps_from == "name" else []
+    start = indices_without_step(analyses) if steps_from == "name" else []
     order = [*start, *(i for i in range(len(analyses)) if i not in start)]
     return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from, unit
 
@@ -198,7 +198,7 @@ def _analysis_dirs(directory: Path) -> list[Path]:
     return [directory]
 
 
-def only_figures(directory: Path) -> bool:
+def has_only_figures(directory: Path) -> bool:
     """Whether a directory contains only the figures that a command wrote next to its results."""
     empty = _analysis_dirs(directory) == [directory] and not (directory / MANIFEST).is_file()
     return directory.name == _FIGURES_DIR and directory.is_dir() and empty

@@ -73,9 +73,9 @@ def sweep(
     found = list_targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
-    most = options.get("max_responses")
-    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
-    given = as_source(responses.sequences if isinstance(responses, Analysis) else responses, "responses", most)
+    limit = options.get("max_responses")
+    prompts = as_source(prompts, limit=limit or DEFAULT_RESPONSES)
+    given = as_source(responses.sequences if isinstance(responses, Analysis) else responses, "responses", limit)
     refuse_unknown(AnalyzeConfig, options)
     if "revision" in options:
         raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")

@@ -69,15 +69,9 @@ def to_json(result: Any) -> dict[str, Any]:
 
 
 def require_paths(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
-    """Refuse paths that do not exist, before anything heavy is imported.
+    """Raise a `UserError` for paths that do not exist, before anything heavy is imported.
 
-    Args:
-        models: hub ids, directories and embedded models.
-        revision: of a hub model.
-        sources: files, hub data sets and benchmarks by name; None for the default.
-
-    Raises:
-        UserError: a directory without a model, or no such file.
+    `models` and `sources` may also be names on the hub, embedded models, benchmarks, or None for a default.
     """
     for model in models:
         locate(model, revision)

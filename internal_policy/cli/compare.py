@@ -42,15 +42,15 @@ class CompareCommand(OutputOptions):
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_options(self)
         from internal_policy.analysis.results import keep_one_lens
-        from internal_policy.analysis.sources import arrange, gather
+        from internal_policy.analysis.sources import collect_analyses, label_and_order
         from internal_policy.cli.display import show_comparison
         from internal_policy.comparison.results import compare
 
-        found = gather(self.directories)
+        found = collect_analyses(self.directories)
         kept, _ = keep_one_lens(found)
         # The baseline is counted in the order that is shown.
         label, step = list(self.label) or None, list(self.step) or None
-        analyses, labels, *_ = arrange(kept, label, step)
+        analyses, labels, *_ = label_and_order(kept, label, step)
         origin = 0 if self.baseline is None else _place(self.baseline, labels)
         root, figures = self.place(DATA)
         name = "compare--" + figure_name([(each, analyses[0].lens) for each in _names(analyses, labels)])

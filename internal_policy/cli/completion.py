@@ -50,12 +50,7 @@ _SCRIPTS["pwsh"] = _SCRIPTS["powershell"]
 def run(option: str, words: Sequence[str]) -> None:
     """Answer one of the options of completion.
 
-    Args:
-        option: ``--complete``, ``--show-completion`` or ``--install-completion``.
-        words: what follows it: the command line up to the cursor, or the name of a shell.
-
-    Raises:
-        UserError: an unknown shell.
+    `words` follow the option: the command line up to the cursor, or the name of a shell, which has to be a known one.
     """
     if option == "--complete":
         *before, at_cursor = words or ["."]

@@ -82,10 +82,7 @@ def show_line(analysis: Analysis) -> None:
 def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> None:
     """Print what each analysis found and how its entropy falls, on standard output.
 
-    Args:
-        title: printed above the table.
-        table: as ``Study.table``.
-        convergence: as ``convergence_table``, in the same order.
+    `table` is that of ``Study.table``, and `convergence` is in the same order.
     """
     columns = ["reading", "half_drop_depth", "last_three_share"]
     rows = pd.concat([table, convergence[columns].reset_index(drop=True)], axis=1)

@@ -25,7 +25,7 @@ class FiguresCommand(ConsoleOptions):
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
-        from internal_policy.analysis.sources import gather
+        from internal_policy.analysis.sources import collect_analyses
         from internal_policy.bupo.run import Run
         from internal_policy.cli import analyze, evaluate, inspect, train
         from internal_policy.cli.compare import redraw_command
@@ -36,7 +36,7 @@ class FiguresCommand(ConsoleOptions):
 
         kinds = [(kind_of(path), path) for path in map(expanded, self.directories)]
         # All are read before any is drawn, so that a bad one is refused at once.
-        held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
+        held = [(path, collect_analyses([path])) for kind, path in kinds if kind == "analysis"]
         analyses = [analysis for _, found in held for analysis in found]
         runs = [Run.load(path) for kind, path in kinds if kind == "run"]
         evaluations = [

@@ -34,7 +34,7 @@ class ReportCommand(WaitOptions):
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
-        from internal_policy.analysis.sources import only_figures
+        from internal_policy.analysis.sources import has_only_figures
         from internal_policy.cli.display import list_files
         from internal_policy.report import write_report
 
@@ -42,7 +42,7 @@ class ReportCommand(WaitOptions):
         named = [expanded(directory) for directory in self.directories]
         if len(named) > 1:
             # The shell expands DIR/* to the figures next to the results as well.
-            named = [directory for directory in named if not only_figures(directory)] or named
+            named = [directory for directory in named if not has_only_figures(directory)] or named
         loaded = [result for directory in named for result in _read(directory)]
         places = [place for result in loaded if (place := result.path) is not None]
         with locked(*places, wait=self.wait):
@@ -61,15 +61,10 @@ def write_reports(
     announce: bool = True,
     keep: bool = False,
 ) -> None:
-    """Write the page of each result that is on disk already.
+    """Write the page of each result into its directory, or into `directory` for a comparison.
 
-    A page that cannot be drawn is reported in one line, and the command continues.
-
-    Args:
-        results: on disk or, for a comparison, in memory.
-        directory: where the page of a comparison is written; the others are written into their own directories.
-        announce: whether to print where the page is.
-        keep: leave a page that was drawn after its result was written.
+    A page that cannot be drawn is reported in one line, and the command continues. With `keep`, a page that was drawn
+    after its result was written is left as it is. With `announce`, the path is printed.
     """
     from internal_policy.analysis.results import REPORT
     from internal_policy.cli.display import list_files
@@ -92,7 +87,7 @@ def write_reports(
             old = ", and the page there is of earlier results" if _exists(place / REPORT) else ""
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             logger.warning(
-                "%s: no %s could be written (%s)%s; the results are complete, and internal-policy report %s tries again",
+                "%s: no %s could be written (%s)%s; the results are complete, internal-policy report %s tries again",
                 *(place, REPORT, why, old, place),
             )
             logger.debug("%s", place, exc_info=error)

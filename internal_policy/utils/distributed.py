@@ -118,16 +118,8 @@ def run_with_oom_retry(
 ) -> list[Result]:
     """Run a batch; if memory runs out, run its two halves instead, down to single items.
 
-    Args:
-        items: the batch.
-        run: returns one result for each item, in order.
-        advice: what the user can do if a single item does not fit.
-
-    Returns:
-        One result for each item, in order.
-
-    Raises:
-        UserError: a single item does not fit.
+    `run` returns one result for each item, in order, and so does this function. If a single item does not fit, a
+    `UserError` gives the advice.
     """
     try:
         return run(items)

@@ -23,12 +23,8 @@ _MAX_CHARACTERS = 200
 def card(kind: str, name: str, facts: Iterable[str] = (), table: pd.DataFrame | None = None, note: str = "") -> str:
     """Return a result as HTML without scripts, style sheets or anything from a network.
 
-    Args:
-        kind: the kind of result.
-        name: its name.
-        facts: short texts, shown on one line; empty ones are left out.
-        table: its numbers, already formatted.
-        note: units and whatever else a reader needs, shown below the table.
+    Empty facts are left out; the others are shown on one line. The cells of the table are already formatted; the note
+    with its units is shown below it.
     """
     parts = [f"<div><b>{_text(kind)}</b> {_text(name)}</div>"]
     parts += [f"<div>{line}</div>"] if (line := " · ".join(_text(fact) for fact in facts if fact)) else []

@@ -35,10 +35,10 @@ _NOT_WRITABLE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, e
 
 @contextmanager
 def locked(*directories: Path, wait: bool = False, state: Processes | None = None) -> Iterator[None]:
-    """Keep other processes from writing to directories.
+    """Keep other processes from writing to directories, which are made if they do not exist and removed if still empty.
 
     Args:
-        *directories: made if they do not exist, and removed again if nothing was written to them.
+        *directories: the directories.
         wait: if another process writes to one of them, wait until it has ended.
         state: the processes of this run, of which the main one holds the locks; by default there is only this one.
 

@@ -91,17 +91,10 @@ def option(
     completions: Iterable[str] = (),
     positional: bool = False,
 ) -> Any:
-    """Declare an option with more properties than a type and a default.
+    """Declare an option with more properties than a type and a default; without a default it is required.
 
-    Args:
-        default: the default; none makes the option required.
-        choices: the values that it may have, if the type does not list them.
-        least: the smallest number that it may be.
-        completions: values that a shell offers.
-        positional: whether the command line takes its values without a flag.
-
-    Returns:
-        The field of the dataclass.
+    `choices` are its possible values, if the type does not list them, `completions` further values that a shell offers.
+    The command line takes the values of a `positional` option without a flag.
     """
     metadata = {"choices": choices, "least": least, "completions": completions, "positional": positional}
     return field(default=default, metadata=metadata)
@@ -243,14 +236,8 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
     """Make a function's signature and docstring name the fields of dataclasses that it takes as ``**options``.
 
     ``help``, the completion of a notebook and the documentation then show each option as the dataclass declares it.
-
-    Args:
-        configs: the dataclasses.
-        without: fields that are not options of the function.
-        more: whether the function takes further options, which its docstring describes under ``**options``.
-
-    Returns:
-        A decorator for a function whose last parameter is ``**options``.
+    Fields in `without` are not options of the function. With `more` it takes further options, which its docstring
+    describes under ``**options``, its last parameter.
     """
 
     def show(function: Function) -> Function:
@@ -291,11 +278,8 @@ def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> 
 def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collection[str] = ()) -> list[str]:
     """Write the words of the command line that give some settings, not yet quoted for a shell.
 
-    Args:
-        config: a dataclass of options.
-        settings: values by name, as ``dataclasses.asdict`` or a stored manifest has them; names that are not options
-            of the dataclass are left out.
-        always: options that are written although they have their default; all others with it are left out.
+    `settings` are values by name, as ``dataclasses.asdict`` or a stored manifest has them. Names that are not options
+    of the dataclass are left out, and so are options that have their default, except those in `always`.
     """
     positional: list[str] = []
     words: list[str] = []

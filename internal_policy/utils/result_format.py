@@ -185,13 +185,8 @@ def is_up_to_date(
 ) -> bool:
     """Whether a finished result was made from the present files, by the present versions of the libraries.
 
-    Args:
-        config: of the result; ``files`` is the `source_digest` when it was made.
-        versions: of the libraries when it was made, by name.
-        current_digest: returns the present `source_digest`; called last, because it reads the files.
-
-    Returns:
-        False also if that is unknown.
+    `config` and `versions` are those of the result. `current_digest` returns the present `source_digest`; it is called
+    last, because it reads the files.
     """
     if config.get("files") is None or config.get("hooked"):
         return False
@@ -203,17 +198,9 @@ def is_up_to_date(
 def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> str | None:
     """Digest the files from which a result is made: a model's, its inputs, and the code of this package.
 
-    Reading them takes milliseconds for the embedded models and needs neither torch nor transformers. If the result
-    depends on more than files on this disk, there is no digest: the model is loaded and compared by its weights.
-
-    Args:
-        model: directory of the checkpoint.
-        inputs: the other files that are read.
-        device: on which the model is loaded.
-
-    Returns:
-        64 hexadecimal digits; None if a file is missing, or if the result also depends on a GPU or on
-        another library.
+    Reading them takes milliseconds for the embedded models and needs neither torch nor transformers. The digest is None
+    if a file is missing, or if the result also depends on a GPU or on another library: the model is then loaded and
+    compared by its weights.
     """
     if not _is_cpu(device) or not model.is_dir() or (model / "adapter_config.json").exists():
         return None

@@ -65,17 +65,17 @@ class Workspace:
             )
 
     def open(self, identity: Mapping[str, Any], overwrite: bool) -> bool:
-        """Begin a run, or resume the one that was interrupted.
+        """Begin a run, or resume the one that was interrupted, setting aside its damaged portions.
 
         Args:
             identity: all settings that determine the numbers, and digests of weights and inputs.
             overwrite: delete what an earlier run left there.
 
         Returns:
-            True if an interrupted run is resumed. Damaged portions of it have been set aside.
+            True if an interrupted run is resumed.
 
         Raises:
-            UserError: not writable, or the interrupted run was of something else.
+            UserError: not writable, or the interrupted run had another identity.
         """
         path = self.work / _RUN_FILE
         try:
