@@ -19,8 +19,8 @@ _HEAD = """\
 <!-- Written by `python docs/command_line.py`; a test compares this page with the commands. -->
 
 `internal-policy COMMAND --help` prints the same, `internal-policy --version` the version, and
-`internal-policy --install-completion` teaches the shell to complete commands and options. An error that you can mend is
-one line on standard error and exit code 2; an interrupted command exits with 130, and the same command goes on where it
+`internal-policy --install-completion` teaches the shell to complete commands and options. An error that you can fix is
+one line on standard error and exit code 2; an interrupted command exits with 130, and the same command resumes where it
 stopped.
 """
 _SPECIAL = re.compile(r"([\\`*_\[\]|<>$])")

@@ -1,7 +1,7 @@
 """The checkpoints of a sweep: revisions of a hub model, or directories found by globs, in natural order.
 
-TRL numbers checkpoints by optimiser updates, and a step is a batch of rollouts with all updates on it. Trainings by
-``bupo`` write into each checkpoint how many updates a step has; other checkpoints do not contain it.
+TRL numbers checkpoints by optimiser updates, and a step is a batch of rollouts with all updates on it. Trainings with
+``bupo`` store in each checkpoint how many updates a step has; other checkpoints do not contain it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from internal_policy.utils.io import expanded
 
 _CHECKPOINT = "checkpoint-*"
 STATE = "trainer_state.json"
-RECORD = "StepCallback"
-"""Below ``stateful_callbacks`` in the trainer's state: the name of the callback that writes it."""
+STEP_CALLBACK = "StepCallback"
+"""The key, in ``stateful_callbacks`` of the trainer's state, of the callback that stores the updates per step."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,12 @@ class Target:
         return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
 
-def targets(
+def list_targets(
     model: str | None, revisions: str | Sequence[str] = (), checkpoints: str | Path | Iterable[str | Path] = ()
 ) -> list[Target]:
-    """List the checkpoints of a sweep.
+    """List the checkpoints of a sweep: revisions in the given order, or directories in natural order.
 
-    Args:
-        model: the model whose revisions they are, or the model that the training of the checkpoints began with.
-        revisions: branches, tags or commits of it, in order.
-        checkpoints: directories and globs; see `find_checkpoints`.
-
-    Returns:
-        The checkpoints: revisions in the given order; directories in natural order, after the model if there is one.
+    A model with `checkpoints` (see `find_checkpoints`) is the one from which their training started; it comes first.
 
     Raises:
         UserError: no checkpoints, both kinds, or a directory that is not a checkpoint.
@@ -68,16 +62,10 @@ def targets(
 
 
 def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
-    """Find checkpoints on disk.
+    """Find checkpoints on disk by directories and shell globs, in natural order (checkpoint-5 before checkpoint-10).
 
-    A directory that holds ``checkpoint-*`` directories, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does,
-    stands for these; a final model next to them is ignored, because the last checkpoint is the same.
-
-    Args:
-        patterns: directories, and globs as a shell has them.
-
-    Returns:
-        The checkpoints, each once, in natural order: checkpoint-5, checkpoint-10, checkpoint-100.
+    A directory that contains ``checkpoint-*``, or ``checkpoints/checkpoint-*`` as a run of ``bupo`` does, is replaced
+    by these; a final model next to them is ignored, because the last checkpoint is the same.
 
     Raises:
         UserError: a pattern that matches nothing, or a directory that is not a checkpoint.
@@ -86,12 +74,12 @@ def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
     for pattern in patterns:
         if not str(pattern):
             raise UserError("--checkpoints is empty; name a training run's directory, or quote a glob")
-        for path in _matches(str(expanded(pattern))):
-            found |= {checkpoint.resolve(): checkpoint for checkpoint in _inside(path)}
+        for path in _match(str(expanded(pattern))):
+            found |= {checkpoint.resolve(): checkpoint for checkpoint in _checkpoints_in(path)}
     return sorted(found.values(), key=lambda path: natural_key(str(path)))
 
 
-def _matches(pattern: str) -> list[Path]:
+def _match(pattern: str) -> list[Path]:
     if Path(pattern).exists():
         return [Path(pattern)]
     if matches := glob.glob(pattern, recursive=True):  # noqa: PTH207 - pathlib refuses absolute patterns.
@@ -102,15 +90,15 @@ def _matches(pattern: str) -> list[Path]:
     raise UserError(f"--checkpoints {pattern}: no such directory; {advice or 'name a run or its checkpoints'}")
 
 
-def _inside(path: Path) -> list[Path]:
-    """The checkpoints in a directory, or the directory itself."""
+def _checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoints in a directory, or the directory itself if it is one."""
     for place in (path, path / "checkpoints"):
-        if held := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
-            return [checkpoint for p in held for checkpoint in _itself(p)]
-    return _itself(path)
+        if inside := [p for p in place.glob(_CHECKPOINT) if p.is_dir()]:
+            return [checkpoint for p in inside for checkpoint in _require_checkpoint(p)]
+    return _require_checkpoint(path)
 
 
-def _itself(path: Path) -> list[Path]:
+def _require_checkpoint(path: Path) -> list[Path]:
     if (path / "config.json").is_file():
         return [path]
     if (path / "adapter_config.json").is_file():
@@ -126,8 +114,8 @@ def _itself(path: Path) -> list[Path]:
     )
 
 
-def refuse_one_place(configs: Iterable[AnalyzeConfig]) -> None:
-    """Refuse different models whose analyses would be written to one directory; the same twice is allowed."""
+def require_distinct_outputs(configs: Iterable[AnalyzeConfig]) -> None:
+    """Refuse different models whose analyses would be written to one directory; repeating a model is allowed."""
     taken: dict[str, tuple[Any, ...]] = {}
     for config in configs:
         model = config.model, config.revision
@@ -142,7 +130,7 @@ def training_record(model: str | Path) -> dict[str, int] | None:
     """The ``updates`` and ``updates_per_step`` in the trainer's state of a checkpoint; None without both."""
     try:
         state = json.loads((expanded(model) / STATE).read_text(encoding="utf-8"))
-        per_step = state["stateful_callbacks"][RECORD]["args"]["updates_per_step"]
+        per_step = state["stateful_callbacks"][STEP_CALLBACK]["args"]["updates_per_step"]
         return {"updates": int(state["global_step"]), "updates_per_step": int(per_step)}
     except (OSError, ValueError, KeyError, TypeError):
         return None

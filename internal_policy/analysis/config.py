@@ -34,7 +34,7 @@ class PromptOptions:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     template: str = option("chat", choices=TEMPLATES)
-    """How a prompt is put to the model: the tokenizer's own chat template (plain text where it has none), plain text,
+    """How a prompt is put to the model: the tokenizer's own chat template (plain text if it has none), plain text,
     or a template of the paper; qwen3 is the non-thinking one."""
 
 
@@ -82,7 +82,7 @@ class BatchOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """How the states of a model are captured, and where its layers are."""
+    """How the states of a model are captured, and on which devices its layers are."""
 
     backend: str = option("hooks", choices=BACKENDS)
     """What captures the states. The backends agree to float32 rounding."""
@@ -115,9 +115,9 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     """Hub data set id, or a parquet, jsonl or json file. Default: MATH-500, or the embedded tasks for an embedded
     model."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: test where there is one, or the first."""
+    """Split of a hub data set. Default: test if there is one, or the first."""
     responses: str | None = None
-    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) to analyse in place of
+    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) to analyse instead of
     sampled ones."""
     max_responses: int | None = option(None, least=1)
     """Largest number of responses. Default: 256 when they are sampled, all when they are given."""
@@ -187,8 +187,8 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
         """The settings that determine the numbers together with weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor
-            whether a baseline is added. The portions count for 8bit, whose rounding depends on them.
+            JSON-able fields without the device, the batch size, the spelling of a path and whether a baseline is added.
+            The batch size is included for 8bit, whose rounding depends on it.
         """
         settings = asdict(self)
         for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline"):
@@ -199,29 +199,13 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
 
 
 def require_revision(revision: str | None) -> None:
-    """Refuse an empty revision.
-
-    Args:
-        revision: branch, tag or commit, or None.
-
-    Raises:
-        UserError: it is empty.
-    """
+    """Raise a `UserError` if a revision is empty."""
     if revision == "":
         raise UserError("--revision is empty; needed is a branch, tag or commit on the hub, or leave it out")
 
 
 def slug_of(model: str, revision: str | None = None, lens: Lens = DEFAULT_LENS) -> str:
-    """Name a model, and a lens other than the default, for a path.
-
-    Args:
-        model: hub id, directory or embedded model.
-        revision: on the hub.
-        lens: the lens.
-
-    Returns:
-        ``Qwen--Qwen3-4B``, ``testbed--qwen3--logit-lens``.
-    """
+    """A path-safe name of a model, and of a lens other than the default: ``Qwen--Qwen3-4B``, ``model--logit-lens``."""
     path = Path(model)
     parts = _last_parts(path.resolve()) if path.exists() else tuple(model.split("/"))
     name = "--".join(p for p in parts if p not in {"/", ""})

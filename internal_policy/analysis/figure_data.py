@@ -1,4 +1,4 @@
-"""The numbers in the figures, as tidy tables: what `figures` draws and nothing else."""
+"""The numbers in the figures, as tidy tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ModuleSite = Literal["attn", "ffn"]
 T = TypeVar("T")
 OneOrMany: TypeAlias = T | Iterable[T]
-"""What the figures take: one result, or several."""
+"""The argument of a figure: one result, or several."""
 
 SITE_LABELS: dict[ModuleSite, str] = {"attn": "ATTN", "ffn": "FFN"}
 SMOOTH = 5
@@ -29,35 +29,35 @@ FLOW_POINTS = (
     ("FFN", "ffn", "entropy_out", 0.125),
     ("output", "layer", "entropy_out", 0.375),
 )
-"""Point, site and column it is read from, and where it stands about its layer's tick, layers."""
+"""Point, its site and column, and its offset from the tick of its layer, in layers."""
 
 
 def listed(given: T | Iterable[T]) -> list[T]:
-    """What a figure was given, one result or several, as a list."""
+    """One result or several as a list."""
     return list(given) if isinstance(given, Iterable) else [given]
 
 
 def trailing_mean(values: pd.Series, window: int) -> pd.Series:
-    """Smooth a quantity over the steps of a training by what came before each step, never by what came after it.
+    """Smooth a quantity over the steps of a training, using only the steps up to each step.
 
-    Step 1 samples from the model that no update has changed yet. It stays as it is, and no mean reaches back to it.
+    Step 1 samples from the model before any update. It is not smoothed, and no mean includes it.
 
     Args:
-        values: A value for each step, with the steps as a sorted index; NaN where it was not measured.
-        window: Steps in the mean; there are fewer behind the first ones.
+        values: A value for each step, with the steps as a sorted index; NaN if it was not measured.
+        window: Steps in the mean; fewer at the beginning.
 
     Returns:
-        The same steps; NaN where there was none.
+        The same steps; NaN if there was none.
     """
     trained = values[values.index > FIRST_STEP]
-    # Where a step was not measured there is nothing to draw, however near its neighbours are.
+    # A step that was not measured is not drawn, even if its neighbours were.
     means = trained.rolling(window, min_periods=1).mean().where(trained.notna())
     smoothed: pd.Series = pd.concat([values[values.index <= FIRST_STEP], means])
     return smoothed
 
 
 def window_for(n_steps: int, window: int) -> int:
-    """The window of a trailing mean; 1 where the longest training has too few steps for two different means."""
+    """The window of a trailing mean; 1 if the longest training has too few steps for two different means."""
     return window if n_steps >= window + FIRST_STEP + 1 else 1
 
 
@@ -185,7 +185,7 @@ def _flow_rows(analysis: Analysis) -> pd.DataFrame:
 
 
 def policy_gap(n_layers: int) -> float:
-    """Return the width of the strip after the last layer in which the policy stands, layers."""
+    """Return the width of the strip after the last layer that shows the policy, in layers."""
     return max(1.0, 0.07 * n_layers)
 
 

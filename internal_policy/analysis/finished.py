@@ -27,19 +27,14 @@ RESPONSES = "responses.jsonl"
 SAMPLING_OPTIONS = (
     *("prompts_split", "max_responses", "samples_per_prompt", "max_new_tokens", "temperature", "generator"),
 )
-"""Settings without a meaning where responses are given, which were chosen with them."""
+"""Settings that have no meaning if responses are given."""
 
 
 def find_finished(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool = False) -> list[Analysis] | None:
     """Find the analyses that a command would make again, without loading a model.
 
-    Args:
-        configs: the settings of one analysis or several.
-        root: holds a directory for each analysis.
-        follow: whether the later analyses read the responses of the first.
-
-    Returns:
-        All of them; None where one is missing, or where the model has to be loaded to tell.
+    With `follow` the later analyses read the responses of the first. The result is None if one is missing, or if the
+    model has to be loaded to decide.
 
     Raises:
         UserError: an analysis with other settings, or a broken one.
@@ -64,14 +59,7 @@ def find_finished(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool 
 
 
 def load_finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
-    """Load the analysis that is already in a directory.
-
-    Args:
-        config: the settings that are asked for.
-        directory: of the analysis.
-
-    Returns:
-        The analysis; None where there is none.
+    """Load the analysis that is already in a directory; None if there is none.
 
     Raises:
         UserError: an analysis with other settings, or a broken one.
@@ -98,11 +86,7 @@ def report_finished(directory: Path) -> None:
 def config_digest(config: AnalyzeConfig) -> str | None:
     """Digest the files from which an analysis is made: the model's, its prompts or responses, and this package's code.
 
-    Args:
-        config: the settings.
-
-    Returns:
-        64 hexadecimal digits; None where something else decides too: the hub, a GPU, another library, remote code.
+    The digest is None if the result depends on more: the hub, a GPU, another library, remote code.
     """
     elsewhere = ("backend", "remote", "generator", "device_map", "quantization", "trust_remote_code", "revision")
     if any(getattr(config, name) != getattr(DEFAULTS, name) for name in elsewhere):
@@ -114,13 +98,8 @@ def config_digest(config: AnalyzeConfig) -> str | None:
 def source_digest(model: str, inputs: Iterable[str | None], device: str = "auto") -> str | None:
     """Digest the files of a model by its name, those of its inputs, and the code of this package.
 
-    Args:
-        model: local directory, or embedded model.
-        inputs: files; ``testbed`` for the embedded tasks, which are also the default (None) of an embedded model.
-        device: on which the model is loaded.
-
-    Returns:
-        As ``result_format.source_digest``; None also where an input is on the hub.
+    `inputs` are files, or ``testbed`` for the embedded tasks, which are also the default (None) of an embedded model.
+    The result is that of ``result_format.source_digest``; also None if an input is on the hub.
     """
     embedded = model in testbed.NAMES and not Path(model).exists()
     # The embedded tasks are code of this package.

@@ -23,23 +23,20 @@ from internal_policy.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_MANY_UNKNOWN = 0.05
-"""With a larger share of unknown tokens a text is not in the tokenizer's language."""
+_MAX_UNKNOWN_SHARE = 0.05
+"""A text with a larger share of unknown tokens is not in the tokenizer's language."""
 
 Source = str | Path | Iterable[Any]
 """A name, a path, or the records themselves: a list, a DataFrame, a Series, a generator."""
 
 
 def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -> str | list[Any] | None:
-    """Convert a user's source of records to a name or a list.
+    """Convert a user's source of records to a name or a list; None stays None.
 
     Args:
         source: a name or path, or records.
-        what: the argument's name.
+        what: the argument's name, for messages.
         limit: the most records that are taken from an iterable without a length, such as a stream.
-
-    Returns:
-        The name, or a list of records; None stays None.
 
     Raises:
         UserError: no sequence of records: a dict of splits or columns, or a set.
@@ -51,7 +48,7 @@ def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -
         return list(rows.to_dict("records"))
     kind = type(source).__name__
     if isinstance(source, Mapping):
-        # Such as a DatasetDict, whose iteration gives its keys.
+        # For example a DatasetDict, whose iteration gives its keys.
         keys = ", ".join(repr(key) for key in list(source)[:4])
         raise UserError(
             f"{what} is a {kind} with {keys or 'nothing in it'}; needed is a list of records: choose one entry of a "
@@ -75,11 +72,9 @@ class Inputs:
     reward: Callable[[str, str], bool] | None = None
 
     def digest(self) -> str:
-        """Digest what was read, so that a changed file of the same name is noticed.
+        """Digest what was read, in 16 hexadecimal digits, so that a changed file of the same name is noticed.
 
-        Returns:
-            16 hexadecimal digits: of the ids of prompts, or of all fields of ready responses, because their texts and
-            rewards are stored in the result.
+        It covers the ids of prompts, or all fields of ready responses: the result stores their texts and rewards.
         """
         read: list[Any] = [r.prompt_ids for r in self.requests] or [asdict(r) for r in self.responses]
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
@@ -100,16 +95,16 @@ def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
     return own == words
 
 
-def _warn_of_unknown(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
-    """Warn where much of the text is not in the tokenizer's vocabulary."""
+def _warn_about_unknown_tokens(model: LanguageModel, sequences: Iterable[Sequence[int]]) -> None:
+    """Warn if much of the text is not in the tokenizer's vocabulary."""
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     if unknown is None:
         return
     ids = np.concatenate([np.asarray(s) for s in sequences])
     share = float((ids == unknown).mean())
-    if share > _MANY_UNKNOWN:
+    if share > _MAX_UNKNOWN_SHARE:
         logger.warning(
-            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, and the numbers say little",
+            "%.0f%% of the tokens are %s: the tokenizer of %s does not know this text, so the numbers mean little",
             *(100 * share, model.tokenizer.unk_token, model.name),
         )
 
@@ -122,22 +117,12 @@ def gather_inputs(
 ) -> Inputs:
     """Read and check the inputs, before anything long runs.
 
-    Args:
-        config: the settings.
-        model: the model that is analysed.
-        prompts: the source of the prompts; the default for this model where both are None.
-        responses: ready responses.
-
-    Returns:
-        Requests to sample, or responses.
-
-    Raises:
-        UserError: bad input.
+    The default prompts of the model are used if both sources are None. Bad input raises a `UserError`.
     """
     if responses is not None:
         ready = read_responses(responses, model.tokenizer, config.template, limit=config.max_responses)
         check_responses(ready, model.vocab_size, model.max_length)
-        _warn_of_unknown(model, (r.input_ids for r in ready))
+        _warn_about_unknown_tokens(model, (r.input_ids for r in ready))
         return Inputs([], ready)
     if config.prompts_split is not None and isinstance(prompts, (str, list)) and _is_local(prompts):
         raise UserError(
@@ -155,7 +140,7 @@ def gather_inputs(
     )
     requests = list(islice(asked, wanted))
     check_prompt_lengths(requests, model)
-    _warn_of_unknown(model, (r.prompt_ids for r in requests))
+    _warn_about_unknown_tokens(model, (r.prompt_ids for r in requests))
     reward = None
     if source == TESTBED:
         from internal_policy.data import arithmetic as tasks

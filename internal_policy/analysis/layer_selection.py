@@ -50,7 +50,7 @@ _MAX_COST = np.array([1.0, 2.0, 1.0])
 _CHANGE_COST = 0.75
 _MIN_LAST = 0.5
 _MIN_SHARE, _MIN_SHARE_OF_GREATEST, _MIN_STDERRS = 0.12, 0.25, 3.0
-# E|x - median of three| for a standard normal x
+# E|x - median of three| for a standard normal x.
 _MEDIAN_OF_THREE_DISTANCE = 0.5642
 
 
@@ -60,7 +60,7 @@ class SelectionError(UserError, ValueError):
 
 @runtime_checkable
 class HasLayers(Protocol):
-    """What `select_layer` reads of an Analysis."""
+    """The attributes of an Analysis that `select_layer` reads."""
 
     layers: pd.DataFrame
     responses: pd.DataFrame
@@ -71,12 +71,12 @@ class Selection:
     """The boundary layer of a model, how sure it is and why. Layers are counted from 1."""
 
     boundary_layer: int | None
-    """Last layer of the exploration stage, which BuPO takes for its target layer; None where the model has none."""
+    """Last layer of the exploration stage, which is the target layer of BuPO; None if the model has none."""
     stages: tuple[str, ...]
     """Stage of each layer: "exploration", "integration" or "convergence"."""
     confidence: float | None
-    """Share of the resampled curves that give the same answer; None where nothing says how uncertain the curve is. From
-    an Analysis it covers the drawing of prompts and nothing else, such as the choice of the lens."""
+    """Share of the resampled curves that give the same answer; None if the uncertainty of the curve is unknown. From
+    an Analysis it covers the drawing of prompts only, and not, for example, the choice of the lens."""
     runner_up: int | None
     """The layer that the resamples give most often, apart from the boundary layer."""
     runner_up_share: float | None
@@ -88,7 +88,7 @@ class Selection:
     n_resamples: int = 1000
     """How many curves were drawn for the confidence."""
     n_prompts: int | None = None
-    """How many prompts they were drawn from; None where a plain curve was given, or where nothing was drawn."""
+    """How many prompts they were drawn from; None if a plain curve was given, or if nothing was drawn."""
 
     @property
     def agreement(self) -> str | None:
@@ -132,7 +132,7 @@ def select_layer(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Selection:
-    """Stages and boundary layer of a model, by the rule in this module's docstring.
+    """Find the stages and the boundary layer of a model, by the rule in this module's docstring.
 
     Args:
         x: an Analysis, or dH_FFN of layers 1..L in nats, [L].
@@ -242,7 +242,7 @@ def _explain(curve: Floats, stages: tuple[str, ...], answer: int | None) -> tupl
 
 
 def _nearest_to_exploring(curve: Floats) -> tuple[int, ...]:
-    """Ends of the positive runs, the greatest sum first; the highest layers where none is positive."""
+    """Ends of the positive runs, the greatest sum first; the highest layers if none is positive."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], curve > 0, [False]]).astype(np.int64)))
     runs = [(float(curve[start:end].sum()), int(end)) for start, end in edges.reshape(-1, 2)]
     if runs:
@@ -279,7 +279,7 @@ def classify(curves: Floats, stderr: Floats) -> tuple[Ints, Ints]:
     """
     largest = np.abs(curves).max(axis=1, keepdims=True)
     unit = np.where(largest > 0, largest, 1.0)
-    # rounded so that a tie is settled alike whatever the unit of the curve
+    # Rounded so that ties are resolved in the same way in every unit of the curve.
     x, errors = np.round(curves / unit, 12), np.round(stderr / unit, 12)
     steady = x.copy()
     steady[:, -1] = x[:, -2] if x.shape[1] > 1 else x[:, -1]
@@ -288,7 +288,7 @@ def classify(curves: Floats, stderr: Floats) -> tuple[Ints, Ints]:
 
 
 def _edges(x: Floats, steady: Floats, errors: Floats) -> Floats:
-    """Edge of the zero band on the side where each layer lies, [B, L]."""
+    """Edge of the zero band on the side of each layer, [B, L]."""
     up, down = np.maximum(steady, 0), np.maximum(-steady, 0)
     level_up, level_down = (
         (side**2).sum(1, keepdims=True) / np.maximum(side.sum(1, keepdims=True), 1e-300) for side in (up, down)

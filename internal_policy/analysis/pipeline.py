@@ -91,8 +91,8 @@ def analyze(
             ``read_responses``); ``analysis.sequences`` is one.
         output: directory for results; ``<output>/<slug>`` is written, and an interrupted run is resumed from there.
             Without it nothing is written.
-        overwrite: start over where the output directory holds another analysis.
-        wait: where another process writes there, start when it has ended.
+        overwrite: start over if the output directory contains another analysis.
+        wait: if another process writes there, start when it has ended.
         alone: analyse in this process only, even if a launcher started several.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -104,9 +104,9 @@ def analyze(
     """
     refuse_unknown(AnalyzeConfig, options)
     in_memory = registry.is_object(model, tokenizer, options)
-    most = options.get("max_responses")
-    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
-    responses = as_source(responses, "responses", most)
+    limit = options.get("max_responses")
+    prompts = as_source(prompts, limit=limit or DEFAULT_RESPONSES)
+    responses = as_source(responses, "responses", limit)
     name = registry.name_of(model) if in_memory else str(model)
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}
@@ -187,7 +187,7 @@ def _run(
         return finished
     # The main process changes the directory only after all others have read it.
     if state.on_main(begin) and state.is_main_process:
-        logger.warning("%s: going on with an unfinished analysis", directory)
+        logger.warning("%s: resuming an unfinished analysis", directory)
     with limit_threads(model):
         sampled = _generate(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, sampled, workspace, state)

@@ -2,7 +2,7 @@
 
 The first round takes some positions of every block of similar ones, the second as many as the variances of the first
 say are needed; a third is rare. Each round is one pass over the responses in which it has positions. The values of a
-round are on disk before the size of the next is chosen, and so is that size, so an interrupted run goes on with the
+round are on disk before the size of the next is chosen, and so is that size, so an interrupted run is resumed with the
 same positions.
 """
 
@@ -52,15 +52,10 @@ class PositionSample:
     half_widths: Floats
     """Half of the 95% interval of each change for what all positions would give, nats, [L, 3] in order of SITES."""
     few: int = 0
-    """How many of the half-widths rest on a few positions, so that they may miss more often than one time in 20."""
+    """Number of half-widths that rest on a few positions, so that they may miss more often than one time in 20."""
 
     def summary(self) -> dict[str, float | int | str]:
-        """What the manifest holds.
-
-        Returns:
-            tolerance, analysed, total, rounds, the largest half_width with its layer (from 1) and site, and how many
-            of the half-widths rest on a few positions.
-        """
+        """The entry of the manifest, with the layer (from 1) and site of the largest half-width."""
         layer, site = np.unravel_index(int(self.half_widths.argmax()), self.half_widths.shape)
         return {
             "tolerance": self.tolerance,
@@ -83,7 +78,7 @@ class CaptureResult:
     """``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2] of some responses; ``token_layers`` [n, L, Q] and
     ``token_policy`` [n, 2] of those that are kept token by token."""
     sample: PositionSample | None = None
-    """Which positions these are of; None where of all."""
+    """The analysed positions; None if all were analysed."""
 
 
 def capture_in_rounds(
@@ -95,26 +90,18 @@ def capture_in_rounds(
 ) -> CaptureResult:
     """Analyse positions until every half-width is under the tolerance, or there are no more.
 
-    Args:
-        config: the settings, with a tolerance.
-        responses: all responses, in order.
-        run: analyses a batch.
-        workspace: where the portions go.
-        state: the processes; all take the same decisions.
-
-    Returns:
-        Estimates for every response.
+    `run` analyses a batch. All processes take the same decisions.
 
     Raises:
         UserError: out of memory, or the processes share no directory.
     """
     tolerance = float(config.tolerance or 0)
     design = design_positions(responses, config.seed)
-    ends = [0, _settled(1, lambda: design.pilot, workspace, state)]
+    ends = [0, _agree_on_end(1, lambda: design.pilot, workspace, state)]
     values = np.zeros((0, 0))
     while True:
         chosen = design.order[ends[-2] : ends[-1]]
-        found = _round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
+        found = _capture_round(len(ends) - 1, chosen, design, config, responses, run, workspace, state)
         values = np.concatenate([values, found]) if len(values) else found
         estimated = estimate(design, _changes(values))
 
@@ -122,88 +109,12 @@ def capture_in_rounds(
             enough = is_precise_enough(design, known, tolerance)
             return last if enough else positions_needed(design, known, tolerance)
 
-        end = _settled(len(ends), next_end, workspace, state)
+        end = _agree_on_end(len(ends), next_end, workspace, state)
         if end == ends[-1]:
             break
         ends.append(end)
     half_widths = estimated.half_width.reshape(-1, len(SITES))
     few = int(estimated.rests_on_few(len(design.order)).sum())
-    return _captured(config, design, values, responses, tolerance, len(ends) - 1, half_widths, few)
-
-
-def _settled(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
-    """The number of positions up to the end of a round; that of the last round if there is no further one.
-
-    One process decides for all, and only once: the rounding of another machine or library could lead to another number,
-    and an interrupted round holds the positions that were chosen then.
-    """
-
-    def settle() -> int:
-        for settled in workspace.shards(f"end-{number}"):
-            return int(settled["end"])
-        end = choose()
-        workspace.write(f"end-{number}", 0, {"end": np.array(end)})
-        return end
-
-    return state.on_main(settle)
-
-
-def _round(
-    number: int,
-    chosen: Ints,
-    design: Design,
-    config: AnalyzeConfig,
-    responses: Sequence[Response],
-    run: Callable[[Sequence[PositionSubset]], list[TokenValues]],
-    workspace: Workspace,
-    state: Processes,
-) -> Floats:
-    """One round's numbers in the order of the chosen positions, [n, L * Q + 2]."""
-    ordered = np.sort(chosen)
-    concerned, first = np.unique(design.response[ordered], return_index=True)
-    positions = dict(zip(concerned.tolist(), np.split(ordered, first[1:]), strict=True))
-
-    def capture(batch: list[int]) -> Arrays:
-        reduced = run_with_oom_retry([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
-        rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
-        return {"positions": np.concatenate([positions[i] for i in batch]), "values": np.concatenate(rows)}
-
-    shards = workspace.run_stage(
-        f"capture-{number}",
-        {i: len(responses[i].input_ids) for i in positions},
-        config.batch_size,
-        capture,
-        description=f"analysing responses, round {number}",
-        processes=state,
-    )
-    there = np.concatenate([shard["positions"] for shard in shards])
-    if not np.array_equal(np.sort(there), ordered):
-        raise UserError(
-            f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as "
-            "another version of internal_policy or numpy may choose; add --overwrite to start over, or choose another "
-            "--output directory"
-        )
-    values = np.concatenate([shard["values"] for shard in shards])[np.argsort(there)]
-    return values[np.searchsorted(ordered, chosen)].astype(np.float64)
-
-
-def _changes(values: Floats) -> Floats:
-    """Entropy changes of eqs. 11-13, [n, 3 L]: the sites of layer 1, then those of layer 2."""
-    layers = values[:, :-2].reshape(len(values), -1, len(QUANTITIES))
-    into, out = ([QUANTITIES.index(f"{site}_{end}") for site in SITES] for end in ("in", "out"))
-    return (layers[:, :, out] - layers[:, :, into]).reshape(len(values), -1)
-
-
-def _captured(
-    config: AnalyzeConfig,
-    design: Design,
-    values: Floats,
-    responses: Sequence[Response],
-    tolerance: float,
-    rounds: int,
-    half_widths: Floats,
-    few: int,
-) -> CaptureResult:
     ordered = np.argsort(design.order[: len(values)])
     positions = design.order[: len(values)][ordered]
     tokens = np.split(
@@ -219,4 +130,69 @@ def _captured(
         "token_layers": kept[:, :-2].reshape(-1, *shape),
         "token_policy": kept[:, -2:],
     }
-    return CaptureResult([portion], PositionSample(tolerance, tokens, len(design.order), rounds, half_widths, few))
+    return CaptureResult(
+        [portion], PositionSample(tolerance, tokens, len(design.order), len(ends) - 1, half_widths, few)
+    )
+
+
+def _agree_on_end(number: int, choose: Callable[[], int], workspace: Workspace, state: Processes) -> int:
+    """The number of positions up to the end of a round; that of the previous round if there is no further one.
+
+    One process decides for all, and only once: the rounding of another machine or library could lead to another number,
+    and an interrupted round contains the positions that were chosen at its start.
+    """
+
+    def settle() -> int:
+        for settled in workspace.shards(f"end-{number}"):
+            return int(settled["end"])
+        end = choose()
+        workspace.write(f"end-{number}", 0, {"end": np.array(end)})
+        return end
+
+    return state.on_main(settle)
+
+
+def _capture_round(
+    number: int,
+    chosen: Ints,
+    design: Design,
+    config: AnalyzeConfig,
+    responses: Sequence[Response],
+    run: Callable[[Sequence[PositionSubset]], list[TokenValues]],
+    workspace: Workspace,
+    state: Processes,
+) -> Floats:
+    """One round's numbers in the order of the chosen positions, [n, L * Q + 2]."""
+    ordered = np.sort(chosen)
+    sampled, first = np.unique(design.response[ordered], return_index=True)
+    positions = dict(zip(sampled.tolist(), np.split(ordered, first[1:]), strict=True))
+
+    def capture(batch: list[int]) -> Arrays:
+        reduced = run_with_oom_retry([(responses[i], design.token[positions[i]]) for i in batch], run, MEMORY_ADVICE)
+        rows = [np.hstack([v.layers.reshape(len(v.layers), -1), v.policy]) for v in reduced]
+        return {"positions": np.concatenate([positions[i] for i in batch]), "values": np.concatenate(rows)}
+
+    shards = workspace.run_stage(
+        f"capture-{number}",
+        {i: len(responses[i].input_ids) for i in positions},
+        config.batch_size,
+        capture,
+        description=f"analysing responses, round {number}",
+        processes=state,
+    )
+    captured = np.concatenate([shard["positions"] for shard in shards])
+    if not np.array_equal(np.sort(captured), ordered):
+        raise UserError(
+            f"{workspace.directory}: the unfinished analysis holds other positions than round {number} has now, as "
+            "another version of internal_policy or numpy may choose; add --overwrite to start over, or choose another "
+            "--output directory"
+        )
+    values = np.concatenate([shard["values"] for shard in shards])[np.argsort(captured)]
+    return values[np.searchsorted(ordered, chosen)].astype(np.float64)
+
+
+def _changes(values: Floats) -> Floats:
+    """Entropy changes of eqs. 11-13, [n, 3 L]: the sites of layer 1, then those of layer 2."""
+    layers = values[:, :-2].reshape(len(values), -1, len(QUANTITIES))
+    into, out = ([QUANTITIES.index(f"{site}_{end}") for site in SITES] for end in ("in", "out"))
+    return (layers[:, :, out] - layers[:, :, into]).reshape(len(values), -1)

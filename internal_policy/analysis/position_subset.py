@@ -1,8 +1,8 @@
-"""Which positions stand for all of them under --tolerance, and how far means over them may be off.
+"""Which positions are analysed under --tolerance, and how uncertain the means over them are.
 
 A position is the state that predicts one response token. What a layer does there depends most on the tokens around it,
 and these are known before anything is analysed. So all positions of all responses are sorted by the token that is
-predicted, then by the one that is read, then by the two before it, and cut into blocks of about equal size, where
+predicted, then by the one that is read, then by the two before it, and cut into blocks of about equal size, if
 possible between different tokens. Within a block every position is equally likely, and each block contributes its
 share: a stratified random sample without replacement (Cochran, Sampling Techniques, sections 5.3 and 5.6). Each block
 contributes two or more in the first round, from which its variance is known without bias.
@@ -10,9 +10,9 @@ contributes two or more in the first round, from which its variance is known wit
 What is estimated is the mean over all M response tokens of the same responses. With N_h positions in block h, of which
 n_h were analysed, the estimate is sum_h N_h m_h / M, unbiased, and its variance is
 sum_h (N_h / M)^2 (1 / n_h - 1 / N_h) s_h^2 with the variance s_h^2 within the block (Cochran, eqs. 5.1 and 5.13). That
-tokens of one response are alike does not matter here: positions are drawn without regard to their response, and the
-responses are given. How much other responses would change the mean is what the standard errors of an analysis say,
-clustered by prompt.
+tokens of one response are similar does not matter here: positions are drawn without regard to their response, and the
+responses are given. The standard errors of an analysis, clustered by prompt, say how much other responses
+would change the mean.
 
 The estimate is unbiased for each n. But the n at which an analysis stops depends on the variance that it found, which
 for skewed values goes with the mean that it found; `_quantile` and the least numbers of positions keep that bias small.
@@ -34,23 +34,23 @@ from internal_policy.statistics import Floats, Ints
 Flags: TypeAlias = npt.NDArray[np.bool_]
 
 _PER_BLOCK = 32
-_MOST_BLOCKS = 512
-_FEW_BLOCKS = 40
-_FEWEST_PER_BLOCK = 4
-_FEWEST_FIRST = 400
-_MOST_FIRST = 1 / 4
-_SHORTEST, _LONGEST = 0.7, 1.4
+_MAX_BLOCKS = 512
+_MIN_BLOCKS = 40
+_MIN_PER_BLOCK = 4
+_MIN_PILOT = 400
+_MAX_PILOT_SHARE = 1 / 4
+_SHORTEST_BLOCK, _LONGEST_BLOCK = 0.7, 1.4
 _TOKENS_BEFORE = 3
-_STREAM = 5
-_LEVEL = 0.95
-_LUCK = 0.2
-"""Chance that the first round finds so little variance that the second, as large as that says, is too small."""
-_SEEN = 1024
-"""What has not varied among so many positions counts as constant; one sample in 20 misses three in a thousand."""
-_FEW = 0.1
-"""From this share on the correction for skewness says that a few values decide; it is a first-order one."""
-_NOTHING = 1e-9
-"""Below this a half-width is the rounding of a sum of equal values."""
+_SEED_STREAM = 5
+_CONFIDENCE = 0.95
+_SHORTFALL = 0.2
+"""Chance that the first round finds so little variance that the second, sized by it, is too small."""
+_ENOUGH_WITHOUT_VARIANCE = 1024
+"""A value without variance over so many positions counts as constant; one sample in 20 misses three in a thousand."""
+_WIDE = 0.1
+"""If the correction for skewness, which is of first order, widens an interval by more, it rests on a few values."""
+_ROUNDING = 1e-9
+"""A smaller half-width is the rounding error of a sum of equal values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +79,17 @@ class Design:
 
 
 def design_positions(responses: Sequence[Response], seed: int) -> Design:
-    """Lay out the positions of some responses.
+    """Lay out the positions of some responses, given in order.
 
-    Args:
-        responses: the responses, in order.
-        seed: of the random order; the same seed and responses give the same order, whatever computes them.
-
-    Returns:
-        The design.
+    The same seed and responses give the same random order on every machine.
     """
     lengths = [r.n_tokens for r in responses]
     response = np.repeat(np.arange(len(responses)), lengths)
     token = np.concatenate([np.arange(n) for n in lengths])
     total = len(token)
-    n_blocks = min(max(total // _PER_BLOCK, min(_FEW_BLOCKS, total // _FEWEST_PER_BLOCK), 1), _MOST_BLOCKS)
-    block = _blocks(_tokens_about(responses, response, token), n_blocks)
-    generator = np.random.default_rng(np.random.SeedSequence((seed, _STREAM)))
+    n_blocks = min(max(total // _PER_BLOCK, min(_MIN_BLOCKS, total // _MIN_PER_BLOCK), 1), _MAX_BLOCKS)
+    block = _blocks(_context_tokens(responses, response, token), n_blocks)
+    generator = np.random.default_rng(np.random.SeedSequence((seed, _SEED_STREAM)))
     sizes = np.bincount(block)
     shuffled = np.lexsort((generator.random(total), block))
     rank = np.empty(total)
@@ -102,11 +97,11 @@ def design_positions(responses: Sequence[Response], seed: int) -> Design:
     # With a random start in each block, the first n positions take the same share of all blocks, rounded at random.
     share = (rank + generator.random(len(sizes))[block]) / sizes[block]
     order = np.lexsort((share, rank >= 2))
-    pilot = max(int(np.minimum(sizes, 2).sum()), min(_FEWEST_FIRST, int(_MOST_FIRST * total)))
+    pilot = max(int(np.minimum(sizes, 2).sum()), min(_MIN_PILOT, int(_MAX_PILOT_SHARE * total)))
     return Design(response, token, block.astype(np.int64), order, pilot)
 
 
-def _tokens_about(responses: Sequence[Response], response: Ints, token: Ints) -> list[Ints]:
+def _context_tokens(responses: Sequence[Response], response: Ints, token: Ints) -> list[Ints]:
     """Ids of the token that each position predicts, of the one it reads, and of those before; -1 before the first."""
     padding = [-1] * _TOKENS_BEFORE
     ids = np.fromiter(chain.from_iterable((*padding, *r.input_ids) for r in responses), dtype=np.int64)
@@ -117,17 +112,17 @@ def _tokens_about(responses: Sequence[Response], response: Ints, token: Ints) ->
 
 
 def _blocks(keys: Sequence[Ints], n_blocks: int) -> Ints:
-    """Cut the sorted positions into about so many blocks, where the most significant key changes if one does nearby."""
+    """Cut the sorted positions into about `n_blocks` blocks, where the most significant key nearby changes."""
     total = len(keys[0])
     order = np.lexsort(keys[::-1])
     change = np.full(total, len(keys))
     for depth in reversed(range(len(keys))):
         change[1:][np.diff(keys[depth][order]) != 0] = depth
     wanted = total / n_blocks
-    shortest = max(int(np.ceil(_SHORTEST * wanted)), 2)
+    shortest = max(int(np.ceil(_SHORTEST_BLOCK * wanted)), 2)
     starts = np.zeros(total, dtype=np.int64)
     start = 0
-    while (last := min(start + int(_LONGEST * wanted), total - shortest)) >= start + shortest:
+    while (last := min(start + int(_LONGEST_BLOCK * wanted), total - shortest)) >= start + shortest:
         places = np.arange(start + shortest, last + 1)
         start = int(places[np.lexsort((np.abs(places - start - wanted), change[places]))[0]])
         starts[start] = 1
@@ -141,11 +136,11 @@ class Estimate:
     """Means over all positions, estimated from the first n of a design."""
 
     n: int
-    """How many positions this is from."""
+    """Number of analysed positions."""
     mean: Floats
     """[K]."""
     half_width: Floats
-    """Half of the 95% interval for what all positions would give, [K]; 0 where all were analysed."""
+    """Half of the 95% interval for what all positions would give, [K]; 0 if all were analysed."""
     spread: Floats
     """Variance within each block, [H, K]."""
     degrees: Floats
@@ -154,32 +149,22 @@ class Estimate:
     """Skewness of the values over all blocks, squared, [K]."""
 
     def rests_on_few(self, total: int) -> Flags:
-        """Find the half-widths that rest on a few positions, so that they miss more often than one time in 20.
-
-        Args:
-            total: how many positions there are.
+        """Find the half-widths that rest on a few of all positions, so that they miss more often than one time in 20.
 
         Returns:
             [K], true where skewness widens the interval by more than a tenth: in simulation such intervals hold 84
             to 93% of the time.
         """
-        few: Flags = _widening(self.skewness, self.n, total) > _FEW
+        few: Flags = _widening(self.skewness, self.n, total) > _WIDE
         return few
 
 
 def estimate(design: Design, values: Floats) -> Estimate:
-    """Estimate means over all positions.
+    """Estimate means over all positions from `values` [n, K] of the first n, in the order of the design.
 
     The degrees of freedom are Satterthwaite's, V^2 / sum_h (g_h^2 / (n_h - 1)) with the blocks' shares g_h of the
     variance V, less what estimating V and g_h adds to their squares: an estimated g_h^2 is (n_h + 1) / (n_h - 1) times
     too large, and V^2 by V's own variance, so that they are V^2 / sum_h (g_h^2 / (n_h + 1)) - 2; in one block, n - 1.
-
-    Args:
-        design: the positions.
-        values: of its first n positions, in its order, [n, K].
-
-    Returns:
-        The estimate.
     """
     n, total = len(values), len(design.order)
     sizes, taken = design.sizes[:, None], design.taken(n)[:, None]
@@ -209,65 +194,51 @@ def _shares(design: Design, n: int, spread: Floats) -> Floats:
 def _quantile(degrees: Floats, skewness: Floats, n: int, total: int) -> Floats:
     """Student's quantile, wider for values that are skewed, [K].
 
-    Where large values are rare, a sample that has too few of them finds too small a mean and too small a variance both.
+    If large values are rare, a sample with too few of them has both too small a mean and too small a variance.
     Of n values of skewness g the quantile z of a studentised mean grows by g^2 (z^4 + 2 z^2 - 3) / (18 n) of itself
     (Hall, The Bootstrap and Edgeworth Expansion, section 2.6); the term of the kurtosis would take some of it back.
     """
     from scipy.stats import t as scipy_t
 
-    at = (1 + _LEVEL) / 2
+    at = (1 + _CONFIDENCE) / 2
     return np.asarray(scipy_t.ppf(at, degrees)) * (1 + _widening(skewness, n, total))
 
 
 def _widening(skewness: Floats, n: int, total: int) -> Floats:
-    """By which share of itself the quantile grows with the skewness, [K]."""
+    """The relative growth of the quantile with the skewness, [K]."""
     from scipy.stats import norm
 
-    z = norm.ppf((1 + _LEVEL) / 2)
+    z = norm.ppf((1 + _CONFIDENCE) / 2)
     wider: Floats = skewness * (z**4 + 2 * z**2 - 3) / 18 * (1 / n - 1 / total)
     return wider
 
 
 def is_precise_enough(design: Design, found: Estimate, tolerance: float) -> bool:
-    """Whether an analysis may stop.
+    """Whether every half-width is within the tolerance, or there are no more positions.
 
-    A figure that did not vary at all is not exact for it: what makes it vary may be rare. It needs more positions.
-
-    Args:
-        design: the positions.
-        found: what the positions so far say.
-        tolerance: the largest half-width allowed, in the unit of the values.
-
-    Returns:
-        True where every figure is known, or there are no more positions.
+    A value that did not vary at all needs more positions: what makes it vary may be rare.
     """
-    known = (found.half_width <= tolerance) & ((found.half_width > _NOTHING) | (found.n >= _SEEN))
+    known = (found.half_width <= tolerance) & ((found.half_width > _ROUNDING) | (found.n >= _ENOUGH_WITHOUT_VARIANCE))
     return bool(known.all()) or found.n == len(design.order)
 
 
 def positions_needed(design: Design, found: Estimate, tolerance: float) -> int:
-    """Find how many positions bring every half-width under a tolerance.
+    """Find how many positions bring every half-width under a tolerance, given an estimate that is not precise enough.
 
-    Args:
-        design: the positions.
-        found: what the positions so far say, which is not enough.
-        tolerance: the largest half-width allowed, in the unit of the values.
-
-    Returns:
-        The number, so that a second round seldom falls short; twice as many as so far where something never varied.
+    The number is such that a second round seldom falls short; it is twice the present one if a value never varied.
     """
     from scipy.stats import chi2
 
     total = len(design.order)
     finite = np.where(np.isfinite(found.degrees), found.degrees, 1e9)
-    luck = finite / chi2.ppf(_LUCK, finite)
+    margin = finite / chi2.ppf(_SHORTFALL, finite)
 
     def enough(n: int) -> bool:
         variance = _shares(design, n, found.spread).sum(axis=0)
-        reach = _quantile(finite, found.skewness, n, total) ** 2 * luck
+        reach = _quantile(finite, found.skewness, n, total) ** 2 * margin
         return bool((reach * variance <= tolerance**2).all())
 
-    doubled = found.n < _SEEN and (found.half_width <= _NOTHING).any()
+    doubled = found.n < _ENOUGH_WITHOUT_VARIANCE and (found.half_width <= _ROUNDING).any()
     low, high = min(2 * found.n if doubled else found.n + 1, total), total
     while low < high:
         middle = (low + high) // 2
@@ -276,21 +247,19 @@ def positions_needed(design: Design, found: Estimate, tolerance: float) -> int:
 
 
 def response_means(design: Design, values: Floats) -> Floats:
-    """Estimate the mean of every response, so that what is made of them is the estimate over all positions.
+    """Estimate the means [G, K] of the G responses, whose mean over tokens is the estimate over all positions.
 
-    A position that was not analysed counts as the mean of its block; one that was adds how far it is from there, times
-    c_h (the difference estimator: Särndal, Swensson and Wretman, Model Assisted Survey Sampling, section 6.3). Over all
-    responses these distances cancel, so the mean over tokens is `estimate`'s. A response is known roughly, one without
-    an analysed position by its tokens alone, but errors are all there: with c_h^2 = (N_h^2 / n_h - 1) / (n_h - 1) the
-    scatter of the responses is what it would be of all positions, plus the variance of the sample. A standard error
-    clustered by response thus holds both. Where all positions were analysed, c_h is 1 and the means are exact.
+    A position that was not analysed counts as the mean of its block; one that was adds its distance from that mean,
+    times c_h (the difference estimator: Särndal, Swensson and Wretman, Model Assisted Survey Sampling, section 6.3).
+    Over all responses these distances cancel, so the mean over tokens is that of `estimate`. Single responses are known
+    roughly, those without an analysed position by their tokens alone, but no error is lost: with
+    c_h^2 = (N_h^2 / n_h - 1) / (n_h - 1) the scatter of the responses is what it would be of all positions, plus the
+    variance of the sample. A standard error clustered by response thus contains both. If all positions were analysed,
+    c_h is 1 and the means are exact.
 
     Args:
         design: the positions.
         values: of its first n positions, in its order, [n, K].
-
-    Returns:
-        [G, K] means of the G responses.
     """
     from scipy.sparse import csr_array
 

@@ -1,6 +1,6 @@
 """The baseline of an analysis: the same responses through the same architecture with random weights.
 
-It separates what the training contributes to a curve from what any network of that shape shows. The weights are those
+It separates the contribution of the training to a curve from that of the architecture. The weights are those
 that transformers initialises from the model's configuration, drawn on the CPU by the seed, so that they are the same on
 every machine. Eq. 4 is verified for this model as for any other.
 """
@@ -34,14 +34,9 @@ Capture = Callable[[AnalyzeConfig, Extractor, list[Response], Workspace, Process
 
 
 def architecture(config: AnalyzeConfig, network: Any = None) -> Any:
-    """Read the configuration from which random weights are made, before anything long begins.
+    """Read the transformers configuration from which random weights are made, before anything long begins.
 
-    Args:
-        config: the settings.
-        network: the transformers model, where it is in memory.
-
-    Returns:
-        The transformers configuration.
+    `network` is the transformers model if it is in memory.
 
     Raises:
         UserError: no such model, or one whose weights are quantised.
@@ -65,19 +60,16 @@ def add_baseline(
     Args:
         analysis: the finished analysis, on disk.
         config: its settings.
-        source: what `architecture` returned.
-        network: the transformers model, where it is in memory.
+        source: the configuration from `architecture`.
+        network: the transformers model, if it is in memory.
         capture: analyses responses, writing its portions to a workspace.
         state: the processes.
-
-    Returns:
-        The analysis with its baseline.
 
     Raises:
         UserError: the weights cannot be made, or eq. 4 does not hold for them.
     """
     assert analysis.path is not None
-    # The analysed model is no longer referenced, unless the user holds it; two would need twice the memory.
+    # The analysed model is freed, unless the user still has it, because two models would need twice the memory.
     release_memory()
     with status(f"making random weights for {config.model}"):
         extractor = prove(_random_model(analysis, config, source, _device(config, network, state)))
@@ -125,7 +117,7 @@ def _random_model(analysis: Analysis, config: AnalyzeConfig, source: Any, device
     dtype = getattr(torch, analysis.model["dtype"])
     # The user's random streams continue as if nothing had been drawn.
     with torch.random.fork_rng(devices=[]), as_user_error(name, "its architecture"):
-        # Of the CPU alone: torch.manual_seed would set those of all devices.
+        # Only the generator of the CPU: torch.manual_seed would seed those of all devices.
         torch.set_rng_state(torch.Generator().manual_seed(config.seed).get_state())
         drawn = AutoModelForCausalLM.from_config(
             copy.deepcopy(source), dtype=dtype, trust_remote_code=config.trust_remote_code

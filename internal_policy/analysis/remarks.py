@@ -1,20 +1,20 @@
-"""Sentences about an analysis for the terminal and the report, besides its layers and its boundary layer."""
+"""Sentences about an analysis for the terminal and the report, in addition to its layers and boundary layer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from internal_policy.analysis.results import Analysis
+from internal_policy.utils.console import plus_minus
 from internal_policy.utils.errors import counted
 
 
 def remarks(analysis: Analysis) -> list[str]:
-    """Sentences about the policy's entropy, and about cut responses, rewards and the baseline where there are any."""
+    """Sentences about the policy's entropy, and about cut responses, rewards and the baseline if there are any."""
     entropy = analysis.policy_entropy
     found = [
-        f"policy entropy H(π_θ) {entropy['mean']:.4f}{plus_stderr(entropy['stderr'], 4)} nats; "
+        f"policy entropy H(π_θ) {entropy['mean']:.4f}{plus_minus(entropy['stderr'], '.4f')} nats; "
         f"H(H^L) without the final norm {entropy['final_state_mean']:.4f}"
     ]
     if analysis.n_truncated:
@@ -54,8 +54,3 @@ def positions_line(positions: Mapping[str, Any]) -> str:
         f"interval from that choice {positions['half_width']:.3f} nats (layer {positions['layer']}{site}); tolerance "
         f"{positions['tolerance']:g}; ± is the standard error over prompts{few}"
     )
-
-
-def plus_stderr(stderr: Any, digits: int = 3) -> str:
-    """A standard error in nats as ``±0.012``; empty where it is not defined, as for a single prompt."""
-    return "" if math.isnan(stderr) else f"±{stderr:.{digits}f}"

@@ -1,7 +1,7 @@
 """The result of an analysis, in memory and on disk.
 
-A directory holds one analysis of one checkpoint. ``analysis.json`` is written last, so a directory without it is never
-read as an analysis.
+A directory contains one analysis of one checkpoint. ``analysis.json`` is written last, so a directory without it is
+never read as an analysis.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "respon
 ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
 
 
-_UNDER = {"policy": "without the final norm (lens policy)", "logit-lens": "under the logit lens"}
+_LENS_PHRASES = {"policy": "without the final norm (lens policy)", "logit-lens": "under the logit lens"}
 
 
 @dataclass(frozen=True)
 class LensResult:
-    """What the same responses of the same weights give under another lens."""
+    """The result of the same responses and weights under another lens."""
 
     lens: str
     """``policy`` or ``logit-lens``."""
     boundary_layer: int | None
-    """The boundary layer under it, from 1; None where there is none."""
+    """The boundary layer under it, from 1; None if there is none."""
     path: Path | None
-    """Where that analysis is."""
+    """The directory of that analysis."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,20 @@ class Analysis:
     selection: Selection
     """Boundary layer, stages, and how sure they are."""
     positions: dict[str, Any] | None = None
-    """Where a tolerance was given: tolerance, analysed and total positions, rounds, and the largest half_width of an
-    entropy change with its layer and site; None where every position was analysed."""
+    """With a tolerance: the tolerance, analysed and total positions, rounds, and the largest half_width of an
+    entropy change with its layer and site; None if every position was analysed."""
     n_truncated: int | None = None
-    """Sampled responses that reached the limit of tokens before they ended; None where responses were given."""
+    """Sampled responses that reached the limit of tokens before they ended; None if responses were given."""
     baseline: pd.DataFrame | None = None
-    """The rows of `layers` for the same responses through random weights of the same architecture, where asked for."""
+    """The rows of `layers` for the same responses with random weights of the same architecture (--random-baseline)."""
     baseline_model: dict[str, Any] | None = None
-    """Of these weights: seed, digest, boundary_layer and policy_entropy (as of the analysis)."""
+    """Seed and digest of these weights, with their boundary_layer and policy_entropy."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     path: Path | None = None
-    """Where it is on disk."""
+    """Its directory on disk."""
 
     @property
     def n_layers(self) -> int:
@@ -113,7 +113,7 @@ class Analysis:
 
     @property
     def boundary_layer(self) -> int | None:
-        """The boundary layer, from 1; None where the rule has no answer."""
+        """The boundary layer, from 1; None if the rule has no answer."""
         return self.selection.boundary_layer
 
     @property
@@ -138,20 +138,20 @@ class Analysis:
 
     @property
     def extent(self) -> str:
-        """How much was analysed: ``32 responses, 7100 tokens``, or ``428 of 7100 tokens`` where a part was chosen."""
+        """How much was analysed: ``32 responses, 7100 tokens``, or ``428 of 7100 tokens`` with a tolerance."""
         chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
         return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
     @cached_property
     def responses_digest(self) -> str:
-        """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in whatever order."""
+        """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in any order."""
         rows = zip(self.sequences["prompt_length"], self.sequences["input_ids"], strict=True)
         read = sorted([int(length), *map(int, ids)] for length, ids in rows)
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
     @property
     def other_lens(self) -> LensResult | None:
-        """What the same responses of the same weights give under the other lens; None where that is not on disk."""
+        """The result of the same responses and weights under the other lens; None if that is not on disk."""
         return find_other_lens(self)
 
     def curve(self, site: str, value: str = "change") -> pd.Series:
@@ -178,7 +178,7 @@ class Analysis:
         """Write the analysis to a directory; the manifest last.
 
         Args:
-            directory: made where it does not exist; files of the same names are replaced.
+            directory: made if it does not exist; files of the same names are replaced.
 
         Returns:
             The directory.
@@ -203,7 +203,7 @@ class Analysis:
             write_atomically(directory / BASELINE, lambda p: baseline.to_csv(p, index=False))
 
     def manifest(self) -> dict[str, Any]:
-        """What ``analysis.json`` holds.
+        """The content of ``analysis.json``.
 
         Returns:
             JSON-able fields; NaN is null.
@@ -234,7 +234,7 @@ class Analysis:
         """Read an analysis from disk.
 
         Args:
-            directory: of one analysis, or one that holds a single analysis.
+            directory: of one analysis, or one that contains a single analysis.
 
         Returns:
             The analysis.
@@ -296,59 +296,48 @@ class Analysis:
 
 
 def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensResult | None:
-    """Find what the same responses of the same weights give under another lens.
+    """Find the result of the same responses of the same weights under another lens; None if there is none.
 
-    Args:
-        analysis: the analysis.
-        among: analyses in memory, which are looked at first.
-
-    Returns:
-        The answer of the first such analysis, else of the first beside this one on disk; None where there is none.
+    Analyses in memory (`among`) come first, then those next to this one on disk.
     """
     for other in among:
-        if other.lens != analysis.lens and _same(analysis, other.config.get("weights"), other.responses_digest):
+        if other.lens != analysis.lens and _is_same_data(analysis, other.config.get("weights"), other.responses_digest):
             return LensResult(other.lens, other.boundary_layer, other.path)
     if analysis.path is None:
         return None
     for path in sorted(analysis.path.resolve().parent.glob("*/analysis.json")):
-        # A broken one is reported where it is loaded itself.
+        # A broken analysis is reported when it is loaded itself.
         with suppress(OSError, ValueError, KeyError, TypeError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             lens, weights = manifest["config"]["lens"], manifest["config"]["weights"]
-            if lens != analysis.lens and _same(analysis, weights, manifest["responses_digest"]):
+            if lens != analysis.lens and _is_same_data(analysis, weights, manifest["responses_digest"]):
                 return LensResult(lens, manifest["boundary_layer"], analysis.path.parent / path.parent.name)
     return None
 
 
 def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[Analysis]]:
-    """Set aside what only repeats another analysis under another lens, as ``compare DIR/*`` may name both.
-
-    Args:
-        analyses: the analyses.
+    """Set aside analyses that only repeat another one under another lens, as ``compare DIR/*`` may name both.
 
     Returns:
         Those of the first one's lens, with those that have no counterpart of that lens; and those that have one.
     """
     first = [a for a in analyses if a.lens == analyses[0].lens]
-    aside = [
-        a
-        for a in analyses
-        if a.lens != analyses[0].lens and any(_same(b, a.config.get("weights"), a.responses_digest) for b in first)
-    ]
+    others = [a for a in analyses if a.lens != analyses[0].lens]
+    aside = [a for a in others if any(_is_same_data(b, a.config.get("weights"), a.responses_digest) for b in first)]
     return [a for a in analyses if all(a is not other for other in aside)], aside
 
 
 def other_lens_sentence(analysis: Analysis) -> str | None:
-    """Such as "under the logit lens the same responses give layer 1"; None where that was not measured."""
+    """A sentence such as "under the logit lens the same responses give layer 1"; None if that was not measured."""
     other = find_other_lens(analysis)
     if other is None:
         return None
     answer = "no boundary layer" if other.boundary_layer is None else f"layer {other.boundary_layer}"
     agrees = " too" if other.boundary_layer == analysis.boundary_layer else ", so the answer depends on the lens"
-    return f"{_UNDER[other.lens]} the same responses give {answer}{agrees}"
+    return f"{_LENS_PHRASES[other.lens]} the same responses give {answer}{agrees}"
 
 
-def _same(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:
+def _is_same_data(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:
     return analysis.config.get("weights") == weights and analysis.responses_digest == responses_digest
 
 
@@ -384,7 +373,7 @@ def _check_agreement(analysis: Analysis, manifest: dict[str, Any]) -> None:
     n_layers = analysis.n_layers
     rows = set(zip(analysis.layers["layer"], analysis.layers["site"], strict=True))
     wanted = {(layer, site) for layer in range(1, n_layers + 1) for site in ("layer", "attn", "ffn")}
-    for what, found, told in (
+    for what, found, expected in (
         ("layers and sites", rows, wanted),
         ("rows of layers", len(analysis.layers), 3 * n_layers),
         ("stages", len(analysis.stages), n_layers),
@@ -393,5 +382,5 @@ def _check_agreement(analysis: Analysis, manifest: dict[str, Any]) -> None:
         ("tokens", analysis.n_tokens, manifest["n_tokens"]),
         ("boundary layers", analysis.boundary_layer, manifest["boundary_layer"]),
     ):
-        if found != told:
+        if found != expected:
             raise ValueError(f"its tables and its manifest disagree about {what}")

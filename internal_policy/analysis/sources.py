@@ -1,4 +1,4 @@
-"""Where compared analyses come from: objects and directories, a label for each, and its step in a training."""
+"""The analyses of a comparison, from objects and directories, with a label and a training step for each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from internal_policy.utils.io import expanded
 
 StepsFrom = Literal["given", "name", "order"]
 Unit = Literal["step", "update"]
-"""What steps count: batches of rollouts, or the trainer's updates where the updates in each step are not known."""
+"""What steps count: batches of rollouts, or the trainer's updates if the updates per step are unknown."""
 
 _ARCHITECTURE = {
     **{"family": "model families", "layers": "numbers of layers", "vocabulary": "vocabularies"},
     "hidden_size": "hidden sizes",
 }
-_FIGURES = "figures"
+_FIGURES_DIR = "figures"
 _STEP = re.compile(r"(?:^|[^a-z0-9])(checkpoint|global[-_]?step|step|ckpt)[-_=]?(\d+)$", re.IGNORECASE)
 
 
@@ -31,26 +31,20 @@ def load_analyses(directory: str | Path) -> list[Analysis]:
         directory: of one analysis, or above several.
 
     Returns:
-        The analyses, ordered by the training steps in their names where there are any, otherwise by name.
+        The analyses, ordered by the training steps in their names if there are any, otherwise by name.
 
     Raises:
         UserError: no analysis there, or a broken one.
     """
-    return gather([directory])
+    return collect_analyses([directory])
 
 
-def gather(sources: Iterable[Any]) -> list[Analysis]:
-    """Collect analyses; a directory that holds several stands for all of them.
+def collect_analyses(sources: Iterable[Any]) -> list[Analysis]:
+    """Collect analyses from analyses, directories, or lists of them; a directory of several yields all of them.
 
-    Those of one directory are ordered by the training steps in their names where all differ, otherwise in natural
+    Those of one directory are ordered by the training steps in their names if all differ, otherwise in natural
     order. Among several sources a directory of figures is skipped: ``compare DIR/*`` includes the one that
     ``analyze --output DIR`` wrote.
-
-    Args:
-        sources: analyses, directories, or lists of them.
-
-    Returns:
-        The analyses.
 
     Raises:
         UserError: a directory without an analysis, or a source of another type.
@@ -62,11 +56,11 @@ def gather(sources: Iterable[Any]) -> list[Analysis]:
             found.append(source)
         elif isinstance(source, (str, Path)):
             directory = expanded(source)
-            if len(given) > 1 and only_figures(directory):
+            if len(given) > 1 and has_only_figures(directory):
                 continue
-            found += _by_step([Analysis.load(path) for path in _inside(directory)])
+            found += _sort_by_step([Analysis.load(path) for path in _analysis_dirs(directory)])
         elif isinstance(source, Iterable) and not isinstance(source, Mapping):
-            found += gather(source)
+            found += collect_analyses(source)
         else:
             raise UserError(
                 f"got a {type(source).__name__} to compare; needed are analyses or directories that analyze wrote"
@@ -80,17 +74,10 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
 
 
 def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = None) -> list[str]:
-    """Check the labels of analyses, or choose them.
-
-    Args:
-        analyses: the analyses.
-        labels: the labels that the user gave.
-
-    Returns:
-        A different label for each; by default as `labels_from` chooses them.
+    """Check the labels that the user gave, or choose them as `labels_from` does.
 
     Raises:
-        UserError: not one label for each, or two the same.
+        UserError: not one label for each analysis, or two the same.
     """
     if labels is not None:
         given = [str(label) for label in labels]
@@ -103,14 +90,9 @@ def unique_labels(analyses: Sequence[Analysis], labels: Sequence[str] | None = N
 
 
 def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
-    """Choose short labels that differ.
+    """Choose short labels that differ from the names of models and the directories of their analyses (None in memory).
 
-    Args:
-        names: of the models.
-        paths: the directories of the analyses; None for those in memory.
-
-    Returns:
-        As many last parts of each name as make all differ; failing that, of each directory; failing that, numbered.
+    They are the shortest ends of the names that all differ; failing that, of the directories; failing that, numbered.
     """
     models = [name.strip("/").split("/") for name in names]
     directories = [
@@ -129,19 +111,15 @@ def labels_from(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]
 def training_steps(
     analyses: Sequence[Analysis], steps: Sequence[float] | None = None
 ) -> tuple[list[float], StepsFrom, Unit]:
-    """Find the training step of each analysis.
+    """Find the training step of each analysis, where the steps come from, and their unit.
 
-    Names such as checkpoint-40 count updates. They are converted to steps where every checkpoint recorded how many
+    Names such as checkpoint-40 count updates. They are converted to steps if every checkpoint recorded how many
     updates a step has, as those of ``bupo`` do; otherwise the numbers stay, and the unit says so.
-
-    Args:
-        analyses: the analyses.
-        steps: the steps that the user gave.
 
     Returns:
         The steps; their origin; and their unit. The origin is ``given``, ``name`` (the end of each name:
         checkpoint-40, step_40, @step40; one analysis of the same architecture may have none and is then step 0, the
-        start), or ``order`` where no steps are known and the indices from 0 are used.
+        start), or ``order`` if no steps are known and the indices from 0 are used.
 
     Raises:
         UserError: not one finite step for each.
@@ -164,9 +142,9 @@ def training_steps(
     return [float(i) for i in range(len(analyses))], "order", "step"
 
 
-def without_step(analyses: Sequence[Analysis]) -> list[int]:
+def indices_without_step(analyses: Sequence[Analysis]) -> list[int]:
     """Indices of the analyses whose names contain no step."""
-    return [i for i, analysis in enumerate(analyses) if _named(analysis) is None]
+    return [i for i, analysis in enumerate(analyses) if _step_in_name(analysis) is None]
 
 
 def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
@@ -179,15 +157,12 @@ def architecture_differences(analyses: Sequence[Analysis]) -> list[str]:
     return found
 
 
-def arrange(
+def label_and_order(
     analyses: Sequence[Analysis], labels: Sequence[str] | None = None, steps: Sequence[float] | None = None
 ) -> tuple[list[Analysis], list[str], list[float], StepsFrom, Unit]:
     """Label analyses, find their steps, and put the model from which the training started first.
 
-    Args:
-        analyses: the analyses.
-        labels: the labels that the user gave, in this order.
-        steps: the steps that the user gave, in this order, which is then kept.
+    Labels and steps that the user gave are in the order of `analyses`, which is kept if steps are given.
 
     Returns:
         The analyses, their labels, their steps, and the origin and unit of the steps.
@@ -197,7 +172,7 @@ def arrange(
     """
     names = unique_labels(analyses, labels)
     numbers, steps_from, unit = training_steps(analyses, steps)
-    start = without_step(analyses) if steps_from == "name" else []
+    start = indices_without_step(analyses) if steps_from == "name" else []
     order = [*start, *(i for i in range(len(analyses)) if i not in start)]
     return [analyses[i] for i in order], [names[i] for i in order], [numbers[i] for i in order], steps_from, unit
 
@@ -213,8 +188,8 @@ def baseline_index(baseline: int | str, labels: Sequence[str]) -> int:
     return baseline % len(labels)
 
 
-def _inside(directory: Path) -> list[Path]:
-    """The directories of analyses in a directory; itself where it is one, or where there is none, for the message."""
+def _analysis_dirs(directory: Path) -> list[Path]:
+    """The directories of analyses in a directory; itself if it is one, or if there is none, for the message."""
     if (directory / MANIFEST).is_file():
         return [directory]
     for pattern in (f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
@@ -223,14 +198,14 @@ def _inside(directory: Path) -> list[Path]:
     return [directory]
 
 
-def only_figures(directory: Path) -> bool:
-    """Whether a directory holds the figures that a command wrote next to its results, and no analysis."""
-    empty = _inside(directory) == [directory] and not (directory / MANIFEST).is_file()
-    return directory.name == _FIGURES and directory.is_dir() and empty
+def has_only_figures(directory: Path) -> bool:
+    """Whether a directory contains only the figures that a command wrote next to its results."""
+    empty = _analysis_dirs(directory) == [directory] and not (directory / MANIFEST).is_file()
+    return directory.name == _FIGURES_DIR and directory.is_dir() and empty
 
 
-def _by_step(analyses: list[Analysis]) -> list[Analysis]:
-    """Order analyses by their steps where these are known and differ: those of two runs do not mix."""
+def _sort_by_step(analyses: list[Analysis]) -> list[Analysis]:
+    """Order analyses by their steps if these are known and differ, so that two runs are not mixed."""
     steps, steps_from, _ = training_steps(analyses)
     if steps_from == "order" or len(set(steps)) < len(steps):
         return analyses
@@ -238,22 +213,22 @@ def _by_step(analyses: list[Analysis]) -> list[Analysis]:
 
 
 def _steps_from_names(analyses: Sequence[Analysis]) -> tuple[list[float | None], Unit]:
-    """The number in each name: in steps where all can be converted, otherwise as it is."""
-    named = [_named(a) for a in analyses]
-    steps = [None if name is None else _in_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
+    """The number in each name, converted to steps if that is possible for all."""
+    named = [_step_in_name(a) for a in analyses]
+    steps = [None if name is None else _to_steps(a, *name) for a, name in zip(analyses, named, strict=True)]
     if all((step is None) == (name is None) for step, name in zip(steps, named, strict=True)):
         return steps, "step"
     return [None if name is None else name[1] for name in named], "update"
 
 
-def _in_steps(analysis: Analysis, word: str, number: float) -> float | None:
+def _to_steps(analysis: Analysis, word: str, number: float) -> float | None:
     if "step" in word.lower():
         return number
     record = analysis.model.get("training") or {}
     return number / record["updates_per_step"] if record.get("updates") == number else None
 
 
-def _named(analysis: Analysis) -> tuple[str, float] | None:
+def _step_in_name(analysis: Analysis) -> tuple[str, float] | None:
     """The word and the number at the end of the first of its names that has them."""
     names = (analysis.model.get("revision"), analysis.name, analysis.model.get("id"))
     directory = analysis.path.name if analysis.path is not None else None

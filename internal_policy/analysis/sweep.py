@@ -9,13 +9,13 @@ One checkpoint is in memory at a time. The same call resumes an interrupted swee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from internal_policy import models
-from internal_policy.analysis.checkpoints import Target, refuse_one_place, targets
+from internal_policy.analysis.checkpoints import Target, list_targets, require_distinct_outputs
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
@@ -60,7 +60,7 @@ def sweep(
         responses: as for ``analyze``, or an earlier analysis, whose responses every checkpoint reads.
         output: directory for results, with a directory for each checkpoint; nothing is written without it.
         overwrite: start all of them over.
-        wait: where another process writes to one of these directories, start when it has ended.
+        wait: if another process writes to one of these directories, start when it has ended.
         each: called with each analysis when it is finished.
         **options: the further fields of ``AnalyzeConfig``.
 
@@ -70,79 +70,60 @@ def sweep(
     Raises:
         UserError: bad input, if possible before the first checkpoint is analysed.
     """
-    found = targets(model, revisions, checkpoints)
+    found = list_targets(model, revisions, checkpoints)
     if own_responses and responses is not None:
         raise UserError("both --own-responses and --responses were given; a checkpoint samples, or reads what is given")
-    most = options.get("max_responses")
-    prompts = as_source(prompts, limit=most or DEFAULT_RESPONSES)
-    given = as_source(_sequences(responses), "responses", most)
+    limit = options.get("max_responses")
+    prompts = as_source(prompts, limit=limit or DEFAULT_RESPONSES)
+    given = as_source(responses.sequences if isinstance(responses, Analysis) else responses, "responses", limit)
     refuse_unknown(AnalyzeConfig, options)
     if "revision" in options:
         raise UserError("revision was given to a sweep; needed is revisions=, with as many as are to be analysed")
     sources: dict[str, Any] = {"prompts": prompts, "responses": given}
     sources = {name: source if isinstance(source, str) else None for name, source in sources.items()}
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **sources, **options) for t in found]
-    refuse_one_place(configs)
+    require_distinct_outputs(configs)
     if configs[0].remote is True:
-        # Without a key nothing would run, so it is needed before the hub is asked for the checkpoints.
+        # The key is checked before the hub is queried, because nothing runs without it.
         require_key(load_nnsight())
     trust = bool(options.get("trust_remote_code", False))
-    places = [_look_up(target, trust) for target in found]
+    places = []
+    for target in found:
+        with status(f"looking up {target}"):
+            places.append(models.check(target.model, revision=target.revision, trust_remote_code=trust)[0])
     if not own_responses:
         _require_one_vocabulary(found, places, trust)
     directories = [] if output is None else [expanded(output) / config.slug for config in configs]
+    analyses: list[Analysis] = []
     with locked(*directories, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(directories)
-        return _analyses(found, own_responses, prompts, given, output, each, options)
-
-
-def _analyses(
-    found: Sequence[Target],
-    own_responses: bool,
-    prompts: str | list[Any] | None,
-    given: str | list[Any] | None,
-    output: str | Path | None,
-    each: Callable[[Analysis], object] | None,
-    options: Mapping[str, Any],
-) -> list[Analysis]:
-    analyses: list[Analysis] = []
-    for target in found:
-        wanted: dict[str, Any] = dict(options)
-        source = given
-        if analyses and not own_responses:
-            first = analyses[0]
-            source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
-            wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
-        analysis = analyze(
-            target.model,
-            prompts=None if source is not None else prompts,
-            responses=source,
-            output=output,
-            revision=target.revision,
-            **wanted,
-        )
-        analyses.append(analysis)
-        release_memory()
-        if each is not None:
-            each(analysis)
+        for target in found:
+            wanted: dict[str, Any] = dict(options)
+            source = given
+            if analyses and not own_responses:
+                first = analyses[0]
+                source = as_source(first.sequences if first.path is None else first.path / RESPONSES)
+                wanted = {name: value for name, value in options.items() if name not in SAMPLING_OPTIONS}
+            analysis = analyze(
+                target.model,
+                prompts=None if source is not None else prompts,
+                responses=source,
+                output=output,
+                revision=target.revision,
+                **wanted,
+            )
+            analyses.append(analysis)
+            release_memory()
+            if each is not None:
+                each(analysis)
     return analyses
 
 
 def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
-    """Analyse one model under several lenses, all on the responses of the first.
+    """Analyse one model under several different lenses, all on the responses of the first.
 
-    Args:
-        model: as for ``analyze``.
-        lenses: the lenses, all different.
-        output: directory for results, with a directory for each lens.
-        **options: as for ``analyze``, but the lens.
-
-    Returns:
-        An analysis for each lens.
-
-    Raises:
-        UserError: bad input.
+    There is a directory below `output` for each lens; `options` are those of ``analyze``.
     """
     first = analyze(model, output=output, lens=lenses[0], **options)
     assert first.path is not None
@@ -154,7 +135,7 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
         release_memory()
         other = analyze(model, output=output, lens=lens, **options)
         if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
-            # Responses that are given do not show whether they were cut; these are the sampled ones of the first lens.
+            # Given responses do not show whether they were cut; these were sampled under the first lens.
             place, other = other.path, replace(other, n_truncated=first.n_truncated)
             ANALYSIS.write_manifest(place, other.manifest())
         analyses.append(other)
@@ -164,11 +145,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
 def start_over(directories: Iterable[Path]) -> None:
     """Delete all results that will be made again, at once, so that an interrupted sweep contains no older ones.
 
-    Args:
-        directories: one for each analysis.
-
     Raises:
-        UserError: one of them is not writable, or in use for something else.
+        UserError: one of the directories is not writable, or in use for something else.
     """
     workspaces = [Workspace(directory, ANALYSIS) for directory in directories]
 
@@ -182,34 +160,23 @@ def start_over(directories: Iterable[Path]) -> None:
     launched_processes().on_main(drop)
 
 
-def _sequences(responses: Source | Analysis | None) -> Source | None:
-    return responses.sequences if isinstance(responses, Analysis) else responses
-
-
-def _look_up(target: Target, trust_remote_code: bool) -> str:
-    with status(f"looking up {target}"):
-        return models.check(target.model, revision=target.revision, trust_remote_code=trust_remote_code)[0]
-
-
 def _require_one_vocabulary(found: Sequence[Target], places: Sequence[str], trust_remote_code: bool) -> None:
     """Refuse checkpoints with different vocabularies, for which the same ids would be different responses."""
     if len(found) < 2:
         return
+    from transformers import AutoTokenizer
+
     first: dict[str, int] = {}
-    for target, where in zip(found, places, strict=True):
-        vocabulary = _vocabulary(target, where, trust_remote_code)
+    for target, place in zip(found, places, strict=True):
+        with as_user_error(str(target), "its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, revision=target.revision, trust_remote_code=trust_remote_code
+            )
+        vocabulary = dict(tokenizer.get_vocab())
         first = first or vocabulary
         if vocabulary != first:
             token = min(vocabulary.items() ^ first.items(), key=lambda item: item[1])[0]
             raise UserError(
                 f"{target}: another tokenizer than {found[0]} (they differ in {token!r}), so the same ids would be "
-                "other responses; add --own-responses, or sweep over checkpoints of one training"
+                "different responses; add --own-responses, or sweep over checkpoints of one training"
             )
-
-
-def _vocabulary(target: Target, where: str, trust_remote_code: bool) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    with as_user_error(str(target), "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=target.revision, trust_remote_code=trust_remote_code)
-    return dict(tokenizer.get_vocab())

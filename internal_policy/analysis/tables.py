@@ -25,11 +25,11 @@ def response_table(
     Args:
         captured: portions with ``index`` [R], ``layers`` [R, L, Q] and ``policy`` [R, 2].
         responses: all responses, in order.
-        tokens: which tokens of each were analysed, where not all.
+        tokens: which tokens of each were analysed; None for all.
 
     Returns:
         Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of
-        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). Where `tokens` is
+        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). If `tokens` is
         given, also n_analysed, and the means are estimates (``position_subset.response_means``).
     """
     order = np.argsort(np.concatenate([c["index"] for c in captured]))
@@ -59,11 +59,11 @@ def token_table(
         captured: portions with ``index`` [R], ``token_layers`` [n, L, Q] and ``token_policy`` [n, 2].
         responses: all responses, in order.
         keep: how many responses were kept.
-        tokens: which tokens of each were analysed, where not all.
+        tokens: which tokens of each were analysed; None for all.
         texts: how each id is shown, so that the tokens can be read without a tokenizer.
 
     Returns:
-        Columns response, token (0-based index within the response), token_id, token_text where `texts` is given, layer,
+        Columns response, token (0-based index within the response), token_id, token_text if `texts` is given, layer,
         site, entropy_in, entropy_out, change (nats), cosine; float32.
     """
     kept = [int(i) for c in captured for i in c["index"] if i < keep]

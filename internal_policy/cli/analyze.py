@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
 from internal_policy.analysis.finished import find_finished
 from internal_policy.cli import report
-from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_there, to_json
+from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_paths, to_json
 from internal_policy.cli.compare import compare_sweep
 from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
@@ -25,7 +25,6 @@ from internal_policy.utils.shell import figure_name, is_main_process, world_size
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
-    from internal_policy.comparison.study_results import Study
 
 DATA = Path("data/analyses")
 STUDY_DATA = Path("data/studies")
@@ -44,7 +43,7 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
     """Sweep over a training run's directory, a checkpoint, or a quoted glob such as 'RUN/checkpoint-*'; repeat for
     several. With --model, the model that the training began with comes first."""
     own_responses: bool = False
-    """In a sweep, let each checkpoint sample its own responses in place of reading the first one's."""
+    """In a sweep, let each checkpoint sample its own responses instead of reading those of the first."""
     preset: Preset | None = None
     """Cross-model study: paper (twelve models, up to 7168 tokens a response), small (0.6B-1.7B), testbed (embedded, no
     network)."""
@@ -57,11 +56,7 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
     extra: tuple[str, ...] = option((), positional=True)
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that contradict each other, or what the analysis refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         require_packages(self.backend, self.quantization)
         if self.extra and not self.checkpoints:
             raise UserError(f"unexpected extra argument ({self.extra[0]}). See internal-policy analyze --help")
@@ -126,11 +121,11 @@ def _models(command: AnalyzeCommand) -> None:
     # Bad settings are refused before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
     if len(configs) > 1:
-        from internal_policy.analysis.checkpoints import refuse_one_place
+        from internal_policy.analysis.checkpoints import require_distinct_outputs
 
-        refuse_one_place(configs)
+        require_distinct_outputs(configs)
     first = configs[0]
-    require_there(names, first.revision, first.prompts, first.responses)
+    require_paths(names, first.revision, first.prompts, first.responses)
     root, figures = command.place(DATA)
     alone = not command.overwrite and world_size() == 1
     each = {name: [c for c in configs if c.model == name] for name in names}
@@ -154,7 +149,7 @@ def _models(command: AnalyzeCommand) -> None:
         state = launched_processes()
 
     analyses, new = [], []
-    # All of them from the start: a directory in use is refused before another model is analysed.
+    # All are locked from the start, so that a directory in use is refused before another model is analysed.
     with locked(*(root / config.slug for config in configs), wait=command.wait, state=state):
         for name in names:
             # All lenses of a model first, so that each can show what the others give.
@@ -186,17 +181,17 @@ def _to_json(analysis: Analysis) -> dict[str, Any]:
 def _sweep(command: AnalyzeCommand) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(**settings)
-    from internal_policy.analysis.checkpoints import refuse_one_place, targets
+    from internal_policy.analysis.checkpoints import list_targets, require_distinct_outputs
 
     start = command.model[0] if command.model else None
-    # A shell that was given no quotes has turned the glob into many words.
+    # Without quotes the shell has expanded the glob into many words.
     checkpoints = [*command.checkpoints, *command.extra]
-    # What is not there is refused before torch is imported.
-    found = targets(start, command.revision, checkpoints)
-    require_there([start] if start else [], None, settings["prompts"], settings["responses"])
+    # Missing paths are refused before torch is imported.
+    found = list_targets(start, command.revision, checkpoints)
+    require_paths([start] if start else [], None, settings["prompts"], settings["responses"])
     root, figures = command.place(DATA)
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **settings) for t in found]
-    refuse_one_place(configs)
+    require_distinct_outputs(configs)
     own = command.own_responses
     alone = not command.overwrite and world_size() == 1 and not (own and command.responses)
     known = find_finished(configs, root, follow=not own) if alone else None
@@ -232,7 +227,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(model=STUDIES[preset][0].model, **settings)
     del settings["responses"]
-    require_there([], None, command.prompts)
+    require_paths([], None, command.prompts)
     with importing():
         from internal_policy.cli.display import list_files, show_study
         from internal_policy.comparison.study import study
@@ -261,31 +256,19 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
         }
     )
     if done.failures:
-        _raise_failures(done)
-
-
-def _raise_failures(done: Study) -> NoReturn:
-    n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
-    alike: dict[str, list[str]] = {}
-    for name, why in done.failures.items():
-        alike.setdefault(why, []).append(name)
-    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
-    raise UserError(
-        f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
-        "The same command without --overwrite tries these again and keeps what is finished"
-    )
+        n, all_of_them = len(done.failures), len(done.failures) + len(done.analyses)
+        alike: dict[str, list[str]] = {}
+        for name, why in done.failures.items():
+            alike.setdefault(why, []).append(name)
+        reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
+        raise UserError(
+            f"{n} of {counted(all_of_them, 'model')} failed, and the figures show the others ({reasons}). "
+            "The same command without --overwrite tries these again and keeps what is finished"
+        )
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12, and list the files.
-
-    Args:
-        analyses: what is drawn.
-        root: below it a directory named by the analyses is written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 2, 3 and 12 into a directory below `root` that is named by the analyses, and list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
 

@@ -13,7 +13,7 @@ from internal_policy.utils.imports import require_package
 from internal_policy.utils.io import expanded
 
 FIGURES = Path("figures")
-"""Where figures go when no output is given."""
+"""Directory of the figures when no output is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class ConsoleOptions:
     """What a command prints."""
 
     json: bool = False
-    """Print one JSON document in place of tables, for scripts."""
+    """Print one JSON document instead of tables, for scripts."""
     quiet: bool = False
     """Print errors only; results are written as always."""
     debug: bool = False
@@ -44,33 +44,22 @@ class OutputOptions(WaitOptions):
     """Directory for the results, and for their figures below it. Default: a directory below data, and figures."""
 
     def place(self, default: Path) -> tuple[Path, Path]:
-        """Where results and figures go.
-
-        Args:
-            default: the directory for results where no output is given.
-
-        Returns:
-            The directories for results and for figures.
-        """
+        """The directories for results (`default` without --output) and for figures."""
         return (default, FIGURES) if self.output is None else (expanded(self.output), expanded(self.output) / "figures")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions(OutputOptions):
-    """What a command does where results are in its place already."""
+    """What a command does if its output directory already contains results."""
 
     overwrite: bool = False
-    """Start over in an output directory that is in use, in place of going on or of reading what is finished."""
+    """Start over in an output directory that is in use, instead of resuming or reading what is finished."""
 
 
 def to_json(result: Any) -> dict[str, Any]:
-    """Describe a result for a JSON document: what its manifest on disk holds, and where it is.
+    """Describe a result for a JSON document: the content of its manifest on disk, and where it is.
 
-    Args:
-        result: an analysis, evaluation, inspection, comparison or run.
-
-    Returns:
-        The fields.
+    `result` is an analysis, evaluation, inspection, comparison or run.
     """
     from internal_policy.analysis.results import REPORT
 
@@ -79,16 +68,10 @@ def to_json(result: Any) -> dict[str, Any]:
     return {**result.manifest(), "path": path, "report": report}
 
 
-def require_there(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
-    """Refuse paths where nothing is, before anything heavy is imported.
+def require_paths(models: Iterable[str], revision: str | None, *sources: str | None) -> None:
+    """Raise a `UserError` for paths that do not exist, before anything heavy is imported.
 
-    Args:
-        models: hub ids, directories and embedded models.
-        revision: of a hub model.
-        sources: files, hub data sets and benchmarks by name; None stands for a default.
-
-    Raises:
-        UserError: a directory without a model, or no such file.
+    `models` and `sources` may also be names on the hub, embedded models, benchmarks, or None for a default.
     """
     for model in models:
         locate(model, revision)
@@ -98,15 +81,7 @@ def require_there(models: Iterable[str], revision: str | None, *sources: str | N
 
 
 def require_packages(backend: str, quantization: str | None) -> None:
-    """Refuse options whose packages are not installed, before anything heavy is imported.
-
-    Args:
-        backend: what captures the states.
-        quantization: how the weights are to be quantised.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Raise a `UserError` for options whose packages are not installed, before anything heavy is imported."""
     if backend != "hooks":
         require_package(backend.replace("-", "_"), f"--backend {backend}", "backends")
     if quantization is not None:
@@ -114,14 +89,7 @@ def require_packages(backend: str, quantization: str | None) -> None:
 
 
 def require_key(remote: bool | str) -> None:
-    """Refuse to go to NDIF without a key, before the hub is asked for a model.
-
-    Args:
-        remote: what ``--remote`` says.
-
-    Raises:
-        UserError: nnsight is not installed, or there is no key.
-    """
+    """Raise a `UserError` if --remote has no nnsight or no key for NDIF, before the hub is asked for a model."""
     if remote is True:
         from internal_policy.extractors import nnsight as nnsight_library
 

@@ -27,7 +27,7 @@ class CompareCommand(OutputOptions):
     """Compare two or more analyses: per layer, by relative depth, over the steps of a training; tables and figures."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze wrote; a directory that holds several analyses stands for all of them."""
+    """What analyze wrote; a directory of several analyses includes all of them."""
     baseline: str | None = None
     """What the others are compared with: a label, or a place from 1. Default: the first analysis."""
     label: tuple[str, ...] = ()
@@ -39,22 +39,18 @@ class CompareCommand(OutputOptions):
     """Seed of the bootstrap."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that do not fit the analyses, or what the comparison refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_options(self)
         from internal_policy.analysis.results import keep_one_lens
-        from internal_policy.analysis.sources import arrange, gather
+        from internal_policy.analysis.sources import collect_analyses, label_and_order
         from internal_policy.cli.display import show_comparison
         from internal_policy.comparison.results import compare
 
-        found = gather(self.directories)
+        found = collect_analyses(self.directories)
         kept, _ = keep_one_lens(found)
         # The baseline is counted in the order that is shown.
         label, step = list(self.label) or None, list(self.step) or None
-        analyses, labels, *_ = arrange(kept, label, step)
+        analyses, labels, *_ = label_and_order(kept, label, step)
         origin = 0 if self.baseline is None else _place(self.baseline, labels)
         root, figures = self.place(DATA)
         name = "compare--" + figure_name([(each, analyses[0].lens) for each in _names(analyses, labels)])
@@ -73,24 +69,16 @@ def _to_json(comparison: AnalysisComparison) -> dict[str, Any]:
 
 
 def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
-    """Compare the checkpoints of a sweep: print, draw, and write everything into one directory.
+    """Compare the checkpoints of a sweep: print, draw, and write everything into one directory below `root`.
 
-    Args:
-        analyses: two or more, in the order of the training.
-        root: below it a directory named by the first and the last is written.
-
-    Returns:
-        The comparison as in a JSON document, with its path.
-
-    Raises:
-        UserError: it cannot be written.
+    `analyses` are in the order of the training. The comparison is returned as in a JSON document, with its path.
     """
     from internal_policy.cli.display import list_files, show_comparison
     from internal_policy.comparison.results import compare
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting import comparison as comparison_figures
 
-    # The ends name a sweep, for all of a hundred checkpoints would be no name.
+    # The first and the last checkpoint name a sweep: the names of a hundred would be too long.
     ends = [a.path.resolve().name if a.path else a.name for a in (analyses[0], analyses[-1])]
     directory = root / f"sweep-{figure_name([(name, analyses[0].lens) for name in ends])}"
     comparison = compare(analyses)
@@ -108,14 +96,8 @@ def compare_sweep(analyses: Sequence[Analysis], root: Path) -> dict[str, Any]:
     return {**_to_json(comparison), "path": directory}
 
 
-def redrawing(directory: Path) -> str:
-    """Say which command makes a stored comparison, with its figures, again.
-
-    Args:
-        directory: of the comparison, or one that holds a single comparison.
-
-    Returns:
-        The command.
+def redraw_command(directory: Path) -> str:
+    """Return the command that makes a stored comparison, with its figures, again.
 
     Raises:
         UserError: several comparisons, a broken one, or one of analyses that were never on disk.
@@ -147,7 +129,7 @@ def _write(comparison: AnalysisComparison, name: str, root: Path, figures: Path)
 
 
 def _names(analyses: list[Analysis], labels: list[str]) -> list[str]:
-    """Names for a path: the analyses' directories, as everywhere, or the labels where these are not enough."""
+    """Names for a path: the directories of the analyses, or the labels if the directories have the same name."""
     directories = [a.path.resolve().name if a.path is not None else a.name for a in analyses]
     if len(set(directories)) == len(directories):
         return directories
@@ -155,7 +137,7 @@ def _names(analyses: list[Analysis], labels: list[str]) -> list[str]:
 
 
 def _place(baseline: str, labels: list[str]) -> int | str:
-    """A label where it is one, else a place that is counted from 1."""
+    """The baseline as a label if it is one, otherwise as an index; on the command line it is counted from 1."""
     if baseline in labels or not is_number(baseline):
         return baseline
     if not 1 <= int(baseline) <= len(labels):

@@ -1,4 +1,4 @@
-"""Completion in a shell: the words that may come next, and the scripts by which shells ask for them."""
+"""Completion in a shell: the words that may come next, and the scripts with which shells request them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, flags_o
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import options_of
 
-_OWN = ("--help", "--version", "--install-completion", "--show-completion")
-# The word at the cursor is the last one, behind a dot, for some shells drop an empty word.
+_GLOBAL_FLAGS = ("--help", "--version", "--install-completion", "--show-completion")
+# The word at the cursor is the last one, after a dot, because some shells drop an empty word.
 _SCRIPTS = {
     "bash": """\
 _internal_policy() {
@@ -50,12 +50,7 @@ _SCRIPTS["pwsh"] = _SCRIPTS["powershell"]
 def run(option: str, words: Sequence[str]) -> None:
     """Answer one of the options of completion.
 
-    Args:
-        option: ``--complete``, ``--show-completion`` or ``--install-completion``.
-        words: what stands behind it: the command line up to the cursor, or the name of a shell.
-
-    Raises:
-        UserError: a shell that is not known.
+    `words` follow the option: the command line up to the cursor, or the name of a shell, which has to be a known one.
     """
     if option == "--complete":
         *before, at_cursor = words or ["."]
@@ -72,18 +67,13 @@ def run(option: str, words: Sequence[str]) -> None:
 
 
 def candidates(before: Sequence[str], word: str) -> list[str]:
-    """The words that may stand at the cursor.
+    """The commands, options or values that may come next and begin with `word`; none if a file is expected.
 
-    Args:
-        before: the words of the command line before the cursor, without the program.
-        word: the beginning of the word at the cursor.
-
-    Returns:
-        Commands, options or values that begin so; none where a file is expected.
+    `before` are the words of the command line before the cursor, without the program.
     """
     known: Sequence[str] = ()
     if not before:
-        known = [*COMMANDS, *_OWN]
+        known = [*COMMANDS, *_GLOBAL_FLAGS]
     elif before[0] in COMMANDS:
         options = options_of(command_class(before[0]))
         by_flag = {flag: option for option in options.values() for flag in flags_of(option)}
@@ -96,27 +86,27 @@ def candidates(before: Sequence[str], word: str) -> list[str]:
 
 
 def _install(shell: str) -> Path:
-    """Write the script where the shell reads it; a second time changes nothing."""
+    """Write the script to the place from which the shell reads it; repeating that changes nothing."""
     home = Path.home()
     if shell == "fish":
-        return _written(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
+        return _write_script(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
     if shell == "bash":
-        script = _written(home / ".bash_completions" / "internal-policy.sh", _SCRIPTS[shell])
-        return _with_lines(home / ".bashrc", f"source '{script}'")
+        script = _write_script(home / ".bash_completions" / "internal-policy.sh", _SCRIPTS[shell])
+        return _append_lines(home / ".bashrc", f"source '{script}'")
     if shell == "zsh":
-        _written(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
-        return _with_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
+        _write_script(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
+        return _append_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
     command = [shell, "-NoProfile", "-Command", "echo $profile"]
     profile = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return _with_lines(profile, _SCRIPTS[shell].rstrip())
+    return _append_lines(profile, _SCRIPTS[shell].rstrip())
 
 
-def _written(path: Path, text: str) -> Path:
+def _write_script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def _with_lines(path: Path, lines: str) -> Path:
+def _append_lines(path: Path, lines: str) -> Path:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    return path if lines in before else _written(path, f"{before.rstrip()}\n{lines}\n".lstrip())
+    return path if lines in before else _write_script(path, f"{before.rstrip()}\n{lines}\n".lstrip())

@@ -1,4 +1,4 @@
-"""Analyses, comparisons and studies on the terminal, and where the files of a result are."""
+"""Analyses, comparisons and studies on the terminal, and the files of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
-from internal_policy.analysis.remarks import plus_stderr, positions_line, remarks
+from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
@@ -26,11 +26,7 @@ _MOST_NOTES = 6
 
 
 def show_analysis(analysis: Analysis) -> None:
-    """Print an analysis on standard output.
-
-    Args:
-        analysis: the analysis.
-    """
+    """Print an analysis on standard output."""
     console = open_console()
     console.print(layer_table(analysis))
     first, *others = remarks(analysis)
@@ -39,8 +35,8 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(positions_line(analysis.positions))
     for remark in others:
         console.print(remark)
-    where = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
-    console.print(Text.assemble((f"boundary layer: {where}", "bold"), f"  {analysis.selection.reason}"))
+    boundary = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
+    console.print(Text.assemble((f"boundary layer: {boundary}", "bold"), f"  {analysis.selection.reason}"))
     for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
         if line is not None:
             console.print(line)
@@ -49,14 +45,7 @@ def show_analysis(analysis: Analysis) -> None:
 
 
 def layer_table(analysis: Analysis) -> Table:
-    """Lay out the layers, one row each, with means in nats and standard errors.
-
-    Args:
-        analysis: the analysis.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out the layers, one row each, with means in nats and standard errors."""
     table = Table(
         title=f"{analysis.name}: {analysis.extent}, lens {analysis.lens}",
         caption=f"means over tokens, nats ± standard error clustered by prompt; {BOUNDARY_SIGN} boundary layer",
@@ -66,27 +55,22 @@ def layer_table(analysis: Analysis) -> Table:
     for heading in ("layer", "H layer", "ΔH layer", "ΔH ATTN", "ΔH FFN"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    sites = {
-        site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in ("layer", "attn", "ffn")
-    }
+    names = ("layer", "attn", "ffn")
+    sites = {site: analysis.layers[analysis.layers["site"] == site].set_index("layer") for site in names}
     for layer, stage in enumerate(analysis.stages, start=1):
-        rows = [sites[site].loc[layer] for site in ("layer", "attn", "ffn")]
+        rows: list[Any] = [sites[site].loc[layer] for site in names]
         sign = f" {BOUNDARY_SIGN}" if layer == analysis.boundary_layer else ""
         table.add_row(
             str(layer),
             f"{rows[0]['entropy_out']:.3f}",
-            *(f"{row['change']:+.3f}{plus_stderr(row['change_stderr'])}" for row in rows),
+            *(f"{row['change']:+.3f}{plus_minus(row['change_stderr'])}" for row in rows),
             Text(f"{STAGES[stage].sign} {stage}{sign}", style=STAGES[stage].terminal),
         )
     return table
 
 
 def show_line(analysis: Analysis) -> None:
-    """Print the result of an analysis among several in one line on standard output.
-
-    Args:
-        analysis: the analysis.
-    """
+    """Print the result of an analysis among several in one line on standard output."""
     boundary = "no boundary layer" if analysis.boundary_layer is None else f"boundary layer {analysis.boundary_layer}"
     where = "" if analysis.path is None else f"  ({analysis.path}/)"
     open_console().print(
@@ -98,10 +82,7 @@ def show_line(analysis: Analysis) -> None:
 def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> None:
     """Print what each analysis found and how its entropy falls, on standard output.
 
-    Args:
-        title: what they are.
-        table: of ``Study.table``.
-        convergence: of ``convergence_table``, in the same order.
+    `table` is that of ``Study.table``, and `convergence` is in the same order.
     """
     columns = ["reading", "half_drop_depth", "last_three_share"]
     rows = pd.concat([table, convergence[columns].reset_index(drop=True)], axis=1)
@@ -115,7 +96,7 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
         pad_edge=False,
         min_width=72,
     )
-    # Names are shortened last: a row has to be told from the others.
+    # Names are shortened last, because they distinguish the rows.
     shown.add_column("", overflow="fold", min_width=min(22, max(len(str(label)) for label in table["label"])))
     for heading in ("H(π_θ)", "boundary", "E/I/C", "falls", "half", "last 3"):
         shown.add_column(heading, justify="left" if heading == "falls" else "right", no_wrap=True)
@@ -134,11 +115,7 @@ def show_study(title: str, table: pd.DataFrame, convergence: pd.DataFrame) -> No
 
 
 def show_comparison(comparison: AnalysisComparison) -> None:
-    """Print a comparison on standard output.
-
-    Args:
-        comparison: the comparison.
-    """
+    """Print a comparison of analyses on standard output."""
     console = open_console()
     console.print(comparison_table(comparison))
     if not comparison.differences.empty:
@@ -146,7 +123,8 @@ def show_comparison(comparison: AnalysisComparison) -> None:
     if not comparison.trends.empty:
         console.print(trend_table(comparison))
     for label, settings in comparison.differing.items():
-        pairs = [f"{name} {_setting(one)} against {_setting(other)}" for name, (one, other) in settings.items()]
+        shown = {name: ["none" if value is None else value for value in pair] for name, pair in settings.items()}
+        pairs = [f"{name} {one} against {other}" for name, (one, other) in shown.items()]
         console.print(Text(f"{label}: settings differ too: {', '.join(pairs)}", style="yellow"))
     for note in comparison.notes[:_MOST_NOTES]:
         console.print(Text(note, style="yellow"))
@@ -155,14 +133,7 @@ def show_comparison(comparison: AnalysisComparison) -> None:
 
 
 def comparison_table(comparison: AnalysisComparison) -> Table:
-    """Lay out boundary layer and convergence, one row an analysis.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out boundary layer and convergence, one row per analysis."""
     caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
     if not all(comparison.paired.values()):
         caption += "\n≠ other responses than the baseline"
@@ -205,14 +176,7 @@ def comparison_table(comparison: AnalysisComparison) -> Table:
 
 
 def difference_table(comparison: AnalysisComparison) -> Table:
-    """Lay out where each analysis differs most from the baseline.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out where each analysis differs most from the baseline."""
     shown = table(
         f"largest difference from {comparison.baseline}, nats",
         "layer: difference ± standard error",
@@ -230,14 +194,7 @@ def difference_table(comparison: AnalysisComparison) -> Table:
 
 
 def trend_table(comparison: AnalysisComparison) -> Table:
-    """Lay out which layer moves most over the steps.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out which layer moves most over the steps."""
     shown = table(
         f"over {len(comparison.labels)} checkpoints, nats",
         f"steepest slope per 100 {comparison.unit}s ± standard error, largest move between two neighbours",
@@ -271,40 +228,24 @@ def _largest(rows: pd.DataFrame) -> str:
     return f"{row['layer']}: {row['difference']:+.3f}{plus_minus(row['stderr'])}"
 
 
-def _setting(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
 def _layer(value: Any) -> str:
     return "none" if pd.isna(value) else str(value)
 
 
 def _move(row: dict[Hashable, Any]) -> str:
-    """In layers where these are comparable, else in relative depth."""
+    """The move in layers if these are comparable, otherwise in relative depth."""
     if not pd.isna(row["move"]):
         return f"{row['move']:+d}" if row["move"] else "0"
     return number(row["depth_move"], "+.2f") + (" L" if not pd.isna(row["depth_move"]) else "")
 
 
 def files_of(directory: Path) -> list[Path]:
-    """List the files of a result.
-
-    Args:
-        directory: of the result.
-
-    Returns:
-        The files in it without its page, which is drawn after them and listed separately.
-    """
+    """The files of a result without its page, which is drawn after them and listed separately."""
     return sorted(p for p in directory.iterdir() if p.is_file() and p.name != REPORT and not p.name.startswith("."))
 
 
 def list_files(what: str, paths: Sequence[Path]) -> None:
-    """Print where files are.
-
-    Args:
-        what: what the files are.
-        paths: the files, of one directory.
-    """
+    """Print where the files of some kind are; all are in one directory."""
     note_files(what, paths)
     names = ", ".join(p.name for p in paths)
     open_console().print(f"{what}: {paths[0].parent}/ ({names})", soft_wrap=True)

@@ -33,19 +33,15 @@ from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import percent_span, plus_minus, table
 from internal_policy.utils.errors import counted
 
-_WIDEST, _NARROWEST = 9, 3
-_NUMBER = 4
+_MAX_TOKEN_WIDTH, _MIN_TOKEN_WIDTH = 9, 3
+_NUMBER_WIDTH = 4
 _HIT, _BORDER = "✓", "│"
-_ISOLATE, _END = "\u2068", "\u2069"
+_ISOLATE, _END_ISOLATE = "\u2068", "\u2069"
 _POLICY, _NEXT, _READ = "π_θ", "next", "read"
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print an evaluation on standard output.
-
-    Args:
-        evaluation: the evaluation.
-    """
+    """Print an evaluation on standard output."""
     console = open_console()
     console.print(rate_table(evaluation))
     total = evaluation.n_problems * evaluation.n_samples
@@ -63,14 +59,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 
 def rate_table(evaluation: Evaluation) -> Table:
-    """Lay out Avg@K and Pass@K, in percent with 95% intervals.
-
-    Args:
-        evaluation: the evaluation.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out Avg@K and Pass@K, in percent with 95% intervals."""
     shown = table(
         f"{evaluation.name} on {title(evaluation.benchmark)}: "
         f"{counted(evaluation.n_problems, 'problem')} x {counted(evaluation.n_samples, 'sample')}",
@@ -86,17 +75,13 @@ def rate_table(evaluation: Evaluation) -> Table:
 
 
 def show_paired_difference(comparison: Comparison) -> None:
-    """Print a comparison on standard output.
-
-    Args:
-        comparison: the comparison.
-    """
+    """Print a comparison of two evaluations on standard output."""
     console = open_console()
     console.print(paired_difference_table(comparison))
     c = comparison
     console.print(
         f"{c.first} is better on {c.n_better} of {counted(c.n_problems, 'problem')}, worse on {c.n_worse}, "
-        f"equal on {c.n_equal}; p {_p(c.p_value)} (paired t), {_p(c.p_permutation)} (sign flips)"
+        f"equal on {c.n_equal}; p {_format_p(c.p_value)} (paired t), {_format_p(c.p_permutation)} (sign flips)"
     )
     if c.differing:
         pairs = ", ".join(f"{name} {one} against {other}" for name, (one, other) in c.differing.items())
@@ -104,14 +89,7 @@ def show_paired_difference(comparison: Comparison) -> None:
 
 
 def paired_difference_table(comparison: Comparison) -> Table:
-    """Lay out the differences, in percentage points with 95% intervals.
-
-    Args:
-        comparison: the comparison.
-
-    Returns:
-        A rich table.
-    """
+    """Lay out the differences, in percentage points with 95% intervals."""
     shown = table(
         f"{comparison.first} less {comparison.second} on {title(comparison.benchmark)}",
         "percentage points, paired by problem, with 95% intervals",
@@ -125,11 +103,7 @@ def paired_difference_table(comparison: Comparison) -> Table:
 
 
 def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Print Avg@K of several models and benchmarks, a row a model.
-
-    Args:
-        evaluations: the evaluations.
-    """
+    """Print Avg@K of several models and benchmarks, one row per model."""
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
     averaged = ("average",) if len(benchmarks) > 1 else ()
     shown = table(
@@ -150,16 +124,12 @@ def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
     open_console().print(shown)
 
 
-def _p(p: float) -> str:
+def _format_p(p: float) -> str:
     return "not defined" if math.isnan(p) else "below 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def show_run(run: Run) -> None:
-    """Print a run on standard output.
-
-    Args:
-        run: the run.
-    """
+    """Print a training run on standard output."""
     console = open_console()
     phases = table(
         f"{run.name}: {run.label}",
@@ -167,10 +137,12 @@ def show_run(run: Run) -> None:
         *("phase", "steps", "reward", "H(π_θ), nats", "tokens"),
         left=("phase",),
     )
-    for phase, rows in _phases(run):
+    for phase, rows in run.history.groupby("phase", sort=False) if len(run.history) else ():
         ends = rows.iloc[[0, -1]]
-        spans = [_pair(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))]
-        phases.add_row(phase, f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
+        spans = [
+            _first_to_last(ends, name, digits) for name, digits in (("reward", 3), ("policy_entropy", 3), ("length", 1))
+        ]
+        phases.add_row(str(phase), f"{ends['step'].iloc[0]}-{ends['step'].iloc[1]}", *spans)
     console.print(phases)
     if run.layer is not None:
         console.print(Text.assemble((f"layer {run.layer}", "bold"), f": {run.layer_reason}"))
@@ -182,13 +154,7 @@ def show_run(run: Run) -> None:
     list_files("run", files_of(run.path))
 
 
-def _phases(run: Run) -> list[tuple[str, Any]]:
-    if run.history.empty:
-        return []
-    return [(str(name), rows) for name, rows in run.history.groupby("phase", sort=False)]
-
-
-def _pair(ends: Any, column: str, digits: int) -> str:
+def _first_to_last(ends: Any, column: str, digits: int) -> str:
     if column not in ends:
         return "-"
     first, last = ends[column]
@@ -217,7 +183,7 @@ def _show_evaluation(run: Run, console: Console) -> None:
     p = change.p_permutation
     console.print(
         f"better on {counted(change.n_better, 'problem')}, worse on {change.n_worse}, equal on {change.n_equal}; "
-        f"p {_p(p)} (sign flips)"
+        f"p {_format_p(p)} (sign flips)"
     )
 
 
@@ -229,14 +195,9 @@ def show_inspection(
     last: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print one site's policies: a row a layer, a column a token, as many side by side as the terminal is wide.
+    """Print one site's policies: one row per layer, one column per token, as many as fit the width of the terminal.
 
-    Args:
-        inspection: what was looked at.
-        site: ``layer``, ``attn`` or ``ffn``.
-        tokens: which tokens, from 1.
-        last: so many at the end; 24 where neither is given.
-        console: where; standard output where not given.
+    `tokens` selects tokens, from 1; `last` a number of them at the end, 24 if neither is given.
     """
     console = console or open_console()
     lens = "" if inspection.lens == "policy" else f", lens {inspection.lens}"
@@ -265,24 +226,17 @@ def blocks(
     last: int | None = None,
     width: int = 80,
 ) -> Iterator[list[Text]]:
-    """Lay out one site's policies in blocks of columns.
-
-    Args:
-        inspection: what was looked at.
-        site: ``layer``, ``attn`` or ``ffn``.
-        tokens: which tokens, from 1.
-        last: so many at the end; 24 where neither is given.
-        width: of the terminal, columns.
+    """Lay out one site's policies in blocks of columns for a terminal of some width; arguments as `show_inspection`.
 
     Yields:
-        The lines of each block: places, what came next, the final policy, layers from L to 1, what was read.
+        The lines of each block: positions, next tokens, the final policy, layers from L to 1, tokens read.
     """
     frame = inspection_data(inspection, [site], tokens=tokens, last=last)
     label = max(len(str(inspection.n_layers)), cell_len(_NEXT)) + 1
     widest = max(cell_len(text) for text in frame["top1_token"])
-    word = min(max(widest, _NARROWEST), _WIDEST, max(1, width - label - _NUMBER - 2))
-    # A border or a space, the token, the mark of a hit or a space, the number.
-    cell = word + _NUMBER + 2
+    word = min(max(widest, _MIN_TOKEN_WIDTH), _MAX_TOKEN_WIDTH, max(1, width - label - _NUMBER_WIDTH - 2))
+    # A border or a space, the token, the mark of a hit or a space, and the number.
+    cell = word + _NUMBER_WIDTH + 2
     columns = frame.drop_duplicates("position").reset_index(drop=True)
     room = max(1, (width - label) // cell)
     for start in range(0, len(columns), room):
@@ -299,7 +253,7 @@ def _block(
         line = Text(name.rjust(label - 1) + " ")
         for position, text, border in zip(shown["position"], texts, borders, strict=True):
             style = "dim" if position + shift <= inspection.prompt_length else "bold"
-            line.append(border).append(_fit(text, word + _NUMBER + 1), style=style)
+            line.append(border).append(_fit_width(text, word + _NUMBER_WIDTH + 1), style=style)
         return line
 
     yield heading("", [str(p) for p in shown["position"]], 0)
@@ -311,7 +265,7 @@ def _block(
         cells = zip(borders, rows["top1_token"], rows["hit"], rows["entropy"], rgb, ink, strict=True)
         for border, text, hit, entropy, colour, pen in cells:
             background = Color.from_rgb(*(255 * colour))
-            written = f"{_fit(text, word)}{_HIT if hit else ' '}{_entropy(entropy)}"
+            written = f"{_fit_width(text, word)}{_HIT if hit else ' '}{_entropy(entropy)}"
             line.append(border).append(written, style=Style(color=str(pen), bgcolor=background))
         yield line
     yield heading(_READ, list(shown["token"]), 0)
@@ -322,12 +276,12 @@ def _entropy(entropy: float) -> str:
     return f"{entropy:.2f}" if entropy < 9.995 else f"{entropy:.1f}"
 
 
-def _fit(text: str, width: int) -> str:
-    """A token in so many columns; what is written from the right keeps to its own cell."""
+def _fit_width(text: str, width: int) -> str:
+    """Fit a token into a number of columns; text written from the right stays in its own cell."""
     short = text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip(" ") + "…"
     padding = " " * (width - cell_len(short))
     if any(unicodedata.bidirectional(character) in {"R", "AL"} for character in short):
-        short = f"{_ISOLATE}{short}{_END}"
+        short = f"{_ISOLATE}{short}{_END_ISOLATE}"
     return short + padding
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import EMBEDDED, PromptOptions
-from internal_policy.cli.command import ResumeOptions, require_there, to_json
+from internal_policy.cli.command import ResumeOptions, require_paths, to_json
 from internal_policy.data.benchmarks import BENCHMARKS, label
 from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation.config import EvaluateConfig, EvaluateOptions
@@ -41,12 +41,63 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
     """Directory of a stored evaluation of the same problems to compare with; repeat for several."""
 
     def run(self) -> None:
-        """Run the command.
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
+        names, sources, options = self.models, self.benchmarks, self.settings()
+        # Bad settings are refused before anything heavy is imported, a bad model before another one is evaluated.
+        slugs: dict[str, str] = {}
+        configs: dict[tuple[str, str], EvaluateConfig] = {}
+        for name in names:
+            for source in sources:
+                configs[name, source] = config = EvaluateConfig(model=name, benchmark=label(source), **options)
+                slug = config.slug
+                if slug in slugs:
+                    raise UserError(
+                        f"{slugs[slug]} and {name} on {source} would both be written to {slug}; "
+                        "evaluate them one by one, each with its own --output"
+                    )
+                slugs[slug] = f"{name} on {source}"
+        require_paths(names, self.revision, *sources)
+        from internal_policy.evaluation.scoring import Scorer
 
-        Raises:
-            UserError: options that contradict each other, or what the evaluation refuses.
-        """
-        _evaluate(self)
+        for source in sources:
+            Scorer(self.reward, exact=source == TESTBED)
+        stored = _stored(self.against, sources, self.max_problems)
+        root, figures = self.place(DATA)
+        from internal_policy.evaluation.results import find_finished
+
+        fresh = self.overwrite
+        ready = {(n, s): None if fresh else find_finished(config, s, root) for (n, s), config in configs.items()}
+        left = [name for name in names if None in (ready[name, source] for source in sources)]
+        if left:
+            with importing():
+                from internal_policy import models
+                from internal_policy.evaluation.pipeline import evaluate
+        for name in left:
+            with status(f"looking up {name}"):
+                models.check(name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        from internal_policy.cli.display_runs import show_evaluation, show_evaluations
+
+        done = []
+        # All are locked from the start, so that a directory in use is refused before another model is evaluated.
+        with locked(*(root / slug for slug in slugs), wait=self.wait):
+            for name in names:
+                for source in sources:
+                    evaluation = ready[name, source]
+                    if evaluation is None:
+                        evaluation = evaluate(
+                            name, source, output=root, overwrite=self.overwrite, wait=self.wait, **options
+                        )
+                    show_evaluation(evaluation)
+                    done.append(evaluation)
+        compared = _compare(done, stored)
+        # A model may have been stored before it was trained further, and a figure shows each name once.
+        known = {(e.name, e.benchmark) for e in done}
+        drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
+        if len(drawn) > 1:
+            show_evaluations(drawn)
+        draw(drawn, figures)
+        evaluations = [{**to_json(e), "intervals": e.pass_at_k} for e in done]
+        print_json({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
 
     @property
     def models(self) -> list[str]:
@@ -65,67 +116,8 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
         return {**{name: getattr(self, name) for name in names}, "k": self.k or None}
 
 
-def _evaluate(command: EvaluateCommand) -> None:
-    names, sources, options = command.models, command.benchmarks, command.settings()
-    # Bad settings are refused before anything heavy is imported, a bad model before another one is evaluated.
-    slugs: dict[str, str] = {}
-    configs: dict[tuple[str, str], EvaluateConfig] = {}
-    for name in names:
-        for source in sources:
-            configs[name, source] = config = EvaluateConfig(model=name, benchmark=label(source), **options)
-            slug = config.slug
-            if slug in slugs:
-                raise UserError(
-                    f"{slugs[slug]} and {name} on {source} would both be written to {slug}; "
-                    "evaluate them one by one, each with its own --output"
-                )
-            slugs[slug] = f"{name} on {source}"
-    require_there(names, command.revision, *sources)
-    from internal_policy.evaluation.scoring import Scorer
-
-    for source in sources:
-        Scorer(command.reward, exact=source == TESTBED)
-    stored = _stored(command.against, sources, command.max_problems)
-    root, figures = command.place(DATA)
-    from internal_policy.evaluation.results import find_finished
-
-    fresh = command.overwrite
-    ready = {(n, s): None if fresh else find_finished(config, s, root) for (n, s), config in configs.items()}
-    left = [name for name in names if None in (ready[name, source] for source in sources)]
-    if left:
-        with importing():
-            from internal_policy import models
-            from internal_policy.evaluation.pipeline import evaluate
-    for name in left:
-        with status(f"looking up {name}"):
-            models.check(name, revision=command.revision, trust_remote_code=command.trust_remote_code)
-    from internal_policy.cli.display_runs import show_evaluation, show_evaluations
-
-    done = []
-    # All of them from the start: a directory in use is refused before another model is evaluated.
-    with locked(*(root / slug for slug in slugs), wait=command.wait):
-        for name in names:
-            for source in sources:
-                evaluation = ready[name, source]
-                if evaluation is None:
-                    evaluation = evaluate(
-                        name, source, output=root, overwrite=command.overwrite, wait=command.wait, **options
-                    )
-                show_evaluation(evaluation)
-                done.append(evaluation)
-    compared = _compare(done, stored)
-    # The same model may have been stored before it was trained further: a figure has each name once.
-    known = {(e.name, e.benchmark) for e in done}
-    drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
-    if len(drawn) > 1:
-        show_evaluations(drawn)
-    draw(drawn, figures)
-    evaluations = [{**to_json(e), "intervals": e.pass_at_k} for e in done]
-    print_json({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
-
-
 def _stored(directories: Sequence[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
-    """The evaluations to compare with; refused before the work where none of the benchmarks has their problems."""
+    """Load the evaluations to compare with; they are refused if no benchmark has the same problems."""
     if not directories:
         return []
     from internal_policy.data import benchmarks
@@ -139,13 +131,13 @@ def _stored(directories: Sequence[Path], sources: list[str], max_problems: int |
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
             raise UserError(
                 f"{evaluation.path}: was evaluated on {counted(evaluation.n_problems, 'problem')} of "
-                f"{evaluation.benchmark}, and asked for are {asked}; give the same --benchmark and --max-problems"
+                f"{evaluation.benchmark}, but this command uses {asked}; give the same --benchmark and --max-problems"
             )
     return stored
 
 
 def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Comparison]:
-    """Print the first of two models less the second, and every model less each stored one, where problems agree."""
+    """Compare two models, and each model with each stored evaluation, if they have the same problems; print all."""
     from internal_policy.cli.display_runs import show_paired_difference
     from internal_policy.evaluation.paired_tests import compare
 
@@ -160,15 +152,7 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Compariso
 
 
 def draw(evaluations: list[Evaluation], root: Path) -> None:
-    """Draw figures 6 and 15, and list the files.
-
-    Args:
-        evaluations: what is drawn.
-        root: below it a directory named by models and benchmarks is written.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 6 and 15 into a directory below `root` named by models and benchmarks, and list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.data.benchmarks import slug
     from internal_policy.plotting import evaluation as evaluation_figures

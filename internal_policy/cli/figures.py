@@ -18,21 +18,17 @@ class FiguresCommand(ConsoleOptions):
     """Redraw the figures of analyses, training runs, evaluations and inspections from disk, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, train, evaluate or inspect wrote, also mixed; a directory that holds several stands for all of
+    """What analyze, train, evaluate or inspect wrote, also mixed; a directory of several includes all of
     them."""
     output: Path = FIGURES
     """Directory for the figures."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished result, or a directory that cannot be written.
-        """
-        from internal_policy.analysis.sources import gather
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
+        from internal_policy.analysis.sources import collect_analyses
         from internal_policy.bupo.run import Run
         from internal_policy.cli import analyze, evaluate, inspect, train
-        from internal_policy.cli.compare import redrawing
+        from internal_policy.cli.compare import redraw_command
         from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
         from internal_policy.inspection.results import INSPECTION, Inspection
@@ -40,7 +36,7 @@ class FiguresCommand(ConsoleOptions):
 
         kinds = [(kind_of(path), path) for path in map(expanded, self.directories)]
         # All are read before any is drawn, so that a bad one is refused at once.
-        held = [(path, gather([path])) for kind, path in kinds if kind == "analysis"]
+        held = [(path, collect_analyses([path])) for kind, path in kinds if kind == "analysis"]
         analyses = [analysis for _, found in held for analysis in found]
         runs = [Run.load(path) for kind, path in kinds if kind == "run"]
         evaluations = [
@@ -50,7 +46,9 @@ class FiguresCommand(ConsoleOptions):
             Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)
         ]
         if compared := next((path for kind, path in kinds if kind == "comparison"), None):
-            raise UserError(f"{compared}: a comparison is drawn from its analyses; draw it by {redrawing(compared)}")
+            raise UserError(
+                f"{compared}: a comparison is drawn from its analyses; draw it by {redraw_command(compared)}"
+            )
         root = expanded(self.output)
         for path, found in held:
             if len(found) > 1:

@@ -1,4 +1,4 @@
-"""The command `internal-policy inspect`: what every internal policy says at every token of one prompt."""
+"""The command `internal-policy inspect`: what every internal policy predicts at every token of one prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internal_policy.cli.command import OutputOptions, require_packages, require_there
+from internal_policy.cli.command import OutputOptions, require_packages, require_paths
 from internal_policy.inspection.config import InspectConfig, Site, check_choice
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.logging import importing
@@ -30,14 +30,10 @@ class InspectCommand(InspectConfig, OutputOptions):
     """The policies that the terminal shows; all are drawn."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: a directory that is in use, or what the inspection refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         check_choice(self.tokens, self.last)
         require_packages(self.backend, self.quantization)
-        require_there([self.model], self.revision)
+        require_paths([self.model], self.revision)
         with importing():
             from internal_policy.cli.display import list_files
             from internal_policy.cli.display_runs import show_inspection
@@ -49,15 +45,15 @@ class InspectCommand(InspectConfig, OutputOptions):
         root, figures = self.place(DATA)
         Workspace(root / self.slug, results.INSPECTION).check()
         look = inspect(**{each.name: getattr(self, each.name) for each in fields(InspectConfig)})
-        # Nothing is written where what was asked for is not there.
+        # Nothing is written if the requested tokens do not exist.
         look.positions(self.tokens, self.last)
-        # Alone among the inspections while a free name is chosen.
+        # No other inspection may choose the same free name.
         with locked(root, wait=True):
             name = look.place(root, self.slug)
             directory = root / name
             with writing(directory):
                 look.save(directory)
-        # Shown when it is safe: a pager that is left early ends the command.
+        # It is shown after it is saved, because quitting a pager ends the command.
         show_inspection(look, self.site, tokens=self.tokens, last=self.last)
         list_files("inspection", [directory / file for file in (*results.INSPECTION.files, results.MANIFEST)])
         draw(look, figures / name, tokens=self.tokens, last=self.last)
@@ -69,14 +65,7 @@ class InspectCommand(InspectConfig, OutputOptions):
 def draw(look: Inspection, directory: Path, *, tokens: str | None = None, last: int | None = None) -> None:
     """Draw the heat maps, and list the files.
 
-    Args:
-        look: what is drawn.
-        directory: where; made where it does not exist.
-        tokens: which tokens, from 1.
-        last: number of tokens at the end; 24 where neither is given.
-
-    Raises:
-        UserError: it cannot be written.
+    `tokens` selects tokens, from 1; `last` a number of them at the end, 24 if neither is given.
     """
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import inspection as figure

@@ -1,4 +1,4 @@
-"""The command line: find the command, read its options, run it, and say what went wrong in one line."""
+"""The command line: find the command, parse its options, run it, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from internal_policy.utils.output import is_quiet, output_mode
 from internal_policy.utils.shell import is_main_process, rank, visible
 
 INTERRUPTED = 130
-_LONGEST = 2000
-"""No message is longer: what was given may be, and stands in it."""
+_MAX_MESSAGE = 2000
+"""Largest number of characters of a message, which quotes user input of any length."""
 _HELP = """\
 usage: internal-policy COMMAND [OPTIONS]
 
@@ -35,20 +35,13 @@ commands:
 options:
   -h, --help              Show this help; COMMAND --help shows the options of a command.
   --version               Show the version.
-  --install-completion    Install completion for the shell; name it where it cannot be found out.
+  --install-completion    Install completion for the shell; name the shell if it is not detected.
   --show-completion       Print what would be installed.
 """
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the command that the words of a command line ask for.
-
-    Args:
-        words: without the name of the program.
-
-    Raises:
-        UserError: an error that the user can mend.
-    """
+    """Run the command line, given as words without the name of the program."""
     name, *rest = words
     if name in ("-h", "--help"):
         print(_help(), end="")  # noqa: T201
@@ -65,9 +58,9 @@ def run(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one line for an error that the user can mend, 130 for an interrupt."""
+    """Run the command line: exit code 2 and one line for an error that the user can correct, 130 for an interrupt."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a sign gets another one, not a crash after the work is done.
+        # A terminal that cannot show a character shows a replacement, instead of a crash after the work is done.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     words = sys.argv[1:]
@@ -78,22 +71,22 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     debug = "--debug" in words
     try:
-        _refuse_bytes(words)
-        with _notices(debug):
+        _refuse_non_utf8(words)
+        with _log_to_stderr(debug):
             run(words)
     except UserError as error:
-        _fail(str(error), traced=debug)
+        _fail(str(error), with_traceback=debug)
     except EOFError as error:
-        _fail(f"a file ends too early ({error or 'EOFError'}); --debug shows which", traced=debug)
+        _fail(f"a file ends too early ({error or 'EOFError'}); --debug shows which", with_traceback=debug)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(
-            f"{where}{error.strerror or error}; mend that, then repeat the command: it goes on where it stopped",
-            traced=debug,
+            f"{where}{error.strerror or error}; fix this and repeat the command, which resumes where it stopped",
+            with_traceback=debug,
         )
     except KeyboardInterrupt:
         without = " without --overwrite" if "--overwrite" in words else ""
-        print(f"interrupted; the same command{without} goes on where it stopped", file=sys.stderr)  # noqa: T201
+        print(f"interrupted; the same command{without} resumes where it stopped", file=sys.stderr)  # noqa: T201
         sys.exit(INTERRUPTED)
     sys.exit(0)
 
@@ -107,8 +100,8 @@ def _help() -> str:
     return _HELP.format(commands="\n".join(lines))
 
 
-def _refuse_bytes(words: Sequence[str]) -> None:
-    """Refuse before the work what no result can name: paths may hold bytes that are no text, and manifests may not."""
+def _refuse_non_utf8(words: Sequence[str]) -> None:
+    """Refuse paths with bytes that are not text before the work, because a manifest cannot contain them."""
     for word in words:
         try:
             word.encode()
@@ -116,18 +109,18 @@ def _refuse_bytes(words: Sequence[str]) -> None:
             raise UserError(f"{word}: holds bytes that are not UTF-8; rename it, or give another name") from error
 
 
-class _Visible(logging.Formatter):
-    """A line a message, whatever names and templates put into it."""
+class _OneLineFormatter(logging.Formatter):
+    """Puts every message on one line, whatever its names and templates contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), one_line=True)
 
 
 @contextmanager
-def _notices(debug: bool) -> Iterator[None]:
-    """Show what the package logs on standard error, once however many processes there are; --debug shows all of it."""
+def _log_to_stderr(debug: bool) -> Iterator[None]:
+    """Show the messages of the package on standard error, in the main process only; --debug shows all levels."""
     handler = logging.StreamHandler() if is_main_process() else logging.NullHandler()
-    handler.setFormatter(_Visible("%(message)s"))
+    handler.setFormatter(_OneLineFormatter("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or not is_quiet())
     logger = logging.getLogger("internal_policy")
     before = logger.level
@@ -141,13 +134,13 @@ def _notices(debug: bool) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _fail(message: str, *, traced: bool = False) -> NoReturn:
-    if traced:
+def _fail(message: str, *, with_traceback: bool = False) -> NoReturn:
+    if with_traceback:
         print(visible(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
-    # Each of several processes says what stopped it, which need not be what stopped the others.
+    # Each of several processes names its own error, because they may differ.
     which = "" if is_main_process() else f" (process {rank()})"
-    if len(message) > _LONGEST:
+    if len(message) > _MAX_MESSAGE:
         # The end says what to do next.
-        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
     print(f"error{which}: {visible(message, one_line=True)}", file=sys.stderr)  # noqa: T201
     sys.exit(2)

@@ -1,6 +1,6 @@
 """The command line of a dataclass: its fields are the options, and their docstrings are the help.
 
-argparse reads the words, whose import takes no time that a user notices.
+argparse parses the words; its import is fast.
 """
 
 from __future__ import annotations
@@ -32,47 +32,34 @@ COMMANDS = {
 """Every command, with its dataclass in the module of the same name."""
 SHORT = {"model": "-m", "output": "-o", "quiet": "-q", "prompt": "-p"}
 """Short forms, the same in every command."""
-_NUMBERS = {int: "a whole number", float: "a number"}
+_NUMBER_NAMES = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "N", float: "X"}
 
 
 def command_class(name: str) -> Any:
-    """Import the dataclass of a command.
-
-    Args:
-        name: of the command.
-
-    Returns:
-        A dataclass whose fields are the options, with a method ``run``.
+    """Import the dataclass of a command, whose fields are the options, with a method ``run``.
 
     Raises:
         UserError: no such command; the message names what was probably meant.
     """
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        raise UserError(f"no such {what}: {name}{_meant(name, COMMANDS)}. See {PROGRAM} --help")
+        raise UserError(f"no such {what}: {name}{_suggestion(name, COMMANDS)}. See {PROGRAM} --help")
     return getattr(import_module(f"internal_policy.cli.{name}"), COMMANDS[name])
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser that raises its complaints."""
+    """An argparse parser that raises its errors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def parse(name: str, words: Sequence[str]) -> Any:
-    """Read the words of a command line into the dataclass of the command.
-
-    Args:
-        name: of the command.
-        words: what stands behind the name.
-
-    Returns:
-        An instance of ``command_class(name)``.
+    """Parse the words after the name of a command into an instance of its dataclass.
 
     Raises:
-        UserError: the words cannot be read; the message names what was probably meant.
+        UserError: the words cannot be parsed; the message names what was probably meant.
     """
     command = command_class(name)
     try:
@@ -134,26 +121,12 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def flags_of(option: Option) -> list[str]:
-    """The names of an option on the command line.
-
-    Args:
-        option: the option.
-
-    Returns:
-        The short form if there is one, and the long one.
-    """
+    """The names of an option on the command line: the short form if there is one, and the long one."""
     return [*filter(None, [SHORT.get(option.name)]), option.flag]
 
 
 def metavar_of(option: Option) -> str:
-    """What stands in the help for the value of an option.
-
-    Args:
-        option: the option.
-
-    Returns:
-        Its choices, a letter for a number, or a word.
-    """
+    """What the help shows for the value of an option: its choices, a letter for a number, or a word."""
     if option.positional:
         return {"directories": "DIR", "directory": "RUN"}.get(option.name, option.name.upper())
     if option.choices:
@@ -162,14 +135,7 @@ def metavar_of(option: Option) -> str:
 
 
 def help_of(option: Option) -> str:
-    """The help of an option: its docstring, with the default where the dataclass has one.
-
-    Args:
-        option: the option.
-
-    Returns:
-        One line.
-    """
+    """The help of an option in one line: its docstring, with the default if the dataclass has one."""
     if option.required and not option.positional:
         return f"{option.help} Required."
     if option.required or option.default is None or option.default is False or option.default == ():
@@ -180,12 +146,12 @@ def help_of(option: Option) -> str:
 def _read(flag: str, option: Option, text: str) -> Any:
     """One value from a word."""
     if option.choices and text not in option.choices:
-        meant = _meant(text, option.choices)
+        meant = _suggestion(text, option.choices)
         raise UserError(f"{flag} is {text!r}; needed is one of {', '.join(option.choices)}{meant}")
     try:
         return option.kind(text)
     except ValueError:
-        raise UserError(f"{flag} is {text!r}; needed is {_NUMBERS[option.kind]}") from None
+        raise UserError(f"{flag} is {text!r}; needed is {_NUMBER_NAMES[option.kind]}") from None
 
 
 def _unknown(words: Sequence[str], command: type) -> str:
@@ -193,16 +159,16 @@ def _unknown(words: Sequence[str], command: type) -> str:
     flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
         return f"unexpected extra argument ({words[0]})"
-    return f"no such option: {flag}{_meant(flag, [option.flag for option in options_of(command).values()])}"
+    return f"no such option: {flag}{_suggestion(flag, [option.flag for option in options_of(command).values()])}"
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def _suggestion(word: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _readable(message: str) -> str:
-    """What argparse complains about, in our words."""
+    """Reword an error message of argparse."""
     message = message.removeprefix("argument ")
     if message.endswith(": expected one argument"):
         flag = message.partition(":")[0].rpartition("/")[2]

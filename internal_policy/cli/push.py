@@ -22,16 +22,12 @@ class PushCommand(ConsoleOptions):
     repo: str
     """Repository on the hub: NAME or OWNER/NAME."""
     private: bool = False
-    """Make the repository private, if it is made; otherwise it is public."""
+    """Make a new repository private; otherwise it is public."""
     revision: str | None = None
     """Branch to upload to, made if it does not exist. Default: main."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished run, or what the hub refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         from internal_policy.bupo.hub import push_to_hub
@@ -39,7 +35,7 @@ class PushCommand(ConsoleOptions):
         from internal_policy.utils.console import say
 
         found = Run.load(self.directory)
-        # Its own progress is shown, and the libraries' bars would stand between it and the result.
+        # The command shows its own progress, which the libraries' bars would interrupt.
         disable_progress_bars()
         url = push_to_hub(found, self.repo, private=self.private, revision=self.revision)
         say(f"pushed: {url}")

@@ -30,108 +30,91 @@ class ReportCommand(WaitOptions):
     """Draw report.html again in the directories of analyses, comparisons and training runs, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, compare or train wrote, also mixed; a directory that holds several stands for all of them."""
+    """What analyze, compare or train wrote, also mixed; a directory of several includes all of them."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: no finished result, or a directory that cannot be written.
-        """
-        from internal_policy.analysis.sources import only_figures
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
+        from internal_policy.analysis.sources import has_only_figures
         from internal_policy.cli.display import list_files
         from internal_policy.report import write_report
 
         # All are read before any is drawn, so that a bad one is refused at once.
         named = [expanded(directory) for directory in self.directories]
         if len(named) > 1:
-            # A shell's DIR/* names the figures next to the results too.
-            named = [directory for directory in named if not only_figures(directory)] or named
-        held = [thing for directory in named for thing in _read(directory)]
-        places = [place for thing in held if (place := thing.path) is not None]
+            # The shell expands DIR/* to the figures next to the results as well.
+            named = [directory for directory in named if not has_only_figures(directory)] or named
+        loaded = [result for directory in named for result in _read(directory)]
+        places = [place for result in loaded if (place := result.path) is not None]
         with locked(*places, wait=self.wait):
-            for thing, place in zip(held, places, strict=True):
+            for result, place in zip(loaded, places, strict=True):
                 with writing(place):
-                    # Who held the directory until now may have written another result there.
-                    path = write_report(type(thing).load(place))
+                    # The process that held the lock until now may have written another result there.
+                    path = write_report(type(result).load(place))
                 list_files("report", [path])
         print_json({"command": "report"})
 
 
 def write_reports(
-    things: Sequence[Analysis | AnalysisComparison | Run],
+    results: Sequence[Analysis | AnalysisComparison | Run],
     directory: Path | None = None,
     *,
-    tell: bool = True,
+    announce: bool = True,
     keep: bool = False,
 ) -> None:
-    """Write the page of each result that is on disk already.
+    """Write the page of each result into its directory, or into `directory` for a comparison.
 
-    A page that cannot be drawn is reported in one line, and the command continues.
-
-    Args:
-        things: the results.
-        directory: where the page of a comparison is written; the others are written into their own directories.
-        tell: whether to print where the page is.
-        keep: leave a page that was drawn after its result was written.
+    A page that cannot be drawn is reported in one line, and the command continues. With `keep`, a page that was drawn
+    after its result was written is left as it is. With `announce`, the path is printed.
     """
     from internal_policy.analysis.results import REPORT
     from internal_policy.cli.display import list_files
     from internal_policy.report import write_report
 
-    for thing in things:
-        place = directory or thing.path
+    for result in results:
+        place = directory or result.path
         if place is None:
             continue
         try:
             path = place / REPORT
             if not (keep and _is_newer(path, place)):
-                path = write_report(_placed(thing, place), place)
-        # Whatever the error is, the result is complete without its page.
+                # The page says how to make the result again, which needs its path.
+                path = write_report(result if result.path is not None else replace(result, path=place), place)
+        # The result is complete without its page, so no error may end the command.
         except Exception as error:
             # A page of earlier results would be taken for one of the new results.
             with suppress(OSError):
                 (place / REPORT).unlink(missing_ok=True)
-            old = ", and the page there is of earlier results" if _is_there(place / REPORT) else ""
+            old = ", and the page there is of earlier results" if _exists(place / REPORT) else ""
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             logger.warning(
-                "%s: no %s could be written (%s)%s; the results are whole, internal-policy report %s tries again",
+                "%s: no %s could be written (%s)%s; the results are complete, internal-policy report %s tries again",
                 *(place, REPORT, why, old, place),
             )
             logger.debug("%s", place, exc_info=error)
             continue
-        if tell:
+        if announce:
             list_files("report", [path])
         else:
             note_files("report", [path])
 
 
 def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
-    """Draw the pages of earlier analyses again that used another lens on the same responses, to mention the new ones.
-
-    Args:
-        analyses: what has just been analysed.
-    """
+    """Redraw the pages of earlier analyses that used another lens on the same responses, to mention the new ones."""
     from internal_policy.analysis.results import REPORT, Analysis, find_other_lens
 
     paths = [analysis.path for analysis in analyses]
     for other in (find_other_lens(analysis) for analysis in analyses):
-        if other is not None and other.path not in paths and other.path is not None and _is_there(other.path / REPORT):
-            write_reports([Analysis.load(other.path)], tell=False)
-
-
-def _placed(thing: Analysis | AnalysisComparison | Run, place: Path) -> Analysis | AnalysisComparison | Run:
-    """The result with its path: its page says how to make it again there."""
-    return thing if thing.path is not None else replace(thing, path=place)
+        if other is not None and other.path not in paths and other.path is not None and _exists(other.path / REPORT):
+            write_reports([Analysis.load(other.path)], announce=False)
 
 
 def _is_newer(page: Path, place: Path) -> bool:
     """Whether a page was drawn after the result in the same directory was written."""
-    results = [path.stat().st_mtime_ns for path in place.glob("*.json")]
-    return page.is_file() and bool(results) and page.stat().st_mtime_ns > max(results)
+    written = [path.stat().st_mtime_ns for path in place.glob("*.json")]
+    return page.is_file() and bool(written) and page.stat().st_mtime_ns > max(written)
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     # A directory that may not be entered raises PermissionError.
     with suppress(OSError):
         return path.exists()
@@ -139,34 +122,25 @@ def _is_there(path: Path) -> bool:
 
 
 def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
-    """Print the line of an analysis among many, and write its page into the directory that the line names.
-
-    Args:
-        analysis: the analysis.
-        keep: as for ``write_reports``.
-    """
+    """Print an analysis among many in one line, and write its page into the directory that the line names."""
     from internal_policy.cli.display import show_line
 
     show_line(analysis)
-    write_reports([analysis], tell=False, keep=keep)
+    write_reports([analysis], announce=False, keep=keep)
 
 
 def kind_of(directory: Path) -> str:
-    """Find out what kind of result a directory holds; a run also holds evaluations, and perhaps an analysis.
+    """Find out what kind of result a directory contains: run, analysis, evaluation, inspection or comparison.
 
-    Args:
-        directory: of one result, or one that holds several.
-
-    Returns:
-        run, analysis, evaluation, inspection or comparison.
+    A run also contains evaluations, and perhaps an analysis.
 
     Raises:
-        UserError: it holds no finished result.
+        UserError: there is no finished result.
     """
     refuse_unmatched(directory)
     if any((directory / name).exists() for name in ("run.json", "checkpoints")):
         return "run"
-    # What is not a run may be named by a directory above it.
+    # Results other than runs may be in a subdirectory.
     for kind, depths in _DEPTHS.items():
         if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
             return kind

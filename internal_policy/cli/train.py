@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internal_policy.bupo.config import TrainConfig, require_layer
-from internal_policy.cli.command import FIGURES, ConsoleOptions, require_there, to_json
+from internal_policy.cli.command import FIGURES, ConsoleOptions, require_paths, to_json
 from internal_policy.cli.report import write_reports
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.imports import require_package
@@ -37,11 +37,7 @@ class TrainCommand(TrainConfig, SetOptions):
     """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
 
     def run(self) -> None:
-        """Run the command.
-
-        Raises:
-            UserError: options that contradict each other, or what the training refuses.
-        """
+        """Run the command; options that contradict each other and bad input raise a `UserError`."""
         given = {each.name: getattr(self, each.name) for each in fields(TrainConfig) if each.name != "trl_options"}
         defaults = {each.name: each.default for each in fields(TrainConfig)}
         options = _with_settings({n: v for n, v in given.items() if v != defaults[n]}, self.set)
@@ -49,7 +45,7 @@ class TrainCommand(TrainConfig, SetOptions):
         config = TrainConfig.from_keywords(**options)
         # Whether the steps fit is known without the libraries, whose import takes seconds.
         config.with_preset()
-        require_there([config.model], config.revision, config.prompts, config.benchmark)
+        require_paths([config.model], config.revision, config.prompts, config.benchmark)
         if config.layer is not None:
             require_layer(str(config.layer))
         from internal_policy.bupo.run import find_finished
@@ -75,7 +71,7 @@ class TrainCommand(TrainConfig, SetOptions):
 
 
 def _with_settings(given: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The options with those of ``--set``, whose values are read as JSON where they are JSON."""
+    """The options with those of ``--set``, whose values are parsed as JSON if possible."""
     options = dict(given)
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -101,15 +97,7 @@ def _to_json(run: Run) -> dict[str, Any]:
 
 
 def draw(runs: list[Run], directory: Path) -> None:
-    """Draw figures 4, 5 and 7, and list the files.
-
-    Args:
-        runs: the runs.
-        directory: made where it does not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Draw figures 4, 5 and 7, and list the files; the directory is made if it does not exist."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import training as figures
 

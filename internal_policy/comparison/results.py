@@ -20,7 +20,14 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.analysis.results import Analysis, keep_one_lens
-from internal_policy.analysis.sources import StepsFrom, Unit, architecture_differences, arrange, baseline_index, gather
+from internal_policy.analysis.sources import (
+    StepsFrom,
+    Unit,
+    architecture_differences,
+    baseline_index,
+    collect_analyses,
+    label_and_order,
+)
 from internal_policy.comparison import tables
 from internal_policy.comparison.convergence import convergence_table, measure_convergence
 from internal_policy.comparison.pairing import Item, is_paired
@@ -222,7 +229,7 @@ def compare(
     Raises:
         UserError: fewer than two analyses, different lenses, or labels, steps or a baseline that do not fit.
     """
-    found = gather(analyses)
+    found = collect_analyses(analyses)
     found, aside = keep_one_lens(found)
     if len(found) < 2 and aside:
         answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
@@ -232,7 +239,7 @@ def compare(
         )
     if len(found) < 2:
         raise UserError(f"got {len(found)} analysis to compare; needed are at least two")
-    found, names, numbers, steps_from, unit = arrange(found, labels, steps)
+    found, names, numbers, steps_from, unit = label_and_order(found, labels, steps)
     _require_one_lens(found, names)
     items = [Item(name, step, a) for name, step, a in zip(names, numbers, found, strict=True)]
     origin = items[baseline_index(baseline, names)]

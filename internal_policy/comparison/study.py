@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from huggingface_hub import constants
 
 from internal_policy import models
-from internal_policy.analysis.checkpoints import refuse_one_place
+from internal_policy.analysis.checkpoints import require_distinct_outputs
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.finished import is_up_to_date
 from internal_policy.analysis.pipeline import analyze
@@ -183,7 +183,7 @@ def _warn_of_memory(configs: Sequence[AnalyzeConfig], caches: Mapping[str, int])
 
 
 def _refuse_one_place(configs: Sequence[AnalyzeConfig]) -> None:
-    refuse_one_place(configs)
+    require_distinct_outputs(configs)
     by_slug: dict[str, AnalyzeConfig] = {}
     for config in configs:
         before = by_slug.setdefault(config.slug, config)

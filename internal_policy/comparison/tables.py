@@ -13,7 +13,7 @@ import pandas as pd
 
 from internal_policy.analysis.layer_selection import STAGES
 from internal_policy.analysis.results import Analysis, find_other_lens
-from internal_policy.analysis.sources import StepsFrom, architecture_differences, without_step
+from internal_policy.analysis.sources import StepsFrom, architecture_differences, indices_without_step
 from internal_policy.comparison.pairing import (
     DEPTHS,
     QUANTITIES,
@@ -305,7 +305,7 @@ def why_no_trends(items: Sequence[Item], steps_from: StepsFrom) -> str | None:
     if differences := architecture_differences([item.analysis for item in items]):
         return f"no trends: not of one architecture ({'; '.join(differences)})"
     if steps_from == "order":
-        lacking = [items[i].label for i in without_step([item.analysis for item in items])]
+        lacking = [items[i].label for i in indices_without_step([item.analysis for item in items])]
         names = ", ".join(lacking[:_MOST_NAMES])
         if len(lacking) > _MOST_NAMES:
             names += f" and {len(lacking) - _MOST_NAMES} more"

@@ -1,4 +1,4 @@
-"""How to cite the paper and this software, as BibTeX: the facts of CITATION.cff, which a wheel does not hold."""
+"""How to cite the paper and this software, as BibTeX: the facts of CITATION.cff, which is not in a wheel."""
 
 from __future__ import annotations
 
@@ -23,9 +23,5 @@ _SOFTWARE = """@software{internal_policy,
 
 
 def bibtex() -> str:
-    """Return the entries of the paper and of this software.
-
-    Returns:
-        BibTeX.
-    """
+    """The BibTeX entries of the paper and of this software."""
     return f"{_PAPER}\n\n{_SOFTWARE.replace('VERSION', __version__)}"

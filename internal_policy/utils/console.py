@@ -16,12 +16,15 @@ from rich.text import Text
 
 from internal_policy.utils.shell import visible
 
-NARROWEST = 72
-"""Tables are laid out for at least this many columns: a number that was cut off would be read as another one."""
+MIN_WIDTH = 72
+"""Tables are laid out for at least this many columns: a truncated number would be read as a different one."""
+
+_ENOUGH_PROMPTS = 40
+"""The number of clusters from which on a clustered interval has nearly its nominal coverage."""
 
 
 class _Terminal(Console):
-    """A console that shows control characters in place of obeying them."""
+    """A console that shows control characters instead of obeying them."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         # Before anything is measured, so that columns stay in line.
@@ -32,38 +35,26 @@ class _Terminal(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
-        """Continue if a reader such as ``head`` has left: results are still to be written to disk."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        """Continue if a reader such as ``head`` has closed the pipe: results have yet to be written to disk."""
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 def console(*, stderr: bool = False) -> Console:
     """Open the terminal. Text is printed as it is: styles come from ``rich.text.Text``, never from markup.
 
-    Args:
-        stderr: print on standard error, with the width of the terminal however narrow it is.
-
-    Returns:
-        A console.
+    Standard output is at least `MIN_WIDTH` columns wide; standard error (`stderr`) has the width of the terminal.
     """
     made = _Terminal(stderr=stderr, markup=False, highlight=False, emoji=False)
-    if not stderr and made.width < NARROWEST:
-        made.width = NARROWEST
+    if not stderr and made.width < MIN_WIDTH:
+        made.width = MIN_WIDTH
     return made
 
 
 def say(text: str) -> None:
-    """Print a line on standard output; the terminal wraps it, and it is never cut.
-
-    Args:
-        text: the line.
-    """
+    """Print a line on standard output; the terminal wraps it, and it is never cut."""
     console().print(text, soft_wrap=True)
-
-
-_ENOUGH_PROMPTS = 40
-"""The number of clusters from which on a clustered interval has nearly its nominal coverage."""
 
 
 def table(
@@ -74,18 +65,10 @@ def table(
     left: Collection[str] = (),
     min_width: int | None = None,
 ) -> Table:
-    """Begin a table.
+    """Begin a table without rows.
 
-    Args:
-        title: printed above it.
-        caption: printed below it.
-        headings: of the columns, whose cells are aligned to the right and never cut.
-        fold: the columns of names, which are aligned to the left and wrapped.
-        left: further columns that are aligned to the left.
-        min_width: smallest width of the table; title and caption are wrapped to its width.
-
-    Returns:
-        The table, without rows.
+    Cells are aligned to the right and never cut, except in the columns of names (`fold`), which are aligned to the left
+    and wrapped, and in those of `left`. Title and caption are wrapped to the width of the table.
     """
     begun = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, min_width=min_width, pad_edge=False)
     for heading in headings:
@@ -97,39 +80,20 @@ def table(
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Write a number.
-
-    Args:
-        value: the number; None and NaN are undefined.
-        form: its format.
-
-    Returns:
-        The number; a dash if it is undefined.
-    """
+    """Format a number; a dash if it is None or NaN."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def of_resamples(share: float | None) -> str:
-    """Write a share of the bootstrap resamples, where 100% would read as certainty.
+    """Format a share (0 to 1) of the bootstrap resamples; a dash if it is undefined.
 
-    Args:
-        share: 0 to 1; None and NaN are undefined.
-
-    Returns:
-        ``all``, ``none``, or a percentage; a dash if it is undefined.
+    ``all`` and ``none`` are used because 100% would read as certainty.
     """
     return {1.0: "all", 0.0: "none"}.get(share if share is not None else math.nan, number(share, ".1%"))
 
 
 def few_prompts(prompts: int) -> str | None:
-    """Warn that there are too few prompts for intervals and shares of resamples to be reliable.
-
-    Args:
-        prompts: number of prompts.
-
-    Returns:
-        The sentence; None if there are enough prompts.
-    """
+    """Warn that there are too few prompts for reliable intervals and shares of resamples; None if there are enough."""
     if prompts >= _ENOUGH_PROMPTS:
         return None
     return (
@@ -139,27 +103,10 @@ def few_prompts(prompts: int) -> str | None:
 
 
 def plus_minus(stderr: float, form: str = ".3f") -> str:
-    """Write a standard error behind its mean.
-
-    Args:
-        stderr: the standard error.
-        form: its format.
-
-    Returns:
-        The error behind a plus-minus sign; nothing if it is undefined, as for a single prompt.
-    """
+    """Format a standard error after its mean, with a plus-minus sign; empty if undefined, as for a single prompt."""
     return "" if math.isnan(stderr) else f"±{stderr:{form}}"
 
 
 def percent_span(low: float, high: float, sign: str = "") -> str:
-    """Write an interval of rates.
-
-    Args:
-        low: 0 to 1.
-        high: 0 to 1.
-        sign: ``+`` to show the sign of differences.
-
-    Returns:
-        The interval in percent; a dash if there is none, as for a single problem.
-    """
+    """Format an interval of rates (0 to 1) in percent; a dash if undefined. `sign` is ``+`` for differences."""
     return "-" if math.isnan(low) else f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 24 * 3600
+_TIMEOUT_SECONDS = 24 * 3600
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -27,14 +27,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """The data-parallel processes of this run; by default there is this one only."""
+    """The data-parallel processes of this run; by default only this one."""
 
     number: int = 1
-    """How many."""
+    """Number of processes."""
     rank: int = 0
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     device: torch.device = field(default_factory=lambda: _cpu())
-    """This process's device, where there are several."""
+    """This process's device, if there are several processes."""
     sharded: bool = False
     """Whether FSDP or DeepSpeed spreads the weights, so that no process has the whole model."""
 
@@ -44,7 +44,7 @@ class Processes:
         return self.rank == 0
 
     def wait_for_everyone(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have arrived."""
         if self.number > 1:
             from accelerate.utils import wait_for_everyone
 
@@ -59,16 +59,9 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def on_main(self, do: Callable[[], T]) -> T:
-        """Do something in the main process when all have arrived, and hand what came of it to all.
+        """Call a function in the main process when all processes have arrived, and return its value in all of them.
 
-        Args:
-            do: called in the main process only.
-
-        Returns:
-            What it returned there.
-
-        Raises:
-            UserError: in every process, where it was raised in the main one.
+        A `UserError` that it raises in the main process is raised in every process.
         """
         self.wait_for_everyone()
         value: Any = None
@@ -95,17 +88,17 @@ def training_processes(options: Mapping[str, Any]) -> Processes:
     """How a training with these options was launched; FSDP and DeepSpeed shard the weights."""
     kinds = (os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
     sharded = any(kinds) or bool(options.get("fsdp") or options.get("deepspeed"))
-    # The main process analyses and evaluates alone, for as long as that takes; a process that died is the launcher's.
-    timeout = float(options.get("ddp_timeout") or _PATIENCE)
-    return _started(bool(options.get("use_cpu")), timeout, sharded)
+    # The main process analyses and evaluates alone, however long that takes; the launcher notices a dead process.
+    timeout = float(options.get("ddp_timeout") or _TIMEOUT_SECONDS)
+    return _start(bool(options.get("use_cpu")), timeout, sharded)
 
 
 def launched_processes() -> Processes:
-    """The processes as which this program was launched; a single one where nothing launched more."""
-    return _started(False, _PATIENCE, False) if world_size() > 1 else Processes()
+    """The processes that a launcher started for this program; a single one without a launcher."""
+    return _start(False, _TIMEOUT_SECONDS, False) if world_size() > 1 else Processes()
 
 
-def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
+def _start(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
     import torch
     from accelerate import PartialState
 
@@ -114,7 +107,7 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{world_size()} processes are announced and cannot meet ({str(error).splitlines()[0][:150]}); "
+            f"{world_size()} processes were announced but cannot connect ({str(error).splitlines()[0][:150]}); "
             "start with accelerate launch or torchrun, or unset WORLD_SIZE"
         ) from error
     return Processes(int(state.num_processes), int(state.process_index), state.device, sharded)
@@ -123,18 +116,10 @@ def _started(on_cpu: bool, timeout: float, sharded: bool) -> Processes:
 def run_with_oom_retry(
     items: Sequence[Item], run: Callable[[Sequence[Item]], list[Result]], advice: str
 ) -> list[Result]:
-    """Run a batch; where memory runs out, run its two halves instead, down to single items.
+    """Run a batch; if memory runs out, run its two halves instead, down to single items.
 
-    Args:
-        items: the batch.
-        run: returns one result for each item, in order.
-        advice: what the user can do where a single item does not fit.
-
-    Returns:
-        One result for each item, in order.
-
-    Raises:
-        UserError: a single item does not fit.
+    `run` returns one result for each item, in order, and so does this function. If a single item does not fit, a
+    `UserError` gives the advice.
     """
     try:
         return run(items)

@@ -9,14 +9,14 @@ from pathlib import Path
 WEIGHTS = "its weights"
 """What is loaded when everything else about the checkpoint is known."""
 HTTP_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
-"""Named and never imported: the hub's client brings one of them, and their exceptions have no class in common."""
+"""They are never imported: the hub's client depends on one of them, and their exceptions share no class."""
 _PANIC = "PanicException"
-"""What tokenizers and safetensors raise where their Rust code gives up; it is no ``Exception``."""
+"""What tokenizers and safetensors raise if their Rust code panics; it is not a subclass of ``Exception``."""
 _PLURALS = {"analysis": "analyses", "process": "processes"}
 
 
 class UserError(Exception):
-    """An error that the user can mend, described in one line.
+    """An error that the user can correct, described in one line.
 
     The message says what was got, what is needed and what to do next. The command line prints it without a
     traceback and exits with code 2; from Python it is an ordinary exception.
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class NoNetwork(UserError):
-    """The hub cannot be reached, and its cache on this disk does not have what was asked for."""
+    """The hub cannot be reached, and its cache on this disk does not contain what was requested."""
 
 
 @contextmanager
@@ -39,9 +39,6 @@ def as_user_error(name: str, what: str, *, doing: str = "load", advice: str | No
         what: what is being loaded.
         doing: the verb for it.
         advice: what to do next; by default it follows from the exception.
-
-    Raises:
-        UserError: in place of the library's exception.
     """
     try:
         yield
@@ -81,7 +78,7 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
     if what != WEIGHTS and name.startswith("testbed/"):
         return f"{text}; install internal-policy again"
     if Path(name).exists():
-        return f"{text}; mend this directory, or give another"
+        return f"{text}; repair this directory, or give another"
     lowered = str(error).lower()
     if "safetensors" in lowered and ("does not appear to have" in lowered or "no file named" in lowered):
         return "the repository has no safetensors weights (pickle only?); only safetensors is read"
@@ -96,20 +93,15 @@ def _explain(name: str, what: str, advice: str | None, error: BaseException) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, at most about 200 characters; its type where there is none."""
+    """The first line of an exception's message, at most about 200 characters; its type if there is none."""
     lines = str(error).strip().splitlines()
     return shorten(lines[0]) if lines else type(error).__name__
 
 
 def shorten(text: str, length: int = 200) -> str:
-    """Shorten a text for a message, between words: an address or a path stays complete or is left out.
+    """Shorten a line for a message between words, so that an address or a path stays complete or is left out.
 
-    Args:
-        text: one line.
-        length: the most characters, unless the first word is longer.
-
-    Returns:
-        The text without the full stop at its end; with three dots where it was cut.
+    The full stop at the end is removed; three dots show where the line was cut.
     """
     text = text.strip().rstrip(".:")
     if len(text) <= length:
@@ -126,11 +118,7 @@ def counted(number: int, noun: str) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on any device.
 
-    Args:
-        error: the exception.
-
-    Returns:
-        True for MemoryError, ``torch.OutOfMemoryError``, and the CPU allocator's RuntimeError.
+    These are MemoryError, ``torch.OutOfMemoryError``, and the RuntimeError of the CPU allocator.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -139,12 +127,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_http_error(error: BaseException) -> bool:
-    """Whether an exception is one of an HTTP library.
+    """Whether an exception is one of an HTTP library: no answer came, or none that could be read.
 
-    Args:
-        error: the exception.
-
-    Returns:
-        True where no answer came, or none that could be read: an answer that refuses is the hub's own exception.
+    An answer that refuses is an exception of the hub's client.
     """
     return type(error).__module__.partition(".")[0] in HTTP_LIBRARIES

@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook: a title, a few facts and a small table.
+"""How results are shown in a notebook: a title, a few facts and a small table.
 
     def _repr_html_(self) -> str:
         return card("Analysis", self.name, ["8 layers"], pd.DataFrame({"layer": [1], "change": ["-0.12"]}), "nats")
@@ -23,15 +23,8 @@ _MAX_CHARACTERS = 200
 def card(kind: str, name: str, facts: Iterable[str] = (), table: pd.DataFrame | None = None, note: str = "") -> str:
     """Return a result as HTML without scripts, style sheets or anything from a network.
 
-    Args:
-        kind: What the result is.
-        name: Its name.
-        facts: Short texts, shown on one line; empty ones are left out.
-        table: Its numbers, already formatted.
-        note: Units and whatever else a reader needs, shown below the table.
-
-    Returns:
-        HTML.
+    Empty facts are left out; the others are shown on one line. The cells of the table are already formatted; the note
+    with its units is shown below it.
     """
     parts = [f"<div><b>{_text(kind)}</b> {_text(name)}</div>"]
     parts += [f"<div>{line}</div>"] if (line := " · ".join(_text(fact) for fact in facts if fact)) else []

@@ -1,4 +1,4 @@
-"""Imports that wait: public names on first use, modules without their notices, and packages that an extra brings."""
+"""Lazy imports: public names on first use, modules without their notices, and packages of an extra."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from internal_policy.utils.logging import quiet_libraries
 def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make ``__getattr__`` and ``__dir__`` of a package.
 
-    Args:
-        package: its ``__name__``.
-        home: the module, within the package, that each public name is defined in; an empty one for a module itself.
-
-    Returns:
-        Both functions.
+    `home` names, for each public name, the module of the package that defines it; an empty one for a module itself.
     """
 
     def get(name: str) -> Any:
@@ -40,16 +35,7 @@ def import_quietly(name: str) -> ModuleType:
 
 
 def require_package(package: str, what: str, extra: str) -> None:
-    """Refuse what needs a package that is not installed; nothing is imported.
-
-    Args:
-        package: its name in Python.
-        what: what needs it.
-        extra: the extra of this package that brings it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Raise a `UserError` if a package that an extra of this one brings is not installed; nothing is imported."""
     if find_spec(package) is None:
         name = package.replace("_", "-")
         raise UserError(

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and know afterwards whether they still are."""
+"""Write files completely or not at all, and detect later changes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_writable(directory: Path) -> None:
-    """Refuse a directory that cannot be written to, or made, before anything long begins.
-
-    Args:
-        directory: of a result; it need not exist.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Raise a `UserError` if a directory cannot be written to, or made, before anything long begins."""
     try:
         str(directory.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -58,17 +51,7 @@ def require_writable(directory: Path) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """Put a user's home directory in place of ``~`` or ``~name``.
-
-    Args:
-        path: what was given.
-
-    Returns:
-        The path.
-
-    Raises:
-        UserError: there is no such user, or nobody's home is known.
-    """
+    """Put a user's home directory in place of ``~`` or ``~name``; a `UserError` if none is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -83,14 +66,14 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what killed processes left unrenamed in a directory, not below it."""
+    """Remove the temporary files that killed processes left in a directory, not below it."""
     for path in directory.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match is not None and not _runs(int(match[1])):
+        if match is not None and not _is_running(int(match[1])):
             path.unlink(missing_ok=True)
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -117,7 +100,7 @@ def write_lines_sealed(path: Path, lines: list[str]) -> None:
 
 
 def read_lines_sealed(path: Path) -> list[str] | None:
-    """Read what `write_lines_sealed` wrote; None where it has changed since."""
+    """Read what `write_lines_sealed` wrote; None if it has changed since."""
     try:
         # Not splitlines: a text may hold any other line ending, unescaped.
         *lines, seal, end = path.read_bytes().decode("utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""One writer at a time for a directory: a lock that the system gives back when its process ends, however it ends."""
+"""One writer at a time for a directory: a lock that the system releases when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ logger = logging.getLogger(__name__)
 LOCK = ".internal-policy.lock"
 """The file that is locked while a process writes to its directory, and removed afterwards."""
 
-# What this thread holds already: a sweep holds what its analyses take again.
+# The directories that this thread has locked already: a sweep locks those of its analyses.
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
-_keeper: ContextVar[ExitStack | None] = ContextVar("keeper", default=None)
+_kept_locks: ContextVar[ExitStack | None] = ContextVar("keeper", default=None)
 _handles: set[int] = set()
 
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_NOT_WRITABLE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager
 def locked(*directories: Path, wait: bool = False, state: Processes | None = None) -> Iterator[None]:
-    """Keep other processes from writing to directories.
+    """Keep other processes from writing to directories, which are made if they do not exist and removed if still empty.
 
     Args:
-        *directories: made where they do not exist, and removed again if nothing was written to them.
-        wait: where another process writes to one of them, wait until it has ended.
+        *directories: the directories.
+        wait: if another process writes to one of them, wait until it has ended.
         state: the processes of this run, of which the main one holds the locks; by default there is only this one.
 
     Raises:
         UserError: another process writes to one of them, or it cannot be written to.
     """
     with ExitStack() as own:
-        stack = _keeper.get() or own
+        stack = _kept_locks.get() or own
 
         def take() -> None:
             # In one order everywhere, so that no two processes wait for each other.
@@ -67,24 +67,16 @@ def locked(*directories: Path, wait: bool = False, state: Processes | None = Non
 def keep_locks() -> Iterator[None]:
     """Hold every lock that is taken inside until the end: a command draws figures after its result is written."""
     with ExitStack() as stack:
-        token = _keeper.set(stack)
+        token = _kept_locks.set(stack)
         try:
             yield
         finally:
-            _keeper.reset(token)
+            _kept_locks.reset(token)
 
 
 @contextmanager
 def writing(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Make and lock a directory for results or figures; if it cannot be written to, say so in one line.
-
-    Args:
-        directory: made where it does not exist.
-        wait: as in `locked`.
-
-    Raises:
-        UserError: it, or a file in it, cannot be written.
-    """
+    """Make and lock a directory for results or figures; a `UserError` if it, or a file in it, cannot be written."""
     with locked(directory, wait=wait):
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +93,7 @@ def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
         yield
         return
     missing = [path for path in (place, *place.parents) if not path.exists()]
-    handle = _take(place, directory, wait)
+    handle = _acquire(place, directory, wait)
     if handle is None:
         yield
         return
@@ -122,8 +114,8 @@ def _lock(place: Path, directory: Path, wait: bool) -> Iterator[None]:
                 path.rmdir()
 
 
-def _take(place: Path, directory: Path, wait: bool) -> int | None:
-    """Lock a directory's file and write into it who holds it; None where there can be no lock.
+def _acquire(place: Path, directory: Path, wait: bool) -> int | None:
+    """Lock a directory's file and write the holder into it; None if there can be no lock.
 
     Messages name the directory as it was given.
     """
@@ -135,12 +127,12 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
     path = place / LOCK
     while True:
         try:
-            handle = _open(path)
+            handle = _open_lock_file(path)
         except FileNotFoundError:
             # The process that held it has just removed the empty directory.
             continue
         except OSError as error:
-            if error.errno in _NOT_WRITABLE:
+            if error.errno in _NOT_WRITABLE_ERRNOS:
                 # Nothing can be written there; the message depends on what is there, and comes from the caller.
                 return None
             raise UserError(
@@ -149,7 +141,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            who = _holder(handle)
+            who = _describe_holder(handle)
             if not wait:
                 os.close(handle)
                 raise UserError(
@@ -157,7 +149,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
                     "or choose another --output directory"
                 ) from None
             try:
-                _await(handle, directory, who)
+                _wait_for_lock(handle, directory, who)
             except BaseException:
                 os.close(handle)
                 raise
@@ -168,7 +160,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
                 *(directory, error.strerror or error),
             )
             return None
-        if _is_there(handle, path):
+        if _is_still_linked(handle, path):
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             with suppress(OSError):
                 # The file of another user's killed process cannot be written; the lock itself is held anyway.
@@ -178,7 +170,7 @@ def _take(place: Path, directory: Path, wait: bool) -> int | None:
         os.close(handle)
 
 
-def _open(path: Path) -> int:
+def _open_lock_file(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # Following a link would overwrite another file.
@@ -189,7 +181,7 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _is_there(handle: int, path: Path) -> bool:
+def _is_still_linked(handle: int, path: Path) -> bool:
     """Whether the locked file is still in the directory: the process that held it before may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
@@ -197,7 +189,7 @@ def _is_there(handle: int, path: Path) -> bool:
         return False
 
 
-def _await(handle: int, directory: Path, who: str) -> None:
+def _wait_for_lock(handle: int, directory: Path, who: str) -> None:
     import fcntl
 
     from internal_policy.utils.logging import status
@@ -207,23 +199,23 @@ def _await(handle: int, directory: Path, who: str) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
 
 
-def _holder(handle: int) -> str:
+def _describe_holder(handle: int) -> str:
     try:
         held = json.loads(os.pread(handle, 1000, 0))
         return f"process {held['pid']} on {held['host']} since {held['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it has not yet said which"
+        return "it has not recorded its number yet"
 
 
-def _after_fork() -> None:
+def _release_after_fork() -> None:
     """Release what a forked child has inherited: a child that outlives its parent must not keep the locks."""
     for handle in _handles:
         with suppress(OSError):
             os.close(handle)
     _handles.clear()
     _held.set(frozenset())
-    _keeper.set(None)
+    _kept_locks.set(None)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_release_after_fork)

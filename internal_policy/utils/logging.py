@@ -1,4 +1,4 @@
-"""What is shown while a call runs: our own progress, and none of the libraries' bars, warnings and notices.
+"""Output while a call runs: this package's progress, without the libraries' bars, warnings and notices.
 
 To see those as well, and what this package does step by step, use ``logging``::
 
@@ -35,7 +35,7 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
     """Suppress progress bars, warnings and notices of the libraries; as a decorator, while a function runs.
 
     Afterwards all settings are restored. Errors are shown, and so are messages of this package and of the caller's own
-    code. Nothing is suppressed where the logger ``internal_policy`` is enabled for INFO.
+    code. Nothing is suppressed if the logger ``internal_policy`` is enabled for INFO.
 
     Args:
         bars: suppress progress bars as well, for which the hub's client is imported.
@@ -49,17 +49,17 @@ def quiet_libraries(*, bars: bool = True) -> Iterator[None]:
         # Deprecation warnings of the libraries name their caller, which is this package.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"internal_policy(\.|$)")
         # Otherwise tokenizers warns of each process that is started.
-        stack.enter_context(_environment("TOKENIZERS_PARALLELISM", "false"))
+        stack.enter_context(_environment_default("TOKENIZERS_PARALLELISM", "false"))
         for name in _LOGGERS:
             stack.enter_context(_errors_only(logging.getLogger(name)))
-        stack.enter_context(_transformers())
+        stack.enter_context(_quiet_transformers())
         if bars:
             stack.enter_context(_without_bars())
         yield
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def _environment_default(name: str, value: str) -> Iterator[None]:
     """Set a variable, unless the caller has."""
     if name in os.environ:
         yield
@@ -84,14 +84,14 @@ def _errors_only(logger: logging.Logger) -> Iterator[None]:
 
 
 @contextmanager
-def _transformers() -> Iterator[None]:
-    """Also where transformers is imported inside, which sets its level."""
+def _quiet_transformers() -> Iterator[None]:
+    """Raise the level of transformers, also if it is imported inside the block, which sets its level."""
     logger = logging.getLogger("transformers")
     if _TRANSFORMERS in sys.modules:
         with _errors_only(logger):
             yield
         return
-    with _environment("TRANSFORMERS_VERBOSITY", "error"):
+    with _environment_default("TRANSFORMERS_VERBOSITY", "error"):
         yield
     if _TRANSFORMERS in sys.modules and "TRANSFORMERS_VERBOSITY" not in os.environ:
         logger.setLevel(logging.WARNING)
@@ -142,17 +142,13 @@ def _datasets_bars() -> Iterator[None]:
 
 
 def _is_shown(console: Console) -> bool:
-    """Whether a terminal shows it: FORCE_COLOR colours a log as well, where moving output is unreadable."""
+    """Whether output is on a terminal: FORCE_COLOR colours a log as well, in which moving output is unreadable."""
     return console.is_interactive and sys.stderr.isatty() and is_main_process() and not is_quiet()
 
 
 @contextmanager
 def status(description: str) -> Iterator[None]:
-    """Show on standard error that something runs whose length is not known.
-
-    Args:
-        description: what runs.
-    """
+    """Show on standard error that something is running whose length is not known."""
     from internal_policy.utils.console import console as open_console
 
     logger.info("%s", description)
@@ -183,12 +179,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error while something long runs.
-
-    Args:
-        description: what runs.
-        total: how many units in all.
-        done: how many were done before.
+    """Show a bar on standard error while something long runs, of which `done` of `total` units were done before.
 
     Yields:
         A function to call with the number of units just done.

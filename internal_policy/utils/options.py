@@ -40,14 +40,14 @@ LARGEST: Mapping[str, int] = MappingProxyType(
         "seed": 2**32 - 1,
     }
 )
-"""The largest value of each count. No run needs more; a slip of the keyboard is refused before memory fills."""
+"""The largest value of each count. No run needs more; a typing error is refused before memory fills."""
 MOST_PROMPTS = 10_000_000
 """The most prompts or samples that one run or evaluation may list."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a dataclass says about an option."""
+    """An option as a field of a dataclass declares it."""
 
     name: str
     """The name of the field."""
@@ -58,19 +58,19 @@ class Option:
     many: bool
     """Whether it takes several values."""
     choices: tuple[str, ...]
-    """The values that it may have; empty where any value of its type will do."""
+    """The values that it may have; empty if any value of its type will do."""
     least: float | None
     """The smallest number that it may be."""
     completions: tuple[str, ...]
-    """Values that a shell offers besides ``choices``."""
+    """Values that a shell offers in addition to ``choices``."""
     positional: bool
     """Whether the command line takes its values without a flag."""
     help: str
-    """The docstring of the field, on one line; empty where the field is not an option for users."""
+    """The docstring of the field, on one line; empty if the field is not an option for users."""
     nullable: bool
     """Whether it may be None."""
     checked: bool
-    """Whether a value in Python has to be of ``kind``: not where the field takes values of several types."""
+    """Whether a value in Python has to be of ``kind``; False if the field takes values of several types."""
 
     @property
     def flag(self) -> str:
@@ -91,33 +91,19 @@ def option(
     completions: Iterable[str] = (),
     positional: bool = False,
 ) -> Any:
-    """Declare an option that has more to it than a type and a default.
+    """Declare an option with more properties than a type and a default; without a default it is required.
 
-    Args:
-        default: the default; none makes the option required.
-        choices: the values that it may have, where the type does not list them.
-        least: the smallest number that it may be.
-        completions: values that a shell offers.
-        positional: whether the command line takes its values without a flag.
-
-    Returns:
-        The field of the dataclass.
+    `choices` are its possible values, if the type does not list them, `completions` further values that a shell offers.
+    The command line takes the values of a `positional` option without a flag.
     """
     metadata = {"choices": choices, "least": least, "completions": completions, "positional": positional}
     return field(default=default, metadata=metadata)
 
 
 def options_of(config: type[Any]) -> Mapping[str, Option]:
-    """Read the options that a dataclass declares.
-
-    Args:
-        config: the dataclass.
-
-    Returns:
-        The options by name: its own first, then those that it inherits.
-    """
+    """The options that a dataclass declares, by name: its own first, then those that it inherits."""
     docstrings, hints = field_docstrings(config), get_type_hints(config)
-    # What a factory makes is an object, which only Python can give.
+    # A default factory makes an object, which can be given only in Python.
     by_name = {each.name: each for each in fields(config) if each.default_factory is MISSING}
     order = [name for each in config.__mro__ for name in inspect.get_annotations(each) if name in by_name]
     # The model comes first, wherever it is declared.
@@ -147,7 +133,7 @@ def _read_type(hint: Any) -> tuple[type, bool, tuple[str, ...], bool]:
     kinds = [hint]
     if get_origin(hint) in (Union, types.UnionType):
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    # What may also be a text is read as one; a switch stays a switch.
+    # A type that includes str is parsed as str, unless it also includes bool: a switch stays a switch.
     first = str if str in kinds and bool not in kinds else kinds[0]
     origin = get_origin(first)
     if origin is Literal:
@@ -159,25 +145,14 @@ def _read_type(hint: Any) -> tuple[type, bool, tuple[str, ...], bool]:
 
 
 def flag_of(name: str) -> str:
-    """Write the name of a field as the command line does.
-
-    Args:
-        name: of the field.
-
-    Returns:
-        ``--max-new-tokens`` of ``max_new_tokens``.
-    """
+    """Write the name of a field as the command line does: ``--max-new-tokens`` for ``max_new_tokens``."""
     return "--" + name.replace("_", "-")
 
 
 def check_options(config: Any) -> None:
     """Check the type and the range of each field, and make whole numbers ints and numbers floats.
 
-    Args:
-        config: an instance of a dataclass of options; a frozen one is changed all the same.
-
-    Raises:
-        UserError: a value that the field cannot have; the message states it and the rule.
+    The fields of a frozen instance are changed all the same. A `UserError` states a bad value and the rule.
     """
     for each in options_of(type(config)).values():
         value = getattr(config, each.name)
@@ -194,18 +169,7 @@ def check_options(config: Any) -> None:
 
 
 def require_whole_number(flag: str, value: Any) -> int:
-    """Refuse what is not a whole number.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-
-    Returns:
-        The number as Python's int.
-
-    Raises:
-        UserError: it is something else, such as 2.5 or True.
-    """
+    """Convert a whole number to Python's int; a `UserError` if it is something else, such as 2.5 or True."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UserError(f"{flag} is {value!r}; needed is a whole number")
     return operator.index(value)
@@ -218,87 +182,35 @@ def _number(flag: str, value: Any) -> float:
 
 
 def require_at_least(flag: str, value: float, least: float) -> None:
-    """Refuse a number that is too small, infinite or not a number.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-        least: the smallest number that is allowed.
-
-    Raises:
-        UserError: it is out of range.
-    """
+    """Raise a `UserError` if a number is too small, infinite or NaN."""
     if not least <= value < float("inf"):
         raise UserError(f"{flag} is {value}; needed is a number of at least {least:g}")
 
 
 def refuse_too_large(name: str, value: Any, flag: str | None = None) -> None:
-    """Refuse a count that no run needs.
-
-    Args:
-        name: of the option; one that is not in ``LARGEST`` has no limit.
-        value: a number, or None.
-        flag: what the message calls the option, where not by its name.
-
-    Raises:
-        UserError: it is larger than ``LARGEST`` allows.
-    """
+    """Raise a `UserError` if a count is larger than `LARGEST` allows; a name that is not listed there has no limit."""
     if value is not None and value > LARGEST.get(name, value):
-        shown = f"{value:.6g}" if value < 1e300 else "beyond all measure"
+        shown = f"{value:.6g}" if value < 1e300 else "above 1e300"
         raise UserError(f"{flag or name} is {shown}; needed is a number of at most {LARGEST[name]}")
 
 
 def require_one_of(flag: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of the known ones.
-
-    Args:
-        flag: what the message calls the option.
-        value: what was given.
-        choices: the known values.
-
-    Raises:
-        UserError: it is none of them.
-    """
+    """Raise a `UserError` if a value is none of the known ones."""
     if value not in choices:
         raise UserError(f"{flag} is {value!r}; needed is one of {', '.join(choices)}")
 
 
 def refuse_unknown(config: type, given: Iterable[str]) -> None:
-    """Refuse keywords that are not fields of a dataclass of options.
-
-    Args:
-        config: the dataclass.
-        given: the keywords.
-
-    Raises:
-        UserError: one is unknown; the message lists the known ones.
-    """
+    """Raise a `UserError` if a keyword is not a field of a dataclass of options; the message lists the known ones."""
     known = options_of(config)
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
-def defaults_of(config: type) -> dict[str, Any]:
-    """Look up the values that options have where nobody sets them, so that results from before an option compare equal.
-
-    Args:
-        config: a dataclass of options.
-
-    Returns:
-        Defaults by name, without the batch size: it has always been an option, and was not always stored.
-    """
-    known = {each.name: each.default for each in fields(config) if each.default is not MISSING}
-    return {name: default for name, default in known.items() if name != "batch_size"}
-
-
 def field_docstrings(config: type) -> dict[str, str]:
     """Read the docstrings below the fields of a dataclass, which only its source has.
 
-    Args:
-        config: the dataclass.
-
-    Returns:
-        Texts on one line, by field; also of the fields that it inherits from classes of the same package.
+    They are on one line each, by field; those of fields inherited from classes of the same package are included.
     """
     found: dict[str, str] = {}
     package = config.__module__.partition(".")[0]
@@ -324,14 +236,8 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
     """Make a function's signature and docstring name the fields of dataclasses that it takes as ``**options``.
 
     ``help``, the completion of a notebook and the documentation then show each option as the dataclass declares it.
-
-    Args:
-        configs: the dataclasses.
-        without: fields that are not options of the function.
-        more: whether the function takes further options, which its docstring describes under ``**options``.
-
-    Returns:
-        A decorator for a function whose last parameter is ``**options``.
+    Fields in `without` are not options of the function. With `more` it takes further options, which its docstring
+    describes under ``**options``, its last parameter.
     """
 
     def show(function: Function) -> Function:
@@ -347,7 +253,7 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
                     parameters[each.name] = inspect.Parameter(
                         each.name, rest.KEYWORD_ONLY, default=each.default, annotation=each.type
                     )
-        # functools.wraps copies what stands in __dict__, so that a decorator above this one loses nothing.
+        # functools.wraps copies __dict__, so a decorator above this one keeps the signature.
         function.__dict__["__signature__"] = own.replace(parameters=[*parameters.values(), *([rest] if more else [])])
         function.__doc__ = _with_entries(function.__doc__ or "", entries, keep=more)
         return function
@@ -356,7 +262,7 @@ def takes_options(*configs: type, without: Collection[str] = (), more: bool = Fa
 
 
 def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> str:
-    """The docstring with an entry for each option before that of ``**options``, or in its place."""
+    """The docstring with an entry for each option before that of ``**options``, or instead of it."""
 
     def written(found: re.Match[str]) -> str:
         indent = found["indent"]
@@ -370,17 +276,10 @@ def _with_entries(docstring: str, entries: Mapping[str, str], *, keep: bool) -> 
 
 
 def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collection[str] = ()) -> list[str]:
-    """Write the words of the command line that give some settings.
+    """Write the words of the command line that give some settings, not yet quoted for a shell.
 
-    Args:
-        config: a dataclass of options.
-        settings: values by name, as ``dataclasses.asdict`` or a stored manifest has them; names that are not options
-            of the dataclass are left out.
-        always: options that are written although they have their default.
-
-    Returns:
-        The words behind the name of the command, not yet quoted for a shell; options that have their default are left
-        out.
+    `settings` are values by name, as ``dataclasses.asdict`` or a stored manifest has them. Names that are not options
+    of the dataclass are left out, and so are options that have their default, except those in `always`.
     """
     positional: list[str] = []
     words: list[str] = []
@@ -396,14 +295,9 @@ def command_line_of(config: type, settings: Mapping[str, Any], *, always: Collec
 
 
 def words_of(name: str, value: Any) -> list[str]:
-    """Write an option and its value as words of a command line.
+    """Write an option and its value as words of a command line, not yet quoted for a shell.
 
-    Args:
-        name: of the field.
-        value: of it; a list or tuple repeats the option, and neither None nor a switch that is off needs a word.
-
-    Returns:
-        The words, not yet quoted for a shell.
+    A list or tuple repeats the option; neither None nor a switch that is off needs a word.
     """
     if value is False or value is None:
         return []

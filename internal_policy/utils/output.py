@@ -1,7 +1,7 @@
 """What a command prints on standard output: tables, one JSON document (--json), or nothing (--quiet).
 
-With either option a script reads the document and nothing else: what Python code prints is dropped, and what child
-processes and compiled code write goes to standard error, or is dropped too with --quiet.
+With either option standard output contains only the document: what Python code prints is dropped, and what child
+processes and compiled code write goes to standard error, or is dropped as well with --quiet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from internal_policy.utils.shell import is_main_process
 
-_DESCRIPTOR = 1
+_STDOUT_FD = 1
 """The file descriptor of standard output."""
 
 
@@ -33,14 +33,14 @@ class NullIO(io.StringIO):
 
 
 @dataclass
-class _Choice:
+class _Mode:
     json: bool = False
     quiet: bool = False
     stdout: TextIO | None = None
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
-_CHOICE = _Choice()
+_MODE = _Mode()
 
 
 @contextmanager
@@ -57,116 +57,84 @@ def output_mode(*, json: bool = False, quiet: bool = False) -> Iterator[None]:
     before = sys.stdout
     try:
         with redirect_stdout_fd(before, quiet) as stdout:
-            _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = json, quiet, stdout
+            _MODE.json, _MODE.quiet, _MODE.stdout = json, quiet, stdout
             sys.stdout = NullIO()
             yield
     finally:
         sys.stdout = before
-        _CHOICE.json, _CHOICE.quiet, _CHOICE.stdout = False, False, None
-        _CHOICE.files.clear()
+        _MODE.json, _MODE.quiet, _MODE.stdout = False, False, None
+        _MODE.files.clear()
 
 
 @contextmanager
 def redirect_stdout_fd(stdout: TextIO | None, quiet: bool) -> Iterator[TextIO | None]:
     """Redirect the descriptor of standard output, and yield a stream that still writes to standard output itself."""
     # In a notebook and in tests, standard output is not the descriptor that others write to.
-    if stdout is None or not _is_descriptor(stdout):
+    if stdout is None or not _is_stdout_fd(stdout):
         yield stdout
         return
     stdout.flush()
-    kept = os.fdopen(os.dup(_DESCRIPTOR), "w", encoding="utf-8")
-    aside = _nowhere() if quiet else _standard_error()
-    os.dup2(aside, _DESCRIPTOR)
+    kept = os.fdopen(os.dup(_STDOUT_FD), "w", encoding="utf-8")
+    aside = os.open(os.devnull, os.O_WRONLY) if quiet else _duplicate_stderr()
+    os.dup2(aside, _STDOUT_FD)
     os.close(aside)
     try:
         yield kept
     finally:
-        # What is still in a buffer would otherwise be written when the process ends.
+        # The content of a buffer would otherwise be written when the process ends.
         with suppress(OSError, ValueError):
             stdout.flush()
-        _flush_compiled()
-        os.dup2(kept.fileno(), _DESCRIPTOR)
-        # A reader that has left was noticed when the document was written.
+        # Compiled code has a buffer of its own.
+        with suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept.fileno(), _STDOUT_FD)
+        # A closed pipe was noticed when the document was written.
         with suppress(OSError):
             kept.close()
 
 
-def _is_descriptor(stdout: TextIO) -> bool:
+def _is_stdout_fd(stdout: TextIO) -> bool:
     try:
-        return stdout.fileno() == _DESCRIPTOR
+        return stdout.fileno() == _STDOUT_FD
     except (AttributeError, OSError, ValueError):
         return False
 
 
-def _nowhere() -> int:
-    return os.open(os.devnull, os.O_WRONLY)
-
-
-def _standard_error() -> int:
+def _duplicate_stderr() -> int:
     try:
         return os.dup(2)
     except OSError:
-        return _nowhere()
-
-
-def _flush_compiled() -> None:
-    """Flush C's own buffer of standard output."""
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).fflush(None)
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def is_quiet() -> bool:
-    """Whether only errors are printed.
-
-    Returns:
-        True with --quiet.
-    """
-    return _CHOICE.quiet
+    """Whether only errors are printed (--quiet)."""
+    return _MODE.quiet
 
 
 def is_json() -> bool:
-    """Whether one JSON document is printed.
-
-    Returns:
-        True with --json.
-    """
-    return _CHOICE.json
+    """Whether one JSON document is printed (--json)."""
+    return _MODE.json
 
 
 def note_files(what: str, paths: Sequence[Path]) -> None:
-    """List files in the JSON document.
-
-    Args:
-        what: the kind of the files, such as figures.
-        paths: the files.
-    """
-    if _CHOICE.json:
-        known = _CHOICE.files.setdefault(what, [])
+    """List files of some kind, such as figures, in the JSON document."""
+    if _MODE.json:
+        known = _MODE.files.setdefault(what, [])
         known += [str(path) for path in paths if str(path) not in known]
 
 
 def print_json(fields: Mapping[str, Any]) -> None:
-    """Print the JSON document of a command; without --json nothing is printed.
-
-    Args:
-        fields: its fields; ``files``, the paths of the written files, is added.
-    """
-    if _CHOICE.json and _CHOICE.stdout is not None and is_main_process():
-        document = to_plain({**fields, "files": _CHOICE.files})
+    """Print the JSON document of a command, with the paths of its files; without --json nothing is printed."""
+    if _MODE.json and _MODE.stdout is not None and is_main_process():
+        document = to_plain({**fields, "files": _MODE.files})
         # In ASCII, which every terminal and pipe can encode.
-        _CHOICE.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-        _CHOICE.stdout.flush()
+        _MODE.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        _MODE.stdout.flush()
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a value to types that JSON has.
-
-    Args:
-        value: any value; a table becomes a list of its rows.
-
-    Returns:
-        Dicts, lists, strings, finite numbers, True, False and None; None in place of NaN and infinity.
-    """
+    """Convert a value to types of JSON: a table becomes a list of its rows; NaN and infinity become None."""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         return to_plain(value.to_dict("records"))
     if isinstance(value, Mapping):

@@ -36,7 +36,7 @@ class StageLook:
     dark: str
     """Background on a dark page."""
     sign: str
-    """What is written before the stage's name in text."""
+    """Sign before the stage's name in text."""
     terminal: str
     """Colour of the text on a terminal, by rich's name; readable on white and on black."""
 
@@ -65,7 +65,7 @@ STAGES: Mapping[str, StageLook] = MappingProxyType(
 )
 
 BOUNDARY_SIGN = "◀"
-"""What is written after the boundary layer in a table."""
+"""Sign after the boundary layer in a table."""
 
 _SERIES: tuple[tuple[str, str, Marker], ...] = (
     ("#0072b2", "#56b4e9", "circle"),
@@ -82,14 +82,7 @@ N_SERIES = len(_SERIES) * len(_DASHES)
 
 
 def series(index: int) -> Look:
-    """Return how the index-th of several models or runs looks; neighbours differ in colour, dash and marker.
-
-    Args:
-        index: Its place, from 0; `N_SERIES` looks differ, then they repeat.
-
-    Returns:
-        The look.
-    """
+    """How the index-th (from 0) of several models or runs looks; `N_SERIES` looks differ, then they repeat."""
     place, round_ = index % N_COLOURS, index // N_COLOURS
     light, dark, marker = _SERIES[place]
     # By three, so that the first of a round differs from the last of the round before too.
@@ -97,11 +90,7 @@ def series(index: int) -> Look:
 
 
 def stylesheet() -> str:
-    """Write the colours as variables of a page, for light, dark and printed pages.
-
-    Returns:
-        CSS with ``--attn``, ``--exploration``, ``--series1`` and so on.
-    """
+    """Write the colours as CSS variables (``--attn``, ``--series1``) for light, dark and printed pages."""
     colours: dict[str, Look | StageLook] = {
         **LOOKS,
         **STAGES,

@@ -1,9 +1,9 @@
 """A finished result on disk: a directory with a manifest that is written last, and how a result is recognised.
 
-The manifest holds the SHA-256 of every file of the result and of itself, so that a result that was damaged or edited
-after it was written is never read as if it were whole. A command that would make the same result again recognises it
+The manifest contains the SHA-256 of every file of the result and of itself, so that a result that was damaged or edited
+after it was written is never read as if it were intact. A command that would make the same result again recognises it
 
-1. by its settings and by the digests of weights and inputs, which stand in the manifest (`check_settings`); and
+1. by its settings and by the digests of weights and inputs, which are in the manifest (`check_settings`); and
 2. without loading a model, by one digest of the files from which it was made (`source_digest`, `is_up_to_date`).
 
 Unfinished results are in ``workspace``.
@@ -26,11 +26,11 @@ from internal_policy.utils.io import sha256_of, write_text
 from internal_policy.utils.locks import locked
 from internal_policy.utils.shell import refuse_unmatched
 
-_NAMED = 4
+_MAX_NAMED = 4
 _PACKAGE = Path(__file__).parents[1]
 _ACCELERATORS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """Devices of Linux through which torch finds a GPU."""
-_NEVER_READ = (".bin", ".pt", ".pth", ".ckpt")
+_SKIPPED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 """Pickles: large optimiser states in the directory of a checkpoint."""
 
 
@@ -47,7 +47,7 @@ class ResultFormat:
     redo: str
     """The verb for making a broken one again."""
     manifest: str
-    """The file that is written last: a directory without it holds no finished result."""
+    """The file that is written last: a directory without it contains no finished result."""
     version: int
     """The version of the format."""
     files: tuple[str, ...]
@@ -58,24 +58,18 @@ class ResultFormat:
     """How many levels below a directory its results may be."""
 
     def is_in(self, directory: Path) -> bool:
-        """Whether a directory holds a finished result: the manifest is there."""
+        """Whether a directory contains a finished result: the manifest is there."""
         return (directory / self.manifest).is_file()
 
     def below(self, directory: Path) -> list[Path]:
-        """The directory itself where it is one result; otherwise the results below it, in the order of their paths."""
+        """The directory itself if it is one result; otherwise the results below it, in the order of their paths."""
         if self.is_in(directory):
             return [directory]
         levels = ("/".join(["*"] * depth) for depth in range(1, self.depth + 1))
         return sorted(path.parent for level in levels for path in directory.glob(f"{level}/{self.manifest}"))
 
     def find(self, directory: Path) -> Path:
-        """Find the one result that is meant.
-
-        Args:
-            directory: of one result, or one that holds a single one.
-
-        Returns:
-            The result's directory.
+        """Find the one result that is meant: in a directory of one result, or one that contains a single one.
 
         Raises:
             UserError: there is none, or there are several.
@@ -85,8 +79,8 @@ class ResultFormat:
         if len(inside) == 1:
             return inside[0]
         if inside:
-            names = ", ".join(str(path.relative_to(directory)) for path in inside[:_NAMED])
-            more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+            names = ", ".join(str(path.relative_to(directory)) for path in inside[:_MAX_NAMED])
+            more = f" and {len(inside) - _MAX_NAMED} more" if len(inside) > _MAX_NAMED else ""
             raise UserError(f"{directory}: holds {len(inside)} {self.plural} ({names}{more}); name one of them")
         raise UserError(
             f"{directory}: no finished {self.name} here (no {self.manifest}); run internal-policy {self.command} first"
@@ -94,13 +88,7 @@ class ResultFormat:
 
     @contextmanager
     def reading(self, source: Path) -> Iterator[dict[str, Any]]:
-        """Read the manifest, and report in one line what is broken in it or in the files that are read meanwhile.
-
-        Args:
-            source: the result's directory.
-
-        Yields:
-            What the manifest holds.
+        """Yield the manifest of a result, and report in one line what is broken in it or in files read meanwhile.
 
         Raises:
             UserError: broken, or written by another version.
@@ -120,7 +108,7 @@ class ResultFormat:
             yield manifest
         except UserError:
             raise
-        # Which exceptions a library raises on a broken table is no closed list.
+        # Libraries raise many kinds of exceptions on a broken table.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -132,11 +120,11 @@ class ResultFormat:
         """Make a result's directory, and write the manifest when all else is written.
 
         Args:
-            directory: made where it does not exist; files of the same names are replaced.
-            manifest: what the manifest holds; JSON-able, without NaN.
+            directory: made if it does not exist; files of the same names are replaced.
+            manifest: its content; JSON-able, without NaN.
 
         Yields:
-            The directory. Until the manifest is written it holds no finished result.
+            The directory. Until the manifest is written it contains no finished result.
 
         Raises:
             UserError: another process writes there.
@@ -151,9 +139,7 @@ class ResultFormat:
     def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         """Write the manifest with the digests of the other files and of itself, or replace it, atomically.
 
-        Args:
-            directory: of the result.
-            manifest: what it holds; JSON-able, without NaN.
+        `manifest` is JSON-able, without NaN.
         """
         digests = {file: sha256_of(directory / file) for file in self.files if (directory / file).is_file()}
         complete = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
@@ -161,14 +147,7 @@ class ResultFormat:
         write_text(directory / self.manifest, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
 
     def changed_file(self, directory: Path, manifest: Mapping[str, Any]) -> str | None:
-        """Compare a result with the digests that were taken when it was written.
-
-        Args:
-            directory: of the result.
-            manifest: what the manifest holds now.
-
-        Returns:
-            The first file that has changed; None where all are the same.
+        """The first file that differs from the digests taken when the result was written; None if all are the same.
 
         Raises:
             OSError: a file is gone.
@@ -181,12 +160,7 @@ class ResultFormat:
         return next(changed, None)
 
     def check_settings(self, directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Refuse a finished result of other settings than those that are asked for.
-
-        Args:
-            directory: of the result.
-            stored: its settings.
-            wanted: the settings that are compared, as JSON-able values; further ones in ``stored`` may differ.
+        """Refuse a finished result with other settings than the wanted ones; further settings in `stored` may differ.
 
         Raises:
             UserError: one differs; the message names all that do.
@@ -200,7 +174,7 @@ class ResultFormat:
 
 
 def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the settings that differ: ``max_new_tokens 32 -> 64, ...``; empty where none does."""
+    """Name the settings that differ: ``max_new_tokens 32 -> 64, ...``; empty if none does."""
     wanted = json.loads(json.dumps(wanted))
     keys = sorted(stored.keys() | wanted.keys())
     return ", ".join(f"{k} {stored.get(k)} -> {wanted.get(k)}" for k in keys if stored.get(k) != wanted.get(k))
@@ -209,15 +183,10 @@ def describe_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -
 def is_up_to_date(
     config: Mapping[str, Any], versions: Mapping[str, str], current_digest: Callable[[], str | None]
 ) -> bool:
-    """Whether a finished result was made from the files that are there now, by the same versions of the libraries.
+    """Whether a finished result was made from the present files, by the present versions of the libraries.
 
-    Args:
-        config: of the result; ``files`` is the `source_digest` from then.
-        versions: of the libraries then, by name.
-        current_digest: returns the `source_digest` from now; called last, because it reads the files.
-
-    Returns:
-        False also where that cannot be known.
+    `config` and `versions` are those of the result. `current_digest` returns the present `source_digest`; it is called
+    last, because it reads the files.
     """
     if config.get("files") is None or config.get("hooked"):
         return False
@@ -229,25 +198,18 @@ def is_up_to_date(
 def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> str | None:
     """Digest the files from which a result is made: a model's, its inputs, and the code of this package.
 
-    Reading them takes milliseconds for the embedded models, and neither torch nor transformers. Where more than files
-    on this disk decides, nothing is concluded: the model is loaded and compared by all that its numbers come from.
-
-    Args:
-        model: directory of the checkpoint.
-        inputs: files that are read besides.
-        device: on which the model is loaded.
-
-    Returns:
-        64 hexadecimal digits; None where a file is missing, or where a GPU or another library decides as well.
+    Reading them takes milliseconds for the embedded models and needs neither torch nor transformers. The digest is None
+    if a file is missing, or if the result also depends on a GPU or on another library: the model is then loaded and
+    compared by its weights.
     """
     if not _is_cpu(device) or not model.is_dir() or (model / "adapter_config.json").exists():
         return None
     folders = (model, model / "additional_chat_templates")
-    files = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.suffix not in _NEVER_READ]
+    files = [p for f in folders if f.is_dir() for p in sorted(f.iterdir()) if p.suffix not in _SKIPPED_SUFFIXES]
     files = [p for p in files if p.is_file()]
     digest = hashlib.sha256()
     try:
-        # A pipe is not read here: it gives what it holds only once.
+        # A pipe is not read here, because its content can be read only once.
         if not all(path.is_file() for path in inputs):
             return None
         # Quantised weights are read by a library whose version is in no result.
@@ -261,7 +223,7 @@ def source_digest(model: Path, inputs: Sequence[Path], device: str = "auto") -> 
 
 
 def library_version(name: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

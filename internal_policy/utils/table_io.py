@@ -1,4 +1,4 @@
-"""Tables of a result as files: CSV, parquet and JSON lines, from which every value comes back as it was."""
+"""Tables of a result as files: CSV, parquet and JSON lines, without loss of any value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXACT: dict[str, Any] = (
 )
 """What pandas' ``read_csv`` needs to give every number back bit for bit."""
 
-# A spreadsheet runs what begins so; a sign alone and a number are harmless.
+# A spreadsheet runs texts that begin like this; a sign alone and a number are harmless.
 _FORMULA = re.compile(r"'*[=+\-@\t\r](?s:.)+")
 _NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 

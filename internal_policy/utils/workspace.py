@@ -1,6 +1,6 @@
-"""An unfinished result on disk: the portions of an interrupted run, which the same command finds and goes on from.
+"""An unfinished result on disk: the portions of an interrupted run, which the same command finds and resumes.
 
-``<output>/<slug>/work/`` holds ``run.json`` (the settings of the run and the digests of its inputs) and a shard for
+``<output>/<slug>/work/`` contains ``run.json`` (the settings of the run and the digests of its inputs) and a shard for
 each finished portion. Every file is renamed into place when it is complete. The name of a shard ends in a digest of its
 content and of ``run.json``: a shard that was damaged, or is of another run, is set aside and made again. Finished
 results are in ``result_format``.
@@ -32,9 +32,9 @@ from internal_policy.utils.result_format import ResultFormat, describe_differenc
 
 logger = logging.getLogger(__name__)
 
-_RUN = "run.json"
+_RUN_FILE = "run.json"
 _SHARD = re.compile(r"((?!damaged-).+-\d{7})-([0-9a-f]{16})\.npz")
-_ASIDE = re.compile(r"damaged-\d+-.*")
+_DAMAGED = re.compile(r"damaged-\d+-.*")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -52,14 +52,12 @@ class Workspace:
         self._result = result
 
     def check(self) -> None:
-        """Refuse a directory that holds something else or is not writable, before anything long begins.
-
-        Raises:
-            UserError: not writable, or in use for something else.
-        """
+        """Raise a `UserError` if the directory contains something else or is not writable, before a long run begins."""
         require_writable(self.directory)
         manifest = self._result.is_in(self.directory)
-        others = [p for p in self._files() if not self._ours(p) and not (manifest and p.parent == self.directory)]
+        others = [
+            p for p in self._files() if not self._is_run_file(p) and not (manifest and p.parent == self.directory)
+        ]
         if others:
             raise UserError(
                 f"{self.directory}: is in use for something else (it holds {others[0].relative_to(self.directory)}); "
@@ -67,29 +65,29 @@ class Workspace:
             )
 
     def open(self, identity: Mapping[str, Any], overwrite: bool) -> bool:
-        """Begin a run, or resume the one that was interrupted.
+        """Begin a run, or resume the one that was interrupted, setting aside its damaged portions.
 
         Args:
             identity: all settings that determine the numbers, and digests of weights and inputs.
             overwrite: delete what an earlier run left there.
 
         Returns:
-            True where an interrupted run is resumed. Damaged portions of it have been set aside.
+            True if an interrupted run is resumed.
 
         Raises:
-            UserError: not writable, or the interrupted run was of something else.
+            UserError: not writable, or the interrupted run had another identity.
         """
-        path = self.work / _RUN
+        path = self.work / _RUN_FILE
         try:
             if overwrite:
                 # The manifest goes first: a kill in between leaves nothing that reads as a result.
                 (self.directory / self._result.manifest).unlink(missing_ok=True)
                 self.close()
             self.work.mkdir(parents=True, exist_ok=True)
-            old = self._identity()
+            old = self._read_identity()
             if old is None:
                 write_text(path, json.dumps(identity, indent=2))
-                # Shards of this run are used even where run.json was lost.
+                # Shards of this run are used even if run.json was lost.
                 return self._check_shards()
         except OSError as error:
             raise UserError(
@@ -98,20 +96,13 @@ class Workspace:
         if differing := describe_differences(old, identity):
             raise UserError(
                 f"{self.directory}: holds an unfinished {self._result.name} with other settings ({differing}); repeat "
-                "its command to go on, add --overwrite to start over, or choose another --output directory"
+                "its command to resume it, add --overwrite to start over, or choose another --output directory"
             )
         self._check_shards()
         return True
 
     def shards(self, kind: str) -> Iterator[Arrays]:
-        """Read the finished portions of a stage.
-
-        Args:
-            kind: the stage's name.
-
-        Yields:
-            The arrays of each portion.
-        """
+        """Read the arrays of each finished portion of a stage."""
         for path in sorted(self.work.glob(f"{kind}-*.npz")):
             if path.name.startswith("damaged-"):
                 # It was set aside earlier.
@@ -128,13 +119,7 @@ class Workspace:
                 yield dict(arrays)
 
     def write(self, kind: str, first: int, arrays: Arrays) -> None:
-        """Write a finished portion.
-
-        Args:
-            kind: the stage's name.
-            first: the index of its first item, which no other portion has.
-            arrays: what to keep.
-        """
+        """Write a finished portion; `first` is the index of its first item, which no other portion has."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         data, stem = buffer.getvalue(), f"{kind}-{first:07d}"
@@ -154,11 +139,11 @@ class Workspace:
         """Compute the portions of a stage that are missing, batch by batch, and return all of them.
 
         Items are divided into batches of similar length, the longest first so that too little memory shows at once. The
-        division among processes does not depend on what is done: one that starts a little later finds more of it.
+        division among processes does not depend on what is done, because a process that starts later finds more of it.
 
         Args:
             stage: its name.
-            lengths: ids of each item, by the item's index.
+            lengths: number of ids of each item, by the item's index.
             batch_size: items in a batch.
             compute: returns the arrays of the items with these indices.
             description: what the progress bar says.
@@ -197,21 +182,23 @@ class Workspace:
     @property
     def begun(self) -> bool:
         """Whether an unfinished run is there."""
-        return self.work.is_dir() and any(p.name == _RUN or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
+        return self.work.is_dir() and any(p.name == _RUN_FILE or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
 
     def close(self) -> None:
         """Delete the portions and unrenamed files of a killed run once the result is complete; nothing else."""
         # run.json goes last: a kill in between leaves no shards without it.
-        for path in sorted(self._files(), key=lambda path: path.name == _RUN):
-            if is_temporary(path) or (path.parent == self.work and (path.name == _RUN or _SHARD.fullmatch(path.name))):
+        for path in sorted(self._files(), key=lambda path: path.name == _RUN_FILE):
+            if is_temporary(path) or (
+                path.parent == self.work and (path.name == _RUN_FILE or _SHARD.fullmatch(path.name))
+            ):
                 path.unlink(missing_ok=True)
         self.__dict__.pop("_key", None)
         if self.work.is_dir() and not any(self.work.iterdir()):
             self.work.rmdir()
 
-    def _identity(self) -> dict[str, Any] | None:
-        """The content of run.json; None where it is missing or damaged."""
-        path = self.work / _RUN
+    def _read_identity(self) -> dict[str, Any] | None:
+        """The content of run.json; None if it is missing or damaged."""
+        path = self.work / _RUN_FILE
         if not path.is_file():
             return None
         try:
@@ -224,12 +211,12 @@ class Workspace:
         return None
 
     def _check_shards(self) -> bool:
-        """Set damaged shards aside, before other processes read them; whether any are left."""
+        """Set damaged shards aside, before other processes read them, and return whether any are left."""
         return sum(1 for _ in self.shards("*")) > 0
 
     @cached_property
     def _key(self) -> bytes:
-        return json.dumps(json.loads((self.work / _RUN).read_bytes()), sort_keys=True).encode()
+        return json.dumps(json.loads((self.work / _RUN_FILE).read_bytes()), sort_keys=True).encode()
 
     def _seal(self, stem: str, data: bytes) -> str:
         digest = hashlib.sha256(self._key)
@@ -241,10 +228,10 @@ class Workspace:
         inside = (p for d in (self.directory, self.work) if d.is_dir() for p in d.iterdir())
         return sorted(p for p in inside if p not in (self.work, self.directory / LOCK))
 
-    def _ours(self, path: Path) -> bool:
+    def _is_run_file(self, path: Path) -> bool:
         """Whether a file is one that a run writes before its manifest."""
         if is_temporary(path):
             return True
         if path.parent == self.work:
-            return path.name == _RUN or any(known.fullmatch(path.name) for known in (_SHARD, _ASIDE))
+            return path.name == _RUN_FILE or any(known.fullmatch(path.name) for known in (_SHARD, _DAMAGED))
         return path.name in (self._result.manifest, *self._result.files, *self._result.drawn)

@@ -85,7 +85,7 @@ def test_what_one_process_began_two_finish(alone, tmp_path):
     assert len(list((out / "testbed--llama" / "work").glob("capture-*.npz"))) == 2
     done = launched(2, out)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on with an unfinished analysis") == 1
+    assert done.stderr.count("resuming an unfinished analysis") == 1
     assert_same(alone, out / "testbed--llama")
     again = launched(2, out)
     assert again.returncode == 0, again.stderr

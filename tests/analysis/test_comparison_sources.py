@@ -12,7 +12,7 @@ import pytest
 from shapes import make, progressive, training
 
 from internal_policy import UserError, compare
-from internal_policy.analysis.sources import gather, natural_key, training_steps, unique_labels
+from internal_policy.analysis.sources import collect_analyses, natural_key, training_steps, unique_labels
 from internal_policy.cli.display import show_comparison
 from internal_policy.comparison.figure_data import shown_names
 from internal_policy.comparison.results import TABLES, AnalysisComparison
@@ -50,10 +50,14 @@ def test_the_start_of_a_training_comes_first_wherever_it_stood(place):
 def test_a_directory_with_the_start_is_in_the_order_of_the_steps(tmp_path):
     for name in ("a-run/checkpoint-10", "a-run/checkpoint-5", "testbed/qwen3"):
         make(progressive(4), name, prompts=4, noise=0.1).save(tmp_path / name.replace("/", "--"))
-    assert [a.name for a in gather([tmp_path])] == ["testbed/qwen3", "a-run/checkpoint-5", "a-run/checkpoint-10"]
+    assert [a.name for a in collect_analyses([tmp_path])] == [
+        "testbed/qwen3",
+        "a-run/checkpoint-5",
+        "a-run/checkpoint-10",
+    ]
     # Two runs side by side are not shuffled into one another.
     make(progressive(4), "b-run/checkpoint-5", prompts=4, noise=0.1).save(tmp_path / "b-run--checkpoint-5")
-    names = [a.name for a in gather([tmp_path])]
+    names = [a.name for a in collect_analyses([tmp_path])]
     assert names == ["a-run/checkpoint-5", "a-run/checkpoint-10", "b-run/checkpoint-5", "testbed/qwen3"]
 
 
@@ -146,9 +150,9 @@ def test_a_directory_stands_for_the_analyses_in_it_in_natural_order(tmp_path):
         make(progressive(4), f"run/checkpoint-{step}", prompts=4, noise=0.1, seed=step).save(
             tmp_path / "runs" / f"checkpoint-{step}"
         )
-    found = gather([tmp_path / "runs"])
+    found = collect_analyses([tmp_path / "runs"])
     assert [a.name for a in found] == ["run/checkpoint-5", "run/checkpoint-10", "run/checkpoint-100"]
-    assert [a.name for a in gather([tmp_path])] == [a.name for a in found]
+    assert [a.name for a in collect_analyses([tmp_path])] == [a.name for a in found]
     comparison = compare(tmp_path)
     assert (comparison.steps, comparison.steps_from) == ((5.0, 10.0, 100.0), "name")
     assert comparison.sources[0]["path"] == str(tmp_path / "runs" / "checkpoint-5")

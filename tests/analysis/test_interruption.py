@@ -127,4 +127,4 @@ def test_an_interrupt_from_the_keyboard_is_reported_in_one_line(place):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert told.splitlines()[-1] == "interrupted; the same command resumes where it stopped"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, sweep
 from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.checkpoints import find_checkpoints, targets
+from internal_policy.analysis.checkpoints import find_checkpoints, list_targets
 from internal_policy.extractors import reduce_responses
 
 
@@ -51,10 +51,10 @@ def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
 
 
 def test_the_model_that_training_began_with_comes_first(run):
-    found = targets("base/model", checkpoints=str(run))
+    found = list_targets("base/model", checkpoints=str(run))
     assert [str(t) for t in found] == ["base/model", *(str(run / f"checkpoint-{s}") for s in STEPS)]
-    assert [str(t) for t in targets("m", ["b", "a", "b"])] == ["m@b", "m@a"]
-    assert [str(t) for t in targets("m", "main")] == ["m@main"]
+    assert [str(t) for t in list_targets("m", ["b", "a", "b"])] == ["m@b", "m@a"]
+    assert [str(t) for t in list_targets("m", "main")] == ["m@main"]
 
 
 def make_unfit(kind, root):

@@ -16,7 +16,7 @@ from tiny import ragged_responses
 
 from internal_policy import Analysis, models
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.checkpoints import targets
+from internal_policy.analysis.checkpoints import list_targets
 from internal_policy.cli import analyze as cli_analyze
 from internal_policy.cli import main as cli
 
@@ -46,7 +46,7 @@ def test_the_command_takes_a_glob_that_the_shell_has_expanded(run, tmp_path, mon
     assert told(monkeypatch, capsys, *command) == (0, "", "")
     ((start, options),) = swept
     assert (start, options["own_responses"]) == ("testbed/qwen3", True)
-    assert steps_of(str(t) for t in targets(None, checkpoints=options["checkpoints"])) == list(STEPS)
+    assert steps_of(str(t) for t in list_targets(None, checkpoints=options["checkpoints"])) == list(STEPS)
 
 
 @pytest.mark.slow

@@ -320,6 +320,6 @@ def test_the_command_refuses_in_one_line(run, arguments, told):
 
 def test_a_stored_evaluation_of_other_problems_is_refused_before_the_work(run, tmp_path):
     rated([1, 2]).save(tmp_path / "stored")
-    with pytest.raises(UserError, match="2 problems of b, and asked for are the 8 of testbed"):
+    with pytest.raises(UserError, match="2 problems of b, but this command uses the 8 of testbed"):
         run("--model", "testbed/qwen3", "--max-problems", 8, "--against", "stored")
     assert not (tmp_path / "data").exists()

@@ -18,7 +18,7 @@ from shapes import make, progressive
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.run import Run
-from internal_policy.cli.compare import redrawing
+from internal_policy.cli.compare import redraw_command
 from internal_policy.cli.main import run as run_command
 from internal_policy.cli.report import write_reports
 from internal_policy.comparison import AnalysisComparison, measure_convergence
@@ -403,7 +403,7 @@ def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
         drawn = line(spec, shown_names(stored)[label])
         np.testing.assert_allclose(drawn["y"], rows["difference"], atol=1e-6)
     (command,) = [text for text in re.findall(r"internal-policy compare [^\n]+", page.text) if "checkpoint-6" in text]
-    assert command.strip() == redrawing(STORED / "sweep")
+    assert command.strip() == redraw_command(STORED / "sweep")
 
 
 def test_a_comparison_is_the_same_read_back(saved, tmp_path):
@@ -508,7 +508,7 @@ def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_p
     write_reports([Analysis.load(place)])
     assert not (place / "report.html").exists()
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in told
+    assert "no report.html could be written (RuntimeError: no room at all); the results are complete" in told
     assert Analysis.load(place).n_responses == 6
 
 
@@ -519,7 +519,7 @@ def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
     write_reports([Analysis.load(place)])
     (told,) = [record.getMessage() for record in caplog.records]
     assert "no report.html could be written (IsADirectoryError" in told
-    assert "), and the page there is of earlier results; the results are whole" in told
+    assert "), and the page there is of earlier results; the results are complete" in told
 
 
 def test_bibtex_has_the_facts_of_the_citation_file():

@@ -12,7 +12,7 @@ import pytest
 from shapes import make, progressive
 
 from internal_policy import Analysis, UserError, compare
-from internal_policy.analysis.sources import gather
+from internal_policy.analysis.sources import collect_analyses
 from internal_policy.bupo.run import Run
 from internal_policy.cli.report import ReportCommand, write_reports
 from internal_policy.report import training_report
@@ -109,7 +109,7 @@ def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
     stored = [STORED / "analyses" / name for name in ("qwen3-start", "qwen3-bupo")]
     made = compare(*stored)
     place = made.save(tmp_path / "compare--x")
-    write_reports([made], place, tell=False)
+    write_reports([made], place, announce=False)
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
@@ -130,17 +130,17 @@ def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
         make(progressive(2), name, prompts=2).save(tmp_path / name)
     (tmp_path / "figures" / "a").mkdir(parents=True)
     (tmp_path / "figures" / "a" / "flow.png").write_bytes(b"")
-    assert [found.name for found in gather(sorted(tmp_path.iterdir()))] == ["a", "b"]
+    assert [found.name for found in collect_analyses(sorted(tmp_path.iterdir()))] == ["a", "b"]
     # Named alone, or by another name, it is no slip of a wildcard.
     with pytest.raises(UserError, match="figures: no finished analysis here"):
-        gather([tmp_path / "figures"])
+        collect_analyses([tmp_path / "figures"])
     with pytest.raises(UserError, match="nowhere/figures: no finished analysis here"):
-        gather([tmp_path / "a", tmp_path / "nowhere" / "figures"])
+        collect_analyses([tmp_path / "a", tmp_path / "nowhere" / "figures"])
     (tmp_path / "figures").rename(tmp_path / "drawn")
     with pytest.raises(UserError, match="drawn: no finished analysis here"):
-        gather([tmp_path / "a", tmp_path / "drawn"])
+        collect_analyses([tmp_path / "a", tmp_path / "drawn"])
     make(progressive(2), "c", prompts=2).save(tmp_path / "figures" / "c")
-    assert [found.name for found in gather([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
+    assert [found.name for found in collect_analyses([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
 
 
 def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):

@@ -211,7 +211,7 @@ def test_a_directory_that_may_only_be_read_is_read(model, tmp_path, monkeypatch)
     def refuse(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(locks, "_open", refuse)
+    monkeypatch.setattr(locks, "_open_lock_file", refuse)
     again = analyze(*model, responses=ragged_responses(2), output=tmp_path)
     pd.testing.assert_frame_equal(again.layers, done.layers)
 
