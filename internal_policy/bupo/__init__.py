@@ -3,7 +3,7 @@
 from internal_policy import bupo
 
 run = bupo.train("testbed/qwen3", layer=7, ipa_steps=10, max_steps=60)
-run.history      # DataFrame, a row a step, with its phase
+run.history      # DataFrame, a row per step, with its phase
 run.evaluation   # Avg@K and Pass@K of the trained model
 run.model_dir    # a directory that transformers loads
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from internal_policy.bupo.trainer_config import BuPOConfig
     from internal_policy.bupo.training import train
 
-_HOME = {
+_MODULES = {
     "BuPOConfig": "trainer_config",
     "BuPOTrainer": "trainer",
     "Run": "run",
@@ -34,7 +34,7 @@ _HOME = {
     "train": "training",
 }
 
-_OF_TRL = ("BuPOConfig", "BuPOTrainer", "train")
+_NEEDS_TRL = ("BuPOConfig", "BuPOTrainer", "train")
 
 __all__ = [
     "BuPOConfig",
@@ -50,10 +50,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name in _HOME:
-        if name in _OF_TRL:
+    if name in _MODULES:
+        if name in _NEEDS_TRL:
             require_package("trl", "training", "train")
-        return getattr(import_quietly(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_quietly(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

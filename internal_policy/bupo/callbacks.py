@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from internal_policy.bupo.config import ALIGNMENT, AUTO, second_phase
 from internal_policy.bupo.dynamics import Dynamics, alignment_end
-from internal_policy.bupo.resume import drop_optimizer_states, list_files
+from internal_policy.bupo.resume import drop_optimizer_states, write_digests
 from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, read_table, write_table
 from internal_policy.rewards.functions import count_failures
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from internal_policy.bupo.trainer import BuPOTrainer
 
 _FAILURES = "reward_failures/"
-"""Before the kinds of failures in the trainer's log."""
+"""Prefix of the kinds of failures in the trainer's log."""
 _COLUMNS = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -40,10 +40,10 @@ _COLUMNS = {
 
 
 class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Measures figure 5 on fixed responses, before the first step and then at chosen steps.
+    """Measures figure 5 on fixed responses, before the first step and then at regular intervals.
 
-    With ``ipa_steps="auto"`` it ends the first phase. What it decides depends on the stored measurements alone, so that
-    a resumed run decides the same.
+    With ``ipa_steps="auto"`` it ends the first phase. The decision depends only on the stored measurements, so a
+    resumed run decides the same.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self.rows: list[dict[str, Any]] = []
         self.layers: list[pd.DataFrame] = []
         self.reason: str | None = None
-        """Why the first phase was ended, where this callback ended it."""
+        """Why this callback ended the first phase, if it did."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the measurements of a resumed run, or make the first."""
+        """Read the measurements of a resumed run, or make the first."""
         if self._resumed is not None:
-            # Those of the checkpoint: a run that died later measures the steps since then again.
+            # From the checkpoint: steps after it are measured again.
             stored = read_table(self._resumed / DYNAMICS)
             self.rows = [{str(k): v for k, v in row.items()} for row in stored.to_dict("records")]
             layers = read_table(self._resumed / DYNAMICS_LAYERS)
@@ -72,26 +72,23 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             self._measure(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after the chosen steps."""
+        """Measure at the interval, at the end of the first phase and at the end of the run."""
         step, rest = divmod(state.global_step, self._trainer.args.updates_per_step)
-        if rest:
-            return
-        changed = self._trainer.args.ipa_steps == step
-        if step % self._every == 0 or changed or state.global_step == state.max_steps:
+        phase_ends = self._trainer.args.ipa_steps == step
+        if not rest and (step % self._every == 0 or phase_ends or state.global_step == state.max_steps):
             self._measure(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what was measured so far with the checkpoint, for the run that goes on from there."""
+        """Save the measurements so far in the checkpoint, for a run that resumes from it."""
         if state.is_world_process_zero:
             self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _measure(self, state: Any) -> None:
         trainer = self._trainer
-        # Whether the step that led here was one of alignment; before the first, whether the next is.
+        # Whether the last step was one of alignment; before the first step, whether the next one is.
         aligned = trainer.last_aligned if state.global_step else trainer.in_alignment
         measured = self._dynamics.measure()
-        step = int(state.global_step // trainer.args.updates_per_step)
-        row = measured.row()
+        row, step = measured.row(), int(state.global_step // trainer.args.updates_per_step)
         phase = ALIGNMENT if aligned else second_phase(trainer.args.method)
         self.rows.append({"step": step, "phase": phase, **row})
         self.layers.append(measured.layers.assign(step=step))
@@ -110,7 +107,7 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         trainer.alignment_ended = self.reason is not None
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return what was measured: a row per measurement, and a row per measurement and later layer."""
+        """Return the tables: a row per measurement, and a row per measurement and later layer."""
         layers = pd.concat(self.layers, ignore_index=True) if self.layers else pd.DataFrame()
         return pd.DataFrame(self.rows), layers[["step", "layer", "cosine", "kl"]] if len(layers) else layers
 
@@ -121,18 +118,18 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
 
 class StepCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not typed here
-    """Writes into the trainer's state, and so into each checkpoint, how many updates a step has."""
+    """Stores the number of updates per step in the trainer's state, and thus in each checkpoint."""
 
     def __init__(self, updates_per_step: int) -> None:
         self._updates_per_step = updates_per_step
 
     def state(self) -> dict[str, Any]:
-        """Return the arguments from which transformers could make this callback again."""
+        """Return the arguments from which transformers could recreate this callback."""
         return {"args": {"updates_per_step": self._updates_per_step}, "attributes": {}}
 
 
 class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Writes the history while it grows, counts rewards that failed, and moves the progress bar."""
+    """Writes the history as it grows, counts failed rewards, and advances the progress bar."""
 
     def __init__(self, trainer: BuPOTrainer, directory: Path, advance: Callable[[int], None]) -> None:
         self._trainer = trainer
@@ -141,7 +138,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._failures: dict[str, int] = {}
 
     def history(self) -> pd.DataFrame:
-        """Turn the trainer's log into a table with a row per step so far."""
+        """Convert the trainer's log to a table with a row per step."""
         args = self._trainer.args
         rows = []
         for entry in self._trainer.state.log_history:
@@ -164,14 +161,14 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         return pd.DataFrame(rows)
 
     def failures(self) -> dict[str, int]:
-        """Count the rewards that failed in the whole run, by kind, over all processes."""
+        """Count the failed rewards of the whole run by kind, over all processes."""
         total: Counter[str] = Counter()
         for entry in self._trainer.state.log_history:
             total.update({k.removeprefix(_FAILURES): int(v) for k, v in entry.items() if k.startswith(_FAILURES)})
         return dict(total)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step when all its updates are done, and the rewards that failed in it."""
+        """After the last update of a step, advance the bar and count the rewards that failed in the step."""
         if state.global_step % self._trainer.args.updates_per_step == 0:
             # Each process scores its own share of the rollouts.
             total = count_failures(self._trainer.reward_funcs)
@@ -183,29 +180,29 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             self._advance(1)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the table as it stands."""
+        """Write the current table."""
         if state.is_world_process_zero:
             write_table(self._directory / HISTORY, self.history())
 
 
 class CheckpointDigestCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Lists the files of each checkpoint with their digests, and only then lets older checkpoints go.
+    """Records the digests of each checkpoint's files, and only then deletes older checkpoints.
 
-    It is the last callback: what others add to a checkpoint is listed with it.
+    It must be the last callback, so that the files that other callbacks add to a checkpoint are included.
     """
 
     def __init__(self, trainer: BuPOTrainer, settings: dict[str, Any]) -> None:
         self._trainer = trainer
         self._settings = settings
-        # transformers would delete the older ones before the new one is known to be whole.
+        # transformers would delete the older ones before the new one is known to be complete.
         self._save_total_limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """List the files when every process has written its part."""
+        """Record the files once every process has written its part."""
         accelerator = self._trainer.accelerator
         accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             directory = Path(args.output_dir)
-            list_files(directory / f"checkpoint-{state.global_step}", self._settings, accelerator.num_processes)
+            write_digests(directory / f"checkpoint-{state.global_step}", self._settings, accelerator.num_processes)
             rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self._save_total_limit)
             drop_optimizer_states(directory)

@@ -1,7 +1,7 @@
-"""What is checked before the first update, and how a training that cannot go on says so in one line.
+"""Checks before the first update, and errors of a training in one line.
 
-Where the model's parts are, that TRL computes the model's own logits, that TRL and transformers accept every option:
-all of it is checked before anything is written.
+Before anything is written, they establish where the model's parts are, that TRL computes the model's own logits, and
+that TRL and transformers accept every option.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ from internal_policy.utils.options import require_one_of
 logger = logging.getLogger(__name__)
 
 _SEQUENCES, _LENGTH, _SHIFT = 2, 12, 256
-_NO_ROOM = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded", errno.EFBIG: "File too large"}
+_DISK_FULL = {
+    errno.ENOSPC: "No space left on device",
+    errno.EDQUOT: "Disk quota exceeded",
+    errno.EFBIG: "File too large",
+}
 _CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -61,7 +65,7 @@ def check_run(
     measures: bool,
     evaluates: bool,
 ) -> None:
-    """Refuse, before anything is written, what the trainer would fail on later, or would do silently wrong."""
+    """Refuse, before anything is written, settings on which the trainer would fail later or be silently wrong."""
     if config.ipa_steps == AUTO and not measures:
         why = "FSDP or DeepSpeed spreads the weights" if sharded else "dynamics_every is 0"
         raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
@@ -71,7 +75,7 @@ def check_run(
     if trainer_config.sync_ref_model and not trainer_config.beta:
         raise UserError("sync_ref_model=True without a reference model; give beta, or leave it out")
     if trainer_config.beta and peft_config is None:
-        # TRL reads the reference model again, from where the policy came from, and not from pickles.
+        # TRL loads the reference model again from the policy's source, where it must not find pickles.
         where = str(model.config._name_or_path)
         advice = "beta needs the model as it was before training: save it, and give its directory"
         with as_user_error(config.model, "the reference model", advice=advice):
@@ -97,7 +101,7 @@ def check_run(
 
 
 def try_options(config: BuPOConfig, rewards: Sequence[Any]) -> None:
-    """Make of the options what TRL and transformers make of them only once the training has begun."""
+    """Check the options, and build what TRL and transformers build from them only after the training has begun."""
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             require_one_of(name, getattr(config, name), [choice for choice in choices if isinstance(choice, str)])
@@ -119,7 +123,7 @@ def try_options(config: BuPOConfig, rewards: Sequence[Any]) -> None:
         torch.tensor(weights or [], dtype=torch.float32)
         GenerationConfig(cache_implementation=config.cache_implementation, **(config.generation_kwargs or {}))
         make, options = Trainer.get_optimizer_cls_and_kwargs(config)
-        # Of the optimisers that only some layers get, the others' is like any.
+        # Arguments of optimisers that apply to some layers only, which need a real model.
         options = {key: value for key, value in options.items() if key not in ("optim_target_modules", "model")}
         optimizer = make([torch.nn.Parameter(torch.zeros(1))], **options)
         get_scheduler(
@@ -139,21 +143,17 @@ def _reporters() -> list[str]:
 
 
 def prove_model(model: LanguageModel) -> LanguageModel:
-    """Prove where a model's parts are, once per run.
+    """Verify where a model's parts are; a family without a row of the table gets the likeliest guess that is verified.
 
-    Returns:
-        The model with the row that holds; for a family without a row, the likeliest guess at its parts, proved.
-
-    Raises:
-        UserError: what does not hold, a guess that cannot be proved because no process has the whole model, or
-            quantised weights, which no gradient reaches.
+    Refused are a row that does not fit, a guess that cannot be verified because no process has the whole model, and
+    quantised weights, which no gradient reaches.
     """
     if model.quantization is not None:
         raise UserError(
             f"{model.name}: its weights are quantised ({model.quantization}), and training updates them; give the "
             "checkpoint that it was made from"
         )
-    if not _whole(model.model):
+    if not _has_all_weights(model.model):
         if model.family.guessed:
             raise UserError(
                 f"{model.name}: family {model.family.name!r} is not in the table, and what its structure says cannot "
@@ -165,17 +165,17 @@ def prove_model(model: LanguageModel) -> LanguageModel:
 
 
 def prove_family(model: nn.Module, tokenizer: Any) -> Family:
-    """Prove where the parts of a bare causal LM are, and return the row that holds."""
+    """Verify where the parts of a bare causal LM are, and return its row."""
     config: Any = model.config
     with eval_mode(model):
         return prove_model(wrap(model, tokenizer, getattr(config, "_name_or_path", "") or config.model_type)).family
 
 
 def check_experts(args: BuPOConfig, config: Any) -> None:
-    """Refuse what a mixture of experts cannot do in training.
+    """Refuse settings with which a mixture of experts cannot be trained.
 
     TRL would add the load-balancing loss in the first phase too, and transformers cannot sample from a model that
-    returns what its routers chose.
+    returns its router logits.
     """
     text = config.get_text_config()
     if not hasattr(text, "output_router_logits"):
@@ -196,21 +196,21 @@ def check_experts(args: BuPOConfig, config: Any) -> None:
 
 
 def check_head(model: nn.Module, temperature: float) -> None:
-    """Check that TRL's own computation of log-probabilities is that of the model's own logits, to rounding.
+    """Check that TRL's log-probabilities equal those of the model's own logits up to rounding.
 
-    TRL multiplies the decoder's last state by E_u itself, and takes the model's transform of logits from fields of the
-    configuration that it knows.
+    TRL multiplies the decoder's last state by E_u itself, and knows only some of the fields of a configuration that
+    transform the logits.
     """
-    if not _whole(model):
+    if not _has_all_weights(model):
         return
-    arguments = _arguments(model)
+    arguments = _random_inputs(model)
     ids = arguments["input_ids"]
     with eval_mode(model), torch.no_grad():
         logits = model(**arguments).logits[:, :-1].float() / temperature
         theirs = model(**arguments, labels=ids, fused_lm_head=True).log_probs.float()
     own = logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1)
     error = float((own - theirs.to(own.device)).abs().mean())
-    # The model rounds each logit in its own dtype; a mean over tokens is some roundings of the largest.
+    # The model rounds each logit in its own dtype; the mean error is a few roundings of the largest logit.
     bound = 4 * _eps(model) * max(1.0, float(logits.abs().max()))
     if not error <= bound:
         raise UserError(
@@ -219,19 +219,19 @@ def check_head(model: nn.Module, temperature: float) -> None:
         )
 
 
-def shift_matters(model: nn.Module) -> bool:
-    """Whether a decoder depends on where its first token stands, as one with learned positions does.
+def depends_on_absolute_positions(model: nn.Module) -> bool:
+    """Return whether a decoder depends on the position of the first token, like one with learned positions.
 
-    TRL pads prompts on the left and gives no positions, so that such a model would see other positions than those it
-    sampled with. False where positions are relative, or where the decoder counts them over real tokens itself.
+    TRL pads prompts on the left and passes no positions, so such a model would see other positions than in sampling.
+    False if positions are relative, or if the decoder counts them over real tokens itself.
     """
     config: Any = model.config
     decoder: Any = getattr(model, "base_model", None)
     if config.get_text_config() is not config or not isinstance(decoder, nn.Module):
         return False
-    if "position_ids" not in inspect.signature(decoder.forward).parameters or not _whole(model):
+    if "position_ids" not in inspect.signature(decoder.forward).parameters or not _has_all_weights(model):
         return False
-    arguments = _arguments(model)
+    arguments = _random_inputs(model)
     length = arguments["input_ids"].shape[1]
     room = int(getattr(config, "max_position_embeddings", None) or _SHIFT) - length
     positions = torch.arange(length, device=arguments["input_ids"].device).expand_as(arguments["input_ids"])
@@ -240,15 +240,14 @@ def shift_matters(model: nn.Module) -> bool:
             decoder(**arguments, position_ids=positions + shift).last_hidden_state.double()
             for shift in (0, max(0, min(_SHIFT, room)))
         )
-    # Rotations differ by rounding only. To count positions where it is not needed changes nothing but roundings.
+    # Rotary embeddings differ only by rounding. Counting positions unnecessarily would change only roundings.
     return bool((here - there).norm() > math.sqrt(_eps(model)) * here.norm())
 
 
 def warn_of_dropout(model: nn.Module) -> bool:
-    """Warn that old and new log-probabilities are of different dropouts.
+    """Warn if old and new log-probabilities are computed under different dropout masks.
 
-    Returns:
-        Whether anything drops out in training, adapters and attention weights too.
+    Returns whether there is any dropout in training, including that of adapters and attention weights.
     """
     everywhere = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
     found = [n for n in everywhere if "lora_" not in n]
@@ -258,17 +257,17 @@ def warn_of_dropout(model: nn.Module) -> bool:
             "disable_dropout=True",
             *(type(model).__name__, found[0], len(found) - 1),
         )
-    # Attention takes its own as a number.
+    # Attention has its dropout as a number, not as a module.
     rates = (getattr(m, "attention_dropout", None) for m in model.modules())
     return bool(everywhere) or any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
-def _whole(model: nn.Module) -> bool:
-    """Whether this process has the model's weights."""
+def _has_all_weights(model: nn.Module) -> bool:
+    """Return whether this process has all weights of the model."""
     return not any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters())
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
+def _random_inputs(model: nn.Module) -> dict[str, Any]:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows, device = int(embedding.weight.shape[0]), embedding.weight.device
     ids = torch.randint(0, rows, (_SEQUENCES, _LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
@@ -276,18 +275,15 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def _eps(model: nn.Module) -> float:
-    """Rounding of the coarsest dtype that the model's weights are in."""
+    """Return the machine epsilon of the coarsest dtype among the model's weights."""
     return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
 
 
 @contextmanager
 def errors_in_one_line(config: BuPOConfig, directory: Path, state: Any = None) -> Iterator[None]:
-    """Turn what TRL refuses, running out of memory, and a full disk into one line.
+    """Convert refusals of TRL, lack of memory, and a full disk to one-line errors.
 
-    Args:
-        config: the trainer's configuration.
-        directory: the run's.
-        state: the trainer's state, once it is made. What is raised before the first update is about the options.
+    ``state`` is that of the trainer, if it exists; an error before the first update is taken to concern the options.
     """
     try:
         yield
@@ -296,10 +292,10 @@ def errors_in_one_line(config: BuPOConfig, directory: Path, state: Any = None) -
             raise
         raise refused(error) from error
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        if (why := _no_room(error)) is not None:
+        if (why := _disk_full_reason(error)) is not None:
             raise UserError(
                 f"{directory}: a file could not be written to its end ({why}); make room, then repeat the command: it "
-                "goes on from the last whole checkpoint"
+                "resumes from the last complete checkpoint"
             ) from error
         if not is_out_of_memory(error):
             raise
@@ -309,16 +305,12 @@ def errors_in_one_line(config: BuPOConfig, directory: Path, state: Any = None) -
         ) from error
 
 
-def _no_room(error: BaseException) -> str | None:
-    """Why a file could not be written; None where it is something else."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return _NO_ROOM[error.errno]
-    message = str(error)
+def _disk_full_reason(error: BaseException) -> str | None:
+    """Return why a file could not be written; None for other errors."""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return _DISK_FULL[error.errno]
+    message, torch_failure = str(error), "PytorchStreamWriter failed"
     if isinstance(error, SafetensorError):
-        return next((why for why in _NO_ROOM.values() if why in message), None)
-    # torch writes in C++, and does not say why it could not.
-    return (
-        "PytorchStreamWriter failed"
-        if "PytorchStreamWriter failed" in message or "inline_container" in message
-        else None
-    )
+        return next((why for why in _DISK_FULL.values() if why in message), None)
+    # torch writes in C++ and gives no reason.
+    return torch_failure if torch_failure in message or "inline_container" in message else None

@@ -37,7 +37,7 @@ VERIFIERS = ("math", "exact")
 ALIGNMENT = "ipa"
 """The name of the first phase (internal policy alignment); the second phase has the name of its method."""
 TRL_BATCH_OPTIONS = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
-"""TRL's own description of a batch of rollouts, which ``prompts_per_step`` and ``mini_batches`` replace."""
+"""TRL's options for the size of a batch of rollouts, which ``prompts_per_step`` and ``mini_batches`` replace."""
 STEP_OPTIONS = ("max_steps", "save_steps", "warmup_steps")
 """Options that ``train`` counts in steps and TRL counts in updates."""
 
@@ -55,7 +55,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         "top_p": 1.0,
     }
 )
-"""What all runs of the paper share, on top of the defaults of ``TrainConfig``; a run without a preset has it."""
+"""Settings that all runs of the paper share, besides the defaults of ``TrainConfig``; used if there is no preset."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
@@ -90,8 +90,8 @@ _AT_LEAST = {
 class TrainConfig:
     """What to train and how. Every field is a keyword of ``bupo.train`` and an option of ``internal-policy train``.
 
-    A step is one batch of rollouts with all the updates on it, as in the paper. A field that is None is left to the
-    preset; where there is no preset, to the default that its text names.
+    A step is one batch of rollouts with all the updates on it, as in the paper. The preset supplies a field that is
+    None; without a preset, the default named in the field's description applies.
     """
 
     model: str = option("testbed/qwen3", completions=EMBEDDED)
@@ -101,23 +101,23 @@ class TrainConfig:
     fresh problems of the embedded tasks for an embedded model."""
     layer: int | str | None = None
     """Layer whose policy is optimised first, counted from 1; the directory of an analysis, whose boundary layer is
-    taken; or auto: the model's own responses to the prompts are analysed first. Default: auto."""
+    used; or auto: the model's own responses to the prompts are analysed first. Default: auto."""
     ipa_steps: int | str | None = None
-    """Steps of the first phase, internal policy alignment (s_inter), or auto: until its own dynamics turn. Default: the
-    preset's share of the run, or 20 of 300 steps."""
+    """Steps of the first phase, internal policy alignment (s_inter), or auto: until its dynamics deteriorate. Default:
+    the preset's share of the run, or 20 of 300 steps."""
     method: str = option("bupo", choices=METHODS)
     """bupo, grpo, rloo or reinforce++."""
     reward: str | None = option(None, completions=VERIFIERS)
     r"""math (math-verify on the last \boxed{}), exact, or module:function. Default: exact for the embedded tasks, else
     math."""
     max_steps: int | None = None
-    """Steps in all. Default: the preset's, or 300."""
+    """Total number of steps. Default: the preset's, or 300."""
     output: str | None = None
-    """Directory of the run; an interrupted run in it is continued. Default: data/runs/<model>--<method>..."""
+    """Directory of the run; an interrupted run in it is resumed. Default: data/runs/<model>--<method>..."""
     preset: str | None = option(None, choices=PRESETS)
     """Named settings: qwen, qwen3-8b, llama (the paper's) or testbed. Default: testbed for an embedded model."""
     seed: int = 0
-    """Seed of everything that is random."""
+    """Seed of all random numbers."""
     learning_rate: float | None = None
     """Learning rate. Default: the preset's, or 1e-6."""
     ipa_learning_rate: float | None = None
@@ -129,21 +129,21 @@ class TrainConfig:
     mini_batches: int | None = None
     """Updates on a batch of rollouts. Default: the preset's, or 4."""
     max_completion_length: int | None = None
-    """Largest number of tokens of a response. Default: the preset's, or TRL's."""
+    """Largest number of tokens in a response. Default: the preset's, or TRL's."""
     max_prompt_length: int = 1024
-    """Prompts of more tokens are left out."""
+    """Prompts with more tokens are left out."""
     template: str | None = option(None, choices=TEMPLATES)
     """How a problem becomes a prompt: chat, plain, qwen-math, qwen3 or octothinker. Default: the preset's, or chat."""
     temperature: float = 1.0
     """Sampling temperature."""
     site: Site = "layer"
-    """Whose policy comes first: that of the layer's output (layer), or of what its attention (attn) or its FFN (ffn)
-    writes."""
+    """Which policy is optimised first: that of the layer's output (layer), or of the output of its attention (attn) or
+    FFN (ffn)."""
     lens: Lens = "policy"
     """Project states without the final norm (policy, as in the paper) or with it (logit-lens, the paper's ablation)."""
     aggregation: str | None = option(None, choices=AGGREGATIONS)
-    """Mean of the loss: sequence-mean (over responses, of their token means; eq. 3 of the paper) or token-mean (over
-    all tokens). Default: sequence-mean."""
+    """How the loss is averaged: sequence-mean (over tokens, then responses; eq. 3 of the paper) or token-mean (over all
+    tokens). Default: sequence-mean."""
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
     upper_lr_scale: float = 1.0
@@ -151,24 +151,24 @@ class TrainConfig:
     lora_rank: int = 0
     """Train LoRA adapters of this rank on all linear modules of the layers (needs peft); 0 trains all weights."""
     benchmark: str | None = None
-    """Evaluate the model on it before and after the training: a benchmark's name, a file or a hub id. Default: the
-    embedded tasks where they are trained on, else nothing is evaluated."""
+    """Benchmark on which to evaluate the model before and after the training: a name, a file or a hub id. Default: the
+    embedded tasks if the training is on them, else no evaluation."""
     eval_samples: int | None = None
-    """Responses sampled per problem of the benchmark; 0 leaves the evaluation out. Default: 4 for the embedded tasks,
+    """Responses sampled per problem of the benchmark; 0 disables the evaluation. Default: 4 for the embedded tasks,
     else the benchmark's own number."""
     eval_problems: int | None = None
     """Evaluate at most this many problems."""
     entropy_sequences: int = 64
-    """Rollouts of each step on which the entropy of the policy is measured; 0 leaves it out."""
+    """Rollouts of each step on which the entropy of the policy is measured; 0 disables it."""
     dynamics_every: int | None = None
-    """Measure figure 5 every so many steps; 0 leaves it out. Default: ten times in the run, or every step with
-    ipa_steps auto."""
+    """Steps between two measurements of figure 5; 0 disables them. Default: ten measurements in the run, or one at
+    every step with ipa_steps auto."""
     dynamics_responses: int = 32
     """Fixed responses on which figure 5 is measured."""
     save_steps: float | None = None
     """Steps between two checkpoints; below 1 a share of the run. Default: ten checkpoints in the run."""
     report_to: str | list[str] | None = None
-    """wandb, tensorboard and whatever else transformers can report to. Default: none."""
+    """wandb, tensorboard or any other integration of transformers. Default: none."""
     dtype: str = option("auto", choices=DTYPES)
     """dtype of the weights: auto (float32), float32, bfloat16 or float16. Mixed precision is TRL's option bf16."""
     attn_implementation: str | None = None
@@ -178,21 +178,21 @@ class TrainConfig:
     prompts_split: str | None = None
     """Split of a hub data set. Default: test if there is one, else the first."""
     overwrite: bool = False
-    """Start over where the output directory holds another run."""
+    """Start over if the output directory holds another run."""
     wait: bool = False
-    """Where another process writes to the output directory, start when it has ended."""
+    """If another process writes to the output directory, wait until it has ended."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint."""
     trl_options: dict[str, Any] = field(default_factory=dict)
-    """Any other option of trl.GRPOConfig, by name. ``bupo.train`` takes them as keywords like all others."""
+    """Other options of trl.GRPOConfig, by name. ``bupo.train`` accepts them as keywords."""
 
     def __post_init__(self) -> None:
-        """Check each field by itself, and bring numbers that were given as text into their form."""
+        """Check each field, and convert numbers that were given as text."""
         check_values({name: getattr(self, name) for name in _FIELDS if name != "trl_options"}, _HINTS)
         for name in _FIELDS:
             value = getattr(self, name)
             is_text = isinstance(value, str) and name in ("layer", "ipa_steps") and is_number(value)
-            # numpy's integers too, which JSON does not know.
+            # JSON cannot store numpy's integers.
             if is_text or (hasattr(value, "__index__") and not isinstance(value, bool)):
                 object.__setattr__(self, name, int(value))
         for name, choices in _CHOICES.items():
@@ -219,25 +219,22 @@ class TrainConfig:
 
     @classmethod
     def from_keywords(cls, **options: Any) -> TrainConfig:
-        """Make a configuration of the keywords of ``bupo.train``.
-
-        A name that is no field is an option of TRL; a field that is None was not given.
-        """
+        """Make a configuration from the keywords of ``bupo.train``; names that are not fields are options of TRL."""
         given: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in options.items()}
         ours = {name: value for name, value in given.items() if name in _FIELDS and value is not None}
         others = {name: value for name, value in given.items() if name not in _FIELDS}
         return cls(**{**ours, "trl_options": {**ours.get("trl_options", {}), **others}})
 
     def to_keywords(self) -> dict[str, Any]:
-        """Return the model and what differs from the defaults, from which ``from_keywords`` makes the same again."""
+        """Return the model and all values that differ from the defaults, as keywords for ``from_keywords``."""
         values = {name: getattr(self, name) for name in _FIELDS if name != "trl_options"}
         changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
         return {"model": self.model, **changed, **self.trl_options}
 
     def with_preset(self) -> TrainConfig:
-        """Fill in what is left to the preset, or to the paper's settings where there is none.
+        """Fill in fields that are None from the preset, or from the paper's settings without one.
 
-        A run of another length than the preset's has the same share of alignment.
+        The share of alignment steps stays that of the preset if the run has another length.
 
         Raises:
             UserError: more steps of alignment than steps, or more prompts than a run can have.
@@ -270,17 +267,17 @@ class TrainConfig:
 
     @property
     def wanted_layer(self) -> int | str | None:
-        """The layer that was asked for; ``auto`` where there is a first phase and none was named."""
+        """The layer that was given; ``auto`` if there is a first phase and none was given."""
         return AUTO if self.layer is None and self.aligns else self.layer
 
     @property
     def directory(self) -> Path:
-        """Where the run is written: ``output``, or a directory below ``data/runs`` that is named by the settings."""
+        """Where the run is written: ``output``, or a directory below ``data/runs`` named after the settings."""
         if self.output is not None:
             return expanded(self.output)
-        settled = self.with_preset()
-        where = f"l{settled.wanted_layer}" if isinstance(settled.wanted_layer, int) else AUTO
-        first = f"-{where}-s{settled.ipa_steps}" if self.method == "bupo" else ""
+        filled = self.with_preset()
+        layer = f"l{filled.wanted_layer}" if isinstance(filled.wanted_layer, int) else AUTO
+        first = f"-{layer}-s{filled.ipa_steps}" if self.method == "bupo" else ""
         slug = AnalyzeConfig(model=self.model, revision=self.revision).slug
         return Path(DATA) / f"{slug}--{self.method.replace('+', 'p')}{first}-seed{self.seed}"
 
@@ -300,19 +297,14 @@ _CHOICES = {
 
 
 def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Check numbers and switches by their annotations: a dataclass takes anything, and TRL would fail much later.
-
-    Args:
-        options: values by name.
-        hints: the type of each.
-    """
+    """Check values by their type annotations: a dataclass accepts anything, and TRL would fail much later."""
     for name, value in options.items():
         kinds = set(get_args(hints[name])) or {hints[name]}
         if value is None and type(None) in kinds:
             continue
         kinds.discard(type(None))
         if isinstance(value, int):
-            # First of all: of a number of thousands of digits no message can be made.
+            # First, because Python cannot print an integer of thousands of digits in the messages below.
             refuse_too_large(name, value)
         message = f"{name} is {value!r}; needed is"
         if kinds == {bool} and not isinstance(value, bool):
@@ -332,12 +324,12 @@ def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
 
 
 def second_phase(method: str) -> str:
-    """Name the phase after alignment: ``grpo`` for bupo, else the method."""
+    """Return the name of the phase after alignment: ``grpo`` for bupo, else the method."""
     return "grpo" if method == "bupo" else method
 
 
 def require_layer(layer: str | Path) -> None:
-    """Refuse a layer that is neither a number nor ``auto`` nor a path that exists."""
+    """Refuse a layer that is neither a number nor ``auto`` nor an existing path."""
     text = str(layer).strip()
     if text != AUTO and not is_number(text) and not expanded(layer).exists():
         raise UserError(f"layer is {str(layer)!r}; needed is a number from 1, auto, or the directory of an analysis")

@@ -1,12 +1,12 @@
 """Training dynamics on fixed responses: the internal policy pi^l, the layers after it, and pi_theta.
 
-    watch = Dynamics(model, responses, layer=6)
-    history = [{"step": 0, **watch.measure().row()}]
+    dynamics = Dynamics(model, responses, layer=6)
+    history = [{"step": 0, **dynamics.measure().row()}]
     ...                                     # some steps of training, then again
-    history.append({"step": 2, **watch.measure().row()})
+    history.append({"step": 2, **dynamics.measure().row()})
     reason = alignment_end(history)         # None, or why internal policy alignment should end here
 
-The responses stay the same, so what changes from one measurement to the next is the model alone.
+The responses stay the same, so only the model changes from one measurement to the next.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from internal_policy.utils.logging import status
 logger = logging.getLogger(__name__)
 
 FIXED_RESPONSES = "dynamics_responses.jsonl"
-"""File of the responses that the dynamics are measured on."""
+"""File with the responses on which the dynamics are measured."""
 _MEASUREMENTS = 10
-"""Times that the dynamics are measured in a run, unless something else is asked for."""
-_POSITIONS = 2048
-"""States are normed and compared so many positions at a time, however many tokens a batch has."""
+"""Default number of measurements in a run."""
+_CHUNK_SIZE = 2048
+"""Number of positions whose states are normed and compared at a time."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The state of a model in training: means over all tokens of the fixed responses, in nats but for the cosines."""
+    """The state of a model in training: means over all tokens of the fixed responses, in nats except the cosines."""
 
     layer: int
     """l, counted from 1."""
     change: float
-    """dH_Layer^l = H(H^l) - H(H^{l-1}); arXiv 2512.19673v3, eq. 11. It is that of the layer for every site."""
+    """dH_Layer^l = H(H^l) - H(H^{l-1}), of the whole layer for every site; arXiv 2512.19673v3, eq. 11."""
     entropy: float
     """H(pi^l)."""
     policy_entropy: float
@@ -69,22 +69,22 @@ class Measurement:
     perplexity: float
     """exp(log_perplexity); arXiv 2512.19673v3, fig. 5c."""
     kl_mean: float
-    """Mean of the divergences in ``layers``; ``policy_kl`` where no layer is later."""
+    """Mean of the divergences in ``layers``; ``policy_kl`` if l is the last layer."""
     policy_kl: float
     """KL(pi^l || pi_theta)."""
     layers: pd.DataFrame
     """A row for each later layer m = l+1..L: layer, cosine of pi^l's state with H^m, kl = KL(pi^l || pi^m)."""
 
     def row(self) -> dict[str, float]:
-        """Return everything but the table of later layers, for a row of a table."""
+        """Return all fields except the table of later layers."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
 
 
 class Dynamics:
-    """Measures a model in training, again and again, on the same responses.
+    """Measures a model in training repeatedly on the same responses.
 
-    The model is left as it was found: its modules' modes, its gradients and the random generators. Its weights are read
-    at each measurement, also where an optimiser has put other tensors in their place.
+    A measurement changes neither the modes of the modules nor gradients nor random generators. It reads the current
+    weights, even if the optimiser has replaced the tensors.
     """
 
     def __init__(
@@ -98,20 +98,17 @@ class Dynamics:
         batch_size: int = 16,
         side: Literal["left", "right"] = "right",
     ) -> None:
-        """Fix what is measured.
+        """Check what is measured: positions P-1 .. T-2 of each response, as everywhere.
 
         Args:
             model: the model in training.
-            responses: what it is measured on; positions P-1 .. T-2 of each, as everywhere.
+            responses: the fixed responses.
             layer: l, counted from 1.
             site: ``layer`` for pi^l = softmax(H^l E_u^T); ``attn``, ``ffn`` for the policy of A^l, F^l.
             lens: ``logit-lens`` applies the final norm to every internal state before it is projected. Cosines are
                 those of the states themselves.
-            batch_size: sequences run together; it does not change the result.
-            side: where the padding goes; it changes nothing.
-
-        Raises:
-            UserError: no such layer or site, no responses, or responses that do not fit the model.
+            batch_size: sequences per forward pass; it does not change the result.
+            side: side of the padding; it does not change the result.
         """
         check_layer(layer, model.n_layers)
         if site not in SITES:
@@ -125,19 +122,13 @@ class Dynamics:
         if empty is not None:
             raise UserError(f"response {empty} has no response tokens; drop it")
         self.model, self.layer, self.site, self.lens, self.side = model, layer, site, lens, side
-        # Sequences of about the same length together waste the least on padding.
+        # Batches of similar lengths need the least padding.
         self._responses = sorted(responses, key=lambda r: len(r.input_ids))
         self._prompts = prompt_indices(self._responses)
         self._batch_size = batch_size
 
     def measure(self) -> Measurement:
-        """Run the model on the responses, without a trace.
-
-        Returns:
-            Means over all response tokens, in nats.
-
-        Raises:
-            UserError: NaN or inf in a state: the training has diverged.
+        """Compute means over all response tokens; NaN or inf in a state is an error (the training has diverged).
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11; fig. 5 for cosine, perplexity and divergence.
         """
@@ -147,7 +138,12 @@ class Dynamics:
         with eval_mode(model.model), torch.no_grad():
             for batch in self._batches(context.length_switch(model.config)):
                 for (name, layer), values in self._run(model, batch).items():
-                    sums[name, layer] += _total(values, f"{model.name}: NaN or inf at layer {layer} ({name})")
+                    sums[name, layer] += float(values.sum())
+                    if not np.isfinite(sums[name, layer]):
+                        raise UserError(
+                            f"{model.name}: NaN or inf at layer {layer} ({name}); the training has diverged: use a "
+                            "lower learning rate or fewer steps of alignment"
+                        )
                     if name == "loss":
                         losses += [float(part.mean()) for part in torch.split(values, [r.n_tokens for r in batch])]
         counts = [r.n_tokens for r in self._responses]
@@ -174,14 +170,14 @@ class Dynamics:
         )
 
     def _batches(self, switch: int | None) -> Iterator[list[Response]]:
-        """The responses in order of length; those on either side of LongRoPE's switch never run together."""
+        """Batch the responses in order of length; a batch never has lengths on both sides of LongRoPE's switch."""
         for start in range(0, len(self._responses), self._batch_size):
             batch = self._responses[start : start + self._batch_size]
             for group in context.group_by_length([len(r.input_ids) for r in batch], switch):
                 yield [batch[i] for i in group]
 
     def _run(self, model: LanguageModel, responses: Sequence[Response]) -> dict[tuple[str, int], Tensor]:
-        """Numbers of one batch by name and layer, [n] each on the CPU; one layer's states are held and no more."""
+        """Measure one batch: values by name and layer, [n] each on the CPU. Only the states of layer l are kept."""
         ids, mask = pad([r.input_ids for r in responses], self.side)
         width = ids.shape[1]
         starts = [width - len(r.input_ids) if self.side == "left" else 0 for r in responses]
@@ -206,8 +202,8 @@ class Dynamics:
                 own = {"layer": out, "attn": states.attention_write, "ffn": states.ffn_write}[self.site].to(device)
                 held.append(own)
                 for name, x in (("before", states.residual_in.to(device)), ("after", out), ("entropy", own)):
-                    keep(name, layer, (head.entropy(head.apply_lens(self.lens, part)) for part in _parts(x)))
-            pairs = [pair for x in held for pair in zip(_parts(x), _parts(out), strict=True)]
+                    keep(name, layer, (head.entropy(head.apply_lens(self.lens, part)) for part in _chunks(x)))
+            pairs = [pair for x in held for pair in zip(_chunks(x), _chunks(out), strict=True)]
             if layer > self.layer:
                 keep("cosine", layer, (cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs))
                 keep("kl", layer, (divergence(a, head.apply_lens(self.lens, b)) for a, b in pairs))
@@ -215,7 +211,7 @@ class Dynamics:
                 normed = [head.apply_final_norm(b) for _, b in pairs]
                 keep("policy_entropy", layer, map(head.entropy, normed))
                 keep("policy_kl", layer, (divergence(a, b) for (a, _), b in zip(pairs, normed, strict=True)))
-                tokens = zip(normed, _parts(targets), strict=True)
+                tokens = zip(normed, _chunks(targets), strict=True)
                 keep("loss", layer, (-token_log_probs(b, t, head.weight, head.bias, **options) for b, t in tokens))
 
         with torch.no_grad(), residual_hooks(model, positions, consume):
@@ -224,7 +220,7 @@ class Dynamics:
 
 
 def eval_interval(config: TrainConfig, layer: int | None) -> int:
-    """Return the number of steps between two measurements of the dynamics; 0 where nothing is measured."""
+    """Return the number of steps between two measurements of the dynamics; 0 if nothing is measured."""
     if layer is None:
         return 0
     if config.dynamics_every is not None:
@@ -240,10 +236,7 @@ def fixed_responses(
     directory: Path,
     state: Processes,
 ) -> list[Response]:
-    """Sample the responses on which the dynamics are measured, once per run, from the policy as it was given.
-
-    They are kept in the run's directory, for a resumed run.
-    """
+    """Sample the responses on which the dynamics are measured from the initial policy, or read those of the run."""
     path = directory / FIXED_RESPONSES
     found: list[Response] = []
     if state.is_main_process:
@@ -273,33 +266,32 @@ def alignment_end(
     kl_margin: float = 0.05,
     perplexity_tolerance: float = 0.05,
 ) -> str | None:
-    """Say whether internal policy alignment should end, by the measurements so far: ``ipa_steps="auto"``.
+    """Decide from the measurements so far whether internal policy alignment should end (``ipa_steps="auto"``).
 
     Too much alignment harms the model: the divergence between pi^l and the later layers falls and then rises, while the
     perplexity of pi_theta degrades (arXiv 2512.19673v3, fig. 5). Either sign ends it:
 
     - ``kl_mean`` has turned up: the last two measurements both exceed the lowest before them by more than
-      ``kl_margin`` of it (and by 0.001 nats, where it is about 0). One alone may be a step's noise: at layer 6 of
-      testbed/qwen3 it wanders by 4 to 5% and comes back. A divergence that rises from the start has its lowest there,
-      and ends the alignment just so.
+      ``kl_margin`` of it (and by at least 0.001 nats, in case it is about 0). A single one may be noise: at layer 6 of
+      testbed/qwen3 it varies by 4 to 5% between steps. A divergence that rises from the start also ends the alignment.
     - ``log_perplexity`` exceeds the first measurement's by more than ``perplexity_tolerance``. On responses that the
-      model sampled before training, this rise estimates KL(pi_before || pi_theta) per token, whatever the entropy it
-      started from; that is why the bound is absolute. Its standard error is not asked: both are measured on the same
-      tokens, so what the tokens happen to be cancels.
+      model sampled before training, this rise estimates KL(pi_before || pi_theta) per token, whatever the initial
+      entropy; therefore the bound is absolute. Its standard error is irrelevant: both values are measured on the same
+      tokens, so the variation between tokens cancels.
 
     Args:
-        history: rows in order of training, the first from before it, with the keys step, kl_mean and log_perplexity,
-            as ``Measurement.row`` gives them; others are ignored.
+        history: rows in order of training, the first from before it, with the keys step, kl_mean and log_perplexity of
+            ``Measurement.row``.
         kl_margin: relative rise of the divergence that counts.
         perplexity_tolerance: largest rise of the log-perplexity that is allowed, in nats per token.
 
     Returns:
-        The reason in a sentence, or None to go on.
+        The reason in a sentence, or None to continue.
     """
     if len(history) < 2:
         return None
     first, last = history[0], history[-1]
-    # Asked so that NaN, which is never within a bound, ends the alignment too.
+    # Negated so that NaN ends the alignment too.
     if not last["log_perplexity"] <= first["log_perplexity"] + perplexity_tolerance:
         rise = last["log_perplexity"] - first["log_perplexity"]
         return (
@@ -319,19 +311,10 @@ def alignment_end(
 
 
 def _with_current_projection(model: LanguageModel) -> LanguageModel:
-    """Take E_u and LN_final from the model as it is now."""
+    """Take the current E_u and LN_final from the model."""
     fresh = projection_of(model.model, model.family)
     return replace(model, projection=replace(fresh, memory_budget=model.projection.memory_budget))
 
 
-def _parts(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, _POSITIONS)
-
-
-def _total(values: Tensor, complaint: str) -> float:
-    total = float(values.sum())
-    if not np.isfinite(total):
-        raise UserError(
-            f"{complaint}; the training has diverged: use a lower learning rate or fewer steps of alignment"
-        )
-    return total
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, _CHUNK_SIZE)

@@ -6,8 +6,8 @@ Usage::
         model(input_ids=..., labels=..., fused_lm_head=True)  # log-probabilities of pi^6, layers 7..L never run
 
 ``streamed_head`` computes these log-probabilities in an update. TRL's own head streams on an accelerator with Triton.
-Elsewhere it scores every position, that of the prompt too, and holds several whole tiles of 4096 x 32768 logits; there
-this one takes its place, which scores the labelled positions only, block by block.
+Without one it scores every position, including the prompt, and holds several tiles of 4096 x 32768 logits; there it is
+replaced by this head, which scores only the labelled positions, block by block.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from internal_policy.utils.errors import UserError
 _IGNORED = -100
 
 
-class _FinalNormStandIn(nn.Module):
-    """Stands where the final norm was: passes H^l on, or the module's write in its place."""
+class _FinalNormReplacement(nn.Module):
+    """Replaces the final norm: returns H^l, or the module's write instead of it."""
 
     def __init__(self, norm: nn.Module | None, held: list[Tensor] | None, multiplier: float) -> None:
         super().__init__()
-        # In a list the norm is no submodule, so nothing that walks the tree meets it under a second name.
+        # In a list the norm is not registered as a submodule, so that it does not appear under a second name.
         self._norm = [norm]
         self._held = held
         self._multiplier = multiplier
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._held is not None:
-            # Some mixtures of experts write [B * T, d].
+            # Some mixtures of experts return [B * T, d].
             write = self._held.pop().reshape(states.shape)
             states = write if self._multiplier == 1.0 else write * self._multiplier
         norm = self._norm[0]
@@ -56,17 +56,17 @@ class _FinalNormStandIn(nn.Module):
 def internal_forward(
     model: nn.Module, layer: int, *, site: Site = "layer", lens: Lens = "policy", family: Family | None = None
 ) -> Iterator[None]:
-    """Let a causal LM compute an internal policy: what its head receives is the state of one layer.
+    """Make a causal LM compute an internal policy: its head receives the state of one layer.
 
-    Layers above it are not part of the model while the context lasts; weights, wrappers (DDP, FSDP) and PEFT adapters
-    stay where they are. On any exit the model is as it was.
+    The layers above it are removed inside the context; weights, wrappers (DDP, FSDP) and PEFT adapters are not changed.
+    The model is restored on any exit.
 
     Args:
         model: a causal LM of a supported family, without wrappers around it.
         layer: l, from 1.
         site: ``layer`` for pi^l_Layer, ``attn`` or ``ffn`` for the modular policy of that layer.
         lens: ``policy`` without the final norm, ``logit-lens`` with it.
-        family: where the model's parts are; its row of the table, or what its structure says, where not given.
+        family: where the model's parts are; by default its row of the table, or a guess from its structure.
 
     Raises:
         UserError: the model has no such layer.
@@ -92,7 +92,7 @@ def internal_forward(
     try:
         _set_submodule(model, family.layers, nn.ModuleList(list(layers)[:layer]))
         _set_submodule(
-            model, family.final_norm, _FinalNormStandIn(norm if lens == "logit-lens" else None, held, multiplier)
+            model, family.final_norm, _FinalNormReplacement(norm if lens == "logit-lens" else None, held, multiplier)
         )
         yield
     finally:
@@ -103,8 +103,8 @@ def internal_forward(
 
 
 @contextmanager
-def counted_positions(model: nn.Module) -> Iterator[None]:
-    """Let a decoder count positions over real tokens, as sampling does, where the caller gives none."""
+def positions_from_mask(model: nn.Module) -> Iterator[None]:
+    """Make a decoder count positions over real tokens, as in sampling, if the caller gives none."""
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.get("attention_mask")
@@ -121,9 +121,9 @@ def counted_positions(model: nn.Module) -> Iterator[None]:
 
 
 def needs_streamed_head(model: nn.Module) -> bool:
-    """Whether ``streamed_head`` replaces TRL's own head for a model where it is now.
+    """Return whether ``streamed_head`` should replace TRL's head for a model on its current device.
 
-    False where TRL's own kernel runs, and where no process holds E_u as a matrix.
+    False if TRL's Triton kernel can run, or if E_u is sharded.
     """
     weight: Any = model.get_output_embeddings().weight  # type: ignore[operator]
     if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id"):
@@ -135,16 +135,10 @@ def needs_streamed_head(model: nn.Module) -> bool:
 def streamed_head(
     model: nn.Module, family: Family, temperature: float, *, entropy: bool = True, in_float32: bool = False
 ) -> Iterator[None]:
-    """Let ``model(..., labels=..., fused_lm_head=True)`` score the labelled positions only, in blocks.
+    """Make ``model(..., labels=..., fused_lm_head=True)`` score only the labelled positions, in blocks.
 
-    On any exit the model is as it was. Every other call is the model's own.
-
-    Args:
-        model: a causal LM, without wrappers around it.
-        family: where its parts are, and how it makes its logits.
-        temperature: divides the logits.
-        entropy: compute entropies too.
-        in_float32: whether the head stays out of autocast.
+    Other calls are not affected, and the model is restored on any exit. The model has no wrappers around it; logits are
+    divided by ``temperature``; with ``in_float32`` the head is excluded from autocast.
     """
     before = model.__dict__.get("forward")
     usual = model.forward
@@ -155,7 +149,7 @@ def streamed_head(
             return usual(*args, **kwargs, **({"fused_lm_head": True} if fused_lm_head else {}))
         labels: Tensor = kwargs.pop("labels")[:, 1:]
         decoder: Any = model.base_model
-        # Looked up at each call: PEFT may have wrapped it.
+        # Looked up at each call, because PEFT may have wrapped it.
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         states = decoder(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1].to(head.weight.device)
         labels = labels.to(head.weight.device)
@@ -172,7 +166,7 @@ def streamed_head(
                 entropy=entropy,
                 memory_budget=described.memory_budget,
             )
-        # It stays connected to the model where no label counts.
+        # The result stays connected to the graph even if no position is labelled.
         log_probs, entropies = (None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropies, label_mask=mask)
 

@@ -1,8 +1,8 @@
-"""A trained model on the hub: its model card, what is uploaded, and one clear line for what the hub refuses.
+"""A trained model on the hub: its model card, the upload, and one-line errors for what the hub refuses.
 
-The card, README.md in the directory of the weights, says what was done and measured. It is public: of the settings it
-shows those that are listed here, and of a path only the last part. Whatever comes from a user or a model is written as
-text, never as markup; the metadata is YAML that ``huggingface_hub`` writes.
+The card, README.md in the directory of the weights, describes the training and its measurements. It is public: it shows
+only the settings that are listed here, and only the last part of a path. Text from a user or a model is escaped, so
+that it is never markup; the metadata is YAML that ``huggingface_hub`` writes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 BEGIN, END = "<!-- internal_policy: begin -->", "<!-- internal_policy: end -->"
-"""The text between the two is replaced when the model is pushed; the rest of a card is the user's own."""
+"""The text between the two is replaced when the model is pushed; the rest of a card belongs to the user."""
 UPLOADED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", CARD),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
     *("spiece.model", "sentencepiece*.model", "*.tiktoken", "preprocessor_config.json", "*.py"),
 )
-"""What transformers loads a model from. All else stays here: an optimiser's state, a trainer's pickled arguments."""
+"""The files from which transformers loads a model; optimiser states and pickled arguments are not uploaded."""
 PUBLISHED_SETTINGS = (
     *("preset", "method", "ipa_steps", "max_steps", "seed", "learning_rate", "ipa_learning_rate", "prompts_per_step"),
     *("num_generations", "mini_batches", "max_completion_length", "max_prompt_length", "template", "temperature"),
     *("site", "lens", "aggregation", "freeze_layers", "upper_lr_scale", "lora_rank", "entropy_sequences"),
     *("dynamics_every", "dynamics_responses", "save_steps", "dtype", "trust_remote_code"),
-    # Of TRL: numbers, switches, and names that it knows itself.
+    # TRL's options: numbers, switches, and names that TRL defines.
     *("adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "delta", "disable_dropout", "entropy_coef"),
     *("epsilon", "epsilon_high", "fp16", "gradient_checkpointing", "importance_sampling_level", "loss_type"),
     *("lr_scheduler_type", "mask_truncated_completions", "max_grad_norm", "min_p", "num_iterations", "optim"),
@@ -53,10 +53,10 @@ PUBLISHED_SETTINGS = (
     *("reward_weights", "router_aux_loss_coef", "scale_rewards", "sync_ref_model", "top_entropy_quantile", "top_k"),
     *("top_p", "use_vllm", "warmup_steps", "weight_decay", *TRL_BATCH_OPTIONS),
 )
-"""The settings that the card shows. Any other may say where on a machine or in a network something lies."""
+"""The settings that the card shows. Others may contain paths or network addresses."""
 _PUBLISHED_ADAPTERS = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 _REFUSED_CARD = f"Invalid metadata in {CARD}"
-"""How the hub's client begins a message about a card's metadata; the exception has no type of its own."""
+"""Beginning of the hub client's message about a card's metadata, which has no exception type of its own."""
 _METHODS = {
     "bupo": "Bottom-up Policy Optimization (BuPO, [arXiv 2512.19673](https://arxiv.org/abs/2512.19673))",
     "grpo": "Group Relative Policy Optimization (GRPO)",
@@ -125,7 +125,7 @@ tokenizer = AutoTokenizer.from_pretrained({{ repo_id }})
 
 - This is one run with one seed: the intervals are over problems and say nothing about how far another seed would have \
 come.
-- Only what stands above was measured; safety, other languages and other tasks were not.
+- Only the results above were measured; safety, other languages and other tasks were not.
 {%- if failed %}
 - The reward failed on some responses, which count as 0: {{ failed }}.
 {%- endif %}
@@ -145,19 +145,11 @@ come.
 {{ bibtex }}
 ```
 """
-"""The card in Markdown, as a template of Jinja; ``code`` and ``prose`` escape what comes from a user or a model."""
+"""The card in Markdown, as a Jinja template; ``code`` and ``prose`` escape text from a user or a model."""
 
 
 def write_card(run: Run, repo_id: str | None = None) -> Path:
-    """Write the card into the model's directory, or replace what an earlier card says of the run.
-
-    Args:
-        run: the run; its model is on disk.
-        repo_id: where the model is pushed to.
-
-    Returns:
-        The file.
-    """
+    """Write the card to the model's directory, or replace the run's part of an existing card; return the file."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = run.model_dir / CARD
@@ -166,25 +158,25 @@ def write_card(run: Run, repo_id: str | None = None) -> Path:
     if path.is_file():
         try:
             kept: Any = ModelCard(path.read_text(encoding="utf-8"))
-        # Of the hub's client or of its YAML parser; a card that was changed by hand may hold anything.
+        # From the hub's client or its YAML parser; a card that was edited by hand may contain anything.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path}: its metadata cannot be read ({reason}); mend it, or delete the file") from error
-        # Names of the hub were recognised where the training ran, and a licence is the user's to add.
+        # Hub names are known only where the training ran, and the user may have added a licence.
         if known := kept.data.to_dict():
             data = ModelCardData(**known)
         before = kept.text
     if BEGIN in before and END in before:
         text = before[: before.index(BEGIN)] + text + before[before.rindex(END) + len(END) :]
     elif before.strip():
-        # A card without the marks was written by hand.
+        # A card without the markers was written by hand.
         text = before
     write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n")
     return path
 
 
 def metadata(run: Run) -> ModelCardData:
-    """Return what the hub reads of a card. The licence is unknown but for an embedded model, whose licence is ours."""
+    """Return the card's metadata for the hub. The licence is known only for the embedded models, which are ours."""
     from huggingface_hub import ModelCardData
 
     embedded = run.name.startswith("testbed/")
@@ -200,7 +192,7 @@ def metadata(run: Run) -> ModelCardData:
 
 
 def body(run: Run, repo_id: str | None = None) -> str:
-    """Return the card in Markdown; only with ``repo_id`` it shows how to load the model from there."""
+    """Return the card in Markdown; with ``repo_id`` it shows how to load the model from there."""
     from jinja2 import Environment
 
     start, trained, steps = run.evaluation_start, run.evaluation, len(run.history)
@@ -222,9 +214,7 @@ def body(run: Run, repo_id: str | None = None) -> str:
         steps=steps,
         updates=_updates(run),
         aligned=int((run.history["phase"] == ALIGNMENT).sum()) if steps else 0,
-        whose={"attn": " (of what its attention writes)", "ffn": " (of what its FFN writes)"}.get(
-            run.config["site"], ""
-        ),
+        whose={"attn": " (of its attention's output)", "ffn": " (of its FFN's output)"}.get(run.config["site"], ""),
         change=change,
         trained=trained,
         rates=rates,
@@ -240,7 +230,7 @@ def body(run: Run, repo_id: str | None = None) -> str:
 
 
 def code(value: Any) -> str:
-    """Write a value in one line as code, where Markdown has no markup and HTML no tags."""
+    """Format a value as a line of code, in which neither Markdown nor HTML is interpreted."""
     text = " ".join(str(value).split()).replace("|", "¦")
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") or not text else ""
@@ -248,7 +238,7 @@ def code(value: Any) -> str:
 
 
 def prose(value: Any) -> str:
-    """Write a text in one line so that no character of it is markup."""
+    """Escape a text as one line without markup."""
     return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", " ".join(str(value).split()))
 
 
@@ -272,7 +262,7 @@ def _curves(history: pd.DataFrame) -> list[tuple[str, ...]]:
         (
             str(int(row["step"])),
             "alignment" if row["phase"] == ALIGNMENT else prose(row["phase"]),
-            *(number(row.get(name), form) for name, form in (("reward", ".3f"), ("policy_entropy", ".3f"))),
+            *(number(row.get(name), ".3f") for name in ("reward", "policy_entropy")),
             number(row.get("length"), ".1f"),
         )
         for row in history.iloc[shown].to_dict("records")
@@ -287,7 +277,7 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _prompts_name(run: Run) -> str:
-    """Where the prompts came from, as the call named it."""
+    """Name the source of the prompts as in the call."""
     if "prompts" in run.call["objects"]:
         return "given in memory"
     if (given := run.call["options"].get("prompts")) is not None:
@@ -296,12 +286,12 @@ def _prompts_name(run: Run) -> str:
 
 
 def _public_name(name: str, from_hub: bool) -> str:
-    """A name of the hub; of a path the last part."""
+    """Return a hub name unchanged, and only the last part of a path."""
     return name if from_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 
 def _updates(run: Run) -> int | None:
-    """How often the weights were updated; None where TRL's own options settled it."""
+    """Return the number of updates of the weights; None if TRL's own batch options were given."""
     if run.config["mini_batches"] is None:
         return None
     return len(run.history) * int(run.config["mini_batches"]) * int(run.config.get("num_iterations") or 1)
@@ -313,15 +303,15 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def attach_evaluations(run: Run, start: Evaluation, trained: Evaluation) -> Run:
-    """Add evaluations that were made apart from the training, so that the run's report and model card have them.
+    """Add evaluations that were made separately from the training to the run, its report and its model card.
 
     Args:
         run: the run.
-        start: of the model as it was given.
-        trained: of the trained model, on the same problems.
+        start: the evaluation of the initial model.
+        trained: the evaluation of the trained model, on the same problems.
 
     Returns:
-        The run, whose directory holds copies of both.
+        The run, whose directory contains copies of both.
     """
     paths = {"start": f"{EVALUATIONS}/start", "trained": f"{EVALUATIONS}/trained"}
     for which, evaluation in (("start", start), ("trained", trained)):
@@ -335,26 +325,26 @@ def attach_evaluations(run: Run, start: Evaluation, trained: Evaluation) -> Run:
 def push_to_hub(
     run: Run, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
 ) -> str:
-    """Upload the trained model with its card to the hub; neither checkpoints nor the optimiser's state.
+    """Upload the trained model with its card to the hub, without checkpoints and optimiser states.
 
     Args:
         run: the run.
-        repo_id: the repository, ``name`` or ``owner/name``; made where it does not exist.
-        private: make it private, where it is made.
-        token: of the hub; the one of ``HF_TOKEN`` or ``hf auth login`` where not given.
-        revision: branch to upload to; made where it does not exist.
+        repo_id: the repository, ``name`` or ``owner/name``; created if it does not exist.
+        private: whether a repository that is created is private.
+        token: the hub token; by default that of ``HF_TOKEN`` or ``hf auth login``.
+        revision: branch to upload to; created if it does not exist.
 
     Returns:
         The repository's address.
 
     Raises:
-        UserError: the run has not ended, its model is gone, or the hub refuses or cannot be reached.
+        UserError: the run is unfinished, its model is missing, or the hub refuses the upload or cannot be reached.
     """
     if not (run.path / MANIFEST).is_file():
         raise UserError(f"{run.path}: holds a run that has not ended (no {MANIFEST}); repeat its command, then push it")
     if not any(run.model_dir.glob("*.safetensors")):
         raise UserError(f"{run.model_dir}: holds no model (*.safetensors); train again with --overwrite, then push it")
-    token = _checked(token)
+    token = _validate_token(token)
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="internal_policy")
@@ -375,11 +365,11 @@ def push_to_hub(
     return str(made)
 
 
-def _checked(token: str | None) -> str | None:
-    """Refuse a token that cannot stand in a request's header: the client's own message would show it."""
+def _validate_token(token: str | None) -> str | None:
+    """Refuse a token that is invalid in a request's header, because the client's own message would show it."""
     if token is None:
         return None
-    # What is read from a file ends in a line break.
+    # A token that was read from a file may end in a line break.
     token = token.strip()
     if not re.fullmatch(r"[!-~]+", token):
         what = "has characters that no token has" if token else "is empty"
@@ -391,29 +381,29 @@ def _checked(token: str | None) -> str | None:
 
 @contextmanager
 def _errors_in_one_line(run: Run, repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn what the hub's client raises into one line, which never has the token."""
+    """Convert errors of the hub's client to one line that never contains the token."""
     from huggingface_hub import errors as hub
 
     try:
         yield
     except Exception as error:
-        # Of the client's own checks, of its upload's threads and Rust code, and of the network.
+        # From the client's own checks, the threads and Rust code of its upload, and the network.
         if not isinstance(error, (hub.HfHubHTTPError, OSError, ValueError, RuntimeError)) and not is_http_error(error):
             raise
-        line = _line(error, run, repo_id, _masked(str(error), token))
+        line = _push_error_message(error, run, repo_id, _masked(str(error), token))
         chain = "".join(traceback.format_exception(error))
-        # A traceback shows what an exception was raised from.
+        # The traceback would show the cause, so the cause is dropped if it contains the token.
         raise UserError(line) from (error if _masked(chain, token) == chain else None)
 
 
-def _line(error: Exception, run: Run, repo_id: str, text: str) -> str:
+def _push_error_message(error: Exception, run: Run, repo_id: str, text: str) -> str:
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.OfflineModeIsEnabled):
         return f"{repo_id}: cannot be pushed while HF_HUB_OFFLINE is set; unset it, and push again"
     said = shorten(text.strip().split("\n")[0]) or type(error).__name__
     if isinstance(error, hub.HFValidationError):
-        return f"{repo_id}: is no name of a repository ({said}); give owner/name"
+        return f"{repo_id}: is not a repository name ({said}); give owner/name"
     if isinstance(error, ValueError) and text.startswith(_REFUSED_CARD):
         said = shorten(" ".join(text.removeprefix(_REFUSED_CARD).split()).lstrip(".- ")) or "no reason given"
         return f"{run.model_dir / CARD}: the hub refuses its metadata ({said}); mend it, then push again"
@@ -422,12 +412,12 @@ def _line(error: Exception, run: Run, repo_id: str, text: str) -> str:
     todo = (
         "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         if refused
-        else "check the network and the name, then push again: what is uploaded already is not sent twice"
+        else "check the network and the name, then push again: files that were uploaded are not sent twice"
     )
     return f"{repo_id}: cannot be pushed ({said}); {todo}"
 
 
 def _masked(text: str, token: str | None) -> str:
-    """Leave out the token that was given, and whatever looks like one of the environment."""
+    """Mask the given token, and anything that looks like one from the environment."""
     text = text.replace(token, "***") if token else text
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}|(?<=\bBearer )[^\s'\"]+", "***", text)

@@ -1,4 +1,4 @@
-"""The prompts of a run: which are trained on, in which order, and how TRL receives them."""
+"""The prompts of a run: their selection, their order, and their form for TRL."""
 
 from __future__ import annotations
 
@@ -20,38 +20,36 @@ from internal_policy.models import LanguageModel, context
 from internal_policy.utils.errors import UserError
 
 _PROBLEM_SEED = 3_000_000
-"""Added to the seed of a run for fresh problems: other problems than those of analysis and evaluation."""
+"""Added to the seed of a run, so that its problems differ from those of analysis and evaluation."""
 _TRL_COLUMNS = {
     *("prompt", "prompts", "answer", "completion", "completions", "completion_ids", "image", "images", "environment"),
     *("environments", "trainer_state", "log_extra", "log_metric"),
 }
-"""Columns of these names would collide with TRL's own, or with the arguments that it hands to reward functions."""
+"""Columns with these names would collide with TRL's own, or with the arguments that it passes to reward functions."""
 
 
 def is_testbed(model: str, source: str | list[Any] | None) -> bool:
-    """Whether the prompts are the embedded tasks, whose answers are checked exactly."""
+    """Return whether the prompts are the embedded tasks, whose answers are checked exactly."""
     return source == TESTBED or (source is None and model.startswith("testbed/"))
 
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """The prompts in the order in which they are trained on, one per group of rollouts of the whole run."""
+    """The prompts of a whole run in order, one per group of rollouts."""
 
     prompts: list[Prompt]
-    """One per group."""
 
     @property
     def digest(self) -> str:
-        """A digest of questions and answers in their order."""
+        """A digest of the questions and answers in order."""
         contents = [[p.content, p.answer] for p in self.prompts]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
     def to_trl(self, template: str, tokenizer: Any) -> Dataset:
-        """Bring the prompts into TRL's form.
+        """Convert the prompts to TRL's columns.
 
-        Returns:
-            Rows with ``prompt`` (a chat where the tokenizer has a template for it, else text), ``answer``, and the
-            other columns of the records.
+        These are ``prompt`` (a chat if the tokenizer has a chat template, else text), ``answer``, and the other columns
+        of the records.
         """
         others = sorted({c for p in self.prompts for c in p.columns} - _TRL_COLUMNS)
         return Dataset.from_dict(
@@ -64,11 +62,11 @@ class PromptDataset:
 
 
 def _as_one_type(values: list[Any]) -> list[Any]:
-    """A column that a data set cannot hold, such as one of numbers and words, becomes text."""
+    """Convert a column that a data set cannot hold, such as one of numbers and words, to text."""
     try:
         Dataset.from_dict({"column": values})
     except (ValueError, TypeError, NotImplementedError, OverflowError):
-        # Half a character, as JSON may hold it, is in no text that can be written.
+        # JSON may contain lone surrogates, which cannot be encoded.
         return [None if value is None else str(value).encode(errors="replace").decode() for value in values]
     return values
 
@@ -89,20 +87,10 @@ def make_prompt_dataset(
     *,
     needs_answer: bool,
 ) -> PromptDataset:
-    """Choose the prompts that are trained on, and their order: the same for every method with the same seed.
+    """Choose as many prompts as the run needs, in an order that only the seed determines, not the method.
 
-    Args:
-        config: the run's settings.
-        source: where the prompts come from.
-        trainer_config: the same in TRL's terms.
-        model: the model that reads them.
-        needs_answer: whether the reward compares with a reference answer.
-
-    Returns:
-        As many as the run needs; each pass over the prompts has an order of its own.
-
-    Raises:
-        UserError: unreadable, empty, without answers, or too long for the model.
+    Each pass over the prompts has a different order. Prompts without answers are refused if ``needs_answer``, that is
+    if the reward compares with one; so are prompts that leave no room in the model's context.
     """
     groups = trainer_config.generation_batch_size // trainer_config.num_generations
     micro_steps = trainer_config.max_steps * trainer_config.gradient_accumulation_steps

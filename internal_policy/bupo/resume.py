@@ -1,8 +1,8 @@
-"""A run's directory while it is worked on: whose it is, and the checkpoint from which an interrupted run goes on.
+"""The directory of a run in progress: which run it belongs to, and the checkpoint from which the run resumes.
 
-transformers writes a checkpoint file by file and goes on from whatever it finds. Here a checkpoint ends with a list of
-its files and their digests: without the list it was not written to its end, and with it whatever is missing or changed
-is noticed before a run goes on from there.
+transformers writes a checkpoint file by file and resumes from whatever it finds. Here the last file of a checkpoint
+lists the digests of all others: without it the checkpoint is incomplete, and with it a missing or changed file is
+detected before a run resumes.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ from internal_policy.utils.result_format import describe_differences
 logger = logging.getLogger(__name__)
 
 SETTINGS = "run_settings.json"
-"""What decides the result of the run in a directory, written before anything else."""
+"""Everything that determines the result of the run in a directory; written before anything else."""
 FILES = "checkpoint_files.json"
-"""The digests of a checkpoint's files, written when all others are there."""
+"""The digests of a checkpoint's files; written after all of them."""
 _RANDOM_STATES = "rng_state*"
-_TO_GO_ON = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES)
-"""Files of a checkpoint that only the trainer needs; ``global_step*`` is DeepSpeed's."""
-_KEPT_WHOLE = 2
-"""So many of the newest checkpoints keep all files: the newest may be half-written when a run is killed."""
+_RESUME_FILES = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES)
+"""Files of a checkpoint that are needed only to resume; ``global_step*`` is DeepSpeed's."""
+_N_RESUMABLE = 2
+"""Number of newest checkpoints that keep these files; a killed run may leave the newest one incomplete."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class RunDirectory:
-    """Where one run is written."""
+    """The directory of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def begun(self) -> bool:
-        """Whether a run is there, finished or not."""
+        """Whether it contains a run, finished or not."""
         return any((self.path / name).is_file() for name in (MANIFEST, SETTINGS))
 
     def check(self, overwrite: bool) -> None:
-        """Refuse, before anything long begins, a directory that is not a run's or not writable, or a broken run."""
+        """Refuse early a directory of something else, one that is not writable, and a broken run."""
         require_writable(self.path)
         others = (
             [p for p in self.path.iterdir() if p.name != LOCK and not is_temporary(p)] if self.path.is_dir() else []
@@ -86,27 +86,17 @@ class RunDirectory:
             Run.load(self.path)
 
     def finished(self, settings: dict[str, Any]) -> Run:
-        """Read the finished run that is there, and refuse one of other settings."""
+        """Read the finished run, and refuse one with other settings."""
         run = Run.load(self.path)
-        # A setting that one of them lacks is compared as well.
+        # Settings that only one of them has are compared too.
         RUN.check_settings(self.path, run.config, {**dict.fromkeys(run.config), **settings})
         warn_complete(self.path)
         return run
 
     def open(self, settings: dict[str, Any], updates_per_step: int, overwrite: bool, processes: int) -> Path | None:
-        """Begin the run, or find the checkpoint from which it goes on.
+        """Begin the run and return None, or return the checkpoint from which it resumes.
 
-        Args:
-            settings: what was asked for.
-            updates_per_step: updates on a batch of rollouts.
-            overwrite: start over.
-            processes: how many train.
-
-        Returns:
-            The checkpoint; None where the run begins.
-
-        Raises:
-            UserError: an unfinished run with other settings, or of another number of processes, is there.
+        An unfinished run with other settings or another number of processes is refused.
         """
         checkpoints = self.path / CHECKPOINTS
         if overwrite or not (self.path / SETTINGS).is_file():
@@ -124,14 +114,14 @@ class RunDirectory:
             )
         checkpoint = last_checkpoint(checkpoints, before, updates_per_step, processes)
         if checkpoint is None:
-            logger.warning("%s: no whole checkpoint is there; training from the first step", self.path)
+            logger.warning("%s: there is no complete checkpoint; training from the first step", self.path)
         else:
             step = int(checkpoint.name.rpartition("-")[2]) // updates_per_step
-            logger.warning("%s: going on after step %d", self.path, step)
+            logger.warning("%s: resuming after step %d", self.path, step)
         return checkpoint
 
     def _read_settings(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """The settings of the run that is there; where they are damaged, the checkpoints say whose it is."""
+        """Read the settings of the unfinished run; if they are damaged, compare the digests in its checkpoints."""
         stored = self.path / SETTINGS
         try:
             before = json.loads(stored.read_bytes())
@@ -142,10 +132,10 @@ class RunDirectory:
         lists = (_read_list(checkpoint) for _, checkpoint in _checkpoints(self.path / CHECKPOINTS))
         if any(listed is not None and listed["settings"] != settings_digest(wanted) for listed in lists):
             raise UserError(
-                f"{stored}: damaged, and the checkpoints are of other settings than these; repeat the run's command, "
+                f"{stored}: damaged, and the checkpoints have other settings than these; repeat the run's command, "
                 "choose another --output directory, or add --overwrite to start over"
             )
-        # Copied: were it renamed, and this interrupted, nothing would say that the directory is a run's.
+        # Copied, not renamed: if this is interrupted, the file still marks the directory as that of a run.
         aside = shutil.copyfile(stored, name_aside(stored))
         logger.warning("%s: damaged; kept as %s, and made again", stored, aside.name)
         self._begin(wanted, clear=False)
@@ -153,8 +143,8 @@ class RunDirectory:
 
     def _begin(self, settings: dict[str, Any], *, clear: bool) -> None:
         if clear:
-            # What an earlier run wrote, the manifest first, and nothing else. The settings stay until they are
-            # replaced: they say whose directory it is, should this be interrupted.
+            # Only files of an earlier run, the manifest first. The settings stay until they are replaced, because they
+            # mark the directory as that of a run if this is interrupted.
             for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED_RESPONSES, REPORT):
                 (self.path / name).unlink(missing_ok=True)
             for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS):
@@ -163,8 +153,8 @@ class RunDirectory:
         write_text(self.path / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
-    """Write the list of a checkpoint's files, which makes it a whole one."""
+def write_digests(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
+    """Write the digests of a checkpoint's files, which mark it as complete."""
     paths = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != FILES)
     with ThreadPoolExecutor() as pool:
         files = {
@@ -175,14 +165,14 @@ def list_files(checkpoint: Path, settings: dict[str, Any], processes: int) -> No
 
 
 def drop_optimizer_states(directory: Path) -> None:
-    """Leave older checkpoints only their weights, and the newest two all that a run needs to go on."""
-    for _, checkpoint in sorted(_checkpoints(directory))[:-_KEPT_WHOLE]:
+    """Delete all files but the weights from checkpoints, except from the newest two, from which a run may resume."""
+    for _, checkpoint in sorted(_checkpoints(directory))[:-_N_RESUMABLE]:
         listed = _read_list(checkpoint)
-        if listed is not None and any(map(_is_to_go_on, listed["files"])):
-            # First, so that at no time a file is listed that is not there.
-            kept = {name: known for name, known in listed["files"].items() if not _is_to_go_on(name)}
+        if listed is not None and any(map(_is_resume_file, listed["files"])):
+            # The list first, so that it never contains a file that does not exist.
+            kept = {name: known for name, known in listed["files"].items() if not _is_resume_file(name)}
             _write_list(checkpoint, {**listed, "files": kept})
-        for path in (path for pattern in _TO_GO_ON for path in checkpoint.glob(pattern)):
+        for path in (path for pattern in _RESUME_FILES for path in checkpoint.glob(pattern)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -192,21 +182,18 @@ def drop_optimizer_states(directory: Path) -> None:
 def last_checkpoint(
     directory: Path, settings: dict[str, Any], updates_per_step: int = 1, processes: int = 1
 ) -> Path | None:
-    """Find the newest checkpoint from which a run can go on as if it had not stopped; None where there is none.
+    """Find the newest checkpoint from which a run can resume exactly; None if there is none.
 
-    A checkpoint that was not written to its end is passed over, and written again in its turn; so is an older one of
-    which only the weights were kept, and one between two updates of a step, whose rollouts are not in it. One that was
-    damaged, or is of other settings, is set aside.
-
-    Raises:
-        UserError: it is of another number of processes, each of which has random numbers of its own.
+    Incomplete checkpoints are skipped and written again later. Also skipped are older ones of which only the weights
+    were kept, and those between two updates of a step, whose rollouts they do not contain. A checkpoint that is damaged
+    or has other settings is renamed. One of another number of processes is refused, because each process has its own
+    random numbers.
     """
     for update, checkpoint in sorted(_checkpoints(directory), reverse=True):
         if update % updates_per_step:
             continue
         if not (checkpoint / FILES).is_file():
             logger.warning("%s: was not written to its end; passed over", checkpoint)
-            # It is written again in its turn, over what is there.
             remove_stale(checkpoint)
             continue
         listed = _read_list(checkpoint)
@@ -219,21 +206,21 @@ def last_checkpoint(
             continue
         if listed["processes"] != processes:
             raise UserError(
-                f"{checkpoint}: is of {listed['processes']} processes, each with random numbers of its own, and "
-                f"{processes} train now; start as many, or add --overwrite to start over"
+                f"{checkpoint}: was written by {listed['processes']} processes, each with its own random numbers, and "
+                f"the number now is {processes}; start as many, or add --overwrite to start over"
             )
         return checkpoint
     return None
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Digest a run's settings; one that is missing means the same as None."""
+    """Digest a run's settings; a missing setting is equivalent to None."""
     known = {name: value for name, value in settings.items() if value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def _is_to_go_on(name: str) -> bool:
-    return any(fnmatch(Path(name).parts[0], pattern) for pattern in _TO_GO_ON)
+def _is_resume_file(name: str) -> bool:
+    return any(fnmatch(Path(name).parts[0], pattern) for pattern in _RESUME_FILES)
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -246,7 +233,7 @@ def _write_list(checkpoint: Path, listed: dict[str, Any]) -> None:
 
 
 def _read_list(checkpoint: Path) -> dict[str, Any] | None:
-    """The list of a checkpoint's files; None where there is none, or it is not what was written."""
+    """Read the list of a checkpoint's files; None if it is missing or damaged."""
     try:
         listed = json.loads((checkpoint / FILES).read_bytes())
         known = listed.pop("sha256")
@@ -259,7 +246,7 @@ def _fault(checkpoint: Path, listed: dict[str, Any], settings: dict[str, Any]) -
     if listed["settings"] != settings_digest(settings):
         return "is of other settings"
     paths = {name: checkpoint / name for name in listed["files"]}
-    # Sizes first: digests of large files take their time.
+    # Sizes first, because digests of large files are slow.
     for name, path in paths.items():
         if not path.is_file():
             return f"{name} is missing"

@@ -1,7 +1,7 @@
 """A training run on disk and in memory.
 
-A directory holds one run. ``run.json`` is written last: a directory without it holds a run that has not ended, whose
-``history.csv`` and ``dynamics.csv`` grow while it lasts.
+A directory holds one run. ``run.json`` is written last: a directory without it holds an unfinished run, whose
+``history.csv`` and ``dynamics.csv`` are still growing.
 """
 
 from __future__ import annotations
@@ -55,53 +55,54 @@ class Run:
     """A finished training run. Layers and steps count from 1; a step is a batch of rollouts with all its updates."""
 
     name: str
-    """What the model was called."""
+    """The model's name."""
     method: str
     """bupo, grpo, rloo or reinforce++."""
     layer: int | None
     """The layer whose policy was optimised first."""
     layer_reason: str
-    """Why that layer."""
+    """Why this layer was chosen."""
     ipa_steps: int
-    """Steps of the first phase that were taken."""
+    """Number of steps in the first phase."""
     ipa_reason: str
     """Why the first phase ended there."""
     config: dict[str, Any]
-    """What decides the result: settings with those of the preset, and digests of weights and prompts."""
+    """Everything that determines the result: the settings, including the preset's, and digests of weights and
+    prompts."""
     history: pd.DataFrame
-    """A row a step: phase, reward, policy_entropy and entropy (nats), length (tokens), loss, seconds and more."""
+    """A row per step: phase, reward, policy_entropy and entropy (nats), length (tokens), loss, seconds and more."""
     dynamics: pd.DataFrame
-    """A row a measurement on fixed responses: change, perplexity, KL to later layers (figure 5)."""
+    """A row per measurement on fixed responses: change, perplexity, KL to later layers (figure 5)."""
     dynamics_layers: pd.DataFrame
-    """A row a measurement and later layer: cosine and KL (figure 5)."""
+    """A row per measurement and later layer: cosine and KL (figure 5)."""
     path: Path
-    """Where it is on disk."""
+    """Its directory."""
     evaluation_paths: dict[str, str] = field(default_factory=dict)
-    """Where, below ``path``, the evaluations of ``start`` and ``trained`` are."""
+    """Directories of the evaluations ``start`` and ``trained``, relative to ``path``."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Rewards that crashed or took too long, and were counted as zero."""
+    """Number of rewards that crashed or took too long, and were counted as zero."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
     """Library versions."""
     call: dict[str, Any] = field(default_factory=dict)
-    """What ``train`` was given: ``options``, the fields of ``TrainConfig`` that differ from their defaults, by name;
-    ``objects``, names of what only Python can give; ``from_hub``, which of model and prompts were read from the hub;
+    """The arguments of ``train``: ``options``, the fields of ``TrainConfig`` that differ from their defaults, by name;
+    ``objects``, names of arguments that cannot be stored; ``from_hub``, which of model and prompts came from the hub;
     ``digest``, of the files that the options name."""
 
     @property
     def model_dir(self) -> Path:
-        """The trained model, as transformers loads it."""
+        """Directory of the trained model, which transformers can load."""
         return self.path / MODEL
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """The trained model on held-out problems; None where none were asked for."""
+        """The evaluation of the trained model on held-out problems; None if there is none."""
         return self._evaluation("trained")
 
     @cached_property
     def evaluation_start(self) -> Evaluation | None:
-        """The model as it was given, on the same problems."""
+        """The evaluation of the initial model on the same problems."""
         return self._evaluation("start")
 
     def _evaluation(self, which: str) -> Evaluation | None:
@@ -111,25 +112,26 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What figures call it."""
+        """The name of the run in figures."""
         config = self.config
         if self.method != "bupo" or self.layer is None:
             parts = [{"grpo": "GRPO", "bupo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[self.method]]
         else:
             site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[config["site"]]
-            asked = config["ipa_steps"]
-            steps = asked if asked == AUTO else f"{counted(self.ipa_steps, 'step')}"
+            steps = AUTO if config["ipa_steps"] == AUTO else counted(self.ipa_steps, "step")
             parts = ["BuPO", f"{site} {self.layer}", steps]
-        parts += [text.format(config[name]) for name, (usual, text) in _IN_LABEL.items() if config[name] not in usual]
+        parts += [
+            text.format(config[name]) for name, (usual, text) in _LABEL_PARTS.items() if config[name] not in usual
+        ]
         return ", ".join(parts)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What was asked for, seed and prompts apart: runs that agree in it differ in their seed only."""
-        return {name: value for name, value in self.config.items() if name not in _NO_SETTING}
+        """The settings without seed and prompts: runs for which it is equal are repetitions with other seeds."""
+        return {name: value for name, value in self.config.items() if name not in _NOT_IN_SETTING}
 
     def save(self) -> None:
-        """Write tables and manifest; the manifest last."""
+        """Write the tables, and the manifest last."""
         for name, table in (
             (HISTORY, self.history),
             (DYNAMICS, self.dynamics),
@@ -139,9 +141,9 @@ class Run:
         RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
-        """Return what ``run.json`` holds."""
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        return {"schema_version": SCHEMA_VERSION, **plain, "call": self.call}
+        """Return the content of ``run.json``."""
+        stored = {name: getattr(self, name) for name in (*_STORED_AS_IS, "call")}
+        return {"schema_version": SCHEMA_VERSION, **stored}
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
@@ -151,14 +153,9 @@ class Run:
             ends = rows[column].iloc[[0, -1]] if column in rows else (None, None)
             return " to ".join(number(value, form) for value in ends)
 
+        forms = {"step": ".0f", "reward": ".3f", "policy_entropy": ".3f", "length": ".1f"}
         cells = [
-            (
-                phase,
-                span(rows, "step", ".0f"),
-                span(rows, "reward", ".3f"),
-                span(rows, "policy_entropy", ".3f"),
-                span(rows, "length", ".1f"),
-            )
+            (phase, *(span(rows, column, form) for column, form in forms.items()))
             for phase, rows in (() if self.history.empty else self.history.groupby("phase", sort=False))
         ]
         rates = [
@@ -181,13 +178,13 @@ class Run:
         """Load a training run from disk, without its model.
 
         Args:
-            directory: what ``train`` wrote.
+            directory: a directory that ``train`` wrote.
 
         Returns:
             The run.
 
         Raises:
-            UserError: not a run, not finished, or of another schema version.
+            UserError: it is not a run, is unfinished, or has another schema version.
         """
         path = expanded(directory)
         manifest = path / MANIFEST
@@ -196,17 +193,16 @@ class Run:
             raise UserError(f"{path}: {state} (no {MANIFEST}); give a directory that `internal-policy train` finished")
         with RUN.reading(path) as data:
             return cls(
-                **{name: data[name] for name in _PLAIN},
+                **{name: data[name] for name in (*_STORED_AS_IS, "call")},
                 history=read_table(path / HISTORY),
                 dynamics=read_table(path / DYNAMICS),
                 dynamics_layers=read_table(path / DYNAMICS_LAYERS),
                 path=path,
-                call=data["call"],
             )
 
 
-# What a label may say after method, layer and steps: the usual values, which it leaves out, and the text for others.
-_IN_LABEL: dict[str, tuple[tuple[Any, ...], str]] = {
+# Settings that a label shows after method, layer and steps: the usual values, which it omits, and the text for others.
+_LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "lens": (("policy",), "{}"),
     "ipa_learning_rate": ((None,), "first at {:g}"),
     "freeze_layers": ((0,), "layers 1-{} frozen"),
@@ -214,26 +210,26 @@ _IN_LABEL: dict[str, tuple[tuple[Any, ...], str]] = {
     "aggregation": ((None, "sequence-mean"), "{}"),
     "lora_rank": ((0,), "LoRA {}"),
 }
-_NO_SETTING = {
+_NOT_IN_SETTING = {
     *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),
     *("report_to", "entropy_sequences"),
 }
 
-_PLAIN = (
+_STORED_AS_IS = (
     *("name", "method", "layer", "layer_reason", "ipa_steps", "ipa_reason", "config", "failures", "timings"),
     *("versions", "evaluation_paths"),
 )
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as csv, atomically."""
+    """Write a table as CSV, atomically."""
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that ``write_table`` wrote; an empty one where it is not there or has no columns."""
+    """Read a table that ``write_table`` wrote; an empty one if the file is missing or has no columns."""
     try:
-        # pandas' own parser may be off in the last digit: a resumed run has to end with the same numbers.
+        # The default parser may be off in the last digit, and a resumed run must end with the same numbers.
         table: pd.DataFrame = pd.read_csv(path, **EXACT)
         return table
     except (FileNotFoundError, pd.errors.EmptyDataError):
@@ -241,10 +237,10 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def why_no_dynamics(run: Run) -> str | None:
-    """Say why there is no figure 5 of a run; None where there is one."""
+    """Return why there is no figure 5 of a run; None if there is one."""
     name = f"{run.name}, {run.label}"
     if run.dynamics.empty:
-        how = "give --dynamics-every to measure them" if run.layer is not None else "it aligned no layer"
+        how = "give --dynamics-every to measure them" if run.layer is not None else "it has no alignment phase"
         return f"{name}: there is no figure 5 of this run: no dynamics were measured ({how})"
     if run.dynamics_layers.empty:
         return (
@@ -255,18 +251,18 @@ def why_no_dynamics(run: Run) -> str | None:
 
 
 def last_alignment_step(run: Run) -> int | None:
-    """Return the last step of alignment, if there was one and training went on after it."""
+    """Return the last step of alignment, if there was one and training continued after it."""
     steps = run.ipa_steps or 0
     return steps if len(run.history) and 0 < steps < run.history["step"].max() else None
 
 
 def find_finished(config: TrainConfig) -> Run | None:
-    """Find the finished run that a call would return, without torch or a model; None where only they can tell."""
+    """Find the finished run that a call would return, without torch or a model; None if this cannot be decided."""
     directory = config.directory
     try:
         stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         call, versions = stored["call"], stored["versions"]
-        # A run that was moved into a directory named by the settings is not the one that the call would make.
+        # A run that was moved to a directory named after the settings is not the one that the call would make.
         in_place = config.output is not None or call["options"]["output"] == str(directory)
         known = {"files": call["digest"], "hooked": stored["config"]["hooked"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -279,15 +275,14 @@ def find_finished(config: TrainConfig) -> Run | None:
 
 
 def warn_complete(directory: Path) -> None:
-    """Say that there is nothing to do."""
+    """Warn that there is nothing to do."""
     logger.warning("%s: already complete; nothing to train (--overwrite starts over)", directory)
 
 
 def call_digest(config: TrainConfig) -> str | None:
     """Digest the settings of a call, with the files that they name and the code of this package.
 
-    Returns:
-        64 hexadecimal digits; None where something else decides too: the hub, a GPU, other code.
+    Returns 64 hexadecimal digits, or None if the result depends on anything else: the hub, a GPU, other code.
     """
     if config.revision or config.trust_remote_code or config.attn_implementation:
         return None
@@ -297,7 +292,7 @@ def call_digest(config: TrainConfig) -> str | None:
     if isinstance(config.layer, str) and config.layer != AUTO:
         sources.append(str(expanded(config.layer) / ANALYSIS_FORMAT.manifest))
     options = {name: value for name, value in config.to_keywords().items() if name not in ("overwrite", "wait")}
-    # By default the directory is named by the settings.
+    # By default the directory is named after the settings.
     options |= {"layer": str(config.layer or AUTO), "output": config.output is not None}
     options["slug"] = AnalyzeConfig(model=config.model).slug
     try:
@@ -309,11 +304,11 @@ def call_digest(config: TrainConfig) -> str | None:
 
 
 def is_on_the_hub(value: Any) -> bool:
-    """Whether a model or a data set was read from the hub, by its name or, for a model, by the object."""
+    """Return whether a model or data set comes from the hub, by its name or, for a model, by the object."""
     if isinstance(value, (str, Path)):
         name = str(value)
         local = Path(name).exists() or name.endswith(SUFFIXES) or name.startswith("testbed/")
         return bool(_HUB_ID.fullmatch(name)) and not local
-    # transformers notes the commit of what it loads from the hub, and of nothing else.
+    # transformers records a commit only for models that it loads from the hub.
     commit = getattr(getattr(value, "config", None), "_commit_hash", None)
     return commit is not None and bool(_HUB_ID.fullmatch(str(getattr(value, "name_or_path", ""))))

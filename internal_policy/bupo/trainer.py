@@ -1,8 +1,8 @@
-"""``BuPOTrainer``: ``trl.GRPOTrainer`` whose ratio is, in the first phase, that of an internal policy.
+"""``BuPOTrainer``: a ``trl.GRPOTrainer`` whose ratio is that of an internal policy in the first phase.
 
-TRL computes every log-probability in one method, through the state that the backbone hands to the head. While a batch
-of the first phase is worked on, that method meets a decoder that ends at layer l, and a head that scores the response
-in blocks; everything else (sampling, rewards, clipping, schedules, logging, checkpoints) is TRL's.
+TRL computes every log-probability in one method, from the state that the backbone passes to the head. For a batch of
+the first phase, that method runs with a decoder that ends at layer l and a head that scores the response in blocks;
+everything else (sampling, rewards, clipping, schedules, logging, checkpoints) is TRL's.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from internal_policy.bupo.checks import check_experts, check_head, prove_family, shift_matters, warn_of_dropout
+from internal_policy.bupo.checks import (
+    check_experts,
+    check_head,
+    depends_on_absolute_positions,
+    prove_family,
+    warn_of_dropout,
+)
 from internal_policy.bupo.config import AUTO
 from internal_policy.bupo.forward import (
     check_layer,
-    counted_positions,
     internal_forward,
     needs_streamed_head,
+    positions_from_mask,
     streamed_head,
 )
 from internal_policy.bupo.trainer_config import BuPOConfig
@@ -40,21 +46,21 @@ _CITATION = """@article{tan2025bottomup,
 
 _NO_VARIANCE = 1e-8
 _PHASE = "aligns"
-"""Key of a batch of rollouts that says which policy its log-probabilities are of."""
+"""Key of a batch of rollouts: whether its log-probabilities are those of the internal policy."""
 
 
 class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     """GRPO, RLOO, REINFORCE++, or BuPO: internal policy alignment first, then GRPO.
 
-    The phase of a batch of rollouts is settled when it is sampled, from ``state.global_step``, and stays with it
-    through all its updates, so that old and new log-probabilities are always of the same policy.
+    The phase of a batch of rollouts is determined when it is sampled, from ``state.global_step``, and stays the same
+    for all its updates, so that old and new log-probabilities are always of the same policy.
 
     Source: arXiv 2512.19673v3, eqs. 3, 9 and 10.
     """
 
     args: BuPOConfig
 
-    # What TRL writes into the model card of a checkpoint.
+    # TRL writes these into the model card of a checkpoint.
     _name = "BuPO"
     _tag_names = ("trl", "bupo")
     _paper: ClassVar[dict[str, str]] = {
@@ -64,26 +70,26 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     }
 
     def __init__(self, *args: Any, family: Family | None = None, **kwargs: Any) -> None:
-        """Make the trainer as ``trl.GRPOTrainer`` is made, with a ``BuPOConfig``.
+        """Make the trainer with the arguments of ``trl.GRPOTrainer`` and a ``BuPOConfig``.
 
         Args:
-            *args: as TRL's.
-            family: where the model's parts are, proved already; it is proved here where not given.
-            **kwargs: as TRL's.
+            *args: those of ``trl.GRPOTrainer``.
+            family: where the model's parts are, already verified; by default it is determined and verified here.
+            **kwargs: those of ``trl.GRPOTrainer``.
 
         Raises:
-            UserError: a model whose parts cannot be found or proved, a layer that it does not have, or logits that TRL
-                computes in another way than the model.
+            UserError: a model whose parts cannot be found or verified, a layer that it does not have, or logits that
+                TRL computes differently from the model.
         """
         super().__init__(*args, **kwargs)
         self._aligning = self._measuring = False
         self._rewards: Tensor | None = None
-        # What the pass over fresh rollouts finds of pi_theta, while it lasts.
-        self._noted: list[Tensor] | None = None
+        # Entropies of pi_theta from the passes over fresh rollouts, while these are being made.
+        self._rollout_entropies: list[Tensor] | None = None
         self.last_aligned = False
         """Whether the newest batch of rollouts belongs to the first phase."""
         self.alignment_ended = False
-        """With ``ipa_steps="auto"``: set when the dynamics have ended the first phase."""
+        """With ``ipa_steps="auto"``: whether the dynamics have ended the first phase."""
         check_experts(self.args, self.policy_module.config)
         named = [layer for layer in (self.args.layer, self.args.freeze_layers or None) if layer is not None]
         self._family = family
@@ -92,8 +98,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         for layer in named:
             check_layer(layer, len(self._layers))
         check_head(self.policy_module, self.temperature)
-        self._counts_positions = shift_matters(self.policy_module)
-        self._drops_out = warn_of_dropout(self.policy_module)
+        self._positions_from_mask = depends_on_absolute_positions(self.policy_module)
+        self._has_dropout = warn_of_dropout(self.policy_module)
         self._freeze()
         if self.args.alignment_rate != 1.0:
             self.add_callback(_AlignmentRate(self))
@@ -101,9 +107,9 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     @property
     def policy_module(self) -> nn.Module:
         """The causal LM, without wrappers and adapters around it."""
-        return self._bare(self.model)
+        return self._unwrap(self.model)
 
-    def _bare(self, model: Any) -> nn.Module:
+    def _unwrap(self, model: Any) -> nn.Module:
         model = self.accelerator.unwrap_model(model)
         base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
         return base
@@ -129,13 +135,13 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             return
         module: Any = self.policy_module
         tied = module.get_output_embeddings().weight
-        # Learned positions are part of the embedding too.
+        # This includes learned positions.
         embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight is not tied]
         for part in [*list(self._layers)[: self.args.freeze_layers], *embeddings]:
             part.requires_grad_(False)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make TRL's optimiser; layers above ``layer`` get ``upper_lr_scale`` times its learning rate."""
+        """Make TRL's optimiser, with ``upper_lr_scale`` times its learning rate for the layers above ``layer``."""
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.args.upper_lr_scale != 1.0:
@@ -150,7 +156,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return optimizer
 
     def log_metric(self, name: str, value: float) -> None:
-        """Add a number to the log of the current step, and so to what ``report_to`` names."""
+        """Add a number to the log of the current step, and thus to the integrations of ``report_to``."""
         self._metrics["train"][name].append(value)
 
     @contextmanager
@@ -164,23 +170,20 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            if self._counts_positions:
-                # The reference model comes this way too.
-                stack.enter_context(counted_positions(self._bare(model)))
+            bare = self._unwrap(model)
+            if self._positions_from_mask:
+                # For the reference model too, whose log-probabilities this method computes as well.
+                stack.enter_context(positions_from_mask(bare))
             if self._aligning:
                 if self.args.layer is None:
                     raise UserError("an internal policy without layer; give the layer, from 1")
                 options: dict[str, Any] = {"site": self.args.site, "lens": self.args.lens, "family": self._family}
                 stack.enter_context(internal_forward(self.policy_module, self.args.layer, **options))
-            # An update of the second phase is TRL's, to the last bit.
-            if (
-                (self._aligning or self._measuring)
-                and self._family is not None
-                and needs_streamed_head(self._bare(model))
-            ):
+            # An update of the second phase is exactly TRL's.
+            if (self._aligning or self._measuring) and self._family is not None and needs_streamed_head(bare):
                 stack.enter_context(
                     streamed_head(
-                        self._bare(model),
+                        bare,
                         self._family,
                         self.temperature,
                         entropy=bool(kwargs.get("compute_entropy")),
@@ -188,14 +191,13 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
                     )
                 )
             # The head of a reference model gives no entropies.
-            own = self._bare(model) is self.policy_module
-            notes = self._noted is not None and not self._aligning and own
-            if notes:
-                # TRL's head makes them in any case.
+            entropies = None if self._aligning or bare is not self.policy_module else self._rollout_entropies
+            if entropies is not None:
+                # TRL's head computes them in any case.
                 kwargs["compute_entropy"] = True
             found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-            if self._noted is not None and notes:
-                self._noted.append(found[1])
+            if entropies is not None:
+                entropies.append(found[1])
             return found
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,20 +210,20 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         training = self.model.training
         aligning = training and self.in_alignment
-        self._noted = [] if training else None
+        self._rollout_entropies = [] if training else None
         try:
             with self._policy(aligning):
                 batch = super()._generate_and_score_completions(inputs)
-            noted = self._noted or []
+            entropies = self._rollout_entropies or []
         finally:
-            self._noted = None
+            self._rollout_entropies = None
         batch[_PHASE] = torch.tensor(aligning)
         if training:
             self.last_aligned = aligning
             self.log_metric(_PHASE, float(aligning))
             self._set_advantages(batch)
-            # The old log-probabilities come first, before those of a reference.
-            known = noted[0] if noted and "old_per_token_logps" in batch and not self._drops_out else None
+            # The first pass computes the old log-probabilities, before those of a reference.
+            known = entropies[0] if entropies and "old_per_token_logps" in batch and not self._has_dropout else None
             self._measure_policy_entropy(batch, known)
         return batch
 
@@ -235,33 +237,33 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
             return
         assert self._rewards is not None
         if self.args.method == "rloo":
-            advantages = leave_one_out(self._rewards, self.num_generations)
+            advantages = leave_one_out_advantages(self._rewards, self.num_generations)
         else:
             mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-            advantages = whitened(self._rewards, self.accelerator.gather(mask.sum(dim=1)))
+            advantages = whitened_advantages(self._rewards, self.accelerator.gather(mask.sum(dim=1)))
         local = len(batch["prompt_ids"])
         start = self.accelerator.process_index * local
         batch["advantages"] = advantages[start : start + local].to(batch["advantages"])
-        # What TRL noted for the table of completions are GRPO's.
-        noted = self._logs["advantages"]
-        for _ in range(min(len(noted), len(advantages))):
-            noted.pop()
-        noted.extend(advantages.tolist())
+        # Replace GRPO's advantages, which TRL has logged for its table of completions.
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages))):
+            logged.pop()
+        logged.extend(advantages.tolist())
 
     @torch.no_grad()
     def _measure_policy_entropy(self, batch: dict[str, Any], known: Tensor | None) -> None:
-        """Log the entropy of pi_theta, which no pass of the first phase computes."""
+        """Log the entropy of pi_theta, which the passes of the first phase do not compute."""
         if not self.args.entropy_sequences:
             return
         n = len(batch["prompt_ids"])
         wanted = min(n, -(-self.args.entropy_sequences // self.accelerator.num_processes))
-        # Responses to one prompt stand next to each other: take them from all over the batch.
+        # Evenly spaced over the batch, because responses to one prompt are adjacent.
         rows = torch.linspace(0, n - 1, wanted, device=batch["prompt_ids"].device).round().long()
         prompt_mask, mask = batch["prompt_mask"][rows], batch["completion_mask"][rows]
         if known is not None:
             entropies = known[rows]
         else:
-            # Without dropout, so that a measurement draws no random numbers from the training's stream.
+            # Without dropout, so that a measurement draws no random numbers of the training.
             with self._policy(False, measuring=True), eval_mode(self.model):
                 _, entropies, _ = self._get_per_token_logps_and_entropies(
                     self.model,
@@ -278,7 +280,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
 
 
 class _AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Gives the updates of the first phase their own learning rate; the schedule does not notice."""
+    """Gives the updates of the first phase their own learning rate, without changing the schedule."""
 
     def __init__(self, trainer: BuPOTrainer) -> None:
         self._trainer = trainer
@@ -292,20 +294,16 @@ class _AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is 
             group["lr"] = rate * self._trainer.args.alignment_rate
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put them back."""
+        """Restore the rates."""
         for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
             group["lr"] = rate
 
 
-def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """Advantages of RLOO: a response's reward less the mean reward of the other responses to its prompt.
+def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Advantages [N] of RLOO: a response's reward less the mean reward of the other responses to its prompt.
 
-    Args:
-        rewards: [N], the responses to a prompt next to each other; NaN where a response could not be scored.
-        group_size: G responses to each prompt.
-
-    Returns:
-        [N] advantages; 0 where there is no score, or no other response with one.
+    The rewards, [N], of the G = ``group_size`` responses to a prompt are adjacent, and NaN without a score. An
+    advantage is 0 if the response has no score or no other response has one.
 
     Source: Ahmadian et al., arXiv 2402.14740, section 2.3.
     """
@@ -315,15 +313,11 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     return torch.where(others > 0, groups - baseline, torch.zeros_like(groups)).nan_to_num(nan=0.0).view(-1)
 
 
-def whitened(rewards: Tensor, lengths: Tensor) -> Tensor:
-    """Advantages of REINFORCE++: the reward of every response token, normalised over all response tokens of the batch.
+def whitened_advantages(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Advantages [N] of REINFORCE++: the reward of each token, normalised over all response tokens of the batch.
 
-    Args:
-        rewards: [N]; NaN where a response could not be scored.
-        lengths: [N] response tokens.
-
-    Returns:
-        [N] advantages, the same at each token of a response; 0 where there is no score.
+    The rewards, [N], are NaN without a score; lengths, [N], are in tokens. All tokens of a response have the same
+    advantage; it is 0 without a score.
 
     Source: Hu et al., arXiv 2501.03262, eq. 6 (its group-free form, without the penalty of beta).
     """

@@ -1,4 +1,4 @@
-"""``BuPOConfig``: the settings of ``trl.GRPOConfig`` and those of internal policies, and how it is built.
+"""``BuPOConfig``: the settings of ``trl.GRPOConfig`` and of internal policies, and its construction from TrainConfig.
 
 TRL counts updates and the samples of one process; ``TrainConfig`` counts steps and prompts.
 """
@@ -30,10 +30,10 @@ from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.options import require_one_of
 
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
-# TRL refuses another one only in the first update.
-_TRLS_LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+# TRL would refuse any other type only in the first update.
+_TRL_LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 
-_WRONG_IN_PHASE_ONE = {
+_NEUTRAL_IN_ALIGNMENT = {
     "beta": (0.0, "the KL penalty would compare log-probabilities of pi^l with those of the reference's final policy"),
     "off_policy_mask_threshold": (
         None,
@@ -43,13 +43,14 @@ _WRONG_IN_PHASE_ONE = {
     "entropy_coef": (0.0, "the bonus would raise the entropy of pi^l, not of the policy"),
     "use_adaptive_entropy": (False, "the controller would follow the entropy of pi^l, not of the policy"),
 }
+"""Options whose other values would be wrong in the first phase: the only value that is allowed, and why."""
 
-
-_ROW_PER_STEP = "the history has a row per step"
-_EVALUATION = "the evaluation before and after the training is that of benchmark="
-_SETTLED = {
-    **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step"), _ROW_PER_STEP),
-    **dict.fromkeys(("eval_strategy", "do_eval", "eval_steps", "eval_on_start", "load_best_model_at_end"), _EVALUATION),
+_FIXED_OPTIONS = {
+    **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step"), "the history has a row per step"),
+    **dict.fromkeys(
+        ("eval_strategy", "do_eval", "eval_steps", "eval_on_start", "load_best_model_at_end"),
+        "the evaluation before and after the training is that of benchmark=",
+    ),
     "shuffle_dataset": "the order of the prompts follows from the seed, so that a resumed run sees the same",
     "num_train_epochs": "the run has max_steps steps, over as many passes through the prompts as that takes",
     "disable_tqdm": "progress is shown where standard error is a terminal",
@@ -61,15 +62,15 @@ _SETTLED = {
     ),
     "resume_from_checkpoint": "a run is continued by the same call with the same output",
 }
-"""Options of transformers that `train` settles, and why."""
-_OF_POLICY = (
+"""Options of transformers that `train` sets itself, and why."""
+_SHARED_FIELDS = (
     *("method", "ipa_learning_rate", "site", "lens", "aggregation", "freeze_layers", "upper_lr_scale"),
     *("entropy_sequences", "seed", "learning_rate", "num_generations", "temperature"),
 )
 """Fields of ``TrainConfig`` that ``BuPOConfig`` has under the same name and with the same meaning."""
 _LARGEST_BATCH = {"cpu": 64, "cuda": 4}
 _CHECKPOINTS_IN_A_RUN = 10
-"""At most, and at least five and the last where the run has more steps than this: enough to see a trend."""
+"""At most; a longer run has at least five and one at its end, which are enough to see a trend."""
 
 
 @dataclass
@@ -77,39 +78,39 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """Settings of ``BuPOTrainer``: every option of ``trl.GRPOConfig``, and those of internal policies.
 
     A *step* is one batch of rollouts with all updates on it, as in the paper; TRL's ``max_steps``, ``save_steps`` and
-    the like count updates, of which a step has ``updates_per_step``. What the fields of ``TrainConfig`` with the same
-    names mean, they mean here.
+    the like count updates, of which a step has ``updates_per_step``. Fields that ``TrainConfig`` has too mean the same
+    here.
     """
 
     method: str = "bupo"
-    """bupo, grpo, rloo or reinforce++: which advantages, and whether an internal policy comes first."""
+    """bupo, grpo, rloo or reinforce++: how advantages are computed, and whether an internal policy comes first."""
     layer: int | None = None
     """l, from 1: the layer whose policy is optimised in the first phase; ``upper_lr_scale`` applies above it."""
     ipa_steps: int | str = 0
-    """Steps of internal policy alignment; ``auto`` ends it by its own dynamics, at half of the run at the latest."""
+    """Steps of internal policy alignment; ``auto`` ends it by its dynamics, halfway through the run at the latest."""
     ipa_learning_rate: float | None = None
-    """Learning rate in the first phase, with the same schedule; ``learning_rate`` where it is None."""
+    """Learning rate in the first phase, with the same schedule; None means ``learning_rate``."""
     site: Site = "layer"
-    """What is projected: the layer's output, or what its attention (attn) or its FFN (ffn) writes."""
+    """What is projected: the layer's output, or the output of its attention (attn) or FFN (ffn)."""
     lens: Lens = "policy"
     """``policy`` as in the paper; ``logit-lens`` applies the final norm (the paper's ablation)."""
     aggregation: str | None = None
-    """Mean of the loss: sequence-mean (arXiv 2512.19673v3, eq. 3) or token-mean."""
+    """How the loss is averaged: sequence-mean (arXiv 2512.19673v3, eq. 3) or token-mean."""
     loss_type: str | None = None
-    """TRL's own name of a loss, in place of ``aggregation``."""
+    """TRL's own name of a loss, instead of ``aggregation``."""
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above ``layer`` (a baseline of appendix B.2 uses 0.1)."""
     entropy_sequences: int = 64
-    """Rollouts of a step on which the entropy of pi_theta is measured, over all processes; 0 leaves it out."""
+    """Rollouts of a step on which the entropy of pi_theta is measured, over all processes; 0 disables it."""
     ddp_find_unused_parameters: bool | None = None
-    """DDP's search for parameters without gradient; by default on where there is a first phase."""
+    """DDP's search for parameters without gradient; by default on if there is a first phase."""
     bf16: bool | None = None
-    """bfloat16 mixed precision; by default on where cuda has it."""
+    """bfloat16 mixed precision; by default on if the GPU supports it."""
 
     def __post_init__(self) -> None:
-        """Complete the settings, and refuse those that would train something else than they say."""
+        """Complete the settings, and refuse combinations that would not train what they describe."""
         require_one_of("method", self.method, METHODS)
         require_one_of("site", self.site, SITES)
         require_one_of("lens", self.lens, get_args(Lens))
@@ -121,14 +122,14 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             raise UserError(
                 f"both aggregation={self.aggregation!r} and loss_type={self.loss_type!r} were given; give one of them"
             )
-        require_one_of("loss_type", self.loss_type, _TRLS_LOSS_TYPES)
+        require_one_of("loss_type", self.loss_type, _TRL_LOSS_TYPES)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.aligns:
             if self.ddp_find_unused_parameters is None:
                 # In the first phase no gradient reaches the layers above l.
                 self.ddp_find_unused_parameters = True
-            self._refuse_what_alignment_would_make_wrong()
+            self._refuse_options_wrong_in_alignment()
         super().__post_init__()
         self.check_steps()
 
@@ -139,7 +140,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
 
     @property
     def alignment_rate(self) -> float:
-        """Learning rate of the first phase, as a multiple of the second's."""
+        """Learning rate of the first phase, as a multiple of that of the second."""
         if not self.aligns or self.ipa_learning_rate is None:
             return 1.0
         return float(self.ipa_learning_rate / self.learning_rate)
@@ -150,8 +151,8 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
         per_rollout = self.steps_per_generation * self.num_iterations
         return max(1, int(per_rollout // self.gradient_accumulation_steps))
 
-    def _refuse_what_alignment_would_make_wrong(self) -> None:
-        for name, (neutral, why) in _WRONG_IN_PHASE_ONE.items():
+    def _refuse_options_wrong_in_alignment(self) -> None:
+        for name, (neutral, why) in _NEUTRAL_IN_ALIGNMENT.items():
             if getattr(self, name) != neutral:
                 raise UserError(
                     f"{name}={getattr(self, name)!r} with an internal policy: in the first phase {why}; "
@@ -181,7 +182,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
             )
 
     def check_steps(self) -> None:
-        """Check the settings that depend on the layer and on the number of steps, which may be settled late."""
+        """Check the settings that depend on the layer and the number of steps, which may be known only later."""
         if self.method == "bupo" and self.layer is None and self.ipa_steps != 0:
             raise UserError("method='bupo' without layer; give the layer whose policy comes first, from 1")
         if isinstance(self.ipa_steps, str):
@@ -214,10 +215,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
         if self.method != "bupo" and self.ipa_steps != 0:
             raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
         per_rollout = self.steps_per_generation * self.num_iterations
-        longer, shorter = (
-            max(per_rollout, self.gradient_accumulation_steps),
-            min(per_rollout, self.gradient_accumulation_steps),
-        )
+        shorter, longer = sorted((per_rollout, self.gradient_accumulation_steps))
         if longer % shorter:
             raise UserError(
                 f"steps_per_generation * num_iterations is {per_rollout} and gradient_accumulation_steps is "
@@ -241,13 +239,13 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
 
 
 def check_trl_options(config: TrainConfig) -> None:
-    """Check the options that are passed on to TRL by name: that they exist, may be chosen, and have their type."""
+    """Check that the options that are passed on to TRL exist, may be set, and have the right type."""
     ours = {f.name for f in fields(TrainConfig)}
-    # What TrainConfig has is set there, and the directory of the checkpoints is the run's.
+    # The fields of TrainConfig are set there, and the run determines the directory of its checkpoints.
     known = {f.name for f in fields(BuPOConfig) if f.init} - {*ours, "output_dir"}
     for name in config.trl_options:
-        if name in _SETTLED:
-            raise UserError(f"{name} cannot be chosen: {_SETTLED[name]}")
+        if name in _FIXED_OPTIONS:
+            raise UserError(f"{name} cannot be chosen: {_FIXED_OPTIONS[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(ours | known), n=1)
             hint = f"; did you mean {near[0]}?" if near else "; known are the fields of TrainConfig and of GRPOConfig"
@@ -258,34 +256,21 @@ def check_trl_options(config: TrainConfig) -> None:
 def make_trainer_config(
     config: TrainConfig, layer: int | None, checkpoints: Path, processes: int, device: str
 ) -> BuPOConfig:
-    """Build the trainer's configuration, once per run, in TRL's terms.
-
-    Args:
-        config: the run's settings, with those of its preset.
-        layer: l, from 1; None where there is none.
-        checkpoints: directory of the checkpoints.
-        processes: number of data-parallel processes.
-        device: ``cpu`` or ``cuda``.
-
-    Raises:
-        UserError: batch sizes that do not divide, or a value that TRL refuses.
-    """
+    """Build the trainer's configuration in TRL's terms, from settings that were completed by ``with_preset``."""
     options = dict(config.trl_options)
-    # Filled in by the preset.
     assert config.ipa_steps is not None
     assert config.max_steps is not None
     if options.get("use_vllm"):
-        # It cannot be used with an internal policy, and the methods are to be compared on the same terms.
+        # It cannot be used with an internal policy, and all methods should be comparable.
         options.setdefault("vllm_importance_sampling_correction", False)
     if not any(name in options for name in TRL_BATCH_OPTIONS):
         options |= _batch(config, processes, device)
     steps: dict[str, Any] = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
-    steps["logging_steps"] = 1
-    steps["max_steps"] = config.max_steps
+    steps |= {"logging_steps": 1, "max_steps": config.max_steps}
     steps["save_steps"] = config.save_steps or math.ceil(config.max_steps / _CHECKPOINTS_IN_A_RUN)
     if config.max_completion_length is not None:
         options["max_completion_length"] = config.max_completion_length
-    # In TRL a mixture of experts has a load-balancing loss of its own; eq. 10 has none, in either phase.
+    # TRL adds a load-balancing loss to a mixture of experts; eq. 10 has none, in either phase.
     options.setdefault("router_aux_loss_coef", 0.0)
     options.setdefault("gradient_checkpointing", device == "cuda")
     options.setdefault("use_cpu", device == "cpu")
@@ -295,16 +280,16 @@ def make_trainer_config(
             layer=layer,
             ipa_steps=config.ipa_steps,
             report_to=config.report_to or "none",
-            # The order of the prompts is settled before: TRL's sampler would start over with each resumed run.
+            # PromptDataset fixes the order of the prompts: TRL's sampler would start over in each resumed run.
             shuffle_dataset=False,
             disable_tqdm=True,
-            **{name: getattr(config, name) for name in _OF_POLICY},
+            **{name: getattr(config, name) for name in _SHARED_FIELDS},
             **options,
         )
-    # Where a package such as deepspeed is missing, TRL raises an ImportError.
+    # TRL raises an ImportError if a package such as deepspeed is missing.
     except (ValueError, TypeError, ImportError) as error:
         raise refused(error) from error
-    # Only now it is known how many updates a step has.
+    # The number of updates per step is known only now.
     for name, value in steps.items():
         setattr(built, name, _updates(name, value, config.max_steps, built.updates_per_step))
     built.check_steps()
@@ -312,20 +297,20 @@ def make_trainer_config(
 
 
 def refused(error: Exception) -> UserError:
-    """Say in one line which of its options the trainer refuses."""
+    """Put what the trainer says about its options into one line."""
     return UserError(f"the trainer refuses its options: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 
 def _updates(name: str, value: Any, max_steps: int, factor: int) -> Any:
-    """Convert steps, or a share of the run where below 1, to updates."""
+    """Convert a number of steps, or a share of the run (below 1), to updates."""
     if isinstance(value, int) or value >= 1:
         return value * factor
-    # A checkpoint between two updates of a step would be of no use: the rollouts are not in it.
+    # A checkpoint between two updates of a step would be useless, because it does not contain the rollouts.
     return value if name == "warmup_steps" else max(1, round(value * max_steps)) * factor
 
 
 def _batch(config: TrainConfig, processes: int, device: str) -> dict[str, int]:
-    """Split the rollouts of a step into mini-batches, and those into what a process computes at a time."""
+    """Split the rollouts of a step into mini-batches, and these into batches of one device."""
     assert config.prompts_per_step
     assert config.mini_batches
     samples = config.prompts_per_step * config.num_generations

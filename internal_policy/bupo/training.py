@@ -1,4 +1,4 @@
-"""``bupo.train``: one training run, stage by stage; the only file that knows them all."""
+"""``bupo.train``: one training run, stage by stage."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ from internal_policy.utils.options import takes_options
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("internal-policy", "torch", "transformers", "trl", "accelerate", "datasets")
-_ANALYSED = 128
-"""Responses of the analysis that chooses the layer."""
+_ANALYSIS_RESPONSES = 128
+"""Responses in the analysis that chooses the layer."""
 _TESTBED_SAMPLES = 4
 """Samples per problem when embedded models are evaluated."""
 
@@ -79,7 +79,7 @@ def train(
     r"""Train a language model with BuPO, GRPO, RLOO or REINFORCE++.
 
     A step is one batch of rollouts with all its updates, as in the paper; all ``*_steps`` here count steps. Options
-    that are not given are those of the preset, and where it says nothing the defaults here.
+    that are not given come from the preset, or else are the defaults of ``TrainConfig``.
 
     Args:
         model: hub id, local directory, embedded model (``testbed/qwen3``, ``testbed/llama``), or a transformers model,
@@ -87,13 +87,13 @@ def train(
         prompts: hub data set id, parquet, jsonl or json file, or a list or DataFrame of {"prompt", "answer"}. By
             default fresh problems of the embedded tasks for an embedded model, else zwhe99/DeepMath-103K (the paper's).
         layer: the layer whose policy is optimised first, from 1; or an ``Analysis`` or its directory, whose boundary
-            layer is taken; or ``auto`` (the default): the model's own responses to the prompts are analysed first.
+            layer is used; or ``auto`` (the default): the model's own responses to the prompts are analysed first.
         reward: ``math`` (math-verify on the last ``\boxed{}``; the default), ``exact`` (the default for the embedded
             tasks), ``module:function``, or a callable or list of callables in TRL's form.
         tokenizer: the tokenizer of a model given as an object.
-        peft_config: a peft configuration; ``lora_rank`` is the short way.
-        callbacks: further transformers callbacks.
-        **options: every other option of ``trl.GRPOConfig``, by name.
+        peft_config: a peft configuration; ``lora_rank`` is a shortcut for LoRA.
+        callbacks: additional transformers callbacks.
+        **options: the other fields of ``TrainConfig``, and options of ``trl.GRPOConfig``, by name.
 
     Returns:
         The run: ``model_dir``, ``history``, ``dynamics``, ``evaluation``.
@@ -101,32 +101,32 @@ def train(
     Raises:
         UserError: bad input; the message says what to do.
     """
-    opened = _wrap_given(model, tokenizer, options)
+    loaded = _wrap_loaded(model, tokenizer, options)
     config = TrainConfig.from_keywords(
-        model=opened.name if opened else str(model),
+        model=loaded.name if loaded else str(model),
         prompts=prompts if isinstance(prompts, (str, Path)) else None,
         layer=(layer.path or layer.boundary_layer) if isinstance(layer, Analysis) else layer,
         reward=reward if isinstance(reward, str) else None,
         **options,
     )
     objects = {
-        **{"model": opened, "tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None},
+        **{"model": loaded, "tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None},
         **{"prompts": None if config.prompts else prompts, "reward": None if config.reward else reward},
     }
     call = _describe_call(config, [name for name, value in objects.items() if value is not None], model)
     config = config.with_preset()
     check_trl_options(config)
     state = training_processes(config.trl_options)
-    with exclusive_use(opened.model if opened else None), locked(config.directory, wait=config.wait, state=state):
+    with exclusive_use(loaded.model if loaded else None), locked(config.directory, wait=config.wait, state=state):
         choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
-        return _train(config, call, state, opened, prompts, choice, reward, peft_config, callbacks or [])
+        return _train(config, call, state, loaded, prompts, choice, reward, peft_config, callbacks or [])
 
 
 def _train(
     config: TrainConfig,
     call: dict[str, Any],
     state: Processes,
-    opened: LanguageModel | None,
+    loaded: LanguageModel | None,
     prompts: Source | None,
     choice: LayerChoice,
     reward: Any,
@@ -140,12 +140,12 @@ def _train(
     testbed = is_testbed(config.model, source)
     rewards = as_rewards(reward, exact=testbed)
     peft_config = peft_config or _lora(config.lora_rank)
-    model = prove_model(opened or _load(config))
+    model = prove_model(loaded or _load(config))
     choice.check(model)
-    # A layer that the analysis has yet to find may be any; everything else can be checked already.
-    open_layer = model.n_layers if config.wanted_layer is not None else None
+    # If the analysis has yet to choose the layer, everything else is checked with the last one in its place.
+    placeholder = model.n_layers if config.wanted_layer is not None else None
     trainer_config = make_trainer_config(
-        config, choice.layer or open_layer, path / CHECKPOINTS, state.number, state.device.type
+        config, choice.layer or placeholder, path / CHECKPOINTS, state.number, state.device.type
     )
     interval = 0 if state.sharded else eval_interval(config, trainer_config.layer)
     evaluates = config.eval_samples != 0 and (config.benchmark is not None or testbed)
@@ -159,7 +159,7 @@ def _train(
     if not config.overwrite and (path / MANIFEST).is_file():
         return directory.finished(settings)
 
-    # The main process changes the directory only when all others have checked it.
+    # The main process changes the directory only after all others have checked it.
     updates = trainer_config.updates_per_step
     resumed = state.on_main(lambda: directory.open(settings, updates, config.overwrite, state.number))
     state.wait_for_everyone()
@@ -183,9 +183,9 @@ def _train(
         responses = fixed_responses(model, dataset.prompts, config, length, path, state)
 
     if trainer_config.beta:
-        # With these TRL reads the reference model by itself, from where the policy came from.
+        # TRL loads the reference model with these, from the policy's source.
         trainer_config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
-        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_is_not_about_ignored_kwargs)
+        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_drop_ignored_kwargs_notice)
     with errors_in_one_line(trainer_config, path):
         trainer = BuPOTrainer(
             model=model.model,
@@ -193,7 +193,7 @@ def _train(
             args=trainer_config,
             train_dataset=dataset.to_trl(config.template or "chat", model.tokenizer),
             processing_class=model.tokenizer,
-            # PEFT fills it in, and the caller may use it for further calls.
+            # PEFT modifies it, and the caller may reuse it.
             peft_config=copy.deepcopy(peft_config),
             family=model.family,
             callbacks=callbacks,
@@ -202,31 +202,31 @@ def _train(
         errors_in_one_line(trainer_config, path, trainer.state),
         progress(f"training {config.model}", int(config.max_steps or 0)) as advance,
     ):
-        watch = None
+        dynamics_callback = None
         if responses:
             live = replace(model, model=trainer.policy_module)
             dynamics = Dynamics(live, responses, choice.layer or 1, site=config.site, lens=config.lens)
-            watch = DynamicsCallback(trainer, dynamics, interval, path, resumed)
+            dynamics_callback = DynamicsCallback(trainer, dynamics, interval, path, resumed)
         recorder = HistoryCallback(trainer, path, advance)
-        _set_callbacks(trainer, watch, recorder, settings)
+        _set_callbacks(trainer, dynamics_callback, recorder, settings)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     with errors_in_one_line(trainer_config, path, trainer.state):
         _save_model(trainer, model.tokenizer, path)
 
     history = recorder.history()
     timings["training"] = round(float(history["seconds"].sum()), 3)
-    measured, measured_layers = watch.tables() if watch else (pd.DataFrame(), pd.DataFrame())
+    tables = dynamics_callback.tables() if dynamics_callback else (pd.DataFrame(), pd.DataFrame())
     run = Run(
         name=config.model,
         method=config.method,
         layer=choice.layer if config.aligns else None,
         layer_reason=choice.reason if config.aligns else "",
         ipa_steps=int((history["phase"] == ALIGNMENT).sum()),
-        ipa_reason=_ipa_reason(config, watch),
+        ipa_reason=_ipa_reason(config, dynamics_callback),
         config=settings,
         history=history,
-        dynamics=measured,
-        dynamics_layers=measured_layers,
+        dynamics=tables[0],
+        dynamics_layers=tables[1],
         path=path,
         failures=recorder.failures(),
         timings=timings,
@@ -235,13 +235,13 @@ def _train(
         call=call,
     )
     if evaluates:
-        # Without accelerate's mixed precision around it: both ends of the comparison are computed alike.
+        # Without accelerate's mixed precision, so that both models are evaluated in the same way.
         bare: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
         trained = wrap(bare, model.tokenizer, f"{config.model} {run.label}", family=model.family)
         evaluations["trained"] = _evaluate(config, trained, trained.name, testbed, state, timings)
     if state.is_main_process:
-        # The card before the manifest: a finished run has its card.
+        # The card comes before the manifest, so that every finished run has one.
         write_card(run)
         run.save()
     state.wait_for_everyone()
@@ -250,28 +250,28 @@ def _train(
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A layer and why it was taken."""
+    """A layer and the reason for it."""
 
     layer: int | None
-    """l, from 1; None where there is none, or none yet."""
+    """l, from 1; None if there is none, or none yet."""
     reason: str
     """One sentence."""
     analysed: dict[str, Any] | None = None
-    """The model that the analysis was of."""
+    """Description of the model that was analysed, if the layer comes from an analysis."""
 
     def check(self, model: LanguageModel) -> None:
-        """Refuse a layer that the model does not have, and an analysis of another model."""
+        """Refuse a layer that the model lacks, and an analysis of another model."""
         expected = {
             "family": model.family.name,
             "layers": model.n_layers,
             "vocabulary": model.vocab_size,
             "hidden_size": model.projection.weight.shape[1],
         }
+        analysed = self.analysed or {}
         for name, value in expected.items():
-            known = (self.analysed or {}).get(name, value)
-            if self.analysed is not None and known != value:
+            if analysed.get(name, value) != value:
                 raise UserError(
-                    f"layer: the analysis is of another model ({self.analysed.get('id')}: {name} {known}), and "
+                    f"layer: the analysis is of another model ({analysed.get('id')}: {name} {analysed[name]}), and "
                     f"{model.name} has {name} {value}; give an analysis of this model, a number, or auto"
                 )
         if self.layer is not None:
@@ -279,10 +279,7 @@ class LayerChoice:
 
 
 def choose_layer(layer: Any) -> LayerChoice:
-    """Turn a number from 1, an ``Analysis``, its directory, ``auto`` or None into a layer and the reason for it.
-
-    ``auto``, whose analysis has yet to be made, and None give no layer.
-    """
+    """Choose the layer by a number from 1, an ``Analysis`` or its directory; ``auto`` and None leave it open."""
     if layer is None or layer == AUTO:
         return LayerChoice(None, "")
     if hasattr(layer, "__index__") and not isinstance(layer, bool):
@@ -304,8 +301,8 @@ def choose_layer(layer: Any) -> LayerChoice:
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 
-def _wrap_given(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> LanguageModel | None:
-    """The model that was given as an object; None where a name was given."""
+def _wrap_loaded(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> LanguageModel | None:
+    """Wrap a model that was given as an object; return None for a name."""
     if isinstance(model, (str, Path)):
         if tokenizer is not None:
             raise UserError(f"tokenizer= was given with the name {str(model)!r}, which brings its own; leave it out")
@@ -319,22 +316,22 @@ def _wrap_given(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Langu
 
 
 def _describe_call(config: TrainConfig, objects: list[str], model: Any) -> dict[str, Any]:
-    """Write the call down, as ``Run.call`` describes it."""
+    """Record the call in the form that ``Run.call`` documents."""
     options: dict[str, Any] = {}
-    unwritten = list(objects)
+    unserializable = list(objects)
     for name, value in {**config.to_keywords(), "output": str(config.directory)}.items():
         try:
             plain = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError):
-            unwritten.append(name)
+            unserializable.append(name)
             continue
         if name not in (*objects, "overwrite", "wait"):
             options[name] = plain
-    # Later, and elsewhere, nobody knows whether a name was that of a directory.
-    places = {"model": model, "prompts": config.prompts}
-    from_hub = [name for name, place in places.items() if is_on_the_hub(place)]
-    digest = None if unwritten else call_digest(config)
-    return {"options": options, "objects": unwritten, "from_hub": from_hub, "digest": digest}
+    # Recorded now, because a name that is a directory here may not exist later or elsewhere.
+    sources = {"model": model, "prompts": config.prompts}
+    from_hub = [name for name, source in sources.items() if is_on_the_hub(source)]
+    digest = None if unserializable else call_digest(config)
+    return {"options": options, "objects": unserializable, "from_hub": from_hub, "digest": digest}
 
 
 def _load(config: TrainConfig) -> LanguageModel:
@@ -350,7 +347,7 @@ def _load(config: TrainConfig) -> LanguageModel:
 
 
 def _lora(rank: int) -> Any:
-    """LoRA adapters on all linear modules of the layers; None where all weights are trained."""
+    """Return LoRA adapters for all linear modules of the layers; None for rank 0."""
     if not rank:
         return None
     try:
@@ -368,7 +365,7 @@ def _settings(
     peft_config: Any,
     rewards: list[Any],
 ) -> dict[str, Any]:
-    """What decides the result: two calls with the same settings are the same run."""
+    """Return everything that determines the result: two calls with the same settings are the same run."""
     left_out = ("reward", "output", "overwrite", "wait", "eval_samples", "eval_problems", "trl_options")
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in left_out},
@@ -384,13 +381,13 @@ def _settings(
 
 
 def _describe_adapters(peft_config: Any) -> dict[str, Any]:
-    """The settings of adapters, the same in every process: the order of a set is not the same."""
+    """Return the settings of adapters; sets are sorted, because their order differs between processes."""
     found = {name: value for name, value in peft_config.to_dict().items() if value is not None}
     return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in found.items()}
 
 
 def _analyse(config: TrainConfig, model: LanguageModel, dataset: PromptDataset, state: Processes) -> LayerChoice:
-    """Choose the layer by an analysis of the model's own responses to the prompts it will be trained on."""
+    """Choose the layer by an analysis of the model's own responses to its training prompts."""
     found = None
     if state.is_main_process:
         from internal_policy.analysis.pipeline import analyze
@@ -398,8 +395,8 @@ def _analyse(config: TrainConfig, model: LanguageModel, dataset: PromptDataset, 
         analysis = analyze(
             model.model,
             model.tokenizer,
-            prompts=[{"prompt": prompt.content} for prompt in dataset.prompts[:_ANALYSED]],
-            max_responses=_ANALYSED,
+            prompts=[{"prompt": prompt.content} for prompt in dataset.prompts[:_ANALYSIS_RESPONSES]],
+            max_responses=_ANALYSIS_RESPONSES,
             max_new_tokens=config.max_completion_length,
             template=config.template or "chat",
             seed=config.seed,
@@ -422,7 +419,7 @@ def _evaluate(
     state: Processes,
     timings: dict[str, float],
 ) -> str:
-    """Evaluate on the main process, by the benchmark's own verifier: a shaped reward is no measure of accuracy."""
+    """Evaluate on the main process with the benchmark's own verifier: a shaped reward does not measure accuracy."""
     started = time.perf_counter()
     found = None
     if state.is_main_process:
@@ -446,25 +443,25 @@ def _evaluate(
 
 
 def _set_callbacks(
-    trainer: BuPOTrainer, watch: DynamicsCallback | None, recorder: HistoryCallback, settings: dict[str, Any]
+    trainer: BuPOTrainer, dynamics: DynamicsCallback | None, recorder: HistoryCallback, settings: dict[str, Any]
 ) -> None:
-    """Add the run's callbacks, in place of what transformers prints and draws."""
+    """Replace the console output of transformers by the run's own callbacks."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "RichProgressCallback"):
             trainer.remove_callback(callback)
-    if watch is not None:
-        trainer.add_callback(watch)
+    if dynamics is not None:
+        trainer.add_callback(dynamics)
     trainer.add_callback(StepCallback(trainer.args.updates_per_step))
     trainer.add_callback(recorder)
-    # After the others: what they add to a checkpoint is listed with it.
+    # The last one, because it records the files that the others add to a checkpoint.
     trainer.add_callback(CheckpointDigestCallback(trainer, settings))
 
 
 def _save_model(trainer: BuPOTrainer, tokenizer: Any, directory: Path) -> None:
-    """Write the model whole or not at all, with adapters merged, so that anything loads it."""
+    """Write the model atomically, with adapters merged, so that any library can load it."""
     target, temporary = directory / MODEL, directory / f".{MODEL}.tmp"
     if trainer.is_world_process_zero():
-        # A killed process may have left some of other files there.
+        # A killed process may have left files there.
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     unwrapped: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -478,21 +475,21 @@ def _save_model(trainer: BuPOTrainer, tokenizer: Any, directory: Path) -> None:
         if not any(temporary.glob("*.safetensors")):
             raise UserError(
                 f"{temporary}: the launcher's configuration wrote no whole weights; use FULL_STATE_DICT (FSDP) or "
-                "zero3_save_16bit_model (DeepSpeed). The checkpoints are kept: the same command goes on from there"
+                "zero3_save_16bit_model (DeepSpeed). The checkpoints are kept: the same command resumes from them"
             )
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 
 
-def _is_not_about_ignored_kwargs(record: logging.LogRecord) -> bool:
-    """Drop TRL's notice that it ignores ``model_init_kwargs``: it does not for the reference model."""
+def _drop_ignored_kwargs_notice(record: logging.LogRecord) -> bool:
+    """Filter out TRL's notice that it ignores ``model_init_kwargs``, which is untrue for the reference model."""
     return "You passed `model_init_kwargs`" not in str(record.msg)
 
 
-def _ipa_reason(config: TrainConfig, watch: DynamicsCallback | None) -> str:
+def _ipa_reason(config: TrainConfig, dynamics: DynamicsCallback | None) -> str:
     if not config.aligns:
         return ""
     if config.ipa_steps != AUTO:
         return "as it was asked for"
-    return (watch.reason if watch else None) or "half of the run was over"
+    return (dynamics.reason if dynamics else None) or "half of the run was over"

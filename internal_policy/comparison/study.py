@@ -90,7 +90,7 @@ def study(
     if output is not None:
         _refuse_one_place(configs)
     places = [directory for directory in directories if directory is not None]
-    # The study has a file of its own beside its analyses.
+    # The directory of the study contains its manifest and the directories of its analyses.
     with locked(*([] if output is None else [expanded(output)]), *places, wait=wait, state=launched_processes()):
         if overwrite:
             start_over(places)

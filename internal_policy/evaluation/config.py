@@ -99,12 +99,5 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
 
 
 def default_k(samples: int) -> tuple[int, ...]:
-    """The K of the paper that the number of samples allows, and this number.
-
-    Args:
-        samples: n.
-
-    Returns:
-        Ascending.
-    """
+    """Return the K of the paper that the number of samples allows, and this number, in ascending order."""
     return tuple(sorted({*(k for k in PAPER_K if k <= samples), samples}))

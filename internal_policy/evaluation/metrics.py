@@ -115,14 +115,7 @@ def difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats]:
 
 
 def unseen_share(n: int) -> float:
-    """Return the largest share of a kind of problem of which n problems contain none with probability 5%.
-
-    Args:
-        n: number of problems.
-
-    Returns:
-        About 3/n.
-    """
+    """Return the largest share (about 3/n) of a kind of problem that n problems lack with probability 5%."""
     return float(-np.expm1(np.log1p(-LEVEL) / n))
 
 
@@ -142,15 +135,7 @@ def average(problems: pd.DataFrame) -> dict[str, float]:
 
 
 def pass_values(problems: pd.DataFrame, ks: Sequence[int]) -> Floats:
-    """Compute Pass@K of each problem.
-
-    Args:
-        problems: a row per problem, with n and correct.
-        ks: the K.
-
-    Returns:
-        [P, number of K].
-    """
+    """Compute Pass@K of each problem for each K, [P, number of K]."""
     return np.stack([pass_at_k_each(problems["n"], problems["correct"], k) for k in ks], axis=1)
 
 

@@ -81,11 +81,11 @@ def evaluate(
             tasks), another hub id, a parquet, jsonl or json file, or a list or DataFrame of records with prompt and
             answer. By default math500, or testbed for an embedded model.
         reward: what scores a response from 0 to 1, as `rewards.functions.as_rewards` takes it; a response is correct
-            where the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
-        output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is taken up
+            if the score is 1. By default the verifier of mathematical answers; exact for ``testbed``.
+        output: directory for results; ``<output>/<model>/<benchmark>`` is written, and an interrupted run is resumed
             from there. Without it nothing is written.
-        overwrite: start over where that directory holds another evaluation.
-        wait: where another process writes there, start when it has ended.
+        overwrite: start over if that directory holds another evaluation.
+        wait: if another process writes there, wait until it has ended.
         **options: the further fields of ``EvaluateConfig``.
 
     Returns:
@@ -124,11 +124,7 @@ def evaluate(
 
 
 def default_benchmark() -> str:
-    """The benchmark of a model that is not embedded.
-
-    Returns:
-        ``math500``.
-    """
+    """Return the benchmark of a model that is not embedded, ``math500``."""
     return next(name for name, b in benchmarks.BENCHMARKS.items() if b.source == MATH_500)
 
 

@@ -77,14 +77,7 @@ class InspectConfig(SamplingOptions, CaptureOptions, LensOptions):
 
 
 def slug(prompt: str) -> str:
-    """Name a prompt for a directory.
-
-    Args:
-        prompt: text.
-
-    Returns:
-        Its first words, joined by hyphens.
-    """
+    """Name a directory after a prompt: its first words, joined by hyphens."""
     return "-".join(re.findall(r"\w+", prompt))[:_SLUG].strip("-_") or "prompt"
 
 

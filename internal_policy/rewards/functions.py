@@ -343,27 +343,13 @@ def _import_function(path: str) -> Callable[..., Any]:
 
 
 def count_failures(rewards: Iterable[Any]) -> dict[str, int]:
-    """Count the samples that reward functions could not score since they were made.
-
-    Args:
-        rewards: Reward functions; those that count nothing add nothing.
-
-    Returns:
-        ``crashes`` and ``timeouts``, in samples.
-    """
+    """Count the samples that reward functions could not score since they were made, as ``crashes`` and ``timeouts``."""
     counts = [f for f in (getattr(r, "failures", None) for r in rewards) if isinstance(f, Failures)]
     return {"crashes": sum(f.crashes for f in counts), "timeouts": sum(f.timeouts for f in counts)}
 
 
 def needs_answers(rewards: Iterable[Any]) -> bool:
-    """Return whether a reward of `as_rewards` compares responses with reference answers.
-
-    Args:
-        rewards: Reward functions.
-
-    Returns:
-        True if one of them is a built-in verifier.
-    """
+    """Return whether one of the rewards is a built-in verifier, which needs reference answers."""
     return any(isinstance(getattr(r, "reward", r), (MathReward, ExactReward)) for r in rewards)
 
 

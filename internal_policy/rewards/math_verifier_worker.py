@@ -110,11 +110,7 @@ def deny(event: str, args: tuple[Any, ...]) -> None:
 
 
 def enter_sandbox(memory: int) -> None:
-    """Take from this process, irrevocably, what a comparison does not need.
-
-    Args:
-        memory: Limit of its address space, in bytes.
-    """
+    """Irrevocably forbid this process what a comparison does not need, and more address space than ``memory`` bytes."""
     # SymPy's units, which `simplify` imports, compile strings, and that is refused from here on.
     importlib.import_module("math_verify")
     importlib.import_module("sympy.physics.units")
@@ -190,15 +186,7 @@ def _parse(latex: str) -> tuple[Any, ...]:
 
 
 def is_equal(boxed: str, answer: str) -> bool:
-    """Compare what a response put in its box with the reference answer.
-
-    Args:
-        boxed: What is in the box.
-        answer: The reference answer.
-
-    Returns:
-        True if they are mathematically equal.
-    """
+    """Return whether the content of a response's box is mathematically equal to the reference answer."""
     from math_verify import verify
 
     return bool(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainers import make_trainer
 
-from internal_policy.bupo.trainer import leave_one_out, whitened
+from internal_policy.bupo.trainer import leave_one_out_advantages, whitened_advantages
 
 NAN = math.nan
 
@@ -30,7 +30,7 @@ def loo(groups):
 )
 def test_leave_one_out_is_the_reward_less_the_others_mean(groups):
     rewards = torch.tensor(groups)
-    found = leave_one_out(rewards.flatten(), rewards.shape[1])
+    found = leave_one_out_advantages(rewards.flatten(), rewards.shape[1])
     assert found.tolist() == pytest.approx(loo(groups), abs=1e-6)
 
 
@@ -40,12 +40,14 @@ def test_whitened_gives_every_token_its_standardised_reward():
     mean = sum(tokens) / len(tokens)
     std = math.sqrt(sum((r - mean) ** 2 for r in tokens) / len(tokens))
     expected = [0.0 if math.isnan(r) else (r - mean) / std for r in rewards]
-    assert whitened(torch.tensor(rewards), torch.tensor(lengths)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert whitened_advantages(torch.tensor(rewards), torch.tensor(lengths)).tolist() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_equal_rewards_have_no_advantage():
-    assert whitened(torch.ones(4), torch.tensor([1, 2, 3, 4])).tolist() == [0.0] * 4
-    assert leave_one_out(torch.ones(4), 2).tolist() == [0.0] * 4
+    assert whitened_advantages(torch.ones(4), torch.tensor([1, 2, 3, 4])).tolist() == [0.0] * 4
+    assert leave_one_out_advantages(torch.ones(4), 2).tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("method", ["rloo", "reinforce++"])

@@ -42,7 +42,7 @@ def five_fast(cases):
 @pytest.mark.parametrize(("model_type", "site", "lens"), five_fast(SOME))
 def test_both_policies_are_those_of_each_sequence_alone_in_float64(tmp_path, model_type, site, lens):
     trainer = check_policies(tmp_path, tiny_model(model_type, layers=LAYERS), site, lens)
-    assert trainer._counts_positions == (model_type == "gpt2")
+    assert trainer._positions_from_mask == (model_type == "gpt2")
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_every_cell_is_that_of_each_sequence_alone_in_float64(tmp_path, model_ty
 
 
 def test_trl_by_itself_gives_learned_positions_to_padding(tmp_path):
-    """Why positions are counted here: with the day this fails, `counted_positions` can go."""
+    """Why positions are counted here: with the day this fails, `positions_from_mask` can go."""
     model = tiny_model("gpt2", layers=LAYERS)
     theirs = make_trainer(tmp_path, copy.deepcopy(model), kind=GRPOTrainer)
     ours = make_trainer(tmp_path, model, method="grpo")

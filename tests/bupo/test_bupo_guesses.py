@@ -62,7 +62,7 @@ def test_proving_leaves_the_modes_of_modules(tmp_path):
     state = torch.get_rng_state()
     checks.prove_family(model, None)
     checks.check_experts(BuPOConfig(output_dir=str(tmp_path)), model.config)
-    assert checks.shift_matters(model)
+    assert checks.depends_on_absolute_positions(model)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -81,7 +81,7 @@ def test_logits_that_trl_does_not_know_are_refused(tmp_path):
 def test_rounding_is_not_taken_for_other_logits(tmp_path, dtype):
     for model_type in ("gemma2", "gpt2"):
         trainer = aligning(tmp_path, tiny_model(model_type, layers=LAYERS).to(dtype), **EXPERTS)
-        assert trainer._counts_positions or model_type != "gpt2"
+        assert trainer._positions_from_mask or model_type != "gpt2"
 
 
 def test_dropout_is_told_of(tmp_path, caplog):

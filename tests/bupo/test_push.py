@@ -215,7 +215,7 @@ def test_the_recipe_keeps_the_http_library_quiet(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("repo", "message"), [("me/it", "while HF_HUB_OFFLINE is set"), ("a b!", "is no name of a repository")]
+    ("repo", "message"), [("me/it", "while HF_HUB_OFFLINE is set"), ("a b!", "is not a repository name")]
 )
 def test_the_real_client_without_a_network_is_one_line(tmp_path, monkeypatch, capsys, repo, message):
     make(tmp_path / "run")

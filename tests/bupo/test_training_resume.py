@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 
 from internal_policy import bupo
 from internal_policy.analysis.checkpoints import training_record
-from internal_policy.bupo.resume import last_checkpoint, list_files
+from internal_policy.bupo.resume import last_checkpoint, write_digests
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.utils.errors import UserError
 
@@ -168,7 +168,7 @@ def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
         (tmp_path / f"checkpoint-{update}" / "trainer_state.json").write_text(f'{{"global_step": {update}}}')
         (tmp_path / f"checkpoint-{update}" / "rng_state.pth").touch()
         if update < 12:
-            list_files(tmp_path / f"checkpoint-{update}", {}, 1)
+            write_digests(tmp_path / f"checkpoint-{update}", {}, 1)
     assert last_checkpoint(tmp_path, {}, updates_per_step=2).name == "checkpoint-10"
     assert last_checkpoint(tmp_path / "none", {}, updates_per_step=2) is None
 

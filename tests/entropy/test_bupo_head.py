@@ -223,7 +223,7 @@ def test_the_entropy_of_the_policy_costs_no_pass_of_its_own_where_old_log_probab
     for drops_out in (False, True):
         trainer = aligning(tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4)
         # What drops out is measured without it, by a pass of its own.
-        trainer._drops_out = drops_out
+        trainer._has_dropout = drops_out
         ran = []
         trainer.policy_module.model.norm.register_forward_hook(lambda *_, ran=ran: ran.append(torch.is_grad_enabled()))
         generate = trainer._generate

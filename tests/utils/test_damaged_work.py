@@ -20,7 +20,7 @@ from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
 from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo.callbacks import CheckpointDigestCallback
-from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, list_files
+from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, write_digests
 from internal_policy.evaluation import evaluate
 from internal_policy.evaluation import pipeline as evaluating
 from internal_policy.extractors import reduce_responses
@@ -212,7 +212,7 @@ def make_checkpoint(directory, step, settings=None, processes=1):
     checkpoint.mkdir(parents=True)
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         (checkpoint / name).write_text(f"the {name} of {step}, which is long enough to be cut")
-    list_files(checkpoint, settings or {"seed": 0}, processes)
+    write_digests(checkpoint, settings or {"seed": 0}, processes)
     return checkpoint
 
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_other_settings_or_of_another_number_of_processes(tmp_pa
     assert last_checkpoint(tmp_path, {"seed": 0}) is None
     assert "is of other settings; kept as damaged-1-checkpoint-4" in caplog.text
     make_checkpoint(tmp_path, 6, processes=2)
-    with pytest.raises(UserError, match=r"is of 2 processes, .* and 1 train now; start as many"):
+    with pytest.raises(UserError, match=r"was written by 2 processes, .* and the number now is 1; start as many"):
         last_checkpoint(tmp_path, {"seed": 0})
 
 
@@ -314,7 +314,7 @@ def test_a_training_ends_as_if_nothing_had_been_damaged(stopped, caplog, file, d
     assert_same(straight, run)
     in_checkpoint = file.startswith("checkpoints/")
     assert ("training from the first step" in caplog.text) is in_checkpoint
-    assert ("going on after step 1" in caplog.text) is not in_checkpoint
+    assert ("resuming after step 1" in caplog.text) is not in_checkpoint
     # What is written anew at every step is not read.
     assert (file.split("/")[-1] in caplog.text) is (file not in ("dynamics.csv", "history.csv"))
 
@@ -324,7 +324,7 @@ def test_settings_that_are_not_legible_are_not_those_of_another_run(stopped):
     shutil.copytree(place / "begun", place / "illegible")
     empty(place / "illegible" / "run_settings.json")
     before = {p: p.read_bytes() for p in (place / "illegible").rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=r"run_settings\.json: damaged, and the checkpoints are of other settings"):
+    with pytest.raises(UserError, match=r"run_settings\.json: damaged, and the checkpoints have other settings"):
         train(place, "illegible", **{**SHORT, "seed": 5})
     assert {p: p.read_bytes() for p in (place / "illegible").rglob("*") if p.is_file()} == before
 
