@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from base_installation import EACH, run_base
-from finished import make
+from synthetic_run import make
 from test_finished import change_a_byte
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep

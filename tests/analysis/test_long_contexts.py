@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from captures import FLOAT32_NATS, captured, own_entropies, wrapped
+from capture_checks import FLOAT32_NATS, captured, own_entropies, wrapped
 from tiny import OWN, tiny_model
 
 from internal_policy.bupo.dynamics import Dynamics

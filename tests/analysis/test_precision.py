@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from captures import captured, check_against_the_same_states, states_of, wrapped
+from capture_checks import captured, check_against_the_same_states, states_of, wrapped
 from tiny import ragged_responses, tiny_model
 
 from internal_policy import UserError

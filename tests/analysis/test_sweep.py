@@ -8,8 +8,8 @@ import re
 
 import pandas as pd
 import pytest
-from sweeping import PROMPTS, STEPS, as_bupo, save, save_run, steps_of
 from tiny import ragged_responses
+from tiny_checkpoints import PROMPTS, STEPS, as_bupo, save, save_run, steps_of
 from transformers import PreTrainedModel
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, sweep

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from finished import make
+from synthetic_run import make
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -6,7 +6,7 @@ import json
 import shlex
 
 import pytest
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 
 from internal_policy.cli.main import run as run_command
 from internal_policy.comparison.results import TABLES

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_damaged_work import OPTIONS, SHORT, assert_analyses_same
+from test_damaged_workspace import OPTIONS, SHORT, assert_analyses_same
 from test_training_resume import assert_same, train
 from tiny import tiny_model, tiny_tokenizer
 

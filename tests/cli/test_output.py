@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from command_line import run_alone
 from documents import ROOT
-from saved import save_one_of_each
-from training import command
+from saved_results import save_one_of_each
+from training_calls import command
 
 import internal_policy
 from internal_policy import Analysis, AnalysisComparison, AnalyzeConfig, UserError, compare

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from sweeping import PROMPTS, STEPS, save_run, steps_of
 from tiny import ragged_responses
+from tiny_checkpoints import PROMPTS, STEPS, save_run, steps_of
 
 from internal_policy import Analysis, models
 from internal_policy.analysis import sweep as sweeps

@@ -11,7 +11,7 @@ import sys
 import pandas as pd
 import pytest
 from command_line import run, run_alone
-from training import command
+from training_calls import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 from test_convergence import by_hand
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import abrupt, make, progressive, stream
+from synthetic_analyses import abrupt, make, progressive, stream
 
 from internal_policy import convergence_table, measure_convergence
 from internal_policy.comparison.convergence import entropy_curves

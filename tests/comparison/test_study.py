@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from rated import exact, rated
+from synthetic_evaluations import exact, rated
 
 from internal_policy import UserError, models
 from internal_policy.cli.main import run as run_command

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured
+from capture_checks import FLOAT32_NATS, captured
 from test_families import oracle
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 

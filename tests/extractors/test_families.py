@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured
+from capture_checks import FLOAT32_NATS, captured
 from tiny import FAMILIES, in_tiers, ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from simulated import DEVICE, Devices
+from simulated_devices import DEVICE, Devices
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM

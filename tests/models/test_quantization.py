@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured, check_against_the_same_states, own_entropies, wrapped
+from capture_checks import FLOAT32_NATS, captured, check_against_the_same_states, own_entropies, wrapped
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models

@@ -12,8 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analysis, make_set
 from matplotlib.figure import Figure
+from plotting_fixtures import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analysis, make_set
 
 from internal_policy import UserError
 from internal_policy.plotting import analysis as figures

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 
 from internal_policy import UserError, compare
 from internal_policy.comparison.figure_data import depth_data, difference_data, row_names, step_data

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from rated import exact, rated
+from synthetic_evaluations import exact, rated
 
 from internal_policy import UserError
 from internal_policy.plotting import evaluation as drawing

@@ -11,8 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import VOCAB, make_inspection
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plotting_fixtures import VOCAB, make_inspection
 from rich.cells import cell_len
 from rich.console import Console
 

@@ -8,13 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import drawings
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import assert_legible, band, drawn, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plotting_fixtures import assert_legible, band, drawn, make_run
 
 from internal_policy import UserError
 from internal_policy.plotting import style

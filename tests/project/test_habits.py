@@ -14,12 +14,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from drawings import make_inspection, make_run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rated import rated
-from saved import save_one_of_each
-from shapes import make, progressive, training
+from plotting_fixtures import make_inspection, make_run
+from saved_results import save_one_of_each
+from synthetic_analyses import make, progressive, training
+from synthetic_evaluations import rated
 
 import internal_policy
 from internal_policy import (

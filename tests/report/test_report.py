@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.run import Run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import analyze, compare
 from internal_policy.bupo.run import Run

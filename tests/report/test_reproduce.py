@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.sources import gather

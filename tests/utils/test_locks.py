@@ -15,11 +15,11 @@ from contextlib import contextmanager
 
 import pandas as pd
 import pytest
-from finished import make as make_run
-from saved import save_one_of_each
-from shapes import make, progressive
+from saved_results import save_one_of_each
+from synthetic_analyses import make, progressive
+from synthetic_run import make as make_run
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
-from training import MODEL, SMALL, command, everything
+from training_calls import MODEL, SMALL, command, everything
 
 from internal_policy import Analysis, UserError, analyze, bupo, models
 from internal_policy.analysis.sweep import sweep

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from documents import ROOT
 from rich.console import Console
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy.cli.display import layer_table
 from internal_policy.plotting import analysis as figures

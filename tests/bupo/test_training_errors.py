@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import make_unloadable
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
-from training import LAYERS, MODEL, SMALL, refused
+from training_calls import LAYERS, MODEL, SMALL, refused
 from transformers import TrainerCallback
 
 from internal_policy import analyze, bupo, select_layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pandas as pd
-from rated import rated
+from synthetic_evaluations import rated
 
 from internal_policy.bupo import Run, TrainConfig
 from internal_policy.bupo.run import is_on_the_hub

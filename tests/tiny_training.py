@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from training import everything
+from training_calls import everything
 
 from internal_policy import UserError, bupo
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.text import Text
-from training import command
+from training_calls import command
 
 import internal_policy
 from internal_policy import UserError

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from finished import make as make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saved import save_one_of_each
+from saved_results import save_one_of_each
+from synthetic_run import make as make_run
 
 from internal_policy import Analysis, AnalysisComparison, Study, UserError
 from internal_policy.analysis.results import ANALYSIS

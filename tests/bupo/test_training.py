@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from sessions import PROMPTS, RATE, high_words, refused_here, train
 from tiny import tiny_model, tiny_tokenizer
+from tiny_training import PROMPTS, RATE, high_words, refused_here, train
 from trainers import aligning, weights
-from training import MODEL, refused
+from training_calls import MODEL, refused
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from internal_policy import UserError, bupo

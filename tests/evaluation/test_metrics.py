@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from rated import exact, rated
+from synthetic_evaluations import exact, rated
 
 from internal_policy import UserError
 from internal_policy.evaluation import compare, metrics

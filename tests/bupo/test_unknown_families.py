@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from exact_policies import EXPERTS, FLOAT32_NATS, check_policies
-from sessions import PROMPTS, high_words
 from tiny import tiny_model, tiny_tokenizer
+from tiny_training import PROMPTS, high_words
 from trainers import LAYERS, aligning, dataset, make_trainer, options, reward
-from training import refused
+from training_calls import refused
 
 from internal_policy import UserError, bupo, models
 from internal_policy.bupo import checks

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import make, progressive, training
+from synthetic_analyses import make, progressive, training
 
 from internal_policy import UserError, compare
 from internal_policy.analysis.sources import gather, natural_key, training_steps, unique_labels

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.results import LensResult, find_other_lens, other_lens_sentence

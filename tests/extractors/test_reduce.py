@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured
+from capture_checks import FLOAT32_NATS, captured
 from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models

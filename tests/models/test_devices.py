@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured, wrapped
-from simulated import DEVICE, Devices, OnDevice
+from capture_checks import FLOAT32_NATS, captured, wrapped
+from simulated_devices import DEVICE, Devices, OnDevice
 from tiny import ragged_responses, tiny_model
 
 from internal_policy import AnalyzeConfig, UserError, analyze, models

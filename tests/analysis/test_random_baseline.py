@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from drawings import assert_legible, make_set
+from plotting_fixtures import assert_legible, make_set
 from tiny import ragged_responses, reference, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import make as testbed_make
 import pytest
-from finished import HELD, KEPT_HERE, make
 from huggingface_hub import HfApi, constants
-from training import command
+from synthetic_run import HELD, KEPT_HERE, make
+from training_calls import command
 
 from internal_policy import UserError
 from internal_policy.bupo import Run, TrainConfig, push_to_hub

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from finished import call, make
 from huggingface_hub import ModelCard
-from rated import rated
+from synthetic_evaluations import rated
+from synthetic_run import call, make
 
 from internal_policy import UserError
 from internal_policy.bupo import BuPOConfig, Run, TrainConfig, attach_evaluations

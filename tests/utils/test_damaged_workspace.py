@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from bupo.test_training_resume import assert_same, train
 from tiny import tiny_model, tiny_tokenizer
-from training import command
+from training_calls import command
 from transformers import TrainerCallback
 
 from internal_policy import UserError, analyze, models

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from drawings import make_inspection
-from rated import rated
-from shapes import make, progressive
+from plotting_fixtures import make_inspection
+from synthetic_analyses import make, progressive
+from synthetic_evaluations import rated
 
 from internal_policy import Study, compare, load_analyses
 from internal_policy.comparison.study_presets import StudyModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from torch import nn
-from training import MODEL, SMALL
+from training_calls import MODEL, SMALL
 
 from internal_policy import analyze, bupo, inspect, models
 from internal_policy.evaluation import evaluate
