@@ -148,7 +148,7 @@ def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_p
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "import internal_policy.plotting.analysis as f\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
-        "from drawings import make_analysis\n"
+        "from plotting_fixtures import make_analysis\n"
         "f.style.save_figure(f.entropy_change(make_analysis('testbed/qwen3', 8, 'qwen', 46)), Path(sys.argv[2]))\n"
     )
     here, there = tmp_path / "new" / "fig3", tmp_path / "there" / "fig3"

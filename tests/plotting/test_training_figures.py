@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import plotting_fixtures
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from plotting_fixtures import assert_legible, band, drawn, make_run
@@ -260,7 +261,7 @@ def test_no_text_overlaps_in_the_dynamics(run, monkeypatch):
             FigureCanvasAgg(figure).draw()
 
     # A colour bar finds its place only as it is drawn.
-    monkeypatch.setattr(drawings, "lay_out", draw)
+    monkeypatch.setattr(plotting_fixtures, "lay_out", draw)
     assert_legible(alignment_dynamics(run))
 
 
@@ -293,7 +294,7 @@ def test_files_are_the_same_bytes_in_another_process_without_torch(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import internal_policy.plotting.training\n"
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)\n"
-        "from drawings import make_run, style\n"
+        "from plotting_fixtures import make_run, style\n"
         "from internal_policy.plotting import alignment_dynamics\n"
         "style.save_figure(alignment_dynamics(make_run()), style.Path(sys.argv[2]) / 'there')\n"
     )
