@@ -56,7 +56,7 @@ def test_parity_with_the_definition_in_float64(model, responses, side):
         np.testing.assert_allclose(values.policy, policy, rtol=0, atol=EMBEDDED_NATS)
 
 
-def test_policy_entropy_is_that_of_the_models_own_logits(model, responses):
+def test_policy_entropy_matches_the_models_logits(model, responses):
     values = reduce_responses(Reducer(HookExtractor(model), "policy"), responses)
     for response, mine in zip(responses, values, strict=True):
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_model_cards_own_measurement_agrees(model, responses):
         np.testing.assert_allclose(analysis.curve(site, column), card[name], rtol=0, atol=EMBEDDED_NATS + 5e-5)
 
 
-def test_an_analysis_reads_sensibly(model):
+def test_analysis_of_an_embedded_model_is_plausible(model):
     analysis = analyze(model.name, max_responses=24)
     assert analysis.n_layers == len(model.layers)
     assert analysis.layers["entropy_out"].between(0, math.log(analysis.vocab_size) + 1e-5).all()

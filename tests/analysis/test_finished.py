@@ -61,7 +61,7 @@ def test_the_same_files_give_the_same_analysis(place):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
-def test_another_byte_is_noticed(name, place):
+def test_a_changed_byte_is_detected(name, place):
     change_a_byte(place / "model" / name)
     assert complete(place) is None
 
@@ -80,12 +80,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_other_files_are_noticed(change, place):
+def test_changed_files_are_detected(change, place):
     change(place)
     assert complete(place) is None
 
 
-def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path):
+def test_changed_code_and_libraries_are_detected(place, monkeypatch, tmp_path):
     analysis = complete(place)
     other = dataclasses.replace(analysis, versions={**analysis.versions, "torch": "1.0"})
     assert not is_up_to_date(asked(place), other)
@@ -109,12 +109,12 @@ def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path
         {"model": "owner/name"},
     ],
 )
-def test_where_more_than_files_decides_nothing_is_concluded(other, place):
+def test_results_that_depend_on_more_than_files_are_not_reused(other, place):
     assert config_digest(asked(place)) is not None
     assert config_digest(dataclasses.replace(asked(place), **other)) is None
 
 
-def test_a_gpu_may_be_what_auto_means(monkeypatch, tmp_path):
+def test_auto_device_may_be_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(result_format, "Path", lambda name: tmp_path)
     assert result_format._is_cpu("auto") == (result_format.sys.platform == "linux")
     (tmp_path / "nvidia0").touch()

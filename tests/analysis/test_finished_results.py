@@ -109,7 +109,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_another_byte_is_noticed(kind, place):
+def test_a_changed_byte_is_detected(kind, place):
     assert find(kind, place) is not None
     for pattern in CHANGED[kind]:
         (path,) = place.glob(pattern)
@@ -122,12 +122,12 @@ def test_another_byte_is_noticed(kind, place):
 
 
 @pytest.mark.parametrize("kind", ["lenses", "sweep", "evaluation"])
-def test_other_settings_are_refused_as_before(kind, place):
+def test_other_settings_are_refused(kind, place):
     with pytest.raises(UserError, match="with other settings"):
         find(kind, place, seed=3)
 
 
-def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
+def test_an_evaluation_that_depends_on_more_than_files_is_not_reused(place):
     for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
         assert find("evaluation", place, **other) is None
     asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
@@ -164,11 +164,11 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
     ],
     ids=str,
 )
-def test_a_run_that_another_call_made_is_not_taken(other, place):
+def test_a_run_of_another_call_is_not_reused(other, place):
     assert find("run", place, **other) is None
 
 
-def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
+def test_a_run_with_other_libraries_or_a_gpu_is_not_reused(place, monkeypatch):
     monkeypatch.setattr(result_format, "library_version", lambda name: "1.0")
     assert find("run", place) is None
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
     assert find("run", place) is None
 
 
-def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
+def test_a_run_in_the_default_output_is_found(place):
     directory = TrainConfig.from_keywords(**ASKED).directory
     keep(directory, ASKED)
     assert find("run", place, output=None).path == directory
@@ -196,7 +196,7 @@ def test_the_layer_of_an_analysis_counts_by_its_file(place):
 
 
 @pytest.mark.parametrize("kinds", [("lenses", "run"), pytest.param(tuple(COMMANDS), marks=pytest.mark.slow)])
-def test_nothing_is_loaded_for_nothing_to_do(place, kinds):
+def test_complete_results_load_no_libraries(place, kinds):
     short = "--max-new-tokens 4 --device cpu"
     asked = [COMMANDS[kind] + ("" if kind == "run" else f" {short}") for kind in kinds]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
@@ -215,7 +215,7 @@ def test_nothing_is_loaded_for_nothing_to_do(place, kinds):
     assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 
-def test_a_page_is_left_where_it_is_newer_than_its_result(place, monkeypatch, capsys):
+def test_a_page_newer_than_its_result_is_kept(place, monkeypatch, capsys):
     (analysis,) = place.glob("out/*--model")
     page = analysis / "report.html"
     found = Analysis.load(analysis)

@@ -52,7 +52,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
-def test_an_analysis_is_the_same_whatever_is_set_around_it(around, plain):
+def test_an_analysis_does_not_depend_on_global_torch_state(around, plain):
     model = tiny_model("qwen3")
     with around():
         before = torch.get_default_dtype(), torch.get_default_device(), torch.is_autocast_enabled("cpu")
@@ -63,7 +63,7 @@ def test_an_analysis_is_the_same_whatever_is_set_around_it(around, plain):
 
 
 @pytest.mark.parametrize("around", [AROUND["autocast"], AROUND["another device by default"]])
-def test_so_is_what_is_loaded_and_sampled(around):
+def test_loading_and_sampling_do_not_depend_on_global_torch_state(around):
     def values():
         look = inspect("testbed/llama", prompt="3+4=?;", max_new_tokens=3, seed=2)
         table = look.values  # noqa: PD011 - no DataFrame
@@ -75,7 +75,7 @@ def test_so_is_what_is_loaded_and_sampled(around):
         assert values() == expected
 
 
-def test_an_extractor_is_out_of_autocast_too():
+def test_extractors_disable_autocast():
     model = models.wrap(tiny_model("llama"), tiny_tokenizer(), "tiny")
     ids = torch.arange(2, 12)[None]
     batch = Batch(ids, torch.ones_like(ids), torch.arange(10))
@@ -85,7 +85,7 @@ def test_an_extractor_is_out_of_autocast_too():
         assert all(map(torch.equal, run(), expected))
 
 
-def test_a_training_is_the_same_whatever_is_set_around_it(tmp_path):
+def test_training_does_not_depend_on_global_torch_state(tmp_path):
     plain = bupo.train(MODEL, output=tmp_path / "plain", **{**SMALL, "max_steps": 1})
     with AROUND["autocast"](), AROUND["another device by default"](), torch.inference_mode():
         found = bupo.train(MODEL, output=tmp_path / "around", **{**SMALL, "max_steps": 1})

@@ -112,7 +112,7 @@ def test_killed_at_random_moments_and_resumed(place):
 
 
 @pytest.mark.slow
-def test_an_interrupt_from_the_keyboard_is_reported_in_one_line(place):
+def test_keyboard_interrupt_is_reported_in_one_line(place):
     process = subprocess.Popen(
         command("out"),
         cwd=place,

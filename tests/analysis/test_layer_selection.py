@@ -86,14 +86,14 @@ CURVES = QWEN | LLAMA | OTHERS | NONE
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 @pytest.mark.parametrize("name", CURVES)
-def test_exact_without_noise(name: str, scale: float):
+def test_boundary_layer_without_noise(name: str, scale: float):
     curve, boundary, _ = CURVES[name]
     assert select_layer(curve * scale).boundary_layer == boundary
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["without stderr", "with stderr"])
 @pytest.mark.parametrize(("family", "threshold"), [(QWEN, 0.97), (LLAMA, 0.95), (OTHERS, 0.97), (NONE, 0.97)])
-def test_hits_under_noise(family: dict, threshold: float, told: bool):
+def test_boundary_layer_hit_rate_under_noise(family: dict, threshold: float, told: bool):
     """Thresholds lie one to three points below the rates of 1000 seeds, at least two Monte Carlo errors of 20 seeds."""
     hits = []
     for index, (curve, boundary, noise) in enumerate(family.values()):
@@ -112,7 +112,7 @@ def test_stages_of_qwen3_4b():
     assert "+1.75" in selection.reason
 
 
-def test_one_layer_that_dips_does_not_end_exploration_and_three_do():
+def test_one_dipping_layer_does_not_end_exploration_but_three_do():
     curve = llama(28, 0.1, -5.0)
     curve[12] = -0.1
     assert select_layer(curve).boundary_layer == 27
@@ -124,13 +124,13 @@ def test_one_layer_that_dips_does_not_end_exploration_and_three_do():
 
 
 @pytest.mark.parametrize("curve", [[0.0] * 12, [0.0], [-1.0], [1.0]])
-def test_nothing_to_turn_from(curve: list[float]):
+def test_curves_without_exploration(curve: list[float]):
     selection = select_layer(curve)
     assert selection.boundary_layer is None
     assert len(selection.stages) == len(curve)
 
 
-def test_a_layer_within_the_noise_is_not_the_last_that_explores():
+def test_a_layer_within_the_noise_is_not_the_boundary():
     # At 0.02 nats layer 4 is far below the zero band's edge, although no cheaper path of stages leaves it out.
     curve = [0.6, 0.6, 0.6, 0.02, -2.0, -2.2, -2.1, -2.0]
     selection = select_layer(curve)
@@ -142,14 +142,14 @@ def test_two_layers_are_enough():
     assert select_layer([2.0, -1.0]).boundary_layer == 1
 
 
-def test_noise_about_zero_explores_nowhere():
+def test_noise_around_zero_has_no_exploration():
     generator = np.random.default_rng(0)
     answers = [select_layer(generator.standard_normal(30), stderr=np.ones(30), resamples=1) for _ in range(100)]
     # three standard errors, the best of several runs: some 5 in 100 get through
     assert np.mean([a.boundary_layer is None for a in answers]) >= 0.88
 
 
-def test_never_turning_names_the_steepest_falls():
+def test_curves_that_never_turn_name_the_steepest_drops():
     curve = np.linspace(1.0, 1.1, 12)
     curve[8:] -= 0.5
     selection = select_layer(curve)
@@ -158,7 +158,7 @@ def test_never_turning_names_the_steepest_falls():
     assert "never turns" in selection.reason
 
 
-def test_no_exploration_names_what_comes_nearest():
+def test_without_exploration_the_nearest_candidates_are_named():
     selection = select_layer(CURVES["DeepSeek-Math"][0])
     assert selection.candidates == (15,)
     assert "no stretch of layers explores" in selection.reason
@@ -180,7 +180,7 @@ def test_the_unit_does_not_matter(curve: list[float], scale: float):
 
 @settings(deadline=None)
 @given(curve=st.lists(st.floats(-20, 20), min_size=1, max_size=40))
-def test_the_boundary_is_the_last_layer_of_an_exploration_run(curve: list[float]):
+def test_the_boundary_is_the_last_layer_of_the_exploration_stage(curve: list[float]):
     selection = select_layer(curve)
     assert len(selection.stages) == len(curve)
     if selection.boundary_layer is not None:
@@ -203,19 +203,19 @@ def test_confidence_follows_the_noise():
     assert unsure.runner_up in unsure.candidates
 
 
-def test_a_curve_alone_has_no_confidence_and_says_so():
+def test_a_curve_without_errors_has_no_confidence():
     selection = select_layer(stages_curve([2.0] * 6, 0.0, STRONG))
     assert (selection.confidence, selection.runner_up, selection.runner_up_share) == (None, None, None)
     assert "no standard errors" in selection.reason
 
 
-def test_the_seed_sets_the_resamples():
+def test_the_seed_determines_the_resamples():
     curve, stderr = stages_curve(np.linspace(3.0, 0.5, 6), 0.0, STRONG), np.full(36, 0.3)
     assert select_layer(curve, stderr=stderr, seed=5) == select_layer(curve, stderr=stderr, seed=5)
     assert select_layer(curve, stderr=stderr, seed=5) != select_layer(curve, stderr=stderr, seed=6)
 
 
-def test_any_kind_of_sequence_gives_the_same_plain_answer():
+def test_any_sequence_type_gives_the_same_result():
     curve = [2.0, 2.0, 2.0, 0.0, 0.0, 0.0, -1.0, -1.0]
     expected = select_layer(curve)
     for given_as in (
@@ -228,7 +228,7 @@ def test_any_kind_of_sequence_gives_the_same_plain_answer():
     assert type(expected.boundary_layer) is int
 
 
-def test_survives_json():
+def test_selection_round_trips_through_json():
     selection = select_layer([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, -1.0, -1.0], stderr=[0.8] * 8)
     assert Selection.from_dict(json.loads(json.dumps(selection.to_dict()))) == selection
 
@@ -258,7 +258,7 @@ def test_an_analysis_is_resampled_by_prompt():
     assert select_layer(analysis(20), resamples=200) == selection
 
 
-def test_shares_of_resamples_are_counts_and_never_read_as_certainty():
+def test_shares_of_resamples_are_reported_as_counts():
     selection = select_layer(analysis(20), resamples=200)
     for share, counted in ((0.87, "174 of 200"), (0.0, "none of 200")):
         other = replace(selection, confidence=share, boundary_layer=None)
@@ -269,12 +269,12 @@ def test_shares_of_resamples_are_counts_and_never_read_as_certainty():
 
 
 @pytest.mark.parametrize(("prompts", "told"), [(1, "1 prompt only: "), (39, "39 prompts only: "), (40, None)])
-def test_any_number_under_40_prompts_is_said_to_be_few(prompts, told):
+def test_fewer_than_40_prompts_are_reported_as_few(prompts, told):
     assert (few_prompts(prompts) or "").startswith(told or "")
     assert (few_prompts(prompts) is None) == (told is None)
 
 
-def test_one_prompt_gives_an_answer_without_confidence():
+def test_a_single_prompt_gives_no_confidence():
     selection = select_layer(analysis(1, spread=0.02))
     assert selection.boundary_layer == 6
     assert selection.confidence is None

@@ -61,7 +61,7 @@ def scaled_model(rope_type, **config):
 
 
 @pytest.mark.parametrize("rope_type", SCALED)
-def test_scaled_positions_give_what_the_model_gives_alone(rope_type):
+def test_scaled_positions_match_unbatched_sequences(rope_type):
     # YaRN's checkpoints often leave the context at the length before stretching.
     model = scaled_model(rope_type, context=16 if rope_type == "yarn" else 64)
     # Sequences on either side of the original context, and just at it.
@@ -72,7 +72,7 @@ def test_scaled_positions_give_what_the_model_gives_alone(rope_type):
         assert np.abs(own_entropies(model, record) - own_entropies(plain, record)).max() > 0.001
 
 
-def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencies():
+def test_dynamics_do_not_depend_on_the_batch_with_length_dependent_frequencies():
     model = wrapped(scaled_model("longrope"))
     responses = read_responses(long_records([40, 9, 16, 17, 12]), model.tokenizer, "plain")
     one, all_together = (Dynamics(model, responses, 1, batch_size=n).measure() for n in (1, 5))
@@ -80,7 +80,7 @@ def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencie
     assert one.log_perplexity == pytest.approx(all_together.log_perplexity, abs=FLOAT32_NATS)
 
 
-def test_the_longest_sequence_is_what_the_positions_are_stretched_to():
+def test_the_longest_sequence_sets_the_scaling_of_positions():
     assert context.max_length(scaled_model("yarn", context=16).config) == 64
     assert context.max_length(scaled_model("yarn", context=64).config) == 64
     assert context.max_length(scaled_model("dynamic", context=16).config) == 16

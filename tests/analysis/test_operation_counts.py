@@ -57,18 +57,18 @@ def operations(n=40, *, lens="policy", dtype=torch.float32, vocab=VOCAB, sequenc
     return counted
 
 
-def test_four_products_a_layer_and_one_for_the_embedding_and_one_for_the_policy():
+def test_four_products_per_layer_plus_embedding_and_policy():
     assert operations(sequences=3).logits == 3 * 40 * VOCAB * (4 * LAYERS + 2)
 
 
-def test_many_tokens_wait_for_four_layers_only(monkeypatch):
+def test_at_most_four_layers_are_buffered(monkeypatch):
     monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
     # Layers 1-4 and 5-6: the second group starts with a product of its own.
     assert operations().logits == 40 * VOCAB * (4 * LAYERS + 3)
 
 
 @pytest.mark.parametrize(("lens", "dtype"), [("policy", torch.bfloat16), ("logit-lens", torch.float32)])
-def test_five_products_where_logits_do_not_add_up(lens, dtype):
+def test_five_products_per_layer_if_logits_are_not_additive(lens, dtype):
     assert operations(lens=lens, dtype=dtype).logits == 40 * VOCAB * (5 * LAYERS + 2)
 
 

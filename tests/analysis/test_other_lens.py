@@ -29,7 +29,7 @@ def pair(tmp_path):
     return [under(lens, tmp_path, answer=answer) for lens, answer in (("policy", 4), ("logit-lens", 1))]
 
 
-def test_each_finds_the_answer_of_the_other_and_says_whether_they_agree(pair, capsys):
+def test_each_lens_finds_the_other_and_reports_agreement(pair, capsys):
     policy, lens = pair
     assert find_other_lens(policy) == LensResult("logit-lens", 1, lens.path)
     assert find_other_lens(lens) == LensResult("policy", 4, policy.path)
@@ -44,7 +44,7 @@ def test_each_finds_the_answer_of_the_other_and_says_whether_they_agree(pair, ca
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"data_seed": 1}, {"samples": 2}])
-def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
+def test_other_weights_or_responses_are_ignored(tmp_path, other):
     policy = under("policy", tmp_path)
     under("logit-lens", tmp_path, **other)
     (tmp_path / "broken").mkdir()
@@ -53,7 +53,7 @@ def test_other_weights_and_other_responses_are_no_answer(tmp_path, other):
     assert other_lens_sentence(policy) is None
 
 
-def test_responses_are_the_same_by_their_ids_in_whatever_order():
+def test_responses_are_matched_by_token_ids_in_any_order():
     one = make(progressive(6), prompts=4)
     turned = replace(one, sequences=one.sequences.iloc[::-1].assign(response="else", reward=1.0))
     assert turned.responses_digest == one.responses_digest
@@ -80,7 +80,7 @@ def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, cap
         compare(pair)
 
 
-def test_one_command_analyses_the_same_responses_under_both(tmp_path, monkeypatch, capsys):
+def test_one_command_analyses_the_same_responses_under_both_lenses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
 
     def run(*lens):

@@ -111,17 +111,17 @@ def check_coverage(recorded, directory, repeats):
 
 
 @pytest.mark.parametrize("repeats", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_the_interval_covers_the_exact_value_and_needs_far_fewer_positions(recorded, tmp_path, repeats):
+def test_the_interval_covers_the_exact_value_with_far_fewer_positions(recorded, tmp_path, repeats):
     n = check_coverage(recorded, tmp_path, repeats)
     assert n.mean() * 10 <= len(recorded.changes)
 
 
 @pytest.mark.slow
-def test_so_it_does_on_the_other_embedded_model(tmp_path):
+def test_the_interval_covers_the_exact_value_on_the_other_embedded_model(tmp_path):
     check_coverage(Recorded("testbed/llama"), tmp_path, 200)
 
 
-def test_the_order_is_of_all_positions_and_the_seed_decides_it(recorded):
+def test_the_order_is_a_seeded_permutation_of_all_positions(recorded):
     design = design_positions(recorded.responses, 3)
     total = recorded.analysis.n_tokens
     assert sorted(design.order) == list(range(total))
@@ -133,7 +133,7 @@ def test_the_order_is_of_all_positions_and_the_seed_decides_it(recorded):
     assert not np.array_equal(design.order, other.order)
 
 
-def test_every_beginning_takes_its_share_of_every_block(recorded):
+def test_every_prefix_samples_each_block_proportionally(recorded):
     design = design_positions(recorded.responses, 0)
     assert (design.taken(design.pilot) == 2).all()
     for n in (design.pilot + 1, 600, 1000, 5000, len(design.order)):
@@ -143,7 +143,7 @@ def test_every_beginning_takes_its_share_of_every_block(recorded):
     assert (design.taken(len(design.order)) == design.sizes).all()
 
 
-def test_within_a_block_every_position_is_equally_likely(recorded):
+def test_positions_within_a_block_are_equally_likely(recorded):
     counts = np.zeros(recorded.analysis.n_tokens)
     for seed in range(40):
         design = design_positions(recorded.responses, seed)
@@ -155,7 +155,7 @@ def test_within_a_block_every_position_is_equally_likely(recorded):
     assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-def test_means_and_variances_are_the_textbooks(recorded):
+def test_means_and_variances_match_the_textbook(recorded):
     design = design_positions(recorded.responses, 1)
     n, column = 700, 5
     values = recorded.changes[design.order[:n]]
@@ -178,7 +178,7 @@ def in_blocks(n_blocks, per_block, pilot):
 
 
 @pytest.mark.parametrize(("n_blocks", "each"), [(1, 2), (1, 3), (1, 4), (2, 2), (5, 2)])
-def test_however_few_values_the_interval_of_normal_ones_holds_its_level(n_blocks, each):
+def test_interval_coverage_with_few_normal_values(n_blocks, each):
     """Degrees of freedom that are two too many would hold 0.81, 0.90 and 0.92 in one block of two, three and four."""
     n = n_blocks * each
     # 20000 samples of so many positions that their mean is that of the distribution, 0.
@@ -207,7 +207,7 @@ class Simulated(Recorded):
 
 
 @pytest.mark.parametrize("repeats", [30, pytest.param(100, marks=pytest.mark.slow)])
-def test_rare_large_changes_are_not_missed_for_having_found_none(tmp_path, repeats):
+def test_rare_large_changes_are_not_missed(tmp_path, repeats):
     """A fiftieth of the positions change: without a least number of them a fifth of all runs stop at 0 +- 0."""
     off, covered, analysed, told = [], [], [], []
     wider = np.sqrt(100 / repeats)
@@ -228,14 +228,14 @@ def test_rare_large_changes_are_not_missed_for_having_found_none(tmp_path, repea
     assert np.mean(analysed) < 0.6
 
 
-def test_what_never_varies_is_believed_after_a_thousand_positions(recorded, tmp_path, monkeypatch):
+def test_constant_values_are_accepted_after_a_thousand_positions(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr(recorded, "layers", np.full_like(recorded.layers, 0.1))
     _, half_width, summary = recorded.repeat(0, tmp_path)
     assert 1024 <= summary["analysed"] < 2048 < summary["total"]
     assert (half_width == 0).all()
 
 
-def test_the_main_process_alone_says_when_to_stop(recorded, tmp_path):
+def test_only_the_main_process_decides_when_to_stop(recorded, tmp_path):
     class Follower(Processes):
         def on_main(self, do):
             return ends.pop(0)
@@ -249,7 +249,7 @@ def test_the_main_process_alone_says_when_to_stop(recorded, tmp_path):
     assert (sum(map(len, sample.tokens)), sample.rounds) == (700, 2)
 
 
-def test_the_responses_estimates_add_up_and_scatter_as_all_and_the_sample_do(recorded):
+def test_response_estimates_add_up_and_have_the_clustered_variance(recorded):
     """The error clustered by response of what is made of a sample holds both the responses and the sample."""
     lengths = [r.n_tokens for r in recorded.responses]
     starts = recorded.first_positions()
@@ -271,7 +271,7 @@ def test_the_responses_estimates_add_up_and_scatter_as_all_and_the_sample_do(rec
     np.testing.assert_allclose(whole, means, rtol=0, atol=1e-12)
 
 
-def test_the_embedded_model_itself_projects_eight_times_fewer_positions(recorded, monkeypatch):
+def test_the_embedded_model_needs_eight_times_fewer_positions(recorded, monkeypatch):
     projected = []
 
     def counted(*arguments):
@@ -310,7 +310,7 @@ def _chosen(analysis):
     return [np.arange(n) + 10**6 * i for i, n in enumerate(counts)]
 
 
-def test_chosen_tokens_have_the_values_that_they_have_among_all(model, tokenizer):
+def test_sampled_tokens_have_their_exact_values(model, tokenizer):
     options = {"tokenizer": tokenizer, "responses": ragged_responses(30), "keep_tokens": 12}
     whole, some = analyze(model, **options), analyze(model, tolerance=0.1, **options)
     keys = ["response", "token", "token_id", "layer", "site"]
@@ -325,7 +325,7 @@ def test_chosen_tokens_have_the_values_that_they_have_among_all(model, tokenizer
     pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=0, atol=1e-5)
 
 
-def test_neither_the_batch_size_nor_the_other_responses_reward_changes_which_positions(model, tokenizer):
+def test_batch_size_and_rewards_do_not_change_the_sampled_positions(model, tokenizer):
     options = {"tokenizer": tokenizer, "responses": ragged_responses(40), "tolerance": 0.01, "keep_tokens": 40}
     one, again, other = (analyze(model, batch_size=b, **options) for b in (16, 16, 3))
     pd.testing.assert_frame_equal(one.layers, again.layers, check_exact=True)
@@ -336,7 +336,7 @@ def test_neither_the_batch_size_nor_the_other_responses_reward_changes_which_pos
     assert not one.tokens[keys].equals(seeded.tokens[keys])
 
 
-def test_what_cannot_be_known_so_well_from_a_part_ends_exact(model, tokenizer, capsys):
+def test_unreachable_tolerances_end_with_the_exact_analysis(model, tokenizer, capsys):
     options = {"tokenizer": tokenizer, "responses": ragged_responses(12)}
     whole, found = analyze(model, **options), analyze(model, tolerance=1e-6, **options)
     assert found.positions["analysed"] == found.positions["total"] == whole.n_tokens
@@ -353,7 +353,7 @@ def test_what_cannot_be_known_so_well_from_a_part_ends_exact(model, tokenizer, c
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 9])
-def test_a_single_short_response_is_analysed_whole(model, tokenizer, n_tokens):
+def test_a_single_short_response_is_analysed_completely(model, tokenizer, n_tokens):
     rows = [{"input_ids": list(range(2, 6 + n_tokens)), "prompt_length": 4}]
     found = analyze(model, tokenizer, responses=rows, tolerance=1e-9)
     whole = analyze(model, tokenizer, responses=rows)
@@ -361,7 +361,7 @@ def test_a_single_short_response_is_analysed_whole(model, tokenizer, n_tokens):
     np.testing.assert_allclose(found.curve("ffn"), whole.curve("ffn"), rtol=0, atol=1e-6)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_positions(model, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_same_positions(model, tokenizer, tmp_path, monkeypatch):
     options = {"tokenizer": tokenizer, "responses": ragged_responses(40), "tolerance": 0.01, "batch_size": 8}
     whole = analyze(model, output=tmp_path / "whole", **options)
     assert whole.positions["rounds"] >= 2
@@ -421,9 +421,7 @@ def stopped_in_round_two(model, tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("off", [-1, -40, 40])
-def test_another_machine_goes_on_with_the_positions_that_were_chosen(
-    model, stopped_in_round_two, tmp_path, monkeypatch, off
-):
+def test_another_machine_resumes_with_the_stored_positions(model, stopped_in_round_two, tmp_path, monkeypatch, off):
     killed, options, whole = stopped_in_round_two
     shutil.copytree(killed, tmp_path / "copy")
     monkeypatch.setattr(position_sampling, "positions_needed", lambda *arguments: positions_needed(*arguments) + off)
@@ -445,7 +443,7 @@ def test_values_of_other_positions_are_refused(model, stopped_in_round_two, tmp_
     assert "\n" not in str(told.value)
 
 
-def test_saved_and_loaded_it_says_what_was_analysed(model, tokenizer, tmp_path):
+def test_sampled_positions_survive_saving_and_loading(model, tokenizer, tmp_path):
     found = analyze(model, tokenizer, responses=ragged_responses(30), tolerance=0.1, output=tmp_path)
     loaded = Analysis.load(tmp_path)
     assert loaded.positions == found.positions
@@ -455,7 +453,7 @@ def test_saved_and_loaded_it_says_what_was_analysed(model, tokenizer, tmp_path):
         analyze(model, tokenizer, responses=ragged_responses(30), tolerance=0.2, output=tmp_path)
 
 
-def test_the_line_on_the_terminal():
+def test_terminal_line_of_sampled_positions():
     found = {"tolerance": 0.05, "analysed": 412, "total": 5320, "rounds": 2, "half_width": 0.0471, "layer": 8}
     found |= {"few": 0, "changes": 24}
     assert display.positions_line({**found, "site": "ffn"}) == (
@@ -470,14 +468,14 @@ def test_the_line_on_the_terminal():
 
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), "0.05", True])
-def test_a_tolerance_that_is_none_is_refused(value):
+def test_an_invalid_tolerance_is_refused(value):
     with pytest.raises(UserError, match=r"--tolerance is .*; needed is a number") as told:
         AnalyzeConfig(tolerance=value)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.slow
-def test_two_processes_choose_and_find_what_one_does(tmp_path):
+def test_two_processes_sample_and_measure_the_same_as_one(tmp_path):
     options = {"max_responses": 40, "batch_size": 4, "keep_tokens": 6, "tolerance": 0.08}
     alone = analyze("testbed/llama", output=tmp_path / "alone", **options)
     assert alone.positions["rounds"] >= 2

@@ -32,12 +32,12 @@ def test_numbers_of_16_bit_states_are_exact_to_float32(model_type, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_lens_norms_16_bit_states_as_the_model_does(dtype):
+def test_the_lens_normalises_16_bit_states_like_the_model(dtype):
     check_against_the_same_states(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_states_are_those_of_the_models_own_forward_pass(dtype):
+def test_states_match_the_models_forward_pass(dtype):
     model = wrapped(tiny_model("qwen3").to(dtype))
     record = ragged_responses(1)[0]
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_states_are_those_of_the_models_own_forward_pass(dtype):
         assert torch.equal(states.residual_in, hidden[0, at])
 
 
-def test_a_stream_that_overflows_float16_is_refused_and_bfloat16_holds_it():
+def test_a_stream_that_overflows_float16_is_refused_but_fits_bfloat16():
     model = tiny_model("llama", mlp_bias=True)
     with torch.no_grad():
         for layer in model.model.layers:

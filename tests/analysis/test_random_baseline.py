@@ -46,7 +46,7 @@ def analysis(model, root):
     return measured(model, seed=3, random_baseline=True, output=root)
 
 
-def test_it_is_the_definition_of_a_model_that_transformers_initialises_by_the_seed(analysis, model):
+def test_baseline_matches_a_model_initialised_by_transformers_with_the_seed(analysis, model):
     torch.manual_seed(3)
     random = AutoModelForCausalLM.from_config(copy.deepcopy(model.config)).eval()
     found = [reference(random, record) for record in ragged_responses(6)]
@@ -62,7 +62,7 @@ def test_it_is_the_definition_of_a_model_that_transformers_initialises_by_the_se
     assert np.abs(analysis.baseline["entropy_out"] - analysis.layers["entropy_out"]).max() > 1000 * NATS
 
 
-def test_the_seed_decides_and_nothing_else_changes(analysis, model):
+def test_the_seed_changes_only_the_baseline(analysis, model):
     before = torch.get_rng_state()
     again, other = (measured(model, seed=seed, random_baseline=True) for seed in (3, 4))
     assert torch.equal(torch.get_rng_state(), before)
@@ -72,7 +72,7 @@ def test_the_seed_decides_and_nothing_else_changes(analysis, model):
     pd.testing.assert_frame_equal(measured(model, seed=3).layers, again.layers)
 
 
-def test_it_is_added_to_a_finished_analysis_and_goes_on_where_it_was_stopped(analysis, model, tmp_path, monkeypatch):
+def test_baseline_is_added_to_a_finished_analysis_and_resumed(analysis, model, tmp_path, monkeypatch):
     options = {"seed": 3, "output": tmp_path, "batch_size": 2}
     place = measured(model, **options).path
     before = {p.name: p.read_bytes() for p in place.iterdir() if p.name != "analysis.json"}
@@ -100,7 +100,7 @@ def test_it_is_added_to_a_finished_analysis_and_goes_on_where_it_was_stopped(ana
     assert len(calls) == 4
 
 
-def test_stored_and_read_again_it_is_the_same_and_goes_with_its_analysis(analysis, tmp_path):
+def test_baseline_survives_saving_and_loading_and_is_removed_with_its_analysis(analysis, tmp_path):
     manifest = json.loads((analysis.path / "analysis.json").read_text())
     assert manifest["config"]["random_baseline"] is True
     assert manifest["baseline"]["seed"] == 3
@@ -114,7 +114,7 @@ def test_stored_and_read_again_it_is_the_same_and_goes_with_its_analysis(analysi
     assert len(without) == len(loaded.layers)
 
 
-def test_an_analysis_written_over_it_leaves_no_baseline_of_before(model, analysis, tmp_path):
+def test_overwriting_an_analysis_removes_its_baseline(model, analysis, tmp_path):
     shutil.copytree(analysis.path, tmp_path / analysis.path.name)
     over = measured(model, seed=5, output=tmp_path, overwrite=True)
     assert over.path == tmp_path / analysis.path.name
@@ -122,7 +122,7 @@ def test_an_analysis_written_over_it_leaves_no_baseline_of_before(model, analysi
     assert over.baseline is None
 
 
-def test_eq_4_is_proved_of_it_and_what_fails_loses_nothing(model, tmp_path, monkeypatch):
+def test_eq_4_is_verified_and_a_failure_keeps_the_analysis(model, tmp_path, monkeypatch):
     def refuse(described):
         raise UserError(f"{described.name}: eq. 4 does not hold")
 
@@ -151,12 +151,12 @@ def test_one_model_is_in_memory_at_a_time(monkeypatch):
     "option",
     [{"tolerance": 0.1}, {"quantization": "4bit"}, {"device_map": "auto"}, {"remote": True, "backend": "nnsight"}],
 )
-def test_what_it_cannot_be_combined_with_is_one_line(option):
+def test_incompatible_options_are_refused_in_one_line(option):
     with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')} was given with --random-baseline"):
         AnalyzeConfig(random_baseline=True, **option)
 
 
-def test_a_quantised_model_is_refused_before_anything_is_done(model, tmp_path):
+def test_a_quantised_model_is_refused_before_any_work(model, tmp_path):
     packed = copy.deepcopy(model)
     packed.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(UserError, match=r"quantised weights \(bitsandbytes 4-bit"):
@@ -164,7 +164,7 @@ def test_a_quantised_model_is_refused_before_anything_is_done(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_figures_report_and_terminal_show_it(analysis):
+def test_figures_report_and_terminal_show_the_baseline(analysis):
     table = figures.baseline_data([analysis])
     rows = table[(table["site"] == "ffn") & (table["quantity"] == "change")]
     np.testing.assert_array_equal(rows["value"], analysis.baseline.query("site == 'ffn'")["change"])
@@ -183,7 +183,7 @@ def test_figures_report_and_terminal_show_it(analysis):
 
 
 @pytest.mark.parametrize(("draw", "n_models"), [(figures.entropy_flow, 2), (figures.entropy_change, 1)])
-def test_the_legend_has_room_for_it(draw, n_models):
+def test_the_legend_fits_the_baseline(draw, n_models):
     assert_legible(draw([replace(analysis, baseline=analysis.layers) for analysis in make_set(n_models)]))
 
 

@@ -31,7 +31,7 @@ def named(name):
 
 
 @pytest.mark.parametrize("place", [0, 2, 3])
-def test_the_start_of_a_training_comes_first_wherever_it_stood(place):
+def test_the_start_of_a_training_comes_first(place):
     series = training(4, 5)[1:]
     series.insert(place, make(progressive(5), "testbed/qwen3", noise=0.05))
     comparison = compare(series)
@@ -47,7 +47,7 @@ def test_the_start_of_a_training_comes_first_wherever_it_stood(place):
     assert compare(series, labels=labels, steps=[1, 2, 3, 4]).labels == tuple(labels)
 
 
-def test_a_directory_with_the_start_is_in_the_order_of_the_steps(tmp_path):
+def test_a_directory_with_the_start_is_ordered_by_step(tmp_path):
     for name in ("a-run/checkpoint-10", "a-run/checkpoint-5", "testbed/qwen3"):
         make(progressive(4), name, prompts=4, noise=0.1).save(tmp_path / name.replace("/", "--"))
     assert [a.name for a in gather([tmp_path])] == ["testbed/qwen3", "a-run/checkpoint-5", "a-run/checkpoint-10"]
@@ -57,7 +57,7 @@ def test_a_directory_with_the_start_is_in_the_order_of_the_steps(tmp_path):
     assert names == ["a-run/checkpoint-5", "a-run/checkpoint-10", "b-run/checkpoint-5", "testbed/qwen3"]
 
 
-def test_there_are_no_trends_without_steps_and_it_is_said_which_names_lack_one():
+def test_missing_steps_are_named_and_give_no_trends():
     comparison = compare([*training(3, 5)[1:], *(make(progressive(5), name) for name in ("some", "other"))])
     assert comparison.trends.empty
     assert list(comparison.trends.columns) == list(compare(training(3, 5)).trends.columns)
@@ -77,7 +77,7 @@ def test_there_are_no_trends_without_steps_and_it_is_said_which_names_lack_one()
         ({"vocab": 1000}, "vocabularies 151936, 1000"),
     ],
 )
-def test_there_are_no_trends_over_models_of_several_architectures(model, told):
+def test_several_architectures_give_no_trends(model, told):
     same = {"family": "Qwen3", "hidden_size": 96}
     series = [make(progressive(4), f"run/checkpoint-{k}", seed=k, **same) for k in (1, 2)]
     other = make(progressive(4), "run/checkpoint-3", seed=3, **{**same, **model})
@@ -89,7 +89,7 @@ def test_there_are_no_trends_over_models_of_several_architectures(model, told):
     assert compare(series, make(progressive(4), "other", **{**same, **model})).steps_from == "order"
 
 
-def test_the_same_analysis_twice_is_told_once(tmp_path):
+def test_a_duplicated_analysis_is_reported_once(tmp_path):
     one, two = make(progressive(4), "one", noise=0.1), make(progressive(4), "two", noise=0.1, seed=1)
     path = one.save(tmp_path / "one")
     told = [n for n in compare(path, two, one, labels="abc").notes if "same analysis" in n]
@@ -103,7 +103,7 @@ def test_a_quantized_model_has_other_settings():
     assert compare(full, small).differing == {"small": {"quantization": ("4bit", None)}}
 
 
-def test_settings_that_differ_are_told():
+def test_differing_settings_are_reported():
     base = make(progressive(4), noise=0.1)
     other = replace(make(progressive(4), noise=0.1, seed=1, dtype="bfloat16"), name="half")
     comparison = compare(base, other)
@@ -141,7 +141,7 @@ def test_too_few_or_no_analyses_are_refused(tmp_path):
         compare(tmp_path, tmp_path)
 
 
-def test_a_directory_stands_for_the_analyses_in_it_in_natural_order(tmp_path):
+def test_a_directory_expands_to_its_analyses_in_natural_order(tmp_path):
     for step in (10, 5, 100):
         make(progressive(4), f"run/checkpoint-{step}", prompts=4, noise=0.1, seed=step).save(
             tmp_path / "runs" / f"checkpoint-{step}"
@@ -179,7 +179,7 @@ def recorded(name, updates, per_step):
     return replace(named(name), model={**_small().model, "training": record})
 
 
-def test_checkpoints_that_say_how_many_updates_a_step_has_are_at_steps():
+def test_recorded_updates_per_step_convert_updates_to_steps():
     run = [recorded(f"x/checkpoint-{n}", n, 4) for n in (20, 40)]
     assert training_steps(run) == ([5, 10], "name", "step")
     assert training_steps([named("testbed/qwen3"), *run]) == ([0, 5, 10], "name", "step")
@@ -188,7 +188,7 @@ def test_checkpoints_that_say_how_many_updates_a_step_has_are_at_steps():
     assert training_steps([*run, recorded("x/checkpoint-60", 61, 4)]) == ([20, 40, 60], "name", "update")
 
 
-def test_a_comparison_says_what_its_steps_count(tmp_path, capsys):
+def test_a_comparison_names_the_unit_of_its_steps(tmp_path, capsys):
     records = [{"updates": 10 * k, "updates_per_step": 2} for k in range(3)]
     ours = [replace(a, model={**a.model, "training": r}) for a, r in zip(training(3, 5), records, strict=True)]
     by_step, by_update = compare(ours), compare(training(3, 5))
@@ -205,13 +205,13 @@ def test_a_comparison_says_what_its_steps_count(tmp_path, capsys):
     np.testing.assert_allclose(by_step.trends["slope"], 2 * by_update.trends["slope"], rtol=1e-9, atol=1e-15)
 
 
-def test_labels_are_as_short_as_tells_them_apart():
+def test_labels_are_the_shortest_unique_names():
     names = [["a/x", "a/y"], ["a/x", "b/x"], ["x", "x"]]
     labels = [unique_labels([named(n) for n in pair]) for pair in names]
     assert labels == [["x", "y"], ["a/x", "b/x"], ["x (1)", "x (2)"]]
 
 
-def test_a_comparison_is_saved_whole(tmp_path):
+def test_a_comparison_is_saved_completely(tmp_path):
     comparison = compare(training(3, 5))
     assert "3" not in repr(comparison)[:30]
     target = comparison.save(tmp_path / "out")

@@ -50,7 +50,7 @@ def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
     assert steps_of(find_checkpoints([bupo])) == list(STEPS)
 
 
-def test_the_model_that_training_began_with_comes_first(run):
+def test_the_start_model_comes_first(run):
     found = targets("base/model", checkpoints=str(run))
     assert [str(t) for t in found] == ["base/model", *(str(run / f"checkpoint-{s}") for s in STEPS)]
     assert [str(t) for t in targets("m", ["b", "a", "b"])] == ["m@b", "m@a"]
@@ -86,7 +86,7 @@ def make_unfit(kind, root):
         ("result only", "r", "r: a run without checkpoints; its result is a model: give --model r/model"),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, kind, pattern, message):
+def test_invalid_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch, kind, pattern, message):
     make_unfit(kind, tmp_path / "r")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)) as told:
@@ -106,14 +106,14 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, kind, 
         ({"checkpoints": "RUN", "batch_size": 0}, "--batch-size is 0"),
     ],
 )
-def test_bad_sweeps(run, tmp_path, arguments, message):
+def test_invalid_sweeps(run, tmp_path, arguments, message):
     arguments = {k: run if v == "RUN" else v for k, v in arguments.items()}
     with pytest.raises(UserError, match=message):
         sweep(**arguments, output=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_of_two_runs_have_directories_of_their_own(tmp_path, monkeypatch):
+def test_checkpoints_of_two_runs_have_separate_directories(tmp_path, monkeypatch):
     slugs = []
     for name in ("runs/a/checkpoints/checkpoint-60", "runs/b/checkpoints/checkpoint-60", "runs/a/checkpoint-60"):
         (tmp_path / name).mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
     pd.testing.assert_frame_equal(others[-1].responses, given.responses, check_exact=True)
 
 
-def test_each_may_sample_its_own(run):
+def test_each_checkpoint_may_sample_its_own_responses(run):
     own = sweep(checkpoints=run / "checkpoint-1*", own_responses=True, prompts=PROMPTS, max_new_tokens=6)
     alone = analyze(str(run / "checkpoint-100"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(own[1].sequences, alone.sequences, check_exact=True)
@@ -171,7 +171,7 @@ def test_other_tokenizers_are_refused_before_the_first_is_analysed(run, tmp_path
     assert [a.vocab_size for a in sweep(**options, own_responses=True)] in ([61, 70], [70, 61])
 
 
-def test_the_last_is_looked_up_before_the_first_is_analysed(run, tmp_path):
+def test_all_checkpoints_are_looked_up_before_the_first_is_analysed(run, tmp_path):
     broken = tmp_path / "z" / "checkpoint-9"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text((run / "checkpoint-5" / "config.json").read_text())
@@ -184,7 +184,7 @@ def models_in_memory():
     return {id(o) for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)}
 
 
-def test_one_checkpoint_is_in_memory_at_a_time_and_rewards_stay_with_the_responses(run, monkeypatch):
+def test_one_checkpoint_is_in_memory_at_a_time_and_rewards_are_kept(run, monkeypatch):
     before, seen = models_in_memory(), []
 
     def watched(*arguments, **options):
@@ -213,7 +213,7 @@ def interrupt(monkeypatch, at):
     return calls
 
 
-def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_numbers(run, straight, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes_with_the_same_results(run, straight, tmp_path, monkeypatch):
     options = {"checkpoints": run, "prompts": PROMPTS, "max_new_tokens": 6, "output": tmp_path, "batch_size": 2}
     calls = interrupt(monkeypatch, at=4)
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +235,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_numbers(run, straig
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("*/analysis.json"))] == stamps
 
 
-def test_started_over_and_interrupted_it_goes_on_without_overwrite(run, tmp_path, monkeypatch):
+def test_an_interrupted_overwrite_resumes_without_overwrite(run, tmp_path, monkeypatch):
     options = {"checkpoints": run / "checkpoint-1*", "prompts": PROMPTS, "output": tmp_path}
     sweep(**options, max_new_tokens=3)
     with pytest.raises(UserError, match="max_new_tokens 3 -> 4"):
@@ -248,7 +248,7 @@ def test_started_over_and_interrupted_it_goes_on_without_overwrite(run, tmp_path
     assert done[0].config["max_new_tokens"] == 4
 
 
-def test_a_directory_of_somebody_elses_is_left_alone_by_overwrite(run, tmp_path):
+def test_overwrite_keeps_foreign_directories(run, tmp_path):
     sweep(checkpoints=run / "checkpoint-5", prompts=PROMPTS, max_new_tokens=3, output=tmp_path)
     (tmp_path / "x--checkpoint-10").mkdir()
     (tmp_path / "x--checkpoint-10" / "thesis.tex").write_text("years of work")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import alignment_delay
 
 
-def test_a_known_delay_is_found_under_the_noise_that_both_curves_share():
+def test_a_known_delay_is_recovered_under_shared_noise():
     expected = Polynomial([0.4, 0.03, -0.0005])
     steps, batches = np.arange(1, 31), np.random.default_rng(0).normal(0, 0.1, 30)
     plain = expected(steps) + batches
@@ -34,7 +34,7 @@ def stored():
     return [pd.read_csv(alignment_delay.DATA / f"{name}.csv") for name in ("runs", "histories")]
 
 
-def test_the_documents_have_the_delays_of_the_stored_runs(stored):
+def test_documented_delays_match_the_stored_runs(stored):
     found = alignment_delay.delays(*stored)
     rows = re.findall(r"^\| (\d+), (\d) seeds \| (.*) \| (.*) \|$", (ROOT / "docs/results.md").read_text("utf-8"), re.M)
     written = {
@@ -51,7 +51,7 @@ def test_the_documents_have_the_delays_of_the_stored_runs(stored):
     assert f"by {qwen3.replace('(', 'steps (95%: ')} on `testbed/qwen3` and {llama} on `testbed/llama`" in readme
 
 
-def test_the_smoothing_decides_no_delay(stored, monkeypatch):
+def test_delays_do_not_depend_on_the_smoothing(stored, monkeypatch):
     usual = alignment_delay.delays(*stored)
     monkeypatch.setattr(alignment_delay, "DEGREE", 3)
     assert (alignment_delay.delays(*stored)["delay"] - usual["delay"]).abs().max() <= 0.5

@@ -24,7 +24,7 @@ def run(directory):
 
 
 @pytest.mark.slow
-def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
+def test_a_short_training_is_swept_compared_and_resumed(tmp_path):
     said = run(tmp_path)
     root = tmp_path / "build" / "sweep_short"
     data = root / "data"

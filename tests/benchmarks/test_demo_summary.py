@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_the_table_has_whole_layers_plain_headings_and_no_empty_column(seeds):
+def test_summary_table_has_integer_layers_plain_headings_and_no_empty_column(seeds):
     jobs = [bupo_experiment.Job("main", QWEN), bupo_experiment.Job("main", QWEN, "bupo", 7, 1)]
     rows = [
         {**vars(job), "seed": seed, "lift": 0.2 - 0.03 * (job.method == "bupo") + 0.01 * seed, "entropy_end": 0.08}
@@ -44,7 +44,7 @@ def test_the_table_has_whole_layers_plain_headings_and_no_empty_column(seeds):
     assert ("95% over seeds" in printed) == (seeds > 1)
 
 
-def test_the_end_says_who_was_ahead_that_it_proves_nothing_and_what_to_open(runs, tmp_path, monkeypatch):
+def test_the_closing_summary_compares_methods_with_caveats_and_lists_pages(runs, tmp_path, monkeypatch):
     place = tmp_path / "testbed--qwen3"
     place.mkdir()
     (place / demo_summary.MANIFEST).write_text("{}")

@@ -62,7 +62,7 @@ def test_only_what_transformers_loads_is_uploaded(tmp_path, hub):
     assert 'from_pretrained("me/mine")' in hub.card.replace("'", '"')
 
 
-def test_what_is_not_whole_is_not_pushed(tmp_path, hub):
+def test_incomplete_models_are_not_pushed(tmp_path, hub):
     run = make(tmp_path / "run")
     (run.model_dir / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no model"):
@@ -125,14 +125,14 @@ def answering(online):
         (500, "check the network and the name"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(tmp_path, answering, status, message):
+def test_hub_errors_are_reported_in_one_line(tmp_path, answering, status, message):
     answering.update({"create": (status, {"error": "no"}), "*": (status, {"error": "no"})})
     with pytest.raises(UserError, match=message) as info:
         push_to_hub(make(tmp_path / "run"), "me/it")
     assert "\n" not in str(info.value)
 
 
-def test_metadata_that_the_hub_refuses_names_the_card(tmp_path, answering):
+def test_metadata_errors_name_the_card(tmp_path, answering):
     answering["validate-yaml"] = 400, {"errors": [{"message": '"license" must be one of [mit]'}, {"message": "and"}]}
     run = make(tmp_path / "run")
     with pytest.raises(UserError) as info:
@@ -143,7 +143,7 @@ def test_metadata_that_the_hub_refuses_names_the_card(tmp_path, answering):
     )
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, online, monkeypatch, capsys):
+def test_an_unreachable_hub_is_reported_in_one_line(tmp_path, online, monkeypatch, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         online(free.getsockname()[1])
@@ -156,7 +156,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, online, monkeypatch,
 
 
 @pytest.mark.parametrize("fails", [OSError("disk"), RuntimeError("upload"), ValueError("branch")])
-def test_what_the_client_fails_with_is_one_line(tmp_path, hub, fails):
+def test_client_errors_are_reported_in_one_line(tmp_path, hub, fails):
     hub.fails = fails
     with pytest.raises(UserError, match=rf"cannot be pushed \({fails}\)"):
         push_to_hub(make(tmp_path / "run"), "me/it")
@@ -166,7 +166,7 @@ def test_what_the_client_fails_with_is_one_line(tmp_path, hub, fails):
 
 
 @pytest.mark.parametrize("library", ["httpx", "httpx2", "httpcore", "httpcore2"])
-def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
+def test_exceptions_of_any_http_library_are_reported_in_one_line(tmp_path, hub, library):
     hub.fails = type("ConnectError", (Exception,), {"__module__": f"{library}._exceptions"})("no route to host")
     with pytest.raises(UserError, match=r"cannot be pushed \(no route to host\); check the network"):
         push_to_hub(make(tmp_path / "run"), "me/it")
@@ -174,7 +174,7 @@ def test_any_http_librarys_exception_is_one_line(tmp_path, hub, library):
         raise hub.fails
 
 
-def test_a_token_is_in_no_message(tmp_path, hub):
+def test_no_message_contains_a_token(tmp_path, hub):
     run = make(tmp_path / "run")
     push_to_hub(run, "me/it", token=f"{SECRET}\n")
     assert hub.calls[0][2] == SECRET
@@ -200,7 +200,7 @@ def test_a_token_is_in_no_message(tmp_path, hub):
         push_to_hub(run, "me/it", token=" \n")
 
 
-def test_the_recipe_keeps_the_http_library_quiet(monkeypatch, tmp_path):
+def test_the_recipe_silences_the_http_library(monkeypatch, tmp_path):
     monkeypatch.setattr(testbed_make, "make", lambda *_, **__: None)
     libraries = [logging.getLogger(name) for name in ("httpx", "httpx2")]
     before = [library.level for library in libraries]
@@ -217,7 +217,7 @@ def test_the_recipe_keeps_the_http_library_quiet(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("repo", "message"), [("me/it", "while HF_HUB_OFFLINE is set"), ("a b!", "is no name of a repository")]
 )
-def test_the_real_client_without_a_network_is_one_line(tmp_path, monkeypatch, capsys, repo, message):
+def test_the_real_client_without_network_is_reported_in_one_line(tmp_path, monkeypatch, capsys, repo, message):
     make(tmp_path / "run")
     code, out, err = command(monkeypatch, capsys, "push", tmp_path / "run", "--repo", repo)
     assert (code, out) == (2, "")
@@ -226,7 +226,7 @@ def test_the_real_client_without_a_network_is_one_line(tmp_path, monkeypatch, ca
     assert err.count("\n") == 1
 
 
-def test_the_command_tells_where_it_is(tmp_path, monkeypatch, capsys, hub):
+def test_the_command_prints_the_address(tmp_path, monkeypatch, capsys, hub):
     make(tmp_path / "run")
     words = ("push", tmp_path / "run", "--repo", "it", "--private")
     assert command(monkeypatch, capsys, *words) == (0, "pushed: https://huggingface.co/me/it\n", "")
@@ -237,7 +237,7 @@ def test_the_command_tells_where_it_is(tmp_path, monkeypatch, capsys, hub):
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_transformers_own_push_is_refused():
+def test_push_to_hub_of_transformers_is_refused():
     # It would upload the checkpoints with the optimiser's state while the run is going on.
     with pytest.raises(UserError, match="internal-policy push RUN --repo NAME"):
         check_trl_options(TrainConfig.from_keywords(push_to_hub=True))

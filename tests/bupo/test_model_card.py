@@ -19,7 +19,7 @@ from internal_policy.bupo.run import is_on_the_hub
 HOSTILE = "ab<script>alert(1)<script>|`x`\n---\nlicense: mit\n---\n# Title [c](d)"
 
 
-def test_the_card_tells_what_was_done_and_measured(tmp_path):
+def test_card_reports_the_training_and_its_measurements(tmp_path):
     prompts = "zwhe99/DeepMath-103K"
     run = make(tmp_path / "run", call=call(model="some/model", prompts=prompts))
     card = ModelCard.load(write_card(run))
@@ -58,7 +58,7 @@ def test_the_card_tells_what_was_done_and_measured(tmp_path):
         (0, "A step is one batch", "optimised first"),
     ],
 )
-def test_the_card_tells_the_phases_that_there_were(tmp_path, aligned, told, untold):
+def test_card_describes_the_phases_of_the_run(tmp_path, aligned, told, untold):
     run = make(tmp_path / "run")
     history = run.history.assign(phase=["ipa"] * aligned + ["grpo"] * (30 - aligned))
     method = body(replace(run, history=history)).partition("## Method")[2].partition("## ")[0]
@@ -66,7 +66,7 @@ def test_the_card_tells_the_phases_that_there_were(tmp_path, aligned, told, unto
     assert untold not in method
 
 
-def test_nothing_is_said_that_was_not_measured(tmp_path):
+def test_card_claims_nothing_that_was_not_measured(tmp_path):
     run = replace(make(tmp_path / "run", name="testbed/qwen3"), evaluation_paths={}, history=pd.DataFrame())
     card = ModelCard.load(write_card(run))
     assert card.data.base_model is None
@@ -75,7 +75,7 @@ def test_nothing_is_said_that_was_not_measured(tmp_path):
     assert "No steps were recorded." in card.text
 
 
-def test_an_evaluation_that_was_made_apart_is_on_the_card_and_stays_with_the_run(tmp_path):
+def test_a_separate_evaluation_is_added_to_the_card_and_to_the_run(tmp_path):
     run = replace(make(tmp_path / "run"), evaluation_paths={})
     start, trained = (rated(correct, benchmark="held-out") for correct in ([3, 9, 16, 1], [5, 9, 16, 2]))
     evaluated = attach_evaluations(run, start, trained)
@@ -87,7 +87,7 @@ def test_an_evaluation_that_was_made_apart_is_on_the_card_and_stays_with_the_run
     assert again.evaluation.avg == trained.avg
 
 
-def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, monkeypatch):
+def test_a_local_directory_is_never_given_as_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "model").mkdir(parents=True)
     run = make(tmp_path / "run", name="runs/model", call=call(model="runs/model", prompts="data/x.jsonl"))
@@ -100,7 +100,7 @@ def test_a_directory_is_no_base_model_wherever_the_card_is_written(tmp_path, mon
     assert "Prompts: `x.jsonl`" in card.text
 
 
-def test_what_was_given_as_an_object_is_not_claimed_to_be_elsewhere(tmp_path):
+def test_objects_are_not_linked_to_the_hub(tmp_path):
     given = {"options": {}, "objects": ["model", "prompts"], "from_hub": [], "digest": None}
     card = ModelCard.load(write_card(make(tmp_path / "run", call=given)))
     assert (card.data.base_model, card.data.datasets) == (None, None)
@@ -108,7 +108,7 @@ def test_what_was_given_as_an_object_is_not_claimed_to_be_elsewhere(tmp_path):
     assert "Prompts: `given in memory`" in card.text
 
 
-def test_what_came_from_the_hub_is_known(tmp_path, monkeypatch):
+def test_hub_models_and_data_sets_are_recognized(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     in_memory = SimpleNamespace(name_or_path="some/model", config=SimpleNamespace(_commit_hash="c0"))
@@ -121,7 +121,7 @@ def test_what_came_from_the_hub_is_known(tmp_path, monkeypatch):
     assert not is_on_the_hub(["zwhe99/DeepMath-103K"])
 
 
-def test_the_card_tells_no_paths_and_no_addresses(tmp_path, monkeypatch):
+def test_card_contains_no_paths_or_memory_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, prompts = "/home/me/client-x/model", "/mnt/client-x/questions.jsonl"
     run = make(tmp_path / "run", name=name, call=call(model=name, prompts=prompts))
@@ -142,12 +142,12 @@ def test_the_card_tells_no_paths_and_no_addresses(tmp_path, monkeypatch):
         assert told in text, told
 
 
-def test_every_published_setting_is_one_that_a_run_has():
+def test_every_published_setting_exists_in_a_run():
     known = {f.name for kind in (TrainConfig, BuPOConfig) for f in fields(kind)}
     assert not set(PUBLISHED_SETTINGS) - known
 
 
-def test_a_users_own_words_stay_in_the_card(tmp_path):
+def test_user_edits_of_the_card_are_kept(tmp_path):
     run = make(tmp_path / "run")
     path = write_card(run)
     path.write_text(path.read_text().replace("license: unknown", "license: apache-2.0") + "\nMine below.\n")
@@ -163,7 +163,7 @@ def test_a_users_own_words_stay_in_the_card(tmp_path):
         write_card(run)
 
 
-def test_names_are_text_in_yaml_and_markdown(tmp_path):
+def test_names_are_escaped_in_yaml_and_markdown(tmp_path):
     run = make(tmp_path / "run", name=HOSTILE, call=call(prompts=HOSTILE))
     run = replace(run, layer_reason=HOSTILE, versions={HOSTILE: HOSTILE})
     card = ModelCard.load(write_card(run))

@@ -18,7 +18,7 @@ from internal_policy.utils.errors import UserError
 @pytest.mark.parametrize(
     ("site", "lens"), [("layer", "policy"), ("attn", "policy"), ("ffn", "policy"), ("layer", "logit-lens")]
 )
-def test_log_probabilities_are_those_of_the_states_that_hooks_see(tmp_path, family, site, lens):
+def test_log_probabilities_match_hooked_states(tmp_path, family, site, lens):
     model = tiny_model(family, layers=LAYERS, tied=family == "llama")
     untouched = copy.deepcopy(model)
     trainer = aligning(tmp_path, model, layer=3, temperature=0.7, site=site, lens=lens)
@@ -39,7 +39,7 @@ def slow(*values):
 
 @pytest.mark.parametrize("family", [f if f == "qwen3" else slow(f) for f in FAMILIES])
 @pytest.mark.parametrize("tied", [False, True])
-def test_one_step_of_the_first_phase_reaches_layers_up_to_l_only(tmp_path, family, tied):
+def test_an_alignment_step_updates_only_layers_up_to_l(tmp_path, family, tied):
     model = tiny_model(family, layers=LAYERS, tied=tied)
     before = weights(model)
     trainer = aligning(tmp_path, model, layer=2)
@@ -63,7 +63,7 @@ def test_one_step_of_the_first_phase_reaches_layers_up_to_l_only(tmp_path, famil
 
 
 @pytest.mark.parametrize("site", ["attn", "ffn"])
-def test_a_modular_policy_trains_its_module_and_what_is_below(tmp_path, site):
+def test_a_modular_policy_trains_its_module_and_the_layers_below(tmp_path, site):
     model = tiny_model("qwen3", layers=LAYERS)
     gradients = {}
     trainer = aligning(tmp_path, model, layer=2, site=site)
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, site):
     assert found[0] == found[1]
 
 
-def test_with_the_logit_lens_the_final_norm_is_trained(tmp_path):
+def test_the_logit_lens_trains_the_final_norm(tmp_path):
     gradients = {}
     model = tiny_model("qwen3", layers=LAYERS)
     trainer = aligning(tmp_path, model, layer=2, lens="logit-lens")
@@ -100,7 +100,7 @@ def test_with_the_logit_lens_the_final_norm_is_trained(tmp_path):
     assert gradients["model.layers.2.mlp.down_proj.weight"] is None
 
 
-def test_no_layer_above_l_runs_in_an_update_of_the_first_phase(tmp_path):
+def test_alignment_updates_skip_layers_above_l(tmp_path):
     model = tiny_model("qwen3", layers=LAYERS)
     trainer = aligning(tmp_path, model, layer=2, ipa_steps=1, max_steps=2, entropy_sequences=0)
     ran = []
@@ -121,7 +121,7 @@ def test_no_layer_above_l_runs_in_an_update_of_the_first_phase(tmp_path):
     assert counted == [[1, 2], [1, 2, 3, 4, "norm"]]
 
 
-def test_the_model_is_whole_again_on_any_exit():
+def test_the_model_is_restored_on_any_exit():
     model = tiny_model("llama", layers=LAYERS)
     layers, norm = model.model.layers, model.model.norm
 
@@ -138,13 +138,13 @@ def test_the_model_is_whole_again_on_any_exit():
 
 
 @pytest.mark.parametrize("layer", [0, 5, -1])
-def test_a_layer_that_is_not_there_is_refused(tmp_path, layer):
+def test_a_layer_out_of_range_is_refused(tmp_path, layer):
     with pytest.raises(UserError, match=f"layer is {layer}; needed is a layer of this model, 1 to 4"):
         aligning(tmp_path, layer=layer)
 
 
 @pytest.mark.parametrize("mini_batches", [slow(1), 2])
-def test_after_the_switch_it_is_trls_own_trainer_bit_for_bit(tmp_path, mini_batches):
+def test_after_the_switch_updates_equal_trls_grpo_trainer_bitwise(tmp_path, mini_batches):
     changed = {
         "per_device_train_batch_size": 8 // mini_batches,
         "steps_per_generation": mini_batches,
@@ -166,7 +166,7 @@ def test_after_the_switch_it_is_trls_own_trainer_bit_for_bit(tmp_path, mini_batc
     assert len(losses[0]) == 2 * mini_batches
 
 
-def test_grpo_is_trls_own_trainer_bit_for_bit(tmp_path):
+def test_grpo_equals_trls_grpo_trainer_bitwise(tmp_path):
     trained = []
     for kind, changed in ((BuPOTrainer, {"method": "grpo"}), (GRPOTrainer, {})):
         trainer = make_trainer(tmp_path, kind=kind, max_steps=2, **changed)
@@ -179,7 +179,7 @@ def test_grpo_is_trls_own_trainer_bit_for_bit(tmp_path):
     ("iterations", "slices", "accumulation"),
     [slow(1, 2, 1), slow(2, 1, 1), (2, 2, 1), slow(2, 2, 2), slow(1, 4, 2), slow(3, 2, 2)],
 )
-def test_old_and_new_log_probabilities_are_always_of_one_policy(tmp_path, iterations, slices, accumulation):
+def test_old_and_new_log_probabilities_are_of_the_same_policy(tmp_path, iterations, slices, accumulation):
     per_step = iterations * slices // accumulation
     trainer = make_trainer(
         tmp_path,
@@ -201,7 +201,7 @@ def test_old_and_new_log_probabilities_are_always_of_one_policy(tmp_path, iterat
     assert [h["aligns"] for h in trainer.state.log_history if "reward" in h][-1] == 0
 
 
-def test_a_batch_keeps_its_phase_where_the_switch_falls_between_its_updates(tmp_path):
+def test_a_batch_keeps_its_phase_when_the_switch_falls_between_its_updates(tmp_path):
     trainer = make_trainer(tmp_path, kind=Recorder, method="bupo", layer=2, ipa_steps=1, max_steps=6, num_iterations=3)
     # As if the phase were counted in updates: the switch then falls inside the first batch of rollouts.
     type(trainer).in_alignment = property(lambda self: self.state.global_step < 2)
@@ -283,7 +283,7 @@ def test_the_entropy_of_the_policy_is_logged_in_both_phases(tmp_path):
     assert abs(first["policy_entropy"] - first["entropy"]) > 1e-3
 
 
-def test_the_embedded_families_have_rows_whose_parts_can_be_replaced():
+def test_modules_of_the_embedded_families_can_be_replaced():
     for family in FAMILIES:
         model = tiny_model(family, layers=LAYERS)
         with internal_forward(model, 3):

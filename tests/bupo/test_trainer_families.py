@@ -40,7 +40,7 @@ def five_fast(cases):
 
 
 @pytest.mark.parametrize(("model_type", "site", "lens"), five_fast(SOME))
-def test_both_policies_are_those_of_each_sequence_alone_in_float64(tmp_path, model_type, site, lens):
+def test_both_policies_match_unbatched_sequences_in_float64(tmp_path, model_type, site, lens):
     trainer = check_policies(tmp_path, tiny_model(model_type, layers=LAYERS), site, lens)
     assert trainer._counts_positions == (model_type == "gpt2")
 
@@ -48,12 +48,12 @@ def test_both_policies_are_those_of_each_sequence_alone_in_float64(tmp_path, mod
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", TABLE)
-def test_every_cell_is_that_of_each_sequence_alone_in_float64(tmp_path, model_type, tied):
+def test_every_site_and_lens_matches_unbatched_sequences_in_float64(tmp_path, model_type, tied):
     for site, lens in CELLS:
         check_policies(tmp_path, tiny_model(model_type, layers=LAYERS, tied=tied), site, lens)
 
 
-def test_trl_by_itself_gives_learned_positions_to_padding(tmp_path):
+def test_plain_trl_counts_padding_in_learned_positions(tmp_path):
     """Why positions are counted here: with the day this fails, `counted_positions` can go."""
     model = tiny_model("gpt2", layers=LAYERS)
     theirs = make_trainer(tmp_path, copy.deepcopy(model), kind=GRPOTrainer)
@@ -111,7 +111,7 @@ def test_updates_of_the_first_phase_reach_embedding_layers_up_to_l_and_the_unemb
 @pytest.mark.parametrize("site", ["layer", "attn", "ffn"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", TABLE)
-def test_every_family_is_trained_where_eqs_14_and_15_say(tmp_path, model_type, tied, site):
+def test_every_family_updates_the_weights_of_eqs_14_and_15(tmp_path, model_type, tied, site):
     check_reach(tmp_path, model_type, site, steps=3, tied=tied)
 
 
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_type, site):
     assert found[0] == found[1]
 
 
-def test_frozen_layers_of_gpt2_include_its_positions(tmp_path):
+def test_frozen_layers_of_gpt2_include_the_position_embedding(tmp_path):
     model = tiny_model("gpt2", layers=LAYERS)
     make_trainer(tmp_path, model, method="grpo", freeze_layers=1)
     still = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -156,7 +156,7 @@ def mean_of(parts):
         ]
     ),
 )
-def test_dynamics_are_those_of_each_sequence_alone_in_float64(model_type, site, lens):
+def test_dynamics_match_unbatched_sequences_in_float64(model_type, site, lens):
     model, records, tokenizer = tiny_model(model_type, layers=LAYERS), ragged_responses(5), tiny_tokenizer()
     exact, responses = in_float64(model), read_responses(records, tokenizer, "plain")
     found = {name: [] for name in ("change", "entropy", "policy_entropy", "log_perplexity", "policy_kl", "kl_mean")}
@@ -181,7 +181,7 @@ def test_dynamics_are_those_of_each_sequence_alone_in_float64(model_type, site, 
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
-def test_adapters_on_all_linear_modules_are_trained_up_to_l(tmp_path, model_type):
+def test_all_linear_adapters_are_trained_up_to_layer_l(tmp_path, model_type):
     """GPT-2's linear modules are Conv1D; Mixtral's experts are tensors of three dimensions."""
     trainer = BuPOTrainer(
         model=tiny_model(model_type, layers=LAYERS),

@@ -59,7 +59,7 @@ def shaped(completions, **_):
     [{"learning_rate": 0.0}, pytest.param({"learning_rate": 1e-30, "lora_rank": 2}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_where_no_weight_moves_both_evaluations_are_the_same(place, options):
+def test_unchanged_weights_give_equal_evaluations(place, options):
     """Mixed precision is the training's. A random model is unsure of every token, and so shows a small difference."""
     sampled = {"benchmark": "testbed", "eval_problems": 32, "eval_samples": 8, "max_completion_length": 24}
     run = train(
@@ -98,7 +98,7 @@ def seeds(place):
     ]
 
 
-def test_runs_of_one_setting_differ_in_their_seed_only(seeds):
+def test_runs_that_differ_only_in_their_seed_share_a_setting(seeds):
     one, other, faster = seeds
     assert one.config["seed"] != other.config["seed"]
     assert one.setting == other.setting
@@ -107,7 +107,7 @@ def test_runs_of_one_setting_differ_in_their_seed_only(seeds):
     assert {run.label for run in seeds} == {"BuPO, layer 2, 1 step"}
 
 
-def test_adapters_of_the_users_own_are_the_same_setting_in_every_call(place):
+def test_equal_adapter_configs_give_equal_settings(place):
     """Peft fills in the object that it is given, and keeps names in a set, whose order differs between processes."""
     whole = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     one, other = (train(place, f"own-{seed}", seed=seed, max_steps=1, peft_config=whole) for seed in (0, 1))
@@ -118,7 +118,7 @@ def test_adapters_of_the_users_own_are_the_same_setting_in_every_call(place):
     assert named.config["peft"]["target_modules"] == sorted(names)
 
 
-def test_a_label_tells_what_is_unusual_about_a_run(seeds):
+def test_a_label_names_the_settings_that_differ_from_the_defaults(seeds):
     def label(run=seeds[0], **changed):
         config = {**run.config, **changed}
         return replace(run, config=config, ipa_steps=config["ipa_steps"], layer=config["layer"]).label
@@ -136,7 +136,7 @@ def test_without_a_first_phase_a_run_is_called_grpo(place):
 
 
 @pytest.mark.parametrize("ipa_steps", [2, "auto"])
-def test_every_step_has_its_row_and_the_first_phase_is_counted(place, ipa_steps):
+def test_history_has_a_row_per_step_and_counts_alignment_steps(place, ipa_steps):
     measured = {"dynamics_every": 1, "dynamics_responses": 2}
     run = train(place, f"rows-{ipa_steps}", ipa_steps=ipa_steps, max_steps=5, mini_batches=2, **measured)
     assert run.history["step"].tolist() == [1, 2, 3, 4, 5]
@@ -158,12 +158,12 @@ def test_every_step_has_its_row_and_the_first_phase_is_counted(place, ipa_steps)
         *(("num_train_epochs", 2), ("eval_strategy", "steps"), ("model_init_kwargs", {}), ("disable_tqdm", False)),
     ],
 )
-def test_what_train_settles_cannot_be_chosen(tmp_path, name, value):
+def test_options_set_by_train_cannot_be_overridden(tmp_path, name, value):
     told = refused(tmp_path / "out", **{name: value})
     assert told.startswith(f"{name} cannot be chosen: ")
 
 
-def test_at_a_rate_of_zero_the_first_phase_moves_nothing(place):
+def test_a_zero_learning_rate_in_alignment_changes_no_weight(place):
     kept = Keep()
     run = train(place, "zero", ipa_learning_rate=0.0, weight_decay=0.1, callbacks=[kept])
     start, first, end = kept.weights
@@ -173,7 +173,7 @@ def test_at_a_rate_of_zero_the_first_phase_moves_nothing(place):
     assert run.history["learning_rate"].tolist() == [0.0, RATE]
 
 
-def test_the_trainer_by_itself_obeys_the_first_phases_rate(tmp_path):
+def test_the_trainer_applies_the_alignment_learning_rate(tmp_path):
     found = {}
     for rate in (0.0, 1e-2, 2e-2):
         model = tiny_model("qwen3", layers=4)
@@ -209,7 +209,7 @@ def failing(place):
     return run, Counter(TOLD)
 
 
-def test_failures_of_a_reward_are_counted_step_by_step(failing):
+def test_reward_failures_are_counted_per_step(failing):
     run, told = failing
     assert told.keys() == {2, 3}
     assert max(told.values()) < 8
@@ -218,7 +218,7 @@ def test_failures_of_a_reward_are_counted_step_by_step(failing):
     assert bupo.Run.load(run.path).failures == run.failures
 
 
-def test_failures_are_those_of_the_whole_run_where_it_was_interrupted(place, failing):
+def test_failures_include_those_before_an_interruption(place, failing):
     # Between two updates of the third step, whose rollouts then are made and scored a second time.
     with pytest.raises(KeyboardInterrupt):
         train(place, "broken-off", callbacks=[InterruptAfter(8)], **FAILING)
@@ -252,25 +252,25 @@ def test_failures_are_those_of_the_whole_run_where_it_was_interrupted(place, fai
     # A function's address differs between the workers of a run in parallel.
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_what_is_refused_before_anything_is_written(tmp_path, options, message):
+def test_invalid_settings_are_refused_before_anything_is_written(tmp_path, options, message):
     assert message in refused(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_object_is_taken_with_the_attention_that_it_has(tmp_path):
+def test_a_model_object_keeps_its_attention_implementation(tmp_path):
     words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer()}
     told = refused(tmp_path / "out", model=tiny_model("qwen3"), attn_implementation="eager", **words)
     assert "attn_implementation was given with a model object" in told
 
 
-def test_the_model_is_trained_with_the_attention_that_was_asked_for(place):
+def test_training_uses_the_requested_attention_implementation(place):
     kept = Keep(), Keep()
     train(place, "attention", max_steps=1, callbacks=[kept[0]])
     train(place, "eager", max_steps=1, callbacks=[kept[1]], attn_implementation="eager")
     assert [k.attention for k in kept] == ["sdpa", "eager"]
 
 
-def test_columns_of_the_prompts_reach_the_reward(place):
+def test_prompt_columns_are_passed_to_the_reward(place):
     ordinary = {
         "number": lambda i: i,
         "share": lambda i: i / 4,
@@ -318,7 +318,7 @@ def test_columns_of_the_prompts_reach_the_reward(place):
         assert found["cut"] == odd["cut"][i].replace("\ud83d", "?")
 
 
-def test_a_call_without_a_boundary_layer_is_mended_by_a_number(place):
+def test_a_missing_boundary_layer_can_be_replaced_by_a_number(place):
     """The layer that is not known yet does not stand against layers that are frozen below it."""
     with pytest.raises(UserError, match="finds no boundary layer"):
         train(place, "mended", layer="auto", freeze_layers=1)
@@ -331,7 +331,7 @@ def test_a_call_without_a_boundary_layer_is_mended_by_a_number(place):
 
 
 @pytest.mark.slow
-def test_a_reward_that_cannot_be_used_is_mended_with_other_settings(place):
+def test_an_unusable_reward_can_be_replaced_in_the_same_output(place):
     def short(completions, **_):
         return [1.0]
 
@@ -358,7 +358,7 @@ def test_the_reference_model_is_read_from_safetensors_of_the_same_revision(place
     assert "model_init_kwargs" not in caplog.text
 
 
-def test_a_reference_model_that_is_nowhere_is_refused(tmp_path):
+def test_a_missing_reference_model_is_refused(tmp_path):
     words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer(), "layer": None, "ipa_steps": 0}
     told = refused(tmp_path / "out", model=tiny_model("qwen3"), method="grpo", beta=0.1, **words)
     assert "beta needs the model as it was before training: save it, and give its directory" in told

@@ -32,7 +32,7 @@ from internal_policy.bupo.trainer_config import make_trainer_config
         ("./nowhere", "layer is './nowhere'; needed is a number from 1, auto"),
     ],
 )
-def test_layers_that_are_none(tmp_path, layer, message):
+def test_invalid_layers(tmp_path, layer, message):
     assert message in refused(tmp_path / "out", layer=layer)
 
 
@@ -131,7 +131,7 @@ def test_bad_settings(tmp_path, options, message):
         ("vllm", {"use_vllm": True}, "use_vllm=True needs the package vllm"),
     ],
 )
-def test_packages_that_are_not_installed(tmp_path, package, options, message):
+def test_missing_packages(tmp_path, package, options, message):
     if find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     assert message in refused(tmp_path / "out", **options)
@@ -148,7 +148,7 @@ ONLY_FOR_THE_POLICY = [
 
 
 @pytest.mark.parametrize(("options", "why"), ONLY_FOR_THE_POLICY, ids=lambda value: str(value)[:40])
-def test_what_has_no_meaning_for_an_internal_policy(tmp_path, options, why):
+def test_options_unsupported_for_internal_policies(tmp_path, options, why):
     told = refused(tmp_path / "out", **options)
     assert why in told
     assert "set ipa_steps=0" in told
@@ -161,13 +161,13 @@ def trainer_config(tmp_path, **options):
 
 @pytest.mark.parametrize("options", [options for options, _ in ONLY_FOR_THE_POLICY], ids=str)
 @pytest.mark.parametrize("first", [{"method": "grpo", "ipa_steps": None}, {"ipa_steps": 0}], ids=str)
-def test_what_is_fine_without_one(tmp_path, options, first):
+def test_options_supported_without_an_alignment_phase(tmp_path, options, first):
     config = trainer_config(tmp_path, **{**SMALL, **first, **options, "use_vllm": False})
     assert not config.aligns
     assert all(getattr(config, name) == value for name, value in options.items() if name != "use_vllm")
 
 
-def test_a_run_keeps_enough_checkpoints_for_a_trend(tmp_path):
+def test_enough_checkpoints_are_kept_for_a_trend(tmp_path):
     for steps in (1, 2, 5, 9, 10, 11, 19, 60, 300):
         config = trainer_config(tmp_path, **{**SMALL, "max_steps": steps})
         every, rest = divmod(config.save_steps, config.updates_per_step)
@@ -187,7 +187,7 @@ def test_a_run_keeps_enough_checkpoints_for_a_trend(tmp_path):
         ('{"text": "1+1="}\n', "has values for ['text']"),
     ],
 )
-def test_prompts_that_cannot_be_trained_on(tmp_path, content, message):
+def test_unusable_prompts(tmp_path, content, message):
     path = tmp_path / "given.jsonl"
     if content is not None:
         path.write_text(content)
@@ -212,7 +212,7 @@ def slow(*values):
     ],
     ids=lambda value: value if isinstance(value, str) else "function",
 )
-def test_rewards_that_are_none(tmp_path, reward, message):
+def test_invalid_rewards(tmp_path, reward, message):
     # What a function returns is only known when the training has begun; mended, the same command goes on.
     assert message in refused(tmp_path / "out", reward=reward, began=callable(reward))
 
@@ -225,17 +225,17 @@ def test_rewards_that_are_none(tmp_path, reward, message):
         ("testbed/gpt5", "there are testbed/qwen3 and testbed/llama"),
     ],
 )
-def test_models_that_are_not_there(tmp_path, name, message):
+def test_missing_models(tmp_path, name, message):
     assert message in refused(tmp_path / "out", model=name)
 
 
-def test_an_encoder(tmp_path):
+def test_encoder_models(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     make_unloadable("encoder", tmp_path / "bad", tmp_path / "model")
     assert "BertForMaskedLM is not a causal LM" in refused(tmp_path / "out", model=tmp_path / "bad")
 
 
-def test_output_that_is_something_else(tmp_path):
+def test_output_directory_with_other_content(tmp_path):
     (tmp_path / "file").write_text("a file")
     assert "is a file); choose another --output" in refused(tmp_path / "file")
     assert "is a file); choose another --output" in refused(tmp_path / "file" / "below")
@@ -247,7 +247,7 @@ def test_output_that_is_something_else(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_output_that_may_not_be_written(tmp_path):
+def test_output_directory_without_write_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "may not be written to" in refused(tmp_path / "locked" / "out")
 
@@ -263,7 +263,7 @@ class Stop(TrainerCallback):
             raise self.error
 
 
-def test_a_directory_that_holds_another_run(tmp_path):
+def test_output_directory_of_another_run(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         bupo.train(MODEL, output=out, callbacks=[Stop(KeyboardInterrupt())], **SMALL)
@@ -284,7 +284,7 @@ def test_a_directory_that_holds_another_run(tmp_path):
     assert [p.name for p in (out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_out_of_memory_says_what_to_lower(tmp_path):
+def test_out_of_memory_names_the_options_to_lower(tmp_path):
     stop = Stop(torch.OutOfMemoryError("out of memory"))
     told = refused(tmp_path / "out", callbacks=[stop], began=True)
     assert "out of memory in training; lower per_device_train_batch_size (now 8) or max_completion_length" in told

@@ -65,7 +65,7 @@ def layer_of(name):
     return int(name.split("layers.")[1].split(".")[0]) + 1 if "layers." in name else None
 
 
-def test_lora_trains_adapters_only_and_in_the_first_phase_those_of_its_layers(train, tmp_path):
+def test_lora_updates_only_adapters_and_in_alignment_only_those_up_to_layer_l(train, tmp_path):
     run, (start, first, switch, end) = train(lora_rank=4, layer=LAYER, ipa_steps=2, max_steps=3)
     adapters = {n for n in start if "lora_" in n}
     assert {layer_of(n) for n in adapters} == set(range(1, LAYERS + 1))
@@ -88,7 +88,7 @@ def test_lora_trains_adapters_only_and_in_the_first_phase_those_of_its_layers(tr
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_frozen_layers_stay_bit_by_bit(train, tmp_path, tied):
+def test_frozen_layers_are_bitwise_unchanged(train, tmp_path, tied):
     tiny_model("qwen3", layers=LAYERS, tied=tied).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     _, (start, *_, end) = train(model=tmp_path / "other", method="grpo", freeze_layers=2, max_steps=2)
@@ -108,7 +108,7 @@ def ratios(start, one, other, names):
     return (b / a)[large]
 
 
-def test_layers_above_learn_at_their_own_rate(train):
+def test_layers_above_use_their_own_learning_rate(train):
     options = {"method": "grpo", "layer": LAYER, "max_steps": 1}
     _, (start, full) = train("full", **options)
     _, (_, scaled) = train("scaled", upper_lr_scale=0.1, **options)
@@ -117,7 +117,7 @@ def test_layers_above_learn_at_their_own_rate(train):
     assert (ratios(start, full, scaled, above) / 0.1 - 1).abs().max() < ROUNDING
 
 
-def test_the_first_phase_learns_at_its_own_rate(train):
+def test_the_alignment_phase_uses_its_own_learning_rate(train):
     options = {"layer": LAYER, "ipa_steps": 1, "max_steps": 2}
     _, (start, one, _) = train("one", **options)
     run, (_, other, end) = train("other", ipa_learning_rate=10 * RATE, **options)

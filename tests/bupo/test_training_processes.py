@@ -168,7 +168,7 @@ def each(*kinds):
 
 
 @pytest.mark.parametrize("kind", each("sequence-mean", "token-mean", "mini-batches"))
-def test_two_processes_make_the_updates_of_one(trained, kind):
+def test_two_processes_make_the_same_updates_as_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
     before = start
     for update in (SWITCH * UPDATES, STEPS * UPDATES):
@@ -187,7 +187,7 @@ def test_two_processes_make_the_updates_of_one(trained, kind):
 
 
 @pytest.mark.parametrize("kind", each("rloo", "reinforce++"))
-def test_two_processes_have_the_advantages_of_one(trained, kind):
+def test_two_processes_compute_the_same_advantages_as_one(trained, kind):
     one, first, second = (
         torch.load(trained(kind) / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1))
     )

@@ -139,7 +139,7 @@ def test_killed_and_resumed(place, straight, event, update):
 
 
 @pytest.mark.slow
-def test_an_alignment_that_its_dynamics_ended_stays_ended(place, straight):
+def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place, straight):
     """At this rate the perplexity ends it after the first step; without that it would last two."""
     auto = {"ipa_steps": "auto", "learning_rate": 3e-2}
     killed(place, "auto", "on_step_end", 3, **auto)
@@ -149,7 +149,7 @@ def test_an_alignment_that_its_dynamics_ended_stays_ended(place, straight):
     assert_same(run, train(place, "auto", **auto))
 
 
-def test_a_share_of_the_run_saves_after_whole_steps_only(place):
+def test_fractional_save_steps_save_after_whole_steps(place):
     """The rollouts of a step are in no checkpoint: from between two of its updates no run could go on."""
     # An eighth of the run is half a step.
     killed(place, "share", "on_step_end", 7, save_steps=0.125)
@@ -162,7 +162,7 @@ def test_a_share_of_the_run_saves_after_whole_steps_only(place):
         assert (checkpoint / "optimizer.pt").is_file() == (update > 2)
 
 
-def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
+def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path):
     for update in (4, 10, 11, 12, 14):
         (tmp_path / f"checkpoint-{update}").mkdir()
         (tmp_path / f"checkpoint-{update}" / "trainer_state.json").write_text(f'{{"global_step": {update}}}')
@@ -175,7 +175,7 @@ def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"method": "grpo"}], ids=["bupo", "grpo"])
-def test_killed_at_each_moment(place, straight, options):
+def test_killed_at_each_update(place, straight, options):
     name = "-".join(map(str, options.values()))
     options = {"ipa_steps": 0, **options} if "method" in options else options
     moments = [("on_step_end", update) for update in range(1, LAST + 1)]
@@ -188,7 +188,7 @@ def test_killed_at_each_moment(place, straight, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("update", [3, 5])
-def test_rates_of_their_own_are_taken_up_too(place, straight, update):
+def test_separate_learning_rates_are_resumed(place, straight, update):
     """In either phase: the optimiser has more groups than TRL's, and the first phase's rate is in no checkpoint."""
     rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}
     killed(place, f"rates-{update}", "on_step_end", update, **rates)
@@ -201,12 +201,12 @@ def test_rates_of_their_own_are_taken_up_too(place, straight, update):
 
 
 @pytest.mark.slow
-def test_adapters_are_taken_up_too(place, straight):
+def test_adapters_are_resumed(place, straight):
     killed(place, "lora", "on_step_end", 5, lora_rank=2)
     assert_same(straight(lora_rank=2), train(place, "lora", lora_rank=2))
 
 
-def test_alignment_cannot_end_by_dynamics_that_nobody_measures(place):
+def test_stopping_alignment_by_dynamics_requires_measurements(place):
     with pytest.raises(UserError, match="dynamics_every is 0"):
         train(place, "unmeasured", ipa_steps="auto", dynamics_every=0)
 
@@ -223,7 +223,7 @@ def test_killed_again_and_again(place, straight):
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin", "model.safetensors.index.json"])
-def test_no_checkpoint_is_taken_up_from_pickles(tmp_path, file):
+def test_checkpoints_with_pickled_weights_are_not_resumed(tmp_path, file):
     (tmp_path / file).write_text('{"metadata": {}, "weight_map": {"a": "pytorch_model-1.bin"}}')
     with pytest.raises(UserError, match="pickle"):
         refuse_pickles(tmp_path)

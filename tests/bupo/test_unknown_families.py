@@ -28,7 +28,7 @@ from internal_policy.data.responses import read_responses
         ("granitemoe", "write_multiplier", "residual_multiplier"),
     ],
 )
-def test_a_row_found_by_structure_is_the_one_that_was_proved(tmp_path, model_type, field, value, caplog):
+def test_the_inferred_family_is_the_verified_one(tmp_path, model_type, field, value, caplog):
     own = {"residual_multiplier": 0.3} if model_type == "granitemoe" else {}
     model = tiny_model(model_type, layers=LAYERS, **own)
     found = checks.prove_family(model, None)
@@ -49,13 +49,13 @@ def test_a_row_found_by_structure_is_the_one_that_was_proved(tmp_path, model_typ
     assert "found by structure" not in caplog.text
 
 
-def test_a_model_that_no_structure_fits_is_refused(tmp_path):
+def test_a_model_of_unknown_structure_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"write one row in internal_policy/models/families\.py") as refusal:
         aligning(tmp_path, tiny_model("bloom", layers=LAYERS))
     assert "\n" not in str(refusal.value)
 
 
-def test_proving_leaves_the_modes_of_modules(tmp_path):
+def test_verification_keeps_the_training_mode_of_modules(tmp_path):
     model = tiny_model("gpt2", layers=LAYERS).train()
     model.transformer.h[1].eval()
     modes = [m.training for m in model.modules()]
@@ -68,7 +68,7 @@ def test_proving_leaves_the_modes_of_modules(tmp_path):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_logits_that_trl_does_not_know_are_refused(tmp_path):
+def test_logits_that_trl_would_compute_differently_are_refused(tmp_path):
     model = tiny_model("llama", layers=LAYERS)
     # Beyond the weight itself: TRL multiplies by it and never calls the module.
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)
@@ -78,13 +78,13 @@ def test_logits_that_trl_does_not_know_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_not_taken_for_other_logits(tmp_path, dtype):
+def test_rounding_errors_of_logits_are_accepted(tmp_path, dtype):
     for model_type in ("gemma2", "gpt2"):
         trainer = aligning(tmp_path, tiny_model(model_type, layers=LAYERS).to(dtype), **EXPERTS)
         assert trainer._counts_positions or model_type != "gpt2"
 
 
-def test_dropout_is_told_of(tmp_path, caplog):
+def test_dropout_is_reported(tmp_path, caplog):
     aligning(tmp_path, tiny_model("gpt2", layers=LAYERS))
     assert "pass disable_dropout=True" in caplog.text
     caplog.clear()
@@ -100,7 +100,7 @@ SMALL = {
 }
 
 
-def test_a_run_on_a_mixture_of_experts_found_by_structure(tmp_path, monkeypatch):
+def test_training_an_inferred_mixture_of_experts(tmp_path, monkeypatch):
     """Experts, a factor on the writes, and a row that is proved once and used by everything after that."""
     proofs = []
     prove = checks.prove
@@ -124,7 +124,7 @@ def test_a_run_on_a_mixture_of_experts_found_by_structure(tmp_path, monkeypatch)
     assert run.dynamics["entropy"].iloc[-1] == pytest.approx(again.entropy, abs=FLOAT32_NATS)
 
 
-def test_what_a_mixture_of_experts_cannot_do_is_refused_before_anything_is_written(tmp_path):
+def test_unsupported_options_of_mixtures_of_experts_are_refused_before_anything_is_written(tmp_path):
     model, words = tiny_model("mixtral"), {**SMALL, "tokenizer": tiny_tokenizer(), "layer": 2}
     told = refused(tmp_path / "loss", model=model, router_aux_loss_coef=0.001, **words)
     assert "in the first phase the loss would balance the experts of layers 1..l only; set it to 0" in told
@@ -132,14 +132,14 @@ def test_what_a_mixture_of_experts_cannot_do_is_refused_before_anything_is_writt
     assert "set it to false in config.json" in refused(tmp_path / "logits", model=model, **words)
 
 
-def test_the_trainer_by_itself_has_no_load_balancing_loss_to_choose(tmp_path):
+def test_trainer_refuses_a_load_balancing_loss(tmp_path):
     # TRL takes the coefficient from the model's own configuration where none is given.
     with pytest.raises(UserError, match=r"layers 1\.\.l only; pass router_aux_loss_coef=0"):
         aligning(tmp_path, tiny_model("mixtral", layers=LAYERS))
     assert make_trainer(tmp_path, tiny_model("mixtral", layers=LAYERS), method="grpo").aux_loss_enabled
 
 
-def test_a_guess_that_no_process_can_prove_is_refused():
+def test_an_inferred_family_that_fails_verification_is_refused_in_every_process():
     model = tiny_model("starcoder2")
     next(model.parameters()).ds_id = 0
     with pytest.raises(UserError, match="cannot be proved where DeepSpeed spreads the weights"):
@@ -150,7 +150,7 @@ def test_a_guess_that_no_process_can_prove_is_refused():
     assert checks.prove_model(described) is described
 
 
-def test_sequences_on_either_side_of_longropes_switch_are_refused(tmp_path):
+def test_sequences_across_the_longrope_switch_are_refused(tmp_path):
     rope = {
         **{"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
         **{"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 5.0]},

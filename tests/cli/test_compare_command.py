@@ -70,7 +70,7 @@ def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn, compar
     assert [a["step"] for a in manifest["analyses"]] == [0.0, 10.0, 20.0]
 
 
-def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path, undrawn, compared):
+def test_the_start_model_given_with_its_checkpoints_is_the_baseline(place, tmp_path, undrawn, compared):
     start = make(progressive(6), "testbed/qwen3", prompts=4, seed=9).save(tmp_path / "start")
     after = [place / "analyses" / f"run--checkpoint-{k}" for k in (10, 20)]
     out = compared(*after, start, after[0], "-o", tmp_path)
@@ -83,7 +83,7 @@ def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path,
     assert out.index("\n s ") < out.index("\n x ") < out.index("\n y ")
 
 
-def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, undrawn, compared):
+def test_models_without_steps_have_no_trends_with_a_note(place, tmp_path, undrawn, compared):
     for name in "abc":
         make(progressive(4), f"m/{name}", prompts=4).save(tmp_path / "in" / name)
     out = " ".join(compared(tmp_path / "in", "-o", tmp_path / "out").split())
@@ -129,7 +129,7 @@ def test_other_models_are_marked(place, tmp_path, undrawn, compared):
         (["analyses", "--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_what_does_not_fit_is_refused(place, tmp_path, arguments, message, compared):
+def test_invalid_comparisons_are_refused(place, tmp_path, arguments, message, compared):
     places = [str(place / a) if a in ("analyses", "llama", "nothing") else a for a in arguments]
     with pytest.raises(UserError, match=message):
         compared(*places, "-o", tmp_path / "out")
@@ -173,7 +173,9 @@ def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, oth
         ),
     ],
 )
-def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_path, undrawn, options, command, compared):
+def test_figures_command_on_a_comparison_names_the_compare_command(
+    place, tmp_path, undrawn, options, command, compared
+):
     compared(place / "analyses", "-o", tmp_path, *options)
     stored = (tmp_path / NAME / "comparison.json").read_bytes()
     for named in (tmp_path, tmp_path / NAME):
@@ -200,7 +202,7 @@ def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, mo
     )
 
 
-def test_a_directory_that_cannot_be_written_is_told(place, tmp_path, compared):
+def test_an_unwritable_directory_is_reported(place, tmp_path, compared):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         compared(place / "analyses", "-o", tmp_path / "file")

@@ -113,7 +113,7 @@ def place(tmp_path_factory):
     ],
     ids=["analyze", "analyze --overwrite", "evaluate", "train", "train --overwrite"],
 )
-def test_killed_at_each_change_of_files(place, run, load, same, least):
+def test_killed_at_each_file_operation(place, run, load, same, least):
     name = run.__name__
     assert killed(run, place, f"{name}-straight", 0, "") == 0
     straight = load(place / f"{name}-straight")

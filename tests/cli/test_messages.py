@@ -16,7 +16,7 @@ from internal_policy.comparison import study as studies
 from internal_policy.utils.errors import as_user_error, counted
 
 
-def test_one_thing_is_not_several():
+def test_singular_and_plural_counts():
     assert [counted(n, "response") for n in (0, 1, 2)] == ["0 responses", "1 response", "2 responses"]
     assert (counted(1, "analysis"), counted(3, "analysis")) == ("1 analysis", "3 analyses")
 
@@ -26,13 +26,13 @@ def analysis():
     return Analysis.load(ROOT / "data" / "experiments" / "analyses" / "qwen3-start")
 
 
-def test_results_count_in_the_right_number(analysis):
+def test_results_use_singular_and_plural_correctly(analysis):
     one = replace(analysis, sequences=analysis.sequences[:1])
     for said in (repr(one), display.layer_table(one).title):
         assert "1 response, " in said
 
 
-def test_a_part_of_the_positions_is_told_as_a_part(analysis):
+def test_sampled_positions_are_reported_as_a_sample(analysis):
     positions = {"analysed": 428, "total": analysis.n_tokens, "rounds": 1, "tolerance": 0.05}
     positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
     some = replace(analysis, positions=positions)
@@ -45,7 +45,7 @@ def test_a_part_of_the_positions_is_told_as_a_part(analysis):
     assert said.endswith("± is the standard error over prompts")
 
 
-def test_the_list_of_commands_is_not_cut(monkeypatch, capsys):
+def test_the_list_of_commands_is_not_truncated(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     cli.run(["--help"])
     said = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_usage_error_names_the_help_of_its_command(words, end, monkeypatch, ca
     assert capsys.readouterr().err.endswith(f". See {end}\n")
 
 
-def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
+def test_layers_are_numbers_in_names_and_calls(monkeypatch):
     assert TrainConfig(ipa_steps=6).directory.name == "testbed--qwen3--bupo-auto-s6-seed0"
     assert TrainConfig(ipa_steps=6, layer=" 7").directory.name == "testbed--qwen3--bupo-l7-s6-seed0"
     seen = []
@@ -78,7 +78,7 @@ def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
     assert (layer, options["layer"]) == (7, 7)
 
 
-def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
+def test_a_missing_network_is_reported_once(monkeypatch, caplog, tmp_path):
     def offline(model, **options):
         with as_user_error(model, "its config.json"):
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")

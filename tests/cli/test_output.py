@@ -52,7 +52,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr("internal_policy.report.write_report", lambda thing, place=None: place / "report.html")
 
 
-def test_json_is_one_document_with_what_was_written(place, tmp_path, monkeypatch, capsys, undrawn):
+def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, monkeypatch, capsys, undrawn):
     found = told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
     assert found["command"] == "compare"
     assert set(found["tables"]) == set(TABLES)
@@ -86,7 +86,7 @@ def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, m
 
 
 @pytest.mark.slow
-def test_what_is_said_beside_it_goes_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
+def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
     words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
     (analysis,) = told(monkeypatch, capsys, "analyze", *words)["analyses"]
     code, out, err = command(monkeypatch, capsys, "analyze", *words, "--json")
@@ -111,7 +111,7 @@ def test_json_of_the_commands_that_need_a_model(tmp_path, monkeypatch, capsys):
     assert found["run"]["evaluations"]["trained"]["avg"]["mean"] == Run.load(tmp_path / "r").evaluation.avg["mean"]
 
 
-def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn):
+def test_quiet_still_writes_files(place, tmp_path, monkeypatch, capsys, undrawn):
     before = sys.stdout
     assert command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path, "-q") == (0, "", "")
     assert AnalysisComparison.load(tmp_path).labels == ("007", "NA")
@@ -122,7 +122,7 @@ def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn
 
 
 @pytest.mark.parametrize("word", ["figures", "report", "compare"])
-def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, place, monkeypatch, capsys):
+def test_a_pattern_without_matches_is_reported_before_drawing(word, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     line = "error: data/runs/*: nothing matches this pattern; leave it out, or name what is there\n"
@@ -131,7 +131,7 @@ def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, p
 
 
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
-def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option):
+def test_an_error_is_one_line_in_every_output_mode(tmp_path, monkeypatch, capsys, option):
     code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -162,7 +162,7 @@ def test_after_an_error_a_session_prints_again(words, capsys):
 
 
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
-def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
+def test_help_is_printed_in_every_output_mode(monkeypatch, capsys, option):
     code, out, _ = command(monkeypatch, capsys, "compare", option, "--help")
     assert code == 0
     assert "Compare two or more analyses" in out
@@ -190,7 +190,7 @@ print("after")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
-def test_nobody_else_writes_into_the_document():
+def test_only_the_document_is_on_standard_output():
     # Buffers are what is to be emptied in time.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -221,7 +221,7 @@ def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
     assert "from a child" in done.stderr
 
 
-def test_what_json_does_not_have_is_null():
+def test_non_finite_values_become_null():
     odd = {"a": float("nan"), "b": [float("inf"), pd.NA], "c": Path("x"), "t": pd.DataFrame({"n": [1.5, None]})}
     assert output.to_plain(odd) == {"a": None, "b": [None, None], "c": "x", "t": [{"n": 1.5}, {"n": None}]}
 
@@ -235,7 +235,7 @@ def test_what_json_does_not_have_is_null():
         ({"TERM": "dumb"}, False),
     ],
 )
-def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsys, environment, coloured):
+def test_no_control_characters_without_a_terminal(comparison, monkeypatch, capsys, environment, coloured):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -285,7 +285,7 @@ def test_bash_completes_an_empty_word():
     assert done.stdout == "policy logit-lens\n"
 
 
-def test_completion_is_of_the_shell_that_is_named(tmp_path, monkeypatch, capsys):
+def test_completion_is_for_the_named_shell(tmp_path, monkeypatch, capsys):
     main.run(["--show-completion", "zsh"])
     assert "#compdef internal-policy" in capsys.readouterr().out
     monkeypatch.setenv("SHELL", "/bin/fish")
@@ -302,6 +302,6 @@ def test_completion_is_of_the_shell_that_is_named(tmp_path, monkeypatch, capsys)
     assert "complete -o default" in script.read_text()
 
 
-def test_nothing_of_the_hubs_own_settings_is_overridden():
+def test_hub_settings_of_the_user_are_kept():
     sources = "\n".join(p.read_text() for p in Path(internal_policy.__file__).parent.rglob("*.py"))
     assert not any(f"{word}=" in sources for word in ("cache_dir", "local_files_only", "HF_HOME", "HF_HUB_CACHE"))

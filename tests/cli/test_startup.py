@@ -31,7 +31,7 @@ def said(commands, cwd, absent):
     return [part.splitlines()[1:] for part in run_base(EACH, *commands, cwd=cwd, absent=absent).stderr.split("# ")[1:]]
 
 
-def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path):
+def test_missing_inputs_are_reported_before_libraries_are_loaded(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
     told = said(MISSING, tmp_path, absent="")
@@ -42,7 +42,7 @@ def test_what_is_not_there_is_told_before_anything_is_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_the_first_words_come_before_the_libraries(tmp_path):
+def test_the_loading_message_is_printed_before_libraries_are_loaded(tmp_path):
     commands = [
         "analyze",
         "analyze --preset testbed",
@@ -60,7 +60,7 @@ def test_the_first_words_come_before_the_libraries(tmp_path):
     assert len(told[-1]) == 1
 
 
-def test_nothing_is_said_where_the_libraries_are_there(capsys):
+def test_no_loading_message_if_libraries_are_loaded(capsys):
     with importing():
         pass
     assert capsys.readouterr() == ("", "")

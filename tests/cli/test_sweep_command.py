@@ -35,7 +35,7 @@ def told(monkeypatch, capsys, *arguments):
     return exit_code.value.code or 0, captured.out, captured.err
 
 
-def test_the_command_takes_a_glob_that_the_shell_has_expanded(run, tmp_path, monkeypatch, capsys):
+def test_the_command_accepts_a_glob_expanded_by_the_shell(run, tmp_path, monkeypatch, capsys):
     swept = []
     monkeypatch.setattr(sweeps, "sweep", lambda start, **options: swept.append((start, options)) or [])
     monkeypatch.setattr(cli_analyze, "draw", lambda *arguments: None)
@@ -90,7 +90,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
         (["--preset", "testbed", "--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_commands_that_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_commands_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = told(monkeypatch, capsys, "analyze", *arguments)
     assert (code, out) == (2, "")
@@ -108,7 +108,7 @@ def test_commands_that_are_refused(tmp_path, monkeypatch, capsys, arguments, mes
         ["--preset", "paper"],
     ],
 )
-def test_a_missing_key_for_ndif_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys, arguments):
+def test_a_missing_ndif_key_is_reported_before_contacting_the_hub(tmp_path, monkeypatch, capsys, arguments):
     nnsight = pytest.importorskip("nnsight")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NDIF_API_KEY", raising=False)
@@ -121,7 +121,7 @@ def test_a_missing_key_for_ndif_is_told_before_the_hub_is_asked(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
+def test_killed_in_the_second_checkpoint_and_resumed(run, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS * 10))
 
     def command(output):

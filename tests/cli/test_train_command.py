@@ -134,7 +134,7 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     assert (tmp_path / "figures" / path.name / "fig4_training.png").is_file()
 
 
-def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, capsys):
+def test_a_custom_reward_and_a_trl_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shortness.py").write_text(
         "calls = []\n"
@@ -194,7 +194,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_in_a_process_of_its_own(tmp_path):
+def test_command_in_a_subprocess(tmp_path):
     done = run_alone("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
     assert done.stdout == ""
     assert done.stderr == "error: ipa_steps is 9 and the run has 4 steps; needed is 0 to 4, or auto\n"
@@ -211,7 +211,7 @@ def test_a_reward_that_breaks_the_training(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
+def test_results_without_figures(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text(json.dumps({"name": "x"}))
@@ -229,7 +229,7 @@ def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "figures").exists()
 
 
-def test_the_directory_is_named_by_the_layer_also_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_command_names_the_directory_by_the_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     named = tmp_path / "data" / "runs" / "testbed--qwen3--bupo-l2-s1-seed0"
     named.mkdir(parents=True)

@@ -126,7 +126,7 @@ def test_other_responses_are_marked_and_compared_as_independent(real):
 
 
 @pytest.mark.parametrize(("which", "reading"), [(0, "abrupt"), (1, "progressive")])
-def test_an_embedded_model_is_measured_on_its_own_curve(real, which, reading):
+def test_embedded_model_convergence_matches_its_curve(real, which, reading):
     analysis = (real[0], real[2])[which]
     found = measure_convergence(analysis, resamples=100)
     drop, depth, share = by_hand(list(analysis.curve("layer", "entropy_out")))
@@ -139,7 +139,7 @@ def test_an_embedded_model_is_measured_on_its_own_curve(real, which, reading):
     assert found.reading_share == 1.0
 
 
-def test_the_made_analyses_have_the_tables_of_real_ones():
+def test_synthetic_analyses_have_the_tables_of_real_ones():
     analysis = make(progressive(5), noise=0.3, samples=2)
     expected = statistics.layer_table(analysis.responses)
     pd.testing.assert_frame_equal(analysis.layers[expected.columns], expected, check_exact=False, rtol=1e-9)
@@ -166,7 +166,7 @@ def test_equal_clusters_give_the_paired_and_the_welch_t_test():
     np.testing.assert_allclose(rows["high"] - rows["low"], ends.high - ends.low, rtol=0.12)
 
 
-def test_sharing_the_responses_is_what_makes_the_interval_narrow():
+def test_shared_responses_narrow_the_interval():
     base, near = make(progressive(8), noise=0.1, shared=2.0), make(progressive(8), noise=0.1, shared=2.0, seed=5)
     moved = make(progressive(8), noise=0.1, shared=2.0, seed=5, data_seed=9)
     widths = []
@@ -176,7 +176,7 @@ def test_sharing_the_responses_is_what_makes_the_interval_narrow():
     assert widths[1] > 5 * widths[0]
 
 
-def test_an_analysis_compared_with_itself_differs_by_nothing():
+def test_an_analysis_compared_with_itself_has_zero_differences():
     analysis = make(progressive(10), noise=0.1)
     assert analysis.boundary_layer is not None
     comparison = compare(analysis, analysis)
@@ -243,7 +243,7 @@ def test_two_depths_on_the_same_responses_are_paired():
     assert (depths["stderr"] < 1e-9).all()
 
 
-def test_the_moves_of_boundary_and_stages():
+def test_changes_of_boundary_layer_and_stages():
     base, other = make(progressive(6), noise=0.1), make(progressive(6), noise=0.1, seed=1)
     moved = replace(
         other,
@@ -269,7 +269,7 @@ def test_the_moves_of_boundary_and_stages():
     assert pd.isna(row["move"])
 
 
-def test_a_trend_is_found_where_it_was_put():
+def test_a_known_trend_is_recovered():
     comparison = compare(training(5, 10, moves=-0.02, noise=0.01, shared=0.02, prompts=30))
     rows = rows_of(comparison.trends, site="layer", quantity="entropy_out")
     # A checkpoint, of ten steps, moves layer l by -0.02 l / L; the slope's standard error is below 1e-4.
@@ -278,7 +278,7 @@ def test_a_trend_is_found_where_it_was_put():
     assert (comparison.trends["steps_from"] == "name").all()
 
 
-def test_trends_of_other_responses_add_the_errors():
+def test_trends_over_different_responses_add_the_errors():
     series = [make(progressive(5), f"step_{k}", noise=0.3, seed=k, data_seed=k) for k in (0, 10, 30)]
     rows = rows_of(compare(series).trends, site="layer", quantity="entropy_out")
     assert not rows["paired"].any()
@@ -303,7 +303,7 @@ def test_a_single_prompt_has_no_interval():
 
 
 @pytest.mark.parametrize("data_seed", [None, 1000])
-def test_the_intervals_of_differences_keep_their_level(data_seed):
+def test_coverage_of_difference_intervals(data_seed):
     """Paired (None) and unpaired; each layer is a draw of its own, so one comparison has many intervals."""
     n_layers, held = 120, []
     for seed in range(4):
@@ -324,7 +324,7 @@ def test_the_intervals_of_differences_keep_their_level(data_seed):
     assert 0.92 <= np.mean(held) <= 0.98
 
 
-def test_the_intervals_of_a_slope_hold_where_only_some_checkpoints_share_responses():
+def test_coverage_of_slope_intervals_with_partially_shared_responses():
     """Two sweeps in one: the shared responses err together, so their weights must be added before they are squared."""
     n_layers, held = 60, []
     for seed in range(4):

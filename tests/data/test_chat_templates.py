@@ -22,7 +22,7 @@ def rendered(template, contents=("one", "two")):
     return render_all([Prompt(c) for c in contents], "chat", tokenizer), tokenizer
 
 
-def test_a_template_gives_what_transformers_makes_of_it():
+def test_templates_render_as_in_transformers():
     found, tokenizer = rendered(GOOD)
     chats = [[{"role": "user", "content": c}] for c in ("one", "two")]
     assert found == [tokenizer.apply_chat_template(c, tokenize=True)["input_ids"] for c in chats]
@@ -45,7 +45,7 @@ def test_a_template_gives_what_transformers_makes_of_it():
         ("{{ messages[5].content }}", "list object has no element 5"),
     ],
 )
-def test_a_template_that_does_not_get_done_is_refused(monkeypatch, template, why):
+def test_a_template_that_does_not_finish_is_refused(monkeypatch, template, why):
     monkeypatch.setattr(chat_templates, "SECONDS", 1.0)
     before = time.monotonic()
     with pytest.raises(UserError) as told:

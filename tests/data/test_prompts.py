@@ -34,7 +34,7 @@ CHAT += "{% if add_generation_prompt %}assistant-{% endif %}"
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json"])
-def test_the_three_formats_read_alike(tmp_path, suffix):
+def test_the_three_formats_give_the_same_prompts(tmp_path, suffix):
     rows = [
         {"prompt": "one \u2028 two", "answer": "3"},
         {"prompt": [{"role": "user", "content": "hi"}], "answer": None},
@@ -65,7 +65,7 @@ def test_answer_columns_by_their_usual_names(row):
 @pytest.mark.parametrize(
     ("name", "rows"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
 )
-def test_real_benchmarks_are_read_whole(name, rows):
+def test_real_benchmarks_are_read_completely(name, rows):
     prompts = read_prompts(str(SHARED / f"{name}.parquet"))
     assert len(prompts) == rows
     assert all(p.answer and p.problem and p.chat[-1]["role"] == "user" for p in prompts)
@@ -112,7 +112,7 @@ def test_ids_of_any_kind_of_integer(kind):
     assert all(type(i) is int for i in [*response.input_ids, response.prompt_length])
 
 
-def test_null_columns_do_not_decide_the_kind_of_record():
+def test_null_columns_do_not_determine_the_record_type():
     rows = [
         {"input_ids": None, "prompt_length": None, "prompt": "w2", "response": "w3"},
         {"input_ids": [2, 3], "prompt_length": 1.0, "prompt": None, "response": None},
@@ -171,7 +171,7 @@ def test_parquet_that_is_not_utf8_or_damaged_is_reported_in_one_line(tmp_path):
         read_file(path)
 
 
-def test_of_a_parquet_file_only_what_is_wanted_is_unpacked(tmp_path):
+def test_only_the_needed_parquet_columns_are_read(tmp_path):
     path = tmp_path / "a.parquet"
     with pq.ParquetWriter(path, pa.schema({"prompt": pa.string()})) as writer:
         for _ in range(11):
@@ -282,7 +282,7 @@ def endless():
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_what_is_no_list_of_records_is_refused_by_whatever_takes_one(source, message, tmp_path):
+def test_values_that_are_not_lists_of_records_are_refused_everywhere(source, message, tmp_path):
     calls = {
         "prompts": lambda: analyze("testbed/llama", prompts=source),
         "responses": lambda: analyze("testbed/llama", responses=source),
@@ -297,7 +297,7 @@ def test_what_is_no_list_of_records_is_refused_by_whatever_takes_one(source, mes
         assert "\n" not in str(error.value)
 
 
-def test_a_stream_is_read_as_far_as_it_is_needed():
+def test_a_stream_is_read_only_as_far_as_needed():
     assert len(as_source(endless(), limit=4)) == 4
     assert len(as_source(splits()["train"].to_iterable_dataset(), limit=2)) == 2
     assert len(as_source(splits()["train"], limit=2)) == 3
@@ -307,7 +307,7 @@ def test_a_stream_is_read_as_far_as_it_is_needed():
 
 
 @pytest.mark.parametrize("item", ["problems.jsonl", "./a/b.parquet", Path("problems.json")], ids=str)
-def test_the_name_of_a_file_is_no_prompt(item):
+def test_a_file_name_is_not_accepted_as_a_prompt(item):
     with pytest.raises(UserError, match="item 2 is the name of a file"):
         read_prompts(["w2", item])
     assert read_prompts(["What is in a.json ?"])
@@ -329,7 +329,7 @@ def test_the_name_of_a_file_is_no_prompt(item):
     ],
     ids=repr,
 )
-def test_an_answer_that_is_a_number_is_compared_by_its_digits(answer, text):
+def test_numeric_answers_are_compared_as_text(answer, text):
     (prompt,) = read_prompts([{"prompt": "2+2=?", "answer": answer}])
     assert (prompt.answer, prompt.unusable) == (text, "")
     if text is not None:
@@ -337,7 +337,7 @@ def test_an_answer_that_is_a_number_is_compared_by_its_digits(answer, text):
 
 
 @pytest.mark.parametrize("answer", [["4"], [4], {"value": 4}, float("nan")], ids=lambda a: type(a).__name__)
-def test_an_answer_that_is_not_one_is_refused_before_anything_is_sampled(answer, tmp_path):
+def test_invalid_answers_are_refused_before_sampling(answer, tmp_path):
     rows = [{"prompt": "2+2=?", "answer": answer}]
     for call in (
         lambda: evaluate("testbed/llama", rows, reward="exact"),
@@ -353,6 +353,6 @@ def test_an_answer_that_is_not_one_is_refused_before_anything_is_sampled(answer,
 
 
 @pytest.mark.parametrize("value", [4, 4.0, Decimal("4.00"), Decimal("4"), np.int64(4)])
-def test_a_number_is_answered_by_its_digits_however_it_is_stored(value):
+def test_numeric_answers_do_not_depend_on_their_storage_type(value):
     assert answer_text(value) == "4"
     assert answer_text(Decimal("1E+2")) == "100"

@@ -71,7 +71,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)])
-def test_values_and_gradients_are_those_of_the_definition(transform, bias, wants):
+def test_values_and_gradients_match_the_definition(transform, bias, wants):
     *tensors, targets = operands(bias)
     expected = plain(*tensors, targets, **transform)
     found = differentiable_log_probs(tensors[0], targets, *tensors[1:], entropy=True, **transform)
@@ -81,7 +81,7 @@ def test_values_and_gradients_are_those_of_the_definition(transform, bias, wants
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
-def test_autocast_rounds_the_operands_and_nothing_else():
+def test_autocast_rounds_only_the_operands():
     *tensors, targets = operands(bias=False, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = differentiable_log_probs(tensors[0], targets, *tensors[1:], entropy=True)
@@ -96,7 +96,7 @@ def test_autocast_rounds_the_operands_and_nothing_else():
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-def test_states_whose_loss_is_flat_cost_nothing_in_backward():
+def test_states_without_gradient_are_skipped_in_backward():
     *tensors, targets = operands(bias=True)
     a = torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a[::3] = 0.0
@@ -125,7 +125,7 @@ def test_nan_in_a_loss_is_not_hidden():
 
 
 @pytest.mark.parametrize("targets", [torch.full((N,), VOCAB), torch.full((N,), -1), torch.zeros(N - 1).long()])
-def test_targets_that_do_not_fit_are_refused(targets):
+def test_invalid_targets_are_refused(targets):
     states, weight, _, _ = operands(bias=False)
     with pytest.raises(ValueError, match="needed"):
         differentiable_log_probs(states, targets, weight)
@@ -154,7 +154,7 @@ def ready(tmp_path, model, **changed):
     return trainer
 
 
-def test_memory_of_an_update_grows_by_the_gradient_of_the_unembedding_and_not_by_logits(tmp_path):
+def test_memory_of_an_update_does_not_include_logits(tmp_path):
     small, large = 20_011, 40_009
     peaks = []
     for vocab in (small, large):
@@ -170,7 +170,7 @@ def test_memory_of_an_update_grows_by_the_gradient_of_the_unembedding_and_not_by
 
 
 @pytest.mark.parametrize("family", ["qwen3", "cohere", "gemma2", "granite", "phi", "gpt2"])
-def test_an_update_is_that_of_trls_head_and_scores_responses_only(tmp_path, monkeypatch, family):
+def test_updates_match_trls_head_and_score_only_responses(tmp_path, monkeypatch, family):
     scored, found = [], []
     score = forward.differentiable_log_probs
     monkeypatch.setattr(
@@ -192,7 +192,7 @@ def test_an_update_is_that_of_trls_head_and_scores_responses_only(tmp_path, monk
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_the_head_is_gone_on_any_exit(patched):
+def test_the_replaced_head_is_removed_on_any_exit(patched):
     model = tiny_model("llama")
     if patched:
         add_fused_lm_head(model)
@@ -218,7 +218,7 @@ def test_the_head_is_gone_on_any_exit(patched):
     assert model.__dict__.get("forward") is before
 
 
-def test_the_entropy_of_the_policy_costs_no_pass_of_its_own_where_old_log_probabilities_are_of_it(tmp_path):
+def test_policy_entropy_reuses_the_pass_of_the_old_log_probabilities(tmp_path):
     logged, passes = [], []
     for drops_out in (False, True):
         trainer = aligning(tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4)
@@ -244,7 +244,7 @@ def flops(work):
 
 
 @pytest.mark.parametrize("named", ["testbed", pytest.param("qwen", marks=pytest.mark.slow)])
-def test_metrics_take_less_than_a_twentieth_of_a_run(tmp_path, named):
+def test_metrics_cost_less_than_5_percent_of_a_run(tmp_path, named):
     """Operations at the default interval against those of updates and old log-probabilities, sampling left out."""
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
     # 924 entries stand to a layer of this width as Qwen3-4B's vocabulary to one of its layers.

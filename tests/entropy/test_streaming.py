@@ -84,7 +84,7 @@ def test_extremes():
     with_bias=st.booleans(),
     budget=st.sampled_from([5_000, 50_000, 10**8]),
 )
-def test_running_sums_are_the_policies_of_the_summed_states(n, layers, options, with_bias, budget):
+def test_additive_logits_give_the_policies_of_summed_states(n, layers, options, with_bias, budget):
     states, unembedding = random((2 * layers + 1) * n, vocab=97, scale=2)
     bias = torch.randn(97) if with_bias else None
     parts = list(states.view(2 * layers + 1, n, 24))
@@ -106,7 +106,7 @@ def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
     assert entropies.isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_shapes_that_do_not_fit_are_reported():
+def test_mismatched_shapes_are_refused():
     with pytest.raises(ValueError, match=r"needed \[N, d\] and \[V, d\]"):
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 6))
     with pytest.raises(ValueError, match=r"needed \[5\]"):

@@ -37,14 +37,14 @@ def llama():
     return evaluate("testbed/llama", **FEW)
 
 
-def test_a_comparison_with_itself_finds_nothing(qwen3):
+def test_a_comparison_with_itself_finds_no_difference(qwen3):
     c = compare(qwen3, qwen3)
     assert (c.difference, c.p_value, c.p_permutation, c.n_equal) == (0.0, 1.0, 1.0, qwen3.n_problems)
     assert c.low < 0 < c.high
     assert c.differing == {}
 
 
-def test_a_comparison_tells_settings_that_differ_and_refuses_other_problems(qwen3, llama):
+def test_a_comparison_reports_other_settings_and_refuses_other_problems(qwen3, llama):
     assert "samples" in compare(rated([1, 2], n=16), rated([1, 2], n=32)).differing
     assert compare(qwen3, llama).n_problems == 8
     with pytest.raises(UserError, match=r"8 problems .* on 2 "):
@@ -54,7 +54,7 @@ def test_a_comparison_tells_settings_that_differ_and_refuses_other_problems(qwen
         compare(qwen3, other)
 
 
-def test_an_evaluation_is_what_its_samples_say(qwen3):
+def test_evaluation_statistics_match_its_samples(qwen3):
     answers = dict(zip(qwen3.problems["problem"], qwen3.problems["answer"], strict=True))
     scores = [float(tasks.check(s["response"], answers[s["problem"]])) for s in qwen3.samples.to_dict("records")]
     assert scores == list(qwen3.samples["score"])
@@ -71,12 +71,12 @@ def test_an_evaluation_is_what_its_samples_say(qwen3):
     )
 
 
-def test_the_testbeds_problems_are_not_those_of_an_analysis():
+def test_testbed_evaluation_problems_differ_from_those_of_an_analysis():
     analysed = {p.prompt for p in tasks.problems(256, seed=TESTBED_SEED)}
     assert len([p for p in benchmarks.read_benchmark("testbed") if p.problem in analysed]) <= 8
 
 
-def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatch):
+def test_batch_size_and_out_of_memory_retries_do_not_change_results(qwen3, monkeypatch):
     def small_memory(model, requests, **options):
         if len(requests) > 8:
             raise MemoryError
@@ -88,7 +88,7 @@ def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatc
     pd.testing.assert_frame_equal(again.samples, qwen3.samples, check_exact=True)
 
 
-def test_a_loaded_model_is_taken_as_it_is_and_given_back_in_its_mode(qwen3):
+def test_a_loaded_model_is_used_as_is_and_keeps_its_training_mode(qwen3):
     model = models.load("testbed/qwen3")
     model.model.train()
     model.layers[0].eval()
@@ -131,7 +131,7 @@ def test_crashes_of_a_reward_are_counted_and_bad_scores_refused():
         evaluate("testbed/qwen3", reward=["math", "exact"], **FEW)
 
 
-def test_what_is_read_back_is_what_was_written(tmp_path):
+def test_saving_and_loading_round_trip(tmp_path):
     evaluation = rated([3, 0, 16], name="é")
     nasty = pd.DataFrame(
         {"prompt": ['a "quoted",\r\nline\rand\n\n', " NA", "\u2028x,y"], "answer": ["007", "NA", "1e3"]}
@@ -146,7 +146,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path):
     assert np.isnan(Evaluation.load(rated([3]).save(tmp_path / "single")).avg["stderr"])
 
 
-def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
+def test_invalid_evaluations_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished evaluation"):
         Evaluation.load(tmp_path)
     target = rated([1, 2]).save(tmp_path / "m" / "b")
@@ -163,7 +163,7 @@ def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
         Evaluation.load(target)
 
 
-def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_path, monkeypatch):
+def test_a_finished_evaluation_is_reused_only_with_equal_settings(qwen3, tmp_path, monkeypatch):
     first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
     assert first.path == tmp_path / "testbed--qwen3" / "testbed"
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
@@ -182,7 +182,7 @@ def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_
 RESUMED = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
 
 
-def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeypatch):
+def test_interrupted_and_resumed_gives_the_same_results(tmp_path, monkeypatch):
     options = {**RESUMED, "samples": 2, "max_problems": 6}
     calls = []
 
@@ -205,7 +205,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
+def test_killed_and_resumed_gives_the_same_results(tmp_path):
     options = RESUMED
     code = (
         "import sys; from internal_policy.evaluation import evaluate; "
@@ -238,7 +238,7 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("file", "n"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
 )
-def test_the_files_of_trainers_can_be_read(file, n):
+def test_data_files_of_trainers_are_read(file, n):
     problems = benchmarks.read_benchmark(str(DATA / f"{file}.parquet"))
     assert len(problems) == n
     assert all(p.answer and "put your final answer" not in p.problem for p in problems)

@@ -23,12 +23,12 @@ def test_pass_at_k_is_the_exact_fraction(n):
         assert [metrics.pass_at_k(n, c, k) for c in (0, n // 2, n)] == [got[0], got[n // 2], got[n]]
 
 
-def test_pass_at_k_of_ten_thousand_samples_neither_overflows_nor_cancels():
+def test_pass_at_k_of_ten_thousand_samples_is_numerically_stable():
     for c, k in [(0, 256), (1, 1), (1, 10_000), (3, 2), (17, 256), (5000, 4), (9999, 1), (9999, 2), (9745, 256)]:
         assert metrics.pass_at_k(10_000, c, k) == pytest.approx(exact(10_000, c, k), rel=1e-11, abs=0)
 
 
-def test_pass_at_k_takes_problems_with_different_numbers_of_samples():
+def test_pass_at_k_supports_different_numbers_of_samples():
     n, c = [4, 300, 4, 16, 300], [1, 20, 0, 16, 300]
     want = [exact(*pair, 4) for pair in zip(n, c, strict=True)]
     np.testing.assert_allclose(metrics.pass_at_k_each(n, c, 4), want, rtol=1e-13)
@@ -38,12 +38,12 @@ def test_pass_at_k_takes_problems_with_different_numbers_of_samples():
     ("n", "c", "k", "expected"),
     [(4, 1, 5, "Pass@5 of 4"), (4, 5, 2, "correct"), (4, -1, 2, "correct"), (4, 1, 0, "Pass@0")],
 )
-def test_pass_at_k_refuses_what_is_not_defined(n, c, k, expected):
+def test_pass_at_k_refuses_undefined_inputs(n, c, k, expected):
     with pytest.raises(UserError, match=expected):
         metrics.pass_at_k(n, c, k)
 
 
-def test_the_papers_k_are_the_default():
+def test_default_k_are_those_of_the_paper():
     assert EvaluateConfig("testbed/qwen3", "math500", samples=300).ks == (1, 4, 16, 64, 256, 300)
     assert EvaluateConfig("testbed/qwen3", "math500").ks == (1, 4, 16)
     assert [EvaluateConfig("m", b).n for b in ("amc23", "math500", "aime24", "aime25", "x.jsonl")] == [
@@ -59,7 +59,7 @@ def test_the_papers_k_are_the_default():
 @pytest.mark.parametrize(
     ("shape", "n", "k"), [((0.3, 0.5), 16, 1), ((0.1, 8.0), 32, 4), ((1.0, 1.0), 300, 256), ((3.0, 0.3), 16, 16)]
 )
-def test_intervals_cover_the_truth_also_where_nearly_all_problems_are_alike(shape, n, k):
+def test_interval_coverage_with_nearly_constant_outcomes(shape, n, k):
     """Without the widening the last two cover 0.25 and 0.01: nearly all that is seen there is 1."""
     rng = np.random.default_rng(0)
     truth = np.mean(1 - (1 - rng.beta(*shape, size=400_000)) ** k)
@@ -69,7 +69,7 @@ def test_intervals_cover_the_truth_also_where_nearly_all_problems_are_alike(shap
     assert np.all((low >= 0) & (high <= 1))
 
 
-def test_differences_are_covered_and_shorter_for_being_paired():
+def test_paired_differences_are_covered_and_have_shorter_intervals():
     rng = np.random.default_rng(1)
 
     def draw(size):

@@ -93,7 +93,7 @@ def differences(ours, theirs):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backend", OPENERS)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_parity(model_type, backend, tied, dtype):
+def test_every_backend_matches_the_hooks(model_type, backend, tied, dtype):
     told = documented()[model_type][COLUMNS.index(backend)]
     ours, gap = None, None
     try:
@@ -108,7 +108,7 @@ def test_parity(model_type, backend, tied, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_whole_analysis_is_the_same_through_each_backend(backend):
+def test_analyze_gives_the_same_results_with_each_backend(backend):
     model, records = tiny_model("qwen3", attention="eager"), ragged_responses(4)
     hooks = analyze(model, tiny_tokenizer(), responses=records)
     other = analyze(model, tiny_tokenizer(), responses=records, backend=backend)
@@ -195,13 +195,13 @@ def test_the_table_has_a_cell_for_every_family_and_backend():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_cell_of_the_table_is_what_a_run_finds(model_type):
+def test_the_table_matches_a_new_run(model_type):
     for backend, told in zip(COLUMNS, documented()[model_type], strict=True):
         found = cell(model_type, backend)
         assert same(told, found, backend), f"{backend}: {told!r} is written, {found!r} was found; write the table anew"
 
 
-def test_a_cell_tells_a_gap_and_a_difference(monkeypatch):
+def test_a_cell_shows_an_error_or_a_difference(monkeypatch):
     def refuse(model):
         raise ValueError("no adapter | for this\nand more")
 

@@ -52,7 +52,7 @@ def test_parity_with_the_definition_in_float64(model_type, tied, kv_heads, side)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_policy_entropy_is_that_of_the_models_own_logits(model_type):
+def test_policy_entropy_matches_the_models_logits(model_type):
     model = tiny_model(model_type)
     records = ragged_responses()
     for record, values in zip(records, captured(model, records), strict=True):
@@ -62,7 +62,7 @@ def test_policy_entropy_is_that_of_the_models_own_logits(model_type):
         np.testing.assert_allclose(values.policy[:, 1], own.numpy(), rtol=0, atol=FLOAT32_NATS)
 
 
-def test_logit_lens_applies_the_final_norm_and_ends_at_the_policy():
+def test_logit_lens_applies_the_final_norm_and_ends_in_the_policy():
     model = tiny_model("qwen3")
     records = ragged_responses()
     plain, lens = captured(model, records), captured(model, records, lens="logit-lens")
@@ -74,7 +74,7 @@ def test_logit_lens_applies_the_final_norm_and_ends_at_the_policy():
         assert np.abs(a.layers[:, 0, out] - b.layers[:, 0, out]).max() > 0.01
 
 
-def test_hooks_are_gone_on_any_exit():
+def test_hooks_are_removed_on_any_exit():
     model = models.wrap(tiny_model("llama"), tiny_tokenizer())
 
     def hooks():
@@ -92,7 +92,7 @@ def test_hooks_are_gone_on_any_exit():
 POST_NORMS = {"attention_write": "post_attention_layernorm", "ffn_write": "post_feedforward_layernorm"}
 
 
-def test_a_wrong_row_is_refused_by_eq_4(monkeypatch):
+def test_a_wrong_family_is_refused_by_eq_4(monkeypatch):
     # Gemma 2 norms what its modules write: the raw outputs are not the writes.
     monkeypatch.setitem(TABLE, "gemma2", Family("Gemma 2", logit_softcap="final_logit_softcapping"))
     with pytest.raises(UserError, match=r"eq\. 4 fails in layer 1"):
@@ -105,7 +105,7 @@ def test_a_wrong_projection_is_refused_by_the_models_logits(monkeypatch):
         verify(HookExtractor(models.wrap(tiny_model("gemma2"), tiny_tokenizer())))
 
 
-def test_a_stream_that_changes_between_layers_is_refused():
+def test_a_residual_stream_that_changes_between_layers_is_refused():
     model = tiny_model("llama")
 
     def double(_, args, kwargs):
@@ -119,7 +119,7 @@ def test_a_stream_that_changes_between_layers_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e3, 1e4])
-def test_massive_activations_that_cancel_pass_the_proof(dtype, size):
+def test_cancelling_massive_activations_pass_verification(dtype, size):
     model = tiny_model("llama", mlp_bias=True)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.bias[5] = size
@@ -135,7 +135,7 @@ def test_logits_that_overflow_in_the_last_step_only_are_reported():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt_neox"])
-def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch):
+def test_grouping_layers_does_not_change_results(model_type, monkeypatch):
     model = tiny_model(model_type, layers=6)
     together = captured(model, ragged_responses())
     monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
@@ -146,7 +146,7 @@ def test_layers_reduced_together_or_apart_give_the_same(model_type, monkeypatch)
             np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
 
 
-def test_positions_are_reduced_in_portions(monkeypatch):
+def test_positions_are_reduced_in_chunks(monkeypatch):
     whole = captured(tiny_model("qwen3"), ragged_responses(5))
     monkeypatch.setattr(reduce, "_POSITIONS", 7)
     parts = captured(tiny_model("qwen3"), ragged_responses(5))

@@ -30,7 +30,7 @@ def model():
     return models.wrap(tiny_model("llama"), tiny_tokenizer())
 
 
-def test_draws_do_not_depend_on_the_batch(model):
+def test_samples_do_not_depend_on_the_batch(model):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     together = sample(model, requests(6), **options)
     alone = [sample(model, [r], **options)[0] for r in requests(6)]
@@ -39,7 +39,7 @@ def test_draws_do_not_depend_on_the_batch(model):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_tempered_policy(model, temperature):
+def test_samples_follow_the_tempered_policy(model, temperature):
     n = 4000
     many = [Request(Prompt("x"), [2, 3, 4], 0, i) for i in range(n)]
     draws = [r.input_ids[3] for r in sample(model, many, max_new_tokens=1, temperature=temperature, seed=0)]
@@ -64,7 +64,7 @@ def test_temperature_zero_is_greedy(model):
     assert response.input_ids == ids
 
 
-def test_the_checkpoints_sampling_defaults_do_not_bend_the_policy(model):
+def test_the_checkpoints_sampling_defaults_are_ignored(model):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 0}
     plain = sample(model, requests(4), **options)
     own = GenerationConfig(top_k=1, temperature=0.1, repetition_penalty=5.0, no_repeat_ngram_size=1, eos_token_id=1)
@@ -85,7 +85,7 @@ def test_a_response_ends_with_the_end_token_and_within_the_context(model):
         assert r.input_ids[-1] == 1 or len(r.input_ids) == model.max_length
 
 
-def test_prompts_that_leave_no_room_are_reported(model):
+def test_prompts_that_fill_the_context_are_refused(model):
     with pytest.raises(UserError, match="prompt 1 has 64 tokens and the model's context is 64"):
         check_prompt_lengths([Request(Prompt("x"), [2] * 64, 0, 0)], model)
     with pytest.raises(UserError, match="prompt 1 has no tokens"):
@@ -121,7 +121,7 @@ def several(prompts, samples):
     return [Request(Prompt("x"), ids, i, s) for i, ids in enumerate(prompts) for s in range(samples)]
 
 
-def test_a_prompt_is_read_once_and_a_response_leaves_when_it_ends(model):
+def test_each_prompt_is_prefilled_once_and_finished_responses_leave_the_batch(model):
     prompts, options = [[2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4]], {"max_new_tokens": 30, "temperature": 3.0, "seed": 0}
     with tokens_run(model) as shapes:
         responses = sample(model, several(prompts, 8), **options)
@@ -136,7 +136,7 @@ def test_a_prompt_is_read_once_and_a_response_leaves_when_it_ends(model):
     assert shapes == [(16, 6)] + [(16, 1)] * 29
 
 
-def test_many_responses_leave_in_groups(model):
+def test_finished_responses_leave_the_batch_in_groups(model):
     with tokens_run(model) as shapes:
         responses = sample(model, several([[2, 3, 4]], 64), max_new_tokens=40, temperature=3.0, seed=0)
     run = sum(rows for rows, _ in shapes[1:])
@@ -147,7 +147,7 @@ def test_many_responses_leave_in_groups(model):
 
 
 @pytest.mark.slow
-def test_an_evaluations_samples_cost_half_the_tokens():
+def test_sharing_prompts_halves_the_tokens_of_an_evaluation():
     model = models.load("testbed/qwen3")
     prompts = [render(p, "chat", model.tokenizer) for p in read_benchmark("testbed", 4)]
     options = {"max_new_tokens": 48, "temperature": 1.0, "seed": 0}
@@ -159,14 +159,14 @@ def test_an_evaluations_samples_cost_half_the_tokens():
     assert sum(rows * width for rows, width in shapes) / ours > 1.9
 
 
-def test_a_cache_that_cannot_be_repeated_changes_nothing(model, monkeypatch):
+def test_unsupported_cache_types_give_the_same_samples(model, monkeypatch):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     shared = sample(model, several([[2, 3, 4], [5, 6]], 3), **options)
     monkeypatch.setattr(sampling, "_can_be_repeated", lambda cache: False)
     assert sample(model, several([[2, 3, 4], [5, 6]], 3), **options) == shared
 
 
-def test_what_a_cache_must_be_made_of_to_be_repeated():
+def test_supported_cache_types():
     assert sampling._can_be_repeated(DynamicCache(config=tiny_model("gemma2").config))
     assert not sampling._can_be_repeated(DynamicCache(config=tiny_model("llama", layer_types=["hybrid"] * 3).config))
     assert not sampling._can_be_repeated(StaticCache(config=tiny_model("llama").config, max_cache_len=8))
@@ -174,7 +174,7 @@ def test_what_a_cache_must_be_made_of_to_be_repeated():
 
 
 @pytest.mark.parametrize("repeated", [True, False])
-def test_no_response_runs_beyond_the_positions_of_the_model(repeated, monkeypatch):
+def test_no_response_exceeds_the_context_length(repeated, monkeypatch):
     # Learned positions: an index beyond them is an error, not only a number that nobody reads.
     model = models.wrap(tiny_model("gpt2"), tiny_tokenizer())
     monkeypatch.setattr(sampling, "_can_be_repeated", lambda cache: repeated)
@@ -184,7 +184,7 @@ def test_no_response_runs_beyond_the_positions_of_the_model(repeated, monkeypatc
     assert responses == [sample(model, [r], max_new_tokens=200, temperature=1.0, seed=0)[0] for r in requests]
 
 
-def test_streams_go_back_where_a_step_is_taken_back():
+def test_random_streams_are_rolled_back_with_a_step():
     scores = torch.zeros(3, 50)
     straight, other = (sampling.RowSampler([5, 6, 7], 1.0, torch.device("cpu")) for _ in range(2))
     expected = [straight(None, scores) for _ in range(4)]
@@ -197,7 +197,7 @@ def test_streams_go_back_where_a_step_is_taken_back():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_step_that_transformers_takes_back_changes_no_stream(family, monkeypatch):
+def test_a_discarded_step_of_transformers_leaves_the_random_streams_unchanged(family, monkeypatch):
     class Event:
         def __init__(self, **_): ...
         def record(self): ...
@@ -227,7 +227,7 @@ SLIDING_LEARNED_AND_LATENT = ("gemma3_text", "gpt2", "deepseek_v3")
     "family",
     [f if f in SLIDING_LEARNED_AND_LATENT else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
 )
-def test_sharing_and_leaving_change_no_sampled_id(family):
+def test_prompt_sharing_and_early_removal_change_no_sampled_token(family):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 61, size=n).tolist() for n in (3, 30, 17)]
     options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 1}

@@ -100,7 +100,7 @@ def vllm(monkeypatch):
     return LLM
 
 
-def test_an_analysis_has_the_same_responses_whoever_samples_them(vllm, tmp_path, monkeypatch):
+def test_analysis_responses_do_not_depend_on_the_sampler(vllm, tmp_path, monkeypatch):
     from internal_policy.analysis import pipeline
 
     real = pipeline.Reducer
@@ -121,7 +121,7 @@ def test_an_analysis_has_the_same_responses_whoever_samples_them(vllm, tmp_path,
         analyze("testbed/qwen3", output=tmp_path, **FEW)
 
 
-def test_an_evaluation_has_the_same_samples_whoever_samples_them(vllm):
+def test_evaluation_samples_do_not_depend_on_the_sampler(vllm):
     few = {"samples": 3, "max_problems": 4, "max_new_tokens": 30}
     theirs = evaluate("testbed/qwen3", generator="vllm", **few)
     pd.testing.assert_frame_equal(theirs.samples, evaluate("testbed/qwen3", **few).samples, check_exact=True)
@@ -129,7 +129,7 @@ def test_an_evaluation_has_the_same_samples_whoever_samples_them(vllm):
     assert [engine.closed for engine in vllm.made] == [True]
 
 
-def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
+def test_engine_and_sampling_parameters(vllm, monkeypatch):
     directory = str(testbed.path("testbed/llama"))
     model = models.load("testbed/llama")
     requests = [Request(Prompt("x"), [3] * n, i, i) for i, n in enumerate((5, 9))]
@@ -172,7 +172,7 @@ def test_what_the_engine_is_started_with_and_asked_for(vllm, monkeypatch):
     assert (started.kwargs["dtype"], started.kwargs["trust_remote_code"]) == ("bfloat16", True)
 
 
-def test_near_the_end_of_the_context_a_response_gets_what_is_left(vllm):
+def test_response_length_is_limited_by_the_remaining_context(vllm):
     model = models.wrap(tiny_model("llama"), tiny_tokenizer())
     requests = [Request(Prompt("x"), [3] * n, i, 0) for i, n in enumerate((60, 5))]
     sampler = VllmSampler(model, requests, 50, trust_remote_code=False)
@@ -184,13 +184,13 @@ def test_near_the_end_of_the_context_a_response_gets_what_is_left(vllm):
     assert drawn == sample(model, requests, max_new_tokens=50, temperature=1.0, seed=0)
 
 
-def test_a_run_that_has_everything_starts_no_engine(vllm):
+def test_a_complete_run_starts_no_engine(vllm):
     with VllmSampler(models.load("testbed/llama"), [], 7, trust_remote_code=False):
         pass
     assert vllm.made == []
 
 
-def test_what_vllm_cannot_load_is_reported_in_one_line(vllm, monkeypatch):
+def test_a_model_that_vllm_fails_to_load_is_reported_in_one_line(vllm, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Qwen9 is not supported\nby this version")
 
@@ -199,7 +199,7 @@ def test_what_vllm_cannot_load_is_reported_in_one_line(vllm, monkeypatch):
         analyze("testbed/qwen3", generator="vllm", **FEW)
 
 
-def test_without_vllm_or_a_gpu_it_is_refused(monkeypatch):
+def test_missing_vllm_or_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     for run in (analyze, evaluate):
         with pytest.raises(UserError, match="pip install vllm"):
@@ -211,7 +211,7 @@ def test_without_vllm_or_a_gpu_it_is_refused(monkeypatch):
     vllm_engine.require_first_gpu(torch.device("cuda:0"))
 
 
-def test_what_vllm_cannot_load_by_itself_is_refused(vllm):
+def test_models_that_vllm_cannot_load_are_refused(vllm):
     model = models.load("testbed/llama")
     with pytest.raises(UserError, match="model object"):
         analyze(model.model, model.tokenizer, generator="vllm")

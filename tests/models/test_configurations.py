@@ -116,7 +116,7 @@ def test_any_of_many_settings_loads_or_is_refused(data, checkpoints, tmp_path_fa
     ],
     ids=str,
 )
-def test_settings_that_are_refused_in_words_of_their_own(file, changes, message, checkpoints, tmp_path):
+def test_settings_with_specific_error_messages(file, changes, message, checkpoints, tmp_path):
     told = refused_or_right(checkpoints["llama"], tmp_path, file, changes)
     assert message in told
 

@@ -38,7 +38,7 @@ def arithmetic(embedded):
 
 
 @pytest.mark.parametrize("where", [("cpu", "cpu"), ("cpu", "disk"), ("disk", "cpu"), ("disk", "disk")])
-def test_weights_that_wait_on_the_disk_give_the_same_numbers(where, embedded, arithmetic):
+def test_weights_offloaded_to_disk_give_the_same_results(where, embedded, arithmetic):
     placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, where))
     assert placed.placement == ", ".join(dict.fromkeys(where))
     assert placed.device == torch.device("cpu")
@@ -79,7 +79,7 @@ def test_layers_on_two_devices(tied, lens, monkeypatch):
             torch.ones(2, device=first) + torch.ones(2, device=second)
 
 
-def test_layers_and_the_unembedding_that_wait_on_the_cpu(monkeypatch):
+def test_layers_and_unembedding_offloaded_to_the_cpu(monkeypatch):
     from accelerate import dispatch_model
 
     monkeypatch.setattr(projection, "_DENSE", (*projection._DENSE, OnDevice))
@@ -101,7 +101,7 @@ def test_layers_and_the_unembedding_that_wait_on_the_cpu(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("second", ["cpu", "disk", 1])
-def test_layers_on_a_real_gpu_and_elsewhere(second, embedded, arithmetic):
+def test_layers_on_a_real_gpu_and_on_the_cpu(second, embedded, arithmetic):
     if second == 1 and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, (0, second)), dtype="float32")
@@ -113,7 +113,7 @@ def test_layers_on_a_real_gpu_and_elsewhere(second, embedded, arithmetic):
 
 
 @pytest.mark.slow
-def test_an_analysis_samples_and_measures_the_same_wherever_the_weights_are(embedded):
+def test_an_analysis_does_not_depend_on_weight_placement(embedded):
     placed = models.load("testbed/qwen3", device_map=device_map(embedded.n_layers, ("disk", "cpu")))
     one, other = (analyze(m.model, m.tokenizer, prompts=["1+2="], max_responses=2) for m in (embedded, placed))
     assert one.sequences["input_ids"].tolist() == other.sequences["input_ids"].tolist()
@@ -130,7 +130,7 @@ def test_an_analysis_samples_and_measures_the_same_wherever_the_weights_are(embe
         ({"device_map": {"model.layers.0": "cpu", "model": "disk"}}, "lm_head.weight; change how it is loaded"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(options, said):
+def test_contradictory_device_options_are_refused(options, said):
     with pytest.raises(UserError, match=said):
         models.load("testbed/qwen3", **options)
     if isinstance(next(iter(options.values())), str):
@@ -138,7 +138,7 @@ def test_what_cannot_be_meant_is_refused(options, said):
             AnalyzeConfig(**options)
 
 
-def test_the_settings_that_decide_the_numbers_hold_the_quantisation_and_not_the_placement():
+def test_the_cache_key_includes_quantisation_but_not_placement():
     assert "device_map" not in AnalyzeConfig(device_map="auto").cache_key()
     assert AnalyzeConfig(quantization="4bit").cache_key()["quantization"] == "4bit"
     with pytest.raises(UserError, match="--quantization was given with --backend transformer-lens"):

@@ -124,7 +124,7 @@ def test_every_dtype_is_read_bit_by_bit(dtype):
     assert len(found) == 6
 
 
-def test_every_portion_of_a_large_tensor_is_read():
+def test_every_chunk_of_a_large_tensor_is_read():
     model = tiny_model("llama")
     model.register_buffer("large", torch.zeros(2 * _PORTION + 3, dtype=torch.int8))
     found = {digest(model)}
@@ -194,7 +194,7 @@ def test_a_loaded_model_has_no_attached_code(backend):
     assert attached_code(model.model) == []
 
 
-def test_nnsight_attaches_nothing_but_its_edits():
+def test_nnsight_attaches_only_its_edits():
     nnsight = pytest.importorskip("nnsight")
     model = tiny_model("qwen3")
     before = digest(model)
@@ -208,7 +208,7 @@ def test_nnsight_attaches_nothing_but_its_edits():
     assert attached_code(model, root) == ["nnsight edit"]
 
 
-def test_a_bridge_attaches_nothing_but_the_users_hooks():
+def test_a_bridge_attaches_only_the_users_hooks():
     extractor = transformer_lens.from_model(models.wrap(tiny_model("qwen3"), tiny_tokenizer()))
     bridge = extractor.bridge
     assert attached_code(bridge.original_model, bridge) == []

@@ -62,7 +62,7 @@ def placed(request):
     return here if request.param == "directory" else request.getfixturevalue("hub")
 
 
-def test_shards_and_the_links_of_the_hubs_cache_load(sharded, placed):
+def test_shards_and_links_of_the_hub_cache_load(sharded, placed):
     found = models.load(placed(sharded)).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in tiny_model("llama").state_dict().items())
 
@@ -208,7 +208,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize(("more", "config", "told"), HARMLESS.values(), ids=HARMLESS)
-def test_what_no_layer_reads_may_stand_in_a_checkpoint(whole, tmp_path, more, config, told, caplog):
+def test_unused_tensors_in_a_checkpoint_are_accepted(whole, tmp_path, more, config, told, caplog):
     loaded = models.load(altered(whole, tmp_path / "model", lambda found: found | more, **config))
     assert loaded.fingerprint()
     said = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
@@ -218,7 +218,7 @@ def test_what_no_layer_reads_may_stand_in_a_checkpoint(whole, tmp_path, more, co
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {"quant_method": "mxfp4"}])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_what_the_quantiser_leaves_as_plain_numbers_is_refused(tmp_path, method, dtype):
+def test_unquantised_integer_weights_are_refused(tmp_path, method, dtype):
     directory = Path(shutil.copytree(testbed.path("testbed/llama"), tmp_path / "m"))
     weights = load_file(directory / "model.safetensors")
     weights |= {k: (100 * v).to(dtype) for k, v in weights.items() if "proj" in k}

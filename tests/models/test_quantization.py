@@ -40,7 +40,7 @@ def quantised(request, checkpoint):
     return models.load(checkpoint, quantization=request.param)
 
 
-def test_quantised_weights_give_the_states_that_the_model_computes(quantised, checkpoint):
+def test_quantised_weights_give_the_states_of_the_model(quantised, checkpoint):
     model, plain = quantised, models.load(checkpoint)
     four = "4-bit" in model.quantization
     assert model.quantization == f"bitsandbytes {'4-bit (nf4)' if four else '8-bit'}"
@@ -58,7 +58,7 @@ def test_quantised_weights_give_the_states_that_the_model_computes(quantised, ch
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_quantised_bfloat16_passes_the_proof(bits, checkpoint):
+def test_quantised_bfloat16_passes_verification(bits, checkpoint):
     pytest.importorskip("bitsandbytes")
     model = models.load(checkpoint, quantization=bits, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
@@ -114,7 +114,7 @@ def repacking(monkeypatch):
     return modules
 
 
-def test_4_bit_weights_are_not_repacked_for_products_in_bfloat16(repacking, checkpoint):
+def test_4_bit_weights_are_not_repacked_in_bfloat16(repacking, checkpoint):
     model, record = models.load(checkpoint, quantization="4bit"), ragged_responses(1)[0]
     before, first = model.fingerprint(), captured(model, [record])[0]
     # A fingerprint reads the state dict, and that is what scrambles weights that were repacked.
@@ -153,7 +153,7 @@ def test_4_bit_weights_that_are_dequantised_wrongly_are_refused(monkeypatch):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_4_bit_embedded_model_is_what_its_codes_say():
+def test_a_4_bit_embedded_model_matches_its_dequantised_codes():
     pytest.importorskip("bitsandbytes")
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         with pytest.raises(UserError, match=WRONG):
@@ -169,7 +169,7 @@ def test_a_4_bit_embedded_model_is_what_its_codes_say():
     check_against_the_same_states(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
 
 
-def test_what_8_bit_products_do_to_their_input_is_not_reported_at_each(tmp_path, caplog):
+def test_8_bit_input_cast_warnings_are_silenced(tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     model = models.load(save_tiny(tmp_path / "m"), quantization="8bit")
     captured(model, ragged_responses(1))
@@ -178,7 +178,7 @@ def test_what_8_bit_products_do_to_their_input_is_not_reported_at_each(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers makes it bfloat16 where there is no GPU")
-def test_an_fp8_checkpoint_is_what_transformers_makes_of_it(tmp_path):
+def test_an_fp8_checkpoint_matches_transformers(tmp_path):
     from safetensors.torch import save_file
 
     directory = tmp_path / "model"

@@ -22,7 +22,7 @@ from internal_policy.plotting import marks, style
 DRAWINGS = (figures.entropy_flow, figures.entropy_change, figures.residual_cosine)
 
 
-def test_entropy_flow_draws_its_frame():
+def test_entropy_flow_draws_its_data():
     analyses = make_set(2)
     frame = figures.entropy_flow_data(analyses)
     for panel, ax in enumerate(figures.entropy_flow(analyses).axes, start=1):
@@ -40,7 +40,7 @@ def test_entropy_flow_draws_its_frame():
         np.testing.assert_allclose(band(ax)[2], (expected["low"], expected["high"]))
 
 
-def test_stage_sketch_draws_its_frame():
+def test_stage_sketch_draws_its_data():
     analyses = [*make_set(2), make_analysis("x", 1, "llama", boundary=0)]
     frame = figures.stage_sketch_data(analyses)
     ax = figures.stage_sketch(analyses)
@@ -61,7 +61,7 @@ def test_stage_sketch_draws_its_frame():
     assert [text.get_text() for text in own.texts] == ["Qwen3-4B", "1–6", "7–26", "27–36"]
 
 
-def test_entropy_flow_data_holds_the_analysis():
+def test_entropy_flow_data_matches_the_analysis():
     analysis = make_analysis("testbed/qwen3", 8, "qwen", vocab_size=46)
     frame = figures.entropy_flow_data([analysis])
     flow = frame[frame["layer"].notna()]
@@ -78,7 +78,7 @@ def test_entropy_flow_data_holds_the_analysis():
 
 
 @pytest.mark.parametrize("site", ["attn", "ffn"])
-def test_entropy_change_draws_its_frame(site):
+def test_entropy_change_draws_its_data(site):
     analyses = make_set(3)
     frame = figures.entropy_change_data(analyses)
     figure = figures.entropy_change(analyses)
@@ -100,7 +100,7 @@ def test_entropy_change_draws_its_frame(site):
         assert shaded == ({} if site == "attn" else {row.Index: (row.min, row.max) for row in stages.itertuples()})
 
 
-def test_residual_cosine_draws_its_frame():
+def test_residual_cosine_draws_its_data():
     analyses = make_set(2)
     frame = figures.residual_cosine_data(analyses)
     for panel, ax in enumerate(figures.residual_cosine(analyses).axes, start=1):
@@ -178,7 +178,7 @@ def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path, monkeypatch):
     assert figures.save_analysis_figures(make_set(1), tmp_path) == [tmp_path / stem for stem in stems]
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     figure = figures.residual_cosine(make_set(1))
     (tmp_path / "f.png").write_text("old")
 
@@ -201,7 +201,7 @@ def test_user_rc_params_are_unchanged():
         assert dict(mpl.rcParams) == before
 
 
-def test_grids_have_room_for_every_model():
+def test_grids_have_a_panel_for_every_model():
     shapes = {n: style.grid_shape(n) for n in range(1, 13)}
     assert all(rows * columns >= n and columns <= 4 for n, (rows, columns) in shapes.items())
     assert (shapes[1], shapes[3], shapes[5], shapes[6], shapes[8], shapes[12]) == (
@@ -283,7 +283,7 @@ def test_a_site_that_was_not_measured_is_left_out(sites):
         assert ("FFN" in labels) == ("ffn" in sites)
 
 
-def test_no_boundary_layer_is_said():
+def test_a_missing_boundary_layer_is_noted():
     analysis = FakeAnalysis(**{**vars(make_analysis("m", 8, "qwen")), "boundary_layer": None})
     figure = figures.entropy_change([analysis])
     assert [text.get_text() for text in figure.axes[1].texts] == ["no boundary layer"]
@@ -301,7 +301,7 @@ def test_a_size_is_rounded_and_has_its_unit(n_parameters, told):
     )
 
 
-def test_titles_tell_the_size_where_the_name_does_not():
+def test_titles_give_the_model_size_if_the_name_does_not():
     analysis, told = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
     assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({told} parameters)"
     # Where four stand side by side, the size has a line of its own.
@@ -312,7 +312,7 @@ def test_titles_tell_the_size_where_the_name_does_not():
     assert figures.plot_residual_cosine(replace(analysis, n_parameters=None)).get_title() == "testbed/qwen3"
 
 
-def test_one_analysis_is_as_good_as_a_list_of_one():
+def test_a_single_analysis_equals_a_list_of_one():
     analysis = make_set(1)[0]
     for draw in (*DRAWINGS, figures.stage_sketch):
         one, other = draw(analysis), draw([analysis])
@@ -345,7 +345,7 @@ def test_analyses_share_a_panel_under_their_own_labels_and_colours():
         assert {"start, FFN", "trained, FFN"} <= set(ax.get_legend_handles_labels()[1])
 
 
-def test_labels_and_colours_are_one_for_all_or_one_for_each():
+def test_labels_and_colours_are_scalars_or_one_per_analysis():
     analyses = make_set(2)
     figure = figures.entropy_change(analyses, label=["a", "b"], color=["red", (0.0, 0.0, 1.0)])
     assert [ax.get_title() for ax in figure.axes[::2]] == ["a", "b"]
@@ -359,7 +359,7 @@ def test_labels_and_colours_are_one_for_all_or_one_for_each():
         figures.stage_sketch(analyses, color="reddish")
 
 
-def test_titles_name_the_lens_and_tell_models_apart():
+def test_titles_name_the_lens_and_distinguish_models():
     row = ("Qwen/Qwen3-4B", 8, "qwen")
     figure = figures.residual_cosine([make_analysis(*row), make_analysis(*row, lens="logit-lens")])
     assert [ax.get_title() for ax in figure.axes] == ["Qwen3-4B", "Qwen3-4B\nlogit lens"]

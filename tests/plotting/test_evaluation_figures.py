@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_the_evaluations():
         assert (rows["value"] <= rows["high"]).all()
 
 
-def test_the_average_is_over_shared_benchmarks_and_k():
+def test_the_average_uses_shared_benchmarks_and_k():
     short = (1, 4, 16)
     both = [
         model(m, b, a, short if b == "amc23" else KS) for m, a in (("a", 0), ("b", 1)) for b in ("amc23", "math500")
@@ -67,7 +67,7 @@ def test_the_averages_interval_covers_the_truth(n, least):
     assert inside >= least
 
 
-def test_the_lines_are_the_numbers_on_an_axis_to_base_2():
+def test_lines_have_the_values_on_a_log2_axis():
     two = [model("a"), model("b", ability=1)]
     figure = drawing.pass_at_k(two)
     (ax,) = figure.axes
@@ -83,7 +83,7 @@ def test_the_lines_are_the_numbers_on_an_axis_to_base_2():
     assert len({(line.get_color(), line.get_marker()) for line in lines_of(ax).values()}) == 2
 
 
-def test_one_evaluation_is_enough_and_labels_and_colours_are_the_users():
+def test_a_single_evaluation_with_custom_labels_and_colours():
     one, other = model("x/a"), model("x/b", ability=1)
     assert list(lines_of(drawing.pass_at_k(one).axes[0])) == ["a"]
     lines = lines_of(drawing.pass_at_k([one, other], label=["start", "trained"], color=["red", "k"]).axes[0])
@@ -92,7 +92,7 @@ def test_one_evaluation_is_enough_and_labels_and_colours_are_the_users():
         drawing.pass_at_k_by_benchmark([one, other], label=["start"])
 
 
-def test_axes_of_ones_own_are_drawn_on():
+def test_figures_draw_on_given_evaluation_axes():
     figure = Figure()
     axes = figure.subplots(1, 3)
     both = [model(m, b) for m in "ab" for b in ("amc23", "math500")]
@@ -122,7 +122,7 @@ FAST = (("m", 1, 0), ("a", 4, 1), (LONG[0], 1, 0))
         for i, draw in enumerate(FIGURES)
     ],
 )
-def test_no_text_is_cut_or_hidden(names, benchmarks, draw):
+def test_no_text_is_clipped_or_hidden(names, benchmarks, draw):
     figure = draw([model(m, b, i / 2) for i, m in enumerate(names) for b in benchmarks])
     figure.draw_without_rendering()
     page = figure.bbox
@@ -164,7 +164,7 @@ def test_the_same_evaluations_give_the_same_bytes(tmp_path):
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in other]
 
 
-def test_what_cannot_be_drawn_together_is_refused():
+def test_incompatible_evaluations_are_refused():
     with pytest.raises(UserError, match="no evaluation"):
         drawing.pass_at_k([])
     with pytest.raises(UserError, match="other problems called math500"):

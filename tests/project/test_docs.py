@@ -57,7 +57,7 @@ def runnable(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in SHOWN if runnable(page)], ids=name)
-def test_a_page_runs_from_top_to_bottom_where_the_demo_has_run(page, after_the_demo, tmp_path):
+def test_pages_run_from_top_to_bottom_after_the_demo(page, after_the_demo, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(after_the_demo, work)
     scratch = tmp_path / "scratch"
@@ -65,7 +65,7 @@ def test_a_page_runs_from_top_to_bottom_where_the_demo_has_run(page, after_the_d
     run_blocks(page, runnable(page), scratch, work, timeout=1200)
 
 
-def test_a_command_is_left_out_for_a_reason_only():
+def test_every_skipped_command_has_a_reason():
     reasons = {why_not_run(line) for page in SHOWN for _, line in command_lines(page)}
     assert {"needs the hub", "needs several GPUs or processes", "makes the reader's environment", None} <= reasons
     for line in ("figures data/analyses/* data/runs/*", "analyze  # seconds", "train --layer 7 --max-steps 60"):
@@ -74,7 +74,7 @@ def test_a_command_is_left_out_for_a_reason_only():
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name)
-def test_every_block_is_run_or_says_why_not(page):
+def test_every_block_is_run_or_marked_as_not_run(page):
     for block in blocks(page):
         where = f"{name(page)}, line {block.line}"
         # What is Python under another name would not be run.
@@ -118,7 +118,7 @@ def test_every_command_that_is_shown_exists(page):
             assert (ROOT / script).is_file(), where
 
 
-def test_a_command_that_does_not_exist_is_found_out():
+def test_unknown_commands_are_detected():
     assert complaint(["analyze", "--model", "testbed/qwen3", "--tolerance", "0.05"]) is None
     assert "--no-such" in complaint(["analyze", "--no-such", "1"])
     assert "analyse" in complaint(["analyse"])
@@ -130,7 +130,7 @@ def test_a_command_that_does_not_exist_is_found_out():
     assert own_arguments("make demo  # starts internal-policy analyze") is None
 
 
-def test_the_reference_of_the_commands_is_theirs(monkeypatch):
+def test_the_command_reference_matches_the_commands(monkeypatch):
     spec = importlib.util.spec_from_file_location("command_line_reference", DOCS / "command_line.py")
     reference = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, reference)
@@ -159,7 +159,7 @@ def nav_pages(entry):
             yield from nav_pages(each)
 
 
-def test_the_navigation_holds_every_page_once():
+def test_the_navigation_lists_every_page_once():
     nav = list(nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     # docs/hooks.py adds the list of changes, which is not kept in docs/.
     assert sorted(nav) == sorted(["changelog.md", *(page.relative_to(DOCS).as_posix() for page in PAGES)])
@@ -186,7 +186,7 @@ def strings(path):
             yield node.value
 
 
-def test_every_message_that_is_explained_is_one_of_ours():
+def test_every_explained_message_exists_in_the_code():
     said = [text for path in (ROOT / "internal_policy").rglob("*.py") for text in strings(path)]
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page.partition("## Messages")[2], flags=re.M)

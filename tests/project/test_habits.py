@@ -64,7 +64,7 @@ def comparison(place):
 # One line
 
 
-def test_every_result_is_loaded_by_its_class_and_in_no_other_way(place):
+def test_every_result_is_loaded_only_by_its_class(place):
     kinds = {"analyses/007": Analysis, "comparison": AnalysisComparison, "evaluation": Evaluation}
     for where, kind in {**kinds, "inspection": Inspection, "analyses": Study, STORED_RUN: Run}.items():
         assert isinstance(kind.load(str(place / where)), kind)
@@ -84,13 +84,13 @@ def test_a_directory_of_analyses_is_loaded_in_the_order_of_its_steps(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bupo", "data", "evaluation", "models", "plotting", "report"])
-def test_what_the_pages_import_is_also_had_from_the_package(name, monkeypatch):
+def test_documented_imports_are_public_names_of_the_package(name, monkeypatch):
     # As it is where nothing has imported it yet.
     monkeypatch.delitem(vars(internal_policy), name, raising=False)
     assert getattr(internal_policy, name) is sys.modules[f"internal_policy.{name}"]
 
 
-def test_a_curve_that_is_not_there_is_refused_with_those_that_are():
+def test_unknown_curves_are_refused_with_the_available_ones():
     analysis = make(progressive(4), prompts=2)
     assert list(analysis.curve("ffn").index) == [1, 2, 3, 4]
     with pytest.raises(UserError, match=r"site is 'mlp'; needed is one of layer, attn, ffn$"):
@@ -99,7 +99,7 @@ def test_a_curve_that_is_not_there_is_refused_with_those_that_are():
         analysis.curve("ffn", "entropy")
 
 
-def test_a_comparison_comes_back_as_it_was(place, comparison):
+def test_a_comparison_survives_saving_and_loading(place, comparison):
     loaded = AnalysisComparison.load(place)
     assert loaded.labels == ("007", "NA")
     for name in TABLES:
@@ -111,7 +111,7 @@ def test_a_comparison_comes_back_as_it_was(place, comparison):
     assert loaded.path == place / "comparison"
 
 
-def test_a_study_comes_back_with_its_failures(place):
+def test_a_study_survives_saving_and_loading_with_its_failures(place):
     study = Study.load(place)
     assert [a.name for a in study.analyses] == ["some/007", "some/NA"]
     assert study.failures == {"other": "why"}
@@ -169,7 +169,7 @@ def public_figures():
     return found
 
 
-def test_no_figure_touches_the_users_session(comparison):
+def test_figures_do_not_change_the_users_session(comparison):
     cases = drawings(comparison)
     assert {f.__qualname__ for f in public_figures() - set(cases)} == set()
     with mpl.rc_context({"axes.facecolor": "#eaeaf2", "font.size": 19.0, "axes.grid": True}):
@@ -226,7 +226,7 @@ def hostile(place):
     yield replace(Study.load(place), failures={HOSTILE: "why"})
 
 
-def test_a_notebook_shows_a_table_and_no_markup_of_others(place):
+def test_html_representation_is_an_escaped_table(place):
     for result in hostile(place):
         page = Tags(result._repr_html_())
         assert (
@@ -262,7 +262,7 @@ def test_plain_reprs_are_short(place, comparison):
 
 
 @pytest.mark.slow
-def test_a_library_user_hears_nothing_and_needs_no_torch(place):
+def test_importing_the_library_is_silent_and_needs_no_torch(place):
     code = (
         "import sys, logging\nfrom internal_policy import Analysis\n"
         f"page = Analysis.load({str(place / 'analyses' / 'NA')!r})._repr_html_()\n"

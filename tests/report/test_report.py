@@ -109,7 +109,7 @@ def line(spec, name):
     return next(trace for trace in spec["traces"] if trace["name"] == name and trace.get("hoverinfo") != "skip")
 
 
-def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
+def test_summary_has_the_numbers_of_the_analysis(saved, page):
     chosen, fall = saved.selection, measure_convergence(saved)
     said = page.parts["summary"]
     assert f"testbed/qwen3 has {saved.n_layers} layers" in said
@@ -128,7 +128,7 @@ def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
     assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
 
 
-def test_an_analysis_knows_how_large_its_model_is(saved):
+def test_an_analysis_reports_its_model_size(saved):
     # Shared embedding and unembedding are counted once.
     assert 0.6e6 < saved.n_parameters < 0.7e6
     assert figures.plot_residual_cosine(saved).get_title() == f"{saved.name} (0.67 M parameters)"
@@ -175,7 +175,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
         assert number(value, "+.3f") in page.parts["layers"]
 
 
-def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(page):
+def test_the_final_policy_is_drawn_after_the_layers_with_its_own_title(page):
     spec = page.data["charts"]["a1-flow"]
     axis, drawn = spec["layout"]["xaxis2"], line(spec, "policy π_θ")
     assert drawn["xaxis"] == "x2"
@@ -185,14 +185,14 @@ def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(pa
     assert [trace["name"] for trace in spec["traces"] if "xaxis" in trace] == ["policy π_θ"]
 
 
-def test_a_model_of_one_layer_has_no_even_fall():
+def test_a_single_layer_model_has_no_uniform_drop_line():
     one = make(progressive(1), prompts=4, noise=0.05)
     convergence = measure_convergence(one)
     assert " has 1 layer; on " in analysis_pages.summary(one, convergence)
     assert [entry["name"] for entry in fall_chart(convergence).spec()["key"]] == ["fallen"]
 
 
-def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
+def test_tokens_are_the_stored_ones_with_their_values(saved, page):
     view = page.data["tokens"]["a1-tokens"]
     assert [r["number"] for r in view["responses"]] == [1, 2, 3]
     for response, shown in enumerate(view["responses"]):
@@ -208,7 +208,7 @@ def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
         assert "".join(shown["texts"]).removesuffix("<eos>").replace("·", " ") == sequence["response"]
 
 
-def test_an_analysis_from_before_token_texts_shows_ids(saved):
+def test_an_analysis_without_token_texts_shows_ids(saved):
     older = replace(saved, tokens=saved.tokens.drop(columns="token_text"))
     page = Page(analysis_report(older))
     shown = page.data["tokens"]["a1-tokens"]["responses"][0]
@@ -225,7 +225,7 @@ def test_an_analysis_from_before_token_texts_shows_ids(saved):
         ([{"role": "tool", "content": None}], "tool: "),
     ],
 )
-def test_a_prompt_that_lacks_something_is_shown_as_far_as_it_goes(saved, prompt, shown):
+def test_incomplete_prompts_are_shown_partially(saved, prompt, shown):
     sequences = saved.sequences.assign(prompt=pd.Series([prompt] * len(saved.sequences), dtype=object))
     view = analysis_pages.token_view(replace(saved, sequences=sequences))
     assert view["data"]["responses"][0]["prompt"] == shown
@@ -252,7 +252,7 @@ def hostile(saved):
     )
 
 
-def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
+def test_untrusted_text_is_escaped_everywhere(saved, page):
     analysis = hostile(saved)
     found = Page(analysis_report([analysis, analysis]))
     single = {tag for tag, _ in page.elements}
@@ -271,7 +271,7 @@ def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
     assert command is None or len(shlex.split(command)) >= 4
 
 
-def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path):
+def test_names_are_escaped_in_figures_and_keep_their_colours(saved, tmp_path):
     names = ['<b>"it\'s"</b>', "$attn"]
     compared = compare(saved, saved, labels=names)
     found = Page(comparison_report(compared))
@@ -281,7 +281,7 @@ def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path)
     assert not [tag for tag, _ in found.elements if tag == "b"]
 
 
-def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
+def test_the_page_loads_nothing_and_runs_only_its_own_scripts(page):
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "data", "srcset", "poster"):
             if name in attributes and tag != "a":
@@ -302,7 +302,7 @@ def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
     assert len(run) == 5
 
 
-def test_plotly_takes_every_figure(page):
+def test_plotly_accepts_every_figure(page):
     from plotly import graph_objects
 
     run = Run.load(next(iter(sorted((STORED / "runs").glob("*bupo*")))))
@@ -314,7 +314,7 @@ def test_plotly_takes_every_figure(page):
         assert sorted(places) == list(range(len(figure.data)))
 
 
-def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatch):
+def test_long_responses_and_many_layers_are_truncated_with_a_note(saved, monkeypatch):
     monkeypatch.setattr(analysis_pages, "MAX_TOKENS", 5)
     view = analysis_pages.token_view(saved)
     assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 5, 5]
@@ -330,7 +330,7 @@ def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatc
     assert "1 kept response left out" in " ".join(view["notes"])
 
 
-def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
+def test_positions_sampled_by_tolerance_are_reported_and_shown_in_place(saved):
     some = saved.tokens[saved.tokens["token"] % 3 == 0]
     positions = {"tolerance": 0.1, "analysed": 20, "total": 60, "rounds": 2, "half_width": 0.09, "layer": 3}
     positions |= {"few": 0, "changes": 24}
@@ -343,7 +343,7 @@ def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
     assert without.data["tokens"] == {}
 
 
-def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
+def test_the_shown_command_and_call_reproduce_the_analysis(saved, monkeypatch):
     again = analysis_commands(saved)
     words = shlex.split(again.shell)
     asked = []
@@ -364,7 +364,7 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     pd.testing.assert_frame_equal(found["analysis"].layers, saved.layers)
 
 
-def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_path):
+def test_given_responses_are_reproduced_from_their_file(saved, tmp_path):
     given = analyze("testbed/qwen3", responses=saved.sequences, output=tmp_path, keep_tokens=0)
     again = analysis_commands(given)
     words = shlex.split(again.shell)
@@ -377,7 +377,7 @@ def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_pa
     pd.testing.assert_frame_equal(found.layers, given.layers)
 
 
-def test_a_report_is_written_whole_beside_its_result(saved, tmp_path):
+def test_a_report_is_written_atomically_next_to_its_result(saved, tmp_path):
     path = write_report(saved)
     assert path == saved.path / "report.html"
     assert path.read_bytes() == write_report(Analysis.load(saved.path), tmp_path).read_bytes()
@@ -390,7 +390,7 @@ def test_a_report_is_written_whole_beside_its_result(saved, tmp_path):
         analysis_report([])
 
 
-def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
+def test_a_comparison_report_needs_no_analyses():
     stored = AnalysisComparison.load(STORED / "sweep")
     page = Page(comparison_report(stored))
     for row in stored.convergence.to_dict("records"):
@@ -406,7 +406,7 @@ def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
     assert command.strip() == redrawing(STORED / "sweep")
 
 
-def test_a_comparison_is_the_same_read_back(saved, tmp_path):
+def test_a_loaded_comparison_gives_the_same_report(saved, tmp_path):
     other = replace(saved, name="another")
     made = compare(saved, other, labels=["NA", "007"], seed=3)
     read = AnalysisComparison.load(made.save(tmp_path))
@@ -418,7 +418,7 @@ def test_a_comparison_is_the_same_read_back(saved, tmp_path):
 RUN = sorted((STORED / "runs").glob("qwen3-bupo*"))
 
 
-def test_a_training_run_has_its_curves_phases_and_command():
+def test_training_report_has_curves_phases_and_command():
     run = Run.load(RUN[0])
     page = Page(training_report(run))
     for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
@@ -439,13 +439,13 @@ def test_a_training_run_has_its_curves_phases_and_command():
     assert words[words.index("--max-steps") + 1] == str(run.config["max_steps"])
 
 
-def test_a_short_training_is_drawn_step_by_step():
+def test_a_short_training_is_drawn_without_smoothing():
     run = Run.load(RUN[0])
     (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
     assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
 
 
-def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the_steps():
+def test_dynamics_with_no_or_one_later_layer():
     run = Run.load(RUN[0])
     last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
     assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
@@ -455,7 +455,7 @@ def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the
     assert [trace["x"] for trace in similarity] == [list(one["step"])]
 
 
-def test_a_recorded_call_is_given_again(tmp_path):
+def test_a_recorded_call_is_reproduced(tmp_path):
     run = Run.load(RUN[0])
     call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
@@ -467,7 +467,7 @@ def test_a_recorded_call_is_given_again(tmp_path):
     assert "peft_config=peft_config" in objects.python
 
 
-def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path, monkeypatch, capsys):
+def test_report_command_writes_pages_and_refuses_missing_results(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments):
@@ -497,7 +497,7 @@ def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path
         assert not (tmp_path / "data" / "one" / "report.html").exists()
 
 
-def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
+def test_a_failed_report_keeps_results_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
     place = saved.save(tmp_path / "a")
     (place / "report.html").write_text("of another analysis")
 
@@ -512,7 +512,7 @@ def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_p
     assert Analysis.load(place).n_responses == 6
 
 
-def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
+def test_a_stale_page_that_cannot_be_removed_is_reported(saved, tmp_path, caplog):
     place = saved.save(tmp_path / "a")
     # Neither replaced nor removed, whoever asks.
     (place / "report.html").mkdir()
@@ -522,7 +522,7 @@ def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
     assert "), and the page there is of earlier results; the results are whole" in told
 
 
-def test_bibtex_has_the_facts_of_the_citation_file():
+def test_bibtex_matches_the_citation_file():
     facts, entries = (ROOT / "CITATION.cff").read_text(), bibtex()
     for title in re.findall(r'title: "([^"]+)"', facts):
         assert title in entries

@@ -48,11 +48,11 @@ def phased(run, *phases, **changed):
         ((("ipa", 30),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 30 steps"),
     ],
 )
-def test_the_course_of_a_training_is_that_of_its_phases(run, phases, trainer, told):
+def test_training_summary_describes_its_phases(run, phases, trainer, told):
     assert f"{told}. The mean reward" in summary(phased(run, *phases, **trainer), None)
 
 
-def test_a_training_without_a_layer_has_no_course():
+def test_training_without_a_layer_has_no_phase_description():
     plain = Run.load(STORED / "runs" / "qwen3-grpo-seed0")
     assert "was trained for 30 steps with GRPO. The mean reward" in summary(plain, None)
 
@@ -67,7 +67,7 @@ def test_a_page_shades_no_alignment_where_there_was_none(run):
     assert "<dt>Site</dt><dd>FFN</dd>" in html
 
 
-def test_the_reward_is_a_mean_over_a_tenth_of_the_steps_at_each_end(run):
+def test_summary_reward_averages_the_first_and_last_tenth_of_the_steps(run):
     rewards = run.history["reward"]
     start, end = rewards.iloc[:3].mean(), rewards.iloc[-3:].mean()
     assert f"from {start:.3f} over the first 3 steps to {end:.3f} over the last 3." in summary(run, None)
@@ -82,7 +82,7 @@ def manifest():
     return json.loads((STORED / "sweep" / "comparison.json").read_text())
 
 
-def test_labels_of_the_user_are_given_again(manifest):
+def test_user_labels_are_reproduced(manifest):
     assert "--label" not in comparison_words(manifest, "here")
     assert "labels" not in comparison_commands(manifest).python
     rows = manifest["analyses"]
@@ -96,7 +96,7 @@ def test_labels_of_the_user_are_given_again(manifest):
     assert "labels=['-start', '6', '12'," in comparison_commands(manifest).python
 
 
-def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
+def test_a_comparison_is_reproduced_in_its_directory(manifest, tmp_path):
     default = comparison_commands(manifest, Path("data/comparisons/compare--a--b"))
     assert "--output" not in default.shell
     other = comparison_commands(manifest, Path("my place/compare--a--b"))
@@ -113,7 +113,7 @@ def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
-def test_beside_every_command_it_is_said_that_it_may_only_read(run, manifest):
+def test_every_command_explains_existing_output(run, manifest):
     analysis = analysis_commands(Analysis.load(STORED / "analyses" / "qwen3-start")).notes[0]
     assert "is read and nothing is computed" in analysis
     training = training_commands(run).notes[0]
@@ -125,7 +125,7 @@ def test_beside_every_command_it_is_said_that_it_may_only_read(run, manifest):
     assert "--overwrite" not in compared
 
 
-def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
+def test_a_figures_folder_among_analyses_is_skipped(tmp_path):
     for name in ("a", "b"):
         make(progressive(2), name, prompts=2).save(tmp_path / name)
     (tmp_path / "figures" / "a").mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
     assert [found.name for found in gather([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
 
 
-def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):
+def test_shell_wildcards_over_a_directory_are_accepted(tmp_path):
     for name, stored in (("one", "qwen3-start"), ("two", "llama-start")):
         shutil.copytree(STORED / "analyses" / stored, tmp_path / name)
     (tmp_path / "figures" / "one").mkdir(parents=True)

@@ -35,7 +35,7 @@ def printed(*things, **options):
     return out.getvalue()
 
 
-def test_hostile_text_is_shown_wherever_it_stands():
+def test_hostile_text_is_escaped_everywhere():
     table = console.table(HOSTILE, HOSTILE, HOSTILE, "n", fold=(HOSTILE,))
     table.add_row(HOSTILE, "1")
     text = printed(table, HOSTILE, Text(HOSTILE), f"name {HOSTILE}")
@@ -46,7 +46,7 @@ def test_hostile_text_is_shown_wherever_it_stands():
 
 
 @given(st.text(alphabet=st.characters(codec=None)))
-def test_visible_text_is_in_one_line_and_moves_no_cursor(text):
+def test_visible_text_is_one_line_without_cursor_movement(text):
     shown = visible(text, one_line=True)
     shown.encode()
     assert len(shown.splitlines()) <= 1
@@ -64,7 +64,7 @@ def test_a_table_on_a_narrow_terminal_keeps_its_numbers(monkeypatch):
     assert out.getvalue().count("+0.123±0.456") == 4
 
 
-def test_a_reader_who_leaves_stops_nothing(tmp_path):
+def test_a_closed_pipe_does_not_stop_the_command(tmp_path):
     code = (
         "from internal_policy.utils import console\n"
         "for n in range(20000): console.say(f'line {n}')\n"
@@ -79,7 +79,7 @@ def test_a_reader_who_leaves_stops_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["²", "٣", "x", ""])
-def test_a_rank_that_is_no_number_counts_for_nothing(monkeypatch, value):
+def test_an_invalid_rank_is_ignored(monkeypatch, value):
     from internal_policy.utils.shell import rank
 
     for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"):
@@ -89,7 +89,7 @@ def test_a_rank_that_is_no_number_counts_for_nothing(monkeypatch, value):
     assert os.environ["RANK"] == value
 
 
-def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, capsys, tmp_path):
+def test_unreadable_names_are_reported_in_one_readable_line(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for words, told in (
         (("analyze", "--model", "./" + "a" * 20_000), "File name too long"),
@@ -109,7 +109,7 @@ def test_names_that_nobody_can_read_are_told_in_one_readable_line(monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_reaches_the_terminal_by_another_way():
+def test_all_terminal_output_is_escaped():
     package = Path(internal_policy.__file__).parent
     others = [
         f"{path.relative_to(package)}: {line.strip()}"

@@ -97,14 +97,14 @@ def check(files, which, damage):
 
 @settings(max_examples=40, deadline=None)
 @given(which=st.integers(0, 1000), damage=DAMAGE)
-def test_a_damaged_result_is_refused_or_the_same(files, which, damage):
+def test_a_damaged_result_is_refused_or_unchanged(files, which, damage):
     check(files, which, damage)
 
 
 @pytest.mark.slow
 @settings(max_examples=4000, deadline=None)
 @given(which=st.integers(0, 1000), damage=DAMAGE)
-def test_a_result_with_any_damage_is_refused_or_the_same(files, which, damage):
+def test_a_result_with_any_damage_is_refused_or_unchanged(files, which, damage):
     check(files, which, damage)
 
 
@@ -160,7 +160,7 @@ def test_tables_that_disagree_with_the_manifest_are_refused(place, tmp_path, tab
         Analysis.load(directory)
 
 
-def test_a_manifest_stands_for_the_bytes_of_its_files(tmp_path):
+def test_a_manifest_has_the_digests_of_its_files(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"x\n1\n")
     result = ResultFormat("table", "tables", "make", "make", "m.json", 1, ("a.csv", "absent.csv"))
     result.write_manifest(tmp_path, {"é": [1.5, None], "n": 3})
@@ -173,7 +173,7 @@ def test_a_manifest_stands_for_the_bytes_of_its_files(tmp_path):
 
 
 @given(st.lists(st.text(alphabet="=+-@'\t\r1.ea"), min_size=1))
-def test_formulas_are_defused_in_csv_and_come_back(texts):
+def test_formulas_are_escaped_in_csv_and_restored(texts):
     table = pd.DataFrame({"text": texts, "n": range(len(texts))})
     cells = to_cells(table)
     for cell in cells["text"]:

@@ -106,7 +106,7 @@ def copied(begun, tmp_path):
 
 @pytest.mark.parametrize("kind", ["generate", "capture"])
 @pytest.mark.parametrize("damage", FEW, ids=named)
-def test_a_damaged_portion_is_set_aside_and_made_again(model, begun, tmp_path, caplog, damage, kind):
+def test_a_damaged_shard_of_an_analysis_is_set_aside_and_recomputed(model, begun, tmp_path, caplog, damage, kind):
     work = copied(begun, tmp_path)
     shard = sorted(work.glob(f"{kind}-*.npz"))[0]
     damage(shard)
@@ -125,7 +125,7 @@ def test_a_damaged_portion_is_set_aside_and_made_again(model, begun, tmp_path, c
 
 
 @pytest.mark.parametrize("damage", [empty, truncate, remove], ids=named)
-def test_work_that_no_longer_says_whose_it_is_is_taken_up_where_it_is_of_this_run(model, begun, tmp_path, damage):
+def test_work_without_its_settings_is_resumed_if_it_belongs_to_this_run(model, begun, tmp_path, damage):
     work = copied(begun, tmp_path)
     damage(work / "run.json")
     with pytest.MonkeyPatch.context() as patch:
@@ -145,7 +145,7 @@ def test_work_of_another_run_is_set_aside(model, begun, tmp_path, caplog, damage
     assert caplog.text.count("damaged, or of another run") == len(held)
 
 
-def test_a_portion_of_another_run_is_not_taken_for_ones_own(model, begun, tmp_path):
+def test_a_shard_of_another_run_is_not_used(model, begun, tmp_path):
     work = copied(begun, tmp_path)
     for shard in begun[0].glob("seed 1/*/work/generate-*.npz"):
         shutil.copy(shard, work)
@@ -154,7 +154,7 @@ def test_a_portion_of_another_run_is_not_taken_for_ones_own(model, begun, tmp_pa
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["mine.npz", "generate-0000000.npz", "notes.txt"])
-def test_files_of_others_are_never_deleted(model, begun, tmp_path, name, overwrite):
+def test_foreign_files_are_never_deleted(model, begun, tmp_path, name, overwrite):
     work = copied(begun, tmp_path)
     (work / name).write_text("years of work")
     before = {p: p.read_bytes() for p in work.iterdir()}
@@ -163,7 +163,7 @@ def test_files_of_others_are_never_deleted(model, begun, tmp_path, name, overwri
     assert {p: p.read_bytes() for p in work.iterdir()} == before
 
 
-def test_files_beside_a_finished_result_stay(model, tmp_path):
+def test_files_next_to_a_finished_result_are_kept(model, tmp_path):
     done = analyze(*model, output=tmp_path, **OPTIONS)
     work = done.path / "work"
     work.mkdir()
@@ -173,7 +173,7 @@ def test_files_beside_a_finished_result_stay(model, tmp_path):
 
 
 @pytest.mark.parametrize("damage", FEW, ids=named)
-def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
+def test_damaged_rounds_of_position_sampling_are_recomputed(model, tmp_path, damage):
     options = {**OPTIONS, "tolerance": 0.5}
     whole = analyze(*model, **options)
     begin(model, tmp_path, tolerance=0.5)
@@ -183,7 +183,7 @@ def test_rounds_with_a_tolerance_too(model, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", FEW[:2], ids=named)
-def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
+def test_a_damaged_evaluation_shard_is_recomputed(model, tmp_path, monkeypatch, caplog, damage):
     wrapped = models.wrap(*model, "tiny")
     problems = [{"prompt": p, "answer": "w4"} for p in PROMPTS]
     options = {"samples": 2, "batch_size": 2, "max_new_tokens": 5}
@@ -198,7 +198,7 @@ def test_an_evaluation_too(model, tmp_path, monkeypatch, caplog, damage):
     pd.testing.assert_frame_equal(resumed.samples, whole.samples, check_exact=True)
 
 
-def test_a_file_that_ends_too_early_is_no_interrupt(tmp_path, monkeypatch, capsys):
+def test_a_truncated_file_is_not_an_interrupt(tmp_path, monkeypatch, capsys):
     def ends(*arguments, **options):
         raise EOFError("Ran out of input")
 
@@ -218,7 +218,7 @@ def make_checkpoint(directory, step, settings=None, processes=1):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", FILES])
 @pytest.mark.parametrize("damage", DAMAGES, ids=named)
-def test_no_run_goes_on_from_a_checkpoint_that_is_not_whole(tmp_path, caplog, damage, file):
+def test_no_run_resumes_from_an_incomplete_checkpoint(tmp_path, caplog, damage, file):
     whole, newest = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
     assert last_checkpoint(tmp_path, {"seed": 0}) == newest
     damage(newest / file)
@@ -232,7 +232,7 @@ def test_no_run_goes_on_from_a_checkpoint_that_is_not_whole(tmp_path, caplog, da
         assert (tmp_path / "damaged-1-checkpoint-4" / "trainer_state.json").exists()
 
 
-def test_older_checkpoints_keep_their_weights_only_and_no_run_goes_on_from_them(tmp_path, caplog):
+def test_older_checkpoints_keep_only_their_weights_and_are_not_resumed(tmp_path, caplog):
     old, *newer = (make_checkpoint(tmp_path, step) for step in (2, 4, 6))
     drop_optimizer_states(tmp_path)
     assert sorted(p.name for p in old.iterdir()) == [FILES, "model.safetensors", "trainer_state.json"]
@@ -305,7 +305,7 @@ def stopped(tmp_path_factory):
         pytest.param("run_settings.json", empty, marks=pytest.mark.slow),
     ],
 )
-def test_a_training_ends_as_if_nothing_had_been_damaged(stopped, caplog, file, damage):
+def test_a_damaged_training_ends_with_the_same_results(stopped, caplog, file, damage):
     place, straight = stopped
     name = f"copy {len(list(place.iterdir()))}"
     shutil.copytree(place / "begun", place / name)
@@ -319,7 +319,7 @@ def test_a_training_ends_as_if_nothing_had_been_damaged(stopped, caplog, file, d
     assert (file.split("/")[-1] in caplog.text) is (file not in ("dynamics.csv", "history.csv"))
 
 
-def test_settings_that_are_not_legible_are_not_those_of_another_run(stopped):
+def test_unreadable_settings_are_not_treated_as_another_run(stopped):
     place, _ = stopped
     shutil.copytree(place / "begun", place / "illegible")
     empty(place / "illegible" / "run_settings.json")
@@ -329,7 +329,7 @@ def test_settings_that_are_not_legible_are_not_those_of_another_run(stopped):
     assert {p: p.read_bytes() for p in (place / "illegible").rglob("*") if p.is_file()} == before
 
 
-def test_a_disk_that_fills_while_training_is_told_in_one_line(stopped):
+def test_a_full_disk_during_training_is_reported_in_one_line(stopped):
     place, straight = stopped
     checkpoint = place / "full" / "checkpoints" / "checkpoint-2"
     shutil.copytree(place / "begun", place / "full")
@@ -341,7 +341,7 @@ def test_a_disk_that_fills_while_training_is_told_in_one_line(stopped):
     assert_same(straight, train(place, "full", **SHORT))
 
 
-def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
+def test_the_newest_checkpoints_are_kept_regardless_of_file_times(tmp_path):
     """Older lists are written again where optimiser states are dropped, so that times say nothing about the order."""
     args = SimpleNamespace(save_total_limit=3, output_dir=tmp_path)
     accelerator = SimpleNamespace(wait_for_everyone=lambda: None, num_processes=1)
@@ -354,7 +354,7 @@ def test_the_newest_checkpoints_are_kept_whenever_they_were_written(tmp_path):
     assert (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
 
 
-def test_what_was_set_aside_is_not_found_damaged_again(tmp_path, caplog):
+def test_set_aside_files_are_not_reported_again(tmp_path, caplog):
     workspace = Workspace(tmp_path / "a", ANALYSIS)
     workspace.open({"seed": 0}, overwrite=False)
     workspace.write("capture", 0, {"index": np.arange(3)})

@@ -60,7 +60,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["as it is", "overwrite"])
 @pytest.mark.parametrize("kind", ["analyze", "evaluate", "train", "sweep", "study", "save"])
-def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, checkpoint, tmp_path):
+def test_the_second_writer_is_refused_and_changes_nothing(kind, options, model, checkpoint, tmp_path):
     wrapped = models.wrap(*model, "tiny")
     writers = {
         "analyze": lambda: analyze(*model, responses=ragged_responses(2), output=tmp_path, **options),
@@ -106,7 +106,7 @@ def test_the_second_command_is_refused_in_one_line(words, place, tmp_path, monke
     assert told.count("\n") == 1
 
 
-def test_who_waits_proceeds_as_if_it_had_started_then(model, tmp_path, caplog):
+def test_a_waiting_process_continues_as_if_started_then(model, tmp_path, caplog):
     given = {"responses": ragged_responses(2), "output": tmp_path}
     (tmp_path / "elsewhere").mkdir()
     first = analyze(*model, **given | {"output": tmp_path / "elsewhere"})
@@ -159,7 +159,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "result"]
 
 
-def test_a_command_keeps_what_it_has_locked(tmp_path):
+def test_a_command_holds_its_lock_to_the_end(tmp_path):
     with keep_locks():
         with writing(tmp_path):
             pass
@@ -195,7 +195,7 @@ with locked(Path(sys.argv[1])):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, caplog)
     assert "its file system has no locks (No locks available)" in caplog.text
 
 
-def test_a_directory_that_may_only_be_read_is_read(model, tmp_path, monkeypatch):
+def test_a_read_only_directory_is_read(model, tmp_path, monkeypatch):
     done = analyze(*model, responses=ragged_responses(2), output=tmp_path)
 
     def refuse(*_):
@@ -216,7 +216,7 @@ def test_a_directory_that_may_only_be_read_is_read(model, tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(again.layers, done.layers)
 
 
-def test_what_a_killed_process_left_unrenamed_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     with subprocess.Popen(["true"]) as gone:
         pass
     stale = tmp_path / f".layers.csv.{gone.pid}.internal-policy.tmp"
@@ -228,7 +228,7 @@ def test_what_a_killed_process_left_unrenamed_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
-def test_a_lock_that_was_left_behind_is_no_result(tmp_path):
+def test_a_leftover_lock_is_not_a_result(tmp_path):
     run = make_run(tmp_path / "run")
     (run.path / LOCK).write_text(json.dumps(HELD))
     (tmp_path / "new").mkdir()
@@ -257,7 +257,7 @@ for _ in range(int(sys.argv[3])):
 
 
 @pytest.mark.slow
-def test_of_two_that_start_at_once_one_is_right_and_one_refused(tmp_path):
+def test_of_two_simultaneous_processes_one_succeeds_and_one_is_refused(tmp_path):
     times = 20
     expected = [analyze("testbed/qwen3", seed=s, max_responses=4, max_new_tokens=6, batch_size=2) for s in (0, 1)]
     start = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}

@@ -33,7 +33,7 @@ def state():
     return levels, bars, list(warnings.filters), ours
 
 
-def test_an_analysis_says_nothing_and_leaves_everything_as_it_was(capfd, recwarn):
+def test_an_analysis_is_silent_and_restores_logging_state(capfd, recwarn):
     before = state()
     analyze("testbed/llama", max_responses=1, max_new_tokens=4)
     said = capfd.readouterr()
@@ -43,7 +43,7 @@ def test_an_analysis_says_nothing_and_leaves_everything_as_it_was(capfd, recwarn
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_what_the_caller_has_chosen_comes_back_even_after_an_error(shown, monkeypatch):
+def test_logging_settings_of_the_caller_are_restored_after_an_error(shown, monkeypatch):
     monkeypatch.setattr(transformers_logging, "_tqdm_active", shown)
     monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.INFO)
     hub_state = hub.are_progress_bars_disabled()
@@ -65,7 +65,7 @@ def test_what_the_caller_has_chosen_comes_back_even_after_an_error(shown, monkey
     assert hub.are_progress_bars_disabled() == hub_state
 
 
-def test_a_library_that_is_imported_meanwhile_is_quiet_and_then_has_its_usual_state(monkeypatch):
+def test_a_library_imported_during_a_call_is_silenced_and_restored(monkeypatch):
     name, logger = "transformers.utils.logging", logging.getLogger("transformers")
     # A command that ran in this process before may have switched them off.
     hub.enable_progress_bars()
@@ -84,7 +84,7 @@ def test_a_library_that_is_imported_meanwhile_is_quiet_and_then_has_its_usual_st
     assert transformers_logging.is_progress_bar_enabled()
 
 
-def test_what_is_ours_and_what_is_the_callers_is_heard(caplog):
+def test_messages_of_the_package_and_the_caller_are_kept(caplog):
     def warn(module):
         return warnings.warn_explicit("gone in the next version", FutureWarning, "file.py", 1, module=module)
 
@@ -101,7 +101,7 @@ def test_what_is_ours_and_what_is_the_callers_is_heard(caplog):
     assert not heard
 
 
-def test_who_asks_by_logging_hears_the_libraries_and_each_stage(caplog):
+def test_debug_logging_shows_the_libraries_and_each_stage(caplog):
     before = state()
     with caplog.at_level(logging.INFO, "internal_policy"), quiet_libraries():
         assert state() == before
@@ -113,7 +113,7 @@ def test_who_asks_by_logging_hears_the_libraries_and_each_stage(caplog):
 
 
 @pytest.mark.slow
-def test_a_fresh_python_hears_nothing_of_imports_and_of_a_training(tmp_path):
+def test_imports_and_training_are_silent_in_a_new_process(tmp_path):
     code = (
         "import internal_policy as ip\n"
         "run = ip.bupo.train(layer=7, ipa_steps=1, max_steps=2, prompts_per_step=2, num_generations=2, mini_batches=1, "

@@ -60,7 +60,7 @@ for line in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_what_needs_no_extra_runs(tmp_path):
+def test_commands_without_extras_run(tmp_path):
     run = ROOT / "data" / "experiments" / "runs" / "qwen3-bupo-l7-s3-seed0"
     lines = (
         "analyze --model testbed/qwen3 --model testbed/llama --max-responses 3 --output out",

@@ -58,7 +58,7 @@ def test_a_function_shows_its_options_with_their_defaults(function, config, lack
     assert said["temperature"].endswith("always those of temperature 1.")
 
 
-def test_a_training_shows_its_options_and_takes_those_of_trl():
+def test_training_signature_shows_its_options_and_accepts_those_of_trl():
     parameters, said = signature(bupo.train).parameters, entries(bupo.train)
     assert [name.strip("*") for name in said] == list(parameters)
     assert {f.name for f in fields(TrainConfig)} - {"trl_options"} <= parameters.keys()
@@ -68,7 +68,7 @@ def test_a_training_shows_its_options_and_takes_those_of_trl():
     assert "trl.GRPOConfig" in said["**options"]
 
 
-def test_a_sweep_refuses_one_revision_by_the_word_that_it_takes():
+def test_a_sweep_refuses_revision_and_names_the_right_option():
     with pytest.raises(UserError, match="needed is revisions="):
         sweep("org/model", revisions=["a", "b"], revision="c")
 
@@ -107,18 +107,18 @@ def test_an_option_is_read_from_its_field():
         ({"kind": "c"}, "--kind is 'c'; needed is one of a, b"),
     ],
 )
-def test_a_value_that_an_option_cannot_have_is_refused(given, message):
+def test_invalid_option_values_are_refused(given, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         check_options(Settings(**given))
 
 
-def test_numbers_of_other_libraries_become_pythons():
+def test_numpy_and_torch_numbers_become_python_numbers():
     settings = Settings(size=np.int64(4), rate=np.float32(0.5))
     check_options(settings)
     assert (type(settings.size), type(settings.rate)) == (int, float)
 
 
-def test_a_command_line_gives_the_settings_again():
+def test_settings_round_trip_through_a_command_line():
     assert command_line_of(AnalyzeConfig, vars(AnalyzeConfig())) == []
     config = AnalyzeConfig("a b", temperature=0.5, max_new_tokens=7, random_baseline=True, lens="logit-lens")
     words = command_line_of(AnalyzeConfig, vars(config))

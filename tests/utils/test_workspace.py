@@ -42,7 +42,7 @@ def squares(portions):
     return {int(i): int(v) for p in portions for i, v in zip(p["index"], p["square"], strict=True)}
 
 
-def test_the_longest_are_computed_first_and_what_is_there_is_not_computed_again(workspace):
+def test_longest_items_are_computed_first_and_stored_items_are_skipped(workspace):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         run(workspace, seen=seen, at=0)
@@ -53,7 +53,7 @@ def test_the_longest_are_computed_first_and_what_is_there_is_not_computed_again(
     assert len(seen) == 3
 
 
-def test_processes_divide_the_batches_and_each_returns_all(workspace):
+def test_processes_split_the_batches_and_each_returns_all(workspace):
     seen = []
     with pytest.raises(UserError, match="2 of 5 responses are there after all processes have finished"):
         run(workspace, Alone(number=2, rank=1), seen)
