@@ -1,4 +1,4 @@
-"""What ``benchmark_analysis.py`` has measured, as tables and as a figure."""
+"""The measurements of ``benchmark_analysis.py`` as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from internal_policy.utils.io import write_atomically, write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATA, FIGURES, PAGE = ROOT / "data/benchmarks", ROOT / "figures/benchmarks", ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- analysis: begin -->", "<!-- analysis: end -->"
-"""What stands between these in the page is written by this module."""
+"""This module writes the text between these markers of the page."""
 
 NAMES = {
     "ours": "ours, exact",
@@ -59,7 +59,7 @@ def runs(part: dict[str, Any]) -> pd.DataFrame:
         part: of a machine's results.
 
     Returns:
-        A row a contender, repeat and job: seconds, peak_mib, and what the contender says of itself.
+        A row a contender, repeat and job: seconds, peak_mib, and the contender's own facts.
     """
     frame = pd.DataFrame(part["runs"])
     frame["peak_mib"] = frame["peak_bytes"].astype(float) / _MIB
@@ -74,7 +74,7 @@ def summary(part: dict[str, Any]) -> pd.DataFrame:
 
     Returns:
         A row a contender: seconds, peak_mib, faster (the paper's seconds over its own), over_floor
-        where the floor was measured.
+        if the floor was measured.
     """
     frame = runs(part)
     seconds = frame.pivot_table(index="repeat", columns="contender", values="seconds")
@@ -138,7 +138,7 @@ def _set_axis(panel: Axes, values: list[int], shown: pd.Series[float]) -> None:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """What stands in the page between its marks.
+    """The text of the page between its markers.
 
     Args:
         results: of ``read_results``.
@@ -202,7 +202,7 @@ def _tolerance(part: dict[str, Any]) -> list[str]:
 
 
 def _positions(found: dict[str, Any]) -> str:
-    """How many positions a tolerance took."""
+    """The number of positions that a tolerance needed."""
     return (
         f"With the tolerance {found['analysed']:.0f} of {found['total']:.0f} positions were analysed "
         f"({found['total'] / found['analysed']:.1f} x fewer), in {found['rounds']:.0f} "

@@ -50,7 +50,7 @@ def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
 
 
 def working_memory(run: Callable[[], object], device: torch.device) -> float:
-    """MiB of the device that a call takes beside what is there."""
+    """Additional MiB of device memory that a call takes."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
@@ -79,7 +79,7 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
         return
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
-        # Compilation and the choice of blocks are no part of the rate.
+        # Compilation and tuning are excluded from the rate.
         run()
     for _ in range(repeats):
         for name, run in ways.items():

@@ -1,4 +1,4 @@
-"""What `make demo` says at its end: one paragraph, and which pages to open; and the table of an experiment as text."""
+"""The closing output of `make demo`: a summary, the pages to open, and the table of an experiment as text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _points(summary: pd.DataFrame, name: str, heading: str) -> dict[str, list[st
 
 
 def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
-    """Say what the demo has shown and what it has not.
+    """Summarise what the demo has shown and what it has not.
 
     Args:
         analyses: those that the demo made.

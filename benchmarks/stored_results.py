@@ -47,7 +47,7 @@ def states(model: str) -> dict[str, str]:
         model: an embedded model.
 
     Returns:
-        Where the weights are, under what figures call them.
+        Paths of the weights by their name in the figures.
     """
     short = model.split("/")[1]
     main = [job for job in jobs() if job.part == "main" and job.seed == 0 and job.model == model]

@@ -1,4 +1,4 @@
-"""What is captured of a model, against the definitions in float64 on the same states and against its own logits."""
+"""Checks of captured quantities against the float64 definitions on the same states and against the model's logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def captured(model, records, side="right", lens="policy"):
 
 
 def states_of(model, record):
-    """What the layers hand over for one sequence, and where its response tokens are predicted."""
+    """States of each layer at the positions that predict the response tokens of one sequence."""
     ids = torch.tensor([record["input_ids"]])
     positions = torch.arange(record["prompt_length"] - 1, ids.shape[1] - 1)
     found = []

@@ -1,4 +1,4 @@
-"""Synthetic analyses, runs and inspections to draw, and what a figure shows once it is laid out."""
+"""Synthetic analyses, runs and inspections for figures, and checks of laid-out figures."""
 
 from __future__ import annotations
 
@@ -201,13 +201,13 @@ def lay_out(figure):
         figure.set_dpi(mpl.rcParams["savefig.dpi"])
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.get_layout_engine().execute(figure)
-        # A legend places its entries only as it is drawn.
+        # A legend places its entries only when it is drawn.
         for legend in figure.legends:
             legend.draw(renderer)
 
 
 def text_boxes(figure):
-    """Names, boxes [N, 4] in pixels (x0, y0, x1, y1) of every text that shows."""
+    """Names, boxes [N, 4] in pixels (x0, y0, x1, y1) of every visible text."""
     lay_out(figure)
     texts = [*figure.texts, *[t for legend in figure.legends for t in legend.get_texts()]]
     texts += [text for text in (figure._supxlabel, figure._supylabel) if text is not None]

@@ -1,4 +1,4 @@
-"""One result of each kind that a command leaves on disk, made without a model."""
+"""One stored result of each kind, built without a model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from internal_policy.comparison.study_presets import StudyModel
 
 def save_one_of_each(root):
     """Two analyses with the study that they make, their comparison, an evaluation and an inspection."""
-    made = (make(progressive(6), name, prompts=4, seed=seed) for seed, name in enumerate(("some/007", "some/NA")))
-    one, two = (replace(analysis, config={**analysis.config, "template": "chat"}) for analysis in made)
+    analyses = (make(progressive(6), name, prompts=4, seed=seed) for seed, name in enumerate(("some/007", "some/NA")))
+    one, two = (replace(analysis, config={**analysis.config, "template": "chat"}) for analysis in analyses)
     one.save(root / "analyses" / "007")
     two.save(root / "analyses" / "NA")
     compare(root / "analyses").save(root / "comparison")

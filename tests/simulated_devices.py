@@ -1,4 +1,4 @@
-"""Devices in simulation: tensors that say they are on ``privateuseone:N`` and refuse to meet those of another device.
+"""Simulated devices: tensors on ``privateuseone:N`` that raise when combined with those of another device.
 
 Their numbers are on the CPU. Every operation is checked as a real device would: operands on different devices are an
 error, unless the operation copies from one to the other. What is not simulated: the kernels of a real device.
@@ -22,11 +22,11 @@ class OnDevice(torch.Tensor):
     def __new__(cls, inner, device=None, requires_grad=False):
         if device is None:  # what accelerate does to make a parameter of a parameter's own class
             return torch.nn.Parameter(inner, requires_grad=requires_grad)
-        made = torch.Tensor._make_wrapper_subclass(
+        wrapper = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=device
         )
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

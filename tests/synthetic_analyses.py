@@ -1,4 +1,4 @@
-"""Analyses made from curves: shapes that the paper reports, with responses of their own, so that intervals are real."""
+"""Synthetic analyses with the entropy curves of the paper and per-response values, so that intervals are realistic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def progressive(n_layers=36, vocab=151_936, power=1.6, start=0.0, rise=0.0):
 
 
 def stream(curve, *, prompts=12, noise=0.0, shared=0.0, seed=0):
-    """What `measure_convergence` reads of an analysis, with responses of equal length, in no time."""
+    """The parts of an analysis that `measure_convergence` reads, with responses of equal length."""
     curve = np.asarray(curve, dtype=float)
     n_layers, draw = len(curve) - 1, np.random.default_rng(seed)
     states = curve + shared * draw.normal(size=(prompts, 1)) + noise * draw.normal(size=(prompts, n_layers + 1))

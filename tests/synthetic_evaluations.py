@@ -1,4 +1,4 @@
-"""Evaluations made of counts of correct samples, and the exact Pass@K of counts."""
+"""Synthetic evaluations from counts of correct samples, and the exact Pass@K."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def exact(n, c, k):
 
 
 def rated(correct, n=16, name="m", benchmark="b", ks=None):
-    """An evaluation whose problems were solved so many times."""
+    """An evaluation with the given number of correct samples per problem."""
     table = pd.DataFrame({"problem": range(1, len(correct) + 1), "n": n, "correct": correct})
     table["prompt"] = [f"question {i}" for i in table["problem"]]
     table["answer"] = "1"

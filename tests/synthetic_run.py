@@ -37,8 +37,8 @@ def make(path, name="some/model", **changed):
     history = pd.DataFrame({"step": range(1, 31), "phase": ["ipa"] * 3 + ["grpo"] * 27})
     history["reward"] = [0.25 + i / 100 for i in range(30)]
     history["policy_entropy"], history["length"] = 0.125, 20.0
-    asked = TrainConfig(model=name, layer=6, ipa_steps=3, max_steps=30, mini_batches=2)
-    settings = asdict(asked.with_preset())
+    train_config = TrainConfig(model=name, layer=6, ipa_steps=3, max_steps=30, mini_batches=2)
+    settings = asdict(train_config.with_preset())
     config = {
         **{field: value for field, value in settings.items() if field != "trl_options"},
         **{"weights": "w0", "prompts": "d1", "layer": 6, "rewards": ["exact_reward"], "peft": None, "hooked": None},

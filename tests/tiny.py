@@ -50,7 +50,7 @@ OWN = {
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
 }
-"""What a configuration needs beside the common sizes, so that every part that makes the family differ is at work."""
+"""Options of each family in addition to the common sizes, chosen so that its special parts have an effect."""
 
 
 def tiny_model(
@@ -72,7 +72,7 @@ def tiny_model(
     if model_type in ("deepseek_v3", "gpt_neox"):
         del sizes["head_dim"]
     if model_type == "gpt_neox":
-        # A real one has no such field, and transformer-lens believes any that is there.
+        # The real configuration has no such field, and transformer-lens would use it.
         del sizes["num_key_value_heads"]
     if model_type == "deepseek_v3":
         sizes["num_key_value_heads"] = 4
@@ -98,7 +98,7 @@ def tiny_model(
 
 
 def _shaken(model):
-    """Biases and norm weights away from where they begin: a part that is left out must show."""
+    """Perturb biases and norm weights, so that leaving one out changes the result."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -21,7 +21,7 @@ def steps_of(paths):
 
 
 def as_bupo(run, root):
-    """The same checkpoints where a run of bupo has them."""
+    """The same checkpoints in the layout of a BuPO run."""
     (root / "checkpoints").mkdir(parents=True)
     for checkpoint in run.iterdir():
         (root / "checkpoints" / checkpoint.name).mkdir()

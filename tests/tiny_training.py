@@ -1,4 +1,4 @@
-"""Short calls of `bupo.train` on a tiny model that is saved at a place of its own."""
+"""Short calls of `bupo.train` on a tiny saved model."""
 
 from __future__ import annotations
 

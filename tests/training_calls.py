@@ -1,4 +1,4 @@
-"""Calls of `bupo.train` and of the command line in this process, and what a refused one leaves behind."""
+"""Calls of `bupo.train` and of the command line in this process, and checks of refused calls."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def everything(directory):
 
 
 def refused(output, model=MODEL, began=False, **options):
-    """What a refused call says; what was in its output directory before is there, and nothing else."""
+    """The message of a refused call; its output directory must be unchanged."""
     before = everything(output)
     with pytest.raises(UserError) as info:
         bupo.train(model, output=output, **{**SMALL, **options})
-    told = str(info.value)
-    assert "\n" not in told
+    message = str(info.value)
+    assert "\n" not in message
     assert began or everything(output) == before
-    return told
+    return message
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -53,5 +53,5 @@ def command(monkeypatch, capsys, *arguments):
             cli.main()
     finally:
         logger.handlers = handlers
-    told = capsys.readouterr()
-    return stop.value.code or 0, told.out, told.err
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err

@@ -1,4 +1,4 @@
-"""Processes that a launcher started share the responses out, and give what one process gives, bit for bit."""
+"""Several launched processes split the responses and give bitwise the same results as one process."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_two_processes_give_the_same_results_as_one(alone, tmp_path):
     found = tmp_path / "out" / "testbed--llama"
     assert_same(alone, found)
     assert not (found / "work").exists()
-    # One process speaks for both.
+    # Only the main process prints.
     assert done.stdout.count("boundary layer:") == 1
     assert done.stdout.count("figures:") == 1
 
 
 @pytest.mark.slow
 def test_two_processes_resume_the_run_of_one(alone, tmp_path):
-    """A run of another number of processes is taken up: who does what does not depend on what is done."""
+    """A run with another number of processes is resumed: results do not depend on the split."""
     from internal_policy import analyze
     from internal_policy.analysis import pipeline
 

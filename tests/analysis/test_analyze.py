@@ -1,4 +1,4 @@
-"""The analysis as a whole, from Python: what it returns, what it writes, what it does not depend on."""
+"""The whole analysis from Python: what it returns, what it writes and what it does not depend on."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_an_interrupted_run_resumes_with_another_batch_size(model, tokenizer, tm
         analyze(model, output=tmp_path, batch_size=2, **options)
     assert not list(tmp_path.rglob("analysis.json"))
     resumed = analyze(model, output=tmp_path, batch_size=5, **options)
-    # Two of the portions had been analysed before: 8 of the 12 responses were left, in two batches of five and less.
+    # Two of the shards were already stored: 8 of the 12 responses were left, in two batches of at most five.
     assert sum(len(responses) for _, responses in calls[3:]) == 8
     pd.testing.assert_frame_equal(resumed.sequences, whole.sequences)
     pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=False, rtol=0, atol=1e-5)

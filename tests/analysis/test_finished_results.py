@@ -1,4 +1,4 @@
-"""Finished sweeps, lenses, evaluations and runs are recognised by their files, as one analysis is."""
+"""Finished sweeps, lenses, evaluations and runs are recognised by their files, like a single analysis."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ COMMANDS = {
 
 
 def keep(path, options):
-    """A finished run that says which call made it."""
+    """A finished run that records its call."""
     run = make(path)
     asked = TrainConfig.from_keywords(**options)
-    said = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
+    call = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
     versions = {"torch": metadata.version("torch")}
-    run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
+    run = dataclasses.replace(run, call=call, versions=versions, config={**run.config, "hooked": None})
     run.save()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_results(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     for name in ("model", "run/checkpoint-1", "run/checkpoint-2"):
         shutil.copytree(testbed.path("testbed/qwen3"), place / name)
@@ -78,9 +78,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
-    """A copy, in which the results are called as they were."""
-    copy = shutil.copytree(made, tmp_path / made.name)
+def place(finished_results, tmp_path, monkeypatch):
+    """A copy in which the results keep their names."""
+    copy = shutil.copytree(finished_results, tmp_path / finished_results.name)
     monkeypatch.chdir(copy)
     monkeypatch.setattr(result_format, "_ACCELERATORS", ())
     return copy
@@ -113,7 +113,7 @@ def test_a_changed_byte_is_detected(kind, place):
     assert find(kind, place) is not None
     for pattern in CHANGED[kind]:
         (path,) = place.glob(pattern)
-        # Of a text a digit, so that the file can still be read.
+        # In a text file one digit is changed, so that it can still be read.
         at = path.read_bytes().index(b"a=2") + 2 if path.suffix == ".jsonl" else -1
         change_a_byte(path, at)
         assert find(kind, place) is None
@@ -205,10 +205,10 @@ def test_complete_results_load_no_libraries(place, kinds):
     # Other settings are refused at once, too.
     assert "with other settings (seed 0 -> 3)" in other
     assert other.splitlines()[-1] == "2"
-    for said in same:
-        *lines, end = said.splitlines()[1:]
+    for call in same:
+        *lines, end = call.splitlines()[1:]
         assert lines
-        assert all("complete; nothing to " in line for line in lines), said
+        assert all("complete; nothing to " in line for line in lines), call
         # The exit code, and none of the libraries behind it.
         assert end == "0"
     assert "".join(same).count("complete; nothing to ") == sum(FINISHED[kind] for kind in kinds)

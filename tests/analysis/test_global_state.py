@@ -1,4 +1,4 @@
-"""What the caller has set around a call, and who else uses the model meanwhile, changes no number."""
+"""Global torch settings and other users of the model do not change the results."""
 
 from __future__ import annotations
 

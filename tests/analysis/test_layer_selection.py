@@ -1,4 +1,4 @@
-"""The boundary layer of published and made-up curves, under noise, other units and other inputs."""
+"""The boundary layer of published and synthetic curves, under noise, in other units and for other inputs."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ def test_boundary_layer_without_noise(name: str, scale: float):
     assert select_layer(curve * scale).boundary_layer == boundary
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["without stderr", "with stderr"])
+@pytest.mark.parametrize("with_stderr", [False, True], ids=["without stderr", "with stderr"])
 @pytest.mark.parametrize(("family", "threshold"), [(QWEN, 0.97), (LLAMA, 0.95), (OTHERS, 0.97), (NONE, 0.97)])
-def test_boundary_layer_hit_rate_under_noise(family: dict, threshold: float, told: bool):
+def test_boundary_layer_hit_rate_under_noise(family: dict, threshold: float, with_stderr: bool):
     """Thresholds lie one to three points below the rates of 1000 seeds, at least two Monte Carlo errors of 20 seeds."""
     hits = []
     for index, (curve, boundary, noise) in enumerate(family.values()):
         generator = np.random.default_rng(index)
         for _ in range(SEEDS):
             noisy = curve + noise * generator.standard_normal(curve.size)
-            stderr = np.full(curve.size, noise) if told else None
+            stderr = np.full(curve.size, noise) if with_stderr else None
             hits.append(select_layer(noisy, stderr=stderr, resamples=1).boundary_layer == boundary)
     assert np.mean(hits) >= threshold
 
@@ -268,10 +268,10 @@ def test_shares_of_resamples_are_reported_as_counts():
     assert "20 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in shown
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(1, "1 prompt only: "), (39, "39 prompts only: "), (40, None)])
-def test_fewer_than_40_prompts_are_reported_as_few(prompts, told):
-    assert (few_prompts(prompts) or "").startswith(told or "")
-    assert (few_prompts(prompts) is None) == (told is None)
+@pytest.mark.parametrize(("prompts", "message"), [(1, "1 prompt only: "), (39, "39 prompts only: "), (40, None)])
+def test_fewer_than_40_prompts_are_reported_as_few(prompts, message):
+    assert (few_prompts(prompts) or "").startswith(message or "")
+    assert (few_prompts(prompts) is None) == (message is None)
 
 
 def test_a_single_prompt_gives_no_confidence():

@@ -1,4 +1,4 @@
-"""Windows and scaled positions: the numbers stay those of each sequence alone."""
+"""Attention windows and scaled positions: results equal those of each sequence without batching."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_batches_against_alone(model, records):
 def test_windows_shorter_than_the_sequence(model_type):
     model, records = tiny_model(model_type, **WINDOWS[model_type]), long_records([31, 6, 19])
     check_batches_against_alone(model, records)
-    # The window is at work: with a wider one the numbers differ.
+    # The window has an effect: a wider one changes the results.
     wide = tiny_model(model_type, **{**WINDOWS[model_type], "sliding_window": 64})
     assert np.abs(captured(wide, records)[0].policy - captured(model, records)[0].policy).max() > 0.01
 

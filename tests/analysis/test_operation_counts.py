@@ -1,4 +1,4 @@
-"""What an analysis computes and allocates, counted operation by operation: unlike time, the same on every machine."""
+"""Operations and memory of an analysis, counted per operation, which unlike time are the same on every machine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LAYERS, VOCAB, PROMPT = 6, 4_099, 5
 
 
 class Operations(TorchDispatchMode):
-    """Counts logits of internal policies, and the bytes that are alive at the worst moment."""
+    """Counts the logits of internal policies and the peak of allocated bytes."""
 
     def __init__(self):
         super().__init__()
         self.logits = self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         # Only the entropies write their products into buffers.
         if func.overloadpacket is torch.ops.aten.mm and "out" in (kwargs or {}):
-            self.logits += made.numel()
+            self.logits += output.numel()
         known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(made):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in known:
                 self._note(tensor.untyped_storage())
-        return made
+        return output
 
     def _note(self, storage):
         self.alive += storage.nbytes()

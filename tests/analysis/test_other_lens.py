@@ -1,4 +1,4 @@
-"""The answer under the other lens: measured on the same responses, recognised as such, and shown beside the first."""
+"""The boundary layer under the other lens: measured on the same responses, matched, and shown with the first."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from internal_policy.report import analysis_report, comparison_report
 
 def under(lens, root, name="m", answer=None, **options):
     """An analysis under a lens, on disk."""
-    made = make(progressive(6), name, lens=lens, prompts=4, **options)
+    analysis = make(progressive(6), name, lens=lens, prompts=4, **options)
     entropy = {"mean": 0.3, "stderr": 0.02, "final_state_mean": 0.4, "final_state_stderr": 0.02}
-    made = replace(made, selection=replace(made.selection, boundary_layer=answer), policy_entropy=entropy)
-    return Analysis.load(made.save(root / (name if lens == "policy" else f"{name}--{lens}")))
+    analysis = replace(analysis, selection=replace(analysis.selection, boundary_layer=answer), policy_entropy=entropy)
+    return Analysis.load(analysis.save(root / (name if lens == "policy" else f"{name}--{lens}")))
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def test_each_lens_finds_the_other_and_reports_agreement(pair, capsys):
     policy, lens = pair
     assert find_other_lens(policy) == LensResult("logit-lens", 1, lens.path)
     assert find_other_lens(lens) == LensResult("policy", 4, policy.path)
-    told = "under the logit lens the same responses give layer 1, so the answer depends on the lens"
-    assert other_lens_sentence(policy) == told
-    assert f"{told}. Its entropy" in analysis_report(policy)
-    assert told in policy._repr_html_()
+    sentence = "under the logit lens the same responses give layer 1, so the answer depends on the lens"
+    assert other_lens_sentence(policy) == sentence
+    assert f"{sentence}. Its entropy" in analysis_report(policy)
+    assert sentence in policy._repr_html_()
     display.show_analysis(policy)
-    assert told in " ".join(capsys.readouterr().out.split())
+    assert sentence in " ".join(capsys.readouterr().out.split())
     alike = replace(policy, selection=replace(policy.selection, boundary_layer=1))
     assert other_lens_sentence(alike) == "under the logit lens the same responses give layer 1 too"
 
@@ -96,7 +96,7 @@ def test_one_command_analyses_the_same_responses_under_both_lenses(tmp_path, mon
     assert policy["n_truncated"] == lens["n_truncated"] == 3
     answers = {"lens": "logit-lens", "boundary_layer": lens["boundary_layer"], "path": lens["path"]}
     assert policy["other_lens"] == answers
-    # Sampled by itself it has the same responses too; the page of the first is drawn again to say so.
+    # A separate sampling gives the same responses; the page of the first is written again to mention it.
     page = tmp_path / "testbed--qwen3" / "report.html"
     page.write_text("of before")
     (tmp_path / "testbed--qwen3--logit-lens" / "analysis.json").unlink()

@@ -1,4 +1,4 @@
-"""Positions chosen at random until every change is known well enough: fair, as certain as it says, and far fewer."""
+"""Positions are sampled until every change meets the tolerance: unbiased, with valid intervals, and far fewer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOLERANCE = 0.05
 
 
 class Recorded:
-    """An embedded model's exact analysis, value by value, from which any choice of positions can be read off."""
+    """The exact per-token values of an embedded model, from which any sample of positions can be evaluated."""
 
     def __init__(self, model):
         self.analysis = analyze(model, keep_tokens=10**6, batch_size=128)
@@ -63,7 +63,7 @@ class Recorded:
         return [TokenValues(self.layers[i], self.policy[i]) for i in at]
 
     def repeat(self, seed, directory, tolerance=TOLERANCE):
-        """The analysis' own choice of positions and rounds, with the values read off instead of computed."""
+        """The sampling of positions and rounds as in the analysis, with stored values instead of computed ones."""
         config = AnalyzeConfig(tolerance=tolerance, seed=seed, batch_size=10**6)
         workspace = Workspace(directory / f"{tolerance}-{seed}", ANALYSIS)
         workspace.open({}, overwrite=True)
@@ -103,7 +103,7 @@ def check_coverage(recorded, directory, repeats):
     stderr = np.sqrt(0.95 * 0.05 / repeats)
     assert abs(covered.mean() - 0.95) <= 1.3 * stderr
     assert covered.mean(axis=0).min() > 0.95 - 4 * stderr
-    # Unbiased: the mean of the estimates is as far from the exact figure as their own scatter lets it be.
+    # Unbiased: the mean of the estimates differs from the exact value by no more than their standard error explains.
     z = (means.mean(axis=0) - recorded.exact) / (means.std(axis=0, ddof=1) / np.sqrt(repeats))
     assert np.sqrt((z**2).mean()) < 1.6
     assert np.abs(z).max() < 4.5
@@ -137,7 +137,7 @@ def test_every_prefix_samples_each_block_proportionally(recorded):
     design = design_positions(recorded.responses, 0)
     assert (design.taken(design.pilot) == 2).all()
     for n in (design.pilot + 1, 600, 1000, 5000, len(design.order)):
-        # Two at least, and else the share rounded down or up; a share that two exceeds lowers the others' by a little.
+        # At least two, otherwise the share rounded down or up; a share below two slightly lowers those of the others.
         off = design.taken(n) - np.maximum(design.sizes * n / len(design.order), 2)
         assert np.abs(off).max() < 1.5
     assert (design.taken(len(design.order)) == design.sizes).all()
@@ -171,7 +171,7 @@ def test_means_and_variances_match_the_textbook(recorded):
 
 
 def in_blocks(n_blocks, per_block, pilot):
-    """Equal blocks of positions of which the first `pilot` go round the blocks in turn."""
+    """Equal blocks of positions; the first `pilot` positions alternate between the blocks."""
     block = np.tile(np.arange(n_blocks), per_block)
     total = np.arange(len(block))
     return Design(total, total, block, total, pilot)
@@ -209,7 +209,7 @@ class Simulated(Recorded):
 @pytest.mark.parametrize("repeats", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_rare_large_changes_are_not_missed(tmp_path, repeats):
     """A fiftieth of the positions change: without a least number of them a fifth of all runs stop at 0 +- 0."""
-    off, covered, analysed, told = [], [], [], []
+    off, covered, analysed, reported_few = [], [], [], []
     wider = np.sqrt(100 / repeats)
     for seed in range(repeats):
         population = Simulated(0.02, seed)
@@ -218,9 +218,9 @@ def test_rare_large_changes_are_not_missed(tmp_path, repeats):
         off.append(mean[0] - population.exact)
         covered.append(abs(off[-1]) <= half_width[0] + 1e-9)
         analysed.append(summary["analysed"] / summary["total"])
-        told.append(summary["few"] > 0)
-    # Who reads the half-width is told that it misses more often than it says.
-    assert np.mean(told) > 0.7
+        reported_few.append(summary["few"] > 0)
+    # The summary warns that the half-width covers less often than its nominal level.
+    assert np.mean(reported_few) > 0.7
     # 0.92 of 600 such runs; 100 know it to 0.027. Two of every block, symmetric and not skewed, hold 0.63.
     assert np.mean(covered) >= 0.92 - 4 * 0.027 * wider
     # The bias of those 600 is -0.005 of 0.06, that of 100 known to 0.002; else it is -0.019.
@@ -243,14 +243,14 @@ def test_only_the_main_process_decides_when_to_stop(recorded, tmp_path):
     config = AnalyzeConfig(tolerance=1e-6, batch_size=10**6)
     workspace = Workspace(tmp_path, ANALYSIS)
     workspace.open({}, overwrite=True)
-    # What it finds itself is neither enough to stop at 700, nor would it be 700 positions that it goes on to.
+    # Its own values would neither stop at 700 positions nor continue with exactly 700.
     ends = [428, 700, 700]
     sample = capture_in_rounds(config, recorded.responses, recorded.run, workspace, Follower()).sample
     assert (sum(map(len, sample.tokens)), sample.rounds) == (700, 2)
 
 
 def test_response_estimates_add_up_and_have_the_clustered_variance(recorded):
-    """The error clustered by response of what is made of a sample holds both the responses and the sample."""
+    """The response-clustered error of sampled estimates contains both the variance of responses and of the sampling."""
     lengths = [r.n_tokens for r in recorded.responses]
     starts = recorded.first_positions()
     means = np.add.reduceat(recorded.changes, starts) / np.array(lengths)[:, None]
@@ -265,7 +265,7 @@ def test_response_estimates_add_up_and_have_the_clustered_variance(recorded):
         squares.append(stderr**2)
         estimates.append(mean)
     wanted = of_responses**2 + np.var(estimates, axis=0, ddof=1)
-    # The variance of 60 estimates is itself known to 18 %; of 24 columns' mean ratio, which hang together, to some 6 %.
+    # The variance of 60 estimates is known to 18 %; of 24 columns' mean ratio, which are correlated, to some 6 %.
     assert np.mean(np.mean(squares, axis=0) / wanted) == pytest.approx(1, abs=0.15)
     whole = response_means(design, recorded.changes[design.order])
     np.testing.assert_allclose(whole, means, rtol=0, atol=1e-12)
@@ -289,7 +289,7 @@ def test_the_embedded_model_needs_eight_times_fewer_positions(recorded, monkeypa
     row = found.layers.loc[found.layers["change_half_width"].idxmax()]
     assert (row["layer"], row["site"]) == (positions["layer"], positions["site"])
     off = (found.layers["change"] - recorded.analysis.layers["change"]).abs()
-    # 24 intervals of 0.95; a miss is seldom a far one.
+    # 24 intervals at level 0.95; a miss is rarely far off.
     assert (off <= found.layers["change_half_width"]).sum() >= 20
     assert (off <= 2 * found.layers["change_half_width"]).all()
     assert found.boundary_layer == recorded.analysis.boundary_layer
@@ -305,7 +305,7 @@ def test_the_embedded_model_needs_eight_times_fewer_positions(recorded, monkeypa
 
 
 def _chosen(analysis):
-    """Positions by response, told apart by number: from the counts that the table of responses holds."""
+    """Positions per response, from the counts in the table of responses."""
     counts = analysis.responses.drop_duplicates("response")["n_analysed"]
     return [np.arange(n) + 10**6 * i for i, n in enumerate(counts)]
 
@@ -438,9 +438,9 @@ def test_values_of_other_positions_are_refused(model, stopped_in_round_two, tmp_
     (end,) = (tmp_path / "copy").glob("*/work/end-2-*.npz")
     end.unlink()
     monkeypatch.setattr(position_sampling, "positions_needed", lambda *arguments: positions_needed(*arguments) + off)
-    with pytest.raises(UserError, match=r"other positions than round 2 .*--overwrite") as told:
+    with pytest.raises(UserError, match=r"other positions than round 2 .*--overwrite") as reported_few:
         analyze(model, output=tmp_path / "copy", **options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported_few.value)
 
 
 def test_sampled_positions_survive_saving_and_loading(model, tokenizer, tmp_path):
@@ -469,9 +469,9 @@ def test_terminal_line_of_sampled_positions():
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), "0.05", True])
 def test_an_invalid_tolerance_is_refused(value):
-    with pytest.raises(UserError, match=r"--tolerance is .*; needed is a number") as told:
+    with pytest.raises(UserError, match=r"--tolerance is .*; needed is a number") as reported_few:
         AnalyzeConfig(tolerance=value)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported_few.value)
 
 
 @pytest.mark.slow

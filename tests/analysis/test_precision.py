@@ -1,4 +1,4 @@
-"""Other precisions: the numbers stay those of the definitions."""
+"""Other precisions: results still match the definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The baseline: the same responses through random weights, against an independent computation, on disk and drawn."""
+"""The random baseline: values against an independent computation, storage and figures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_baseline_matches_a_model_initialised_by_transformers_with_the_seed(anal
         assert {k: row[k] for k in wanted} == pytest.approx(wanted, abs=NATS)
     policy = np.concatenate([p for _, p in found])[:, 1].mean()
     assert analysis.baseline_model["policy_entropy"]["mean"] == pytest.approx(policy, abs=NATS)
-    # Far from the weights of the model itself, whose numbers are as they are without a baseline.
+    # Different from the model's own values, which are the same as without a baseline.
     assert np.abs(analysis.baseline["entropy_out"] - analysis.layers["entropy_out"]).max() > 1000 * NATS
 
 
@@ -87,14 +87,14 @@ def test_baseline_is_added_to_a_finished_analysis_and_resumed(analysis, model, t
     monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measured(model, random_baseline=True, **options)
-    # What was finished before stays so.
+    # The finished analysis is unchanged.
     assert Analysis.load(place).baseline is None
     resumed = measured(model, random_baseline=True, **options)
     assert sum(len(responses) for _, responses in calls[2:]) == 4
     np.testing.assert_allclose(resumed.baseline["change"], analysis.baseline["change"], atol=NATS)
     assert {p.name for p in place.iterdir()} == {*before, "analysis.json", "baseline.csv"}
     assert {name: (place / name).read_bytes() for name in before} == before
-    # It is there now, and asked for or not nothing is done.
+    # It is stored now, so nothing is computed whether it is requested or not.
     for wanted in (True, False):
         assert measured(model, random_baseline=wanted, **options).baseline is not None
     assert len(calls) == 4
@@ -138,9 +138,9 @@ def test_one_model_is_in_memory_at_a_time(monkeypatch):
 
     def watched(*arguments):
         alive.append(sum(issubclass(type(o), PreTrainedModel) and id(o) not in kept for o in gc.get_objects()))
-        return made(*arguments)
+        return build_random_model(*arguments)
 
-    made = random_baseline._random_model
+    build_random_model = random_baseline._random_model
     monkeypatch.setattr(random_baseline, "_random_model", watched)
     found = analyze("testbed/qwen3", max_responses=2, max_new_tokens=3, random_baseline=True)
     assert alive == [0]
@@ -175,8 +175,8 @@ def test_figures_report_and_terminal_show_the_baseline(analysis):
     page = analysis_report(analysis)
     assert "random weights, FFN" in page
     assert "random weights, layer output" in page
-    told = f"random weights of the same architecture (seed 3): policy entropy {policy_of(analysis):.4f} nats"
-    assert any(remark.startswith(told) for remark in display.remarks(analysis))
+    expected = f"random weights of the same architecture (seed 3): policy entropy {policy_of(analysis):.4f} nats"
+    assert any(remark.startswith(expected) for remark in display.remarks(analysis))
     plain = replace(analysis, baseline=None, baseline_model=None)
     assert figures.baseline_data([plain]).empty
     assert "random weights" not in analysis_report(plain)

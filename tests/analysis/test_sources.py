@@ -1,4 +1,4 @@
-"""What is compared: which analyses, in which order, at which steps, what is refused, and what is saved."""
+"""Inputs of a comparison: which analyses, their order and steps, what is refused and what is saved."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_directory_with_the_start_is_ordered_by_step(tmp_path):
     for name in ("a-run/checkpoint-10", "a-run/checkpoint-5", "testbed/qwen3"):
         make(progressive(4), name, prompts=4, noise=0.1).save(tmp_path / name.replace("/", "--"))
     assert [a.name for a in gather([tmp_path])] == ["testbed/qwen3", "a-run/checkpoint-5", "a-run/checkpoint-10"]
-    # Two runs side by side are not shuffled into one another.
+    # The checkpoints of two runs are not interleaved.
     make(progressive(4), "b-run/checkpoint-5", prompts=4, noise=0.1).save(tmp_path / "b-run--checkpoint-5")
     names = [a.name for a in gather([tmp_path])]
     assert names == ["a-run/checkpoint-5", "a-run/checkpoint-10", "b-run/checkpoint-5", "testbed/qwen3"]
@@ -61,40 +61,40 @@ def test_missing_steps_are_named_and_give_no_trends():
     comparison = compare([*training(3, 5)[1:], *(make(progressive(5), name) for name in ("some", "other"))])
     assert comparison.trends.empty
     assert list(comparison.trends.columns) == list(compare(training(3, 5)).trends.columns)
-    told = "no steps, so no trends: some, other have none in the name; give steps"
-    assert told in comparison.notes
-    assert told in repr(comparison)
+    expected = "no steps, so no trends: some, other have none in the name; give steps"
+    assert expected in comparison.notes
+    assert expected in repr(comparison)
     given = compare([make(progressive(5), name) for name in "abc"], steps=[3, 1, 2])
     assert not given.trends.empty
     assert given.no_trends is None
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "expected"),
     [
         ({"family": "Llama"}, "model families Qwen3, Llama"),
         ({"hidden_size": 128}, "hidden sizes 96, 128"),
         ({"vocab": 1000}, "vocabularies 151936, 1000"),
     ],
 )
-def test_several_architectures_give_no_trends(model, told):
+def test_several_architectures_give_no_trends(model, expected):
     same = {"family": "Qwen3", "hidden_size": 96}
     series = [make(progressive(4), f"run/checkpoint-{k}", seed=k, **same) for k in (1, 2)]
     other = make(progressive(4), "run/checkpoint-3", seed=3, **{**same, **model})
     comparison = compare(series, other)
     assert comparison.trends.empty
-    assert comparison.no_trends == f"no trends: not of one architecture ({told})"
+    assert comparison.no_trends == f"no trends: not of one architecture ({expected})"
     assert comparison.no_trends in repr(comparison)
-    # A model of another architecture is no start either.
+    # A model of another architecture cannot be the start model either.
     assert compare(series, make(progressive(4), "other", **{**same, **model})).steps_from == "order"
 
 
 def test_a_duplicated_analysis_is_reported_once(tmp_path):
     one, two = make(progressive(4), "one", noise=0.1), make(progressive(4), "two", noise=0.1, seed=1)
     path = one.save(tmp_path / "one")
-    told = [n for n in compare(path, two, one, labels="abc").notes if "same analysis" in n]
-    assert told == ["a and c are the same analysis"]
-    # A training that left the model as it was has made another checkpoint.
+    expected = [n for n in compare(path, two, one, labels="abc").notes if "same analysis" in n]
+    assert expected == ["a and c are the same analysis"]
+    # A training that did not change the model still saved another checkpoint.
     assert not any("same analysis" in n for n in compare(one, replace(one, name="checkpoint-1")).notes)
 
 
@@ -183,7 +183,7 @@ def test_recorded_updates_per_step_convert_updates_to_steps():
     run = [recorded(f"x/checkpoint-{n}", n, 4) for n in (20, 40)]
     assert training_steps(run) == ([5, 10], "name", "step")
     assert training_steps([named("testbed/qwen3"), *run]) == ([0, 5, 10], "name", "step")
-    # What cannot be had in steps for all stays in updates for all; a record of another place is not this name's.
+    # If steps are not known for all, all stay in updates; a record of another directory does not count.
     assert training_steps([*run, named("x/checkpoint-60")]) == ([20, 40, 60], "name", "update")
     assert training_steps([*run, recorded("x/checkpoint-60", 61, 4)]) == ([20, 40, 60], "name", "update")
 

@@ -1,4 +1,4 @@
-"""Sweeps over checkpoints: which ones, on which responses, one at a time, and taken up where they stopped."""
+"""Sweeps over checkpoints: which checkpoints, on which responses, one at a time, and resumed after interruptions."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def keep_garbage(request, monkeypatch):
-    """Nothing here fills the memory, and looking for garbage takes longer than a checkpoint."""
+    """Garbage collection takes longer than a checkpoint here and is not needed."""
     if "memory" not in request.node.name:
         monkeypatch.setattr(sweeps, "release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
 def straight(run, tmp_path_factory):
-    """The sweep that nothing interrupts."""
+    """The uninterrupted sweep."""
     return sweep(checkpoints=run, prompts=PROMPTS, max_new_tokens=6, output=tmp_path_factory.mktemp("straight"))
 
 
@@ -89,9 +89,9 @@ def make_unfit(kind, root):
 def test_invalid_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch, kind, pattern, message):
     make_unfit(kind, tmp_path / "r")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)) as told:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         find_checkpoints([pattern])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_an_interrupted_sweep_resumes_with_the_same_results(run, straight, tmp_p
     stamp = finished.stat().st_mtime_ns
     done = sweep(**options)
     assert finished.stat().st_mtime_ns == stamp
-    # Two batches a checkpoint: those of the first and one of the second were done, the interrupted one is made anew.
+    # Two batches per checkpoint: those of the first and one of the second were done; the interrupted one is repeated.
     assert len(calls) == 4 + 3
     for analysis, whole in zip(done, straight, strict=True):
         pd.testing.assert_frame_equal(analysis.sequences, whole.sequences, check_exact=True)

@@ -1,4 +1,4 @@
-"""The delay of a run that begins with alignment: found where it is known, and the same in the documents."""
+"""The delay of a run that begins with alignment: recovered from known data, and equal to the documented values."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_documented_delays_match_the_stored_runs(stored):
     found = alignment_delay.delays(*stored)
     rows = re.findall(r"^\| (\d+), (\d) seeds \| (.*) \| (.*) \|$", (ROOT / "docs/results.md").read_text("utf-8"), re.M)
     written = {
-        (model, int(steps)): (int(seeds), told)
+        (model, int(steps)): (int(seeds), interval)
         for steps, seeds, *both in rows
-        for model, told in zip(("testbed/qwen3", "testbed/llama"), both, strict=True)
+        for model, interval in zip(("testbed/qwen3", "testbed/llama"), both, strict=True)
     }
     assert len(written) == len(found) == 8
     for row in found.itertuples():
-        told = f"{row.delay:.1f} ({row.low:.1f} to {row.high:.1f})"
-        assert written[row.model, row.ipa_steps] == (row.seeds, told)
+        interval = f"{row.delay:.1f} ({row.low:.1f} to {row.high:.1f})"
+        assert written[row.model, row.ipa_steps] == (row.seeds, interval)
     qwen3, llama = (written[model, 3][1] for model in ("testbed/qwen3", "testbed/llama"))
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     assert f"by {qwen3.replace('(', 'steps (95%: ')} on `testbed/qwen3` and {llama} on `testbed/llama`" in readme

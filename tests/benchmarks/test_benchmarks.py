@@ -1,4 +1,4 @@
-"""The benchmark of the analysis: its contenders find the same, it measures what it says, and the page shows it."""
+"""The benchmark of the analysis: contenders agree, measurements are right, and the page shows them."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_peak_memory_is_what_the_call_adds(model, responses, monkeypatch):
     measured, _ = worker.measure("hungry", model, responses)
     if measured["peak_bytes"] is None:
         pytest.skip("this system does not tell a process its peak memory")
-    # The kernel counts pages in portions a processor; nothing else of any size happens meanwhile.
+    # The kernel counts pages in per-processor batches; nothing else allocates meanwhile.
     assert measured["peak_bytes"] / 2**20 == pytest.approx(size, abs=8)
     assert measured["tokens"] == sum(r.n_tokens for r in responses)
 
@@ -129,7 +129,7 @@ def part(**seconds):
 
 
 def test_ratios_are_computed_per_repeat():
-    # The machine was slow in the second repeat, for all.
+    # The second repeat was slow for all contenders.
     table = report.summary(part(paper=[4.0, 40.0, 4.4], ours=[2.0, 20.0, 2.0], floor=[1.0, 10.0, 1.25]))
     assert table.loc["ours", "faster"] == 2.0
     assert table.loc["ours", "over_floor"] == 2.0

@@ -1,4 +1,4 @@
-"""Training dynamics against transformers' own states in float64; what a measurement leaves behind; when to stop."""
+"""Training dynamics: parity with transformers' states in float64, no side effects, and the stopping rule."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def keep_input(seen, name, module, args):
 
 @torch.no_grad()
 def expected(model, records, layer, site="layer", lens="policy"):
-    """The same numbers from transformers' outputs of each sequence alone, in float64, by torch's own distributions.
+    """The same values from transformers' outputs for each unbatched sequence in float64, by torch's distributions.
 
     Nothing is shared with the package: writes are differences of the residual stream.
     """
@@ -152,7 +152,7 @@ def test_rows_and_tables_match_the_stored_results():
 
 def test_last_layer_under_the_logit_lens_is_the_policy():
     measured = dynamics(tiny_model("qwen3"), ragged_responses(), 3, lens="logit-lens").measure()
-    # One and the same state on both sides: nothing but the rounding of the sums.
+    # The same state on both sides: only the sums are rounded.
     assert measured.kl_mean == measured.policy_kl == pytest.approx(0, abs=1e-6)
     assert measured.entropy == pytest.approx(measured.policy_entropy, abs=1e-6)
     assert measured.layers.empty

@@ -1,4 +1,4 @@
-"""A trained model on the hub: what is uploaded, and what is refused. The hub itself is played."""
+"""A trained model on the hub: what is uploaded and what is refused, with a simulated hub."""
 
 from __future__ import annotations
 
@@ -27,32 +27,34 @@ SECRET = "hf_NobodyMaySeeThis"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What the hub was asked, at the boundary to the network; ``fails`` is raised by the next request."""
-    asked = SimpleNamespace(calls=[], fails=None, card=None)
+    """Requests to the simulated hub; ``fails`` is raised by the next request."""
+    hub_calls = SimpleNamespace(calls=[], fails=None, card=None)
 
     def create_repo(self, repo_id, **words):
-        asked.calls.append(("create_repo", repo_id, self.token, words))
-        if asked.fails is not None:
-            raise asked.fails
+        hub_calls.calls.append(("create_repo", repo_id, self.token, words))
+        if hub_calls.fails is not None:
+            raise hub_calls.fails
         whole = repo_id if "/" in repo_id else f"me/{repo_id}"
         return type("Made", (str,), {"repo_id": whole})(f"https://huggingface.co/{whole}")
 
     def upload_folder(self, **words):
-        asked.calls.append(("upload_folder", words))
-        asked.card = (words["folder_path"] / "README.md").read_text()
+        hub_calls.calls.append(("upload_folder", words))
+        hub_calls.card = (words["folder_path"] / "README.md").read_text()
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "create_branch", lambda self, repo, **words: asked.calls.append(("branch", repo, words)))
-    return asked
+    monkeypatch.setattr(
+        HfApi, "create_branch", lambda self, repo, **words: hub_calls.calls.append(("branch", repo, words))
+    )
+    return hub_calls
 
 
 def test_only_what_transformers_loads_is_uploaded(tmp_path, hub):
     run = make(tmp_path / "run")
     url = push_to_hub(run, "mine", private=True, token="hf_x", revision="try")
     assert url == "https://huggingface.co/me/mine"
-    made, branch, (_, words) = hub.calls
-    assert made == ("create_repo", "mine", "hf_x", {"repo_type": "model", "private": True, "exist_ok": True})
+    created, branch, (_, words) = hub.calls
+    assert created == ("create_repo", "mine", "hf_x", {"repo_type": "model", "private": True, "exist_ok": True})
     assert branch == ("branch", "me/mine", {"branch": "try", "exist_ok": True})
     assert (words["repo_id"], words["revision"], words["folder_path"]) == ("me/mine", "try", run.model_dir)
     files = {p.name for p in run.model_dir.iterdir()}
@@ -77,7 +79,7 @@ def test_incomplete_models_are_not_pushed(tmp_path, hub):
 
 @pytest.fixture
 def online(monkeypatch):
-    """The hub's real client, which asks this address and may use the network."""
+    """The hub's real client with this address and network access."""
 
     def ask(port):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
@@ -90,7 +92,7 @@ def online(monkeypatch):
 
 @pytest.fixture
 def answering(online):
-    """A server in place of the hub: ``answers`` gives status and body by the address's last part."""
+    """A server in place of the hub: ``answers`` maps the last part of the address to status and body."""
     answers = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -178,7 +180,7 @@ def test_no_message_contains_a_token(tmp_path, hub):
     run = make(tmp_path / "run")
     push_to_hub(run, "me/it", token=f"{SECRET}\n")
     assert hub.calls[0][2] == SECRET
-    told = []
+    messages = []
     for token, fails in (
         (f"{SECRET[:6]}\n{SECRET[6:]}", None),
         (f"{SECRET}é", None),
@@ -192,9 +194,9 @@ def test_no_message_contains_a_token(tmp_path, hub):
             push_to_hub(run, "me/it", token=token)
         assert "\n" not in str(info.value)
         # A notebook shows the whole chain, with the lines of this file.
-        told += [line for line in traceback.format_exception(info.value) if "info" not in line]
+        messages += [line for line in traceback.format_exception(info.value) if "info" not in line]
         assert info.value.__cause__ is None
-    text = "".join(told)
+    text = "".join(messages)
     assert not [part for part in (SECRET[:6], SECRET[6:], "own-secret", "own-s") if part in text]
     with pytest.raises(UserError, match="token= is empty"):
         push_to_hub(run, "me/it", token=" \n")

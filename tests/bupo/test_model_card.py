@@ -1,4 +1,4 @@
-"""The model card: what it says of a run, what it does not claim, and what it keeps to itself."""
+"""The model card: what it reports about a run, what it does not claim, and what it keeps private."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_card_reports_the_training_and_its_measurements(tmp_path):
     }
     text = card.text
     avg = run.evaluation.avg
-    for told in (
+    for expected in (
         *(
             "policy of layer 6",
             "the boundary layer of its analysis",
@@ -45,25 +45,25 @@ def test_card_reports_the_training_and_its_measurements(tmp_path):
         *("| `learning_rate` | `1e-06` |", "one run with one seed", "2 crashes", "| `torch` | `2.13.0` |"),
         *("@article{tan2025bottomup", "@software{internal_policy", "## Limits", "licence of the start"),
     ):
-        assert told in text, told
+        assert expected in text, expected
     assert "timeouts" not in text
     assert "from_pretrained" not in text
 
 
 @pytest.mark.parametrize(
-    ("aligned", "told", "untold"),
+    ("aligned", "present", "absent"),
     [
         (3, "For 3 steps the policy of layer 6, counted from 1, was optimised first, then the model's", "not optim"),
         (30, "For 30 steps the policy of layer 6, counted from 1, was optimised first; the", ", then"),
         (0, "A step is one batch", "optimised first"),
     ],
 )
-def test_card_describes_the_phases_of_the_run(tmp_path, aligned, told, untold):
+def test_card_describes_the_phases_of_the_run(tmp_path, aligned, present, absent):
     run = make(tmp_path / "run")
     history = run.history.assign(phase=["ipa"] * aligned + ["grpo"] * (30 - aligned))
     method = body(replace(run, history=history)).partition("## Method")[2].partition("## ")[0]
-    assert told in method
-    assert untold not in method
+    assert present in method
+    assert absent not in method
 
 
 def test_card_claims_nothing_that_was_not_measured(tmp_path):
@@ -92,7 +92,7 @@ def test_a_local_directory_is_never_given_as_base_model(tmp_path, monkeypatch):
     (tmp_path / "runs" / "model").mkdir(parents=True)
     run = make(tmp_path / "run", name="runs/model", call=call(model="runs/model", prompts="data/x.jsonl"))
     run = Run.load(run.path)
-    # Seen from elsewhere both names would pass for ones of the hub.
+    # On another machine both names would look like hub ids.
     monkeypatch.chdir("/")
     card = ModelCard.load(write_card(run, "me/it"))
     assert (card.data.base_model, card.data.datasets) == (None, None)
@@ -138,8 +138,13 @@ def test_card_contains_no_paths_or_memory_addresses(tmp_path, monkeypatch):
     run.config["peft"] = {"r": 8, "base_model_name_or_path": "client-x/model", "lora_alpha": 16}
     text = write_card(run).read_text()
     assert not [line for line in text.splitlines() if any(s in line for s in ("client-x", "/home", "/mnt", "10.0.0.1"))]
-    for told in ("# `model` after", "Prompts: `questions.jsonl`", "| `optim` | `adamw_torch` |", "| `peft: r` | `8` |"):
-        assert told in text, told
+    for expected in (
+        "# `model` after",
+        "Prompts: `questions.jsonl`",
+        "| `optim` | `adamw_torch` |",
+        "| `peft: r` | `8` |",
+    ):
+        assert expected in text, expected
 
 
 def test_every_published_setting_exists_in_a_run():

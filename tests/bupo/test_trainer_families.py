@@ -1,4 +1,4 @@
-"""Training on every family: pi^l in float64, what an update reaches, rows found by structure, and what is refused."""
+"""Training on every family: pi^l in float64 and the weights that an update reaches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_site_and_lens_matches_unbatched_sequences_in_float64(tmp_path, mo
 
 
 def test_plain_trl_counts_padding_in_learned_positions(tmp_path):
-    """Why positions are counted here: with the day this fails, `counted_positions` can go."""
+    """Documents why positions are counted: once this fails, `counted_positions` can be removed."""
     model = tiny_model("gpt2", layers=LAYERS)
     theirs = make_trainer(tmp_path, copy.deepcopy(model), kind=GRPOTrainer)
     ours = make_trainer(tmp_path, model, method="grpo")
@@ -97,7 +97,7 @@ def check_reach(tmp_path, model_type, site="layer", layer=2, steps=1, **changed)
             assert gradient is not None, name
             assert gradient > 0, name
             assert not torch.equal(after[name], before[name]), name
-    # Buffers are in it too, such as the counts that some routers keep.
+    # Includes buffers, such as the counts of some routers.
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(unreached))
     assert any(name.startswith(unreached) for name in after)
 

@@ -1,4 +1,4 @@
-"""What `train` promises beside the updates: labels, history, failures, refusals, columns, evaluation of both ends."""
+"""What `train` does apart from the updates: labels, history, failures, refusals, columns and both evaluations."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shaped(completions, **_):
     ids=str,
 )
 def test_unchanged_weights_give_equal_evaluations(place, options):
-    """Mixed precision is the training's. A random model is unsure of every token, and so shows a small difference."""
+    """Mixed precision applies to training only; a random model is unsure of every token and shows small differences."""
     sampled = {"benchmark": "testbed", "eval_problems": 32, "eval_samples": 8, "max_completion_length": 24}
     run = train(
         place, f"still-{len(options)}", **sampled, bf16=True, max_steps=1, method="grpo", ipa_steps=0, **options
@@ -159,8 +159,8 @@ def test_history_has_a_row_per_step_and_counts_alignment_steps(place, ipa_steps)
     ],
 )
 def test_options_set_by_train_cannot_be_overridden(tmp_path, name, value):
-    told = refused(tmp_path / "out", **{name: value})
-    assert told.startswith(f"{name} cannot be chosen: ")
+    message = refused(tmp_path / "out", **{name: value})
+    assert message.startswith(f"{name} cannot be chosen: ")
 
 
 def test_a_zero_learning_rate_in_alignment_changes_no_weight(place):
@@ -178,7 +178,7 @@ def test_the_trainer_applies_the_alignment_learning_rate(tmp_path):
     for rate in (0.0, 1e-2, 2e-2):
         model = tiny_model("qwen3", layers=4)
         before = weights(model)["model.layers.0.mlp.down_proj.weight"]
-        # Of an optimiser without memory, a step is as long as its rate.
+        # Without momentum, the length of a step is its learning rate.
         aligning(tmp_path, model, ipa_learning_rate=rate, optim="sgd", max_grad_norm=0.0).train()
         found[rate] = weights(model)["model.layers.0.mlp.down_proj.weight"] - before
     assert not found[0.0].any()
@@ -210,20 +210,20 @@ def failing(place):
 
 
 def test_reward_failures_are_counted_per_step(failing):
-    run, told = failing
-    assert told.keys() == {2, 3}
-    assert max(told.values()) < 8
-    assert run.history["reward_failures"].tolist() == [told[step] for step in (1, 2, 3, 4)]
-    assert run.failures == {"crashes": told.total(), "timeouts": 0}
+    run, failures = failing
+    assert failures.keys() == {2, 3}
+    assert max(failures.values()) < 8
+    assert run.history["reward_failures"].tolist() == [failures[step] for step in (1, 2, 3, 4)]
+    assert run.failures == {"crashes": failures.total(), "timeouts": 0}
     assert bupo.Run.load(run.path).failures == run.failures
 
 
 def test_failures_include_those_before_an_interruption(place, failing):
-    # Between two updates of the third step, whose rollouts then are made and scored a second time.
+    # Between two updates of the third step, whose rollouts are then sampled and scored a second time.
     with pytest.raises(KeyboardInterrupt):
         train(place, "broken-off", callbacks=[InterruptAfter(8)], **FAILING)
-    told = refused_here(place, "broken-off", **{**FAILING, "learning_rate": 2 * RATE})
-    assert "holds an unfinished run with other settings (learning_rate 0.001 -> 0.002)" in told
+    message = refused_here(place, "broken-off", **{**FAILING, "learning_rate": 2 * RATE})
+    assert "holds an unfinished run with other settings (learning_rate 0.001 -> 0.002)" in message
     resumed, (straight, _) = train(place, "broken-off", **FAILING), failing
     assert resumed.failures == straight.failures
     assert resumed.history["reward_failures"].tolist() == straight.history["reward_failures"].tolist()
@@ -259,8 +259,8 @@ def test_invalid_settings_are_refused_before_anything_is_written(tmp_path, optio
 
 def test_a_model_object_keeps_its_attention_implementation(tmp_path):
     words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer()}
-    told = refused(tmp_path / "out", model=tiny_model("qwen3"), attn_implementation="eager", **words)
-    assert "attn_implementation was given with a model object" in told
+    error = refused(tmp_path / "out", model=tiny_model("qwen3"), attn_implementation="eager", **words)
+    assert "attn_implementation was given with a model object" in error
 
 
 def test_training_uses_the_requested_attention_implementation(place):
@@ -277,7 +277,7 @@ def test_prompt_columns_are_passed_to_the_reward(place):
         "tags": lambda i: ["a"] * i,
         "more": lambda i: {"n": i},
     }
-    # What arrow cannot hold in one column.
+    # Values that arrow cannot store in one column.
     odd = {
         "level": [1, "hard", None, 2.5, [1], {"a": 1}],
         "parts": [[1, "a"], [2], [], ["b"], [None], [3]],
@@ -319,7 +319,7 @@ def test_prompt_columns_are_passed_to_the_reward(place):
 
 
 def test_a_missing_boundary_layer_can_be_replaced_by_a_number(place):
-    """The layer that is not known yet does not stand against layers that are frozen below it."""
+    """An unknown layer does not conflict with frozen layers below it."""
     with pytest.raises(UserError, match="finds no boundary layer"):
         train(place, "mended", layer="auto", freeze_layers=1)
     assert (place / "mended" / "analysis").is_dir()
@@ -345,20 +345,20 @@ def test_an_unusable_reward_can_be_replaced_in_the_same_output(place):
 
 
 def test_the_reference_model_is_read_from_safetensors_of_the_same_revision(place, monkeypatch, caplog):
-    asked = []
+    loads = []
     real = PreTrainedModel.from_pretrained.__func__
 
     def spy(cls, *where, **options):
-        asked.append((options["use_safetensors"], options["revision"]))
+        loads.append((options["use_safetensors"], options["revision"]))
         return real(cls, *where, **options)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
     train(place, "reference", max_steps=1, method="grpo", ipa_steps=0, layer=None, beta=0.1)
-    assert asked == [(True, None)] * 2
+    assert loads == [(True, None)] * 2
     assert "model_init_kwargs" not in caplog.text
 
 
 def test_a_missing_reference_model_is_refused(tmp_path):
     words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer(), "layer": None, "ipa_steps": 0}
-    told = refused(tmp_path / "out", model=tiny_model("qwen3"), method="grpo", beta=0.1, **words)
-    assert "beta needs the model as it was before training: save it, and give its directory" in told
+    error = refused(tmp_path / "out", model=tiny_model("qwen3"), method="grpo", beta=0.1, **words)
+    assert "beta needs the model as it was before training: save it, and give its directory" in error

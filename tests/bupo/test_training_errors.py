@@ -1,4 +1,4 @@
-"""Every bad input to training, from Python and on the command line: one clear line, and nothing half-written."""
+"""Every invalid input to training, from Python and the command line: a one-line error and no partial output."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_invalid_layers(tmp_path, layer, message):
 
 
 def analysis_of(curve, **model):
-    """An analysis of a small model, with the answer that the rule gives for a curve."""
-    made = analyze(tiny_model("qwen3", **model), tiny_tokenizer(), responses=ragged_responses(3))
-    return replace(made, selection=select_layer(curve))
+    """An analysis of a small model with the layer selected for a given curve."""
+    analysis = analyze(tiny_model("qwen3", **model), tiny_tokenizer(), responses=ragged_responses(3))
+    return replace(analysis, selection=select_layer(curve))
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def analysis_of(curve, **model):
 )
 def test_an_analysis_of_another_model(tmp_path, model, message):
     found = analysis_of([0.9, 0.7, 0.4, 0.0, 0.1, -0.2, -0.6, -1.1], **model)
-    told = refused(tmp_path / "out", layer=found)
-    assert "the analysis is of another model" in told
-    assert message in told
+    error = refused(tmp_path / "out", layer=found)
+    assert "the analysis is of another model" in error
+    assert message in error
 
 
 def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
     found = analysis_of([0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.4, 0.4], layers=3)
     assert found.boundary_layer is None
-    told = refused(tmp_path / "out", layer=found)
-    assert "finds no boundary layer" in told
-    assert f"candidates: {', '.join(map(str, found.selection.candidates)) or 'none'}; give one of them" in told
+    message = refused(tmp_path / "out", layer=found)
+    assert "finds no boundary layer" in message
+    assert f"candidates: {', '.join(map(str, found.selection.candidates)) or 'none'}; give one of them" in message
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ ONLY_FOR_THE_POLICY = [
 
 @pytest.mark.parametrize(("options", "why"), ONLY_FOR_THE_POLICY, ids=lambda value: str(value)[:40])
 def test_options_unsupported_for_internal_policies(tmp_path, options, why):
-    told = refused(tmp_path / "out", **options)
-    assert why in told
-    assert "set ipa_steps=0" in told
+    message = refused(tmp_path / "out", **options)
+    assert why in message
+    assert "set ipa_steps=0" in message
 
 
 def trainer_config(tmp_path, **options):
@@ -213,7 +213,7 @@ def slow(*values):
     ids=lambda value: value if isinstance(value, str) else "function",
 )
 def test_invalid_rewards(tmp_path, reward, message):
-    # What a function returns is only known when the training has begun; mended, the same command goes on.
+    # The return value of a function is only known once training has begun; after a fix, the same command resumes.
     assert message in refused(tmp_path / "out", reward=reward, began=callable(reward))
 
 
@@ -253,7 +253,7 @@ def test_output_directory_without_write_permission(tmp_path):
 
 
 class Stop(TrainerCallback):
-    """Breaks off when the first step is over."""
+    """Stops after the first step."""
 
     def __init__(self, error):
         self.error = error
@@ -267,9 +267,9 @@ def test_output_directory_of_another_run(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         bupo.train(MODEL, output=out, callbacks=[Stop(KeyboardInterrupt())], **SMALL)
-    told = refused(out, model="testbed/llama")
-    assert "holds an unfinished run with other settings (model testbed/qwen3 -> testbed/llama" in told
-    assert "add --overwrite to start over" in told
+    message = refused(out, model="testbed/llama")
+    assert "holds an unfinished run with other settings (model testbed/qwen3 -> testbed/llama" in message
+    assert "add --overwrite to start over" in message
     assert "(learning_rate 0.0001 -> 0.001)" in refused(out, learning_rate=1e-3)
     assert "(layer 2 -> 3)" in refused(out, layer=3)
 
@@ -286,5 +286,5 @@ def test_output_directory_of_another_run(tmp_path):
 
 def test_out_of_memory_names_the_options_to_lower(tmp_path):
     stop = Stop(torch.OutOfMemoryError("out of memory"))
-    told = refused(tmp_path / "out", callbacks=[stop], began=True)
-    assert "out of memory in training; lower per_device_train_batch_size (now 8) or max_completion_length" in told
+    message = refused(tmp_path / "out", callbacks=[stop], began=True)
+    assert "out of memory in training; lower per_device_train_batch_size (now 8) or max_completion_length" in message

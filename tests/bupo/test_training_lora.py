@@ -1,4 +1,4 @@
-"""Who gets an update: LoRA adapters, frozen layers, and layers and phases with a learning rate of their own."""
+"""Which weights are updated: LoRA adapters, frozen layers, and separate learning rates of layers and phases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internal_policy.models import load
 
 LAYERS, LAYER = 4, 2
 RATE = 1e-3
-# A weight of about 1 takes up a change of 1e-4 to 2^-24 / 1e-4, some 1e-3 of it.
+# A change of 1e-4 to a weight of about 1 is rounded to 2^-24 / 1e-4, about 1e-3 of it.
 ROUNDING = 1e-2
 
 
@@ -100,7 +100,7 @@ def test_frozen_layers_are_bitwise_unchanged(train, tmp_path, tied):
 
 
 def ratios(start, one, other, names):
-    """By how much more the weights moved in the second run; at the first update of Adam, that of the rates."""
+    """The ratio of weight changes of two runs; at Adam's first update it is the ratio of the learning rates."""
     a, b = (torch.cat([(end[n] - start[n]).flatten() for n in names]) for end in (one, other))
     # Where the gradient is near Adam's epsilon, the first step is not its sign.
     large = a.abs() > 0.9 * a.abs().max()
@@ -124,6 +124,6 @@ def test_the_alignment_phase_uses_its_own_learning_rate(train):
     below = [n for n in start if (layer_of(n) or LAYERS) <= LAYER]
     assert (ratios(start, one, other, below) / 10 - 1).abs().max() < ROUNDING
     assert run.history["learning_rate"].tolist() == pytest.approx([10 * RATE, RATE])
-    # What was not trained before makes its first step now: as long as the rate of the second phase, except near 0.
+    # Weights not trained before make their first step now, of the second phase's learning rate except near 0.
     above = torch.cat([(end[n] - other[n]).flatten() for n in start if (layer_of(n) or 0) > LAYER])
     assert above.abs().median() == pytest.approx(RATE, rel=ROUNDING)

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a training ends with the weights and tables of one that was never killed."""
+"""A training that is killed at any time and restarted ends with the weights and tables of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, SWITCH, UPDATES = 4, 2, 2
 LAST = STEPS * UPDATES
 WRITING = {"missing": 0, "half": 0.5}
 
-# Fewer prompts than the 16 that a run needs: it passes over them four times, each time in another order.
+# Fewer prompts than the 16 that a run needs: they are repeated four times, each time in another order.
 PROMPTS = [{"prompt": f"w{i} w{i + 7}", "answer": ""} for i in range(2, 7)]
 
 
@@ -58,7 +58,7 @@ class KillAt(TrainerCallback):
 
 
 def kill_while_writing(update, share):
-    """Die when a checkpoint lacks its last file, or has a part of it."""
+    """Exit when a checkpoint lacks its last file or contains only a part of it."""
 
     def cut(state, path):
         write(state, path)
@@ -82,7 +82,7 @@ def to_be_killed(place, output, event, update, options):
 
 
 def killed(place, output, event, update, **options):
-    # A server that has imported everything once forks the processes that are to die.
+    # A server that has imported everything forks the processes that will be killed.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["internal_policy.bupo.training", "peft"])
     process = context.Process(target=to_be_killed, args=(place, output, event, update, options))
@@ -101,14 +101,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight(place):
-    """The run that nobody killed, made once for all tests that compare with the same settings."""
-    made = {}
+    """The uninterrupted run, trained once for all tests with the same settings."""
+    runs = {}
 
     def get(**options):
         key = repr(options)
-        if key not in made:
-            made[key] = train(place, f"straight-{len(made)}", **options)
-        return made[key]
+        if key not in runs:
+            runs[key] = train(place, f"straight-{len(runs)}", **options)
+        return runs[key]
 
     return get
 
@@ -140,7 +140,7 @@ def test_killed_and_resumed(place, straight, event, update):
 
 @pytest.mark.slow
 def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place, straight):
-    """At this rate the perplexity ends it after the first step; without that it would last two."""
+    """At this learning rate the perplexity stops alignment after the first step instead of two."""
     auto = {"ipa_steps": "auto", "learning_rate": 3e-2}
     killed(place, "auto", "on_step_end", 3, **auto)
     run = straight(**auto)
@@ -150,7 +150,7 @@ def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place
 
 
 def test_fractional_save_steps_save_after_whole_steps(place):
-    """The rollouts of a step are in no checkpoint: from between two of its updates no run could go on."""
+    """Checkpoints contain no rollouts, so a run cannot resume between two updates of a step."""
     # An eighth of the run is half a step.
     killed(place, "share", "on_step_end", 7, save_steps=0.125)
     saved = {int(p.name.split("-")[1]): p for p in (place / "share" / "checkpoints").glob("checkpoint-*")}
@@ -158,7 +158,7 @@ def test_fractional_save_steps_save_after_whole_steps(place):
     for update, checkpoint in saved.items():
         assert training_record(checkpoint) == {"updates": update, "updates_per_step": UPDATES}
         assert (checkpoint / "model.safetensors").is_file()
-        # Two thirds of a checkpoint, and of use only where a run may go on.
+        # Two thirds of a checkpoint, needed only for resuming.
         assert (checkpoint / "optimizer.pt").is_file() == (update > 2)
 
 
@@ -189,7 +189,7 @@ def test_killed_at_each_update(place, straight, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("update", [3, 5])
 def test_separate_learning_rates_are_resumed(place, straight, update):
-    """In either phase: the optimiser has more groups than TRL's, and the first phase's rate is in no checkpoint."""
+    """In both phases: the optimiser has more groups than TRL's, and checkpoints lack the alignment learning rate."""
     rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}
     killed(place, f"rates-{update}", "on_step_end", update, **rates)
     run = straight(**rates)
@@ -213,7 +213,7 @@ def test_stopping_alignment_by_dynamics_requires_measurements(place):
 
 @pytest.mark.slow
 def test_killed_again_and_again(place, straight):
-    """One run that dies at every update, each time taken up from where it died before."""
+    """One run that is killed at every update and resumed each time."""
     for update in range(1, LAST + 1):
         for event in ("on_step_end", "half") if update % UPDATES == 0 else ("on_step_end",):
             killed(place, "chain", event, update)

@@ -1,4 +1,4 @@
-"""Families that no row describes, or that a trainer cannot take: found by structure and proved, or refused."""
+"""Families without a table row or unsupported by the trainer: inferred and verified, or refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_verification_keeps_the_training_mode_of_modules(tmp_path):
 
 def test_logits_that_trl_would_compute_differently_are_refused(tmp_path):
     model = tiny_model("llama", layers=LAYERS)
-    # Beyond the weight itself: TRL multiplies by it and never calls the module.
+    # More than the weight: TRL multiplies by the weight and never calls the module.
     model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)
     with pytest.raises(UserError, match="TRL's log-probabilities are not those of this model's logits") as refusal:
         make_trainer(tmp_path, model, method="grpo")
@@ -101,7 +101,7 @@ SMALL = {
 
 
 def test_training_an_inferred_mixture_of_experts(tmp_path, monkeypatch):
-    """Experts, a factor on the writes, and a row that is proved once and used by everything after that."""
+    """Experts, a factor on the writes, and an inferred family that is verified once and then reused."""
     proofs = []
     prove = checks.prove
 
@@ -126,8 +126,8 @@ def test_training_an_inferred_mixture_of_experts(tmp_path, monkeypatch):
 
 def test_unsupported_options_of_mixtures_of_experts_are_refused_before_anything_is_written(tmp_path):
     model, words = tiny_model("mixtral"), {**SMALL, "tokenizer": tiny_tokenizer(), "layer": 2}
-    told = refused(tmp_path / "loss", model=model, router_aux_loss_coef=0.001, **words)
-    assert "in the first phase the loss would balance the experts of layers 1..l only; set it to 0" in told
+    message = refused(tmp_path / "loss", model=model, router_aux_loss_coef=0.001, **words)
+    assert "in the first phase the loss would balance the experts of layers 1..l only; set it to 0" in message
     model.config.output_router_logits = True
     assert "set it to false in config.json" in refused(tmp_path / "logits", model=model, **words)
 
@@ -157,6 +157,6 @@ def test_sequences_across_the_longrope_switch_are_refused(tmp_path):
     }
     model = tiny_model("phi3", rope_parameters=rope, pad_token_id=0, original_max_position_embeddings=16)
     words = {**SMALL, "tokenizer": tiny_tokenizer(), "layer": 2}
-    told = refused(tmp_path / "long", model=model, **{**words, "max_completion_length": 15})
-    assert "beyond 16 tokens LongRoPE computes every sequence of a batch with other positions" in told
+    message = refused(tmp_path / "long", model=model, **{**words, "max_completion_length": 15})
+    assert "beyond 16 tokens LongRoPE computes every sequence of a batch with other positions" in message
     assert len(bupo.train(model, output=tmp_path / "short", dynamics_every=0, **words).history) == 2

@@ -1,4 +1,4 @@
-"""Every bad input on the command line: one clear line, exit code 2, nothing lost and nothing half-written."""
+"""Every invalid input on the command line: a one-line error, exit code 2, nothing lost and no partial output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from internal_policy.evaluation import evaluate
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    # The tokenizer knows more words than the model: ids beyond the vocabulary can come from text too.
+    # The tokenizer has more words than the model: text can also give ids beyond the vocabulary.
     return save(tiny_model("llama"), tmp_path_factory.mktemp("model"), tiny_tokenizer(vocab=100))
 
 
@@ -79,7 +79,7 @@ def test_hub_messages_are_truncated_between_words():
 
 @pytest.mark.slow
 def test_a_missing_network_is_reported_in_one_line(tmp_path):
-    # A closed port of this machine stands for the hub; the client tries again for some twenty seconds.
+    # A closed local port replaces the hub; the client retries for about twenty seconds.
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run_alone("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
     first, line = done.stderr.splitlines()
@@ -88,15 +88,15 @@ def test_a_missing_network_is_reported_in_one_line(tmp_path):
 
 
 def test_a_bad_model_is_reported_before_a_good_one_is_analysed(tmp_path, model_dir, responses):
-    told = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
-    assert "./nowhere: no such directory" in told
+    error = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
+    assert "./nowhere: no such directory" in error
 
 
 def test_models_with_the_same_output_directory(tmp_path, model_dir):
     for run_name in ("a", "b"):
         shutil.copytree(model_dir, tmp_path / run_name / "run" / "checkpoint-1")
-    told = refused("analyze", "--model", "a/run/checkpoint-1", "--model", "b/run/checkpoint-1", cwd=tmp_path)
-    assert "would both be written to run--checkpoint-1" in told
+    error = refused("analyze", "--model", "a/run/checkpoint-1", "--model", "b/run/checkpoint-1", cwd=tmp_path)
+    assert "would both be written to run--checkpoint-1" in error
 
 
 def test_nan_in_the_weights_names_the_layer(tmp_path, responses):
@@ -114,8 +114,8 @@ def test_states_that_overflow_name_the_layer(tmp_path):
         model.model.embed_tokens.weight[3999] = float("inf")
     save(model, tmp_path / "inf", tiny_tokenizer())
     (tmp_path / "given.jsonl").write_text(json.dumps({"input_ids": [2, 3999, 4, 5], "prompt_length": 1}))
-    told = refused("analyze", "--model", "inf", "--responses", "given.jsonl", cwd=tmp_path, began=True)
-    assert "NaN or inf in the states of layer 1" in told
+    error = refused("analyze", "--model", "inf", "--responses", "given.jsonl", cwd=tmp_path, began=True)
+    assert "NaN or inf in the states of layer 1" in error
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_bad_prompts_and_responses(tmp_path, model_dir, option, content, message
 
 
 def test_missing_data_sets(tmp_path, model_dir):
-    told = refused("analyze", "--model", model_dir, "--prompts", "nobody/no-such-data", cwd=tmp_path)
-    assert "nobody/no-such-data: cannot load this data set" in told
+    error = refused("analyze", "--model", model_dir, "--prompts", "nobody/no-such-data", cwd=tmp_path)
+    assert "nobody/no-such-data: cannot load this data set" in error
     assert "no such file" in refused("analyze", "--model", model_dir, "--prompts", "missing.jsonl", cwd=tmp_path)
 
 
@@ -174,9 +174,9 @@ def test_bad_settings(tmp_path, model_dir, arguments, message):
 
 def test_unwritable_output(tmp_path, model_dir, responses):
     (tmp_path / "taken").write_text("a file")
-    told = refused("analyze", "--model", model_dir, "--responses", responses, "--output", "taken", cwd=tmp_path)
-    assert "cannot be written" in told
-    assert "choose another --output" in told
+    error = refused("analyze", "--model", model_dir, "--responses", responses, "--output", "taken", cwd=tmp_path)
+    assert "cannot be written" in error
+    assert "choose another --output" in error
     assert (tmp_path / "taken").read_text() == "a file"
 
 
@@ -211,15 +211,15 @@ def test_a_work_folder_of_the_users_is_left_alone(tmp_path, model_dir, responses
     notes = tmp_path / "out" / "--".join(model_dir.parts[-2:]) / "work" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    told = refused_beside(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
-    assert "is in use for something else (it holds work/notes.txt)" in told
+    error = refused_beside(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
+    assert "is in use for something else (it holds work/notes.txt)" in error
 
 
 def refused_beside(path, *arguments, cwd):
     before = path.read_bytes()
-    told = run(*arguments, cwd=cwd).stderr
+    error = run(*arguments, cwd=cwd).stderr
     assert path.read_bytes() == before
-    return told
+    return error
 
 
 def test_a_table_on_an_ascii_terminal(tmp_path):
@@ -270,7 +270,7 @@ def test_figures_without_an_analysis(tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     done = run_alone("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
     traced, line = done.stderr.rstrip().rsplit("\n", 1)
-    # Before it may stand the stages that were reached.
+    # The stages that were reached may precede it.
     assert "Traceback (most recent call last)" in traced
     assert line == "error: " + traced.rsplit("UserError: ", 1)[1]
     assert "no such directory" in line

@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def compared(monkeypatch, capsys):
-    """What the command says; an error of it is raised here."""
+    """The output of the command; its errors are raised here."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def compare(*arguments):
@@ -39,13 +39,13 @@ def compared(monkeypatch, capsys):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leave the drawing out, which takes most of the time."""
-    asked = []
+    """Skip the drawing, which takes most of the time."""
+    directories = []
     monkeypatch.setattr(
         "internal_policy.plotting.comparison.save_comparison_figures",
-        lambda comparison, directory: asked.append(directory) or [directory / "figure.png"],
+        lambda comparison, directory: directories.append(directory) or [directory / "figure.png"],
     )
-    return asked
+    return directories
 
 
 NAME = "compare--run--checkpoint-0--run--checkpoint-10--run--checkpoint-20"
@@ -64,8 +64,8 @@ def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn, compar
     assert written == {"comparison.json", "report.html", *(f"{t}.csv" for t in TABLES)}
     assert undrawn == [tmp_path / "figures" / NAME]
     assert "≠" not in out
-    for told in ("3 analyses, lens policy, baseline checkpoint-0", "reading", "over 3 checkpoints", "ΔH FFN"):
-        assert told in out
+    for expected in ("3 analyses, lens policy, baseline checkpoint-0", "reading", "over 3 checkpoints", "ΔH FFN"):
+        assert expected in out
     manifest = json.loads((tmp_path / NAME / "comparison.json").read_text())
     assert [a["step"] for a in manifest["analyses"]] == [0.0, 10.0, 20.0]
 
@@ -181,10 +181,10 @@ def test_figures_command_on_a_comparison_names_the_compare_command(
     for named in (tmp_path, tmp_path / NAME):
         with pytest.raises(UserError, match="a comparison is drawn from its analyses") as caught:
             run_command(["figures", str(named)])
-        said = str(caught.value).split("draw it by internal-policy compare ")[1]
-        assert said == command.format(place / "analyses")
-    # It does what it says.
-    compared(*shlex.split(said), "-o", tmp_path)
+        printed = str(caught.value).split("draw it by internal-policy compare ")[1]
+        assert printed == command.format(place / "analyses")
+    # The printed command works.
+    compared(*shlex.split(printed), "-o", tmp_path)
     assert (tmp_path / NAME / "comparison.json").read_bytes() == stored
 
 

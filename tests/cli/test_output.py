@@ -1,4 +1,4 @@
-"""What a command says: tables, one JSON document, or nothing; in colours, and to a shell that completes."""
+"""The output of commands: tables, one JSON document or nothing; colours and shell completion."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def comparison(place):
     return compare(place / "analyses")
 
 
-def told(monkeypatch, capsys, *arguments):
+def run_json(monkeypatch, capsys, *arguments):
     """The one JSON document on standard output."""
     code, out, err = command(monkeypatch, capsys, *arguments, "--json")
     assert (code, err) == (0, "")
@@ -53,7 +53,7 @@ def undrawn(monkeypatch):
 
 
 def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, monkeypatch, capsys, undrawn):
-    found = told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
+    found = run_json(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
     assert found["command"] == "compare"
     assert set(found["tables"]) == set(TABLES)
     assert found["tables"]["trends"] == []
@@ -61,26 +61,26 @@ def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, 
     assert {p.name for p in written} == {p.name for p in Path(found["path"]).iterdir()}
     assert all(p.is_file() for p in written)
     (Path(found["path"]) / "report.html").touch()
-    assert told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
-    found = told(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
+    assert run_json(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
+    found = run_json(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
     assert found == {"command": "figures", "files": {"figures": [str(tmp_path / "NA" / "figure.png")]}}
 
 
 def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, undrawn):
     words = ("--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
-    found = told(monkeypatch, capsys, "analyze", *words)
+    found = run_json(monkeypatch, capsys, "analyze", *words)
     (analysis,) = found["analyses"]
-    # Without a model it is the one that AnalyzeConfig has, and that train begins with.
+    # The default model is that of AnalyzeConfig and of train.
     assert analysis["name"] == AnalyzeConfig().model == "testbed/qwen3"
     loaded = Analysis.load(analysis["path"])
     assert analysis["boundary_layer"] == loaded.boundary_layer
     assert analysis["selection"]["confidence"] == loaded.selection.confidence
     assert analysis["stages"] == list(loaded.stages)
     assert set(found["files"]) == {"analysis", "figures", "report"}
-    # A page of the first run is beside the results by now, and told in its own place all the same.
+    # The page of the first run already exists now and is still listed.
     (tmp_path / "testbed--qwen3" / "report.html").touch()
-    assert told(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
-    found = told(monkeypatch, capsys, "models")
+    assert run_json(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
+    found = run_json(monkeypatch, capsys, "models")
     assert set(found) == {"command", "families", "files"}
     assert found["families"]["llama"]["layers"] == "model.layers"
 
@@ -88,7 +88,7 @@ def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, m
 @pytest.mark.slow
 def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
     words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
-    (analysis,) = told(monkeypatch, capsys, "analyze", *words)["analyses"]
+    (analysis,) = run_json(monkeypatch, capsys, "analyze", *words)["analyses"]
     code, out, err = command(monkeypatch, capsys, "analyze", *words, "--json")
     assert (code, json.loads(out)["analyses"][0]["path"]) == (0, analysis["path"])
     assert err.endswith("already complete; nothing to do (--overwrite starts over)\n")
@@ -98,15 +98,15 @@ def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, u
 @pytest.mark.slow
 def test_json_of_the_commands_that_need_a_model(tmp_path, monkeypatch, capsys):
     words = ("--prompt", "a=3;a?", "--max-new-tokens", "2", "-o", tmp_path / "i")
-    found = told(monkeypatch, capsys, "inspect", "-m", "testbed/llama", *words)
+    found = run_json(monkeypatch, capsys, "inspect", "-m", "testbed/llama", *words)
     assert found["inspection"]["n_tokens"] == len({row["position"] for row in found["values"]})
     words = ("--max-problems", "2", "--samples", "2", "-o", tmp_path / "e")
-    found = told(monkeypatch, capsys, "evaluate", "-m", "testbed/llama", "-m", "testbed/qwen3", *words)
+    found = run_json(monkeypatch, capsys, "evaluate", "-m", "testbed/llama", "-m", "testbed/qwen3", *words)
     assert [e["name"] for e in found["evaluations"]] == ["testbed/llama", "testbed/qwen3"]
     assert found["comparisons"][0]["n_problems"] == 2
     words = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2", "--mini-batches", "1")
     more = ("--num-generations", "4", "--eval-problems", "2", "--max-completion-length", "8", "-o", tmp_path / "r")
-    found = told(monkeypatch, capsys, "train", *words, *more)
+    found = run_json(monkeypatch, capsys, "train", *words, *more)
     assert found["run"]["layer"] == 2
     assert found["run"]["evaluations"]["trained"]["avg"]["mean"] == Run.load(tmp_path / "r").evaluation.avg["mean"]
 
@@ -191,19 +191,19 @@ print("after")
 
 @pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
 def test_only_the_document_is_on_standard_output():
-    # Buffers are what is to be emptied in time.
+    # The buffers must be flushed in time.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
-    def heard(*words):
+    def run_with(*words):
         command = [sys.executable, "-c", NOISE, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout, set(done.stderr.split("\n")) - {""}
 
     document = json.dumps({"a": 1, "files": {}}, indent=2)
     beside = {f"{who} {by}" for who in ("sys", "descriptor", "child", "compiled") for by in ("meanwhile", "later")}
-    assert heard("json") == (f"before\n{document}\nafter\n", beside)
-    assert heard("json", "quiet") == (f"before\n{document}\nafter\n", set())
-    assert heard("quiet") == ("before\nafter\n", set())
+    assert run_with("json") == (f"before\n{document}\nafter\n", beside)
+    assert run_with("json", "quiet") == (f"before\n{document}\nafter\n", set())
+    assert run_with("quiet") == ("before\nafter\n", set())
 
 
 @pytest.mark.slow
@@ -243,11 +243,11 @@ def test_no_control_characters_without_a_terminal(comparison, monkeypatch, capsy
     display.show_comparison(comparison)
     with progress("x", 2) as advance, status("y"):
         advance(1)
-    told = capsys.readouterr()
-    assert ("\x1b[33m" in told.out) == coloured
-    assert ("\x1b" in told.out) == ("FORCE_COLOR" in environment)
-    # A bar that moves would spoil a log, in colours or not.
-    assert told.err == ""
+    run_json = capsys.readouterr()
+    assert ("\x1b[33m" in run_json.out) == coloured
+    assert ("\x1b" in run_json.out) == ("FORCE_COLOR" in environment)
+    # An animated progress bar would clutter a log, with or without colours.
+    assert run_json.err == ""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a command says before it loads anything: that it loads, or that what it was given is not there."""
+"""Start-up of commands: the loading message, or an error for missing inputs, before libraries are loaded."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ MISSING = {
 }
 
 
-def said(commands, cwd, absent):
-    """What each command wrote on standard error, all in one process that had loaded nothing before."""
+def first_lines(commands, cwd, absent):
+    """Standard error of each command, all in one fresh process."""
     return [part.splitlines()[1:] for part in run_base(EACH, *commands, cwd=cwd, absent=absent).stderr.split("# ")[1:]]
 
 
 def test_missing_inputs_are_reported_before_libraries_are_loaded(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
-    told = said(MISSING, tmp_path, absent="")
-    assert [end for _, end in told] == ["2"] * len(MISSING)
-    for (line, _), wanted in zip(told, MISSING.values(), strict=True):
+    outputs = first_lines(MISSING, tmp_path, absent="")
+    assert [end for _, end in outputs] == ["2"] * len(MISSING)
+    for (line, _), wanted in zip(outputs, MISSING.values(), strict=True):
         assert line.startswith("error: ")
         assert wanted in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
@@ -51,13 +51,13 @@ def test_the_loading_message_is_printed_before_libraries_are_loaded(tmp_path):
         "inspect --model testbed/qwen3 --prompt 1",
         "train",
     ]
-    told = said(commands, tmp_path, absent="torch,transformers")
-    assert [line for line, _ in told] == [LINE] * len(commands)
+    outputs = first_lines(commands, tmp_path, absent="torch,transformers")
+    assert [line for line, _ in outputs] == [LINE] * len(commands)
     for quiet in ("--quiet", "--json"):
-        told += said([f"analyze {quiet}"], tmp_path, absent="torch,transformers")
-    # Which of the two is missed first is the order of the imports.
-    assert all(lines[-1].startswith("No module named ") for lines in told)
-    assert len(told[-1]) == 1
+        outputs += first_lines([f"analyze {quiet}"], tmp_path, absent="torch,transformers")
+    # The order of the imports determines which of the two is reported.
+    assert all(lines[-1].startswith("No module named ") for lines in outputs)
+    assert len(outputs[-1]) == 1
 
 
 def test_no_loading_message_if_libraries_are_loaded(capsys):

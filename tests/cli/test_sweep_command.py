@@ -1,4 +1,4 @@
-"""Sweeps and studies on the command line: what the shell hands over, what is refused, what a kill costs."""
+"""Sweeps and studies on the command line: shell globs, refusals, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("runs") / "x")
 
 
-def told(monkeypatch, capsys, *arguments):
+def run_command(monkeypatch, capsys, *arguments):
     """Exit code, standard output and standard error of the command line, in this process."""
     monkeypatch.setattr(sys, "argv", ["internal-policy", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_code:
@@ -43,7 +43,7 @@ def test_the_command_accepts_a_glob_expanded_by_the_shell(run, tmp_path, monkeyp
     expanded = sorted(map(str, run.iterdir()))
     assert steps_of(expanded) == [10, 100, 5]
     command = ("analyze", "--checkpoints", *expanded, "--own-responses", "-m", "testbed/qwen3")
-    assert told(monkeypatch, capsys, *command) == (0, "", "")
+    assert run_command(monkeypatch, capsys, *command) == (0, "", "")
     ((start, options),) = swept
     assert (start, options["own_responses"]) == ("testbed/qwen3", True)
     assert steps_of(str(t) for t in targets(None, checkpoints=options["checkpoints"])) == list(STEPS)
@@ -54,7 +54,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ragged_responses(4)))
     command = ("analyze", "--responses", "r.jsonl", "--checkpoints", run, "-o", "out")
-    code, out, err = told(monkeypatch, capsys, *command)
+    code, out, err = run_command(monkeypatch, capsys, *command)
     assert code == 0, err
     assert [out.index(f"checkpoint-{step}:") for step in STEPS] == sorted(
         out.index(f"checkpoint-{step}:") for step in STEPS
@@ -63,9 +63,9 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     for name in ("fig2_entropy_flow.pdf", "compare_heat_maps.png", "compare_layer_lines.png", "trends.csv"):
         assert (figures / name).is_file()
     assert pd.read_csv(figures / "boundaries.csv")["step"].tolist() == [update / 5 for update in STEPS]
-    # The directory of an analysis stands for its responses.
+    # The directory of an analysis is accepted as its responses.
     given = ("--responses", "out/x--checkpoint-10", "-o", "again")
-    code, _, err = told(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
+    code, _, err = run_command(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
     assert code == 0, err
     assert Analysis.load("again").n_responses == 4
 
@@ -92,7 +92,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
 )
 def test_invalid_commands_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = told(monkeypatch, capsys, "analyze", *arguments)
+    code, out, err = run_command(monkeypatch, capsys, "analyze", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -114,7 +114,7 @@ def test_a_missing_ndif_key_is_reported_before_contacting_the_hub(tmp_path, monk
     monkeypatch.delenv("NDIF_API_KEY", raising=False)
     monkeypatch.setattr(nnsight.schema.config.CONFIG.API, "APIKEY", None)
     monkeypatch.setattr(models, "check", lambda *_, **__: pytest.fail("the hub was asked"))
-    code, out, err = told(monkeypatch, capsys, "analyze", *arguments, "--backend", "nnsight", "--remote")
+    code, out, err = run_command(monkeypatch, capsys, "analyze", *arguments, "--backend", "nnsight", "--remote")
     assert (code, out) == (2, "")
     assert err.startswith("error: no key for NDIF")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""`internal-policy train` end to end: the files of a run, its figures, taking it up again, and rewards of one's own."""
+"""`internal-policy train` end to end: the files of a run, its figures, resuming, and custom rewards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHORT = [*WORDS, "--eval-samples", "0", "--dynamics-every", "0", "--max-completi
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the command in a process of its own, and what it said."""
+    """A run of the command in a subprocess, and its output."""
     place = tmp_path_factory.mktemp("place")
     return place, run(*WORDS, "--layer", "2", "--output", "out", cwd=place, code=0)
 
@@ -36,8 +36,8 @@ def finished(tmp_path_factory):
 def test_a_run_from_end_to_end(finished):
     place, done = finished
     out = place / "out"
-    # Nothing of the libraries' own reaches the terminal.
-    # The line is said where the process that was forked had not loaded them.
+    # No output of the libraries reaches the terminal.
+    # The line is printed only if the forked process had not loaded them.
     assert done.stderr in ("", "loading the libraries (torch, transformers)\n")
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv", "report.html"}
@@ -55,24 +55,24 @@ def test_the_report_gives_the_command_again(finished):
     place, _ = finished
     words = shlex.split(training_commands(Run.load(place / "out")).shell)
     assert words[:2] == ["internal-policy", "train"]
-    asked = {**dict(zip(WORDS[1::2], WORDS[2::2], strict=True)), "--layer": "2", "--output": "out"}
-    assert dict(zip(words[2::2], words[3::2], strict=True)) == asked
+    expected_options = {**dict(zip(WORDS[1::2], WORDS[2::2], strict=True)), "--layer": "2", "--output": "out"}
+    assert dict(zip(words[2::2], words[3::2], strict=True)) == expected_options
 
 
 def test_the_summary_has_the_numbers_of_the_run(finished):
     place, done = finished
     found = Run.load(place / "out")
-    said = " ".join(done.stdout.split())
+    text = " ".join(done.stdout.split())
     rewards = found.history["reward"]
-    assert f"ipa 1-1 {rewards[0]:.3f} → {rewards[0]:.3f}" in said
-    assert f"grpo 2-2 {rewards[1]:.3f} → {rewards[1]:.3f}" in said
-    assert "layer 2: as it was asked for" in said
+    assert f"ipa 1-1 {rewards[0]:.3f} → {rewards[0]:.3f}" in text
+    assert f"grpo 2-2 {rewards[1]:.3f} → {rewards[1]:.3f}" in text
+    assert "layer 2: as it was asked for" in text
     avg = found.evaluation.avg
-    assert f"trained {100 * avg['mean']:.2f} {100 * avg['low']:.2f} to {100 * avg['high']:.2f}" in said
-    assert f"difference {100 * (avg['mean'] - found.evaluation_start.avg['mean']):+.2f}" in said
-    assert "model: out/model/" in said
-    assert "figures: out/figures/ (fig4_training.png" in said
-    assert "failed" not in said
+    assert f"trained {100 * avg['mean']:.2f} {100 * avg['low']:.2f} to {100 * avg['high']:.2f}" in text
+    assert f"difference {100 * (avg['mean'] - found.evaluation_start.avg['mean']):+.2f}" in text
+    assert "model: out/model/" in text
+    assert "figures: out/figures/ (fig4_training.png" in text
+    assert "failed" not in text
 
 
 def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
@@ -80,7 +80,7 @@ def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = (place / "out" / "run.json").read_bytes()
     if result_format._is_cpu("auto"):
-        # The call and its files tell it, with no trainer.
+        # Known from the call and its files, without a trainer.
         monkeypatch.setattr("internal_policy.bupo.training.train", None)
     code, out, err = command(monkeypatch, capsys, *WORDS, "--layer", "2", "--output", "out")
     assert (code, err) == (0, "out: already complete; nothing to train (--overwrite starts over)\n")

@@ -1,4 +1,4 @@
-"""The measures of convergence: against formulas written out by hand, and the published reading of both shapes."""
+"""Convergence measures against formulas written out by hand, and the published classification of both shapes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_intermediate_shapes_are_classified_as_mixed():
 
 @pytest.mark.parametrize("curve", [progressive(), abrupt()], ids=["progressive", "abrupt"])
 def test_the_embedding_is_excluded(curve):
-    """Near zero where it is tied, near ln V where it is small and has weights of its own: neither is a layer's."""
+    """The embedding's entropy is near zero if tied and near ln V if small and untied; neither belongs to a layer."""
     found = [measure_convergence(stream([h, *curve[1:]]), resamples=20) for h in (0.0, curve[0], 30.0)]
     assert len({repr(f) for f in found}) == 1
     for one in found[1:]:
@@ -197,7 +197,7 @@ def test_curves_include_all_layers():
 
 
 def true_draws(curve, draws, *, prompts):
-    """How often each interval holds the truth: total drop, half-drop depth, last three layers' share."""
+    """Coverage of each interval: total drop, half-drop depth, last three layers' share."""
     true = measure_convergence(stream(curve), resamples=1)
     held = np.zeros(3)
     for seed in range(draws):

@@ -1,4 +1,4 @@
-"""The cross-model study: the presets' table, what a failure costs, what is not done twice, and its figures."""
+"""The cross-model study: the table of presets, handling of failures, reuse of finished models, and figures."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ PANELS[14] = (*PANELS[13], "Qwen3-14B", "Llama-3.1-8B-Instruct")
 
 @pytest.fixture(scope="module")
 def papers():
-    """A study of the paper's models, made without them."""
+    """A synthetic study of the paper's models."""
     rows = STUDIES["paper"]
-    made = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
-    return Study(rows, tuple(replace(a, config={**a.config, "template": "chat"}) for a in made))
+    analyses = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
+    return Study(rows, tuple(replace(a, config={**a.config, "template": "chat"}) for a in analyses))
 
 
 def test_the_papers_preset_is_table_4():
@@ -82,10 +82,10 @@ def test_every_preset_has_the_main_figures_and_the_papers_templates(preset):
 
 
 def test_paper_study_allows_7168_response_tokens(papers, monkeypatch, caplog):
-    asked, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
+    max_new_tokens, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
 
     def analyze(model, **options):
-        asked[model] = options["max_new_tokens"]
+        max_new_tokens[model] = options["max_new_tokens"]
         return papers.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
@@ -94,15 +94,15 @@ def test_paper_study_allows_7168_response_tokens(papers, monkeypatch, caplog):
     study("paper")
     # Those with a context of 4096 leave 1024 of it for the prompt.
     short = {"Qwen/Qwen2.5-Math-7B", "deepseek-ai/deepseek-math-7b-base"}
-    assert asked == {model: 3072 if model in short else 7168 for model in TABLE_4}
+    assert max_new_tokens == {model: 3072 if model in short else 7168 for model in TABLE_4}
     # Had all of them the shape of deepseek-math: keys and values, 2 bytes, 30 layers, 32 heads, 128 wide.
     assert "16 responses of up to 7168 tokens hold up to 56 GB of keys and values" in caplog.text
     caplog.clear()
     study("paper", max_new_tokens=100, generator="transformers")
-    assert set(asked.values()) == {100}
+    assert set(max_new_tokens.values()) == {100}
     assert not caplog.text
     study("testbed")
-    assert asked["testbed/qwen3"] is None
+    assert max_new_tokens["testbed/qwen3"] is None
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama", "gpt_neox"])
@@ -171,7 +171,7 @@ def test_finished_hub_models_are_not_loaded_again(done, root, of_the_hub, tmp_pa
     # The same prompts from a file may be others by now.
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, prompts=__file__, **QUICK)
-    # So may models on this disk: embedded ones, and what a name stands for here.
+    # So may local models: embedded ones and local directories.
     monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: True)
     assert len(study("testbed", output=root, **QUICK).analyses) == 2
     monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: False)
@@ -182,7 +182,7 @@ def test_finished_hub_models_are_not_loaded_again(done, root, of_the_hub, tmp_pa
         here.chdir(tmp_path)
         with pytest.raises(UserError, match="AssertionError: a model was looked up"):
             study(rows, output=directory, **QUICK)
-    # And the same name another model.
+    # The same name may also be another model.
     monkeypatch.setattr(studies, "commit_now", lambda name: "1" * 40)
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, **QUICK)
@@ -285,7 +285,7 @@ def test_a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         "testbed/qwen3": "RuntimeError: CUDA error in LanguageModel while running",
     }
     assert [a.name for a in found.analyses] == [a.name for a in seen] == ["testbed/llama"]
-    # Neither a model that is done nor one that failed is in memory when the next begins.
+    # Neither a finished nor a failed model is in memory when the next begins.
     assert held == [0, 0]
     assert found.comparison is None
     assert found.convergence["label"].tolist() == ["llama"]
@@ -348,7 +348,7 @@ def test_the_figures_and_tables_of_a_study(done, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
     assert pd.read_csv(tmp_path / "convergence.csv")["label"].tolist() == ["qwen3", "llama"]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    # A figure that no row names any more would be of another study, and goes.
+    # A figure that no row names any more is removed.
     save_study(Study((replace(done.models[0], figures={2: 1}),), done.analyses[:1]), tmp_path)
     assert not (tmp_path / "fig3_entropy_change.png").exists()
     save_study(done, tmp_path)

@@ -1,4 +1,4 @@
-"""Templates that never end, or that fill the memory."""
+"""Chat templates that never end or fill the memory."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_templates_render_as_in_transformers():
 def test_a_template_that_does_not_finish_is_refused(monkeypatch, template, why):
     monkeypatch.setattr(chat_templates, "SECONDS", 1.0)
     before = time.monotonic()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         rendered(template)
-    assert str(told.value) == f"the chat template refuses a chat with roles ['user'] ({why}); try --template plain"
+    assert str(error.value) == f"the chat template refuses a chat with roles ['user'] ({why}); try --template plain"
     assert time.monotonic() - before < 20
 
 

@@ -1,4 +1,4 @@
-"""The head of training: gradients of log-probabilities and entropies in blocks, and what an update makes and holds."""
+"""Blockwise log-probabilities and entropies: gradients, operations and memory of an update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from internal_policy.entropy.log_probs import differentiable_log_probs
 from internal_policy.models import family_of
 
 N, WIDTH, VOCAB = 37, 16, 101
-# torch's counter knows the product that makes its sum only.
+# torch's counter has no entry for this fused product.
 IN_PLACE = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
 TRANSFORMS = {
     "plain": {},
@@ -45,7 +45,7 @@ def operands(bias, seed=0, dtype=torch.float64):
 
 
 def plain(states, weight, bias, targets, *, temperature=1.0, scale=1.0, softcap=None):
-    """The definition with all its logits, for autograd to differentiate."""
+    """The definition with full logits, differentiated by autograd."""
     z = states @ weight.T
     z = (z if bias is None else z + bias) * scale
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
@@ -54,7 +54,7 @@ def plain(states, weight, bias, targets, *, temperature=1.0, scale=1.0, softcap=
 
 
 def gradients(pair, wants, *leaves):
-    """Gradients of a loss that weighs each token's two numbers by their own factors."""
+    """Gradients of a loss that weights the two values of each token by separate factors."""
     generator = torch.Generator().manual_seed(7)
     a, b = torch.randn(2, N, generator=generator, dtype=torch.float64)
     loss = sum((f * value).sum() for f, value, wanted in zip((a, b), pair, wants, strict=True) if wanted)
@@ -222,7 +222,7 @@ def test_policy_entropy_reuses_the_pass_of_the_old_log_probabilities(tmp_path):
     logged, passes = [], []
     for drops_out in (False, True):
         trainer = aligning(tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4)
-        # What drops out is measured without it, by a pass of its own.
+        # With dropout, the entropy is measured in a separate pass without it.
         trainer._drops_out = drops_out
         ran = []
         trainer.policy_module.model.norm.register_forward_hook(lambda *_, ran=ran: ran.append(torch.is_grad_enabled()))
@@ -247,7 +247,7 @@ def flops(work):
 def test_metrics_cost_less_than_5_percent_of_a_run(tmp_path, named):
     """Operations at the default interval against those of updates and old log-probabilities, sampling left out."""
     layers, layer, vocab = (8, 7, 42) if named == "testbed" else (36, 6, 924)
-    # 924 entries stand to a layer of this width as Qwen3-4B's vocabulary to one of its layers.
+    # The ratio of 924 entries to a layer of this width is that of Qwen3-4B's vocabulary to its layers.
     model = tiny_model("qwen3", layers=layers, vocab=vocab, context=80)
     trainer = ready(tmp_path, model, layer=layer)
     batch = rollouts(vocab, rows=4, prompt=20, completion=20)
@@ -268,7 +268,7 @@ def test_metrics_cost_less_than_5_percent_of_a_run(tmp_path, named):
     rollouts_a_step = config.prompts_per_step * config.num_generations
     trained = rollouts_a_step * (ipa * flops(lambda: update(True)) + (steps - ipa) * flops(lambda: update(False)))
     assert [eval_interval(TrainConfig(max_steps=n), 1) for n in (1, 10, 12, 60, 300)] == [1, 1, 2, 6, 30]
-    # Before the first step, every so many, and where the phase changes.
+    # Before the first step, at the interval, and at the change of phase.
     measurements = steps // eval_interval(config, 1) + 2
     measured = measurements * config.dynamics_responses * flops(watch.measure)
     entropy = flops(lambda: trainer._measure_policy_entropy(batch, None))

@@ -1,6 +1,6 @@
-"""The fused kernel against the definition, in triton's interpreter; and what it compiles to.
+"""The fused kernel against the definition in triton's interpreter, and its compiled instructions.
 
-The interpreter is chosen when the kernel's module is imported, so it has a process of its own, which is sent tensors.
+The interpreter is chosen when the kernel's module is imported, so a separate process runs it on the tensors it gets.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SMALL = Blocks(16, 32, 16)
 
 @pytest.fixture(scope="module")
 def interpreter():
-    # spawned, so that nothing of this process is there; the variable is read when the child imports triton.
+    # Spawned, so that it inherits nothing; the variable is read when the child imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            # The package alone has imported no triton.
+            # Importing the package does not import triton.
             assert pool.submit(starts_with).result(timeout=300) == (False, True)
             del os.environ["TRITON_INTERPRET"]
             yield pool
@@ -49,7 +49,7 @@ def starts_with():
 
 
 def run(quantity, *operands, **options):
-    """What the kernel gives; runs in the interpreter's process."""
+    """The kernel's results; runs in the interpreter's process."""
     from internal_policy.entropy import triton_kernel
 
     return getattr(triton_kernel, quantity)(*operands, **options)
@@ -64,7 +64,7 @@ def run_both(*operands, **options):
 
 
 def run_through_dispatch(*operands, **options):
-    """What the public functions give where the kernel serves; runs in the interpreter's process."""
+    """Results of the public functions when they use the kernel; runs in the interpreter's process."""
     from internal_policy.entropy import streaming, triton_kernel
 
     calls = []
@@ -80,7 +80,7 @@ def run_through_dispatch(*operands, **options):
 
 
 def run_tuned(*operands):
-    """What the fastest blocks give, and how often a launch was timed; runs in the interpreter's process."""
+    """Results of the fastest block sizes and the number of timed launches; runs in the interpreter's process."""
     from internal_policy.entropy import tiles, triton_kernel
 
     timed = []
@@ -146,7 +146,7 @@ def test_a_soft_cap_far_above_the_logits_changes_them_by_rounding_only(interpret
 @pytest.mark.parametrize("slices", [1, 3, 7])
 @pytest.mark.parametrize("place", [0, 100])
 def test_the_maximum_may_be_in_any_slice(interpreter, slices, place):
-    # Two more likely tokens, at the place and beside it, so that the entropy is not that of one token alone.
+    # Two more likely tokens, at this index and next to it, so that more than one token contributes to the entropy.
     states, targets, unembedding = random(n=3)
     unembedding[place] = states[0] / states[0].norm() * 4
     unembedding[place - 1] = states[0] / states[0].norm() * 3.9
@@ -242,7 +242,7 @@ def test_block_sizes_are_tuned_once_per_width_and_vocabulary(interpreter):
     assert timed == 2
 
 
-# Whether it compiles, which the interpreter does not show: both read the source in ways of their own.
+# The interpreter does not show whether the kernel compiles.
 
 
 def compiled(blocks, capability, dtype="bf16", other=None, precision="ieee", **flags):
@@ -293,7 +293,7 @@ def test_all_float32_block_sizes_compile():
         assert "mma" not in compiled(blocks, 90, "fp32", "bf16")
 
 
-# Where the kernel serves, and what happens where it cannot.
+# When the kernel is used, and the fallback otherwise.
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_kernel_is_used_for_float32_if_tf32_is_allowed(monkeypatch):
     assert not streaming.kernel_is_faster(states, unembedding, None)
 
 
-# How the work is cut.
+# How the work is divided.
 
 
 @pytest.mark.parametrize("n", [1, 100, 1024, 4096, 8192, 65_536])
@@ -383,7 +383,7 @@ def test_vocabulary_slices_occupy_all_multiprocessors(n, processors):
     slices = slices_of_vocabulary(n, 151_936, processors, blocks, 128 * 2**20)
     programs, tiles = math.ceil(n / blocks.rows) * slices, math.ceil(151_936 / blocks.vocab)
     assert programs >= 0.85 * processors
-    # The busiest processor against an even share of all tiles.
+    # The busiest multiprocessor relative to an even share of all tiles.
     busiest = math.ceil(programs / processors) * math.ceil(tiles / slices)
     assert busiest <= 1.15 * math.ceil(n / blocks.rows) * tiles / processors
 

@@ -170,12 +170,12 @@ def test_a_finished_evaluation_is_reused_only_with_equal_settings(qwen3, tmp_pat
     monkeypatch.setattr(pipeline, "sample", None)
     again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
     assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
-    for other, told in (
+    for other, difference in (
         ({"seed": 1}, "seed 0 -> 1"),
         ({"max_problems": 7}, "problems"),
         ({"samples": 5}, "samples 4 -> 5"),
     ):
-        with pytest.raises(UserError, match=f"already holds an evaluation .*{told}"):
+        with pytest.raises(UserError, match=f"already holds an evaluation .*{difference}"):
             evaluate("testbed/qwen3", output=tmp_path, **(FEW | other))
 
 
@@ -254,7 +254,7 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"samples": 0}, "--samples is 0"),
         ({"samples": 2.5}, "--samples is 2.5"),
@@ -266,8 +266,8 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
         ({"reward": "x"}, "reward 'x' is unknown"),
     ],
 )
-def test_bad_settings_are_refused(options, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
         evaluate("testbed/qwen3", **options)
 
 
@@ -301,7 +301,7 @@ def test_the_command_evaluates_compares_and_draws(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--samples", "0"), "--samples is 0"),
         (("--reward", "nothing"), "reward 'nothing' is unknown"),
@@ -311,10 +311,10 @@ def test_the_command_evaluates_compares_and_draws(run, tmp_path):
         (("--benchmark", "a/x.jsonl", "--benchmark", "b/x.jsonl"), "would both be written"),
     ],
 )
-def test_the_command_refuses_in_one_line(run, arguments, told):
+def test_the_command_refuses_in_one_line(run, arguments, message):
     with pytest.raises(UserError) as caught:
         run("--model", "testbed/qwen3", *arguments)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -60,7 +60,7 @@ def test_default_k_are_those_of_the_paper():
     ("shape", "n", "k"), [((0.3, 0.5), 16, 1), ((0.1, 8.0), 32, 4), ((1.0, 1.0), 300, 256), ((3.0, 0.3), 16, 16)]
 )
 def test_interval_coverage_with_nearly_constant_outcomes(shape, n, k):
-    """Without the widening the last two cover 0.25 and 0.01: nearly all that is seen there is 1."""
+    """Without the widening the last two have coverage 0.25 and 0.01, because nearly all outcomes are 1."""
     rng = np.random.default_rng(0)
     truth = np.mean(1 - (1 - rng.beta(*shape, size=400_000)) ** k)
     values = [metrics.pass_at_k_each(np.full(40, n), rng.binomial(n, rng.beta(*shape, size=40)), k) for _ in range(600)]

@@ -1,4 +1,4 @@
-"""Every row of the family table against the definitions, in float64 and without hooks on what a row names."""
+"""Every row of the family table against the float64 definitions, without hooks on the modules that it names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def oracle(model, model_type, record):
     """Values of one sequence in float64: writes from the stream of models with an FFN taken out."""
     model = copy.deepcopy(model).double()
     if hasattr(model.config, "num_experts_per_tok"):
-        # The grouped product of experts knows no float64.
+        # The grouped product of experts does not support float64.
         model.set_experts_implementation("eager")
     ids = torch.tensor([record["input_ids"]])
     at = slice(record["prompt_length"] - 1, len(record["input_ids"]) - 1)
@@ -154,12 +154,12 @@ def test_sequential_gpt_neox_has_an_intermediate_residual(monkeypatch):
 
 
 def beside_a_large_stream(model_type, dtype, *, times, tied=False):
-    """A model whose embeddings are so many times larger, so that what its layers write is small beside the stream."""
+    """A model with scaled embeddings, so that the writes of its layers are small compared with the residual stream."""
     model = tiny_model(model_type, tied=tied)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(times)
     if hasattr(model.config, "num_experts_per_tok"):
-        # The grouped product of experts knows no float64.
+        # The grouped product of experts does not support float64.
         model.set_experts_implementation("eager")
     return models.wrap(model.to(dtype), tiny_tokenizer())
 

@@ -1,4 +1,4 @@
-"""The nnsight backend against the hooks, here and through NDIF's path; only numbers travel, and no model is changed."""
+"""The nnsight backend against the hooks, locally and through NDIF: only numbers are sent, and models are unchanged."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_the_unembedding_is_recovered_by_calling_it(bias):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_remote_sampling_gives_the_same_responses(temperature):
     model = wrapped("gemma2")
-    # What a checkpoint brings along is no part of the policy.
+    # Extra modules of a checkpoint are not part of the policy.
     model.model.generation_config.repetition_penalty = 3.0
     model.model.generation_config.min_new_tokens = 5
     options = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
@@ -282,8 +282,8 @@ def test_a_server_without_this_package_gives_the_same_results_and_sends_only_num
     # The states of one batch would be larger, tiny as this model is.
     assert account["result"] < tokens * n_layers * 6 * width * 4 / 4
     # Code went as source: nothing that depends on the version of Python.
-    assert not [name for name in account["asked"] if "CodeType" in name or name.endswith(":_make_function")]
-    assert not [name for name in account["asked"] if name.startswith(("internal_policy", "dataclasses"))]
+    assert not [name for name in account["classes"] if "CodeType" in name or name.endswith(":_make_function")]
+    assert not [name for name in account["classes"] if name.startswith(("internal_policy", "dataclasses"))]
     verify(remote)
     assert [server.account()["result"] < _ENVELOPE for _ in range(2)]
 

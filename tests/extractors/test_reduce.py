@@ -1,4 +1,4 @@
-"""Captured numbers against the definitions in float64; padding, batches, hooks and the proof of eq. 4."""
+"""Captured quantities against the float64 definitions; padding, batches, hooks and the verification of eq. 4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer-lens backend against the hooks: the same numbers, and nothing changed in what a user hands over."""
+"""The transformer-lens backend against the hooks: the same results, and the user's objects are unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT32_NATS = 1e-5
 
 
 def wrapped(model_type, **config):
-    # transformer-lens takes a number of key-value heads from any configuration, also where the model has no such thing.
+    # transformer-lens takes a number of key-value heads from any configuration, even if the model has none.
     kv_heads = 4 if model_type == "gpt_neox" else 2
     return models.wrap(
         tiny_model(model_type, attention="eager", kv_heads=kv_heads, **config), tiny_tokenizer(), model_type

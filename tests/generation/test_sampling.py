@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the same draws whatever the batch, the checkpoint's own defaults set aside."""
+"""Sampling: the right distribution, independent of the batch and of the checkpoint's sampling defaults."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_prompts_that_fill_the_context_are_refused(model):
 
 
 class InOneGo:
-    """A model that generates in its own way: it is asked once for the whole batch, and each prompt is read again."""
+    """A model with its own generate: it is called once per batch, and each prompt is prefilled again."""
 
     def __init__(self, model):
         self._model = model
@@ -212,7 +212,7 @@ def test_a_discarded_step_of_transformers_leaves_the_random_streams_unchanged(fa
     model = models.wrap(tiny_model(family), tiny_tokenizer())
     requests = several([[3] * 9, [4] * 5], 8)
     straight = sample(model, requests, max_new_tokens=30, temperature=3.0, seed=0)
-    # As on mps, where the host looks at stops a step late.
+    # As on mps, where the host checks for end tokens one step late.
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", lambda *_, **__: True)
     monkeypatch.setattr(utils.DeferredStopCheck, "finish", finish)

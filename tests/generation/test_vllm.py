@@ -1,6 +1,6 @@
-"""Sampling by vLLM: what it is asked for and what is made of its answers, with a stand-in that has its signatures.
+"""Sampling by vLLM: requests and results, with a mock that has vLLM's signatures.
 
-No GPU is here, so the engine itself is not run: the stand-in takes the parameters of vLLM 0.33.0 and samples with the
+The engine needs a GPU and is not run: the mock takes the parameters of vLLM 0.33.0 and samples with the
 project's own streams, so that a wrong prompt, order, seed, limit or end gives other responses.
 """
 
@@ -61,14 +61,14 @@ class LLM:
     def __init__(self, model, **kwargs):
         assert kwargs.keys() <= OF_LLM
         assert kwargs["dtype"] in DTYPES
-        self.model, self.kwargs, self.closed, self.asked = model, kwargs, False, []
+        self.model, self.kwargs, self.closed, self.calls = model, kwargs, False, []
         self.loaded = models.load(model) if model != "hub/id" else None
         LLM.made.append(self)
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None, priority=None):
         assert not self.closed
         assert len(prompts) == len(sampling_params)
-        self.asked.append((prompts, sampling_params))
+        self.calls.append((prompts, sampling_params))
         p = sampling_params[0]
         assert p.ignore_eos, "else vLLM has ends of its own"
         seeds = [q.seed for q in sampling_params]
@@ -112,7 +112,7 @@ def test_analysis_responses_do_not_depend_on_the_sampler(vllm, tmp_path, monkeyp
     monkeypatch.setattr(pipeline, "Reducer", given_up_before)
     theirs = analyze("testbed/qwen3", generator="vllm", batch_size=2, output=tmp_path, **FEW)
     (engine,) = vllm.made
-    assert len(engine.asked) == 1, "vLLM makes batches by itself"
+    assert len(engine.calls) == 1, "vLLM makes batches by itself"
     monkeypatch.setattr(pipeline, "Reducer", real)
     ours = analyze("testbed/qwen3", **FEW)
     pd.testing.assert_frame_equal(theirs.sequences, ours.sequences, check_exact=True)
@@ -149,7 +149,7 @@ def test_engine_and_sampling_parameters(vllm, monkeypatch):
         "gpu_memory_utilization": 0.5,
         "generation_config": "vllm",
     }
-    prompts, params = engine.asked[1]
+    prompts, params = engine.calls[1]
     assert prompts == [{"prompt_token_ids": [3] * 5}]
     ends = [model.tokenizer.eos_token_id]
     assert params == [
@@ -180,7 +180,7 @@ def test_response_length_is_limited_by_the_remaining_context(vllm):
     sampler._engine.loaded = model
     assert sampler._longest == 64
     drawn = sampler(requests, max_new_tokens=50, temperature=1.0, seed=0)
-    assert [p.max_tokens for p in sampler._engine.asked[0][1]] == [4, 50]
+    assert [p.max_tokens for p in sampler._engine.calls[0][1]] == [4, 50]
     assert drawn == sample(model, requests, max_new_tokens=50, temperature=1.0, seed=0)
 
 
@@ -219,13 +219,13 @@ def test_models_that_vllm_cannot_load_are_refused(vllm):
         evaluate(model, generator="vllm")
     with pytest.raises(UserError, match="2 processes"):
         refuse_generator("vllm", in_memory=False, processes=2)
-    for told, options in {
+    for message, options in {
         "--quantization was given": {"quantization": "8bit"},
         "--device-map was given": {"device_map": "auto"},
         "--remote was given": {"remote": True, "backend": "nnsight"},
         "--generator was given with --responses": {"responses": "r.jsonl"},
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             AnalyzeConfig(generator="vllm", **options)
     for config in (AnalyzeConfig, lambda **o: EvaluateConfig("m", "b", **o)):
         with pytest.raises(UserError, match="--generator is 'x'; needed is one of transformers, vllm"):

@@ -1,4 +1,4 @@
-"""Looking into one prompt: parity with the definitions, every family, tokens as texts, what is on disk, bad input."""
+"""Inspection of one prompt: parity with the definitions, families, token texts, stored files and invalid input."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_under_the_logit_lens_the_last_layer_is_the_final_policy():
 def test_a_sampled_response_matches_generation_and_keeps_the_training_mode():
     model, tokenizer = tiny("qwen3")
     model.train()
-    asked = {"prompt": "w3 w4", "max_new_tokens": 6, "seed": 3}
-    it = inspect(model, tokenizer, **asked)
+    options = {"prompt": "w3 w4", "max_new_tokens": 6, "seed": 3}
+    it = inspect(model, tokenizer, **options)
     assert model.training
     wrapped = models.wrap(model, tokenizer)
     (sampled,) = sample(wrapped, [Request(Prompt("w3 w4"), [3, 4], 0, 0)], max_new_tokens=6, temperature=1.0, seed=3)
@@ -137,7 +137,7 @@ def test_a_sampled_response_matches_generation_and_keeps_the_training_mode():
     assert it.tokens["part"].tolist() == ["prompt"] * 2 + ["response"] * (it.n_tokens - 2)
     given = inspect(model, tokenizer, prompt="w3 w4", response=" ".join(it.tokens["token"][2:]))
     pd.testing.assert_frame_equal(given.values, it.values)
-    assert inspect(model, tokenizer, **{**asked, "seed": 4}).tokens["id"].tolist() != it.tokens["id"].tolist()
+    assert inspect(model, tokenizer, **{**options, "seed": 4}).tokens["id"].tolist() != it.tokens["id"].tolist()
 
 
 def test_saving_and_loading_an_inspection(tmp_path):
@@ -294,8 +294,8 @@ def test_every_backend_gives_the_same_inspection(given):
 
 
 def test_inspect_command_and_redrawn_figures(saved, tmp_path, monkeypatch, capsys):
-    asked = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
-    run(*asked, monkeypatch=monkeypatch, cwd=tmp_path)
+    command = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
+    run(*command, monkeypatch=monkeypatch, cwd=tmp_path)
     printed = capsys.readouterr().out
     it = Inspection.load(tmp_path / "data" / "inspections" / "some--model--w3-w4-w5")
     assert it.tokens["token"].tolist() == ["w3", "w4", "w5", "w6", "w7"]
@@ -325,8 +325,8 @@ def test_inspections_of_several_prompts_coexist_and_a_repeated_one_is_replaced(s
         figure, "save_inspection_figures", lambda look, directory, **_: [directory / "inspect_layer.png"]
     )
     for prompt, answer in (("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7"), ("w3 w4", "w6"), ("w5 " * 30, "w6")):
-        asked = ("inspect", "--model", saved, "-p", prompt, "--response", answer)
-        run(*asked, "--quiet", monkeypatch=monkeypatch, cwd=tmp_path)
+        command = ("inspect", "--model", saved, "-p", prompt, "--response", answer)
+        run(*command, "--quiet", monkeypatch=monkeypatch, cwd=tmp_path)
     root = tmp_path / "data" / "inspections"
     names = ["some--model--w3-w4", "some--model--w3-w4-2", "some--model--w3-w4-3"]
     long = "some--model--" + "w5-" * 13 + "w"

@@ -1,4 +1,4 @@
-"""Several devices and weights that wait elsewhere: the numbers stay those of the definitions."""
+"""Several devices and offloaded weights: results still match the definitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from internal_policy.models import projection
 
 
 def device_map(n_layers, where):
-    """The first layer and the embedding on the first device, the rest on the second; the head beside the embedding."""
+    """The first layer and the embedding on the first device, the rest on the second; the head with the embedding."""
     first, second = where
     rest = {f"model.layers.{i}": first if i == 0 else second for i in range(n_layers)}
     return {"model.embed_tokens": first, "lm_head": first, "model.rotary_emb": first, **rest, "model.norm": second}
@@ -73,7 +73,7 @@ def test_layers_on_two_devices(tied, lens, monkeypatch):
             np.testing.assert_allclose(one.policy, other.policy, rtol=0, atol=FLOAT32_NATS)
         found = Dynamics(split, responses, 1, lens=lens).measure()
         assert found.row() == pytest.approx(watched.row(), abs=FLOAT32_NATS, nan_ok=True)
-        # Both devices worked, and nothing met a tensor of the other.
+        # Both devices were used, and no operation mixed them.
         assert all(devices.operations[f"{DEVICE}:{i}"] > 100 for i in (0, 1))
         with pytest.raises(RuntimeError, match="same device"):
             torch.ones(2, device=first) + torch.ones(2, device=second)
@@ -121,7 +121,7 @@ def test_an_analysis_does_not_depend_on_weight_placement(embedded):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"device_map": "auto", "device": "cpu"}, "--device cpu was given with --device-map"),
         ({"device_map": "cuda"}, "--device-map is 'cuda'; needed is one of auto, balanced"),
@@ -130,11 +130,11 @@ def test_an_analysis_does_not_depend_on_weight_placement(embedded):
         ({"device_map": {"model.layers.0": "cpu", "model": "disk"}}, "lm_head.weight; change how it is loaded"),
     ],
 )
-def test_contradictory_device_options_are_refused(options, said):
-    with pytest.raises(UserError, match=said):
+def test_contradictory_device_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
         models.load("testbed/qwen3", **options)
     if isinstance(next(iter(options.values())), str):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             AnalyzeConfig(**options)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's files may hold and where they may lie: anything else is refused before it is read."""
+"""Allowed contents and locations of checkpoint files: anything else is refused before it is read."""
 
 from __future__ import annotations
 
@@ -74,9 +74,11 @@ def in_pickle(directory):
 
 def point_at(file, directory):
     index = directory / "model.safetensors.index.json"
-    told = json.loads(index.read_text())
-    told["weight_map"] = {k: file if v == "b.safetensors" else v for k, v in told["weight_map"].items()}
-    index.write_text(json.dumps(told))
+    index_content = json.loads(index.read_text())
+    index_content["weight_map"] = {
+        k: file if v == "b.safetensors" else v for k, v in index_content["weight_map"].items()
+    }
+    index.write_text(json.dumps(index_content))
 
 
 def outside(directory):
@@ -91,8 +93,13 @@ def chosen_pickle(directory):
 
 
 def adapters(directory):
-    told = {"peft_type": "LORA", "base_model_name_or_path": str(directory), "target_modules": ["q_proj"], "r": 2}
-    (directory / "adapter_config.json").write_text(json.dumps(told))
+    adapter_config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(directory),
+        "target_modules": ["q_proj"],
+        "r": 2,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config))
     torch.save({}, directory / "adapter_model.bin")
 
 
@@ -131,8 +138,8 @@ def altered(source, target, weights=lambda found: found, **config):
     """A copy of a checkpoint with other weights or another configuration."""
     shutil.copytree(source, target)
     save_file(weights(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
-    told = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**told, **config}))
+    base_config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**base_config, **config}))
     return str(target)
 
 
@@ -207,13 +214,13 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize(("more", "config", "told"), HARMLESS.values(), ids=HARMLESS)
-def test_unused_tensors_in_a_checkpoint_are_accepted(whole, tmp_path, more, config, told, caplog):
+@pytest.mark.parametrize(("more", "config", "notice"), HARMLESS.values(), ids=HARMLESS)
+def test_unused_tensors_in_a_checkpoint_are_accepted(whole, tmp_path, more, config, notice, caplog):
     loaded = models.load(altered(whole, tmp_path / "model", lambda found: found | more, **config))
     assert loaded.fingerprint()
-    said = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
-    assert bool(said) == bool(told)
-    assert told in "".join(said)
+    messages = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
+    assert bool(messages) == bool(notice)
+    assert notice in "".join(messages)
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {"quant_method": "mxfp4"}])
@@ -225,6 +232,6 @@ def test_unquantised_integer_weights_are_refused(tmp_path, method, dtype):
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, "quantization_config": method}))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         models.load(str(directory))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Quantised weights: the numbers stay those of the definitions, of the weights that the codes stand for."""
+"""Quantised weights: results match the definitions applied to the dequantised weights."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_4_bit_weights_are_not_repacked_in_bfloat16(repacking, checkpoint):
     plain = models.load(checkpoint)
     codes = {n: dequantised(w) for n, w in model.model.named_parameters() if hasattr(w, "quant_state")}
     plain.model.load_state_dict(codes, strict=False)
-    # Nothing but the weights is rounded.
+    # Only the weights are rounded.
     np.testing.assert_allclose(captured(plain, [record])[0].layers, first.layers, rtol=0, atol=FLOAT32_NATS)
 
 
@@ -200,21 +200,21 @@ def test_an_fp8_checkpoint_matches_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "settings", "said"),
+    ("package", "settings", "message"),
     [
         ("optimum", {"quant_method": "gptq", "bits": 4, "group_size": 32}, r"optimum.*pip install optimum"),
         ("gptqmodel", {"quant_method": "awq", "bits": 4, "group_size": 32}, r"gptqmodel.*pip install gptqmodel"),
         ("compressed_tensors", {"quant_method": "compressed-tensors"}, r"pip install compressed-tensors"),
     ],
 )
-def test_a_missing_package_is_reported_with_its_pip_command(package, settings, said, tmp_path):
+def test_a_missing_package_is_reported_with_its_pip_command(package, settings, message, tmp_path):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     directory = tmp_path / "model"
     shutil.copytree(testbed.path("testbed/qwen3"), directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         models.load(str(directory))
     assert len(str(caught.value).splitlines()) == 1
 

@@ -292,21 +292,21 @@ def test_a_missing_boundary_layer_is_noted():
 
 
 @pytest.mark.parametrize(
-    ("n_parameters", "told"),
+    ("n_parameters", "size"),
     [(668_928, "0.67 M"), (4_022_468_096, "4.0 B"), (14_768_307_200, "15 B"), (124_439_808, "124 M"), (3_000, "3.0 k")],
 )
-def test_a_size_is_rounded_and_has_its_unit(n_parameters, told):
+def test_a_size_is_rounded_and_has_its_unit(n_parameters, size):
     assert marks.size_of(replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=n_parameters)) == (
-        f"{told} parameters"
+        f"{size} parameters"
     )
 
 
 def test_titles_give_the_model_size_if_the_name_does_not():
-    analysis, told = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
-    assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({told} parameters)"
+    analysis, size = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
+    assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({size} parameters)"
     # Where four stand side by side, the size has a line of its own.
     panels = figures.entropy_change([replace(analysis, name=f"testbed/{k}") for k in ("qwen3", "llama", "a", "b")]).axes
-    assert panels[0].get_title() == f"testbed/qwen3\n({told} parameters)"
+    assert panels[0].get_title() == f"testbed/qwen3\n({size} parameters)"
     named = replace(analysis, name="Qwen/Qwen3-4B-Base")
     assert figures.plot_residual_cosine(named).get_title() == "Qwen3-4B-Base"
     assert figures.plot_residual_cosine(replace(analysis, n_parameters=None)).get_title() == "testbed/qwen3"
@@ -316,7 +316,7 @@ def test_a_single_analysis_equals_a_list_of_one():
     analysis = make_set(1)[0]
     for draw in (*DRAWINGS, figures.stage_sketch):
         one, other = draw(analysis), draw([analysis])
-        axes = [getattr(made, "axes", made) for made in (one, other)]
+        axes = [getattr(panel, "axes", panel) for panel in (one, other)]
         lines = [[line.get_xydata() for ax in np.ravel(panels) for line in ax.lines] for panels in axes]
         for a, b in zip(*lines, strict=True):
             np.testing.assert_array_equal(a, b)

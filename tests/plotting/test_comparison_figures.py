@@ -1,4 +1,4 @@
-"""The figures of a comparison: what they draw, that all of it can be read, and that they are reproducible."""
+"""The figures of a comparison: drawn values, legibility and reproducibility."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def lay_out(figure):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             figure.get_layout_engine().execute(figure)
-            # Colour bars, labels and legends find their places only as they are drawn.
+            # Colour bars, labels and legends are placed only when they are drawn.
             for ax in figure.axes:
                 locator = ax.get_axes_locator()
                 ax.apply_aspect(locator(ax, renderer) if locator else None)

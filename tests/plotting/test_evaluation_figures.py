@@ -1,4 +1,4 @@
-"""Figures 6 and 15: what is drawn is what was measured, it can be read, and the same input gives the same bytes."""
+"""Figures 6 and 15: drawn values, legibility and reproducible bytes."""
 
 from __future__ import annotations
 

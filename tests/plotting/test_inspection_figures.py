@@ -1,4 +1,4 @@
-"""One prompt as a picture and on the terminal: the numbers that are drawn, and that all of it can be read."""
+"""Inspections as figures and on the terminal: drawn values and legibility."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_token_is_decided_once_all_later_layers_agree():
         assert (row["entropy"], row["top_token"]) == (final["entropy"], final["top1_token"])
         assert row["hit"] == (position < 200 and it.tokens["id"][position] == final["top1_id"])
         assert (row["token"], row["part"]) == tuple(it.tokens.loc[position - 1, ["token", "part"]])
-    # Chance decides here: each answer must have been seen.
+    # The data are random: each outcome must have occurred.
     assert set(table["decided_layer"].dropna()) == {1, 2, 3, 4, 5, 6}
     assert table["decided_layer"].isna().any()
     assert table["next_token"].tolist() == [*table["token"][1:], ""]
@@ -200,11 +200,11 @@ def test_the_terminal_table_is_complete_without_colours(width):
         ("π_θ", data[data["site"] == "policy"]),
         ("2", data[(data["layer"] == 2) & (data["site"] == "attn")]),
     ):
-        said = "".join(line for line in lines if line.split()[:1] == [name])
+        row_text = "".join(line for line in lines if line.split()[:1] == [name])
         for row in rows.itertuples():
             number = f"{row.entropy:.2f}" if row.entropy < 9.995 else f"{row.entropy:.1f}"
-            assert row.top1_token[:5] in said
-            assert ("✓" if row.hit else " ") + number in said
+            assert row.top1_token[:5] in row_text
+            assert ("✓" if row.hit else " ") + number in row_text
     assert (
         len({cell_len(line.rstrip("\n")) for block in blocks(it, width=width) for line in map(str, block[1:-1])}) <= 2
     )

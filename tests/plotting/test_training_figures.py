@@ -1,4 +1,4 @@
-"""Figures of training runs: they draw their numbers, can be read, and are the same bytes each time."""
+"""Figures of training runs: drawn values, legibility and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_no_text_overlaps_in_the_dynamics(run, monkeypatch):
             figure.set_dpi(mpl.rcParams["savefig.dpi"])
             FigureCanvasAgg(figure).draw()
 
-    # A colour bar finds its place only as it is drawn.
+    # A colour bar is placed only when it is drawn.
     monkeypatch.setattr(plotting_fixtures, "lay_out", draw)
     assert_legible(alignment_dynamics(run))
 
@@ -319,6 +319,6 @@ def test_only_runs_that_differ_only_in_their_seed_are_averaged():
     alike = [replace(make_run(seed=seed), setting={"learning_rate": 1e-6}) for seed in range(2)]
     other = replace(make_run(seed=2), setting={"learning_rate": 1e-5})
     frame = training_curves_data([*alike, other])
-    told = frame.groupby("label")["seeds"].max()
-    assert told.to_dict() == {f"{BUPO}, learning_rate 1e-06": 2, f"{BUPO}, learning_rate 1e-05": 1}
+    counts = frame.groupby("label")["seeds"].max()
+    assert counts.to_dict() == {f"{BUPO}, learning_rate 1e-06": 2, f"{BUPO}, learning_rate 1e-05": 1}
     assert set(training_curves_data(alike)["label"]) == {BUPO}

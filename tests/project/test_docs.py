@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands exist, its reference is that of the code, no page is lost."""
+"""The documentation: its code runs, its commands exist, its reference matches the code and every page is linked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def name(path):
 
 @pytest.fixture(scope="module")
 def after_the_demo(tmp_path_factory):
-    """A directory in which `make demo` has run: what the Makefile says, and nothing else."""
+    """A directory in which the commands of `make demo` have run."""
     place = tmp_path_factory.mktemp("demo")
     recipe = re.search(r"^demo: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
     starts = {
@@ -83,14 +83,14 @@ def test_every_block_is_run_or_marked_as_not_run(page):
             assert block.not_run != "", f"{where}: says that it is not run, but not why"
             compile(block.code, where, "exec")
     text = page.read_text(encoding="utf-8")
-    # A marker that stands before nothing, or before what is never run, excuses nobody.
+    # A marker must precede a block that would otherwise run.
     markers = len(re.findall(r"<!-- not run:", text))
     assert markers == sum(block.not_run is not None and block.language == "python" for block in blocks(page))
     assert text.count("```") == 2 * len(blocks(page)), f"{name(page)}: a fence that was not understood"
 
 
 def complaint(arguments):
-    """What the command line says against arguments; None where it takes them. Nothing is run."""
+    """The usage error for arguments; None if they are accepted. Nothing is run."""
     if not arguments or arguments == ["--help"]:
         return None
     name, *words = arguments
@@ -108,7 +108,7 @@ def test_every_command_that_is_shown_exists(page):
     for number, line in command_lines(page):
         where = f"{name(page)}, line {number}: {line}"
         if (arguments := own_arguments(line)) is not None:
-            assert (said := complaint(arguments)) is None, f"{where}: {said}"
+            assert (texts := complaint(arguments)) is None, f"{where}: {texts}"
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert {word for word in words[1:] if "=" not in word} <= targets, where
@@ -178,7 +178,7 @@ def test_every_public_name_is_in_the_python_reference():
 
 
 def strings(path):
-    """What a module says: its texts, with ... where a value is put in."""
+    """The strings of a module, with ... in place of formatted values."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
@@ -187,11 +187,11 @@ def strings(path):
 
 
 def test_every_explained_message_exists_in_the_code():
-    said = [text for path in (ROOT / "internal_policy").rglob("*.py") for text in strings(path)]
+    texts = [text for path in (ROOT / "internal_policy").rglob("*.py") for text in strings(path)]
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page.partition("## Messages")[2], flags=re.M)
     assert len(messages) > 20
     for message in messages:
-        # "A ... B" stands for A, values and text between them, and B.
+        # "A ... B" matches A, any text, and B.
         parts = [part.strip() for part in message.split("...")]
-        assert any(all(part in text for part in parts) for text in said), message
+        assert any(all(part in text for part in parts) for text in texts), message

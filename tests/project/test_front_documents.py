@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and CHANGELOG: their links hold, the module tree is that of the package, the version is one."""
+"""README, CONTRIBUTING and CHANGELOG: links resolve, the module tree matches the package, versions agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users of the ecosystem expect: one-line loading, figures that leave a session alone, notebooks."""
+"""Conventions of the ecosystem: one-line loading, figures without side effects, notebook representations."""
 
 from __future__ import annotations
 
@@ -175,11 +175,11 @@ def test_figures_do_not_change_the_users_session(comparison):
     with mpl.rc_context({"axes.facecolor": "#eaeaf2", "font.size": 19.0, "axes.grid": True}):
         before = dict(mpl.rcParams)
         for function, arguments in cases.items():
-            made = function(*arguments)
-            assert isinstance(made, (Figure, Axes)), function
+            drawn = function(*arguments)
+            assert isinstance(drawn, (Figure, Axes)), function
             assert {k: v for k, v in mpl.rcParams.items() if before[k] != v} == {}, function
             assert plt.get_fignums() == [], function
-            figure = made if isinstance(made, Figure) else made.figure
+            figure = drawn if isinstance(drawn, Figure) else drawn.figure
             assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0), function
             words = python.signature(function).parameters
             assert {"ax", "label", "color"} <= set(words), function

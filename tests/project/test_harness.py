@@ -1,4 +1,4 @@
-"""Out-of-domain evaluation: the harness has the tasks that the how-to names, and measures as `evaluate` does."""
+"""Out-of-domain evaluation: the harness has the documented tasks and agrees with `evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the house that a reviewer would otherwise have to watch: imports, start-up, the wheel, the documents."""
+"""Project rules: imports, start-up time, the wheel and the documents."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def lint_imports(root):
     ids=["at the top", "lazy", "typing only", "sideways"],
 )
 def test_upward_imports_are_refused(tmp_path, module, line):
-    """By the contracts of import-linter, which ``make check`` runs; there they hold."""
+    """The import-linter contracts that ``make check`` runs reject an upward import."""
     shutil.copytree(PACKAGE, tmp_path / "internal_policy", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "internal_policy" / module).open("a") as file:
@@ -160,7 +160,7 @@ def test_every_public_name_can_be_imported():
 
 @pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: f"line {block.line}")
 def test_the_readmes_python_runs(block, tmp_path):
-    # Each by itself: a reader copies one of them.
+    # Each is run separately, because readers copy single blocks.
     run_python(README, [block], tmp_path, timeout=300)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks: stored with the outputs of a run from top to bottom, thin, and running offline in a fresh kernel."""
+"""The notebooks: stored with the outputs of one complete run, short, and running offline in a fresh kernel."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def pictures(cell):
 
 def test_all_six_notebooks_exist():
     assert [path.stem for path in NOTEBOOKS] == list(NAMES)
-    told = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert all(f"({name}.ipynb)" in told for name in NAMES)
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"({name}.ipynb)" in readme for name in NAMES)
 
 
 @each
@@ -106,7 +106,7 @@ def test_every_figure_of_the_paper_is_drawn():
 def test_a_notebook_runs_offline_in_a_fresh_kernel(path, tmp_path, monkeypatch):
     from execute import execute
 
-    # As a stranger has it: the folders that it reads, in a checkout elsewhere.
+    # As in a new checkout: only the folders that it reads.
     for name in ("notebooks", "data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "analyses", "runs"))
     shutil.copytree(ROOT / "data" / "experiments", tmp_path / "data" / "experiments", dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the result, what is foreign is text, and it loads nothing."""
+"""The report: its values match the result, untrusted text is escaped, and it loads nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its elements, their texts, and the data that it holds."""
+    """A parsed page: its elements, their texts and its data."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -111,19 +111,19 @@ def line(spec, name):
 
 def test_summary_has_the_numbers_of_the_analysis(saved, page):
     chosen, fall = saved.selection, measure_convergence(saved)
-    said = page.parts["summary"]
-    assert f"testbed/qwen3 has {saved.n_layers} layers" in said
-    assert f"on 6 responses ({saved.n_tokens} tokens)" in said
+    summary_text = page.parts["summary"]
+    assert f"testbed/qwen3 has {saved.n_layers} layers" in summary_text
+    assert f"on 6 responses ({saved.n_tokens} tokens)" in summary_text
     assert (
         f"boundary layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
-        in said
+        in summary_text
     )
     assert "100.0% of" not in page.text
     adverb = {"abrupt": "abruptly", "progressive": "progressively"}[fall.reading]
-    assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in said
+    assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in summary_text
     assert page.parts["target"] == str(chosen.boundary_layer)
     assert chosen.reason.rpartition("; ")[0] in page.text
-    # What the terminal says of it, too.
+    # The same text as on the terminal.
     assert f"olicy entropy H(π_θ) {saved.policy_entropy['mean']:.4f}±" in page.text
     assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
 
@@ -165,7 +165,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
         assert drawn["x"] == list(range(1, 9))
     layer = next(part for tag, part in page.elements if tag == "li" and "target" in part.get("class", ""))
     assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
-    # Its stage can be heard, not only pointed at.
+    # Its stage is available to screen readers.
     for n, stage in enumerate(saved.stages, start=1):
         assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
     # Each layer once, in the table and in the strip of stages.
@@ -232,7 +232,7 @@ def test_incomplete_prompts_are_shown_partially(saved, prompt, shown):
 
 
 def hostile(saved):
-    """The analysis with something foreign wherever a name or a text may come from."""
+    """The analysis with untrusted text in every name and string."""
     tokens = saved.tokens.copy()
     texts = [HOSTILE[i % len(HOSTILE)] for i in tokens["token"]]
     tokens["token_text"] = pd.Series(texts, index=tokens.index, dtype=object)
@@ -346,14 +346,14 @@ def test_positions_sampled_by_tolerance_are_reported_and_shown_in_place(saved):
 def test_the_shown_command_and_call_reproduce_the_analysis(saved, monkeypatch):
     again = analysis_commands(saved)
     words = shlex.split(again.shell)
-    asked = []
-    monkeypatch.setattr("internal_policy.cli.analyze._models", asked.append)
+    commands = []
+    monkeypatch.setattr("internal_policy.cli.analyze._models", commands.append)
     run_command(words[1:])
-    (command,) = asked
+    (command,) = commands
     assert (command.model, command.lenses, command.output) == (("testbed/qwen3",), ("policy",), saved.path.parent)
     config = AnalyzeConfig(model=command.model[0], **command.settings())
     assert {k: v for k, v in config.cache_key().items() if saved.config[k] != v} == {}
-    # In a new place, so that the finished one is not just read.
+    # In a new directory, so that the finished analysis is not reused.
     found = {}
     exec(
         again.python.replace("\nanalyze(", "\nanalysis = analyze(").replace(
@@ -408,9 +408,9 @@ def test_a_comparison_report_needs_no_analyses():
 
 def test_a_loaded_comparison_gives_the_same_report(saved, tmp_path):
     other = replace(saved, name="another")
-    made = compare(saved, other, labels=["NA", "007"], seed=3)
-    read = AnalysisComparison.load(made.save(tmp_path))
-    assert comparison_report(read) == comparison_report(replace(made, path=tmp_path))
+    comparison = compare(saved, other, labels=["NA", "007"], seed=3)
+    read = AnalysisComparison.load(comparison.save(tmp_path))
+    assert comparison_report(read) == comparison_report(replace(comparison, path=tmp_path))
     assert read.labels == ("NA", "007")
     assert (read.seed, read.path) == (3, tmp_path)
 
@@ -484,16 +484,16 @@ def test_report_command_writes_pages_and_refuses_missing_results(saved, tmp_path
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "analysis.json").write_text("{")
-    for place, told in (
+    for place, message in (
         (tmp_path / "empty", "no finished analysis here"),
         (tmp_path / "nowhere", "no finished analysis here"),
         (evaluation, "holds an evaluation, of which there is no report"),
         (broken, "broken analysis"),
     ):
         (tmp_path / "data" / "one" / "report.html").unlink(missing_ok=True)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             command(tmp_path / "data", place)
-        # A bad one is told before any is drawn.
+        # An invalid input is reported before any page is written.
         assert not (tmp_path / "data" / "one" / "report.html").exists()
 
 
@@ -507,19 +507,19 @@ def test_a_failed_report_keeps_results_and_leaves_no_stale_page(saved, tmp_path,
     monkeypatch.setattr("internal_policy.report.analysis_report", fail)
     write_reports([Analysis.load(place)])
     assert not (place / "report.html").exists()
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (RuntimeError: no room at all); the results are whole" in message
     assert Analysis.load(place).n_responses == 6
 
 
 def test_a_stale_page_that_cannot_be_removed_is_reported(saved, tmp_path, caplog):
     place = saved.save(tmp_path / "a")
-    # Neither replaced nor removed, whoever asks.
+    # Cannot be replaced or removed even by root.
     (place / "report.html").mkdir()
     write_reports([Analysis.load(place)])
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (IsADirectoryError" in told
-    assert "), and the page there is of earlier results; the results are whole" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (IsADirectoryError" in message
+    assert "), and the page there is of earlier results; the results are whole" in message
 
 
 def test_bibtex_matches_the_citation_file():

@@ -1,4 +1,4 @@
-"""The report in a real Chromium: no errors, controls that work, nothing that runs but its own scripts, readable."""
+"""The report in a real Chromium: no errors, working controls, only its own scripts, readable text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = "an-organisation-with-a-name/" + "a-model-whose-name-does-not-end-" * 4
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page of each kind, with something foreign in its names and texts."""
+    """A page of each kind with untrusted names and texts."""
     root = tmp_path_factory.mktemp("pages")
     found = analyze("testbed/qwen3", max_responses=4, keep_tokens=2, max_new_tokens=12)
     tokens, sequences = found.tokens.copy(), found.sequences.copy()
@@ -209,9 +209,9 @@ def test_hidden_lines_stay_hidden_when_the_colour_scheme_changes(browser, pages)
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "width"), [(8, 1280), (8, 390), (36, 390)])
 def test_hovering_over_the_final_policy_names_it_and_no_layer(browser, tmp_path, layers, width):
-    made = make(progressive(layers), prompts=4, noise=0.05)
+    complete = make(progressive(layers), prompts=4, noise=0.05)
     lacking = {"final_state_mean": 0.4, "final_state_stderr": 0.02}
-    analysis = replace(made, policy_entropy={**made.policy_entropy, **lacking})
+    analysis = replace(complete, policy_entropy={**complete.policy_entropy, **lacking})
     show(browser, write_report(analysis, tmp_path), width)
 
     def pointed(x, y):

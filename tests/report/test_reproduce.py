@@ -1,4 +1,4 @@
-"""What a report says of a training, and what it tells to type to make a result again."""
+"""The summary of a training in a report, and the commands that reproduce a result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def phased(run, *phases, **changed):
 
 
 @pytest.mark.parametrize(
-    ("phases", "trainer", "told"),
+    ("phases", "trainer", "expected"),
     [
         ((("ipa", 3), ("grpo", 27)), {}, "alignment of layer 7 for 3 steps, then GRPO for 27 steps"),
         ((("ipa", 1), ("grpo", 29)), {}, "alignment of layer 7 for 1 step, then GRPO for 29 steps"),
@@ -48,8 +48,8 @@ def phased(run, *phases, **changed):
         ((("ipa", 30),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 30 steps"),
     ],
 )
-def test_training_summary_describes_its_phases(run, phases, trainer, told):
-    assert f"{told}. The mean reward" in summary(phased(run, *phases, **trainer), None)
+def test_training_summary_describes_its_phases(run, phases, trainer, expected):
+    assert f"{expected}. The mean reward" in summary(phased(run, *phases, **trainer), None)
 
 
 def test_training_without_a_layer_has_no_phase_description():
@@ -72,8 +72,8 @@ def test_summary_reward_averages_the_first_and_last_tenth_of_the_steps(run):
     start, end = rewards.iloc[:3].mean(), rewards.iloc[-3:].mean()
     assert f"from {start:.3f} over the first 3 steps to {end:.3f} over the last 3." in summary(run, None)
     few = replace(run, history=run.history.iloc[:9])
-    told = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
-    assert told in summary(few, None)
+    expected = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
+    assert expected in summary(few, None)
     assert "reward" not in summary(replace(run, history=run.history.iloc[:1]), None)
 
 
@@ -107,9 +107,9 @@ def test_a_comparison_is_reproduced_in_its_directory(manifest, tmp_path):
     assert ".save(" not in comparison_commands(manifest).python
     # The command's own comparison has no path yet when its page is written.
     stored = [STORED / "analyses" / name for name in ("qwen3-start", "qwen3-bupo")]
-    made = compare(*stored)
-    place = made.save(tmp_path / "compare--x")
-    write_reports([made], place, tell=False)
+    comparison = compare(*stored)
+    place = comparison.save(tmp_path / "compare--x")
+    write_reports([comparison], place, tell=False)
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
@@ -118,8 +118,8 @@ def test_every_command_explains_existing_output(run, manifest):
     assert "is read and nothing is computed" in analysis
     training = training_commands(run).notes[0]
     assert "is read and nothing is trained; where it is not, it goes on" in training
-    for told in (analysis, training):
-        assert "another output, or add --overwrite (overwrite=True in Python)" in told
+    for page in (analysis, training):
+        assert "another output, or add --overwrite (overwrite=True in Python)" in page
     (compared,) = comparison_commands(manifest).notes
     assert "computed from the analyses as they are in their directories now" in compared
     assert "--overwrite" not in compared
@@ -131,7 +131,7 @@ def test_a_figures_folder_among_analyses_is_skipped(tmp_path):
     (tmp_path / "figures" / "a").mkdir(parents=True)
     (tmp_path / "figures" / "a" / "flow.png").write_bytes(b"")
     assert [found.name for found in gather(sorted(tmp_path.iterdir()))] == ["a", "b"]
-    # Named alone, or by another name, it is no slip of a wildcard.
+    # Given explicitly or under another name, it does not come from a wildcard.
     with pytest.raises(UserError, match="figures: no finished analysis here"):
         gather([tmp_path / "figures"])
     with pytest.raises(UserError, match="nowhere/figures: no finished analysis here"):

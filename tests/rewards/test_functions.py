@@ -1,4 +1,4 @@
-"""Reward functions of the user: the forms in which they are given, and the guard around them."""
+"""Custom reward functions: accepted forms, and the guard around them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_all_numeric_types_are_accepted(result):
 
 
 def fragile(prompts, completions, answer, scale, **kwargs):
-    """Raises on the whole batch because of one sample."""
+    """Raises for the whole batch because of one sample."""
     return [scale / (int(a) - len(c)) for c, a in zip(completions, answer, strict=True)]
 
 
@@ -94,8 +94,8 @@ def test_a_function_that_always_fails_raises():
 
 
 def score_batch(function, batch):
-    made = GuardedReward(function)(**batch)
-    return asyncio.run(made) if inspect.iscoroutine(made) else made
+    result = GuardedReward(function)(**batch)
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
 
 
 def test_trl_sees_the_wrapped_function_through_the_guard():

@@ -1,4 +1,4 @@
-"""The verifier: what counts as right, and what a model's text cannot do."""
+"""The math verifier: which answers are correct, and security against untrusted text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def verifier():
-    made = MathVerifier(time_limit=10.0, workers=1)
-    yield made
-    made.close()
+    worker_pool = MathVerifier(time_limit=10.0, workers=1)
+    yield worker_pool
+    worker_pool.close()
 
 
 @pytest.mark.parametrize(

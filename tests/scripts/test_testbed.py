@@ -27,12 +27,12 @@ TINY = Recipe(layers=2, batch=4, clean_steps=2, restart_steps=1, slip_steps=2, w
 
 def solve(prompt: str) -> int:
     """Work a problem out by Python's own arithmetic, from its text alone."""
-    statements, asked = re.fullmatch(r"(.*);([a-e])\?", prompt).groups()
+    statements, variable = re.fullmatch(r"(.*);([a-e])\?", prompt).groups()
     values = {}
     for statement in statements.split(","):
         name, expression = statement.split("=")
         values[name] = eval(expression, {"__builtins__": {}}, values) % 23
-    return values[asked]
+    return values[variable]
 
 
 @pytest.fixture(scope="module", params=testbed.NAMES)

@@ -1,4 +1,4 @@
-"""What foreign text can do to a terminal: be read, and nothing else."""
+"""Untrusted text on the terminal is readable and has no other effect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_hostile_text_is_escaped_everywhere():
     text = printed(table, HOSTILE, Text(HOSTILE), f"name {HOSTILE}")
     assert text.count("a[/b][link=x]") == 7
     assert not set(text) & set("\x1b\x07\x9b\r\u202e\u2066\ud800\x7f")
-    # Measured as it is shown: nothing of a name is cut off for want of room.
+    # Widths are those of the escaped text, so no name is truncated.
     assert text.count(visible(HOSTILE)) == 6
 
 
@@ -91,7 +91,7 @@ def test_an_invalid_rank_is_ignored(monkeypatch, value):
 
 def test_unreadable_names_are_reported_in_one_readable_line(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for words, told in (
+    for words, expected in (
         (("analyze", "--model", "./" + "a" * 20_000), "File name too long"),
         (("figures", "b" * 20_000), "File name too long"),
         (
@@ -102,7 +102,7 @@ def test_unreadable_names_are_reported_in_one_readable_line(monkeypatch, capsys,
     ):
         code, out, err = command(monkeypatch, capsys, *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert told in err
+        assert expected in err
         assert len(err) < 2100
     with pytest.raises(UserError, match="holds bytes that are not UTF-8"):
         Workspace(tmp_path / "results-\udcff", ANALYSIS).check()

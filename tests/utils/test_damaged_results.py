@@ -1,4 +1,4 @@
-"""Stored results that were damaged, truncated or edited: read as they were written, or refused in one line."""
+"""Damaged, truncated or edited results: read as they were written, or refused in one line."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def check(files, which, damage):
     try:
         path.write_bytes(damaged(content, *damage))
         try:
-            found, told = cls.load(directory), ""
+            found, message = cls.load(directory), ""
         except UserError as error:
-            found, told = None, str(error)
-        assert "\n" not in told
-        assert len(told) < 1000
+            found, message = None, str(error)
+        assert "\n" not in message
+        assert len(message) < 1000
         # Another space between two fields of the manifest is no other result.
         assert found is None or state(found) == before
     finally:
@@ -152,7 +152,7 @@ def test_tables_that_disagree_with_the_manifest_are_refused(place, tmp_path, tab
         change(pd.read_csv(path)).to_csv(path, index=False)
     else:
         change(pd.read_parquet(path)).to_parquet(path)
-    # As a program would that writes results of its own.
+    # As another program that writes results would do.
     fields = json.loads((directory / "analysis.json").read_text())
     del fields["seal"], fields["sha256"]
     replace(ANALYSIS, files=(table,)).write_manifest(directory, fields)

@@ -1,4 +1,4 @@
-"""Unfinished work that was damaged or is of another run: named, set aside, made again; nobody else's is deleted."""
+"""Damaged or foreign files in unfinished work: named, set aside and recomputed; foreign files are never deleted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def remove(path):
 
 DAMAGES = [empty, truncate, flip, remove]
 FEW = [flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (empty, truncate, remove))]
-"""For what is the same mechanism: ``test_workspace.py`` has all of them."""
+"""A subset for shared mechanisms: ``test_workspace.py`` covers all kinds of damage."""
 
 
 def named(function):
@@ -59,7 +59,7 @@ def named(function):
 
 
 def stop_after(calls, function):
-    """A function that interrupts the run when it is called once more."""
+    """A function that interrupts the run at the next call."""
     left = [calls]
 
     def stopping(*arguments, **options):
@@ -112,15 +112,15 @@ def test_a_damaged_shard_of_an_analysis_is_set_aside_and_recomputed(model, begun
     damage(shard)
     left = shard.read_bytes() if shard.exists() else None
     assert_analyses_same(analyze(*model, output=tmp_path / "out", **OPTIONS), begun[1])
-    told = [r.getMessage() for r in caplog.records if "made again" in r.getMessage()]
+    messages = [r.getMessage() for r in caplog.records if "made again" in r.getMessage()]
     if left is None:
-        assert told == []
+        assert messages == []
         assert not work.exists()
     else:
-        assert told == [f"{shard}: damaged, or of another run; kept as damaged-1-{shard.name}, and made again"]
+        assert messages == [f"{shard}: damaged, or of another run; kept as damaged-1-{shard.name}, and made again"]
         assert [p.name for p in work.iterdir()] == [f"damaged-1-{shard.name}"]
         assert (work / f"damaged-1-{shard.name}").read_bytes() == left
-        # What was kept is in nobody's way.
+        # The file that was set aside does not interfere.
         analyze(*model, output=tmp_path / "out", overwrite=True, **OPTIONS)
 
 
@@ -203,8 +203,8 @@ def test_a_truncated_file_is_not_an_interrupt(tmp_path, monkeypatch, capsys):
         raise EOFError("Ran out of input")
 
     monkeypatch.setattr(sweeps, "analyze", ends)
-    told = command(monkeypatch, capsys, "analyze", "--output", tmp_path)
-    assert told == (2, "", "error: a file ends too early (Ran out of input); --debug shows which\n")
+    messages = command(monkeypatch, capsys, "analyze", "--output", tmp_path)
+    assert messages == (2, "", "error: a file ends too early (Ran out of input); --debug shows which\n")
 
 
 def make_checkpoint(directory, step, settings=None, processes=1):
@@ -347,8 +347,8 @@ def test_the_newest_checkpoints_are_kept_regardless_of_file_times(tmp_path):
     accelerator = SimpleNamespace(wait_for_everyone=lambda: None, num_processes=1)
     callback = CheckpointDigestCallback(SimpleNamespace(args=args, accelerator=accelerator), {"seed": 0})
     for step in range(1, 8):
-        made = make_checkpoint(tmp_path, step)
-        os.utime(made, (1e9 - step, 1e9 - step))
+        checkpoint = make_checkpoint(tmp_path, step)
+        os.utime(checkpoint, (1e9 - step, 1e9 - step))
         callback.on_save(args, SimpleNamespace(is_world_process_zero=True, global_step=step), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
     assert (tmp_path / "checkpoint-6" / "optimizer.pt").exists()

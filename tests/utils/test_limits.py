@@ -1,4 +1,4 @@
-"""Counts that no run gets through are refused before anything of that size is made."""
+"""Excessive counts are refused before anything of that size is allocated."""
 
 from __future__ import annotations
 

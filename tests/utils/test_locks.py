@@ -1,4 +1,4 @@
-"""One writer at a time for a directory: the second is refused or waits, and no lock outlives its process."""
+"""A directory has one writer at a time: the second is refused or waits, and no lock outlives its process."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def test_the_second_command_is_refused_in_one_line(words, place, tmp_path, monke
     monkeypatch.chdir(save_one_of_each(tmp_path))
     with another_writer(tmp_path / place):
         before = everything(tmp_path)
-        code, out, told = command(monkeypatch, capsys, *words)
+        code, out, message = command(monkeypatch, capsys, *words)
         assert everything(tmp_path) == before
     assert (code, out) == (2, "")
-    assert told.startswith(f"error: {place}: another process is writing there (process 4321 on node7")
-    assert told.count("\n") == 1
+    assert message.startswith(f"error: {place}: another process is writing there (process 4321 on node7")
+    assert message.count("\n") == 1
 
 
 def test_a_waiting_process_continues_as_if_started_then(model, tmp_path, caplog):
@@ -119,7 +119,7 @@ def test_a_waiting_process_continues_as_if_started_then(model, tmp_path, caplog)
         first_files = {p.name: p.read_bytes() for p in first.path.iterdir()}
         for name, content in first_files.items():
             (directory / name).write_bytes(content)
-        # As the other process does when it ends.
+        # As when the other process exits.
         (directory / LOCK).unlink()
     waiting.join()
     assert "waiting until it has ended" in caplog.text
@@ -136,18 +136,18 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 
 
 def test_threads_exclude_each_other_too(tmp_path):
-    told = []
+    message = []
 
     def second():
         with pytest.raises(UserError, match=f"process {os.getpid()} on") as info, locked(tmp_path):
             pass
-        told.append(info)
+        message.append(info)
 
     with locked(tmp_path), locked(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert told
+    assert message
     with locked(tmp_path):
         pass
 
@@ -277,7 +277,7 @@ def test_of_two_simultaneous_processes_one_succeeds_and_one_is_refused(tmp_path)
         met += sum("another process is writing there" in answer for answer in refused)
         # On a busy machine the one may have ended before the other begins, which then overwrites it or finds it there.
         assert len(refused) == 1 or (overwrite and not refused), answers
-        assert all("another process is writing" in told or "other settings" in told for told in refused)
+        assert all("another process is writing" in message or "other settings" in message for message in refused)
         if refused:
             assert answers[found.config["seed"]] == "done"
         pd.testing.assert_frame_equal(found.sequences, winner.sequences, check_exact=True)

@@ -1,4 +1,4 @@
-"""The libraries are quiet while a call of ours runs, speak as before afterwards, and hide nothing that is ours."""
+"""Libraries are silent during a call of the package and restored afterwards; messages of the package are kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARIES = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "trans
 
 
 def state():
-    """All that is switched: levels, bars, filters, environment."""
+    """The affected state: log levels, progress bars, warning filters and environment."""
     levels = {name: logging.getLogger(name).level for name in LIBRARIES}
     bars = (
         transformers_logging.is_progress_bar_enabled(),
@@ -36,8 +36,8 @@ def state():
 def test_an_analysis_is_silent_and_restores_logging_state(capfd, recwarn):
     before = state()
     analyze("testbed/llama", max_responses=1, max_new_tokens=4)
-    said = capfd.readouterr()
-    assert (said.out, said.err) == ("", "")
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "")
     assert not list(recwarn)
     assert state() == before
 
@@ -94,11 +94,11 @@ def test_messages_of_the_package_and_the_caller_are_kept(caplog):
         with pytest.warns(RuntimeWarning, match="overflow"):
             warnings.warn_explicit("overflow", RuntimeWarning, "file.py", 1, module="internal_policy.statistics")
         logging.getLogger("internal_policy.analysis.pipeline").warning("already complete")
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warn("transformers.training_args")
             warn("internal_policy.generation.sampling")
     assert caplog.messages == ["already complete"]
-    assert not heard
+    assert not caught
 
 
 def test_debug_logging_shows_the_libraries_and_each_stage(caplog):

@@ -1,4 +1,4 @@
-"""After a base installation every command runs, or says in one line, before anything is loaded, what it needs."""
+"""With a base installation every command runs, or names the missing extra in one line before anything is loaded."""
 
 from __future__ import annotations
 

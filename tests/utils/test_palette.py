@@ -1,4 +1,4 @@
-"""One table says how things look, and figures, pages and the terminal read it; one word names the boundary layer."""
+"""One palette for figures, pages and the terminal, and one name for the boundary layer."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_figures_and_pages_use_the_same_module_styles():
 
 def test_the_terminal_uses_the_stage_symbols_of_the_page():
     analysis = make(progressive(6), prompts=4)
-    told = Console(file=io.StringIO(), width=120)
-    told.print(layer_table(analysis))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(layer_table(analysis))
     for stage in set(analysis.stages):
-        assert f"{palette.STAGES[stage].sign} {stage}" in told.file.getvalue()
-    assert palette.BOUNDARY_SIGN in told.file.getvalue()
+        assert f"{palette.STAGES[stage].sign} {stage}" in console.file.getvalue()
+    assert palette.BOUNDARY_SIGN in console.file.getvalue()
     shaded = {patch.get_label(): patch.get_facecolor() for patch in figures.plot_entropy_change(analysis).patches}
     assert len(shaded) == len(set(analysis.stages))
 

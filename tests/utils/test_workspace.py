@@ -1,4 +1,4 @@
-"""A stage of a workspace: every item once, by whichever process, and never again where it is on disk."""
+"""A stage of a workspace: every item is computed once, by any process, and never again once stored."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def run(workspace, state=None, seen=None, at=None):
 
 @pytest.fixture
 def workspace(tmp_path):
-    made = Workspace(tmp_path / "a", ANALYSIS)
-    made.open({"seed": 0}, overwrite=False)
-    return made
+    ready = Workspace(tmp_path / "a", ANALYSIS)
+    ready.open({"seed": 0}, overwrite=False)
+    return ready
 
 
 def squares(portions):
