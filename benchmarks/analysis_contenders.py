@@ -216,7 +216,7 @@ def floor(model: LanguageModel) -> Run:
 
 
 def batches(responses: Sequence[Response]) -> list[list[int]]:
-    """Group responses of similar length as an analysis does by default; the groups hold indices."""
+    """Group responses of similar length as an analysis does by default; the groups contain indices."""
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].input_ids))
     return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 

@@ -56,7 +56,7 @@ _EXACT = ("ours", "paper", "transformer-lens", "floor")
 
 
 def run_contender(contender: str, jobs: Sequence[Job], directory: Path) -> list[dict[str, Any]]:
-    """Run a contender in a process of its own.
+    """Run a contender in a subprocess.
 
     Args:
         contender: key of ``CONTENDERS``.
@@ -165,14 +165,14 @@ def agreement(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> dict[
 
 
 def within(ours: np.ndarray[Any, Any], sampled: dict[str, np.ndarray[Any, Any]]) -> dict[str, int]:
-    """Count the estimated changes whose interval holds the exact figure.
+    """Count the estimated changes whose interval covers the exact value.
 
     Args:
         ours: [n, L, 6] nats, exact.
         sampled: changes and half_widths, [L, 3].
 
     Returns:
-        changes: how many there are; within: how many hold.
+        changes: how many there are; within: how many intervals cover it.
     """
     means = ours.mean(axis=0)
     off = np.abs(sampled["changes"] - (means[:, 1::2] - means[:, 0::2]))

@@ -1,21 +1,21 @@
-"""How long an update of the first phase takes: against its floor, and against a full update. No sampling.
+"""Time of an update of the first phase against its floor and against a full update, without sampling.
 
 python benchmarks/benchmark_update.py                    # the floor at Qwen3-0.6B's width, then the older comparison
-OMP_NUM_THREADS=1 python benchmarks/benchmark_update.py --only floor --cpu-seconds    # where others use the machine
+OMP_NUM_THREADS=1 python benchmarks/benchmark_update.py --only floor --cpu-seconds    # on a shared machine
 
-**Floor.** What an update of pi^l cannot do without, each piece timed bare in turn with the update itself:
+**Floor.** The minimal operations of an update of pi^l, each timed alone in turn with the update itself:
 
 - l of L layers: l/L of forward and backward through a decoder of all layers, from a random gradient of its output;
 - embedding: looking tokens up, and the gradient of the table;
 - head: the products of the scored states with E_u, in blocks of the size that the head uses, and nothing else. A head
-  that keeps [tokens, V] has three (logits, gradient of the states, gradient of E_u); one that never holds it makes the
-  logits twice, so four. Both floors are printed. The limit holds for the floor of four: with three, one would have to
-  hold what must not be held.
+  that stores [tokens, V] has three (logits, gradient of the states, gradient of E_u); one that never stores it computes
+  the logits twice, so four. Both floors are printed. The limit applies to the floor of four, because three products
+  would require storing [tokens, V].
 
 Neither side steps the optimiser: AdamW costs both the same, and skips layers above l, which have no gradient.
 
 **Against a full update**, with the optimiser: the embedded model, and Qwen3-4B's proportions (36 layers, the head 11%
-of the layers' weights) at a width that a laptop holds.
+of the layers' weights) at a width that fits a laptop.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def trainer_of(model: Any, layer: int, args: argparse.Namespace) -> Any:
 
 
 def batch_of(vocab: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Make a mini-batch of rollouts, every token of which moves.
+    """Make a mini-batch of rollouts with a gradient at every token.
 
     Args:
         vocab: V.
         args: the command line.
 
     Returns:
-        What TRL hands to the loss.
+        The inputs that TRL passes to the loss.
     """
     n = args.sequences
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def seconds(work: Callable[[], None], clean: Callable[[], None], clock: Callable
     Args:
         work: what is timed.
         clean: what follows, untimed.
-        clock: of the wall, or of the processor.
+        clock: wall or processor time.
 
     Returns:
         Seconds.
@@ -284,7 +284,7 @@ def against_full(args: argparse.Namespace) -> float:
                 return work
 
             internal, full = [], []
-            # In turn, so that what else the machine does falls on both; the first of each is slower.
+            # In turn, so that other load affects both; the first of each is slower.
             for _ in range(args.repeats + 1):
                 internal.append(seconds(step(True), lambda: None, args.clock))
                 full.append(seconds(step(False), lambda: None, args.clock))
@@ -299,7 +299,7 @@ def against_full(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Print seconds and ratios, and fail where a limit is passed."""
+    """Print seconds and ratios, and fail if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("floor", "full"))
     parser.add_argument("--layer", type=int, help="l of the floor; a quarter of the layers by default")

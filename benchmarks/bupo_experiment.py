@@ -1,7 +1,7 @@
 """GRPO against BuPO on the embedded models: seeds, layers, lengths and learning rates of the first phase.
 
 python benchmarks/bupo_experiment.py             # everything, about two hours on a free core; resumable
-python benchmarks/bupo_experiment.py --short     # one model, one seed, some minutes: part of `make demo`
+python benchmarks/bupo_experiment.py --short     # one model, one seed, a few minutes: part of `make demo`
 
 Every run starts from the same checkpoint, sees the same prompts for the same seed, and is evaluated on the same
 held-out problems with the same random streams. Runs are kept in ``build/bupo_experiment``; the tables go to
@@ -33,7 +33,7 @@ from internal_policy.plotting.training import alignment_dynamics, policy_entropy
 from internal_policy.utils.errors import UserError
 
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}
-"""What `internal-policy analyze` finds."""
+"""The boundary layer found by `internal-policy analyze`."""
 SETTING: dict[str, Any] = {
     "max_steps": 30,
     "prompts_per_step": 8,
@@ -53,7 +53,7 @@ class Job:
     """One run."""
 
     part: str
-    """main, layers, steps, rate, lens or site: what it belongs to."""
+    """The part of the experiment: main, layers, steps, rate, lens or site."""
     model: str
     method: str = "grpo"
     layer: int | None = None
@@ -106,7 +106,7 @@ def run_job(
         root: where runs are kept.
         setting: options of `bupo.train`.
         problems: held-out problems.
-        start: the frozen start on these.
+        start: the evaluation of the frozen start on these.
 
     Returns:
         The run, which has both evaluations, and that of its model.

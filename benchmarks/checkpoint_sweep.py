@@ -27,7 +27,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import write_atomically
 
 MODEL, LAYER = "testbed/qwen3", 7
-"""What is trained, and its boundary layer as `internal-policy analyze` finds it."""
+"""The trained model, and its boundary layer as found by `internal-policy analyze`."""
 TRAINING: dict[str, Any] = {
     "ipa_steps": 10,
     "max_steps": 30,

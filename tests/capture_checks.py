@@ -37,7 +37,7 @@ def states_of(model, record):
     return found
 
 
-def from_the_same_states(model, states, lens):
+def reference_quantities(model, states, lens):
     """Every quantity of a layer in float64 from states in the model's dtype; [n, len(QUANTITIES)]."""
     head = model.projection
 
@@ -58,11 +58,11 @@ def from_the_same_states(model, states, lens):
     return torch.stack(values, dim=-1).numpy(), entropy(states.residual_out, True).numpy()
 
 
-def check_against_the_same_states(model, records, lens="policy"):
+def check_quantities(model, records, lens="policy"):
     for record in records:
         (ours,) = captured(model, [record], lens=lens)
         for layer, states in enumerate(states_of(model, record)):
-            values, policy = from_the_same_states(model, states, lens)
+            values, policy = reference_quantities(model, states, lens)
             for q, name in enumerate(QUANTITIES):
                 np.testing.assert_allclose(
                     ours.layers[:, layer, q], values[:, q], rtol=0, atol=FLOAT32_NATS, err_msg=f"{name} {layer + 1}"
@@ -70,7 +70,7 @@ def check_against_the_same_states(model, records, lens="policy"):
         np.testing.assert_allclose(ours.policy[:, 1], policy, rtol=0, atol=FLOAT32_NATS)
 
 
-def own_entropies(model, record):
+def entropies_of_logits(model, record):
     """Entropy of the model's own logits for one sequence alone, without a mask or a position from this package."""
     with torch.no_grad():
         logits = model(torch.tensor([record["input_ids"]]), use_cache=False).logits[0]

@@ -36,7 +36,7 @@ def run(*arguments, cwd, code=2):
     return done
 
 
-def run_alone(*arguments, cwd, code=2, **environment):
+def run_subprocess(*arguments, cwd, code=2, **environment):
     """Run a command in a subprocess with these environment variables."""
     words = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(

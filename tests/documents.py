@@ -66,8 +66,8 @@ def run_blocks(path, shown, scratch, work, timeout):
     for block in shown:
         if block.language == "python":
             lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
-        for number, line in lines_of(block) if block.language == "bash" else ():
-            if why_not_run(line) is None:
+        for number, line in bash_lines(block) if block.language == "bash" else ():
+            if reason_not_run(line) is None:
                 lines += [""] * (number - 1 - len(lines)) + [f"bash({line!r})"]
     program = scratch / f"{path.stem.replace('-', '_')}_blocks.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -90,7 +90,7 @@ def run_blocks(path, shown, scratch, work, timeout):
 
 def run_in_bash(line):
     """Run one command of a document; a training of minutes with fewer steps."""
-    if (own_arguments(line) or [""])[0] == "train":
+    if (command_arguments(line) or [""])[0] == "train":
         line = line.partition(" #")[0].replace("--max-steps 60", "") + f" --max-steps {FEW_STEPS}"
     subprocess.run(["bash", "-c", line], check=True, stdout=subprocess.DEVNULL)
 
@@ -109,9 +109,9 @@ _WHY_NOT = {
 }
 
 
-def why_not_run(line):
+def reason_not_run(line):
     """Why the tests do not run a command of a document; None if they do."""
-    if own_arguments(line) is None and not line.partition("#")[0].strip():
+    if command_arguments(line) is None and not line.partition("#")[0].strip():
         return "a comment"
     return next((why for pattern, why in _WHY_NOT.items() if re.search(pattern, line.partition(" #")[0])), None)
 
@@ -120,10 +120,10 @@ def command_lines(path):
     """The lines of the bash blocks of a document, with their numbers; continued lines are joined."""
     for block in blocks(path):
         if block.language == "bash":
-            yield from lines_of(block)
+            yield from bash_lines(block)
 
 
-def lines_of(block):
+def bash_lines(block):
     """The lines of a bash block with their numbers; continued lines are joined."""
     start, held = block.line, ""
     for number, line in enumerate(block.code.splitlines(), start=block.line):
@@ -134,7 +134,7 @@ def lines_of(block):
             held = ""
 
 
-def own_arguments(line):
+def command_arguments(line):
     """The arguments of an internal-policy command, split as by a shell; None for other commands."""
     if (found := _STARTED.search(line.partition(" #")[0])) is None or line.lstrip().startswith("#"):
         return None

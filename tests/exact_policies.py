@@ -6,7 +6,7 @@ import copy
 import operator
 
 import torch
-from trainers import aligning, left_padded
+from trainers import left_padded, make_bupo_trainer
 
 from internal_policy import models
 from internal_policy.extractors import residual_hooks
@@ -69,6 +69,6 @@ def assert_policies(trainer, untouched, layer, site, lens, family=None):
 
 def check_policies(tmp_path, model, site, lens, family=None):
     untouched = copy.deepcopy(model)
-    trainer = aligning(tmp_path, model, layer=3, temperature=TEMPERATURE, site=site, lens=lens, **EXPERTS)
+    trainer = make_bupo_trainer(tmp_path, model, layer=3, temperature=TEMPERATURE, site=site, lens=lens, **EXPERTS)
     assert_policies(trainer, untouched, 3, site, lens, family)
     return trainer

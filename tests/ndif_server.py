@@ -1,10 +1,10 @@
-"""A server with NDIF's protocol, run as a script by test_nnsight.py in a process of its own.
+"""A server with NDIF's protocol, run as a script by test_nnsight.py in a subprocess.
 
     python ndif_server.py MODEL_DIRECTORY
 
 It cannot import internal_policy, loads only classes of modules that NDIF allows, and runs what it gets as NDIF does:
-deserialised against its own model, returning what the block saved. It prints its port, then one line of JSON per request: the
-bytes of the request and of the result, and the classes that the request loaded.
+deserialised against its own model, returning what the block saved. It prints its port, then one line of JSON for each
+request: the bytes of the request and of the result, and the classes that the request loaded.
 """
 
 import base64

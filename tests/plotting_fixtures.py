@@ -99,7 +99,7 @@ NAMES = (
 )
 
 
-def make_set(n_models):
+def make_analyses(n_models):
     return [make_analysis(*row, seed=seed) for seed, row in enumerate(NAMES[:n_models])]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from plotting_fixtures import make_inspection
 from synthetic_analyses import make, progressive
-from synthetic_evaluations import rated
+from synthetic_evaluations import evaluation_of_counts
 
 from internal_policy import Study, compare, load_analyses
 from internal_policy.comparison.study_presets import StudyModel
@@ -19,7 +19,7 @@ def save_one_of_each(root):
     one.save(root / "analyses" / "007")
     two.save(root / "analyses" / "NA")
     compare(root / "analyses").save(root / "comparison")
-    rated([3, 9, 16]).save(root / "evaluation")
+    evaluation_of_counts([3, 9, 16]).save(root / "evaluation")
     make_inspection(n_layers=3, n_tokens=12, prompt=5).save(root / "inspection")
     rows = tuple(StudyModel(name, "chat") for name in ("some/007", "some/NA"))
     Study(rows, tuple(load_analyses(root / "analyses")), {"other": "why"}).record(root / "analyses")

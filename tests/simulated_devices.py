@@ -39,7 +39,7 @@ class Devices(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations = {}
-        # What torch asks before it takes a tensor to a device for the first time.
+        # Torch queries these before it first moves a tensor to a device.
         if not hasattr(torch, DEVICE):
             module = modules.ModuleType(f"torch.{DEVICE}")
             module.is_available, module.is_initialized = (lambda: True), (lambda: True)

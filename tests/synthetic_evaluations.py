@@ -16,7 +16,7 @@ def exact(n, c, k):
     return float(1 - Fraction(comb(n - c, k), comb(n, k)))
 
 
-def rated(correct, n=16, name="m", benchmark="b", ks=None):
+def evaluation_of_counts(correct, n=16, name="m", benchmark="b", ks=None):
     """An evaluation with the given number of correct samples per problem."""
     table = pd.DataFrame({"problem": range(1, len(correct) + 1), "n": n, "correct": correct})
     table["prompt"] = [f"question {i}" for i in table["problem"]]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pandas as pd
-from synthetic_evaluations import rated
+from synthetic_evaluations import evaluation_of_counts
 
 from internal_policy.bupo import Run, TrainConfig
 from internal_policy.bupo.run import is_on_the_hub
 
-HELD = {
+UPLOADED = {
     *(
         "model.safetensors",
         "config.json",
@@ -20,7 +20,7 @@ HELD = {
         "README.md",
     ),
 }
-KEPT_HERE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "notes.txt")
+NOT_UPLOADED = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "notes.txt")
 
 
 def call(**options):
@@ -62,9 +62,9 @@ def make(path, name="some/model", **changed):
         **changed,
     )
     for which, correct in (("start", [3, 9, 16, 1]), ("trained", [5, 9, 16, 2])):
-        rated(correct, benchmark="testbed").save(path / "evaluations" / which)
+        evaluation_of_counts(correct, benchmark="testbed").save(path / "evaluations" / which)
     (path / "model").mkdir(parents=True)
-    for file in (HELD - {"README.md"}) | set(KEPT_HERE):
+    for file in (UPLOADED - {"README.md"}) | set(NOT_UPLOADED):
         (path / "model" / file).write_text("{}")
     (path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     run.save()

@@ -16,14 +16,14 @@ FAST = ("llama", "qwen3", "gemma2", "gpt_neox", "qwen3_moe")
 VOCAB = 61
 
 
-def in_tiers(model_types):
+def slow_unless_fast(model_types):
     """Parameters of a test over families, of which only those of ``FAST`` run in the fast tier."""
     return [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in model_types]
 
 
 _MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_head": 4}
-OWN = {
+FAMILY_OPTIONS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**_MOE, "num_experts": 4},
@@ -57,7 +57,7 @@ def tiny_model(
     model_type, *, tied=False, layers=3, kv_heads=2, seed=0, vocab=VOCAB, context=64, attention=None, **config
 ):
     """A randomly initialised model of a real architecture, with weights large enough to make the policies differ."""
-    own = OWN.get(model_type, {})
+    own = FAMILY_OPTIONS.get(model_type, {})
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -94,10 +94,10 @@ def tiny_model(
         ),
         **({"attn_implementation": attention} if attention else {}),
     )
-    return _shaken(model).eval()
+    return _perturb_vectors(model).eval()
 
 
-def _shaken(model):
+def _perturb_vectors(model):
     """Perturb biases and norm weights, so that leaving one out changes the result."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,7 +20,7 @@ def steps_of(paths):
     return [int(str(path).rsplit("-", 1)[1]) for path in paths]
 
 
-def as_bupo(run, root):
+def bupo_layout(run, root):
     """The same checkpoints in the layout of a BuPO run."""
     (root / "checkpoints").mkdir(parents=True)
     for checkpoint in run.iterdir():

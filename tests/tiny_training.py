@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from training_calls import everything
+from training_calls import read_files
 
 from internal_policy import UserError, bupo
 
@@ -29,9 +29,9 @@ def train(place, output, prompts=PROMPTS, **options):
 
 
 def refused_here(place, output, **options):
-    before = everything(place / output)
+    before = read_files(place / output)
     with pytest.raises(UserError) as info:
         train(place, output, **options)
     assert "\n" not in str(info.value)
-    assert everything(place / output) == before
+    assert read_files(place / output) == before
     return str(info.value)

@@ -63,7 +63,7 @@ def make_trainer(tmp_path, model=None, kind=BuPOTrainer, **changed):
     )
 
 
-def aligning(tmp_path, model=None, layer=2, ipa_steps=1, **changed):
+def make_bupo_trainer(tmp_path, model=None, layer=2, ipa_steps=1, **changed):
     return make_trainer(tmp_path, model, method="bupo", layer=layer, ipa_steps=ipa_steps, **changed)
 
 

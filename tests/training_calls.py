@@ -25,7 +25,7 @@ SMALL = {
 }
 
 
-def everything(directory):
+def read_files(directory):
     if not directory.is_dir():
         return directory.read_bytes() if directory.exists() else None
     return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
@@ -33,12 +33,12 @@ def everything(directory):
 
 def refused(output, model=MODEL, began=False, **options):
     """The message of a refused call; its output directory must be unchanged."""
-    before = everything(output)
+    before = read_files(output)
     with pytest.raises(UserError) as info:
         bupo.train(model, output=output, **{**SMALL, **options})
     message = str(info.value)
     assert "\n" not in message
-    assert began or everything(output) == before
+    assert began or read_files(output) == before
     return message
 
 

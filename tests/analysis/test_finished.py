@@ -54,7 +54,7 @@ def change_a_byte(path, at=-1):
 def test_the_same_files_give_the_same_analysis(place):
     found = complete(place)
     assert found.n_responses == 2
-    # Neither is read when a model is loaded.
+    # Neither file is read when a model is loaded.
     (place / "model" / "optimizer.pt").write_bytes(b"x")
     (place / "model" / "checkpoint-1").mkdir()
     assert complete(place) is not None

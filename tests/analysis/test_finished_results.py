@@ -202,7 +202,7 @@ def test_complete_results_load_no_libraries(place, kinds):
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
     done = run_base(PREPARED + EACH, *asked, f"{asked[0]} --seed 3", cwd=place, absent="")
     *same, other = done.stderr.split("# ")[1:]
-    # Other settings are refused at once, too.
+    # Other settings are refused immediately as well.
     assert "with other settings (seed 0 -> 3)" in other
     assert other.splitlines()[-1] == "2"
     for call in same:

@@ -68,8 +68,8 @@ def test_killed_at_random_moments_and_resumed(place):
         )
 
     started = time.perf_counter()
-    straight = analyze("straight")
-    assert straight.wait() == 0, straight.stderr.read()
+    uninterrupted = analyze("uninterrupted")
+    assert uninterrupted.wait() == 0, uninterrupted.stderr.read()
     duration = time.perf_counter() - started
 
     rng = random.Random(0)
@@ -77,7 +77,7 @@ def test_killed_at_random_moments_and_resumed(place):
     shards = []
     while kills < KILLS:
         process = analyze("killed")
-        # The first kills fall anywhere, imports and loading included; then only after work has begun, so that most of
+        # The first kills happen at any time, imports and loading included; later ones only during work, so that most of
         # them interrupt sampling, capture or writing.
         before = sorted(place.glob("killed/*/work/*.npz"))
         # A third of the time is imports and loading; if the machine has become faster since, a new shard shows it.
@@ -100,7 +100,7 @@ def test_killed_at_random_moments_and_resumed(place):
     last = analyze("killed")
     assert last.wait() == 0, last.stderr.read()
 
-    one, other = Analysis.load(place / "straight"), Analysis.load(place / "killed")
+    one, other = Analysis.load(place / "uninterrupted"), Analysis.load(place / "killed")
     pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
     pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
     pd.testing.assert_frame_equal(one.tokens, other.tokens, check_exact=True)

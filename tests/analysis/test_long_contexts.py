@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from capture_checks import FLOAT32_NATS, captured, own_entropies, wrapped
+from capture_checks import FLOAT32_NATS, captured, entropies_of_logits, wrapped
 from tiny import OWN, tiny_model
 
 from internal_policy.bupo.dynamics import Dynamics
@@ -32,7 +32,9 @@ def check_batches_against_alone(model, records):
         for record, values in zip(records, captured(model, records, side), strict=True):
             (alone,) = captured(model, [record])
             np.testing.assert_allclose(values.layers, alone.layers, rtol=0, atol=FLOAT32_NATS)
-            np.testing.assert_allclose(values.policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS)
+            np.testing.assert_allclose(
+                values.policy[:, 1], entropies_of_logits(model, record), rtol=0, atol=FLOAT32_NATS
+            )
 
 
 @pytest.mark.parametrize("model_type", WINDOWS)
@@ -69,7 +71,7 @@ def test_scaled_positions_match_unbatched_sequences(rope_type):
     plain = tiny_model(SCALED[rope_type][0], **({"pad_token_id": 0} if rope_type == "longrope" else {}))
     if rope_type != "dynamic":  # which changes nothing within max_position_embeddings
         (record,) = long_records([40])
-        assert np.abs(own_entropies(model, record) - own_entropies(plain, record)).max() > 0.001
+        assert np.abs(entropies_of_logits(model, record) - entropies_of_logits(plain, record)).max() > 0.001
 
 
 def test_dynamics_do_not_depend_on_the_batch_with_length_dependent_frequencies():

@@ -63,7 +63,7 @@ def test_four_products_per_layer_plus_embedding_and_policy():
 
 def test_at_most_four_layers_are_buffered(monkeypatch):
     monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
-    # Layers 1-4 and 5-6: the second group starts with a product of its own.
+    # Layers 1-4 and 5-6: the second group starts with a separate product.
     assert operations().logits == 40 * VOCAB * (4 * LAYERS + 3)
 
 

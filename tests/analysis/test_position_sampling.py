@@ -98,7 +98,7 @@ def check_coverage(recorded, directory, repeats):
     assert (half_widths <= TOLERANCE).all()
     assert (n * 8 <= len(recorded.changes)).all(), n.max()
     covered = np.abs(means - recorded.exact) <= half_widths
-    # An interval that holds its level covers 0.95 +- 0.015 of 200 repeats, +- 0.034 of 40; the mean of all intervals
+    # An interval with correct coverage covers 0.95 +- 0.015 of 200 repeats, +- 0.034 of 40; the mean of all intervals
     # varies less, since they depend on one another only in part.
     stderr = np.sqrt(0.95 * 0.05 / repeats)
     assert abs(covered.mean() - 0.95) <= 1.3 * stderr
@@ -179,7 +179,7 @@ def in_blocks(n_blocks, per_block, pilot):
 
 @pytest.mark.parametrize(("n_blocks", "each"), [(1, 2), (1, 3), (1, 4), (2, 2), (5, 2)])
 def test_interval_coverage_with_few_normal_values(n_blocks, each):
-    """Degrees of freedom that are two too many would hold 0.81, 0.90 and 0.92 in one block of two, three and four."""
+    """Two degrees of freedom too many would give coverage 0.81, 0.90 and 0.92 in one block of two, three and four."""
     n = n_blocks * each
     # 20000 samples of so many positions that their mean is that of the distribution, 0.
     samples = np.random.default_rng(0).normal(size=(n, 20000))
@@ -221,9 +221,9 @@ def test_rare_large_changes_are_not_missed(tmp_path, repeats):
         reported_few.append(summary["few"] > 0)
     # The summary warns that the half-width covers less often than its nominal level.
     assert np.mean(reported_few) > 0.7
-    # 0.92 of 600 such runs; 100 know it to 0.027. Two of every block, symmetric and not skewed, hold 0.63.
+    # Coverage is 0.92 in 600 such runs, with an error of 0.027 in 100. Symmetric, uncorrected intervals have 0.63.
     assert np.mean(covered) >= 0.92 - 4 * 0.027 * wider
-    # The bias of those 600 is -0.005 of 0.06, that of 100 known to 0.002; else it is -0.019.
+    # The bias of those 600 is -0.005 of 0.06, with an error of 0.002 in 100; without the correction it is -0.019.
     assert abs(np.mean(off)) < 0.005 + 4 * 0.002 * wider
     assert np.mean(analysed) < 0.6
 
@@ -407,13 +407,13 @@ def stopped_in_round_two(model, tokenizer, tmp_path_factory):
             raise KeyboardInterrupt
         return reduce_responses(*arguments)
 
-    def noted(*arguments):
+    def sampled_positions(*arguments):
         ends.append(positions_needed(*arguments))
         return ends[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "reduce_responses", interrupted)
-        patch.setattr(position_sampling, "positions_needed", noted)
+        patch.setattr(position_sampling, "positions_needed", sampled_positions)
         with pytest.raises(KeyboardInterrupt):
             analyze(model, output=place / "killed", **options)
     assert ends == [whole.positions["analysed"]]

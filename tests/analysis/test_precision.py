@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from capture_checks import captured, check_against_the_same_states, states_of, wrapped
+from capture_checks import captured, check_quantities, states_of, wrapped
 from tiny import ragged_responses, tiny_model
 
 from internal_policy import UserError
@@ -28,12 +28,12 @@ def test_numbers_of_16_bit_states_are_exact_to_float32(model_type, dtype):
     verify(HookExtractor(model))
     records = ragged_responses(3)
     assert {t.dtype for s in states_of(model, records[0]) for t in (s.residual_out, s.ffn_write)} == {dtype}
-    check_against_the_same_states(model, records)
+    check_quantities(model, records)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_lens_normalises_16_bit_states_like_the_model(dtype):
-    check_against_the_same_states(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
+    check_quantities(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from plotting_fixtures import assert_legible, make_set
+from plotting_fixtures import assert_legible, make_analyses
 from tiny import ragged_responses, reference, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -184,7 +184,7 @@ def test_figures_report_and_terminal_show_the_baseline(analysis):
 
 @pytest.mark.parametrize(("draw", "n_models"), [(figures.entropy_flow, 2), (figures.entropy_change, 1)])
 def test_the_legend_fits_the_baseline(draw, n_models):
-    assert_legible(draw([replace(analysis, baseline=analysis.layers) for analysis in make_set(n_models)]))
+    assert_legible(draw([replace(analysis, baseline=analysis.layers) for analysis in make_analyses(n_models)]))
 
 
 def policy_of(analysis):

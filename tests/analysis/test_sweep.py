@@ -9,7 +9,7 @@ import re
 import pandas as pd
 import pytest
 from tiny import ragged_responses
-from tiny_checkpoints import PROMPTS, STEPS, as_bupo, save, save_run, steps_of
+from tiny_checkpoints import PROMPTS, STEPS, bupo_layout, save, save_run, steps_of
 from transformers import PreTrainedModel
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, sweep
@@ -32,9 +32,9 @@ def keep_garbage(request, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def straight(run, tmp_path_factory):
+def uninterrupted(run, tmp_path_factory):
     """The uninterrupted sweep."""
-    return sweep(checkpoints=run, prompts=PROMPTS, max_new_tokens=6, output=tmp_path_factory.mktemp("straight"))
+    return sweep(checkpoints=run, prompts=PROMPTS, max_new_tokens=6, output=tmp_path_factory.mktemp("uninterrupted"))
 
 
 def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
         assert steps_of(find_checkpoints(form)) == list(STEPS)
     monkeypatch.chdir(run.parent)
     assert [str(p) for p in find_checkpoints(["x/checkpoint-?"])] == ["x/checkpoint-5"]
-    bupo = as_bupo(run, tmp_path / "bupo")
+    bupo = bupo_layout(run, tmp_path / "bupo")
     for form in (bupo, bupo / "checkpoints", f"{bupo}/checkpoints/checkpoint-*"):
         assert steps_of(find_checkpoints([form])) == list(STEPS)
     # A trainer that also saved its last model in the run's own directory.
@@ -132,11 +132,11 @@ def test_runs_of_the_same_name_are_refused(tmp_path):
         sweep(checkpoints=[tmp_path / "a" / "run", tmp_path / "b" / "run"])
 
 
-def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
-    first, *others = straight
-    assert steps_of(a.name for a in straight) == list(STEPS)
-    assert (compare(straight).steps, compare(straight).unit) == ((1.0, 2.0, 20.0), "step"), "named by updates"
-    assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in straight)
+def test_all_checkpoints_read_the_responses_of_the_first(run, uninterrupted):
+    first, *others = uninterrupted
+    assert steps_of(a.name for a in uninterrupted) == list(STEPS)
+    assert (compare(uninterrupted).steps, compare(uninterrupted).unit) == ((1.0, 2.0, 20.0), "step"), "named by updates"
+    assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in uninterrupted)
     alone = analyze(str(run / "checkpoint-5"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(first.layers, alone.layers, check_exact=True)
     for other in others:
@@ -154,11 +154,11 @@ def test_each_checkpoint_may_sample_its_own_responses(run):
     assert own[0].sequences["response"].tolist() != own[1].sequences["response"].tolist()
 
 
-def test_responses_of_an_earlier_analysis(run, straight):
-    (again,) = sweep(checkpoints=run / "checkpoint-10", responses=straight[0], max_responses=3)
-    assert again.sequences["input_ids"].tolist() == straight[0].sequences["input_ids"].tolist()[:3]
+def test_responses_of_an_earlier_analysis(run, uninterrupted):
+    (again,) = sweep(checkpoints=run / "checkpoint-10", responses=uninterrupted[0], max_responses=3)
+    assert again.sequences["input_ids"].tolist() == uninterrupted[0].sequences["input_ids"].tolist()[:3]
     # The same responses in other batches: float32 rounding of differently shaped products.
-    part = straight[1].responses[straight[1].responses["response"] < 3].reset_index(drop=True)
+    part = uninterrupted[1].responses[uninterrupted[1].responses["response"] < 3].reset_index(drop=True)
     pd.testing.assert_frame_equal(again.responses, part, check_exact=False, rtol=0, atol=1e-5)
 
 
@@ -213,7 +213,7 @@ def interrupt(monkeypatch, at):
     return calls
 
 
-def test_an_interrupted_sweep_resumes_with_the_same_results(run, straight, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes_with_the_same_results(run, uninterrupted, tmp_path, monkeypatch):
     options = {"checkpoints": run, "prompts": PROMPTS, "max_new_tokens": 6, "output": tmp_path, "batch_size": 2}
     calls = interrupt(monkeypatch, at=4)
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ def test_an_interrupted_sweep_resumes_with_the_same_results(run, straight, tmp_p
     assert finished.stat().st_mtime_ns == stamp
     # Two batches per checkpoint: those of the first and one of the second were done; the interrupted one is repeated.
     assert len(calls) == 4 + 3
-    for analysis, whole in zip(done, straight, strict=True):
+    for analysis, whole in zip(done, uninterrupted, strict=True):
         pd.testing.assert_frame_equal(analysis.sequences, whole.sequences, check_exact=True)
         # Batches of two and of four: float32 rounding of differently shaped products.
         pd.testing.assert_frame_equal(analysis.responses, whole.responses, check_exact=False, rtol=0, atol=1e-5)

@@ -52,7 +52,7 @@ def test_a_short_training_is_swept_compared_and_resumed(tmp_path):
     last = analyze(str(root / "runs" / "qwen3-bupo" / "model"), responses=start.sequences, keep_tokens=0)
     ours = layers[layers["step"] == 5].sort_values(["layer", "site"])["entropy_out"].to_numpy()
     theirs = last.layers.sort_values(["layer", "site"])["entropy_out"].to_numpy()
-    # The same weights on the same tokens.
+    # Equal weights and tokens.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
     pictures = sorted((root / "figures").iterdir())

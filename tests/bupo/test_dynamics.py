@@ -294,7 +294,7 @@ def test_stopping_is_robust_to_one_percent_noise():
     ends = []
     for seed in range(200):
         noise = 1 + 0.01 * np.random.default_rng(seed).standard_normal(30)
-        # Two readings in turn must be 5% above the lowest of up to 28, which lies some two deviations low.
+        # Two consecutive readings must be 5% above the minimum of up to 28, which is about two deviations low.
         assert end(curve((0.5 + 0.5 * np.exp(-steps / 10)) * noise))[0] is None
         ends.append(end(curve(valley * noise))[0])
     # Without noise, measurements 18 and 19 are the first two that exceed the floor by 5%.

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import make as testbed_make
 import pytest
 from huggingface_hub import HfApi, constants
-from synthetic_run import HELD, KEPT_HERE, make
+from synthetic_run import NOT_UPLOADED, UPLOADED, make
 from training_calls import command
 
 from internal_policy import UserError
@@ -59,8 +59,8 @@ def test_only_what_transformers_loads_is_uploaded(tmp_path, hub):
     assert (words["repo_id"], words["revision"], words["folder_path"]) == ("me/mine", "try", run.model_dir)
     files = {p.name for p in run.model_dir.iterdir()}
     sent = {f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in words["allow_patterns"])}
-    assert sent == HELD
-    assert files - sent == set(KEPT_HERE)
+    assert sent == UPLOADED
+    assert files - sent == set(NOT_UPLOADED)
     assert 'from_pretrained("me/mine")' in hub.card.replace("'", '"')
 
 

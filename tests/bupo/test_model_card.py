@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
-from synthetic_evaluations import rated
+from synthetic_evaluations import evaluation_of_counts
 from synthetic_run import call, make
 
 from internal_policy import UserError
@@ -77,7 +77,7 @@ def test_card_claims_nothing_that_was_not_measured(tmp_path):
 
 def test_a_separate_evaluation_is_added_to_the_card_and_to_the_run(tmp_path):
     run = replace(make(tmp_path / "run"), evaluation_paths={})
-    start, trained = (rated(correct, benchmark="held-out") for correct in ([3, 9, 16, 1], [5, 9, 16, 2]))
+    start, trained = (evaluation_of_counts(correct, benchmark="held-out") for correct in ([3, 9, 16, 1], [5, 9, 16, 2]))
     evaluated = attach_evaluations(run, start, trained)
     text = (run.model_dir / "README.md").read_text()
     assert "`held-out`: 4 problems" in text

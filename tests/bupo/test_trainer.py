@@ -6,7 +6,7 @@ import operator
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
-from trainers import LAYERS, Recorder, _Gradients, aligning, by_hooks, left_padded, make_trainer, weights
+from trainers import LAYERS, Recorder, _Gradients, by_hooks, left_padded, make_bupo_trainer, make_trainer, weights
 from trl import GRPOTrainer
 
 from internal_policy.bupo.forward import internal_forward
@@ -21,7 +21,7 @@ from internal_policy.utils.errors import UserError
 def test_log_probabilities_match_hooked_states(tmp_path, family, site, lens):
     model = tiny_model(family, layers=LAYERS, tied=family == "llama")
     untouched = copy.deepcopy(model)
-    trainer = aligning(tmp_path, model, layer=3, temperature=0.7, site=site, lens=lens)
+    trainer = make_bupo_trainer(tmp_path, model, layer=3, temperature=0.7, site=site, lens=lens)
     ids, mask, keep = left_padded()
     with trainer._policy(True), torch.no_grad():
         log_p, entropy, _ = trainer._get_per_token_logps_and_entropies(
@@ -42,7 +42,7 @@ def slow(*values):
 def test_an_alignment_step_updates_only_layers_up_to_l(tmp_path, family, tied):
     model = tiny_model(family, layers=LAYERS, tied=tied)
     before = weights(model)
-    trainer = aligning(tmp_path, model, layer=2)
+    trainer = make_bupo_trainer(tmp_path, model, layer=2)
     gradients = {}
     trainer.add_callback(_Gradients(model, gradients))
     trainer.train()
@@ -66,7 +66,7 @@ def test_an_alignment_step_updates_only_layers_up_to_l(tmp_path, family, tied):
 def test_a_modular_policy_trains_its_module_and_the_layers_below(tmp_path, site):
     model = tiny_model("qwen3", layers=LAYERS)
     gradients = {}
-    trainer = aligning(tmp_path, model, layer=2, site=site)
+    trainer = make_bupo_trainer(tmp_path, model, layer=2, site=site)
     trainer.add_callback(_Gradients(model, gradients))
     trainer.train()
     assert gradients["model.layers.0.mlp.down_proj.weight"] > 0
@@ -82,7 +82,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, site):
     for checkpointing in (False, True):
         gradients = {}
         model = tiny_model("qwen3", layers=LAYERS)
-        trainer = aligning(tmp_path, model, layer=3, site=site, gradient_checkpointing=checkpointing)
+        trainer = make_bupo_trainer(tmp_path, model, layer=3, site=site, gradient_checkpointing=checkpointing)
         trainer.add_callback(_Gradients(model, gradients))
         trainer.train()
         found.append(gradients)
@@ -93,7 +93,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, site):
 def test_the_logit_lens_trains_the_final_norm(tmp_path):
     gradients = {}
     model = tiny_model("qwen3", layers=LAYERS)
-    trainer = aligning(tmp_path, model, layer=2, lens="logit-lens")
+    trainer = make_bupo_trainer(tmp_path, model, layer=2, lens="logit-lens")
     trainer.add_callback(_Gradients(model, gradients))
     trainer.train()
     assert gradients["model.norm.weight"] > 0
@@ -102,7 +102,7 @@ def test_the_logit_lens_trains_the_final_norm(tmp_path):
 
 def test_alignment_updates_skip_layers_above_l(tmp_path):
     model = tiny_model("qwen3", layers=LAYERS)
-    trainer = aligning(tmp_path, model, layer=2, ipa_steps=1, max_steps=2, entropy_sequences=0)
+    trainer = make_bupo_trainer(tmp_path, model, layer=2, ipa_steps=1, max_steps=2, entropy_sequences=0)
     ran = []
     for number, layer in enumerate(model.model.layers, start=1):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -140,7 +140,7 @@ def test_the_model_is_restored_on_any_exit():
 @pytest.mark.parametrize("layer", [0, 5, -1])
 def test_a_layer_out_of_range_is_refused(tmp_path, layer):
     with pytest.raises(UserError, match=f"layer is {layer}; needed is a layer of this model, 1 to 4"):
-        aligning(tmp_path, layer=layer)
+        make_bupo_trainer(tmp_path, layer=layer)
 
 
 @pytest.mark.parametrize("mini_batches", [slow(1), 2])
@@ -152,7 +152,7 @@ def test_after_the_switch_updates_equal_trls_grpo_trainer_bitwise(tmp_path, mini
         "save_strategy": "steps",
         "save_steps": mini_batches,
     }
-    ours = aligning(tmp_path, tiny_model("qwen3", layers=LAYERS), ipa_steps=1, **changed)
+    ours = make_bupo_trainer(tmp_path, tiny_model("qwen3", layers=LAYERS), ipa_steps=1, **changed)
     ours.train()
     switch = tmp_path / "out" / f"checkpoint-{mini_batches}"
     theirs = make_trainer(tmp_path, tiny_model("qwen3", layers=LAYERS), kind=GRPOTrainer, **changed)
@@ -203,7 +203,7 @@ def test_old_and_new_log_probabilities_are_of_the_same_policy(tmp_path, iteratio
 
 def test_a_batch_keeps_its_phase_when_the_switch_falls_between_its_updates(tmp_path):
     trainer = make_trainer(tmp_path, kind=Recorder, method="bupo", layer=2, ipa_steps=1, max_steps=6, num_iterations=3)
-    # As if the phase were counted in updates: the switch then falls inside the first batch of rollouts.
+    # With the phase counted in updates, the switch falls inside the first batch of rollouts.
     type(trainer).in_alignment = property(lambda self: self.state.global_step < 2)
     try:
         trainer.train()
@@ -213,7 +213,7 @@ def test_a_batch_keeps_its_phase_when_the_switch_falls_between_its_updates(tmp_p
 
 
 def test_a_step_with_several_rollout_batches_is_one_update(tmp_path):
-    trainer = aligning(tmp_path, ipa_steps=1, max_steps=2, gradient_accumulation_steps=2)
+    trainer = make_bupo_trainer(tmp_path, ipa_steps=1, max_steps=2, gradient_accumulation_steps=2)
     assert trainer.args.updates_per_step == 1
     trainer.train()
     assert [h["aligns"] for h in trainer.state.log_history if "reward" in h] == [1.0, 0.0]
@@ -221,7 +221,7 @@ def test_a_step_with_several_rollout_batches_is_one_update(tmp_path):
 
 @pytest.mark.parametrize(("aggregation", "loss_type"), [("sequence-mean", "grpo"), ("token-mean", "dapo")])
 def test_the_loss_is_the_clipped_surrogate_of_the_internal_ratio(tmp_path, aggregation, loss_type):
-    trainer = aligning(tmp_path, aggregation=aggregation, epsilon=0.2)
+    trainer = make_bupo_trainer(tmp_path, aggregation=aggregation, epsilon=0.2)
     assert trainer.args.loss_type == loss_type
     generator = torch.Generator().manual_seed(1)
     ids, mask, keep = left_padded(rows=4)
@@ -275,7 +275,7 @@ def test_rollouts_do_not_depend_on_the_phase(tmp_path):
 
 
 def test_the_entropy_of_the_policy_is_logged_in_both_phases(tmp_path):
-    trainer = aligning(tmp_path, ipa_steps=1, max_steps=2)
+    trainer = make_bupo_trainer(tmp_path, ipa_steps=1, max_steps=2)
     trainer.train()
     first, second = (h for h in trainer.state.log_history if "reward" in h)
     # On the batch's first update TRL's entropy is of the same policy on the same tokens.

@@ -12,7 +12,7 @@ from extractors.test_families import NORMS
 from peft import LoraConfig
 from tiny import FAMILIES as FIRST
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
-from trainers import LAYERS, _Gradients, aligning, dataset, left_padded, make_trainer, options, reward, weights
+from trainers import LAYERS, _Gradients, dataset, left_padded, make_bupo_trainer, make_trainer, options, reward, weights
 from trl import GRPOTrainer
 
 from internal_policy import models
@@ -23,7 +23,7 @@ from internal_policy.data.responses import read_responses
 from internal_policy.models.families import FAMILIES as TABLE
 
 CELLS = list(product(("layer", "attn", "ffn"), ("policy", "logit-lens")))
-# Every new family once, the six cells in turn; Granite's factor on its writes shows in the policies of modules only.
+# Every new family once, cycling through the six cells; Granite's factor on its writes affects module policies only.
 SOME = [(f, *cell) for f, cell in zip([f for f in TABLE if f not in FIRST], cycle(CELLS), strict=False)]
 SOME += [("granite", "attn", "policy"), ("granite", "ffn", "policy"), ("gpt2", "layer", "policy")]
 FIVE = ("mixtral", "phi", "gemma2", "gpt2", "granite")
@@ -85,7 +85,7 @@ def check_reach(tmp_path, model_type, site="layer", layer=2, steps=1, **changed)
     model = tiny_model(model_type, layers=LAYERS, **changed)
     before, gradients = weights(model), {}
     length = {"max_steps": steps, "ipa_steps": steps, "entropy_sequences": 0, "max_completion_length": 4}
-    trainer = aligning(tmp_path, model, layer=layer, site=site, weight_decay=0.1, **length, **EXPERTS)
+    trainer = make_bupo_trainer(tmp_path, model, layer=layer, site=site, weight_decay=0.1, **length, **EXPERTS)
     trainer.add_callback(_Gradients(model, gradients))
     trainer.train()
     after, unreached = weights(model), outside(model_type, layer, site, model)
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_type, site):
     found = []
     for checkpointing in (False, True):
         model, gradients = tiny_model(model_type, layers=LAYERS), {}
-        trainer = aligning(
+        trainer = make_bupo_trainer(
             tmp_path, model, site=site, gradient_checkpointing=checkpointing, disable_dropout=True, **EXPERTS
         )
         trainer.add_callback(_Gradients(model, gradients))

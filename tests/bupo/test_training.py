@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import PROMPTS, RATE, high_words, refused_here, train
-from trainers import aligning, weights
+from trainers import make_bupo_trainer, weights
 from training_calls import MODEL, refused
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
@@ -179,7 +179,7 @@ def test_the_trainer_applies_the_alignment_learning_rate(tmp_path):
         model = tiny_model("qwen3", layers=4)
         before = weights(model)["model.layers.0.mlp.down_proj.weight"]
         # Without momentum, the length of a step is its learning rate.
-        aligning(tmp_path, model, ipa_learning_rate=rate, optim="sgd", max_grad_norm=0.0).train()
+        make_bupo_trainer(tmp_path, model, ipa_learning_rate=rate, optim="sgd", max_grad_norm=0.0).train()
         found[rate] = weights(model)["model.layers.0.mlp.down_proj.weight"] - before
     assert not found[0.0].any()
     # Sums with weights of about 0.1, rounded to 2^-24 of them.
@@ -224,9 +224,9 @@ def test_failures_include_those_before_an_interruption(place, failing):
         train(place, "broken-off", callbacks=[InterruptAfter(8)], **FAILING)
     message = refused_here(place, "broken-off", **{**FAILING, "learning_rate": 2 * RATE})
     assert "holds an unfinished run with other settings (learning_rate 0.001 -> 0.002)" in message
-    resumed, (straight, _) = train(place, "broken-off", **FAILING), failing
-    assert resumed.failures == straight.failures
-    assert resumed.history["reward_failures"].tolist() == straight.history["reward_failures"].tolist()
+    resumed, (uninterrupted, _) = train(place, "broken-off", **FAILING), failing
+    assert resumed.failures == uninterrupted.failures
+    assert resumed.history["reward_failures"].tolist() == uninterrupted.history["reward_failures"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def updates(out, rank, processes, kind):
             output_dir=str(out),
             **{"max_steps": STEPS * UPDATES, "num_generations": 4, "per_device_train_batch_size": size},
             **{"layer": 2, "ipa_steps": SWITCH, **batches, **options},
-            # Adam's first steps are the signs of gradients, of which rounding turns those near zero.
+            # Adam's first steps are the signs of gradients, and rounding flips those near zero.
             **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "linear", "shuffle_dataset": False},
             **{"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True},
             gradient_checkpointing=False,
@@ -253,7 +253,7 @@ def test_train_with_two_processes(tmp_path):
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first["layer"] == second["layer"]
     assert first["written"]
-    # Each process keeps the state of its own random generators, and may be the first to need the folder.
+    # Each process stores the state of its random generators, and either may be the first to create the folder.
     assert {p.name for p in map(Path, first["written"])} >= {"run.json", "optimizer.pt", "rng_state_0.pth"}
     assert {p.name for p in map(Path, second["written"]) if p.suffix} == {"rng_state_1.pth"}
     run = bupo.Run.load(tmp_path / "out")

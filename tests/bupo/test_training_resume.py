@@ -100,14 +100,14 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(place):
+def uninterrupted(place):
     """The uninterrupted run, trained once for all tests with the same settings."""
     runs = {}
 
     def get(**options):
         key = repr(options)
         if key not in runs:
-            runs[key] = train(place, f"straight-{len(runs)}", **options)
+            runs[key] = train(place, f"uninterrupted-{len(runs)}", **options)
         return runs[key]
 
     return get
@@ -132,18 +132,18 @@ def assert_same(one, other):
         pytest.param("half", 6, id="while writing a checkpoint of the second phase"),
     ],
 )
-def test_killed_and_resumed(place, straight, event, update):
+def test_killed_and_resumed(place, uninterrupted, event, update):
     output = f"{event}-{update}"
     killed(place, output, event, update)
-    assert_same(straight(), train(place, output))
+    assert_same(uninterrupted(), train(place, output))
 
 
 @pytest.mark.slow
-def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place, straight):
+def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place, uninterrupted):
     """At this learning rate the perplexity stops alignment after the first step instead of two."""
     auto = {"ipa_steps": "auto", "learning_rate": 3e-2}
     killed(place, "auto", "on_step_end", 3, **auto)
-    run = straight(**auto)
+    run = uninterrupted(**auto)
     assert run.ipa_steps == 1
     assert "perplexity" in run.ipa_reason
     assert_same(run, train(place, "auto", **auto))
@@ -151,7 +151,7 @@ def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place
 
 def test_fractional_save_steps_save_after_whole_steps(place):
     """Checkpoints contain no rollouts, so a run cannot resume between two updates of a step."""
-    # An eighth of the run is half a step.
+    # An eighth of the run is half of a step.
     killed(place, "share", "on_step_end", 7, save_steps=0.125)
     saved = {int(p.name.split("-")[1]): p for p in (place / "share" / "checkpoints").glob("checkpoint-*")}
     assert saved.keys() == {2, 4, 6}
@@ -175,7 +175,7 @@ def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"method": "grpo"}], ids=["bupo", "grpo"])
-def test_killed_at_each_update(place, straight, options):
+def test_killed_at_each_update(place, uninterrupted, options):
     name = "-".join(map(str, options.values()))
     options = {"ipa_steps": 0, **options} if "method" in options else options
     moments = [("on_step_end", update) for update in range(1, LAST + 1)]
@@ -183,16 +183,16 @@ def test_killed_at_each_update(place, straight, options):
     for event, update in [*moments, ("on_train_end", LAST)]:
         output = f"each-{name}-{event}-{update}"
         killed(place, output, event, update, **options)
-        assert_same(straight(**options), train(place, output, **options))
+        assert_same(uninterrupted(**options), train(place, output, **options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("update", [3, 5])
-def test_separate_learning_rates_are_resumed(place, straight, update):
+def test_separate_learning_rates_are_resumed(place, uninterrupted, update):
     """In both phases: the optimiser has more groups than TRL's, and checkpoints lack the alignment learning rate."""
     rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}
     killed(place, f"rates-{update}", "on_step_end", update, **rates)
-    run = straight(**rates)
+    run = uninterrupted(**rates)
     assert_same(run, train(place, f"rates-{update}", **rates))
     # The schedule falls to 0 in a line, and a step is logged at its last update.
     assert run.history["learning_rate"].tolist() == pytest.approx(
@@ -201,9 +201,9 @@ def test_separate_learning_rates_are_resumed(place, straight, update):
 
 
 @pytest.mark.slow
-def test_adapters_are_resumed(place, straight):
+def test_adapters_are_resumed(place, uninterrupted):
     killed(place, "lora", "on_step_end", 5, lora_rank=2)
-    assert_same(straight(lora_rank=2), train(place, "lora", lora_rank=2))
+    assert_same(uninterrupted(lora_rank=2), train(place, "lora", lora_rank=2))
 
 
 def test_stopping_alignment_by_dynamics_requires_measurements(place):
@@ -212,14 +212,14 @@ def test_stopping_alignment_by_dynamics_requires_measurements(place):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(place, straight):
+def test_killed_again_and_again(place, uninterrupted):
     """One run that is killed at every update and resumed each time."""
     for update in range(1, LAST + 1):
         for event in ("on_step_end", "half") if update % UPDATES == 0 else ("on_step_end",):
             killed(place, "chain", event, update)
         if update % UPDATES == 0:
             killed(place, "chain", "on_save", update)
-    assert_same(straight(), train(place, "chain"))
+    assert_same(uninterrupted(), train(place, "chain"))
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin", "model.safetensors.index.json"])

@@ -8,7 +8,7 @@ import torch
 from exact_policies import EXPERTS, FLOAT32_NATS, check_policies
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import PROMPTS, high_words
-from trainers import LAYERS, aligning, dataset, make_trainer, options, reward
+from trainers import LAYERS, dataset, make_bupo_trainer, make_trainer, options, reward
 from training_calls import refused
 
 from internal_policy import UserError, bupo, models
@@ -51,7 +51,7 @@ def test_the_inferred_family_is_the_verified_one(tmp_path, model_type, field, va
 
 def test_a_model_of_unknown_structure_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"write one row in internal_policy/models/families\.py") as refusal:
-        aligning(tmp_path, tiny_model("bloom", layers=LAYERS))
+        make_bupo_trainer(tmp_path, tiny_model("bloom", layers=LAYERS))
     assert "\n" not in str(refusal.value)
 
 
@@ -80,16 +80,16 @@ def test_logits_that_trl_would_compute_differently_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_errors_of_logits_are_accepted(tmp_path, dtype):
     for model_type in ("gemma2", "gpt2"):
-        trainer = aligning(tmp_path, tiny_model(model_type, layers=LAYERS).to(dtype), **EXPERTS)
+        trainer = make_bupo_trainer(tmp_path, tiny_model(model_type, layers=LAYERS).to(dtype), **EXPERTS)
         assert trainer._counts_positions or model_type != "gpt2"
 
 
 def test_dropout_is_reported(tmp_path, caplog):
-    aligning(tmp_path, tiny_model("gpt2", layers=LAYERS))
+    make_bupo_trainer(tmp_path, tiny_model("gpt2", layers=LAYERS))
     assert "pass disable_dropout=True" in caplog.text
     caplog.clear()
-    aligning(tmp_path, tiny_model("gpt2", layers=LAYERS), disable_dropout=True)
-    aligning(tmp_path, tiny_model("qwen3", layers=LAYERS))
+    make_bupo_trainer(tmp_path, tiny_model("gpt2", layers=LAYERS), disable_dropout=True)
+    make_bupo_trainer(tmp_path, tiny_model("qwen3", layers=LAYERS))
     assert "dropout" not in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_unsupported_options_of_mixtures_of_experts_are_refused_before_anything_
 def test_trainer_refuses_a_load_balancing_loss(tmp_path):
     # TRL takes the coefficient from the model's own configuration where none is given.
     with pytest.raises(UserError, match=r"layers 1\.\.l only; pass router_aux_loss_coef=0"):
-        aligning(tmp_path, tiny_model("mixtral", layers=LAYERS))
+        make_bupo_trainer(tmp_path, tiny_model("mixtral", layers=LAYERS))
     assert make_trainer(tmp_path, tiny_model("mixtral", layers=LAYERS), method="grpo").aux_loss_enabled
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import make_unloadable, refused, run, run_alone, save
+from command_line import make_unloadable, refused, run, run_subprocess, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Analysis, UserError, analyze, bupo, compare, sweep
@@ -81,7 +81,7 @@ def test_hub_messages_are_truncated_between_words():
 def test_a_missing_network_is_reported_in_one_line(tmp_path):
     # A closed local port replaces the hub; the client retries for about twenty seconds.
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run_alone("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
+    done = run_subprocess("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
     first, line = done.stderr.splitlines()
     assert first == "loading the libraries (torch, transformers)"
     assert line.startswith("error: nobody/no-such-model: cannot load its config.json: no such model on the hub, or no")
@@ -211,11 +211,11 @@ def test_a_work_folder_of_the_users_is_left_alone(tmp_path, model_dir, responses
     notes = tmp_path / "out" / "--".join(model_dir.parts[-2:]) / "work" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    error = refused_beside(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
+    error = refused_keeping(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
     assert "is in use for something else (it holds work/notes.txt)" in error
 
 
-def refused_beside(path, *arguments, cwd):
+def refused_keeping(path, *arguments, cwd):
     before = path.read_bytes()
     error = run(*arguments, cwd=cwd).stderr
     assert path.read_bytes() == before
@@ -223,12 +223,12 @@ def refused_beside(path, *arguments, cwd):
 
 
 def test_a_table_on_an_ascii_terminal(tmp_path):
-    assert "model.layers" in run_alone("models", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii").stdout
+    assert "model.layers" in run_subprocess("models", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii").stdout
 
 
 @pytest.mark.slow
 def test_an_ascii_terminal(tmp_path, model_dir, responses):
-    done = run_alone(
+    done = run_subprocess(
         *("analyze", "--model", model_dir, "--responses", responses, "-o", "out"),
         cwd=tmp_path,
         code=0,
@@ -268,7 +268,7 @@ def test_figures_without_an_analysis(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run_alone("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
+    done = run_subprocess("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
     traced, line = done.stderr.rstrip().rsplit("\n", 1)
     # The stages that were reached may precede it.
     assert "Traceback (most recent call last)" in traced

@@ -115,15 +115,15 @@ def place(tmp_path_factory):
 )
 def test_killed_at_each_file_operation(place, run, load, same, least):
     name = run.__name__
-    assert killed(run, place, f"{name}-straight", 0, "") == 0
-    straight = load(place / f"{name}-straight")
-    changes = int((place / f"{name}-straight.changes").read_text())
+    assert killed(run, place, f"{name}-uninterrupted", 0, "") == 0
+    uninterrupted = load(place / f"{name}-uninterrupted")
+    changes = int((place / f"{name}-uninterrupted.changes").read_text())
     assert changes >= least
     for number in range(1, changes + 1):
         for when in ("before", "after"):
             output = f"{name}-{number}-{when}"
             assert killed(run, place, output, number, when) == -signal.SIGKILL, output
             run(place, output)
-            same(straight, load(place / output))
+            same(uninterrupted, load(place / output))
             left = [p for p in Path(place / output).rglob("*") if p.name.endswith(".tmp") or p.name == LOCK]
             assert left == [], output

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command_line import run_alone
+from command_line import run_subprocess
 from documents import ROOT
 from saved_results import save_one_of_each
 from training_calls import command
@@ -45,14 +45,14 @@ def run_json(monkeypatch, capsys, *arguments):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def skip_drawing(monkeypatch):
     """Drawing takes most of the time, and is tested elsewhere."""
     for module, name in ((comparison_figures, "save_comparison_figures"), (figures, "save_analysis_figures")):
         monkeypatch.setattr(module, name, lambda results, directory: [directory / "figure.png"])
     monkeypatch.setattr("internal_policy.report.write_report", lambda thing, place=None: place / "report.html")
 
 
-def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, monkeypatch, capsys, undrawn):
+def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, monkeypatch, capsys, skip_drawing):
     found = run_json(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
     assert found["command"] == "compare"
     assert set(found["tables"]) == set(TABLES)
@@ -66,7 +66,7 @@ def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, 
     assert found == {"command": "figures", "files": {"figures": [str(tmp_path / "NA" / "figure.png")]}}
 
 
-def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, undrawn):
+def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, skip_drawing):
     words = ("--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
     found = run_json(monkeypatch, capsys, "analyze", *words)
     (analysis,) = found["analyses"]
@@ -86,7 +86,7 @@ def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, m
 
 
 @pytest.mark.slow
-def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
+def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, skip_drawing):
     words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
     (analysis,) = run_json(monkeypatch, capsys, "analyze", *words)["analyses"]
     code, out, err = command(monkeypatch, capsys, "analyze", *words, "--json")
@@ -111,7 +111,7 @@ def test_json_of_the_commands_that_need_a_model(tmp_path, monkeypatch, capsys):
     assert found["run"]["evaluations"]["trained"]["avg"]["mean"] == Run.load(tmp_path / "r").evaluation.avg["mean"]
 
 
-def test_quiet_still_writes_files(place, tmp_path, monkeypatch, capsys, undrawn):
+def test_quiet_still_writes_files(place, tmp_path, monkeypatch, capsys, skip_drawing):
     before = sys.stdout
     assert command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path, "-q") == (0, "", "")
     assert AnalysisComparison.load(tmp_path).labels == ("007", "NA")
@@ -216,7 +216,7 @@ def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
     small = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "1", "--prompts-per-step", "2", "--mini-batches", "1")
     more = ("--num-generations", "2", "--eval-samples", "0", "--max-completion-length", "4", "--dynamics-every", "0")
     words = ("train", "--reward", "loud:reward", *small, *more, "-o", "run", "--json")
-    done = run_alone(*words, cwd=tmp_path, code=0, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    done = run_subprocess(*words, cwd=tmp_path, code=0, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert json.loads(done.stdout)["run"]["layer"] == 2
     assert "from a child" in done.stderr
 

@@ -133,7 +133,7 @@ def test_killed_in_the_second_checkpoint_and_resumed(run, tmp_path):
     def start(output):
         return subprocess.Popen(command(output), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    assert start("straight").wait() == 0
+    assert start("uninterrupted").wait() == 0
     for step in STEPS[1:]:
         process = start("killed")
         mark = time.perf_counter()
@@ -146,7 +146,7 @@ def test_killed_in_the_second_checkpoint_and_resumed(run, tmp_path):
         assert not (tmp_path / "killed" / f"x--checkpoint-{step}" / "analysis.json").exists()
     assert start("killed").wait() == 0
     for step in STEPS:
-        one, other = (Analysis.load(tmp_path / name / f"x--checkpoint-{step}") for name in ("straight", "killed"))
+        one, other = (Analysis.load(tmp_path / name / f"x--checkpoint-{step}") for name in ("uninterrupted", "killed"))
         pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
         pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
         assert one.selection == other.selection

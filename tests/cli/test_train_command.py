@@ -10,7 +10,7 @@ import sys
 
 import pandas as pd
 import pytest
-from command_line import run, run_alone
+from command_line import run, run_subprocess
 from training_calls import command
 from transformers import AutoModelForCausalLM
 
@@ -195,7 +195,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
 
 
 def test_command_in_a_subprocess(tmp_path):
-    done = run_alone("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
+    done = run_subprocess("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
     assert done.stdout == ""
     assert done.stderr == "error: ipa_steps is 9 and the run has 4 steps; needed is 0 to 4, or auto\n"
     assert list(tmp_path.iterdir()) == []

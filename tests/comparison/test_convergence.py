@@ -225,5 +225,5 @@ def test_interval_coverage(shape, prompts):
 
 
 def test_intervals_of_a_noisy_plateau_correct_the_bias_of_its_maximum():
-    # Percentiles hold the drop of 12 prompts in 22% of the draws, and the share in 23%; these in 98%.
+    # Percentile intervals cover the drop of 12 prompts in 22% of the draws and the share in 23%; these in 98%.
     assert (true_draws(abrupt(), 25, prompts=12) >= 0.84).all()

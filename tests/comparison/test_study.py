@@ -49,7 +49,7 @@ PANELS[14] = (*PANELS[13], "Qwen3-14B", "Llama-3.1-8B-Instruct")
 
 
 @pytest.fixture(scope="module")
-def papers():
+def paper_study():
     """A synthetic study of the paper's models."""
     rows = STUDIES["paper"]
     analyses = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
@@ -61,8 +61,8 @@ def test_the_papers_preset_is_table_4():
     assert len(STUDIES["paper"]) == 12
 
 
-def test_study_figures_list_models_in_the_order_of_the_paper(papers):
-    panels = {number: tuple(a.name.rpartition("/")[2] for a in papers.of_figure(number)) for number in PANELS}
+def test_study_figures_list_models_in_the_order_of_the_paper(paper_study):
+    panels = {number: tuple(a.name.rpartition("/")[2] for a in paper_study.of_figure(number)) for number in PANELS}
     assert panels == PANELS
 
 
@@ -81,12 +81,12 @@ def test_every_preset_has_the_main_figures_and_the_papers_templates(preset):
         assert (row.template == "octothinker") == row.model.startswith("OctoThinker/")
 
 
-def test_paper_study_allows_7168_response_tokens(papers, monkeypatch, caplog):
+def test_paper_study_allows_7168_response_tokens(paper_study, monkeypatch, caplog):
     max_new_tokens, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
 
     def analyze(model, **options):
         max_new_tokens[model] = options["max_new_tokens"]
-        return papers.analyses[0]
+        return paper_study.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
     monkeypatch.setattr(studies, "release_memory", lambda: None)
@@ -150,7 +150,7 @@ def refused(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def of_the_hub(done, tmp_path_factory):
+def hub_analysis(done, tmp_path_factory):
     """A finished analysis of a model that only the hub has."""
     directory = tmp_path_factory.mktemp("hub")
     analysis = done.analyses[1]
@@ -160,8 +160,8 @@ def of_the_hub(done, tmp_path_factory):
     return directory, (StudyModel("org/name", "chat"),)
 
 
-def test_finished_hub_models_are_not_loaded_again(done, root, of_the_hub, tmp_path, monkeypatch):
-    directory, rows = of_the_hub
+def test_finished_hub_models_are_not_loaded_again(done, root, hub_analysis, tmp_path, monkeypatch):
+    directory, rows = hub_analysis
     monkeypatch.setattr(studies, "analyze", refused)
     monkeypatch.setattr(studies.models, "check", refused)
     for commit in ("0" * 40, None):

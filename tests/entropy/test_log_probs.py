@@ -8,7 +8,7 @@ from analysis.test_operation_counts import Operations
 from tiny import VOCAB as VOCAB_OF_TINY
 from tiny import tiny_model, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
-from trainers import LAYERS, aligning
+from trainers import LAYERS, make_bupo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from internal_policy import models
@@ -148,7 +148,7 @@ def rollouts(vocab, rows=6, prompt=30, completion=40):
 
 
 def ready(tmp_path, model, **changed):
-    trainer = aligning(tmp_path, model, **changed)
+    trainer = make_bupo_trainer(tmp_path, model, **changed)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     return trainer
@@ -221,7 +221,9 @@ def test_the_replaced_head_is_removed_on_any_exit(patched):
 def test_policy_entropy_reuses_the_pass_of_the_old_log_probabilities(tmp_path):
     logged, passes = [], []
     for drops_out in (False, True):
-        trainer = aligning(tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4)
+        trainer = make_bupo_trainer(
+            tmp_path, layer=2, max_steps=4, steps_per_generation=2, per_device_train_batch_size=4
+        )
         # With dropout, the entropy is measured in a separate pass without it.
         trainer._drops_out = drops_out
         ran = []
@@ -233,7 +235,7 @@ def test_policy_entropy_reuses_the_pass_of_the_old_log_probabilities(tmp_path):
         passes.append(ran.count(False))
     # Of 8 rollouts, 4 at a time: the old log-probabilities, and the measurement.
     assert passes == [2, 4]
-    # Float32 sums in another order: in the first phase both have a pass of their own.
+    # Float32 sums in another order: during alignment both use a separate pass.
     assert logged[0] == pytest.approx(logged[1], abs=1e-5)
 
 

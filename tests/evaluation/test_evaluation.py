@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_evaluations import exact, rated
+from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError, models
 from internal_policy.cli.main import run as run_command
@@ -45,10 +45,10 @@ def test_a_comparison_with_itself_finds_no_difference(qwen3):
 
 
 def test_a_comparison_reports_other_settings_and_refuses_other_problems(qwen3, llama):
-    assert "samples" in compare(rated([1, 2], n=16), rated([1, 2], n=32)).differing
+    assert "samples" in compare(evaluation_of_counts([1, 2], n=16), evaluation_of_counts([1, 2], n=32)).differing
     assert compare(qwen3, llama).n_problems == 8
     with pytest.raises(UserError, match=r"8 problems .* on 2 "):
-        compare(qwen3, rated([1, 2]))
+        compare(qwen3, evaluation_of_counts([1, 2]))
     other = replace(qwen3, problems=qwen3.problems.assign(answer="5"))
     with pytest.raises(UserError, match="differ in problem 1"):
         compare(qwen3, other)
@@ -132,7 +132,7 @@ def test_crashes_of_a_reward_are_counted_and_bad_scores_refused():
 
 
 def test_saving_and_loading_round_trip(tmp_path):
-    evaluation = rated([3, 0, 16], name="é")
+    evaluation = evaluation_of_counts([3, 0, 16], name="é")
     nasty = pd.DataFrame(
         {"prompt": ['a "quoted",\r\nline\rand\n\n', " NA", "\u2028x,y"], "answer": ["007", "NA", "1e3"]}
     )
@@ -143,15 +143,15 @@ def test_saving_and_loading_round_trip(tmp_path):
     pd.testing.assert_frame_equal(again.samples, evaluation.samples, check_exact=True)
     assert again.avg == evaluation.avg
     assert again.digest() == evaluation.digest()
-    assert np.isnan(Evaluation.load(rated([3]).save(tmp_path / "single")).avg["stderr"])
+    assert np.isnan(Evaluation.load(evaluation_of_counts([3]).save(tmp_path / "single")).avg["stderr"])
 
 
 def test_invalid_evaluations_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished evaluation"):
         Evaluation.load(tmp_path)
-    target = rated([1, 2]).save(tmp_path / "m" / "b")
+    target = evaluation_of_counts([1, 2]).save(tmp_path / "m" / "b")
     assert Evaluation.load(tmp_path).path == target
-    rated([1, 2]).save(tmp_path / "m" / "c")
+    evaluation_of_counts([1, 2]).save(tmp_path / "m" / "c")
     with pytest.raises(UserError, match="holds 2 evaluations"):
         Evaluation.load(tmp_path)
     (target / "samples.jsonl").write_text('{"problem"')
@@ -199,9 +199,9 @@ def test_interrupted_and_resumed_gives_the_same_results(tmp_path, monkeypatch):
             evaluate("testbed/llama", output=tmp_path, batch_size=4, **options)
     assert len(list(tmp_path.glob("*/*/work/*.npz"))) == 2
     resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
-    straight = evaluate("testbed/llama", **options)
-    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
+    uninterrupted = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, uninterrupted.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, uninterrupted.problems, check_exact=True)
 
 
 @pytest.mark.slow
@@ -225,10 +225,10 @@ def test_killed_and_resumed_gives_the_same_results(tmp_path):
     with pytest.raises(UserError, match=r"unfinished evaluation with other settings \(seed 0 -> 1"):
         evaluate("testbed/llama", output=tmp_path, seed=1, **options)
     resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
-    straight = evaluate("testbed/llama", **options)
-    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
-    assert resumed.avg == straight.avg
+    uninterrupted = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, uninterrupted.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, uninterrupted.problems, check_exact=True)
+    assert resumed.avg == uninterrupted.avg
     assert sorted(p.name for p in resumed.path.iterdir()) == sorted(
         ["evaluation.json", "problems.csv", "pass_at_k.csv", "samples.jsonl"]
     )
@@ -319,7 +319,7 @@ def test_the_command_refuses_in_one_line(run, arguments, message):
 
 
 def test_a_stored_evaluation_of_other_problems_is_refused_before_the_work(run, tmp_path):
-    rated([1, 2]).save(tmp_path / "stored")
+    evaluation_of_counts([1, 2]).save(tmp_path / "stored")
     with pytest.raises(UserError, match="2 problems of b, and asked for are the 8 of testbed"):
         run("--model", "testbed/qwen3", "--max-problems", 8, "--against", "stored")
     assert not (tmp_path / "data").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from synthetic_evaluations import exact, rated
+from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError
 from internal_policy.evaluation import compare, metrics
@@ -88,7 +88,7 @@ def test_paired_differences_are_covered_and_have_shorter_intervals():
 def test_a_comparison_agrees_with_scipy():
     rng = np.random.default_rng(2)
     a, b = rng.binomial(16, 0.6, 50), rng.binomial(16, 0.5, 50)
-    c = compare(rated(a), rated(b))
+    c = compare(evaluation_of_counts(a), evaluation_of_counts(b))
     d = (a - b) / 16
     assert c.difference == pytest.approx(d.mean())
     assert c.p_value == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)

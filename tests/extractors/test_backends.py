@@ -46,7 +46,7 @@ HEAD = ["family", "`model_type`", *(f"`{b}`" for b in BACKENDS), "NDIF"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COSINES = np.array(["cosine" in name for name in QUANTITIES])
-# What transformer-lens computes anew, in float32: the same products in another order. Seen: 1e-6 nats, 2e-7.
+# transformer-lens recomputes in float32, with products in another order. Seen: 1e-6 nats, 2e-7.
 FLOAT32 = {"nats": 5e-6, "cosine": 1e-6}
 # In 16 bits, in units of the dtype's eps: GPT-2's norm rounds some elements the other way. Seen: 0.15 nats, 0.2.
 ROUNDED = {"nats": 0.5, "cosine": 0.5}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from capture_checks import FLOAT32_NATS, captured
-from tiny import FAMILIES, in_tiers, ragged_responses, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models
 from internal_policy.data.responses import read_responses
@@ -138,7 +138,7 @@ def test_the_reference_covers_every_family():
     assert NORMS.keys() == TABLE.keys()
 
 
-@pytest.mark.parametrize("model_type", in_tiers(m for m in TABLE if m not in FAMILIES))
+@pytest.mark.parametrize("model_type", slow_unless_fast(m for m in TABLE if m not in FAMILIES))
 def test_parity_with_the_definitions_in_float64(model_type):
     model = tiny_model(model_type)
     records = ragged_responses(3)
@@ -165,7 +165,7 @@ def beside_a_large_stream(model_type, dtype, *, times, tied=False):
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
 def test_every_family_passes_verification_in_every_dtype(model_type, tied):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for times in (1, 50):
@@ -201,13 +201,13 @@ def test_a_small_wrong_write_is_refused_in_16_bits(model_type, wrong, dtype):
 @pytest.mark.parametrize(("times", "off"), [(1, 1.02), (20, 1.02), (300, 1.1)])
 def test_a_slightly_wrong_factor_is_refused_in_bfloat16(times, off):
     described = beside_a_large_stream("granite", torch.bfloat16, times=times)
-    # The layers hold the factor that they were built with.
+    # The layers store the factor with which they were built.
     described.config.residual_multiplier *= off
     with pytest.raises(UserError, match=r"eq\. 4 fails in layer"):
         verify(HookExtractor(described))
 
 
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
 def test_padding_side_does_not_change_results(model_type):
     model, records = tiny_model(model_type), ragged_responses(4)
     tokenizer = tiny_tokenizer()
@@ -219,7 +219,7 @@ def test_padding_side_does_not_change_results(model_type):
             np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
 
 
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
 def test_inference_by_structure_agrees_with_the_table(model_type, monkeypatch):
     """The written rows are the answers that the search for structure is tested on."""
     model = tiny_model(model_type)

@@ -261,11 +261,11 @@ def remote(server, monkeypatch):
     import cloudpickle
     import nnsight.modeling.huggingface
 
-    # nnsight itself sends what lies in a checkout by value, and an installed package by name.
+    # nnsight sends code of a checkout by value, and of an installed package by name.
     monkeypatch.setattr(nnsight.ndif, "_PULLED_ENV", True)
     if "internal_policy" in cloudpickle.list_registry_pickle_by_value():
         cloudpickle.unregister_pickle_by_value(internal_policy)
-    # nnsight asks the hub how a model's name is spelled, and this one has none.
+    # nnsight asks the hub for the spelling of a model's name, and this model has none.
     monkeypatch.setitem(nnsight.modeling.huggingface._ID_CACHE, server.directory, server.directory)
     monkeypatch.setenv("NDIF_API_KEY", "secret")
     monkeypatch.setenv("NDIF_HOST", server.ready())

@@ -109,7 +109,7 @@ def test_a_residual_stream_that_changes_between_layers_is_refused():
     model = tiny_model("llama")
 
     def double(_, args, kwargs):
-        # Within each layer eq. 4 holds all the same.
+        # Within each layer eq. 4 still holds.
         return tuple(2 * a for a in args), {k: 2 * v if k == "hidden_states" else v for k, v in kwargs.items()}
 
     model.model.layers[2].register_forward_pre_hook(double, with_kwargs=True)

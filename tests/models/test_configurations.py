@@ -26,7 +26,7 @@ ODD = st.one_of(
     ),
     st.integers(-2, 8),
 )
-# Sizes beyond a tiny model's ask for memory, which another issue bounds.
+# Larger sizes would allocate memory, which is limited elsewhere.
 BOUNDED = {"num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"}
 
 

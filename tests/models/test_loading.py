@@ -35,7 +35,7 @@ def sharded(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache as the hub's client lays it out, and no network: ``hub(directory)`` is the id of what it holds."""
+    """A cache in the layout of the hub's client, without network: ``hub(directory)`` returns the id of its content."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def put(directory):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from capture_checks import FLOAT32_NATS, captured, check_against_the_same_states, own_entropies, wrapped
+from capture_checks import FLOAT32_NATS, captured, check_quantities, entropies_of_logits, wrapped
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
@@ -48,11 +48,11 @@ def test_quantised_weights_give_the_states_of_the_model(quantised, checkpoint):
     assert model.dtype == model.projection.weight.dtype == torch.float32
     before, records = model.fingerprint(), ragged_responses(3)
     verify(HookExtractor(model))
-    check_against_the_same_states(model, records)
+    check_quantities(model, records)
     assert model.fingerprint() == before != plain.fingerprint()
     for record, values, dense in zip(records, captured(model, records), captured(plain, records), strict=True):
-        if four:  # which quantises nothing but weights: a batch changes nothing
-            own = own_entropies(model.model, record)
+        if four:  # which quantises only weights, so batching has no effect
+            own = entropies_of_logits(model.model, record)
             np.testing.assert_allclose(values.policy[:, 1], own, rtol=0, atol=FLOAT32_NATS)
         assert np.abs(values.layers - dense.layers).max() > 1e-4
 
@@ -63,7 +63,7 @@ def test_quantised_bfloat16_passes_verification(bits, checkpoint):
     model = models.load(checkpoint, quantization=bits, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     verify(HookExtractor(model))
-    check_against_the_same_states(model, ragged_responses(3))
+    check_quantities(model, ragged_responses(3))
 
 
 def test_a_quantised_checkpoint_is_loaded_as_it_is(quantised, tmp_path):
@@ -102,7 +102,7 @@ def test_a_quantised_unembedding_is_read_or_refused(bits, tmp_path):
     verify(HookExtractor(found))
     record = ragged_responses(1)[0]
     np.testing.assert_allclose(
-        captured(found, [record])[0].policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS
+        captured(found, [record])[0].policy[:, 1], entropies_of_logits(model, record), rtol=0, atol=FLOAT32_NATS
     )
 
 
@@ -166,7 +166,7 @@ def test_a_4_bit_embedded_model_matches_its_dequantised_codes():
             # Half of the widest gap between two codes, times the largest weight.
             assert (dequantised(weight) - dense).abs().max() <= 0.16 * dense.abs().max()
     verify(HookExtractor(model))
-    check_against_the_same_states(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
+    check_quantities(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
 
 
 def test_8_bit_input_cast_warnings_are_silenced(tmp_path, caplog):
@@ -196,7 +196,7 @@ def test_an_fp8_checkpoint_matches_transformers(tmp_path):
     model = models.load(str(directory))
     assert (model.dtype, model.quantization) == (torch.bfloat16, None)
     verify(HookExtractor(model))
-    check_against_the_same_states(model, ragged_responses(2))
+    check_quantities(model, ragged_responses(2))
 
 
 @pytest.mark.parametrize(

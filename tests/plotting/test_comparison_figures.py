@@ -71,7 +71,7 @@ def lay_out(figure):
     with style.paper_style():
         figure.set_dpi(mpl.rcParams["savefig.dpi"])
         renderer = FigureCanvasAgg(figure).get_renderer()
-        # The layout says so where it collapses; drawing the rest as well would cost twice as much.
+        # The layout engine warns if the layout collapses; drawing everything would take twice as long.
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             figure.get_layout_engine().execute(figure)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from synthetic_evaluations import exact, rated
+from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError
 from internal_policy.plotting import evaluation as drawing
@@ -19,7 +19,7 @@ KS = (1, 4, 16, 64, 256)
 def model(name, benchmark="math500", ability=0.0, ks=KS, n=300, problems=12):
     rng = np.random.default_rng(len(benchmark))
     rates = 1 / (1 + np.exp(-(rng.normal(-1, 2, problems) + ability)))
-    return rated(np.random.default_rng(0).binomial(n, rates), n=n, name=name, benchmark=benchmark, ks=ks)
+    return evaluation_of_counts(np.random.default_rng(0).binomial(n, rates), n=n, name=name, benchmark=benchmark, ks=ks)
 
 
 def lines_of(ax):
@@ -59,7 +59,7 @@ def test_the_averages_interval_covers_the_truth(n, least):
     inside = 0
     for _ in range(n):
         pair = [
-            rated(rng.binomial(16, rng.beta(*s, size=40)), name="a", benchmark=b, ks=(1,))
+            evaluation_of_counts(rng.binomial(16, rng.beta(*s, size=40)), name="a", benchmark=b, ks=(1,))
             for b, s in (("x", (1, 3)), ("y", (2, 1)))
         ]
         row = drawing.pass_at_k_data(pair).query("benchmark == 'Average' and k == 1").iloc[0]
@@ -149,8 +149,8 @@ def test_no_text_is_clipped_or_hidden(names, benchmarks, draw):
 
 
 def test_a_single_k_and_a_single_problem_can_be_drawn():
-    drawing.pass_at_k_by_benchmark(rated([3], n=4)).draw_without_rendering()
-    (ax,) = drawing.pass_at_k([rated([1, 0, 1], n=1)]).axes
+    drawing.pass_at_k_by_benchmark(evaluation_of_counts([3], n=4)).draw_without_rendering()
+    (ax,) = drawing.pass_at_k([evaluation_of_counts([1, 0, 1], n=1)]).axes
     assert ax.collections, "a single K has an error bar in place of a band"
 
 

@@ -52,7 +52,7 @@ def test_a_single_run_is_drawn_without_averaging():
         np.testing.assert_array_equal(y, run.history[quantity])
         assert ax.get_ylabel() == training_figures.QUANTITIES[quantity]
         assert not ax.collections
-        # The tenth step is the last of alignment: the line stands between it and the eleventh.
+        # The tenth step is the last of alignment: the line is drawn between it and the eleventh.
         assert [list(line.get_xdata()) for line in ax.lines if line.get_xdata()[0] == line.get_xdata()[-1]] == [
             [10.5] * 2
         ]

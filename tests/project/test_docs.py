@@ -14,7 +14,17 @@ import tomllib
 
 import pytest
 import yaml
-from documents import DOCS, PAGES, ROOT, blocks, command_lines, lines_of, own_arguments, run_blocks, why_not_run
+from documents import (
+    DOCS,
+    PAGES,
+    ROOT,
+    bash_lines,
+    blocks,
+    command_arguments,
+    command_lines,
+    reason_not_run,
+    run_blocks,
+)
 
 from internal_policy import UserError
 from internal_policy.cli.parser import COMMANDS, command_class, flags_of, parse
@@ -51,7 +61,7 @@ def runnable(page):
         block
         for block in blocks(page)
         if (block.language == "python" and block.not_run is None)
-        or (block.language == "bash" and any(why_not_run(line) is None for _, line in lines_of(block)))
+        or (block.language == "bash" and any(reason_not_run(line) is None for _, line in bash_lines(block)))
     ]
 
 
@@ -66,11 +76,11 @@ def test_pages_run_from_top_to_bottom_after_the_demo(page, after_the_demo, tmp_p
 
 
 def test_every_skipped_command_has_a_reason():
-    reasons = {why_not_run(line) for page in SHOWN for _, line in command_lines(page)}
+    reasons = {reason_not_run(line) for page in SHOWN for _, line in command_lines(page)}
     assert {"needs the hub", "needs several GPUs or processes", "makes the reader's environment", None} <= reasons
     for line in ("figures data/analyses/* data/runs/*", "analyze  # seconds", "train --layer 7 --max-steps 60"):
-        assert why_not_run(f"internal-policy {line}") is None
-    assert why_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
+        assert reason_not_run(f"internal-policy {line}") is None
+    assert reason_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name)
@@ -107,7 +117,7 @@ def test_every_command_that_is_shown_exists(page):
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     for number, line in command_lines(page):
         where = f"{name(page)}, line {number}: {line}"
-        if (arguments := own_arguments(line)) is not None:
+        if (arguments := command_arguments(line)) is not None:
             assert (texts := complaint(arguments)) is None, f"{where}: {texts}"
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
@@ -124,10 +134,10 @@ def test_unknown_commands_are_detected():
     assert "analyse" in complaint(["analyse"])
     assert complaint(["analyze", "--max-responses", "many"]) is not None
     line = "accelerate launch -m internal_policy.cli train --layer 7  # the boundary layer"
-    assert own_arguments(line) == ["train", "--layer", "7"]
-    assert own_arguments("KEY=1 internal-policy models") == ["models"]
-    assert own_arguments("pip install internal-policy-tools") is None
-    assert own_arguments("make demo  # starts internal-policy analyze") is None
+    assert command_arguments(line) == ["train", "--layer", "7"]
+    assert command_arguments("KEY=1 internal-policy models") == ["models"]
+    assert command_arguments("pip install internal-policy-tools") is None
+    assert command_arguments("make demo  # starts internal-policy analyze") is None
 
 
 def test_the_command_reference_matches_the_commands(monkeypatch):

@@ -47,7 +47,7 @@ def test_the_version_is_the_same_everywhere():
         assert re.search(pattern, text_of(ROOT / document), flags=re.M)[1] == __version__, document
 
 
-# What stands where in arXiv 2512.19673v3, and a word of it that the text around a reference has.
+# Items of arXiv 2512.19673v3, each with a word that must occur near references to it.
 PLACES = {
     "section 3.2": "entrop|stage|H_Layer|response tokens",
     "section 5": "Avg@K|Pass@K|evaluation|PAPER_K",

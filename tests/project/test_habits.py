@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from plotting_fixtures import make_inspection, make_run
 from saved_results import save_one_of_each
 from synthetic_analyses import make, progressive, training
-from synthetic_evaluations import rated
+from synthetic_evaluations import evaluation_of_counts
 
 import internal_policy
 from internal_policy import (
@@ -136,7 +136,7 @@ def test_every_stored_table_is_read_by_plain_pandas(place):
 
 def drawings(comparison):
     analysis, run, look = make(progressive(6), prompts=4), make_run(steps=12, ipa_steps=4), make_inspection(3, 12, 5)
-    rates, stepped = rated([3, 9, 16]), compare(training(3, n_layers=6, prompts=4))
+    rates, stepped = evaluation_of_counts([3, 9, 16]), compare(training(3, n_layers=6, prompts=4))
     other = compare(make(progressive(6), "a", prompts=4), make(progressive(8), "b", prompts=4))
     return {
         **dict.fromkeys((figures.plot_entropy_change, figures.plot_entropy_flow), (analysis,)),
@@ -219,7 +219,7 @@ def hostile(place):
     look = replace(look, **{"values": look.values.assign(next_probability=0.5)})  # noqa: PD011
     yield replace(Analysis.load(place / "analyses" / "NA"), name=HOSTILE)
     yield compare(place / "analyses", labels=[HOSTILE, "other"])
-    yield replace(rated([3, 9, 16]), name=HOSTILE)
+    yield replace(evaluation_of_counts([3, 9, 16]), name=HOSTILE)
     yield replace(run, name=HOSTILE, layer_reason=HOSTILE, evaluation_paths={})
     yield replace(look, name=HOSTILE)
     yield replace(Analysis.load(place / "analyses" / "NA").selection, reason=HOSTILE)
@@ -245,7 +245,7 @@ def test_a_long_table_shows_its_ends_and_its_size():
     assert f"{len(table)} rows" in page.text
     assert page.text.count("x") <= 201
     assert page.text.count("y") <= 200 * notebook.MOST_ROWS
-    # The first rows, the last ones, one that stands for those between, and the headings.
+    # The first rows, the last rows, a placeholder row, and the headings.
     assert len([tag for tag, _ in page.tags if tag == "tr"]) == notebook.MOST_ROWS + 2
     assert "0<" in page.text
     assert "0<" not in html
@@ -254,7 +254,14 @@ def test_a_long_table_shows_its_ends_and_its_size():
 
 def test_plain_reprs_are_short(place, comparison):
     study = Study.load(place)
-    results = (*study.analyses, study, comparison, Run.load(STORED_RUN), rated([3]), make_inspection(3, 12, 5))
+    results = (
+        *study.analyses,
+        study,
+        comparison,
+        Run.load(STORED_RUN),
+        evaluation_of_counts([3]),
+        make_inspection(3, 12, 5),
+    )
     for result in results:
         assert len(repr(result)) < 220
         assert "\n" not in repr(result)

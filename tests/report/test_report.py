@@ -266,7 +266,7 @@ def test_untrusted_text_is_escaped_everywhere(saved, page):
     assert shown["texts"][:6] == list(HOSTILE[:6])
     assert shown["texts"][6] == "half ?, \ufffd, \u2028, &lt;b&gt;"
     assert HOSTILE[1] in shown["prompt"]
-    # The command is one for a shell, whatever the name holds.
+    # The command is valid in a shell for any name.
     command = analysis_commands(analysis).shell
     assert command is None or len(shlex.split(command)) >= 4
 

@@ -102,7 +102,7 @@ def test_a_comparison_is_reproduced_in_its_directory(manifest, tmp_path):
     other = comparison_commands(manifest, Path("my place/compare--a--b"))
     assert shlex.split(other.shell) == [*shlex.split(default.shell), "--output", "my place"]
     assert other.python.endswith(".save('my place/compare--a--b')")
-    # What another command wrote lies below no --output of this one.
+    # Results of another command are not below an --output of this one.
     assert "--output" not in comparison_commands(manifest, Path("figures/sweep-a-b")).shell
     assert ".save(" not in comparison_commands(manifest).python
     # The command's own comparison has no path yet when its page is written.

@@ -51,7 +51,7 @@ def files(place):
 
 
 def state(result):
-    """Everything that a result holds, in a form that can be compared."""
+    """The content of a result in a comparable form."""
     if isinstance(result, Study):
         return result.models, result.failures, [state(a) for a in result.analyses]
     fields = {name: getattr(result, name) for name in result.__dataclass_fields__}

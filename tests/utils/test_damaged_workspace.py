@@ -288,7 +288,7 @@ def stopped(tmp_path_factory):
         part.save_pretrained(place / "model")
     with pytest.raises(KeyboardInterrupt):
         train(place, "begun", [Interrupt(1)], **SHORT)
-    return place, train(place, "straight", **SHORT)
+    return place, train(place, "uninterrupted", **SHORT)
 
 
 @pytest.mark.parametrize(
@@ -306,16 +306,16 @@ def stopped(tmp_path_factory):
     ],
 )
 def test_a_damaged_training_ends_with_the_same_results(stopped, caplog, file, damage):
-    place, straight = stopped
+    place, uninterrupted = stopped
     name = f"copy {len(list(place.iterdir()))}"
     shutil.copytree(place / "begun", place / name)
     damage(place / name / file)
     run = train(place, name, **SHORT)
-    assert_same(straight, run)
+    assert_same(uninterrupted, run)
     in_checkpoint = file.startswith("checkpoints/")
     assert ("training from the first step" in caplog.text) is in_checkpoint
     assert ("going on after step 1" in caplog.text) is not in_checkpoint
-    # What is written anew at every step is not read.
+    # Files that are rewritten at every step are not read.
     assert (file.split("/")[-1] in caplog.text) is (file not in ("dynamics.csv", "history.csv"))
 
 
@@ -330,7 +330,7 @@ def test_unreadable_settings_are_not_treated_as_another_run(stopped):
 
 
 def test_a_full_disk_during_training_is_reported_in_one_line(stopped):
-    place, straight = stopped
+    place, uninterrupted = stopped
     checkpoint = place / "full" / "checkpoints" / "checkpoint-2"
     shutil.copytree(place / "begun", place / "full")
     checkpoint.mkdir(parents=True)
@@ -338,7 +338,7 @@ def test_a_full_disk_during_training_is_reported_in_one_line(stopped):
     with pytest.raises(UserError, match=r"full: a file could not be written to its end .*make room, then repeat"):
         train(place, "full", **SHORT)
     (checkpoint / "optimizer.pt").unlink()
-    assert_same(straight, train(place, "full", **SHORT))
+    assert_same(uninterrupted, train(place, "full", **SHORT))
 
 
 def test_the_newest_checkpoints_are_kept_regardless_of_file_times(tmp_path):

@@ -19,7 +19,7 @@ from saved_results import save_one_of_each
 from synthetic_analyses import make, progressive
 from synthetic_run import make as make_run
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
-from training_calls import MODEL, SMALL, command, everything
+from training_calls import MODEL, SMALL, command, read_files
 
 from internal_policy import Analysis, UserError, analyze, bupo, models
 from internal_policy.analysis.sweep import sweep
@@ -79,10 +79,10 @@ def test_the_second_writer_is_refused_and_changes_nothing(kind, options, model, 
         "save": "saved",
     }
     with another_writer(tmp_path / places[kind]):
-        before = everything(tmp_path)
+        before = read_files(tmp_path)
         with pytest.raises(UserError, match=TOLD):
             writers[kind]()
-        assert everything(tmp_path) == before
+        assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_the_second_writer_is_refused_and_changes_nothing(kind, options, model, 
 def test_the_second_command_is_refused_in_one_line(words, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(save_one_of_each(tmp_path))
     with another_writer(tmp_path / place):
-        before = everything(tmp_path)
+        before = read_files(tmp_path)
         code, out, message = command(monkeypatch, capsys, *words)
-        assert everything(tmp_path) == before
+        assert read_files(tmp_path) == before
     assert (code, out) == (2, "")
     assert message.startswith(f"error: {place}: another process is writing there (process 4321 on node7")
     assert message.count("\n") == 1
@@ -124,7 +124,7 @@ def test_a_waiting_process_continues_as_if_started_then(model, tmp_path, caplog)
     waiting.join()
     assert "waiting until it has ended" in caplog.text
     assert "already complete" in caplog.text
-    assert everything(directory) == {directory / name: content for name, content in first_files.items()}
+    assert read_files(directory) == {directory / name: content for name, content in first_files.items()}
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):

@@ -28,7 +28,7 @@ def state():
         not hub.are_progress_bars_disabled(),
         not datasets.are_progress_bars_disabled(),
     )
-    # Libraries set variables of their own when they are first used.
+    # Libraries set environment variables when they are first used.
     ours = {name: os.environ.get(name) for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY")}
     return levels, bars, list(warnings.filters), ours
 

@@ -74,9 +74,9 @@ def test_colours_are_defined_only_in_the_palette():
 
 
 def test_the_boundary_layer_has_one_name_everywhere():
-    # The paper calls the layer that BuPO takes its target; each page that says so says once that it is the boundary.
+    # The paper calls BuPO's layer its target; each page that uses this term explains once that it is the boundary.
     places = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.j2"), *PACKAGE.rglob("*.js"), *(ROOT / "docs").rglob("*.md")]
-    # The page of the command line is made from the texts of the commands, which are looked at here.
+    # The page of the command line is generated from the help texts, which are checked here.
     written = {path for path in (*places, ROOT / "README.md") if path.name != "cli.md"}
     texts = {path: path.read_text(encoding="utf-8") for path in written}
     for path, text in texts.items():

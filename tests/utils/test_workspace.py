@@ -13,7 +13,7 @@ from internal_policy.utils.workspace import Workspace
 LENGTHS = {0: 3, 1: 9, 2: 5, 3: 9, 4: 1}
 
 
-class Alone(Processes):
+class SingleProcess(Processes):
     """One of several processes that waits for nobody."""
 
     def wait_for_everyone(self):
@@ -56,11 +56,11 @@ def test_longest_items_are_computed_first_and_stored_items_are_skipped(workspace
 def test_processes_split_the_batches_and_each_returns_all(workspace):
     seen = []
     with pytest.raises(UserError, match="2 of 5 responses are there after all processes have finished"):
-        run(workspace, Alone(number=2, rank=1), seen)
+        run(workspace, SingleProcess(number=2, rank=1), seen)
     assert seen == [[2, 0]]
-    assert squares(run(workspace, Alone(number=2), seen)) == {i: i * i for i in LENGTHS}
+    assert squares(run(workspace, SingleProcess(number=2), seen)) == {i: i * i for i in LENGTHS}
     assert seen == [[2, 0], [1, 3], [4]]
-    assert len(run(workspace, Alone(number=2, rank=1))) == 3
+    assert len(run(workspace, SingleProcess(number=2, rank=1))) == 3
 
 
 def empty(path):
