@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from internal_policy.data.arithmetic import Problem, make_problem
 
 SAVE_EVERY = 100
-# Long solutions are harder and have more tokens; short ones contribute less.
+# Long solutions are harder and have more tokens; short ones are only a step towards them.
 LEVEL_WEIGHTS = {1: 1, 2: 2, 3: 2, 4: 3}
 # Keller Jordan's quintic: five iterations bring every singular value into about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

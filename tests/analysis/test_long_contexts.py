@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from capture_checks import FLOAT32_NATS, captured, entropies_of_logits, wrapped
-from tiny import OWN, tiny_model
+from tiny import FAMILY_OPTIONS, tiny_model
 
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.data.responses import read_responses
@@ -18,7 +18,10 @@ WINDOWS = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     "phi3": {"sliding_window": 8, "pad_token_id": 0},
-    **{name: {**OWN[name], "layer_types": MIXED} for name in ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")},
+    **{
+        name: {**FAMILY_OPTIONS[name], "layer_types": MIXED}
+        for name in ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")
+    },
 }
 
 

@@ -221,9 +221,9 @@ def test_rare_large_changes_are_not_missed(tmp_path, repeats):
         reported_few.append(summary["few"] > 0)
     # The summary warns that the half-width covers less often than its nominal level.
     assert np.mean(reported_few) > 0.7
-    # Coverage is 0.92 in 600 such runs, with an error of 0.027 in 100. Symmetric, uncorrected intervals have 0.63.
+    # Coverage is 0.92 in 600 such runs, known to 0.027 from 100. Two per block with symmetric intervals give 0.63.
     assert np.mean(covered) >= 0.92 - 4 * 0.027 * wider
-    # The bias of those 600 is -0.005 of 0.06, with an error of 0.002 in 100; without the correction it is -0.019.
+    # The bias of those 600 is -0.005 of 0.06, known to 0.002 from 100; otherwise it is -0.019.
     assert abs(np.mean(off)) < 0.005 + 4 * 0.002 * wider
     assert np.mean(analysed) < 0.6
 
