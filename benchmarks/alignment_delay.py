@@ -1,4 +1,4 @@
-"""By how many steps GRPO alone is ahead of a run that begins with alignment, from the stored training curves.
+"""Delay in steps of a run that begins with alignment behind GRPO alone, from the stored training curves.
 
 python benchmarks/alignment_delay.py             # reads data/experiments/bupo; a second, no model
 """
@@ -16,18 +16,18 @@ from scipy import stats
 DATA = Path(__file__).resolve().parents[1] / "data" / "experiments" / "bupo"
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}
 DEGREE = 2
-"""Of the polynomial that GRPO's mean curve is smoothed by; 3 moves no delay by more than half a step."""
+"""Degree of the polynomial that smooths GRPO's mean curve; degree 3 changes no delay by more than half a step."""
 _SHIFTS = np.round(np.arange(-5, 30, 0.1), 1)
 
 Curve = NDArray[np.float64]
 
 
 def delay(aligned: Curve, plain: Curve, expected: Polynomial, ipa_steps: int) -> float:
-    """The shift that turns GRPO's curve into that of a run with alignment, once alignment is over.
+    """The shift that maps GRPO's curve to that of a run with alignment after the alignment phase.
 
     Both runs of a seed read the same prompts at the same step, so how hard a batch is cancels in their difference d(t).
     With f the expected curve of GRPO, the delay is the k for which f(t - k) - f(t) is nearest to d(t) in the least
-    squares. Before step 1 nothing was learnt: there f is f(1).
+    squares. Before step 1 nothing is learnt, so f is f(1) there.
 
     Args:
         aligned: [T] reward of the run with alignment at steps 1..T.
@@ -36,7 +36,7 @@ def delay(aligned: Curve, plain: Curve, expected: Polynomial, ipa_steps: int) ->
         ipa_steps: steps of alignment, which are left out.
 
     Returns:
-        Steps, in tenths; above 0 where the run with alignment is behind.
+        Steps, in tenths; positive if the run with alignment is behind.
     """
     steps = np.arange(1, len(plain) + 1)[ipa_steps:]
     found = (aligned - plain)[ipa_steps:]
@@ -49,10 +49,10 @@ def delays(runs: pd.DataFrame, histories: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: ``runs.csv`` of the experiment.
-        histories: ``histories.csv``, a row a run and step.
+        histories: ``histories.csv``, one row per run and step.
 
     Returns:
-        A row a model and number of alignment steps: the mean delay over seeds in steps, and its 95% t-interval.
+        One row per model and number of alignment steps: the mean delay over seeds in steps, and its 95% t-interval.
     """
     usual = runs["site"].eq("layer") & runs["lens"].eq("policy") & runs["ipa_learning_rate"].isna()
     rows = []
@@ -77,7 +77,7 @@ def delays(runs: pd.DataFrame, histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def _curves(runs: pd.DataFrame, histories: pd.DataFrame) -> pd.DataFrame:
-    """Reward, a row a seed and a column a step."""
+    """Reward with one row per seed and one column per step."""
     return histories[histories["run"].isin(runs["run"])].pivot_table(index="seed", columns="step", values="reward")
 
 

@@ -1,7 +1,7 @@
 """Ways to the same entropies, one function each, for ``benchmark_analysis.py`` to run side by side.
 
-Each is given a model and returns what is timed: a call with responses that gives H of the six states of every layer at
-every response token. What a contender prepares before that counts as loading.
+Each takes a model and returns the function to be timed, which maps responses to H of the six states of every layer at
+every response token. Preparation before that counts as loading.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Found:
     half_widths: NDArray[np.float64] | None = None
     """[L, 3] half of the 95% interval of each change, nats."""
     facts: dict[str, float] = field(default_factory=dict)
-    """What else there is to say."""
+    """Further facts."""
 
 
 Run = Callable[[Sequence[Response]], Found]
@@ -191,7 +191,7 @@ def transformer_lens(model: LanguageModel) -> Run:
 
 
 def floor(model: LanguageModel) -> Run:
-    """What every exact way needs: the decoder's forward pass, and bare products of 4 L + 2 states in our blocks."""
+    """The minimum for every exact method: the decoder's forward pass and bare products of 4 L + 2 states in blocks."""
     weight = model.projection.weight
     vocab, d = weight.shape
     n, v = block_sizes(d, vocab, DEFAULT_MEMORY_BUDGET, weight.device)
@@ -216,7 +216,7 @@ def floor(model: LanguageModel) -> Run:
 
 
 def batches(responses: Sequence[Response]) -> list[list[int]]:
-    """Group responses of similar length as an analysis does by default; the groups hold indices."""
+    """Group responses of similar length as an analysis does by default; the groups contain indices."""
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].input_ids))
     return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
 
@@ -229,4 +229,4 @@ CONTENDERS: dict[str, Callable[[LanguageModel], Run]] = {
     "floor": floor,
     "float64": in_float64,
 }
-"""By the name that the results have them under."""
+"""Contenders by their name in the results."""

@@ -1,4 +1,4 @@
-"""What the contenders of ``benchmark_analysis.py`` are given: models and responses, the same in every process."""
+"""Inputs of the contenders of ``benchmark_analysis.py``: models and responses, the same in every process."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _EMBEDDING_STD, _FIRST_WRITES = 0.045, 8.0
 
 @dataclass(frozen=True)
 class Job:
-    """What all contenders are given alike."""
+    """The inputs of all contenders."""
 
     shape: dict[str, int]
-    """Sizes of a Qwen3 with random weights, as its configuration names them; empty for testbed/qwen3."""
+    """Configuration fields of a Qwen3 with random weights; empty for testbed/qwen3."""
     responses: list[dict[str, Any]]
     """Fields of each ``Response``."""
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""What ``benchmark_analysis.py`` has measured, as tables and as a figure."""
+"""The measurements of ``benchmark_analysis.py`` as tables and as a figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from internal_policy.utils.io import write_atomically, write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATA, FIGURES, PAGE = ROOT / "data/benchmarks", ROOT / "figures/benchmarks", ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- analysis: begin -->", "<!-- analysis: end -->"
-"""What stands between these in the page is written by this module."""
+"""This module writes the text between these markers of the page."""
 
 NAMES = {
     "ours": "ours, exact",
@@ -59,7 +59,7 @@ def runs(part: dict[str, Any]) -> pd.DataFrame:
         part: of a machine's results.
 
     Returns:
-        A row a contender, repeat and job: seconds, peak_mib, and what the contender says of itself.
+        One row per contender, repeat and job: seconds, peak_mib, and the contender's own facts.
     """
     frame = pd.DataFrame(part["runs"])
     frame["peak_mib"] = frame["peak_bytes"].astype(float) / _MIB
@@ -73,8 +73,8 @@ def summary(part: dict[str, Any]) -> pd.DataFrame:
         part: of a machine's results, not the scaling.
 
     Returns:
-        A row a contender: seconds, peak_mib, faster (the paper's seconds over its own), over_floor
-        where the floor was measured.
+        One row per contender: seconds, peak_mib, faster (the paper's seconds over its own), over_floor
+        if the floor was measured.
     """
     frame = runs(part)
     seconds = frame.pivot_table(index="repeat", columns="contender", values="seconds")
@@ -92,7 +92,7 @@ def scaling_data(part: dict[str, Any]) -> pd.DataFrame:
         part: the scaling part of a machine's results.
 
     Returns:
-        A row a contender, axis and value: the medians of seconds and peak_mib.
+        One row per contender, axis and value: the medians of seconds and peak_mib.
     """
     frame = runs(part)
     return frame.groupby(["contender", "axis", "value"], as_index=False)[["seconds", "peak_mib"]].median()
@@ -128,7 +128,7 @@ def scaling_figure(part: dict[str, Any]) -> Figure:
 
 
 def _set_axis(panel: Axes, values: list[int], shown: pd.Series[float]) -> None:
-    """Log axes with the measured sizes as ticks; upright the same for all panels of a row."""
+    """Log axes with the measured sizes as ticks; the vertical range is shared by all panels of a row."""
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_ylim(0.7 * max(float(shown.min()), 0.01), 1.4 * float(shown.max()))
@@ -138,7 +138,7 @@ def _set_axis(panel: Axes, values: list[int], shown: pd.Series[float]) -> None:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """What stands in the page between its marks.
+    """The text of the page between its markers.
 
     Args:
         results: of ``read_results``.
@@ -202,7 +202,7 @@ def _tolerance(part: dict[str, Any]) -> list[str]:
 
 
 def _positions(found: dict[str, Any]) -> str:
-    """How many positions a tolerance took."""
+    """The number of positions that a tolerance needed."""
     return (
         f"With the tolerance {found['analysed']:.0f} of {found['total']:.0f} positions were analysed "
         f"({found['total'] / found['analysed']:.1f} x fewer), in {found['rounds']:.0f} "
@@ -212,7 +212,7 @@ def _positions(found: dict[str, Any]) -> str:
 
 
 def _stages(found: dict[str, Any]) -> str:
-    """What the time of an analysis with a tolerance went into."""
+    """The stages that took the time of an analysis with a tolerance."""
     return (
         f"Of the {found['seconds']:.2f} s of the whole `analyze`, {found['capture_seconds']:.2f} s are states and "
         "entropies; the rest is the digest of the weights, statistics and tables."
@@ -237,7 +237,7 @@ def _seconds(part: dict[str, Any], contender: str) -> float:
 
 
 def _sampled_ratio(part: dict[str, Any], long: dict[str, Any]) -> float:
-    """How many times as long the paper's procedure takes, each response as long as the one that was measured."""
+    """The time ratio of the paper's procedure, if each response is as long as the measured one."""
     return float(part["responses"] * _seconds(long, "paper") / part["seconds"])
 
 

@@ -1,4 +1,4 @@
-"""One contender of ``benchmark_analysis.py`` in a process of its own.
+"""One contender of ``benchmark_analysis.py`` in a subprocess.
 
 python benchmarks/analysis_worker.py CONTENDER JOBS.json DIRECTORY
 
@@ -39,7 +39,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def measure(contender: str, model: LanguageModel, responses: Sequence[Response]) -> tuple[dict[str, Any], Found]:
-    """Time one call of a contender, and see how much memory it takes.
+    """Measure the time and memory of one call of a contender.
 
     Args:
         contender: key of ``CONTENDERS``.
@@ -47,7 +47,7 @@ def measure(contender: str, model: LanguageModel, responses: Sequence[Response])
         responses: what it is given.
 
     Returns:
-        seconds, peak_bytes (None where the system does not tell), tokens and the contender's own facts; what it found.
+        seconds, peak_bytes (None if the system does not report it), tokens and the contender's own facts; the results.
     """
     with limit_threads(model):
         run = CONTENDERS[contender](model)
@@ -66,7 +66,7 @@ def measure(contender: str, model: LanguageModel, responses: Sequence[Response])
 
 
 def map_large_blocks() -> None:
-    """Have glibc give each block of a MiB or more back to the system when it is freed."""
+    """Make glibc return each block of a MiB or more to the system when it is freed."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
 
@@ -76,7 +76,7 @@ def _shortened(response: Response) -> Response:
 
 
 def _settle(device: torch.device) -> int | None:
-    """Free what is free, set the high-water mark back, and return the memory that is left, bytes."""
+    """Release free memory, reset the high-water mark, and return the remaining memory in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

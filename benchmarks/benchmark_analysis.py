@@ -1,4 +1,4 @@
-"""What an analysis costs: this package against other ways to the same entropies, and against the bare arithmetic.
+"""Cost of an analysis: this package against other methods for the same entropies, and against the bare arithmetic.
 
 python benchmarks/benchmark_analysis.py                    # all parts: some 40 minutes on two cores, 12 GiB of memory
 python benchmarks/benchmark_analysis.py --parts embedded scaling
@@ -56,7 +56,7 @@ _EXACT = ("ours", "paper", "transformer-lens", "floor")
 
 
 def run_contender(contender: str, jobs: Sequence[Job], directory: Path) -> list[dict[str, Any]]:
-    """Run a contender in a process of its own.
+    """Run a contender in a subprocess.
 
     Args:
         contender: key of ``CONTENDERS``.
@@ -165,14 +165,14 @@ def agreement(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> dict[
 
 
 def within(ours: np.ndarray[Any, Any], sampled: dict[str, np.ndarray[Any, Any]]) -> dict[str, int]:
-    """Count the estimated changes whose interval holds the exact figure.
+    """Count the estimated changes whose interval covers the exact value.
 
     Args:
         ours: [n, L, 6] nats, exact.
         sampled: changes and half_widths, [L, 3].
 
     Returns:
-        changes: how many there are; within: how many hold.
+        changes: how many there are; within: how many intervals cover it.
     """
     means = ours.mean(axis=0)
     off = np.abs(sampled["changes"] - (means[:, 1::2] - means[:, 0::2]))
@@ -272,7 +272,7 @@ def store(path: Path, where: dict[str, Any], name: str, part: dict[str, Any]) ->
 
 @quiet_libraries()
 def main() -> None:
-    """Measure what was asked for, and write page and figure."""
+    """Measure the requested parts, and write page and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--responses", type=int, default=256, help="of the embedded model")
@@ -284,42 +284,42 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    asked = parser.parse_args()
-    if asked.report:
+    args = parser.parse_args()
+    if args.report:
         report.write_report()
         return
     large, points = LARGE, 5
-    if asked.quick:
-        asked.responses, asked.tokens, asked.long_tokens, asked.sampled = 16, 16, 64, 3
-        asked.repeats, asked.steps, large, points = 1, 2, SMALL, 2
-    where = machine(asked.device)
+    if args.quick:
+        args.responses, args.tokens, args.long_tokens, args.sampled = 16, 16, 64, 3
+        args.repeats, args.steps, large, points = 1, 2, SMALL, 2
+    where = machine(args.device)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{where['name']}-{where['cores']}-cores".lower()).strip("-")
-    directory = report.ROOT / "build/benchmarks" if asked.quick else report.DATA
+    directory = report.ROOT / "build/benchmarks" if args.quick else report.DATA
     path = directory / f"analysis-{slug}.json"
     print(f"{where['name']}, {where['cores']} cores, torch {torch.__version__}, {date.today()}", flush=True)
-    for name in asked.parts:
+    for name in args.parts:
         print(f"{name}:", flush=True)
         if name == "embedded":
-            job = Job({}, own_responses(asked.responses), asked.device)
-            part = side_by_side(job, (*_EXACT, "tolerance"), asked.repeats)
+            job = Job({}, own_responses(args.responses), args.device)
+            part = side_by_side(job, (*_EXACT, "tolerance"), args.repeats)
         elif name == "large":
-            job = Job(large, [random_response(asked.tokens, large["vocab_size"])], asked.device)
-            part = side_by_side(job, _EXACT, asked.repeats)
+            job = Job(large, [random_response(args.tokens, large["vocab_size"])], args.device)
+            part = side_by_side(job, _EXACT, args.repeats)
         elif name == "accuracy":
-            part = accuracy(Job(large, [random_response(ACCURACY_TOKENS, large["vocab_size"])], asked.device))
+            part = accuracy(Job(large, [random_response(ACCURACY_TOKENS, large["vocab_size"])], args.device))
         elif name == "long":
-            job = Job(large, [random_response(asked.long_tokens, large["vocab_size"])], asked.device)
+            job = Job(large, [random_response(args.long_tokens, large["vocab_size"])], args.device)
             part = side_by_side(job, ("ours", "paper"), 1)
         elif name == "sampled":
-            ids = [random_response(asked.long_tokens, large["vocab_size"], seed) for seed in range(asked.sampled)]
-            part = {"responses": len(ids), **alone(Job(large, ids, asked.device), "tolerance")}
+            ids = [random_response(args.long_tokens, large["vocab_size"], seed) for seed in range(args.sampled)]
+            part = {"responses": len(ids), **alone(Job(large, ids, args.device), "tolerance")}
         elif name == "scaling":
-            part = scaling(asked.repeats, asked.device, points)
+            part = scaling(args.repeats, args.device, points)
         else:
-            part = training(asked.steps, asked.responses)
+            part = training(args.steps, args.responses)
         store(path, where, name, part)
     print(f"written to {path}")
-    if asked.quick:
+    if args.quick:
         print(report.tables({path.stem: json.loads(path.read_text("utf-8"))}))
     else:
         report.write_report()

@@ -1,11 +1,11 @@
 """The fused kernel against one large product of the same operands: rate, working memory and error, on a GPU.
 
     python benchmarks/benchmark_kernel.py [--tokens 1024 4096 8192] [--width 2560] [--vocabulary 151936] [--repeats 10]
-    python benchmarks/benchmark_kernel.py --interpret       # that it works, on any machine: tiny, and no rates
+    python benchmarks/benchmark_kernel.py --interpret       # a functional check on any machine: tiny sizes, no rates
 
 The rate counts the operations of the product alone, 2 N V d, for both. Errors are those of some rows against the
 definition in float64. Rates are medians over repeats in which all ways run one after the
-other; blocks are those of torch, which serve where the kernel does not.
+other; "blocks" is the torch implementation used without the kernel.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def bare_product(states: Tensor, unembedding: Tensor, buffer: Tensor) -> None:
-    """Compute all logits by slices as wide as the buffer and drop them, in the operands' dtype."""
+    """Compute all logits by slices as wide as the buffer and discard them, in the operands' dtype."""
     for first in range(0, len(unembedding), buffer.shape[1]):
         rows = unembedding[first : first + buffer.shape[1]]
         torch.mm(states, rows.T, out=buffer[:, : len(rows)])
 
 
 def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
-    """Compute the entropies as where the kernel does not serve."""
+    """Compute the entropies as without the kernel."""
     from internal_policy.entropy import policy_entropy, streaming
 
     with mock.patch.object(streaming, "kernel_is_faster", return_value=False):
@@ -50,7 +50,7 @@ def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
 
 
 def working_memory(run: Callable[[], object], device: torch.device) -> float:
-    """MiB of the device that a call takes beside what is there."""
+    """Additional MiB of device memory that a call takes."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
@@ -58,12 +58,12 @@ def working_memory(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
-    """Print one line for a number of tokens."""
+    """Print one line of results for a number of tokens."""
     from internal_policy.entropy import reference, triton_kernel
 
     device, (vocab, width) = unembedding.device, unembedding.shape
     states = torch.randn(tokens, width, device=device).to(unembedding.dtype)
-    # The whole of the logits where they fit beside the rest: products in slices are slower by their number.
+    # All logits at once if they fit in memory: products in slices are slower.
     buffer = torch.empty(tokens, min(vocab, 2**31 // tokens), dtype=states.dtype, device=device)
     ways: dict[str, Callable[[], object]] = {
         "product": lambda: bare_product(states, unembedding, buffer),
@@ -79,7 +79,7 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
         return
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
-        # Compilation and the choice of blocks are no part of the rate.
+        # Compilation and tuning are excluded from the rate.
         run()
     for _ in range(repeats):
         for name, run in ways.items():
@@ -94,7 +94,7 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
 
 
 def main() -> None:
-    """Measure and print one line a number of tokens, or say why not."""
+    """Measure and print one line per number of tokens, or report why it is not possible."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument("--width", type=int, default=2560)

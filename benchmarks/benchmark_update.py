@@ -1,21 +1,21 @@
-"""How long an update of the first phase takes: against its floor, and against a full update. No sampling.
+"""Time of an update of the first phase against its floor and against a full update, without sampling.
 
 python benchmarks/benchmark_update.py                    # the floor at Qwen3-0.6B's width, then the older comparison
-OMP_NUM_THREADS=1 python benchmarks/benchmark_update.py --only floor --cpu-seconds    # where others use the machine
+OMP_NUM_THREADS=1 python benchmarks/benchmark_update.py --only floor --cpu-seconds    # on a shared machine
 
-**Floor.** What an update of pi^l cannot do without, each piece timed bare in turn with the update itself:
+**Floor.** The minimal operations of an update of pi^l, each timed alone in turn with the update itself:
 
 - l of L layers: l/L of forward and backward through a decoder of all layers, from a random gradient of its output;
 - embedding: looking tokens up, and the gradient of the table;
 - head: the products of the scored states with E_u, in blocks of the size that the head uses, and nothing else. A head
-  that keeps [tokens, V] has three (logits, gradient of the states, gradient of E_u); one that never holds it makes the
-  logits twice, so four. Both floors are printed. The limit holds for the floor of four: with three, one would have to
-  hold what must not be held.
+  that stores [tokens, V] has three (logits, gradient of the states, gradient of E_u); one that never stores it computes
+  the logits twice, so four. Both floors are printed. The limit applies to the floor of four, because three products
+  would require storing [tokens, V].
 
 Neither side steps the optimiser: AdamW costs both the same, and skips layers above l, which have no gradient.
 
 **Against a full update**, with the optimiser: the embedded model, and Qwen3-4B's proportions (36 layers, the head 11%
-of the layers' weights) at a width that a laptop holds.
+of the layers' weights) at a width that fits a laptop.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def build(shape: dict[str, int], name: str = "") -> Any:
     )
 
 
-def trainer_of(model: Any, layer: int, asked: argparse.Namespace) -> Any:
+def trainer_of(model: Any, layer: int, args: argparse.Namespace) -> Any:
     """Make a trainer, ready for updates.
 
     Args:
         model: the model.
         layer: l, from 1.
-        asked: the command line.
+        args: the command line.
 
     Returns:
         A ``BuPOTrainer`` in training mode.
@@ -105,8 +105,8 @@ def trainer_of(model: Any, layer: int, asked: argparse.Namespace) -> Any:
                 layer=layer,
                 ipa_steps=1,
                 max_steps=2,
-                per_device_train_batch_size=asked.sequences,
-                num_generations=asked.sequences,
+                per_device_train_batch_size=args.sequences,
+                num_generations=args.sequences,
                 gradient_checkpointing=False,
                 report_to="none",
                 use_cpu=True,
@@ -120,25 +120,25 @@ def trainer_of(model: Any, layer: int, asked: argparse.Namespace) -> Any:
     return trainer
 
 
-def batch_of(vocab: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Make a mini-batch of rollouts, every token of which moves.
+def batch_of(vocab: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Make a mini-batch of rollouts with a gradient at every token.
 
     Args:
         vocab: V.
-        asked: the command line.
+        args: the command line.
 
     Returns:
-        What TRL hands to the loss.
+        The inputs that TRL passes to the loss.
     """
-    n = asked.sequences
+    n = args.sequences
     generator = torch.Generator().manual_seed(0)
     return {
-        "prompt_ids": torch.randint(vocab, (n, asked.prompt), generator=generator),
-        "prompt_mask": torch.ones(n, asked.prompt, dtype=torch.long),
-        "completion_ids": torch.randint(vocab, (n, asked.completion), generator=generator),
-        "completion_mask": torch.ones(n, asked.completion, dtype=torch.long),
+        "prompt_ids": torch.randint(vocab, (n, args.prompt), generator=generator),
+        "prompt_mask": torch.ones(n, args.prompt, dtype=torch.long),
+        "completion_ids": torch.randint(vocab, (n, args.completion), generator=generator),
+        "completion_mask": torch.ones(n, args.completion, dtype=torch.long),
         "advantages": torch.randn(n, generator=generator),
-        "num_items_in_batch": torch.tensor(n * asked.completion),
+        "num_items_in_batch": torch.tensor(n * args.completion),
     }
 
 
@@ -159,7 +159,7 @@ def seconds(work: Callable[[], None], clean: Callable[[], None], clock: Callable
     Args:
         work: what is timed.
         clean: what follows, untimed.
-        clock: of the wall, or of the processor.
+        clock: wall or processor time.
 
     Returns:
         Seconds.
@@ -197,26 +197,26 @@ def products(states: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor,
                     to_weight[first : first + v].addmm_(g.T, x, beta=float(start > 0))
 
 
-def floor(asked: argparse.Namespace) -> float:
+def floor(args: argparse.Namespace) -> float:
     """Measure an update and its floor in turn.
 
     Args:
-        asked: the command line.
+        args: the command line.
 
     Returns:
         The median of update / floor of four products, over the rounds.
     """
     model = build(FLOOR_SHAPE)
     full, vocab, d = model.config.num_hidden_layers, model.config.vocab_size, model.config.hidden_size
-    layer = asked.layer or full // 4
-    trainer, batch = trainer_of(model, layer, asked), batch_of(vocab, asked)
-    n, length = asked.sequences, asked.prompt + asked.completion
+    layer = args.layer or full // 4
+    trainer, batch = trainer_of(model, layer, args), batch_of(vocab, args)
+    n, length = args.sequences, args.prompt + args.completion
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.ones_like(ids)
     embedded = torch.randn(n, length, d, requires_grad=True)
     to_output, to_embedded = torch.randn(n, length, d), torch.randn(n, length, d)
     rows, columns = block_sizes(d, vocab, DEFAULT_MEMORY_BUDGET, torch.device("cpu"))
-    scored = torch.randn(n * asked.completion, d)
+    scored = torch.randn(n * args.completion, d)
     gradient = torch.randn(min(rows, len(scored)), columns)
     weight, table = model.lm_head.weight.detach(), model.get_input_embeddings()
 
@@ -237,14 +237,14 @@ def floor(asked: argparse.Namespace) -> float:
         embedded.grad = None
 
     rounds: list[dict[str, float]] = []
-    for _ in range(asked.repeats + 1):
-        taken = {name: seconds(work, clean, asked.clock) for name, work in pieces.items()}
+    for _ in range(args.repeats + 1):
+        taken = {name: seconds(work, clean, args.clock) for name, work in pieces.items()}
         taken["layers"] *= layer / full
         rounds.append(taken)
     # The first is slower.
     rounds = rounds[1:]
     print(
-        f"floor: l = {layer} of {full}, d = {d}, V = {vocab}, {n} sequences of {asked.prompt} + {asked.completion} "
+        f"floor: l = {layer} of {full}, d = {d}, V = {vocab}, {n} sequences of {args.prompt} + {args.completion} "
         "tokens; " + ", ".join(f"{name} {statistics.median(r[name] for r in rounds):.3f} s" for name in pieces)
     )
     ratios = {}
@@ -256,11 +256,11 @@ def floor(asked: argparse.Namespace) -> float:
     return ratios[4]
 
 
-def against_full(asked: argparse.Namespace) -> float:
+def against_full(args: argparse.Namespace) -> float:
     """Measure updates of both phases in turn, with the optimiser.
 
     Args:
-        asked: the command line.
+        args: the command line.
 
     Returns:
         The largest ratio at a quarter of the layers.
@@ -270,7 +270,7 @@ def against_full(asked: argparse.Namespace) -> float:
         full_layers = build(shape, name).config.num_hidden_layers
         for layer in (full_layers // 4, full_layers // 2):
             model = build(shape, name)
-            trainer, batch = trainer_of(model, layer, asked), batch_of(model.config.vocab_size, asked)
+            trainer, batch = trainer_of(model, layer, args), batch_of(model.config.vocab_size, args)
             optimizer = trainer.create_optimizer()
 
             def step(
@@ -284,10 +284,10 @@ def against_full(asked: argparse.Namespace) -> float:
                 return work
 
             internal, full = [], []
-            # In turn, so that what else the machine does falls on both; the first of each is slower.
-            for _ in range(asked.repeats + 1):
-                internal.append(seconds(step(True), lambda: None, asked.clock))
-                full.append(seconds(step(False), lambda: None, asked.clock))
+            # In turn, so that other load affects both; the first of each is slower.
+            for _ in range(args.repeats + 1):
+                internal.append(seconds(step(True), lambda: None, args.clock))
+                full.append(seconds(step(False), lambda: None, args.clock))
             ratio = statistics.median(internal[1:]) / statistics.median(full[1:])
             print(
                 f"{name}: l = {layer} of {full_layers}: internal {statistics.median(internal[1:]):.3f} s, "
@@ -299,7 +299,7 @@ def against_full(asked: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Print seconds and ratios, and fail where a limit is passed."""
+    """Print seconds and ratios, and fail if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("floor", "full"))
     parser.add_argument("--layer", type=int, help="l of the floor; a quarter of the layers by default")
@@ -310,13 +310,13 @@ def main() -> None:
     )
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
     parser.add_argument("--completion", type=int, default=64, help="completion tokens")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     processor = platform.processor() or platform.machine()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     failed = []
-    if asked.only != "full" and (over := floor(asked)) > FLOOR_LIMIT:
+    if args.only != "full" and (over := floor(args)) > FLOOR_LIMIT:
         failed.append(f"an update takes {over:.3f} times its floor; needed is {FLOOR_LIMIT}")
-    if asked.only != "floor" and (share := against_full(asked)) > LIMIT:
+    if args.only != "floor" and (share := against_full(args)) > LIMIT:
         failed.append(f"at a quarter of the layers an update takes {share:.3f} of a full one; needed is {LIMIT}")
     if failed:
         raise SystemExit("; ".join(failed))

@@ -1,7 +1,7 @@
 """GRPO against BuPO on the embedded models: seeds, layers, lengths and learning rates of the first phase.
 
 python benchmarks/bupo_experiment.py             # everything, about two hours on a free core; resumable
-python benchmarks/bupo_experiment.py --short     # one model, one seed, some minutes: part of `make demo`
+python benchmarks/bupo_experiment.py --short     # one model, one seed, a few minutes: part of `make demo`
 
 Every run starts from the same checkpoint, sees the same prompts for the same seed, and is evaluated on the same
 held-out problems with the same random streams. Runs are kept in ``build/bupo_experiment``; the tables go to
@@ -33,7 +33,7 @@ from internal_policy.plotting.training import alignment_dynamics, policy_entropy
 from internal_policy.utils.errors import UserError
 
 BOUNDARY = {"testbed/qwen3": 7, "testbed/llama": 6}
-"""What `internal-policy analyze` finds."""
+"""The boundary layer found by `internal-policy analyze`."""
 SETTING: dict[str, Any] = {
     "max_steps": 30,
     "prompts_per_step": 8,
@@ -53,7 +53,7 @@ class Job:
     """One run."""
 
     part: str
-    """main, layers, steps, rate, lens or site: what it belongs to."""
+    """The part of the experiment: main, layers, steps, rate, lens or site."""
     model: str
     method: str = "grpo"
     layer: int | None = None
@@ -99,14 +99,14 @@ def jobs() -> list[Job]:
 def run_job(
     job: Job, root: Path, setting: dict[str, Any], problems: int, start: Evaluation
 ) -> tuple[bupo.Run, Evaluation]:
-    """Train and evaluate; what is there already is read.
+    """Train and evaluate, or read the stored run.
 
     Args:
         job: the run.
         root: where runs are kept.
         setting: options of `bupo.train`.
         problems: held-out problems.
-        start: the frozen start on these.
+        start: the evaluation of the frozen start on these.
 
     Returns:
         The run, which has both evaluations, and that of its model.
@@ -183,8 +183,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         runs: ``runs.csv``.
 
     Returns:
-        A row a setting: lift with 95% t-interval over seeds, difference from GRPO paired by seed with the same. They
-        speak of these problems and this start, which all runs share.
+        One row per setting: lift with 95% t-interval over seeds, difference from GRPO paired by seed with the same.
+        They refer to these problems and this start, which all runs share.
     """
     setting = ["part", "model", "method", "layer", "ipa_steps", "ipa_learning_rate", "site", "lens"]
     grpo = runs[runs["method"] == "grpo"].set_index(["model", "seed"])["lift"]
@@ -239,18 +239,18 @@ def draw(done: Sequence[tuple[Job, bupo.Run]], directory: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Run what is not there yet, write tables and figures after each run."""
+    """Run the missing jobs; write tables and figures after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one model, one seed, ten steps")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
     parser.add_argument("--only", default="", help="only the jobs whose name contains this")
-    asked = parser.parse_args()
-    # What is there already is told by its line of results.
+    args = parser.parse_args()
+    # Stored runs are recognised by their line of results.
     logging.getLogger("internal_policy").setLevel(logging.ERROR)
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(args.threads)
     setting, todo, problems = dict(SETTING), jobs(), PROBLEMS
     root, data, figures = Path("build/bupo_experiment"), Path("data/experiments/bupo"), Path("figures/experiments/bupo")
-    if asked.short:
+    if args.short:
         setting["max_steps"], problems = 10, 128
         todo = [
             Job("main", "testbed/qwen3"),
@@ -259,15 +259,15 @@ def main() -> None:
         root, data, figures = Path("data/runs"), Path("build/demo/data"), Path("build/demo/figures")
         print(f"training testbed/qwen3 for {setting['max_steps']} steps with GRPO, then with BuPO: a minute or two")
     order = {job.name: place for place, job in enumerate(todo)}
-    # What is there already is read first, so that the tables never lose a run that has been made.
+    # Stored results are read first, so that the tables never lose a finished run.
     todo.sort(key=lambda job: not (root / job.name / "run.json").is_file())
-    todo = [job for job in todo if asked.only in job.name]
+    todo = [job for job in todo if args.only in job.name]
     starts: dict[str, Evaluation] = {}
     rows, histories, done = [], [], []
     for number, job in enumerate(todo, start=1):
         fresh = not (root / job.name / "run.json").is_file()
         if job.model not in starts:
-            starts[job.model] = measured(job.model, data.parent / "start" if asked.short else root / "start", problems)
+            starts[job.model] = measured(job.model, data.parent / "start" if args.short else root / "start", problems)
         try:
             run, end = run_job(job, root, setting, problems, starts[job.model])
         except UserError as error:
@@ -281,7 +281,7 @@ def main() -> None:
             f"({told['lift']:+.3f}, 95% {told['lift_low']:+.3f} to {told['lift_high']:+.3f}), {told['seconds']:.0f} s",
             flush=True,
         )
-        if (fresh or number == len(todo)) and not asked.only:
+        if (fresh or number == len(todo)) and not args.only:
             data.mkdir(parents=True, exist_ok=True)
             table = pd.DataFrame(rows).sort_values("run", key=lambda names: names.map(order), ignore_index=True)
             write_table(data / "runs.csv", table)
@@ -289,7 +289,7 @@ def main() -> None:
             write_table(data / "histories.csv", pd.concat(histories, ignore_index=True).round(5))
     list_files("figures", draw(done, figures))
     print(f"\n{demo_summary.shown(summary(pd.DataFrame(rows)))}")
-    if asked.short and not asked.only:
+    if args.short and not args.only:
         print(demo_summary.end(list(BOUNDARY), [run for _, run in done]))
 
 

@@ -27,7 +27,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import write_atomically
 
 MODEL, LAYER = "testbed/qwen3", 7
-"""What is trained, and its boundary layer as `internal-policy analyze` finds it."""
+"""The trained model, and its boundary layer as found by `internal-policy analyze`."""
 TRAINING: dict[str, Any] = {
     "ipa_steps": 10,
     "max_steps": 30,
@@ -50,14 +50,14 @@ FIGURES: dict[str, Callable[[AnalysisComparison], Figure]] = {
     "layer_differences": drawings.layer_differences,
     "entropy_fall": drawings.entropy_fall,
 }
-"""Those that show moves of some 0.03 nats, and the fall, whose shape stays. As levels, eleven models coincide."""
+"""Figures that show changes of about 0.03 nats, and the drop. As levels, eleven models would coincide."""
 DPI = 150
 SHOWN = {"layer": "entropy_out", "attn": "change", "ffn": "change"}
 """Site and quantity of the slopes that are printed."""
 
 
 def trained(root: Path, setting: dict[str, Any]) -> bupo.Run:
-    """Train, or read what is there.
+    """Train, or read the stored run.
 
     Args:
         root: where runs are kept.
@@ -111,7 +111,7 @@ def draw(comparison: AnalysisComparison, directory: Path) -> list[Path]:
 
 
 def slopes(comparison: AnalysisComparison) -> pd.DataFrame:
-    """The steepest trends of the layers' entropy and of the changes that the modules make.
+    """The steepest trends of the layers' entropies and of the changes by the modules.
 
     Args:
         comparison: the comparison.
@@ -130,17 +130,17 @@ def slopes(comparison: AnalysisComparison) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Train and analyse what is not there yet, and write tables and figures."""
+    """Train and analyse what is missing, and write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="five steps on few prompts, a checkpoint each")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; small models gain nothing from more")
-    asked = parser.parse_args()
-    # What is there already is told by its line of results.
+    args = parser.parse_args()
+    # Stored runs are recognised by their line of results.
     logging.getLogger("internal_policy").setLevel(logging.ERROR)
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(args.threads)
     setting, responses = TRAINING, RESPONSES
     root, data, figures = Path("build/sweep"), Path("data/experiments/sweep"), Path("figures/experiments/sweep")
-    if asked.short:
+    if args.short:
         setting, responses = SHORT, SHORT_RESPONSES
         root, data, figures = (Path("build/sweep_short") / name for name in ("runs", "data", "figures"))
     try:

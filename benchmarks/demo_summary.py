@@ -1,4 +1,4 @@
-"""What `make demo` says at its end: one paragraph, and which pages to open; and the table of an experiment as text."""
+"""The closing output of `make demo`: a summary, the pages to open, and the table of an experiment as text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _method(row: Mapping[Hashable, Any]) -> str:
 
 
 def _points(summary: pd.DataFrame, name: str, heading: str) -> dict[str, list[str]]:
-    """A difference of accuracies in points, and its interval; empty where there is none."""
+    """A difference of accuracies in points, and its interval; empty if there is none."""
     ends = zip(summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
     return {
         heading: ["" if pd.isna(value) else f"{100 * value:+.1f}" for value in summary[name]],
@@ -67,7 +67,7 @@ def _points(summary: pd.DataFrame, name: str, heading: str) -> dict[str, list[st
 
 
 def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
-    """Say what the demo has shown and what it has not.
+    """Summarise what the demo has shown and what it has not.
 
     Args:
         analyses: those that the demo made.
@@ -112,7 +112,7 @@ def _analysed(analyses: Sequence[Analysis]) -> str:
 
 
 def end(models: Sequence[str], runs: Sequence[Run], analyses: Path = ANALYSES) -> str:
-    """Write the pages of the runs, and say what was found and what to open next.
+    """Write the pages of the runs, and return a summary and the pages to open next.
 
     Args:
         models: that the demo analyses; those without an analysis are left out.

@@ -24,7 +24,7 @@ RUNS, TARGET = Path("build/bupo_experiment"), Path("data/experiments")
 RESPONSES, PROBLEMS, SAMPLES = 48, 40, 16
 LEVELS = (2, 3, 4)
 SEED = 20_261_122
-"""Of the problems of the evaluations: others than those trained and tested on by `bupo_experiment.py`."""
+"""Seed of the evaluation problems, which differ from those used by `bupo_experiment.py`."""
 EVALUATED = "testbed/qwen3"
 
 
@@ -47,7 +47,7 @@ def states(model: str) -> dict[str, str]:
         model: an embedded model.
 
     Returns:
-        Where the weights are, under what figures call them.
+        Paths of the weights by their name in the figures.
     """
     short = model.split("/")[1]
     main = [job for job in jobs() if job.part == "main" and job.seed == 0 and job.model == model]
@@ -56,7 +56,7 @@ def states(model: str) -> dict[str, str]:
 
 
 def keep_analysis(name: str, weights: str) -> None:
-    """Analyse a model on responses of its own.
+    """Analyse a model on its own responses.
 
     Args:
         name: what figures call it.

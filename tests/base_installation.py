@@ -1,4 +1,4 @@
-"""Commands in a process of its own that has none of the packages that the extras bring."""
+"""Commands in a subprocess without the packages of the extras."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from documents import ROOT
 
-# What the extras train, backends and quantized bring, and what comes with it; modules and distributions.
+# Modules and distributions that the extras train, backends and quantized install, with their dependencies.
 ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm,seaborn"
 EACH = """
 import shlex, sys

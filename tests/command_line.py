@@ -1,4 +1,4 @@
-"""The command line in this process or in one of its own, and what it is given that cannot be loaded."""
+"""Runs of the command line in this process or a subprocess, and models that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "internal_policy.cli"]
 
 
 def run(*arguments, cwd, code=2):
-    """A command in this process: exit code, and what it wrote."""
+    """Run a command in this process; returns its exit code and output."""
     out, err = io.StringIO(), io.StringIO()
     words = ["internal-policy", *map(str, arguments)]
     before, sys.argv = sys.argv, words
@@ -36,8 +36,8 @@ def run(*arguments, cwd, code=2):
     return done
 
 
-def run_alone(*arguments, cwd, code=2, **environment):
-    """A command in a process of its own, whose environment has these settings."""
+def run_subprocess(*arguments, cwd, code=2, **environment):
+    """Run a command in a subprocess with these environment variables."""
     words = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(
         words, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240, check=False
@@ -47,7 +47,7 @@ def run_alone(*arguments, cwd, code=2, **environment):
 
 
 def refused(*arguments, cwd, began=False):
-    """The one line that a refused command prints; nothing is left behind, unless the work had begun."""
+    """Run a command that must fail; returns its one-line error. No files may remain unless the work had begun."""
     done = run(*arguments, cwd=cwd)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -68,7 +68,7 @@ def save(model, directory, tokenizer=None):
 def make_unloadable(kind, directory, model_dir):
     directory.mkdir()
     if kind == "family":
-        # Its modules add the residual stream themselves, so that no write can be seen.
+        # Its modules add the residual stream themselves, so their writes cannot be observed.
         save(tiny_model("bloom"), directory)
         return
     config = json.loads((model_dir / "config.json").read_text())

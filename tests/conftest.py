@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread for models this small, no network, and no search of the libraries for garbage."""
+"""Settings of all tests: one thread for small models, no network, library objects excluded from garbage collection."""
 
 from __future__ import annotations
 

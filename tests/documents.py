@@ -1,4 +1,4 @@
-"""What the documents show of code: their blocks, which of them run, and the commands in them."""
+"""Code blocks and commands in the documents, and which of them the tests run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$", flags=re.S | re.M)
 _MARKER = re.compile(r"<!-- not run: (.*?) -->\s*\Z")
-# What may stand before a command without being a part of it: settings, and what starts several processes of it.
+# Allowed before a command: environment variables and launchers.
 _STARTED = re.compile(r"(?:^|\s)internal-policy(?=\s|$)|-m internal_policy\.cli\b")
 
 
@@ -25,13 +25,13 @@ class Block:
     """A fenced block."""
 
     language: str
-    """What stands behind the fence."""
+    """The language after the opening fence."""
     code: str
     """Its lines, without those of the fence."""
     line: int
-    """The line of the document that its first line is."""
+    """The line number of its first line in the document."""
     not_run: str | None
-    """Why it cannot be run, where a comment before it says so: ``<!-- not run: needs a GPU -->``."""
+    """Why it cannot be run, if a comment before it says so: ``<!-- not run: needs a GPU -->``."""
 
 
 def blocks(path):
@@ -61,13 +61,13 @@ def run_python(path, shown, directory, timeout):
 
 def run_blocks(path, shown, scratch, work, timeout):
     """Run blocks of a document in their order, as a reader does: Python in one namespace, commands by bash."""
-    # A line of the program is the same line of the document, so that a traceback names the place.
+    # Line numbers of the program equal those of the document, so that tracebacks point to the document.
     lines = ["from documents import run_in_bash as bash"]
     for block in shown:
         if block.language == "python":
             lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
-        for number, line in lines_of(block) if block.language == "bash" else ():
-            if why_not_run(line) is None:
+        for number, line in bash_lines(block) if block.language == "bash" else ():
+            if reason_not_run(line) is None:
                 lines += [""] * (number - 1 - len(lines)) + [f"bash({line!r})"]
     program = scratch / f"{path.stem.replace('-', '_')}_blocks.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -90,7 +90,7 @@ def run_blocks(path, shown, scratch, work, timeout):
 
 def run_in_bash(line):
     """Run one command of a document; a training of minutes with fewer steps."""
-    if (own_arguments(line) or [""])[0] == "train":
+    if (command_arguments(line) or [""])[0] == "train":
         line = line.partition(" #")[0].replace("--max-steps 60", "") + f" --max-steps {FEW_STEPS}"
     subprocess.run(["bash", "-c", line], check=True, stdout=subprocess.DEVNULL)
 
@@ -109,22 +109,22 @@ _WHY_NOT = {
 }
 
 
-def why_not_run(line):
-    """Why a command of a document is not run by the tests; None where it is."""
-    if own_arguments(line) is None and not line.partition("#")[0].strip():
+def reason_not_run(line):
+    """Why the tests do not run a command of a document; None if they do."""
+    if command_arguments(line) is None and not line.partition("#")[0].strip():
         return "a comment"
     return next((why for pattern, why in _WHY_NOT.items() if re.search(pattern, line.partition(" #")[0])), None)
 
 
 def command_lines(path):
-    """The lines of the bash blocks of a document, with their numbers; a line that goes on is one line."""
+    """The lines of the bash blocks of a document, with their numbers; continued lines are joined."""
     for block in blocks(path):
         if block.language == "bash":
-            yield from lines_of(block)
+            yield from bash_lines(block)
 
 
-def lines_of(block):
-    """The lines of a bash block with their numbers; a line that goes on is one line."""
+def bash_lines(block):
+    """The lines of a bash block with their numbers; continued lines are joined."""
     start, held = block.line, ""
     for number, line in enumerate(block.code.splitlines(), start=block.line):
         start = start if held else number
@@ -134,8 +134,8 @@ def lines_of(block):
             held = ""
 
 
-def own_arguments(line):
-    """What a line gives to internal-policy, as a shell splits it; None where it starts something else."""
+def command_arguments(line):
+    """The arguments of an internal-policy command, split as by a shell; None for other commands."""
     if (found := _STARTED.search(line.partition(" #")[0])) is None or line.lstrip().startswith("#"):
         return None
     return shlex.split(line[found.end() :], comments=True)

@@ -1,4 +1,4 @@
-"""Both policies of a trainer against those of each sequence alone in float64, written down from the modelling code."""
+"""Both policies of a trainer against unbatched float64 references written down from the modelling code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import operator
 
 import torch
-from trainers import aligning, left_padded
+from trainers import left_padded, make_bupo_trainer
 
 from internal_policy import models
 from internal_policy.extractors import residual_hooks
@@ -22,13 +22,13 @@ EXPERTS = {"router_aux_loss_coef": 0.0}
 def in_float64(model):
     exact = copy.deepcopy(model).double().eval()
     if hasattr(model.config, "num_experts_per_tok"):
-        # The grouped product of experts knows no float64.
+        # The grouped product of experts does not support float64.
         exact.set_experts_implementation("eager")
     return exact
 
 
 def logits_of(model, states):
-    """What the model makes of states, written down from the modelling code and not from the table."""
+    """Logits of states, written down from the modelling code and not from the table."""
     config, head = model.config, model.get_output_embeddings()
     z = states @ head.weight.T + (0 if head.bias is None else head.bias)
     z = z * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -38,7 +38,7 @@ def logits_of(model, states):
 
 @torch.no_grad()
 def alone(model, row, layer, site, lens, family=None):
-    """Logits of pi^l and the model's own [T, V], of one unpadded row in float64; states are those that hooks see."""
+    """Logits of pi^l and the model's own [T, V], of one unpadded row in float64; states are captured by hooks."""
     described = models.wrap(model, None, "tiny", family=family)
     seen = {}
     with residual_hooks(described, torch.arange(len(row)), lambda s: seen.setdefault(s.layer, s)):
@@ -50,7 +50,7 @@ def alone(model, row, layer, site, lens, family=None):
 
 
 def assert_policies(trainer, untouched, layer, site, lens, family=None):
-    """Both policies on left-padded rows are those of each row alone."""
+    """Assert that both policies on left-padded rows equal those of each unpadded row."""
     exact = in_float64(untouched)
     ids, mask, keep = left_padded()
     rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
@@ -69,6 +69,6 @@ def assert_policies(trainer, untouched, layer, site, lens, family=None):
 
 def check_policies(tmp_path, model, site, lens, family=None):
     untouched = copy.deepcopy(model)
-    trainer = aligning(tmp_path, model, layer=3, temperature=TEMPERATURE, site=site, lens=lens, **EXPERTS)
+    trainer = make_bupo_trainer(tmp_path, model, layer=3, temperature=TEMPERATURE, site=site, lens=lens, **EXPERTS)
     assert_policies(trainer, untouched, 3, site, lens, family)
     return trainer

@@ -1,10 +1,10 @@
-"""A server with NDIF's protocol, run as a script by test_nnsight.py in a process of its own.
+"""A server with NDIF's protocol, run as a script by test_nnsight.py in a subprocess.
 
     python ndif_server.py MODEL_DIRECTORY
 
 It cannot import internal_policy, loads only classes of modules that NDIF allows, and runs what it gets as NDIF does:
-deserialised against its own model, returning what the block saved. It prints its port, then one line of JSON a request:
-the bytes of the request and of the result, and what the request asked to be loaded.
+deserialised against its own model, returning what the block saved. It prints its port, then one line of JSON for each
+request: the bytes of the request and of the result, and the classes that the request loaded.
 """
 
 import base64
@@ -42,19 +42,19 @@ ALLOWED = {
 }
 model = None
 connections = {}
-asked = set()
+requested_classes = set()
 
 
 class Unpickler(CustomCloudUnpickler):
     def find_class(self, module, name):
-        asked.add(f"{module}:{name}")
+        requested_classes.add(f"{module}:{name}")
         if module.split(".")[0] not in ALLOWED:
             raise PermissionError(f"{module} is not allowed on the server")
         return super().find_class(module, name)
 
 
 def execute(request, blob):
-    asked.clear()
+    requested_classes.clear()
     model._remoteable_set_env(request.env)
     tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), request.compress, Unpickler)
     inc()
@@ -83,7 +83,7 @@ def frame(payload, opcode):
 def answer(connection, request, blob):
     try:
         result = execute(request, blob)
-        line = {"request": len(blob), "result": len(result), "asked": sorted(asked)}
+        line = {"request": len(blob), "result": len(result), "classes": sorted(requested_classes)}
         print(json.dumps(line), flush=True)
         if request.compress:
             result = zstandard.ZstdCompressor().compress(result)

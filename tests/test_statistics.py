@@ -84,7 +84,7 @@ def test_agrees_with_the_bootstrap():
     assert np.abs(draws.mean(axis=0) - mean) == pytest.approx(np.zeros(4), abs=0.15 * stderr.max())
 
 
-def test_samples_of_a_prompt_that_agree_widen_the_error():
+def test_correlated_samples_of_a_prompt_widen_the_standard_error():
     generator = np.random.default_rng(1)
     prompts = np.repeat(np.arange(15), 8)
     values = (generator.gamma(2.0, 0.5, 15)[prompts] + 0.01 * generator.standard_normal(120))[:, None]
@@ -111,7 +111,7 @@ def test_one_response_has_a_mean_and_no_error():
     assert bootstrap_means([[2.0]], [10], resamples=3).ravel().tolist() == [2.0, 2.0, 2.0]
 
 
-def test_nan_is_left_out_of_its_column_only():
+def test_nan_is_excluded_from_its_column_only():
     values, lengths = ragged(12, 2)
     values[::3, 1] = np.nan
     kept = ~np.isnan(values[:, 1])
@@ -128,7 +128,7 @@ def test_a_response_without_tokens_changes_nothing():
     assert more == clustered_mean(values, lengths)
 
 
-def test_no_spread_gives_an_interval_of_no_width():
+def test_constant_values_give_an_interval_of_zero_width():
     low, high = confidence_interval(np.full((5, 1), 3.0), [1, 2, 3, 4, 5])
     assert (low[0], high[0]) == pytest.approx((3.0, 3.0), abs=ROUNDING)
 
@@ -159,7 +159,7 @@ def test_95_percent_intervals_cover(n_clusters: int, correlation: float):
     assert 0.93 <= hits / n_data_sets <= 0.97
 
 
-def test_bootstrap_is_set_by_its_seed_and_keeps_columns_together():
+def test_bootstrap_is_reproducible_and_resamples_columns_jointly():
     values, lengths = ragged()
     values[:, 1] = -values[:, 0]
     first = bootstrap_means(values, lengths, resamples=600, seed=3)
@@ -186,12 +186,12 @@ def test_wrong_input_is_refused_in_one_line(values, n_tokens, clusters, named):
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
-def test_level_is_a_share(level: float):
+def test_confidence_level_must_be_between_zero_and_one(level: float):
     with pytest.raises(UserError, match="level"):
         confidence_interval([[1.0], [2.0]], [1, 1], level=level)
 
 
-def test_layer_table_has_its_columns_order_and_numbers():
+def test_layer_table_columns_order_and_values():
     changes, lengths = ragged(12, 3)
     prompts = np.arange(12) // 2
     frame = responses_frame(changes, lengths, prompts)
@@ -232,7 +232,7 @@ def test_policy_entropy_reads_both_ends():
         policy_entropy(frame[frame["site"] != "policy"])
 
 
-def test_change_curves_resample_prompts_and_keep_layers_together():
+def test_change_curves_resample_prompts_jointly_over_layers():
     changes, lengths = ragged(40, 3)
     changes[:, 2] = changes[:, 0]
     prompts = np.arange(40) // 4

@@ -16,14 +16,14 @@ FAST = ("llama", "qwen3", "gemma2", "gpt_neox", "qwen3_moe")
 VOCAB = 61
 
 
-def in_tiers(model_types):
+def slow_unless_fast(model_types):
     """Parameters of a test over families, of which only those of ``FAST`` run in the fast tier."""
     return [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in model_types]
 
 
 _MOE = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_head": 4}
-OWN = {
+FAMILY_OPTIONS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {**_MOE, "num_experts": 4},
@@ -50,14 +50,14 @@ OWN = {
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
 }
-"""What a configuration needs beside the common sizes, so that every part that makes the family differ is at work."""
+"""Options of each family in addition to the common sizes, chosen so that its special parts have an effect."""
 
 
 def tiny_model(
     model_type, *, tied=False, layers=3, kv_heads=2, seed=0, vocab=VOCAB, context=64, attention=None, **config
 ):
     """A randomly initialised model of a real architecture, with weights large enough to make the policies differ."""
-    own = OWN.get(model_type, {})
+    own = FAMILY_OPTIONS.get(model_type, {})
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -72,7 +72,7 @@ def tiny_model(
     if model_type in ("deepseek_v3", "gpt_neox"):
         del sizes["head_dim"]
     if model_type == "gpt_neox":
-        # A real one has no such field, and transformer-lens believes any that is there.
+        # The real configuration has no such field, and transformer-lens would use it.
         del sizes["num_key_value_heads"]
     if model_type == "deepseek_v3":
         sizes["num_key_value_heads"] = 4
@@ -94,11 +94,11 @@ def tiny_model(
         ),
         **({"attn_implementation": attention} if attention else {}),
     )
-    return _shaken(model).eval()
+    return _perturb_vectors(model).eval()
 
 
-def _shaken(model):
-    """Biases and norm weights away from where they begin: a part that is left out must show."""
+def _perturb_vectors(model):
+    """Perturb biases and norm weights, so that leaving one out changes the result."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

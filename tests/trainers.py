@@ -1,4 +1,4 @@
-"""Trainers of tiny models, and what their updates are watched by."""
+"""Trainers of tiny models, and recorders of their updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYERS = 4
 
 
 def reward(prompts, completions, **kwargs):
-    """Any function of the text that differs within a group."""
+    """A deterministic reward that differs within a group."""
     return [float(sum(map(len, text.split())) % 5) for text in completions]
 
 
@@ -63,7 +63,7 @@ def make_trainer(tmp_path, model=None, kind=BuPOTrainer, **changed):
     )
 
 
-def aligning(tmp_path, model=None, layer=2, ipa_steps=1, **changed):
+def make_bupo_trainer(tmp_path, model=None, layer=2, ipa_steps=1, **changed):
     return make_trainer(tmp_path, model, method="bupo", layer=layer, ipa_steps=ipa_steps, **changed)
 
 
@@ -108,7 +108,7 @@ class _Gradients(__import__("transformers").TrainerCallback):
 
 
 class Recorder(BuPOTrainer):
-    """Notes of which policy the old and the new log-probabilities of each update are."""
+    """Records which policy the old and the new log-probabilities of each update belong to."""
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         self.__dict__.setdefault("calls", []).append(self._aligning)

@@ -1,4 +1,4 @@
-"""Make the testbed models from nothing: ``python scripts/testbed/make.py``, about half an hour a model."""
+"""Train the testbed models from scratch: ``python scripts/testbed/make.py``, about half an hour per model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(short: str, out: Path, recipe: Recipe, n_eval: int = 1000, n_curves: in
         n_curves: The first of these, whose sampled responses give the entropies.
 
     Returns:
-        ``out/short``, with ``measurements.json`` beside the weights.
+        ``out/short``, with ``measurements.json`` next to the weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -64,7 +64,7 @@ def make(short: str, out: Path, recipe: Recipe, n_eval: int = 1000, n_curves: in
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n_eval: int, n_curves: int) -> dict[str, Any]:
-    """Measure what the model card tells.
+    """Measure the values of the model card.
 
     Args:
         model: The model.
@@ -118,13 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, measured: dict[str, Any]) -> None:
-    # All files are made in a directory beside the target, which then takes its name: no half-written model is seen.
+    # Files are written to a temporary directory that is then renamed, so that no partial model is visible.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "measurements.json").write_text(json.dumps(measured, indent=1) + "\n")
-        # Both mkdtemp and safetensors keep others out, who may be the users of an installed package.
+        # mkdtemp and safetensors create private files, but users of an installed package must be able to read them.
         partial.chmod(0o755)
         for file in partial.iterdir():
             file.chmod(0o644)

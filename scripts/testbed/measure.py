@@ -1,4 +1,4 @@
-"""What the model card tells: accuracy, and the entropies of the internal policies by a second, plain implementation."""
+"""Measurements of the model card: accuracy, and the entropies of the internal policies by a second implementation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def respond(
         batch: Problems answered at a time.
 
     Returns:
-        For each problem the ids of the templated prompt and those of the response, up to and with ``<eos>``.
+        For each problem the ids of the templated prompt and those of the response, up to and including ``<eos>``.
     """
     torch.manual_seed(seed)
     out = []

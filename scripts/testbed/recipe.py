@@ -61,7 +61,7 @@ class Recipe:
         init_std: The standard deviation of the initial weight matrices.
         embedding_std: That of the initial embedding, which is also the unembedding.
         seed: Seeds the weights and the problems of the training.
-        batch: Problems a step, drawn afresh.
+        batch: New problems per step.
         clean_steps: Steps on right solutions.
         restart_steps: More such steps, with a second warm-up and cosine.
         slip_steps: Steps, afterwards, on solutions that slip.
@@ -158,7 +158,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     Returns:
         A tokenizer whose ids are the positions in `WORDS`; decoding puts the words together without spaces, so
-        that text without white space comes back as it went in. What is not in `WORDS` becomes ``<unk>``.
+        that text without white space comes back as it went in. Text that is not in `WORDS` becomes ``<unk>``.
     """
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from internal_policy.data.arithmetic import Problem, make_problem
 
 SAVE_EVERY = 100
-# Long solutions are harder and hold more tokens; short ones are a small part of the way there.
+# Long solutions are harder and have more tokens; short ones are only a step towards them.
 LEVEL_WEIGHTS = {1: 1, 2: 2, 3: 2, 4: 3}
 # Keller Jordan's quintic: five iterations bring every singular value into about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def draw_batch(recipe: Recipe, step: int) -> list[Problem]:
-    """Draw the problems of one step; they depend on nothing but the arguments.
+    """Draw the problems of one step; they depend only on the arguments.
 
     Args:
         recipe: The seed, the batch size and the stages.

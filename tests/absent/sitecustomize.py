@@ -1,4 +1,4 @@
-"""Hides packages as if they were not installed, in this process and in those that it starts."""
+"""Hide packages as if they were not installed, in this process and its children."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Processes that a launcher started share the responses out, and give what one process gives, bit for bit."""
+"""Several launched processes split the responses and give bitwise the same results as one process."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def assert_same(one: Path, other: Path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(alone, tmp_path):
+def test_two_processes_give_the_same_results_as_one(alone, tmp_path):
     done = launched(2, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     found = tmp_path / "out" / "testbed--llama"
     assert_same(alone, found)
     assert not (found / "work").exists()
-    # One process speaks for both.
+    # Only the main process prints.
     assert done.stdout.count("boundary layer:") == 1
     assert done.stdout.count("figures:") == 1
 
 
 @pytest.mark.slow
-def test_what_one_process_began_two_finish(alone, tmp_path):
-    """A run of another number of processes is taken up: who does what does not depend on what is done."""
+def test_two_processes_resume_the_run_of_one(alone, tmp_path):
+    """A run with another number of processes is resumed: results do not depend on the split."""
     from internal_policy import analyze
     from internal_policy.analysis import pipeline
 
@@ -94,7 +94,7 @@ def test_what_one_process_began_two_finish(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_directory_is_told_in_every_process_and_nothing_hangs(alone, tmp_path):
+def test_a_bad_directory_is_reported_in_every_process_without_hanging(alone, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(alone, out / "testbed--llama")
     done = launched(2, out, "--seed", "1")

@@ -1,4 +1,4 @@
-"""The analysis as a whole, from Python: what it returns, what it writes, what it does not depend on."""
+"""The whole analysis from Python: what it returns, what it writes and what it does not depend on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def analysis(model, tokenizer):
     return analyze(model, tokenizer=tokenizer, responses=ragged_responses(6), keep_tokens=2)
 
 
-def test_means_are_those_of_the_definition_over_all_tokens(analysis, model):
+def test_means_match_the_definition_over_all_tokens(analysis, model):
     oracle = copy.deepcopy(model)
     found = [reference(oracle, record) for record in ragged_responses(6)]
     sites = {"layer": "layer", "attn": "attn", "ffn": "ffn"}
@@ -78,7 +78,7 @@ def test_layer_change_is_the_difference_of_neighbouring_layers(analysis):
     np.testing.assert_array_equal(into[1:], out[:-1])
 
 
-def test_saved_and_loaded_it_is_the_same(analysis, tmp_path):
+def test_saving_and_loading_an_analysis(analysis, tmp_path):
     analysis.save(tmp_path / "a")
     loaded = Analysis.load(tmp_path)
     for name in ("layers", "responses", "tokens", "sequences"):
@@ -114,14 +114,14 @@ def test_sampled_analysis_does_not_depend_on_batch_size(model, tokenizer, batch_
     assert one.n_responses == 8
 
 
-def test_the_seed_decides_the_responses(model, tokenizer):
+def test_the_seed_determines_the_responses(model, tokenizer):
     options = {"tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 10}
     first, again, other = (analyze(model, seed=s, **options) for s in (0, 0, 1))
     pd.testing.assert_frame_equal(first.layers, again.layers, check_exact=True)
     assert first.sequences["response"].tolist() != other.sequences["response"].tolist()
 
 
-def test_limits_are_kept(model, tokenizer):
+def test_token_and_response_limits_are_respected(model, tokenizer):
     given = analyze(model, tokenizer=tokenizer, responses=ragged_responses(6), max_responses=2)
     assert given.n_responses == 2
     sampled = analyze(
@@ -140,7 +140,7 @@ def test_bfloat16_states_are_reduced_in_float32(tokenizer):
     np.testing.assert_allclose(half.layers["entropy_out"], full.layers["entropy_out"], rtol=0, atol=0.1)
 
 
-def test_output_is_written_and_taken_up(model, tokenizer, tmp_path):
+def test_output_is_written_and_reused(model, tokenizer, tmp_path):
     options = {"tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 4, "output": tmp_path}
     first = analyze(model, **options)
     assert first.path is not None
@@ -154,7 +154,7 @@ def test_output_is_written_and_taken_up(model, tokenizer, tmp_path):
         analyze(tiny_model("qwen3", seed=1), **options)
 
 
-def test_responses_that_were_cut_are_counted(model, tokenizer, tmp_path):
+def test_truncated_responses_are_counted(model, tokenizer, tmp_path):
     analysis = analyze(model, tokenizer, prompts=PROMPTS * 5, max_new_tokens=30, output=tmp_path)
     ended = [ids[-1] == tokenizer.eos_token_id for ids in analysis.sequences["input_ids"]]
     assert 0 < sum(ended) < 20
@@ -171,7 +171,7 @@ def test_the_checkpoints_own_limit_of_tokens_is_the_default(tokenizer):
     assert analysis.config["token_limit"] == 3
 
 
-def test_an_interrupted_run_goes_on_with_another_batch_size(model, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_another_batch_size(model, tokenizer, tmp_path, monkeypatch):
     options = {"tokenizer": tokenizer, "prompts": PROMPTS, "max_new_tokens": 8, "samples_per_prompt": 3}
     whole = analyze(model, **options)
     calls = []
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on_with_another_batch_size(model, tokenizer, tm
         analyze(model, output=tmp_path, batch_size=2, **options)
     assert not list(tmp_path.rglob("analysis.json"))
     resumed = analyze(model, output=tmp_path, batch_size=5, **options)
-    # Two of the portions had been analysed before: 8 of the 12 responses were left, in two batches of five and less.
+    # Two of the shards were already stored: 8 of the 12 responses were left, in two batches of at most five.
     assert sum(len(responses) for _, responses in calls[3:]) == 8
     pd.testing.assert_frame_equal(resumed.sequences, whole.sequences)
     pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=False, rtol=0, atol=1e-5)
@@ -200,7 +200,7 @@ def test_without_output_nothing_is_written(analysis, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_users_model_is_left_as_it_was(tokenizer):
+def test_the_users_model_is_unchanged(tokenizer):
     model = tiny_model("mistral").train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     config = model.generation_config
@@ -229,7 +229,7 @@ def test_prompts_in_any_container(model, tokenizer, source, tmp_path):
     assert analysis.sequences["input_ids"].tolist() == wanted.sequences["input_ids"].tolist()
 
 
-def test_paths_and_an_earlier_analysis_are_sources(model, tokenizer, tmp_path):
+def test_paths_and_earlier_analyses_are_accepted_as_sources(model, tokenizer, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps([{"prompt": p} for p in PROMPTS]))
     first = analyze(model, tokenizer=tokenizer, prompts=tmp_path / "p.json", max_new_tokens=3)
     first.save(tmp_path / "a")
@@ -248,12 +248,12 @@ def test_paths_and_an_earlier_analysis_are_sources(model, tokenizer, tmp_path):
         ({"prompts_split": "train"}, "--prompts-split train was given with a local file"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(model, tokenizer, options, message):
+def test_options_without_effect_are_refused(model, tokenizer, options, message):
     with pytest.raises(UserError, match=message):
         analyze(model, tokenizer=tokenizer, prompts=PROMPTS, **options)
 
 
-def test_each_module_of_the_users_model_keeps_its_mode(tokenizer):
+def test_each_module_keeps_its_training_mode(tokenizer):
     model = tiny_model("mistral").train()
     model.model.layers[1].eval()
     analyze(model, tokenizer=tokenizer, prompts=PROMPTS, max_new_tokens=2)
@@ -262,7 +262,7 @@ def test_each_module_of_the_users_model_keeps_its_mode(tokenizer):
     assert model.model.layers[0].mlp.training
 
 
-def test_misspelt_options_and_missing_tokenizer_are_told(model):
+def test_misspelt_options_and_missing_tokenizer_are_reported(model):
     with pytest.raises(UserError, match="unknown option 'max_tokens'"):
         analyze(model, tokenizer=tiny_tokenizer(), prompts=PROMPTS, max_tokens=3)
     with pytest.raises(UserError, match="without its tokenizer"):

@@ -1,4 +1,4 @@
-"""A finished analysis is recognised by the files that it was made of, and by nothing less."""
+"""A finished analysis is reused only if all files that it depends on are unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIONS = {"max_responses": 2, "max_new_tokens": 4, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_analysis(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     shutil.copytree(testbed.path("testbed/qwen3"), place / "model")
     (place / "prompts.jsonl").write_text('{"prompt": "a=2,b=a+1;b?"}\n{"prompt": "a=5;a?"}\n')
@@ -25,18 +25,18 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, tmp_path):
+def place(finished_analysis, tmp_path):
     """A copy; of the directory of the analysis too, which is named by the model's."""
-    return shutil.copytree(made, tmp_path / made.name)
+    return shutil.copytree(finished_analysis, tmp_path / finished_analysis.name)
 
 
-def asked(place, **other):
+def config_for(place, **other):
     options = {"prompts": str(place / "prompts.jsonl"), **OPTIONS, **other}
     return AnalyzeConfig(model=str(place / "model"), **options)
 
 
 def complete(place, **other):
-    found = find_finished([asked(place, **other)], place / "out")
+    found = find_finished([config_for(place, **other)], place / "out")
     return None if found is None else found[0]
 
 
@@ -54,14 +54,14 @@ def change_a_byte(path, at=-1):
 def test_the_same_files_give_the_same_analysis(place):
     found = complete(place)
     assert found.n_responses == 2
-    # Neither is read when a model is loaded.
+    # Neither file is read when a model is loaded.
     (place / "model" / "optimizer.pt").write_bytes(b"x")
     (place / "model" / "checkpoint-1").mkdir()
     assert complete(place) is not None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
-def test_another_byte_is_noticed(name, place):
+def test_a_changed_byte_is_detected(name, place):
     change_a_byte(place / "model" / name)
     assert complete(place) is None
 
@@ -80,17 +80,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_other_files_are_noticed(change, place):
+def test_changed_files_are_detected(change, place):
     change(place)
     assert complete(place) is None
 
 
-def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path):
+def test_changed_code_and_libraries_are_detected(place, monkeypatch, tmp_path):
     analysis = complete(place)
     other = dataclasses.replace(analysis, versions={**analysis.versions, "torch": "1.0"})
-    assert not is_up_to_date(asked(place), other)
+    assert not is_up_to_date(config_for(place), other)
     for unknown in ({"files": None}, {"hooked": ["a hook"]}):
-        assert not is_up_to_date(asked(place), dataclasses.replace(analysis, config={**analysis.config, **unknown}))
+        assert not is_up_to_date(
+            config_for(place), dataclasses.replace(analysis, config={**analysis.config, **unknown})
+        )
     (tmp_path / "code.py").write_text("")
     monkeypatch.setattr(result_format, "_PACKAGE", tmp_path)
     assert complete(place) is None
@@ -109,12 +111,12 @@ def test_other_code_and_other_libraries_are_noticed(place, monkeypatch, tmp_path
         {"model": "owner/name"},
     ],
 )
-def test_where_more_than_files_decides_nothing_is_concluded(other, place):
-    assert config_digest(asked(place)) is not None
-    assert config_digest(dataclasses.replace(asked(place), **other)) is None
+def test_results_that_depend_on_more_than_files_are_not_reused(other, place):
+    assert config_digest(config_for(place)) is not None
+    assert config_digest(dataclasses.replace(config_for(place), **other)) is None
 
 
-def test_a_gpu_may_be_what_auto_means(monkeypatch, tmp_path):
+def test_auto_device_may_be_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(result_format, "Path", lambda name: tmp_path)
     assert result_format._is_cpu("auto") == (result_format.sys.platform == "linux")
     (tmp_path / "nvidia0").touch()

@@ -1,4 +1,4 @@
-"""Finished sweeps, lenses, evaluations and runs are recognised by their files, as one analysis is."""
+"""Finished sweeps, lenses, evaluations and runs are recognised by their files, like a single analysis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from base_installation import EACH, run_base
-from finished import make
+from synthetic_run import make
 from test_finished import change_a_byte
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
@@ -49,17 +49,17 @@ COMMANDS = {
 
 
 def keep(path, options):
-    """A finished run that says which call made it."""
+    """A finished run that records its call."""
     run = make(path)
     asked = TrainConfig.from_keywords(**options)
-    said = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
+    call = {"options": {"output": str(path)}, "objects": [], "from_hub": [], "digest": call_digest(asked)}
     versions = {"torch": metadata.version("torch")}
-    run = dataclasses.replace(run, call=said, versions=versions, config={**run.config, "hooked": None})
+    run = dataclasses.replace(run, call=call, versions=versions, config={**run.config, "hooked": None})
     run.save()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_results(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     for name in ("model", "run/checkpoint-1", "run/checkpoint-2"):
         shutil.copytree(testbed.path("testbed/qwen3"), place / name)
@@ -78,9 +78,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def place(made, tmp_path, monkeypatch):
-    """A copy, in which the results are called as they were."""
-    copy = shutil.copytree(made, tmp_path / made.name)
+def place(finished_results, tmp_path, monkeypatch):
+    """A copy in which the results keep their names."""
+    copy = shutil.copytree(finished_results, tmp_path / finished_results.name)
     monkeypatch.chdir(copy)
     monkeypatch.setattr(result_format, "_ACCELERATORS", ())
     return copy
@@ -109,11 +109,11 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_another_byte_is_noticed(kind, place):
+def test_a_changed_byte_is_detected(kind, place):
     assert find(kind, place) is not None
     for pattern in CHANGED[kind]:
         (path,) = place.glob(pattern)
-        # Of a text a digit, so that the file can still be read.
+        # In a text file one digit is changed, so that it can still be read.
         at = path.read_bytes().index(b"a=2") + 2 if path.suffix == ".jsonl" else -1
         change_a_byte(path, at)
         assert find(kind, place) is None
@@ -122,12 +122,12 @@ def test_another_byte_is_noticed(kind, place):
 
 
 @pytest.mark.parametrize("kind", ["lenses", "sweep", "evaluation"])
-def test_other_settings_are_refused_as_before(kind, place):
+def test_other_settings_are_refused(kind, place):
     with pytest.raises(UserError, match="with other settings"):
         find(kind, place, seed=3)
 
 
-def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
+def test_an_evaluation_that_depends_on_more_than_files_is_not_reused(place):
     for other in ({"max_problems": 1}, {"max_problems": None}, {"device": "cuda"}):
         assert find("evaluation", place, **other) is None
     asked = EvaluateConfig(model="model", benchmark="prompts", **{**RATED, "reward": "exact"})
@@ -164,11 +164,11 @@ def test_an_evaluation_is_not_known_where_more_than_files_decides(place):
     ],
     ids=str,
 )
-def test_a_run_that_another_call_made_is_not_taken(other, place):
+def test_a_run_of_another_call_is_not_reused(other, place):
     assert find("run", place, **other) is None
 
 
-def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
+def test_a_run_with_other_libraries_or_a_gpu_is_not_reused(place, monkeypatch):
     monkeypatch.setattr(result_format, "library_version", lambda name: "1.0")
     assert find("run", place) is None
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_run_is_not_known_by_other_libraries_or_a_gpu(place, monkeypatch):
     assert find("run", place) is None
 
 
-def test_a_run_without_a_named_output_is_found_where_it_would_be(place):
+def test_a_run_in_the_default_output_is_found(place):
     directory = TrainConfig.from_keywords(**ASKED).directory
     keep(directory, ASKED)
     assert find("run", place, output=None).path == directory
@@ -196,26 +196,26 @@ def test_the_layer_of_an_analysis_counts_by_its_file(place):
 
 
 @pytest.mark.parametrize("kinds", [("lenses", "run"), pytest.param(tuple(COMMANDS), marks=pytest.mark.slow)])
-def test_nothing_is_loaded_for_nothing_to_do(place, kinds):
+def test_complete_results_load_no_libraries(place, kinds):
     short = "--max-new-tokens 4 --device cpu"
     asked = [COMMANDS[kind] + ("" if kind == "run" else f" {short}") for kind in kinds]
     asked = [words + (" --max-responses 2" if words.startswith("analyze") else "") for words in asked]
     done = run_base(PREPARED + EACH, *asked, f"{asked[0]} --seed 3", cwd=place, absent="")
     *same, other = done.stderr.split("# ")[1:]
-    # Other settings are refused at once, too.
+    # Other settings are refused immediately as well.
     assert "with other settings (seed 0 -> 3)" in other
     assert other.splitlines()[-1] == "2"
-    for said in same:
-        *lines, end = said.splitlines()[1:]
+    for call in same:
+        *lines, end = call.splitlines()[1:]
         assert lines
-        assert all("complete; nothing to " in line for line in lines), said
+        assert all("complete; nothing to " in line for line in lines), call
         # The exit code, and none of the libraries behind it.
         assert end == "0"
     assert "".join(same).count("complete; nothing to ") == sum(FINISHED[kind] for kind in kinds)
     assert {page.read_text() for page in (*place.glob("out/*/*.html"), place / "trained/report.html")} == {"a page"}
 
 
-def test_a_page_is_left_where_it_is_newer_than_its_result(place, monkeypatch, capsys):
+def test_a_page_newer_than_its_result_is_kept(place, monkeypatch, capsys):
     (analysis,) = place.glob("out/*--model")
     page = analysis / "report.html"
     found = Analysis.load(analysis)

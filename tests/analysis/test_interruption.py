@@ -1,4 +1,4 @@
-"""Killed at any moment, an analysis leaves nothing half-written, and the same command ends with the same numbers."""
+"""An analysis killed at any time leaves no partial files, and the same command finishes with the same results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def place(tmp_path):
 
 
 def whole_files_only(directory):
-    """Everything that a reader could take for a result can be read to its end."""
+    """Assert that every file that looks like a result can be read completely."""
     for path in directory.rglob("*"):
         if path.name.endswith(".tmp") or path.is_dir():
             continue
@@ -68,8 +68,8 @@ def test_killed_at_random_moments_and_resumed(place):
         )
 
     started = time.perf_counter()
-    straight = analyze("straight")
-    assert straight.wait() == 0, straight.stderr.read()
+    uninterrupted = analyze("uninterrupted")
+    assert uninterrupted.wait() == 0, uninterrupted.stderr.read()
     duration = time.perf_counter() - started
 
     rng = random.Random(0)
@@ -77,10 +77,10 @@ def test_killed_at_random_moments_and_resumed(place):
     shards = []
     while kills < KILLS:
         process = analyze("killed")
-        # The first kills fall anywhere, imports and loading included; then only after work has begun, so that most of
+        # The first kills happen at any time, imports and loading included; later ones only during work, so that most of
         # them interrupt sampling, capture or writing.
         before = sorted(place.glob("killed/*/work/*.npz"))
-        # A third of the time is imports and loading; where the machine has become faster since, a new shard tells.
+        # A third of the time is imports and loading; if the machine has become faster since, a new shard shows it.
         mark = time.perf_counter()
         patience = 120 if kills >= 3 else rng.uniform(0, duration / 3)
         while process.poll() is None and sorted(place.glob("killed/*/work/*.npz")) == before:
@@ -100,7 +100,7 @@ def test_killed_at_random_moments_and_resumed(place):
     last = analyze("killed")
     assert last.wait() == 0, last.stderr.read()
 
-    one, other = Analysis.load(place / "straight"), Analysis.load(place / "killed")
+    one, other = Analysis.load(place / "uninterrupted"), Analysis.load(place / "killed")
     pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
     pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
     pd.testing.assert_frame_equal(one.tokens, other.tokens, check_exact=True)
@@ -112,7 +112,7 @@ def test_killed_at_random_moments_and_resumed(place):
 
 
 @pytest.mark.slow
-def test_an_interrupt_from_the_keyboard_is_reported_in_one_line(place):
+def test_keyboard_interrupt_is_reported_in_one_line(place):
     process = subprocess.Popen(
         command("out"),
         cwd=place,
@@ -125,6 +125,6 @@ def test_an_interrupt_from_the_keyboard_is_reported_in_one_line(place):
     while not list(place.glob("out/*/work/generate-*.npz")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.splitlines()[-1] == "interrupted; the same command resumes where it stopped"
+    assert stderr.splitlines()[-1] == "interrupted; the same command resumes where it stopped"

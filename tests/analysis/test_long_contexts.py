@@ -1,11 +1,11 @@
-"""Windows and scaled positions: the numbers stay those of each sequence alone."""
+"""Attention windows and scaled positions: results equal those of each sequence without batching."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from captures import FLOAT32_NATS, captured, own_entropies, wrapped
-from tiny import OWN, tiny_model
+from capture_checks import FLOAT32_NATS, captured, entropies_of_logits, wrapped
+from tiny import FAMILY_OPTIONS, tiny_model
 
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.data.responses import read_responses
@@ -18,7 +18,10 @@ WINDOWS = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     "phi3": {"sliding_window": 8, "pad_token_id": 0},
-    **{name: {**OWN[name], "layer_types": MIXED} for name in ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")},
+    **{
+        name: {**FAMILY_OPTIONS[name], "layer_types": MIXED}
+        for name in ("gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss")
+    },
 }
 
 
@@ -32,14 +35,16 @@ def check_batches_against_alone(model, records):
         for record, values in zip(records, captured(model, records, side), strict=True):
             (alone,) = captured(model, [record])
             np.testing.assert_allclose(values.layers, alone.layers, rtol=0, atol=FLOAT32_NATS)
-            np.testing.assert_allclose(values.policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS)
+            np.testing.assert_allclose(
+                values.policy[:, 1], entropies_of_logits(model, record), rtol=0, atol=FLOAT32_NATS
+            )
 
 
 @pytest.mark.parametrize("model_type", WINDOWS)
 def test_windows_shorter_than_the_sequence(model_type):
     model, records = tiny_model(model_type, **WINDOWS[model_type]), long_records([31, 6, 19])
     check_batches_against_alone(model, records)
-    # The window is at work: with a wider one the numbers differ.
+    # The window has an effect: a wider one changes the results.
     wide = tiny_model(model_type, **{**WINDOWS[model_type], "sliding_window": 64})
     assert np.abs(captured(wide, records)[0].policy - captured(model, records)[0].policy).max() > 0.01
 
@@ -61,7 +66,7 @@ def scaled_model(rope_type, **config):
 
 
 @pytest.mark.parametrize("rope_type", SCALED)
-def test_scaled_positions_give_what_the_model_gives_alone(rope_type):
+def test_scaled_positions_match_unbatched_sequences(rope_type):
     # YaRN's checkpoints often leave the context at the length before stretching.
     model = scaled_model(rope_type, context=16 if rope_type == "yarn" else 64)
     # Sequences on either side of the original context, and just at it.
@@ -69,10 +74,10 @@ def test_scaled_positions_give_what_the_model_gives_alone(rope_type):
     plain = tiny_model(SCALED[rope_type][0], **({"pad_token_id": 0} if rope_type == "longrope" else {}))
     if rope_type != "dynamic":  # which changes nothing within max_position_embeddings
         (record,) = long_records([40])
-        assert np.abs(own_entropies(model, record) - own_entropies(plain, record)).max() > 0.001
+        assert np.abs(entropies_of_logits(model, record) - entropies_of_logits(plain, record)).max() > 0.001
 
 
-def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencies():
+def test_dynamics_do_not_depend_on_the_batch_with_length_dependent_frequencies():
     model = wrapped(scaled_model("longrope"))
     responses = read_responses(long_records([40, 9, 16, 17, 12]), model.tokenizer, "plain")
     one, all_together = (Dynamics(model, responses, 1, batch_size=n).measure() for n in (1, 5))
@@ -80,7 +85,7 @@ def test_dynamics_are_the_same_in_any_batch_where_length_switches_the_frequencie
     assert one.log_perplexity == pytest.approx(all_together.log_perplexity, abs=FLOAT32_NATS)
 
 
-def test_the_longest_sequence_is_what_the_positions_are_stretched_to():
+def test_the_longest_sequence_sets_the_scaling_of_positions():
     assert context.max_length(scaled_model("yarn", context=16).config) == 64
     assert context.max_length(scaled_model("yarn", context=64).config) == 64
     assert context.max_length(scaled_model("dynamic", context=16).config) == 16

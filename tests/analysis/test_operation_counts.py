@@ -1,4 +1,4 @@
-"""What an analysis computes and allocates, counted operation by operation: unlike time, the same on every machine."""
+"""Operations and memory of an analysis, counted per operation, which unlike time are the same on every machine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LAYERS, VOCAB, PROMPT = 6, 4_099, 5
 
 
 class Operations(TorchDispatchMode):
-    """Counts logits of internal policies, and the bytes that are alive at the worst moment."""
+    """Counts the logits of internal policies and the peak of allocated bytes."""
 
     def __init__(self):
         super().__init__()
         self.logits = self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         # Only the entropies write their products into buffers.
         if func.overloadpacket is torch.ops.aten.mm and "out" in (kwargs or {}):
-            self.logits += made.numel()
+            self.logits += output.numel()
         known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(made):
+        for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in known:
                 self._note(tensor.untyped_storage())
-        return made
+        return output
 
     def _note(self, storage):
         self.alive += storage.nbytes()
@@ -57,18 +57,18 @@ def operations(n=40, *, lens="policy", dtype=torch.float32, vocab=VOCAB, sequenc
     return counted
 
 
-def test_four_products_a_layer_and_one_for_the_embedding_and_one_for_the_policy():
+def test_four_products_per_layer_plus_embedding_and_policy():
     assert operations(sequences=3).logits == 3 * 40 * VOCAB * (4 * LAYERS + 2)
 
 
-def test_many_tokens_wait_for_four_layers_only(monkeypatch):
+def test_at_most_four_layers_are_buffered(monkeypatch):
     monkeypatch.setattr(reduce, "_STATES_BUDGET", 1)
-    # Layers 1-4 and 5-6: the second group starts with a product of its own.
+    # Layers 1-4 and 5-6: the second group starts with a separate product.
     assert operations().logits == 40 * VOCAB * (4 * LAYERS + 3)
 
 
 @pytest.mark.parametrize(("lens", "dtype"), [("policy", torch.bfloat16), ("logit-lens", torch.float32)])
-def test_five_products_where_logits_do_not_add_up(lens, dtype):
+def test_five_products_per_layer_if_logits_are_not_additive(lens, dtype):
     assert operations(lens=lens, dtype=dtype).logits == 40 * VOCAB * (5 * LAYERS + 2)
 
 

@@ -1,4 +1,4 @@
-"""Other precisions: the numbers stay those of the definitions."""
+"""Other precisions: results still match the definitions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from captures import captured, check_against_the_same_states, states_of, wrapped
+from capture_checks import captured, check_quantities, states_of, wrapped
 from tiny import ragged_responses, tiny_model
 
 from internal_policy import UserError
@@ -28,16 +28,16 @@ def test_numbers_of_16_bit_states_are_exact_to_float32(model_type, dtype):
     verify(HookExtractor(model))
     records = ragged_responses(3)
     assert {t.dtype for s in states_of(model, records[0]) for t in (s.residual_out, s.ffn_write)} == {dtype}
-    check_against_the_same_states(model, records)
+    check_quantities(model, records)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_lens_norms_16_bit_states_as_the_model_does(dtype):
-    check_against_the_same_states(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
+def test_the_lens_normalises_16_bit_states_like_the_model(dtype):
+    check_quantities(wrapped(tiny_model("qwen3").to(dtype)), ragged_responses(3), "logit-lens")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_states_are_those_of_the_models_own_forward_pass(dtype):
+def test_states_match_the_models_forward_pass(dtype):
     model = wrapped(tiny_model("qwen3").to(dtype))
     record = ragged_responses(1)[0]
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_states_are_those_of_the_models_own_forward_pass(dtype):
         assert torch.equal(states.residual_in, hidden[0, at])
 
 
-def test_a_stream_that_overflows_float16_is_refused_and_bfloat16_holds_it():
+def test_a_stream_that_overflows_float16_is_refused_but_fits_bfloat16():
     model = tiny_model("llama", mlp_bias=True)
     with torch.no_grad():
         for layer in model.model.layers:

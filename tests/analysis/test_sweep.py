@@ -1,4 +1,4 @@
-"""Sweeps over checkpoints: which ones, on which responses, one at a time, and taken up where they stopped."""
+"""Sweeps over checkpoints: which checkpoints, on which responses, one at a time, and resumed after interruptions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 
 import pandas as pd
 import pytest
-from sweeping import PROMPTS, STEPS, as_bupo, save, save_run, steps_of
 from tiny import ragged_responses
+from tiny_checkpoints import PROMPTS, STEPS, bupo_layout, save, save_run, steps_of
 from transformers import PreTrainedModel
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, sweep
@@ -26,15 +26,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def keep_garbage(request, monkeypatch):
-    """Nothing here fills the memory, and looking for garbage takes longer than a checkpoint."""
+    """Garbage collection takes longer than a checkpoint here and is not needed."""
     if "memory" not in request.node.name:
         monkeypatch.setattr(sweeps, "release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
-def straight(run, tmp_path_factory):
-    """The sweep that nothing interrupts."""
-    return sweep(checkpoints=run, prompts=PROMPTS, max_new_tokens=6, output=tmp_path_factory.mktemp("straight"))
+def uninterrupted(run, tmp_path_factory):
+    """The uninterrupted sweep."""
+    return sweep(checkpoints=run, prompts=PROMPTS, max_new_tokens=6, output=tmp_path_factory.mktemp("uninterrupted"))
 
 
 def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
         assert steps_of(find_checkpoints(form)) == list(STEPS)
     monkeypatch.chdir(run.parent)
     assert [str(p) for p in find_checkpoints(["x/checkpoint-?"])] == ["x/checkpoint-5"]
-    bupo = as_bupo(run, tmp_path / "bupo")
+    bupo = bupo_layout(run, tmp_path / "bupo")
     for form in (bupo, bupo / "checkpoints", f"{bupo}/checkpoints/checkpoint-*"):
         assert steps_of(find_checkpoints([form])) == list(STEPS)
     # A trainer that also saved its last model in the run's own directory.
@@ -50,7 +50,7 @@ def test_checkpoints_are_found_in_natural_order(run, tmp_path, monkeypatch):
     assert steps_of(find_checkpoints([bupo])) == list(STEPS)
 
 
-def test_the_model_that_training_began_with_comes_first(run):
+def test_the_start_model_comes_first(run):
     found = list_targets("base/model", checkpoints=str(run))
     assert [str(t) for t in found] == ["base/model", *(str(run / f"checkpoint-{s}") for s in STEPS)]
     assert [str(t) for t in list_targets("m", ["b", "a", "b"])] == ["m@b", "m@a"]
@@ -86,12 +86,12 @@ def make_unfit(kind, root):
         ("result only", "r", "r: a run without checkpoints; its result is a model: give --model r/model"),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, kind, pattern, message):
+def test_invalid_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch, kind, pattern, message):
     make_unfit(kind, tmp_path / "r")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)) as told:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         find_checkpoints([pattern])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, monkeypatch, kind, 
         ({"checkpoints": "RUN", "batch_size": 0}, "--batch-size is 0"),
     ],
 )
-def test_bad_sweeps(run, tmp_path, arguments, message):
+def test_invalid_sweeps(run, tmp_path, arguments, message):
     arguments = {k: run if v == "RUN" else v for k, v in arguments.items()}
     with pytest.raises(UserError, match=message):
         sweep(**arguments, output=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_of_two_runs_have_directories_of_their_own(tmp_path, monkeypatch):
+def test_checkpoints_of_two_runs_have_separate_directories(tmp_path, monkeypatch):
     slugs = []
     for name in ("runs/a/checkpoints/checkpoint-60", "runs/b/checkpoints/checkpoint-60", "runs/a/checkpoint-60"):
         (tmp_path / name).mkdir(parents=True)
@@ -132,11 +132,11 @@ def test_runs_of_the_same_name_are_refused(tmp_path):
         sweep(checkpoints=[tmp_path / "a" / "run", tmp_path / "b" / "run"])
 
 
-def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
-    first, *others = straight
-    assert steps_of(a.name for a in straight) == list(STEPS)
-    assert (compare(straight).steps, compare(straight).unit) == ((1.0, 2.0, 20.0), "step"), "named by updates"
-    assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in straight)
+def test_all_checkpoints_read_the_responses_of_the_first(run, uninterrupted):
+    first, *others = uninterrupted
+    assert steps_of(a.name for a in uninterrupted) == list(STEPS)
+    assert (compare(uninterrupted).steps, compare(uninterrupted).unit) == ((1.0, 2.0, 20.0), "step"), "named by updates"
+    assert all(a.path is not None and Analysis.load(a.path).n_responses == 4 for a in uninterrupted)
     alone = analyze(str(run / "checkpoint-5"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(first.layers, alone.layers, check_exact=True)
     for other in others:
@@ -146,7 +146,7 @@ def test_all_checkpoints_read_the_responses_of_the_first(run, straight):
     pd.testing.assert_frame_equal(others[-1].responses, given.responses, check_exact=True)
 
 
-def test_each_may_sample_its_own(run):
+def test_each_checkpoint_may_sample_its_own_responses(run):
     own = sweep(checkpoints=run / "checkpoint-1*", own_responses=True, prompts=PROMPTS, max_new_tokens=6)
     alone = analyze(str(run / "checkpoint-100"), prompts=PROMPTS, max_new_tokens=6)
     pd.testing.assert_frame_equal(own[1].sequences, alone.sequences, check_exact=True)
@@ -154,11 +154,11 @@ def test_each_may_sample_its_own(run):
     assert own[0].sequences["response"].tolist() != own[1].sequences["response"].tolist()
 
 
-def test_responses_of_an_earlier_analysis(run, straight):
-    (again,) = sweep(checkpoints=run / "checkpoint-10", responses=straight[0], max_responses=3)
-    assert again.sequences["input_ids"].tolist() == straight[0].sequences["input_ids"].tolist()[:3]
+def test_responses_of_an_earlier_analysis(run, uninterrupted):
+    (again,) = sweep(checkpoints=run / "checkpoint-10", responses=uninterrupted[0], max_responses=3)
+    assert again.sequences["input_ids"].tolist() == uninterrupted[0].sequences["input_ids"].tolist()[:3]
     # The same responses in other batches: float32 rounding of differently shaped products.
-    part = straight[1].responses[straight[1].responses["response"] < 3].reset_index(drop=True)
+    part = uninterrupted[1].responses[uninterrupted[1].responses["response"] < 3].reset_index(drop=True)
     pd.testing.assert_frame_equal(again.responses, part, check_exact=False, rtol=0, atol=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_other_tokenizers_are_refused_before_the_first_is_analysed(run, tmp_path
     assert [a.vocab_size for a in sweep(**options, own_responses=True)] in ([61, 70], [70, 61])
 
 
-def test_the_last_is_looked_up_before_the_first_is_analysed(run, tmp_path):
+def test_all_checkpoints_are_looked_up_before_the_first_is_analysed(run, tmp_path):
     broken = tmp_path / "z" / "checkpoint-9"
     broken.mkdir(parents=True)
     (broken / "config.json").write_text((run / "checkpoint-5" / "config.json").read_text())
@@ -184,7 +184,7 @@ def models_in_memory():
     return {id(o) for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)}
 
 
-def test_one_checkpoint_is_in_memory_at_a_time_and_rewards_stay_with_the_responses(run, monkeypatch):
+def test_one_checkpoint_is_in_memory_at_a_time_and_rewards_are_kept(run, monkeypatch):
     before, seen = models_in_memory(), []
 
     def watched(*arguments, **options):
@@ -213,7 +213,7 @@ def interrupt(monkeypatch, at):
     return calls
 
 
-def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_numbers(run, straight, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_resumes_with_the_same_results(run, uninterrupted, tmp_path, monkeypatch):
     options = {"checkpoints": run, "prompts": PROMPTS, "max_new_tokens": 6, "output": tmp_path, "batch_size": 2}
     calls = interrupt(monkeypatch, at=4)
     with pytest.raises(KeyboardInterrupt):
@@ -223,9 +223,9 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_numbers(run, straig
     stamp = finished.stat().st_mtime_ns
     done = sweep(**options)
     assert finished.stat().st_mtime_ns == stamp
-    # Two batches a checkpoint: those of the first and one of the second were done, the interrupted one is made anew.
+    # Two batches per checkpoint: those of the first and one of the second were done; the interrupted one is repeated.
     assert len(calls) == 4 + 3
-    for analysis, whole in zip(done, straight, strict=True):
+    for analysis, whole in zip(done, uninterrupted, strict=True):
         pd.testing.assert_frame_equal(analysis.sequences, whole.sequences, check_exact=True)
         # Batches of two and of four: float32 rounding of differently shaped products.
         pd.testing.assert_frame_equal(analysis.responses, whole.responses, check_exact=False, rtol=0, atol=1e-5)
@@ -235,7 +235,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_numbers(run, straig
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("*/analysis.json"))] == stamps
 
 
-def test_started_over_and_interrupted_it_goes_on_without_overwrite(run, tmp_path, monkeypatch):
+def test_an_interrupted_overwrite_resumes_without_overwrite(run, tmp_path, monkeypatch):
     options = {"checkpoints": run / "checkpoint-1*", "prompts": PROMPTS, "output": tmp_path}
     sweep(**options, max_new_tokens=3)
     with pytest.raises(UserError, match="max_new_tokens 3 -> 4"):
@@ -248,7 +248,7 @@ def test_started_over_and_interrupted_it_goes_on_without_overwrite(run, tmp_path
     assert done[0].config["max_new_tokens"] == 4
 
 
-def test_a_directory_of_somebody_elses_is_left_alone_by_overwrite(run, tmp_path):
+def test_overwrite_keeps_foreign_directories(run, tmp_path):
     sweep(checkpoints=run / "checkpoint-5", prompts=PROMPTS, max_new_tokens=3, output=tmp_path)
     (tmp_path / "x--checkpoint-10").mkdir()
     (tmp_path / "x--checkpoint-10" / "thesis.tex").write_text("years of work")

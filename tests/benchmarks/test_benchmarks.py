@@ -1,4 +1,4 @@
-"""The benchmark of the analysis: its contenders find the same, it measures what it says, and the page shows it."""
+"""The benchmark of the analysis: contenders agree, measurements are right, and the page shows them."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def exact(model, responses):
 
 
 @pytest.mark.parametrize("name", ["paper", "transformer-lens", "float64"])
-def test_contenders_find_the_same_at_every_token(name, model, responses, exact):
+def test_contenders_agree_at_every_token(name, model, responses, exact):
     found = contenders.CONTENDERS[name](model)(responses)
     np.testing.assert_allclose(found.entropies, exact, rtol=0, atol=FLOAT32_NATS)
     assert found.entropies.std() > 0.01
 
 
-def test_a_tolerance_that_takes_all_positions_is_exact(model, responses, exact, monkeypatch):
+def test_a_tolerance_that_needs_all_positions_is_exact(model, responses, exact, monkeypatch):
     monkeypatch.setattr(contenders, "TOLERANCE", 1e-9)
     found = contenders.CONTENDERS["tolerance"](model)(responses)
     assert found.facts["analysed"] == found.facts["total"] == len(exact)
@@ -60,7 +60,7 @@ def test_a_tolerance_that_takes_all_positions_is_exact(model, responses, exact, 
     assert not found.half_widths.any()
 
 
-def test_the_floor_has_four_products_a_layer_and_two(model, responses):
+def test_the_floor_has_four_products_per_layer_plus_two(model, responses):
     run = contenders.CONTENDERS["floor"](model)
     with Operations() as counted:
         run(responses)
@@ -78,7 +78,7 @@ def test_processes_side_by_side():
     assert list(report.summary(part).index) == ["ours", "tolerance", "paper", "floor"]
 
 
-def test_a_contender_that_finds_something_else_ends_the_benchmark():
+def test_a_contender_that_disagrees_stops_the_benchmark():
     ours = np.ones((50, 4, 6))
     assert benchmark.agreement(ours, ours + 0.9 * benchmark.AGREEMENT)["mean"] < benchmark.AGREEMENT
     theirs = ours.copy()
@@ -113,7 +113,7 @@ def test_peak_memory_is_what_the_call_adds(model, responses, monkeypatch):
     measured, _ = worker.measure("hungry", model, responses)
     if measured["peak_bytes"] is None:
         pytest.skip("this system does not tell a process its peak memory")
-    # The kernel counts pages in portions a processor; nothing else of any size happens meanwhile.
+    # The kernel counts pages in per-processor batches; nothing else allocates meanwhile.
     assert measured["peak_bytes"] / 2**20 == pytest.approx(size, abs=8)
     assert measured["tokens"] == sum(r.n_tokens for r in responses)
 
@@ -128,8 +128,8 @@ def part(**seconds):
     return {"runs": runs, "repeats": 3}
 
 
-def test_ratios_are_taken_repeat_by_repeat():
-    # The machine was slow in the second repeat, for all.
+def test_ratios_are_computed_per_repeat():
+    # The second repeat was slow for all contenders.
     table = report.summary(part(paper=[4.0, 40.0, 4.4], ours=[2.0, 20.0, 2.0], floor=[1.0, 10.0, 1.25]))
     assert table.loc["ours", "faster"] == 2.0
     assert table.loc["ours", "over_floor"] == 2.0
@@ -137,7 +137,7 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert (table["peak_mib"] == 7).all()
 
 
-def test_the_page_shows_what_was_measured():
+def test_the_page_shows_the_measurements():
     written = report.PAGE.read_text("utf-8").split(report.BEGIN)[1].split(report.END)[0]
     assert written.strip() == report.tables(report.read_results()).strip()
 

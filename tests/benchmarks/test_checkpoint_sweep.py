@@ -24,8 +24,8 @@ def run(directory):
 
 
 @pytest.mark.slow
-def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
-    said = run(tmp_path)
+def test_a_short_training_is_swept_compared_and_resumed(tmp_path):
+    output = run(tmp_path)
     root = tmp_path / "build" / "sweep_short"
     data = root / "data"
     manifest = json.loads((data / "comparison.json").read_text(encoding="utf-8"))
@@ -36,15 +36,15 @@ def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
     layers = pd.read_csv(data / "layers.csv")
     differences = pd.read_csv(data / "differences.csv")
     assert (differences["paired"]).all()
-    # By an independent way: the slope over the steps, fitted here from the table of layers.
+    # Independently: the slope over the steps, fitted here from the table of layers.
     trends = pd.read_csv(data / "trends.csv").set_index(["layer", "site", "quantity"])
     for layer in range(1, 9):
         rows = layers[(layers["site"] == "layer") & (layers["layer"] == layer)]
         slope, _ = np.polyfit(rows["step"], rows["entropy_out"], 1)
-        told = trends.loc[(layer, "layer", "entropy_out")]
+        trend = trends.loc[(layer, "layer", "entropy_out")]
         # Sums of six values in float64.
-        np.testing.assert_allclose(told["slope"], slope, rtol=0, atol=1e-12)
-        assert told["n_checkpoints"] == 6
+        np.testing.assert_allclose(trend["slope"], slope, rtol=0, atol=1e-12)
+        assert trend["n_checkpoints"] == 6
     assert (trends["slope"] != 0).any()
 
     # The run's final model is its last checkpoint again.
@@ -52,7 +52,7 @@ def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
     last = analyze(str(root / "runs" / "qwen3-bupo" / "model"), responses=start.sequences, keep_tokens=0)
     ours = layers[layers["step"] == 5].sort_values(["layer", "site"])["entropy_out"].to_numpy()
     theirs = last.layers.sort_values(["layer", "site"])["entropy_out"].to_numpy()
-    # The same weights on the same tokens.
+    # Equal weights and tokens.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
     pictures = sorted((root / "figures").iterdir())
@@ -64,7 +64,7 @@ def test_a_short_training_is_swept_compared_and_taken_up_again(tmp_path):
         assert len(colours) > 50, f"{picture.name} is nearly empty"
 
     before = {p.name: p.read_bytes() for p in data.iterdir()}
-    made = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*.safetensors")}
-    assert run(tmp_path) == said
+    modified = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*.safetensors")}
+    assert run(tmp_path) == output
     assert {p.name: p.read_bytes() for p in data.iterdir()} == before
-    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*.safetensors")} == made
+    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*.safetensors")} == modified

@@ -28,7 +28,7 @@ def loo(groups):
         [[1.0, NAN, 0.0], [NAN, NAN, 1.0], [NAN, NAN, NAN]],
     ],
 )
-def test_leave_one_out_is_the_reward_less_the_others_mean(groups):
+def test_leave_one_out_advantage_is_reward_minus_mean_of_the_others(groups):
     rewards = torch.tensor(groups)
     found = leave_one_out_advantages(rewards.flatten(), rewards.shape[1])
     assert found.tolist() == pytest.approx(loo(groups), abs=1e-6)

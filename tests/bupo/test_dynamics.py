@@ -1,4 +1,4 @@
-"""Training dynamics against transformers' own states in float64; what a measurement leaves behind; when to stop."""
+"""Training dynamics: parity with transformers' states in float64, no side effects, and the stopping rule."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def keep_input(seen, name, module, args):
 
 @torch.no_grad()
 def expected(model, records, layer, site="layer", lens="policy"):
-    """The same numbers from transformers' outputs of each sequence alone, in float64, by torch's own distributions.
+    """The same values from transformers' outputs for each unbatched sequence in float64, by torch's distributions.
 
     Nothing is shared with the package: writes are differences of the residual stream.
     """
@@ -140,7 +140,7 @@ def test_the_standard_error_is_clustered_by_prompt():
     assert math.isnan(dynamics(model, records[:2], 2).measure().log_perplexity_stderr)
 
 
-def test_a_row_and_its_table_are_what_the_results_hold():
+def test_rows_and_tables_match_the_stored_results():
     measured = dynamics(tiny_model("llama"), ragged_responses(), 2).measure()
     assert list(measured.row()) == [
         *("layer", "change", "entropy", "policy_entropy", "log_perplexity", "log_perplexity_stderr", "perplexity"),
@@ -150,15 +150,15 @@ def test_a_row_and_its_table_are_what_the_results_hold():
     assert (measured.layers["kl"] > 0).all()
 
 
-def test_at_the_last_layer_the_lens_makes_the_policy_itself():
+def test_last_layer_under_the_logit_lens_is_the_policy():
     measured = dynamics(tiny_model("qwen3"), ragged_responses(), 3, lens="logit-lens").measure()
-    # One and the same state on both sides: nothing but the rounding of the sums.
+    # The same state on both sides: only the sums are rounded.
     assert measured.kl_mean == measured.policy_kl == pytest.approx(0, abs=1e-6)
     assert measured.entropy == pytest.approx(measured.policy_entropy, abs=1e-6)
     assert measured.layers.empty
 
 
-def test_portions_of_positions_change_nothing(monkeypatch):
+def test_chunking_positions_does_not_change_the_measurement(monkeypatch):
     watch = dynamics(tiny_model("qwen3"), ragged_responses(), 2)
     whole = watch.measure()
     monkeypatch.setattr("internal_policy.bupo.dynamics._POSITIONS", 4)
@@ -168,7 +168,7 @@ def test_portions_of_positions_change_nothing(monkeypatch):
     pd.testing.assert_frame_equal(parts.layers, whole.layers, rtol=0, atol=FLOAT32_NATS)
 
 
-def test_the_model_is_left_as_it_was_found():
+def test_measuring_leaves_the_model_unchanged():
     model = tiny_model("llama", attention_dropout=0.5)
     watch = dynamics(model, ragged_responses(), 2)
     evaluated = watch.measure()
@@ -191,7 +191,7 @@ def test_the_model_is_left_as_it_was_found():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_failure_leaves_no_hook_and_restores_the_mode():
+def test_a_failure_removes_hooks_and_restores_the_training_mode():
     model = tiny_model("qwen2")
     watch = dynamics(model, ragged_responses(), 2)
     model.train()
@@ -204,7 +204,7 @@ def test_a_failure_leaves_no_hook_and_restores_the_mode():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_that_an_optimiser_changed_or_replaced_are_read_anew(tied):
+def test_updated_or_replaced_weights_are_used(tied):
     model, records = tiny_model("qwen3", tied=tied), ragged_responses()
     watch = dynamics(model, records, 2)
     before = watch.measure()
@@ -220,7 +220,7 @@ def test_weights_that_an_optimiser_changed_or_replaced_are_read_anew(tied):
     assert abs(in_place.kl_mean - before.kl_mean) > 100 * FLOAT32_NATS
 
 
-def test_what_cannot_be_measured_is_told():
+def test_invalid_measurements_are_refused():
     model, records = tiny_model("qwen3"), ragged_responses()
     for layer in (0, 4):
         with pytest.raises(UserError, match="a layer of this model, 1 to 3"):
@@ -253,7 +253,7 @@ def end(history):
     return None, None
 
 
-def test_a_divergence_that_turns_up_ends_the_alignment():
+def test_a_rising_divergence_stops_alignment():
     n, reason = end(curve([1.0, 0.9, 0.8, 0.75, 0.71, 0.72, 0.75, 0.83, 0.95]))
     assert n == 8
     assert reason == "KL to later layers turned up at step 12: 0.83 at step 14 after a minimum of 0.71 at step 8"
@@ -274,11 +274,11 @@ def test_a_divergence_that_turns_up_ends_the_alignment():
     ],
     ids=["falling", "flat", "first", "second", "rising", "spikes", "within 5%", "about zero", "turning"],
 )
-def test_when_a_divergence_ends_the_alignment(kl, fires_at):
+def test_step_at_which_the_divergence_stops_alignment(kl, fires_at):
     assert end(curve(kl))[0] == fires_at
 
 
-def test_a_worse_perplexity_ends_the_alignment_at_once():
+def test_a_worse_perplexity_stops_alignment_immediately():
     falling = np.linspace(1, 0.5, 6)
     n, reason = end(curve(falling, [0.30, 0.31, 0.28, 0.34, 0.36, 0.5]))
     assert n == 5
@@ -288,13 +288,13 @@ def test_a_worse_perplexity_ends_the_alignment_at_once():
     assert end(curve(falling[:3], [0.3, math.inf, 0.3]))[0] == 2
 
 
-def test_noise_of_one_percent_neither_hides_a_turn_nor_makes_one():
+def test_stopping_is_robust_to_one_percent_noise():
     steps = np.arange(30)
     valley = 0.7 + 0.3 * ((steps - 12) / 12) ** 2
     ends = []
     for seed in range(200):
         noise = 1 + 0.01 * np.random.default_rng(seed).standard_normal(30)
-        # Two readings in turn must be 5% above the lowest of up to 28, which lies some two deviations low.
+        # Two consecutive readings must be 5% above the minimum of up to 28, which is about two deviations low.
         assert end(curve((0.5 + 0.5 * np.exp(-steps / 10)) * noise))[0] is None
         ends.append(end(curve(valley * noise))[0])
     # Without noise, measurements 18 and 19 are the first two that exceed the floor by 5%.
@@ -303,6 +303,6 @@ def test_noise_of_one_percent_neither_hides_a_turn_nor_makes_one():
     assert max(ends) <= 21
 
 
-def test_the_rule_reads_a_table_as_the_results_hold_it():
+def test_stopping_rule_accepts_the_stored_table():
     table = pd.DataFrame(curve([1.0, 0.5, 0.6, 0.7]))
     assert alignment_end(table.to_dict("records")) == alignment_end(curve([1.0, 0.5, 0.6, 0.7])) is not None

@@ -1,4 +1,4 @@
-"""Who gets an update: LoRA adapters, frozen layers, and layers and phases with a learning rate of their own."""
+"""Which weights are updated: LoRA adapters, frozen layers, and separate learning rates of layers and phases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internal_policy.models import load
 
 LAYERS, LAYER = 4, 2
 RATE = 1e-3
-# A weight of about 1 takes up a change of 1e-4 to 2^-24 / 1e-4, some 1e-3 of it.
+# A change of 1e-4 to a weight of about 1 is rounded to 2^-24 / 1e-4, about 1e-3 of it.
 ROUNDING = 1e-2
 
 
@@ -65,7 +65,7 @@ def layer_of(name):
     return int(name.split("layers.")[1].split(".")[0]) + 1 if "layers." in name else None
 
 
-def test_lora_trains_adapters_only_and_in_the_first_phase_those_of_its_layers(train, tmp_path):
+def test_lora_updates_only_adapters_and_in_alignment_only_those_up_to_layer_l(train, tmp_path):
     run, (start, first, switch, end) = train(lora_rank=4, layer=LAYER, ipa_steps=2, max_steps=3)
     adapters = {n for n in start if "lora_" in n}
     assert {layer_of(n) for n in adapters} == set(range(1, LAYERS + 1))
@@ -88,7 +88,7 @@ def test_lora_trains_adapters_only_and_in_the_first_phase_those_of_its_layers(tr
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_frozen_layers_stay_bit_by_bit(train, tmp_path, tied):
+def test_frozen_layers_are_bitwise_unchanged(train, tmp_path, tied):
     tiny_model("qwen3", layers=LAYERS, tied=tied).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     _, (start, *_, end) = train(model=tmp_path / "other", method="grpo", freeze_layers=2, max_steps=2)
@@ -100,7 +100,7 @@ def test_frozen_layers_stay_bit_by_bit(train, tmp_path, tied):
 
 
 def ratios(start, one, other, names):
-    """By how much more the weights moved in the second run; at the first update of Adam, that of the rates."""
+    """The ratio of weight changes of two runs; at Adam's first update it is the ratio of the learning rates."""
     a, b = (torch.cat([(end[n] - start[n]).flatten() for n in names]) for end in (one, other))
     # Where the gradient is near Adam's epsilon, the first step is not its sign.
     large = a.abs() > 0.9 * a.abs().max()
@@ -108,7 +108,7 @@ def ratios(start, one, other, names):
     return (b / a)[large]
 
 
-def test_layers_above_learn_at_their_own_rate(train):
+def test_layers_above_use_their_own_learning_rate(train):
     options = {"method": "grpo", "layer": LAYER, "max_steps": 1}
     _, (start, full) = train("full", **options)
     _, (_, scaled) = train("scaled", upper_lr_scale=0.1, **options)
@@ -117,13 +117,13 @@ def test_layers_above_learn_at_their_own_rate(train):
     assert (ratios(start, full, scaled, above) / 0.1 - 1).abs().max() < ROUNDING
 
 
-def test_the_first_phase_learns_at_its_own_rate(train):
+def test_the_alignment_phase_uses_its_own_learning_rate(train):
     options = {"layer": LAYER, "ipa_steps": 1, "max_steps": 2}
     _, (start, one, _) = train("one", **options)
     run, (_, other, end) = train("other", ipa_learning_rate=10 * RATE, **options)
     below = [n for n in start if (layer_of(n) or LAYERS) <= LAYER]
     assert (ratios(start, one, other, below) / 10 - 1).abs().max() < ROUNDING
     assert run.history["learning_rate"].tolist() == pytest.approx([10 * RATE, RATE])
-    # What was not trained before makes its first step now: as long as the rate of the second phase, except near 0.
+    # Weights not trained before make their first step now, of the second phase's learning rate except near 0.
     above = torch.cat([(end[n] - other[n]).flatten() for n in start if (layer_of(n) or 0) > LAYER])
     assert above.abs().median() == pytest.approx(RATE, rel=ROUNDING)

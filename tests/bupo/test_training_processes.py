@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo) do what one does with the same batch, and only one of them writes."""
+"""Two CPU processes (gloo) give the same updates as one with the same batch, and only one of them writes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SWITCH, STEPS, UPDATES = 2, 4, 2
 
 
 def in_a_process(rank, port, out, kinds):
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     for kind in kinds:
         updates(out, rank, 2, kind)
 
@@ -43,7 +43,7 @@ def both(out, kinds):
 
 
 def rollouts(prompts, trainer):
-    """Completions that depend on nothing but the prompt and the place in its group."""
+    """Completions that depend only on the prompt and the index in its group."""
     tokenizer = trainer.processing_class
     seen, completions = {}, []
     for prompt in prompts:
@@ -104,7 +104,7 @@ def updates(out, rank, processes, kind):
     if dealt and processes == 1:
         # Two processes have two prompts of a step each, and the first of either is in the first mini-batch.
         prompts = [p for start in prompts[::4] for p in (start, start + 2, start + 1, start + 3)]
-    # By chance TRL deals otherwise with one process than with two.
+    # TRL assigns rollouts differently to one process than to two.
     shuffle = grpo_trainer.shuffle_sequence_dict
     grpo_trainer.shuffle_sequence_dict = (lambda batch: batch) if dealt else shuffle
 
@@ -120,7 +120,7 @@ def updates(out, rank, processes, kind):
             output_dir=str(out),
             **{"max_steps": STEPS * UPDATES, "num_generations": 4, "per_device_train_batch_size": size},
             **{"layer": 2, "ipa_steps": SWITCH, **batches, **options},
-            # Adam's first steps are the signs of gradients, of which rounding turns those near zero.
+            # Adam's first steps are the signs of gradients, and rounding flips those near zero.
             **{"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "linear", "shuffle_dataset": False},
             **{"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True},
             gradient_checkpointing=False,
@@ -143,24 +143,24 @@ FAST = ("token-mean", "reinforce++")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What one process and two end with; two processes are started once for all kinds of a tier."""
-    made = {}
+    """Final results of one process and of two; two processes are started once for all kinds of a tier."""
+    outputs = {}
 
     def get(kind):
         kinds = [other for other in KINDS if (other in FAST) == (kind in FAST)]
-        if kind not in made:
+        if kind not in outputs:
             out = tmp_path_factory.mktemp("processes")
             both(out, kinds)
             for other in kinds:
                 updates(out, 0, 1, other)
-                made[other] = out
-        return made[kind]
+                outputs[other] = out
+        return outputs[kind]
 
     return get
 
 
 RANKS = ((1, 0), (2, 0), (2, 1))
-"""How many processes, and which of them."""
+"""The number of processes and the rank."""
 
 
 def each(*kinds):
@@ -168,7 +168,7 @@ def each(*kinds):
 
 
 @pytest.mark.parametrize("kind", each("sequence-mean", "token-mean", "mini-batches"))
-def test_two_processes_make_the_updates_of_one(trained, kind):
+def test_two_processes_make_the_same_updates_as_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
     before = start
     for update in (SWITCH * UPDATES, STEPS * UPDATES):
@@ -187,7 +187,7 @@ def test_two_processes_make_the_updates_of_one(trained, kind):
 
 
 @pytest.mark.parametrize("kind", each("rloo", "reinforce++"))
-def test_two_processes_have_the_advantages_of_one(trained, kind):
+def test_two_processes_compute_the_same_advantages_as_one(trained, kind):
     one, first, second = (
         torch.load(trained(kind) / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1))
     )
@@ -253,7 +253,7 @@ def test_train_with_two_processes(tmp_path):
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first["layer"] == second["layer"]
     assert first["written"]
-    # Each process keeps the state of its own random generators, and may be the first to need the folder.
+    # Each process stores the state of its random generators, and either may be the first to create the folder.
     assert {p.name for p in map(Path, first["written"])} >= {"run.json", "optimizer.pt", "rng_state_0.pth"}
     assert {p.name for p in map(Path, second["written"]) if p.suffix} == {"rng_state_1.pth"}
     run = bupo.Run.load(tmp_path / "out")
@@ -261,7 +261,7 @@ def test_train_with_two_processes(tmp_path):
     assert list(run.dynamics["step"]) == [0, 1, 2]
     assert run.evaluation is not None
 
-    # Each process goes on with its own random numbers.
+    # Each process continues with its own random numbers.
     assert "SIGKILL" in launch("killed", "die").stderr
     assert not (tmp_path / "killed" / "run.json").exists()
     done = launch("killed")

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a training ends with the weights and tables of one that was never killed."""
+"""A training that is killed at any time and restarted ends with the weights and tables of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, SWITCH, UPDATES = 4, 2, 2
 LAST = STEPS * UPDATES
 WRITING = {"missing": 0, "half": 0.5}
 
-# Fewer prompts than the 16 that a run needs: it passes over them four times, each time in another order.
+# Fewer prompts than the 16 that a run needs: they are repeated four times, each time in another order.
 PROMPTS = [{"prompt": f"w{i} w{i + 7}", "answer": ""} for i in range(2, 7)]
 
 
@@ -58,7 +58,7 @@ class KillAt(TrainerCallback):
 
 
 def kill_while_writing(update, share):
-    """Die when a checkpoint lacks its last file, or has a part of it."""
+    """Exit when a checkpoint lacks its last file or contains only a part of it."""
 
     def cut(state, path):
         write(state, path)
@@ -82,7 +82,7 @@ def to_be_killed(place, output, event, update, options):
 
 
 def killed(place, output, event, update, **options):
-    # A server that has imported everything once forks the processes that are to die.
+    # A server that has imported everything forks the processes that will be killed.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["internal_policy.bupo.training", "peft"])
     process = context.Process(target=to_be_killed, args=(place, output, event, update, options))
@@ -100,15 +100,15 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(place):
-    """The run that nobody killed, made once for all tests that compare with the same settings."""
-    made = {}
+def uninterrupted(place):
+    """The uninterrupted run, trained once for all tests with the same settings."""
+    runs = {}
 
     def get(**options):
         key = repr(options)
-        if key not in made:
-            made[key] = train(place, f"straight-{len(made)}", **options)
-        return made[key]
+        if key not in runs:
+            runs[key] = train(place, f"uninterrupted-{len(runs)}", **options)
+        return runs[key]
 
     return get
 
@@ -132,37 +132,37 @@ def assert_same(one, other):
         pytest.param("half", 6, id="while writing a checkpoint of the second phase"),
     ],
 )
-def test_killed_and_resumed(place, straight, event, update):
+def test_killed_and_resumed(place, uninterrupted, event, update):
     output = f"{event}-{update}"
     killed(place, output, event, update)
-    assert_same(straight(), train(place, output))
+    assert_same(uninterrupted(), train(place, output))
 
 
 @pytest.mark.slow
-def test_an_alignment_that_its_dynamics_ended_stays_ended(place, straight):
-    """At this rate the perplexity ends it after the first step; without that it would last two."""
+def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place, uninterrupted):
+    """At this learning rate the perplexity stops alignment after the first step instead of two."""
     auto = {"ipa_steps": "auto", "learning_rate": 3e-2}
     killed(place, "auto", "on_step_end", 3, **auto)
-    run = straight(**auto)
+    run = uninterrupted(**auto)
     assert run.ipa_steps == 1
     assert "perplexity" in run.ipa_reason
     assert_same(run, train(place, "auto", **auto))
 
 
-def test_a_share_of_the_run_saves_after_whole_steps_only(place):
-    """The rollouts of a step are in no checkpoint: from between two of its updates no run could go on."""
-    # An eighth of the run is half a step.
+def test_fractional_save_steps_save_after_whole_steps(place):
+    """Checkpoints contain no rollouts, so a run cannot resume between two updates of a step."""
+    # An eighth of the run is half of a step.
     killed(place, "share", "on_step_end", 7, save_steps=0.125)
     saved = {int(p.name.split("-")[1]): p for p in (place / "share" / "checkpoints").glob("checkpoint-*")}
     assert saved.keys() == {2, 4, 6}
     for update, checkpoint in saved.items():
         assert training_record(checkpoint) == {"updates": update, "updates_per_step": UPDATES}
         assert (checkpoint / "model.safetensors").is_file()
-        # Two thirds of a checkpoint, and of use only where a run may go on.
+        # Two thirds of a checkpoint, needed only for resuming.
         assert (checkpoint / "optimizer.pt").is_file() == (update > 2)
 
 
-def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
+def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path):
     for update in (4, 10, 11, 12, 14):
         (tmp_path / f"checkpoint-{update}").mkdir()
         (tmp_path / f"checkpoint-{update}" / "trainer_state.json").write_text(f'{{"global_step": {update}}}')
@@ -175,7 +175,7 @@ def test_the_checkpoint_to_go_on_from_is_the_newest_that_is_whole(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"method": "grpo"}], ids=["bupo", "grpo"])
-def test_killed_at_each_moment(place, straight, options):
+def test_killed_at_each_update(place, uninterrupted, options):
     name = "-".join(map(str, options.values()))
     options = {"ipa_steps": 0, **options} if "method" in options else options
     moments = [("on_step_end", update) for update in range(1, LAST + 1)]
@@ -183,16 +183,16 @@ def test_killed_at_each_moment(place, straight, options):
     for event, update in [*moments, ("on_train_end", LAST)]:
         output = f"each-{name}-{event}-{update}"
         killed(place, output, event, update, **options)
-        assert_same(straight(**options), train(place, output, **options))
+        assert_same(uninterrupted(**options), train(place, output, **options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("update", [3, 5])
-def test_rates_of_their_own_are_taken_up_too(place, straight, update):
-    """In either phase: the optimiser has more groups than TRL's, and the first phase's rate is in no checkpoint."""
+def test_separate_learning_rates_are_resumed(place, uninterrupted, update):
+    """In both phases: the optimiser has more groups than TRL's, and checkpoints lack the alignment learning rate."""
     rates = {"ipa_learning_rate": 5e-3, "upper_lr_scale": 0.25}
     killed(place, f"rates-{update}", "on_step_end", update, **rates)
-    run = straight(**rates)
+    run = uninterrupted(**rates)
     assert_same(run, train(place, f"rates-{update}", **rates))
     # The schedule falls to 0 in a line, and a step is logged at its last update.
     assert run.history["learning_rate"].tolist() == pytest.approx(
@@ -201,29 +201,29 @@ def test_rates_of_their_own_are_taken_up_too(place, straight, update):
 
 
 @pytest.mark.slow
-def test_adapters_are_taken_up_too(place, straight):
+def test_adapters_are_resumed(place, uninterrupted):
     killed(place, "lora", "on_step_end", 5, lora_rank=2)
-    assert_same(straight(lora_rank=2), train(place, "lora", lora_rank=2))
+    assert_same(uninterrupted(lora_rank=2), train(place, "lora", lora_rank=2))
 
 
-def test_alignment_cannot_end_by_dynamics_that_nobody_measures(place):
+def test_stopping_alignment_by_dynamics_requires_measurements(place):
     with pytest.raises(UserError, match="dynamics_every is 0"):
         train(place, "unmeasured", ipa_steps="auto", dynamics_every=0)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(place, straight):
-    """One run that dies at every update, each time taken up from where it died before."""
+def test_killed_again_and_again(place, uninterrupted):
+    """One run that is killed at every update and resumed each time."""
     for update in range(1, LAST + 1):
         for event in ("on_step_end", "half") if update % UPDATES == 0 else ("on_step_end",):
             killed(place, "chain", event, update)
         if update % UPDATES == 0:
             killed(place, "chain", "on_save", update)
-    assert_same(straight(), train(place, "chain"))
+    assert_same(uninterrupted(), train(place, "chain"))
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin", "model.safetensors.index.json"])
-def test_no_checkpoint_is_taken_up_from_pickles(tmp_path, file):
+def test_checkpoints_with_pickled_weights_are_not_resumed(tmp_path, file):
     (tmp_path / file).write_text('{"metadata": {}, "weight_map": {"a": "pytorch_model-1.bin"}}')
     with pytest.raises(UserError, match="pickle"):
         refuse_pickles(tmp_path)

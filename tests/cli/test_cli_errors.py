@@ -1,4 +1,4 @@
-"""Every bad input on the command line: one clear line, exit code 2, nothing lost and nothing half-written."""
+"""Every invalid input on the command line: a one-line error, exit code 2, nothing lost and no partial output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import make_unloadable, refused, run, run_alone, save
+from command_line import make_unloadable, refused, run, run_subprocess, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Analysis, UserError, analyze, bupo, compare, sweep
@@ -19,7 +19,7 @@ from internal_policy.evaluation import evaluate
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    # The tokenizer knows more words than the model: ids beyond the vocabulary can come from text too.
+    # The tokenizer has more words than the model: text can also give ids beyond the vocabulary.
     return save(tiny_model("llama"), tmp_path_factory.mktemp("model"), tiny_tokenizer(vocab=100))
 
 
@@ -63,11 +63,11 @@ def test_models_that_cannot_be_loaded(tmp_path, model_dir, kind, message):
         ("testbed/gpt5", "no testbed model is called 'testbed/gpt5'; there are testbed/qwen3 and testbed/llama"),
     ],
 )
-def test_models_that_are_not_there(tmp_path, name, message):
+def test_missing_models(tmp_path, name, message):
     assert message in refused("analyze", "--model", name, cwd=tmp_path)
 
 
-def test_what_the_hub_says_is_cut_between_words():
+def test_hub_messages_are_truncated_between_words():
     from internal_policy.utils.errors import shorten
 
     address = "https://huggingface.co/docs/transformers/installation#offline-mode"
@@ -78,25 +78,25 @@ def test_what_the_hub_says_is_cut_between_words():
 
 
 @pytest.mark.slow
-def test_no_network_is_one_line_too(tmp_path):
-    # A closed port of this machine stands for the hub; the client tries again for some twenty seconds.
+def test_a_missing_network_is_reported_in_one_line(tmp_path):
+    # A closed local port replaces the hub; the client retries for about twenty seconds.
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run_alone("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
+    done = run_subprocess("analyze", "--model", "nobody/no-such-model", cwd=tmp_path, **nowhere)
     first, line = done.stderr.splitlines()
     assert first == "loading the libraries (torch, transformers)"
     assert line.startswith("error: nobody/no-such-model: cannot load its config.json: no such model on the hub, or no")
 
 
-def test_a_bad_model_is_told_before_a_good_one_is_analysed(tmp_path, model_dir, responses):
-    told = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
-    assert "./nowhere: no such directory" in told
+def test_a_bad_model_is_reported_before_a_good_one_is_analysed(tmp_path, model_dir, responses):
+    error = refused("analyze", "--model", model_dir, "--model", "./nowhere", "--responses", responses, cwd=tmp_path)
+    assert "./nowhere: no such directory" in error
 
 
-def test_models_that_would_be_written_to_one_place(tmp_path, model_dir):
+def test_models_with_the_same_output_directory(tmp_path, model_dir):
     for run_name in ("a", "b"):
         shutil.copytree(model_dir, tmp_path / run_name / "run" / "checkpoint-1")
-    told = refused("analyze", "--model", "a/run/checkpoint-1", "--model", "b/run/checkpoint-1", cwd=tmp_path)
-    assert "would both be written to run--checkpoint-1" in told
+    error = refused("analyze", "--model", "a/run/checkpoint-1", "--model", "b/run/checkpoint-1", cwd=tmp_path)
+    assert "would both be written to run--checkpoint-1" in error
 
 
 def test_nan_in_the_weights_names_the_layer(tmp_path, responses):
@@ -114,8 +114,8 @@ def test_states_that_overflow_name_the_layer(tmp_path):
         model.model.embed_tokens.weight[3999] = float("inf")
     save(model, tmp_path / "inf", tiny_tokenizer())
     (tmp_path / "given.jsonl").write_text(json.dumps({"input_ids": [2, 3999, 4, 5], "prompt_length": 1}))
-    told = refused("analyze", "--model", "inf", "--responses", "given.jsonl", cwd=tmp_path, began=True)
-    assert "NaN or inf in the states of layer 1" in told
+    error = refused("analyze", "--model", "inf", "--responses", "given.jsonl", cwd=tmp_path, began=True)
+    assert "NaN or inf in the states of layer 1" in error
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_bad_prompts_and_responses(tmp_path, model_dir, option, content, message
     assert message in refused("analyze", "--model", model_dir, option, "given.jsonl", cwd=tmp_path)
 
 
-def test_a_data_set_that_is_not_there(tmp_path, model_dir):
-    told = refused("analyze", "--model", model_dir, "--prompts", "nobody/no-such-data", cwd=tmp_path)
-    assert "nobody/no-such-data: cannot load this data set" in told
+def test_missing_data_sets(tmp_path, model_dir):
+    error = refused("analyze", "--model", model_dir, "--prompts", "nobody/no-such-data", cwd=tmp_path)
+    assert "nobody/no-such-data: cannot load this data set" in error
     assert "no such file" in refused("analyze", "--model", model_dir, "--prompts", "missing.jsonl", cwd=tmp_path)
 
 
@@ -172,11 +172,11 @@ def test_bad_settings(tmp_path, model_dir, arguments, message):
     assert message in refused("analyze", "--model", model_dir, *arguments, cwd=tmp_path)
 
 
-def test_output_that_cannot_be_written(tmp_path, model_dir, responses):
+def test_unwritable_output(tmp_path, model_dir, responses):
     (tmp_path / "taken").write_text("a file")
-    told = refused("analyze", "--model", model_dir, "--responses", responses, "--output", "taken", cwd=tmp_path)
-    assert "cannot be written" in told
-    assert "choose another --output" in told
+    error = refused("analyze", "--model", model_dir, "--responses", responses, "--output", "taken", cwd=tmp_path)
+    assert "cannot be written" in error
+    assert "choose another --output" in error
     assert (tmp_path / "taken").read_text() == "a file"
 
 
@@ -192,7 +192,7 @@ def test_output_that_cannot_be_written(tmp_path, model_dir, responses):
         lambda path: bupo.train("testbed/llama", layer=path),
     ],
 )
-def test_the_home_of_nobody(call):
+def test_unknown_home_directory(call):
     with pytest.raises(UserError, match="no home directory is known for '~nosuchuser'; give the whole path"):
         call("~nosuchuser/out")
 
@@ -211,24 +211,24 @@ def test_a_work_folder_of_the_users_is_left_alone(tmp_path, model_dir, responses
     notes = tmp_path / "out" / "--".join(model_dir.parts[-2:]) / "work" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
-    told = refused_beside(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
-    assert "is in use for something else (it holds work/notes.txt)" in told
+    error = refused_keeping(notes, "analyze", "--model", model_dir, "--responses", responses, "-o", "out", cwd=tmp_path)
+    assert "is in use for something else (it holds work/notes.txt)" in error
 
 
-def refused_beside(path, *arguments, cwd):
+def refused_keeping(path, *arguments, cwd):
     before = path.read_bytes()
-    told = run(*arguments, cwd=cwd).stderr
+    error = run(*arguments, cwd=cwd).stderr
     assert path.read_bytes() == before
-    return told
+    return error
 
 
-def test_a_table_on_a_terminal_that_knows_ascii_only(tmp_path):
-    assert "model.layers" in run_alone("models", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii").stdout
+def test_a_table_on_an_ascii_terminal(tmp_path):
+    assert "model.layers" in run_subprocess("models", cwd=tmp_path, code=0, PYTHONIOENCODING="ascii").stdout
 
 
 @pytest.mark.slow
-def test_a_terminal_that_knows_ascii_only(tmp_path, model_dir, responses):
-    done = run_alone(
+def test_an_ascii_terminal(tmp_path, model_dir, responses):
+    done = run_subprocess(
         *("analyze", "--model", model_dir, "--responses", responses, "-o", "out"),
         cwd=tmp_path,
         code=0,
@@ -238,7 +238,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path, model_dir, responses):
     assert list(tmp_path.rglob("fig3_entropy_change.pdf"))
 
 
-def test_a_used_output_says_how_to_go_on_or_start_over(tmp_path, model_dir, responses, monkeypatch):
+def test_a_used_output_says_how_to_resume_or_start_over(tmp_path, model_dir, responses, monkeypatch):
     # Drawing takes most of the time, and is tested elsewhere.
     monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
     monkeypatch.setattr("internal_policy.cli.report.write_reports", lambda analyses, **options: None)
@@ -268,9 +268,9 @@ def test_figures_without_an_analysis(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = run_alone("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
+    done = run_subprocess("analyze", "--model", "./nowhere", "--debug", cwd=tmp_path)
     traced, line = done.stderr.rstrip().rsplit("\n", 1)
-    # Before it may stand the stages that were reached.
+    # The stages that were reached may precede it.
     assert "Traceback (most recent call last)" in traced
     assert line == "error: " + traced.rsplit("UserError: ", 1)[1]
     assert "no such directory" in line
@@ -290,7 +290,7 @@ main()
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory through Linux's RLIMIT_DATA")
 @pytest.mark.parametrize(("mebibytes", "code"), [pytest.param(700, 0, marks=pytest.mark.slow), (170, 2)])
-def test_out_of_memory_retries_smaller_then_says_what_to_lower(tmp_path, mebibytes, code):
+def test_out_of_memory_retries_smaller_then_names_the_options_to_lower(tmp_path, mebibytes, code):
     save(tiny_model("qwen2", layers=1, context=4096, intermediate_size=8192), tmp_path / "wide")
     rows = [{"input_ids": [2 + i % 50 for i in range(2048)], "prompt_length": 1024} for _ in range(8)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -6,7 +6,7 @@ import json
 import shlex
 
 import pytest
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 
 from internal_policy.cli.main import run as run_command
 from internal_policy.comparison.results import TABLES
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def compared(monkeypatch, capsys):
-    """What the command says; an error of it is raised here."""
+    """The output of the command; its errors are raised here."""
     monkeypatch.setenv("COLUMNS", "100")
 
     def compare(*arguments):
@@ -38,14 +38,14 @@ def compared(monkeypatch, capsys):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Leave the drawing out, which takes most of the time."""
-    asked = []
+def skip_drawing(monkeypatch):
+    """Skip the drawing, which takes most of the time."""
+    directories = []
     monkeypatch.setattr(
         "internal_policy.plotting.comparison.save_comparison_figures",
-        lambda comparison, directory: asked.append(directory) or [directory / "figure.png"],
+        lambda comparison, directory: directories.append(directory) or [directory / "figure.png"],
     )
-    return asked
+    return directories
 
 
 NAME = "compare--run--checkpoint-0--run--checkpoint-10--run--checkpoint-20"
@@ -58,19 +58,19 @@ def test_every_figure_of_a_training_is_drawn(place, tmp_path, compared):
     assert drawn == {f"{stem}.{kind}" for stem in (*FIGURES, "compare_layer_differences") for kind in ("png", "pdf")}
 
 
-def test_a_directory_of_checkpoints_is_compared(place, tmp_path, undrawn, compared):
+def test_a_directory_of_checkpoints_is_compared(place, tmp_path, skip_drawing, compared):
     out = compared(place / "analyses", "-o", tmp_path)
     written = {p.name for p in (tmp_path / NAME).iterdir()}
     assert written == {"comparison.json", "report.html", *(f"{t}.csv" for t in TABLES)}
-    assert undrawn == [tmp_path / "figures" / NAME]
+    assert skip_drawing == [tmp_path / "figures" / NAME]
     assert "≠" not in out
-    for told in ("3 analyses, lens policy, baseline checkpoint-0", "reading", "over 3 checkpoints", "ΔH FFN"):
-        assert told in out
+    for expected in ("3 analyses, lens policy, baseline checkpoint-0", "reading", "over 3 checkpoints", "ΔH FFN"):
+        assert expected in out
     manifest = json.loads((tmp_path / NAME / "comparison.json").read_text())
     assert [a["step"] for a in manifest["analyses"]] == [0.0, 10.0, 20.0]
 
 
-def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path, undrawn, compared):
+def test_the_start_model_given_with_its_checkpoints_is_the_baseline(place, tmp_path, skip_drawing, compared):
     start = make(progressive(6), "testbed/qwen3", prompts=4, seed=9).save(tmp_path / "start")
     after = [place / "analyses" / f"run--checkpoint-{k}" for k in (10, 20)]
     out = compared(*after, start, after[0], "-o", tmp_path)
@@ -83,7 +83,7 @@ def test_the_start_model_beside_its_checkpoints_is_the_baseline(place, tmp_path,
     assert out.index("\n s ") < out.index("\n x ") < out.index("\n y ")
 
 
-def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, undrawn, compared):
+def test_models_without_steps_have_no_trends_with_a_note(place, tmp_path, skip_drawing, compared):
     for name in "abc":
         make(progressive(4), f"m/{name}", prompts=4).save(tmp_path / "in" / name)
     out = " ".join(compared(tmp_path / "in", "-o", tmp_path / "out").split())
@@ -91,7 +91,7 @@ def test_models_without_steps_have_no_trends_and_that_is_said(place, tmp_path, u
     assert "per 100" not in out
 
 
-def test_options_and_json(place, tmp_path, undrawn, compared):
+def test_options_and_json(place, tmp_path, skip_drawing, compared):
     labels = [part for label in ("x", "y", "z", "w") for part in ("--label", label)]
     steps = [part for step in (1, 2, 3, 4) for part in ("--step", step)]
     out = compared(place / "analyses", place / "llama", "-o", tmp_path, *labels, *steps, "--baseline", "4", "--json")
@@ -104,12 +104,12 @@ def test_options_and_json(place, tmp_path, undrawn, compared):
     assert found["tables"]["differences"] == []
     assert {row["label"] for row in found["tables"]["depths"]} == {"x", "y", "z"}
     assert any("5" in note and "6 layers" in note for note in found["notes"])
-    assert len(undrawn) == 1
+    assert len(skip_drawing) == 1
     out = compared(place / "analyses", "-o", tmp_path, "--baseline", "checkpoint-20")
     assert "baseline checkpoint-20" in out
 
 
-def test_other_models_are_marked(place, tmp_path, undrawn, compared):
+def test_other_models_are_marked(place, tmp_path, skip_drawing, compared):
     out = compared(place / "analyses" / "run--checkpoint-0", place / "llama", "-o", tmp_path)
     assert "llama ≠" in out
     assert "≠ other responses than the baseline" in out
@@ -129,7 +129,7 @@ def test_other_models_are_marked(place, tmp_path, undrawn, compared):
         (["analyses", "--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_what_does_not_fit_is_refused(place, tmp_path, arguments, message, compared):
+def test_invalid_comparisons_are_refused(place, tmp_path, arguments, message, compared):
     places = [str(place / a) if a in ("analyses", "llama", "nothing") else a for a in arguments]
     with pytest.raises(UserError, match=message):
         compared(*places, "-o", tmp_path / "out")
@@ -149,9 +149,9 @@ def test_another_lens_is_refused(place, other_lens, tmp_path, compared):
 
 @pytest.mark.slow
 def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, other_lens, tmp_path):
-    from command_line import run_alone
+    from command_line import run_subprocess
 
-    done = run_alone("compare", place / "llama", other_lens, cwd=tmp_path)
+    done = run_subprocess("compare", place / "llama", other_lens, cwd=tmp_path)
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: llama was analysed with the lens policy and other with logit-lens")
@@ -173,16 +173,18 @@ def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, oth
         ),
     ],
 )
-def test_figures_of_a_comparison_say_which_command_draws_it_again(place, tmp_path, undrawn, options, command, compared):
+def test_figures_command_on_a_comparison_names_the_compare_command(
+    place, tmp_path, skip_drawing, options, command, compared
+):
     compared(place / "analyses", "-o", tmp_path, *options)
     stored = (tmp_path / NAME / "comparison.json").read_bytes()
     for named in (tmp_path, tmp_path / NAME):
         with pytest.raises(UserError, match="a comparison is drawn from its analyses") as caught:
             run_command(["figures", str(named)])
-        said = str(caught.value).split("draw it by internal-policy compare ")[1]
-        assert said == command.format(place / "analyses")
-    # It does what it says.
-    compared(*shlex.split(said), "-o", tmp_path)
+        printed = str(caught.value).split("draw it by internal-policy compare ")[1]
+        assert printed == command.format(place / "analyses")
+    # The printed command works.
+    compared(*shlex.split(printed), "-o", tmp_path)
     assert (tmp_path / NAME / "comparison.json").read_bytes() == stored
 
 
@@ -200,7 +202,7 @@ def test_figures_of_a_directory_of_analyses_show_all_of_them(place, tmp_path, mo
     )
 
 
-def test_a_directory_that_cannot_be_written_is_told(place, tmp_path, compared):
+def test_an_unwritable_directory_is_reported(place, tmp_path, compared):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         compared(place / "analyses", "-o", tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Killed before and after each rename and removal of a file, and started again, a run ends with the same numbers."""
+"""A run that is killed before or after any rename or removal of a file and restarted ends with the same results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_damaged_work import OPTIONS, SHORT, assert_analyses_same
+from test_damaged_workspace import OPTIONS, SHORT, assert_analyses_same
 from test_training_resume import assert_same, train
 from tiny import tiny_model, tiny_tokenizer
 
@@ -22,7 +22,7 @@ CHANGES = ("replace", "rename", "unlink", "remove", "rmdir")
 
 
 def die_at(inside, number, when):
-    """Kill this process at a change of files below a directory, counted from 1; returns how many there were so far."""
+    """Kill this process at the n-th file operation below a directory, from 1; returns the counter of operations."""
     seen = [0]
 
     def killing(change):
@@ -53,7 +53,7 @@ def child(run, place, output, number, when):
 
 
 def killed(run, place, output, number, when):
-    # A server that has imported everything once forks the processes that are to die.
+    # A server that has imported everything forks the processes that will be killed.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["internal_policy.bupo.training", "internal_policy.analysis.pipeline", "peft"])
     process = context.Process(target=child, args=(run, place, output, number, when))
@@ -67,7 +67,7 @@ def run_analyze(place, output, **options):
 
 
 def run_analyze_again(place, output):
-    """Over what another seed left; the directory is copied by the child, for it is to be the same each time."""
+    """Overwrite the results of another seed; the child copies the directory so that each attempt starts equal."""
     if not (place / output).exists():
         run_analyze(place, output, seed=1)
     return run_analyze(place, output, overwrite=True)
@@ -113,17 +113,17 @@ def place(tmp_path_factory):
     ],
     ids=["analyze", "analyze --overwrite", "evaluate", "train", "train --overwrite"],
 )
-def test_killed_at_each_change_of_files(place, run, load, same, least):
+def test_killed_at_each_file_operation(place, run, load, same, least):
     name = run.__name__
-    assert killed(run, place, f"{name}-straight", 0, "") == 0
-    straight = load(place / f"{name}-straight")
-    changes = int((place / f"{name}-straight.changes").read_text())
+    assert killed(run, place, f"{name}-uninterrupted", 0, "") == 0
+    uninterrupted = load(place / f"{name}-uninterrupted")
+    changes = int((place / f"{name}-uninterrupted.changes").read_text())
     assert changes >= least
     for number in range(1, changes + 1):
         for when in ("before", "after"):
             output = f"{name}-{number}-{when}"
             assert killed(run, place, output, number, when) == -signal.SIGKILL, output
             run(place, output)
-            same(straight, load(place / output))
+            same(uninterrupted, load(place / output))
             left = [p for p in Path(place / output).rglob("*") if p.name.endswith(".tmp") or p.name == LOCK]
             assert left == [], output

@@ -1,4 +1,4 @@
-"""What commands and results say: whole, in the right number, and of the command that was given."""
+"""Messages of commands and results: complete, with correct singular and plural, and naming the right command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from internal_policy.comparison import study as studies
 from internal_policy.utils.errors import as_user_error, counted
 
 
-def test_one_thing_is_not_several():
+def test_singular_and_plural_counts():
     assert [counted(n, "response") for n in (0, 1, 2)] == ["0 responses", "1 response", "2 responses"]
     assert (counted(1, "analysis"), counted(3, "analysis")) == ("1 analysis", "3 analyses")
 
@@ -26,31 +26,31 @@ def analysis():
     return Analysis.load(ROOT / "data" / "experiments" / "analyses" / "qwen3-start")
 
 
-def test_results_count_in_the_right_number(analysis):
+def test_results_use_singular_and_plural_correctly(analysis):
     one = replace(analysis, sequences=analysis.sequences[:1])
-    for said in (repr(one), display.layer_table(one).title):
-        assert "1 response, " in said
+    for text in (repr(one), display.layer_table(one).title):
+        assert "1 response, " in text
 
 
-def test_a_part_of_the_positions_is_told_as_a_part(analysis):
+def test_sampled_positions_are_reported_as_a_sample(analysis):
     positions = {"analysed": 428, "total": analysis.n_tokens, "rounds": 1, "tolerance": 0.05}
     positions |= {"half_width": 0.048, "layer": 3, "site": "ffn", "few": 0, "changes": 24}
     some = replace(analysis, positions=positions)
     part = f"428 of {analysis.n_tokens} tokens"
-    for said in (repr(some), display.layer_table(some).title):
-        assert part in said
-    # Two errors stand side by side, and each says which it is.
-    said = display.positions_line(positions)
-    assert "largest half-width of a 95% interval from that choice 0.048 nats (layer 3, FFN)" in said
-    assert said.endswith("± is the standard error over prompts")
+    for text in (repr(some), display.layer_table(some).title):
+        assert part in text
+    # There are two kinds of errors, and each is named.
+    text = display.positions_line(positions)
+    assert "largest half-width of a 95% interval from that choice 0.048 nats (layer 3, FFN)" in text
+    assert text.endswith("± is the standard error over prompts")
 
 
-def test_the_list_of_commands_is_not_cut(monkeypatch, capsys):
+def test_the_list_of_commands_is_not_truncated(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     cli.run(["--help"])
-    said = capsys.readouterr().out
-    assert "find the boundary layer, draw the figures." in " ".join(said.split())
-    assert max(map(len, said.partition("commands:")[2].partition("options:")[0].splitlines())) <= 80
+    text = capsys.readouterr().out
+    assert "find the boundary layer, draw the figures." in " ".join(text.split())
+    assert max(map(len, text.partition("commands:")[2].partition("options:")[0].splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_usage_error_names_the_help_of_its_command(words, end, monkeypatch, ca
     assert capsys.readouterr().err.endswith(f". See {end}\n")
 
 
-def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
+def test_layers_are_numbers_in_names_and_calls(monkeypatch):
     assert TrainConfig(ipa_steps=6).directory.name == "testbed--qwen3--bupo-auto-s6-seed0"
     assert TrainConfig(ipa_steps=6, layer=" 7").directory.name == "testbed--qwen3--bupo-l7-s6-seed0"
     seen = []
@@ -78,7 +78,7 @@ def test_a_layer_is_a_number_in_names_and_calls(monkeypatch):
     assert (layer, options["layer"]) == (7, 7)
 
 
-def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
+def test_a_missing_network_is_reported_once(monkeypatch, caplog, tmp_path):
     def offline(model, **options):
         with as_user_error(model, "its config.json"):
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
@@ -88,11 +88,11 @@ def test_no_network_is_said_once(monkeypatch, caplog, tmp_path):
     with pytest.raises(UserError, match=r"no network, and the hub's cache has none of the 5 models: .*testbed"):
         studies.study("small", output=tmp_path)
     assert caplog.messages == []
-    # What is on this disk is analysed all the same.
+    # Local models are analysed nevertheless.
     monkeypatch.setattr(studies.models, "check", lambda m, **o: real(m, **o) if m.startswith("testbed") else offline(m))
     monkeypatch.setattr(studies, "analyze", lambda model, **options: pytest.fail("analysed"))
     rows = (*studies.STUDIES["small"], *studies.STUDIES["testbed"])
     with pytest.raises(pytest.fail.Exception):
         studies.study(rows, output=tmp_path)
-    (said,) = caplog.messages
-    assert said.startswith("no network, and the hub's cache does not have meta-llama/Llama-3.2-1B-Instruct, ")
+    (text,) = caplog.messages
+    assert text.startswith("no network, and the hub's cache does not have meta-llama/Llama-3.2-1B-Instruct, ")

@@ -1,4 +1,4 @@
-"""What a command says: tables, one JSON document, or nothing; in colours, and to a shell that completes."""
+"""The output of commands: tables, one JSON document or nothing; colours and shell completion."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command_line import run_alone
+from command_line import run_subprocess
 from documents import ROOT
-from saved import save_one_of_each
-from training import command
+from saved_results import save_one_of_each
+from training_calls import command
 
 import internal_policy
 from internal_policy import Analysis, AnalysisComparison, AnalyzeConfig, UserError, compare
@@ -37,7 +37,7 @@ def comparison(place):
     return compare(place / "analyses")
 
 
-def told(monkeypatch, capsys, *arguments):
+def run_json(monkeypatch, capsys, *arguments):
     """The one JSON document on standard output."""
     code, out, err = command(monkeypatch, capsys, *arguments, "--json")
     assert (code, err) == (0, "")
@@ -45,15 +45,15 @@ def told(monkeypatch, capsys, *arguments):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def skip_drawing(monkeypatch):
     """Drawing takes most of the time, and is tested elsewhere."""
     for module, name in ((comparison_figures, "save_comparison_figures"), (figures, "save_analysis_figures")):
         monkeypatch.setattr(module, name, lambda results, directory: [directory / "figure.png"])
     monkeypatch.setattr("internal_policy.report.write_report", lambda thing, place=None: place / "report.html")
 
 
-def test_json_is_one_document_with_what_was_written(place, tmp_path, monkeypatch, capsys, undrawn):
-    found = told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
+def test_json_output_is_one_document_listing_the_written_files(place, tmp_path, monkeypatch, capsys, skip_drawing):
+    found = run_json(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)
     assert found["command"] == "compare"
     assert set(found["tables"]) == set(TABLES)
     assert found["tables"]["trends"] == []
@@ -61,34 +61,34 @@ def test_json_is_one_document_with_what_was_written(place, tmp_path, monkeypatch
     assert {p.name for p in written} == {p.name for p in Path(found["path"]).iterdir()}
     assert all(p.is_file() for p in written)
     (Path(found["path"]) / "report.html").touch()
-    assert told(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
-    found = told(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
+    assert run_json(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path)["files"] == found["files"]
+    found = run_json(monkeypatch, capsys, "figures", place / "analyses" / "NA", "-o", tmp_path)
     assert found == {"command": "figures", "files": {"figures": [str(tmp_path / "NA" / "figure.png")]}}
 
 
-def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, undrawn):
+def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, monkeypatch, capsys, skip_drawing):
     words = ("--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
-    found = told(monkeypatch, capsys, "analyze", *words)
+    found = run_json(monkeypatch, capsys, "analyze", *words)
     (analysis,) = found["analyses"]
-    # Without a model it is the one that AnalyzeConfig has, and that train begins with.
+    # The default model is that of AnalyzeConfig and of train.
     assert analysis["name"] == AnalyzeConfig().model == "testbed/qwen3"
     loaded = Analysis.load(analysis["path"])
     assert analysis["boundary_layer"] == loaded.boundary_layer
     assert analysis["selection"]["confidence"] == loaded.selection.confidence
     assert analysis["stages"] == list(loaded.stages)
     assert set(found["files"]) == {"analysis", "figures", "report"}
-    # A page of the first run is beside the results by now, and told in its own place all the same.
+    # The page of the first run already exists now and is still listed.
     (tmp_path / "testbed--qwen3" / "report.html").touch()
-    assert told(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
-    found = told(monkeypatch, capsys, "models")
+    assert run_json(monkeypatch, capsys, "analyze", *words, "--quiet")["files"] == found["files"]
+    found = run_json(monkeypatch, capsys, "models")
     assert set(found) == {"command", "families", "files"}
     assert found["families"]["llama"]["layers"] == "model.layers"
 
 
 @pytest.mark.slow
-def test_what_is_said_beside_it_goes_to_standard_error(tmp_path, monkeypatch, capsys, undrawn):
+def test_progress_messages_go_to_standard_error(tmp_path, monkeypatch, capsys, skip_drawing):
     words = ("--model", "testbed/llama", "--max-responses", "2", "--max-new-tokens", "4", "-o", tmp_path)
-    (analysis,) = told(monkeypatch, capsys, "analyze", *words)["analyses"]
+    (analysis,) = run_json(monkeypatch, capsys, "analyze", *words)["analyses"]
     code, out, err = command(monkeypatch, capsys, "analyze", *words, "--json")
     assert (code, json.loads(out)["analyses"][0]["path"]) == (0, analysis["path"])
     assert err.endswith("already complete; nothing to do (--overwrite starts over)\n")
@@ -98,20 +98,20 @@ def test_what_is_said_beside_it_goes_to_standard_error(tmp_path, monkeypatch, ca
 @pytest.mark.slow
 def test_json_of_the_commands_that_need_a_model(tmp_path, monkeypatch, capsys):
     words = ("--prompt", "a=3;a?", "--max-new-tokens", "2", "-o", tmp_path / "i")
-    found = told(monkeypatch, capsys, "inspect", "-m", "testbed/llama", *words)
+    found = run_json(monkeypatch, capsys, "inspect", "-m", "testbed/llama", *words)
     assert found["inspection"]["n_tokens"] == len({row["position"] for row in found["values"]})
     words = ("--max-problems", "2", "--samples", "2", "-o", tmp_path / "e")
-    found = told(monkeypatch, capsys, "evaluate", "-m", "testbed/llama", "-m", "testbed/qwen3", *words)
+    found = run_json(monkeypatch, capsys, "evaluate", "-m", "testbed/llama", "-m", "testbed/qwen3", *words)
     assert [e["name"] for e in found["evaluations"]] == ["testbed/llama", "testbed/qwen3"]
     assert found["comparisons"][0]["n_problems"] == 2
     words = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "2", "--prompts-per-step", "2", "--mini-batches", "1")
     more = ("--num-generations", "4", "--eval-problems", "2", "--max-completion-length", "8", "-o", tmp_path / "r")
-    found = told(monkeypatch, capsys, "train", *words, *more)
+    found = run_json(monkeypatch, capsys, "train", *words, *more)
     assert found["run"]["layer"] == 2
     assert found["run"]["evaluations"]["trained"]["avg"]["mean"] == Run.load(tmp_path / "r").evaluation.avg["mean"]
 
 
-def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn):
+def test_quiet_still_writes_files(place, tmp_path, monkeypatch, capsys, skip_drawing):
     before = sys.stdout
     assert command(monkeypatch, capsys, "compare", place / "analyses", "-o", tmp_path, "-q") == (0, "", "")
     assert AnalysisComparison.load(tmp_path).labels == ("007", "NA")
@@ -122,7 +122,7 @@ def test_quiet_writes_all_the_same(place, tmp_path, monkeypatch, capsys, undrawn
 
 
 @pytest.mark.parametrize("word", ["figures", "report", "compare"])
-def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, place, monkeypatch, capsys):
+def test_a_pattern_without_matches_is_reported_before_drawing(word, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
     line = "error: data/runs/*: nothing matches this pattern; leave it out, or name what is there\n"
@@ -131,7 +131,7 @@ def test_a_pattern_that_matches_nothing_is_told_before_anything_is_drawn(word, p
 
 
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
-def test_an_error_is_one_line_all_the_same(tmp_path, monkeypatch, capsys, option):
+def test_an_error_is_one_line_in_every_output_mode(tmp_path, monkeypatch, capsys, option):
     code, out, err = command(monkeypatch, capsys, "compare", tmp_path / "nowhere", option)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -162,7 +162,7 @@ def test_after_an_error_a_session_prints_again(words, capsys):
 
 
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
-def test_help_is_printed_all_the_same(monkeypatch, capsys, option):
+def test_help_is_printed_in_every_output_mode(monkeypatch, capsys, option):
     code, out, _ = command(monkeypatch, capsys, "compare", option, "--help")
     assert code == 0
     assert "Compare two or more analyses" in out
@@ -190,20 +190,20 @@ print("after")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="takes C's puts from the process itself; run it on Linux or macOS")
-def test_nobody_else_writes_into_the_document():
-    # Buffers are what is to be emptied in time.
+def test_only_the_document_is_on_standard_output():
+    # The buffers must be flushed in time.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
-    def heard(*words):
+    def run_with(*words):
         command = [sys.executable, "-c", NOISE, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return done.stdout, set(done.stderr.split("\n")) - {""}
 
     document = json.dumps({"a": 1, "files": {}}, indent=2)
     beside = {f"{who} {by}" for who in ("sys", "descriptor", "child", "compiled") for by in ("meanwhile", "later")}
-    assert heard("json") == (f"before\n{document}\nafter\n", beside)
-    assert heard("json", "quiet") == (f"before\n{document}\nafter\n", set())
-    assert heard("quiet") == ("before\nafter\n", set())
+    assert run_with("json") == (f"before\n{document}\nafter\n", beside)
+    assert run_with("json", "quiet") == (f"before\n{document}\nafter\n", set())
+    assert run_with("quiet") == ("before\nafter\n", set())
 
 
 @pytest.mark.slow
@@ -216,12 +216,12 @@ def test_a_reward_that_prints_does_not_spoil_the_document(tmp_path):
     small = ("--layer", "2", "--ipa-steps", "1", "--max-steps", "1", "--prompts-per-step", "2", "--mini-batches", "1")
     more = ("--num-generations", "2", "--eval-samples", "0", "--max-completion-length", "4", "--dynamics-every", "0")
     words = ("train", "--reward", "loud:reward", *small, *more, "-o", "run", "--json")
-    done = run_alone(*words, cwd=tmp_path, code=0, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    done = run_subprocess(*words, cwd=tmp_path, code=0, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert json.loads(done.stdout)["run"]["layer"] == 2
     assert "from a child" in done.stderr
 
 
-def test_what_json_does_not_have_is_null():
+def test_non_finite_values_become_null():
     odd = {"a": float("nan"), "b": [float("inf"), pd.NA], "c": Path("x"), "t": pd.DataFrame({"n": [1.5, None]})}
     assert output.to_plain(odd) == {"a": None, "b": [None, None], "c": "x", "t": [{"n": 1.5}, {"n": None}]}
 
@@ -235,7 +235,7 @@ def test_what_json_does_not_have_is_null():
         ({"TERM": "dumb"}, False),
     ],
 )
-def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsys, environment, coloured):
+def test_no_control_characters_without_a_terminal(comparison, monkeypatch, capsys, environment, coloured):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -243,11 +243,11 @@ def test_no_control_characters_where_nobody_looks(comparison, monkeypatch, capsy
     display.show_comparison(comparison)
     with progress("x", 2) as advance, status("y"):
         advance(1)
-    told = capsys.readouterr()
-    assert ("\x1b[33m" in told.out) == coloured
-    assert ("\x1b" in told.out) == ("FORCE_COLOR" in environment)
-    # A bar that moves would spoil a log, in colours or not.
-    assert told.err == ""
+    run_json = capsys.readouterr()
+    assert ("\x1b[33m" in run_json.out) == coloured
+    assert ("\x1b" in run_json.out) == ("FORCE_COLOR" in environment)
+    # An animated progress bar would clutter a log, with or without colours.
+    assert run_json.err == ""
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_bash_completes_an_empty_word():
     assert done.stdout == "policy logit-lens\n"
 
 
-def test_completion_is_of_the_shell_that_is_named(tmp_path, monkeypatch, capsys):
+def test_completion_is_for_the_named_shell(tmp_path, monkeypatch, capsys):
     main.run(["--show-completion", "zsh"])
     assert "#compdef internal-policy" in capsys.readouterr().out
     monkeypatch.setenv("SHELL", "/bin/fish")
@@ -302,6 +302,6 @@ def test_completion_is_of_the_shell_that_is_named(tmp_path, monkeypatch, capsys)
     assert "complete -o default" in script.read_text()
 
 
-def test_nothing_of_the_hubs_own_settings_is_overridden():
+def test_hub_settings_of_the_user_are_kept():
     sources = "\n".join(p.read_text() for p in Path(internal_policy.__file__).parent.rglob("*.py"))
     assert not any(f"{word}=" in sources for word in ("cache_dir", "local_files_only", "HF_HOME", "HF_HUB_CACHE"))

@@ -1,4 +1,4 @@
-"""Sweeps and studies on the command line: what the shell hands over, what is refused, what a kill costs."""
+"""Sweeps and studies on the command line: shell globs, refusals, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from sweeping import PROMPTS, STEPS, save_run, steps_of
 from tiny import ragged_responses
+from tiny_checkpoints import PROMPTS, STEPS, save_run, steps_of
 
 from internal_policy import Analysis, models
 from internal_policy.analysis import sweep as sweeps
@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("runs") / "x")
 
 
-def told(monkeypatch, capsys, *arguments):
+def run_command(monkeypatch, capsys, *arguments):
     """Exit code, standard output and standard error of the command line, in this process."""
     monkeypatch.setattr(sys, "argv", ["internal-policy", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_code:
@@ -35,7 +35,7 @@ def told(monkeypatch, capsys, *arguments):
     return exit_code.value.code or 0, captured.out, captured.err
 
 
-def test_the_command_takes_a_glob_that_the_shell_has_expanded(run, tmp_path, monkeypatch, capsys):
+def test_the_command_accepts_a_glob_expanded_by_the_shell(run, tmp_path, monkeypatch, capsys):
     swept = []
     monkeypatch.setattr(sweeps, "sweep", lambda start, **options: swept.append((start, options)) or [])
     monkeypatch.setattr(cli_analyze, "draw", lambda *arguments: None)
@@ -43,7 +43,7 @@ def test_the_command_takes_a_glob_that_the_shell_has_expanded(run, tmp_path, mon
     expanded = sorted(map(str, run.iterdir()))
     assert steps_of(expanded) == [10, 100, 5]
     command = ("analyze", "--checkpoints", *expanded, "--own-responses", "-m", "testbed/qwen3")
-    assert told(monkeypatch, capsys, *command) == (0, "", "")
+    assert run_command(monkeypatch, capsys, *command) == (0, "", "")
     ((start, options),) = swept
     assert (start, options["own_responses"]) == ("testbed/qwen3", True)
     assert steps_of(str(t) for t in list_targets(None, checkpoints=options["checkpoints"])) == list(STEPS)
@@ -54,7 +54,7 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     Path("r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ragged_responses(4)))
     command = ("analyze", "--responses", "r.jsonl", "--checkpoints", run, "-o", "out")
-    code, out, err = told(monkeypatch, capsys, *command)
+    code, out, err = run_command(monkeypatch, capsys, *command)
     assert code == 0, err
     assert [out.index(f"checkpoint-{step}:") for step in STEPS] == sorted(
         out.index(f"checkpoint-{step}:") for step in STEPS
@@ -63,9 +63,9 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
     for name in ("fig2_entropy_flow.pdf", "compare_heat_maps.png", "compare_layer_lines.png", "trends.csv"):
         assert (figures / name).is_file()
     assert pd.read_csv(figures / "boundaries.csv")["step"].tolist() == [update / 5 for update in STEPS]
-    # The directory of an analysis stands for its responses.
+    # The directory of an analysis is accepted as its responses.
     given = ("--responses", "out/x--checkpoint-10", "-o", "again")
-    code, _, err = told(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
+    code, _, err = run_command(monkeypatch, capsys, "analyze", "--checkpoints", run / "checkpoint-5", *given)
     assert code == 0, err
     assert Analysis.load("again").n_responses == 4
 
@@ -90,9 +90,9 @@ def test_a_sweep_ends_with_figures_and_tables(run, tmp_path, monkeypatch, capsys
         (["--preset", "testbed", "--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_commands_that_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_commands_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = told(monkeypatch, capsys, "analyze", *arguments)
+    code, out, err = run_command(monkeypatch, capsys, "analyze", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -108,20 +108,20 @@ def test_commands_that_are_refused(tmp_path, monkeypatch, capsys, arguments, mes
         ["--preset", "paper"],
     ],
 )
-def test_a_missing_key_for_ndif_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys, arguments):
+def test_a_missing_ndif_key_is_reported_before_contacting_the_hub(tmp_path, monkeypatch, capsys, arguments):
     nnsight = pytest.importorskip("nnsight")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NDIF_API_KEY", raising=False)
     monkeypatch.setattr(nnsight.schema.config.CONFIG.API, "APIKEY", None)
     monkeypatch.setattr(models, "check", lambda *_, **__: pytest.fail("the hub was asked"))
-    code, out, err = told(monkeypatch, capsys, "analyze", *arguments, "--backend", "nnsight", "--remote")
+    code, out, err = run_command(monkeypatch, capsys, "analyze", *arguments, "--backend", "nnsight", "--remote")
     assert (code, out) == (2, "")
     assert err.startswith("error: no key for NDIF")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
+def test_killed_in_the_second_checkpoint_and_resumed(run, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS * 10))
 
     def command(output):
@@ -133,7 +133,7 @@ def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
     def start(output):
         return subprocess.Popen(command(output), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    assert start("straight").wait() == 0
+    assert start("uninterrupted").wait() == 0
     for step in STEPS[1:]:
         process = start("killed")
         mark = time.perf_counter()
@@ -146,7 +146,7 @@ def test_killed_in_the_second_checkpoint_and_repeated(run, tmp_path):
         assert not (tmp_path / "killed" / f"x--checkpoint-{step}" / "analysis.json").exists()
     assert start("killed").wait() == 0
     for step in STEPS:
-        one, other = (Analysis.load(tmp_path / name / f"x--checkpoint-{step}") for name in ("straight", "killed"))
+        one, other = (Analysis.load(tmp_path / name / f"x--checkpoint-{step}") for name in ("uninterrupted", "killed"))
         pd.testing.assert_frame_equal(one.sequences, other.sequences, check_exact=True)
         pd.testing.assert_frame_equal(one.responses, other.responses, check_exact=True)
         assert one.selection == other.selection

@@ -1,4 +1,4 @@
-"""`internal-policy train` end to end: the files of a run, its figures, taking it up again, and rewards of one's own."""
+"""`internal-policy train` end to end: the files of a run, its figures, resuming, and custom rewards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 
 import pandas as pd
 import pytest
-from command_line import run, run_alone
-from training import command
+from command_line import run, run_subprocess
+from training_calls import command
 from transformers import AutoModelForCausalLM
 
 from internal_policy import analyze
@@ -28,7 +28,7 @@ SHORT = [*WORDS, "--eval-samples", "0", "--dynamics-every", "0", "--max-completi
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of the command in a process of its own, and what it said."""
+    """A run of the command in a subprocess, and its output."""
     place = tmp_path_factory.mktemp("place")
     return place, run(*WORDS, "--layer", "2", "--output", "out", cwd=place, code=0)
 
@@ -36,8 +36,8 @@ def finished(tmp_path_factory):
 def test_a_run_from_end_to_end(finished):
     place, done = finished
     out = place / "out"
-    # Nothing of the libraries' own reaches the terminal.
-    # The line is said where the process that was forked had not loaded them.
+    # No output of the libraries reaches the terminal.
+    # The line is printed only if the forked process had not loaded them.
     assert done.stderr in ("", "loading the libraries (torch, transformers)\n")
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     named = {"run.json", "run_settings.json", "history.csv", "dynamics.csv", "dynamics_layers.csv", "report.html"}
@@ -55,24 +55,24 @@ def test_the_report_gives_the_command_again(finished):
     place, _ = finished
     words = shlex.split(training_commands(Run.load(place / "out")).shell)
     assert words[:2] == ["internal-policy", "train"]
-    asked = {**dict(zip(WORDS[1::2], WORDS[2::2], strict=True)), "--layer": "2", "--output": "out"}
-    assert dict(zip(words[2::2], words[3::2], strict=True)) == asked
+    expected_options = {**dict(zip(WORDS[1::2], WORDS[2::2], strict=True)), "--layer": "2", "--output": "out"}
+    assert dict(zip(words[2::2], words[3::2], strict=True)) == expected_options
 
 
 def test_the_summary_has_the_numbers_of_the_run(finished):
     place, done = finished
     found = Run.load(place / "out")
-    said = " ".join(done.stdout.split())
+    text = " ".join(done.stdout.split())
     rewards = found.history["reward"]
-    assert f"ipa 1-1 {rewards[0]:.3f} → {rewards[0]:.3f}" in said
-    assert f"grpo 2-2 {rewards[1]:.3f} → {rewards[1]:.3f}" in said
-    assert "layer 2: as it was asked for" in said
+    assert f"ipa 1-1 {rewards[0]:.3f} → {rewards[0]:.3f}" in text
+    assert f"grpo 2-2 {rewards[1]:.3f} → {rewards[1]:.3f}" in text
+    assert "layer 2: as it was asked for" in text
     avg = found.evaluation.avg
-    assert f"trained {100 * avg['mean']:.2f} {100 * avg['low']:.2f} to {100 * avg['high']:.2f}" in said
-    assert f"difference {100 * (avg['mean'] - found.evaluation_start.avg['mean']):+.2f}" in said
-    assert "model: out/model/" in said
-    assert "figures: out/figures/ (fig4_training.png" in said
-    assert "failed" not in said
+    assert f"trained {100 * avg['mean']:.2f} {100 * avg['low']:.2f} to {100 * avg['high']:.2f}" in text
+    assert f"difference {100 * (avg['mean'] - found.evaluation_start.avg['mean']):+.2f}" in text
+    assert "model: out/model/" in text
+    assert "figures: out/figures/ (fig4_training.png" in text
+    assert "failed" not in text
 
 
 def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
@@ -80,7 +80,7 @@ def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = (place / "out" / "run.json").read_bytes()
     if result_format._is_cpu("auto"):
-        # The call and its files tell it, with no trainer.
+        # Known from the call and its files, without a trainer.
         monkeypatch.setattr("internal_policy.bupo.training.train", None)
     code, out, err = command(monkeypatch, capsys, *WORDS, "--layer", "2", "--output", "out")
     assert (code, err) == (0, "out: already complete; nothing to train (--overwrite starts over)\n")
@@ -134,7 +134,7 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     assert (tmp_path / "figures" / path.name / "fig4_training.png").is_file()
 
 
-def test_a_reward_of_the_users_own_and_a_switch_of_trls(tmp_path, monkeypatch, capsys):
+def test_a_custom_reward_and_a_trl_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shortness.py").write_text(
         "calls = []\n"
@@ -194,8 +194,8 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_in_a_process_of_its_own(tmp_path):
-    done = run_alone("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
+def test_command_in_a_subprocess(tmp_path):
+    done = run_subprocess("train", "--ipa-steps", "9", "--max-steps", "4", "--output", "out", cwd=tmp_path)
     assert done.stdout == ""
     assert done.stderr == "error: ipa_steps is 9 and the run has 4 steps; needed is 0 to 4, or auto\n"
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +211,7 @@ def test_a_reward_that_breaks_the_training(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
+def test_results_without_figures(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text(json.dumps({"name": "x"}))
@@ -229,7 +229,7 @@ def test_figures_of_what_has_none(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "figures").exists()
 
 
-def test_the_directory_is_named_by_the_layer_also_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_command_names_the_directory_by_the_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     named = tmp_path / "data" / "runs" / "testbed--qwen3--bupo-l2-s1-seed0"
     named.mkdir(parents=True)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 from test_convergence import by_hand
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,7 @@ from internal_policy.models import testbed
 
 @pytest.fixture(scope="module")
 def real():
-    """The embedded model, two checkpoints away from it on the same responses, and another model on its own."""
+    """The embedded model, two checkpoints of it on the same responses, and another model on its own responses."""
     base = analyze("testbed/qwen3", max_responses=6, samples_per_prompt=2, keep_tokens=0)
     tokenizer = AutoTokenizer.from_pretrained(testbed.path("testbed/qwen3"))
     checkpoints = []
@@ -81,7 +81,7 @@ def test_paired_differences_are_those_of_each_response(real, trained, site, colu
         own = analysis.curve(site, column) - base.curve(site, column)
         np.testing.assert_allclose(rows["difference"], own, rtol=1e-9, atol=1e-14)
         assert rows["paired"].all()
-    # Below the layer that was changed nothing moves; from it on something does.
+    # Only layers from the changed one on differ.
     changed = rows_of(comparison.differences, label="checkpoint-40", site="layer", quantity="entropy_out")
     assert (changed["difference"].iloc[:3].abs() < 1e-6).all()
     assert (changed["difference"].iloc[3:].abs() > 1e-4).any()
@@ -126,7 +126,7 @@ def test_other_responses_are_marked_and_compared_as_independent(real):
 
 
 @pytest.mark.parametrize(("which", "reading"), [(0, "abrupt"), (1, "progressive")])
-def test_an_embedded_model_is_measured_on_its_own_curve(real, which, reading):
+def test_embedded_model_convergence_matches_its_curve(real, which, reading):
     analysis = (real[0], real[2])[which]
     found = measure_convergence(analysis, resamples=100)
     drop, depth, share = by_hand(list(analysis.curve("layer", "entropy_out")))
@@ -134,12 +134,12 @@ def test_an_embedded_model_is_measured_on_its_own_curve(real, which, reading):
     # The step of the grid in `by_hand`.
     assert found.half_drop_depth == pytest.approx(depth, abs=2e-5)
     assert found.last_three_share == pytest.approx(share)
-    # Of the small models it is the Qwen whose last layer takes more than half.
+    # Of the small models, the Qwen's last layer accounts for more than half of the drop.
     assert found.reading == reading, found.reason
     assert found.reading_share == 1.0
 
 
-def test_the_made_analyses_have_the_tables_of_real_ones():
+def test_synthetic_analyses_have_the_tables_of_real_ones():
     analysis = make(progressive(5), noise=0.3, samples=2)
     expected = statistics.layer_table(analysis.responses)
     pd.testing.assert_frame_equal(analysis.layers[expected.columns], expected, check_exact=False, rtol=1e-9)
@@ -161,12 +161,12 @@ def test_equal_clusters_give_the_paired_and_the_welch_t_test():
     rows = rows_of(compare(one, apart, labels="ab").differences, site="layer", quantity="entropy_out")
     t = stats.ttest_ind(z, x, axis=0, equal_var=False)
     np.testing.assert_allclose(rows["difference"] / rows["stderr"], t.statistic, rtol=1e-9)
-    # Zou and Donner's interval is not Welch's, but of its size.
+    # Zou and Donner's interval differs from Welch's but has a similar length.
     ends = t.confidence_interval(0.95)
     np.testing.assert_allclose(rows["high"] - rows["low"], ends.high - ends.low, rtol=0.12)
 
 
-def test_sharing_the_responses_is_what_makes_the_interval_narrow():
+def test_shared_responses_narrow_the_interval():
     base, near = make(progressive(8), noise=0.1, shared=2.0), make(progressive(8), noise=0.1, shared=2.0, seed=5)
     moved = make(progressive(8), noise=0.1, shared=2.0, seed=5, data_seed=9)
     widths = []
@@ -176,7 +176,7 @@ def test_sharing_the_responses_is_what_makes_the_interval_narrow():
     assert widths[1] > 5 * widths[0]
 
 
-def test_an_analysis_compared_with_itself_differs_by_nothing():
+def test_an_analysis_compared_with_itself_has_zero_differences():
     analysis = make(progressive(10), noise=0.1)
     assert analysis.boundary_layer is not None
     comparison = compare(analysis, analysis)
@@ -239,11 +239,11 @@ def test_two_depths_on_the_same_responses_are_paired():
     deep, flat = make(progressive(12) + 9, "deep", shared=2.0), make(progressive(6) + 9, "flat", shared=2.0)
     depths = rows_of(compare(deep, flat).depths, quantity="entropy")
     assert depths["paired"].all()
-    # What is shared cancels; only the lines between the layers differ.
+    # The shared part cancels; only the interpolation between layers differs.
     assert (depths["stderr"] < 1e-9).all()
 
 
-def test_the_moves_of_boundary_and_stages():
+def test_changes_of_boundary_layer_and_stages():
     base, other = make(progressive(6), noise=0.1), make(progressive(6), noise=0.1, seed=1)
     moved = replace(
         other,
@@ -269,7 +269,7 @@ def test_the_moves_of_boundary_and_stages():
     assert pd.isna(row["move"])
 
 
-def test_a_trend_is_found_where_it_was_put():
+def test_a_known_trend_is_recovered():
     comparison = compare(training(5, 10, moves=-0.02, noise=0.01, shared=0.02, prompts=30))
     rows = rows_of(comparison.trends, site="layer", quantity="entropy_out")
     # A checkpoint, of ten steps, moves layer l by -0.02 l / L; the slope's standard error is below 1e-4.
@@ -278,7 +278,7 @@ def test_a_trend_is_found_where_it_was_put():
     assert (comparison.trends["steps_from"] == "name").all()
 
 
-def test_trends_of_other_responses_add_the_errors():
+def test_trends_over_different_responses_add_the_errors():
     series = [make(progressive(5), f"step_{k}", noise=0.3, seed=k, data_seed=k) for k in (0, 10, 30)]
     rows = rows_of(compare(series).trends, site="layer", quantity="entropy_out")
     assert not rows["paired"].any()
@@ -303,8 +303,8 @@ def test_a_single_prompt_has_no_interval():
 
 
 @pytest.mark.parametrize("data_seed", [None, 1000])
-def test_the_intervals_of_differences_keep_their_level(data_seed):
-    """Paired (None) and unpaired; each layer is a draw of its own, so one comparison has many intervals."""
+def test_coverage_of_difference_intervals(data_seed):
+    """Paired (None) and unpaired; layers are independent draws, so one comparison gives many intervals."""
     n_layers, held = 120, []
     for seed in range(4):
         one = make(np.full(n_layers + 1, 6.0), prompts=60, noise=0.5, shared=0.0, seed=seed, data_seed=seed)
@@ -324,16 +324,16 @@ def test_the_intervals_of_differences_keep_their_level(data_seed):
     assert 0.92 <= np.mean(held) <= 0.98
 
 
-def test_the_intervals_of_a_slope_hold_where_only_some_checkpoints_share_responses():
-    """Two sweeps in one: the shared responses err together, so their weights must be added before they are squared."""
+def test_coverage_of_slope_intervals_with_partially_shared_responses():
+    """Two sweeps in one: errors of shared responses are correlated, so weights are added before squaring."""
     n_layers, held = 60, []
     for seed in range(4):
         draw = np.random.default_rng(seed)
         # What a response adds to every checkpoint that it is run through, layer by layer: the true slope is 0.
         own = {half: draw.normal(size=(40, n_layers)) for half in (0, 1)}
         values = [own[place // 5] + 0.01 * draw.normal(size=(40, n_layers)) for place in range(10)]
-        made = [make(np.full(4, 6.0), prompts=40, noise=0.0, shared=0.0, seed=0, data_seed=half) for half in (0, 1)]
-        items = [Item(str(place), place, made[place // 5]) for place in range(10)]
+        halves = [make(np.full(4, 6.0), prompts=40, noise=0.0, shared=0.0, seed=0, data_seed=half) for half in (0, 1)]
+        items = [Item(str(place), place, halves[place // 5]) for place in range(10)]
         groups = group_paired(items)
         assert groups == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
         centred = np.arange(10) - 4.5

@@ -1,4 +1,4 @@
-"""The measures of convergence: against formulas written out by hand, and the published reading of both shapes."""
+"""Convergence measures against formulas written out by hand, and the published classification of both shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import abrupt, make, progressive, stream
+from synthetic_analyses import abrupt, make, progressive, stream
 
 from internal_policy import convergence_table, measure_convergence
 from internal_policy.comparison.convergence import entropy_curves
@@ -44,13 +44,13 @@ QWEN = {
     [*((c, "abrupt") for c in LLAMA.values()), *((c, "progressive") for c in QWEN.values())],
     ids=[*(f"llama, {n}" for n in LLAMA), *(f"qwen, {n}" for n in QWEN)],
 )
-def test_the_published_reading_comes_out(curve, reading, noise):
+def test_the_published_classification_is_reproduced(curve, reading, noise):
     found = measure_convergence(stream(curve, noise=noise, shared=noise, seed=3), resamples=100)
     assert found.reading == reading, found.reason
     assert found.reading_share == 1.0
 
 
-def test_what_is_between_the_two_is_mixed():
+def test_intermediate_shapes_are_classified_as_mixed():
     cliff = np.interp(np.arange(37), [0, 12, 15, 36], [11.0, 11.0, 1.0, 1.0])
     for curve, expected in ((abrupt(falls=7), ""), (cliff, "layers 13-15 take 100%")):
         found = measure_convergence(stream(curve), resamples=10)
@@ -61,8 +61,8 @@ def test_what_is_between_the_two_is_mixed():
 
 
 @pytest.mark.parametrize("curve", [progressive(), abrupt()], ids=["progressive", "abrupt"])
-def test_the_embedding_does_not_count(curve):
-    """Near zero where it is tied, near ln V where it is small and has weights of its own: neither is a layer's."""
+def test_the_embedding_is_excluded(curve):
+    """The embedding's entropy is near zero if tied and near ln V if small and untied; neither belongs to a layer."""
     found = [measure_convergence(stream([h, *curve[1:]]), resamples=20) for h in (0.0, curve[0], 30.0)]
     assert len({repr(f) for f in found}) == 1
     for one in found[1:]:
@@ -75,7 +75,7 @@ def test_the_embedding_does_not_count(curve):
     [np.full(29, 11.0), np.linspace(1.0, 11.0, 29), np.zeros(29), 11.0 - 0.01 * np.arange(29)],
     ids=["constant", "rising", "all zero", "hardly falling"],
 )
-def test_a_curve_that_does_not_fall_has_no_reading(curve):
+def test_a_curve_without_drop_is_not_classified(curve):
     found = measure_convergence(stream(curve), resamples=20)
     assert found.reading == "none"
     assert "does not fall" in found.reason
@@ -92,7 +92,7 @@ def test_noise_is_not_a_drop():
 
 
 @pytest.mark.parametrize("n_layers", [2, 3, 4])
-def test_shallow_models_are_measured_but_not_read(n_layers):
+def test_shallow_models_are_measured_but_not_classified(n_layers):
     found = measure_convergence(stream([9.0, *np.linspace(8.0, 0.0, n_layers)]), resamples=20)
     assert (found.reading, found.last_three_share) == ("none", 1.0)
     assert "too few" in found.reason
@@ -100,7 +100,7 @@ def test_shallow_models_are_measured_but_not_read(n_layers):
     assert found.half_drop_depth == pytest.approx((1 / n_layers + 1) / 2)
 
 
-def test_a_single_layer_has_nothing_to_fall_from():
+def test_a_single_layer_has_no_drop():
     found = measure_convergence(stream([9.0, 8.0]), resamples=20)
     assert (found.reading, found.total_drop, found.peak_layer) == ("none", 0.0, 1)
     assert np.isnan([found.half_drop_depth, found.last_three_share]).all()
@@ -118,7 +118,7 @@ def by_hand(curve):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_measures_of_any_curve_are_those_read_off_a_drawing_of_it(seed):
+def test_measures_match_a_fine_grid_for_any_curve(seed):
     generator = np.random.default_rng(seed)
     curve = np.abs(np.linspace(9, 0, generator.integers(5, 50)) + generator.normal(size=1) + 1.0)
     curve = curve + generator.uniform(0, 2, curve.size) * (np.arange(curve.size) < curve.size - 1)
@@ -132,7 +132,7 @@ def test_the_measures_of_any_curve_are_those_read_off_a_drawing_of_it(seed):
     assert found.curve["fallen"].iloc[-1] == pytest.approx(1.0)
 
 
-def test_the_shares_of_an_even_fall_are_even():
+def test_a_uniform_drop_has_equal_shares():
     found = measure_convergence(stream([0.0, *np.linspace(10, 0, 30)]), resamples=10)
     # Of 29 steps the first tenth of the depth has two, and each other one three; sums of thirty floats.
     np.testing.assert_allclose(found.shares["share"], [2 / 29, *[3 / 29] * 9], atol=1e-12)
@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_interval():
     )
 
 
-def test_the_table_has_a_row_a_model():
+def test_the_table_has_a_row_per_model():
     table = convergence_table([stream(progressive()), stream(abrupt())], labels=["Qwen", "Llama"], resamples=20)
     assert list(table["label"]) == ["Qwen", "Llama"]
     assert list(table["reading"]) == ["progressive", "abrupt"]
@@ -186,7 +186,7 @@ def test_the_table_has_a_row_a_model():
     ).all()
 
 
-def test_curves_are_read_whole():
+def test_curves_include_all_layers():
     analysis = make(progressive(8))
     curves, tokens, prompts = entropy_curves(analysis.responses.sample(frac=1.0, random_state=0))
     np.testing.assert_array_equal(curves, np.tile(progressive(8), (12, 1)))
@@ -197,7 +197,7 @@ def test_curves_are_read_whole():
 
 
 def true_draws(curve, draws, *, prompts):
-    """How often each interval holds the truth: total drop, half-drop depth, last three layers' share."""
+    """Coverage of each interval: total drop, half-drop depth, last three layers' share."""
     true = measure_convergence(stream(curve), resamples=1)
     held = np.zeros(3)
     for seed in range(draws):
@@ -218,12 +218,12 @@ SIMULATED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [12, 40])
 @pytest.mark.parametrize("shape", SIMULATED)
-def test_the_intervals_keep_their_level(shape, prompts):
+def test_interval_coverage(shape, prompts):
     held = true_draws(SIMULATED[shape], 200, prompts=prompts)
     # 200 draws at 0.95 have a standard deviation of 0.015: three of them below. Plain percentiles have 0.22.
     assert (held >= 0.90).all(), held
 
 
-def test_the_intervals_of_a_noisy_plateau_know_that_its_maximum_is_too_high():
-    # Percentiles hold the drop of 12 prompts in 22% of the draws, and the share in 23%; these in 98%.
+def test_intervals_of_a_noisy_plateau_correct_the_bias_of_its_maximum():
+    # Percentile intervals cover the drop of 12 prompts in 22% of the draws and the share in 23%; these in 98%.
     assert (true_draws(abrupt(), 25, prompts=12) >= 0.84).all()

@@ -1,4 +1,4 @@
-"""The cross-model study: the presets' table, what a failure costs, what is not done twice, and its figures."""
+"""The cross-model study: the table of presets, handling of failures, reuse of finished models, and figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -49,11 +49,11 @@ PANELS[14] = (*PANELS[13], "Qwen3-14B", "Llama-3.1-8B-Instruct")
 
 
 @pytest.fixture(scope="module")
-def papers():
-    """A study of the paper's models, made without them."""
+def paper_study():
+    """A synthetic study of the paper's models."""
     rows = STUDIES["paper"]
-    made = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
-    return Study(rows, tuple(replace(a, config={**a.config, "template": "chat"}) for a in made))
+    analyses = [make(progressive(3), row.model, prompts=2, seed=seed) for seed, row in enumerate(rows)]
+    return Study(rows, tuple(replace(a, config={**a.config, "template": "chat"}) for a in analyses))
 
 
 def test_the_papers_preset_is_table_4():
@@ -61,8 +61,8 @@ def test_the_papers_preset_is_table_4():
     assert len(STUDIES["paper"]) == 12
 
 
-def test_the_figures_of_the_papers_study_hold_their_models_in_the_papers_order(papers):
-    panels = {number: tuple(a.name.rpartition("/")[2] for a in papers.of_figure(number)) for number in PANELS}
+def test_study_figures_list_models_in_the_order_of_the_paper(paper_study):
+    panels = {number: tuple(a.name.rpartition("/")[2] for a in paper_study.of_figure(number)) for number in PANELS}
     assert panels == PANELS
 
 
@@ -81,12 +81,12 @@ def test_every_preset_has_the_main_figures_and_the_papers_templates(preset):
         assert (row.template == "octothinker") == row.model.startswith("OctoThinker/")
 
 
-def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, caplog):
-    asked, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
+def test_paper_study_allows_7168_response_tokens(paper_study, monkeypatch, caplog):
+    max_new_tokens, looked_up = {}, SimpleNamespace(get_text_config=lambda: DEEPSEEK_MATH)
 
     def analyze(model, **options):
-        asked[model] = options["max_new_tokens"]
-        return papers.analyses[0]
+        max_new_tokens[model] = options["max_new_tokens"]
+        return paper_study.analyses[0]
 
     monkeypatch.setattr(studies, "analyze", analyze)
     monkeypatch.setattr(studies, "release_memory", lambda: None)
@@ -94,19 +94,19 @@ def test_responses_of_the_papers_study_run_to_7168_tokens(papers, monkeypatch, c
     study("paper")
     # Those with a context of 4096 leave 1024 of it for the prompt.
     short = {"Qwen/Qwen2.5-Math-7B", "deepseek-ai/deepseek-math-7b-base"}
-    assert asked == {model: 3072 if model in short else 7168 for model in TABLE_4}
+    assert max_new_tokens == {model: 3072 if model in short else 7168 for model in TABLE_4}
     # Had all of them the shape of deepseek-math: keys and values, 2 bytes, 30 layers, 32 heads, 128 wide.
     assert "16 responses of up to 7168 tokens hold up to 56 GB of keys and values" in caplog.text
     caplog.clear()
     study("paper", max_new_tokens=100, generator="transformers")
-    assert set(asked.values()) == {100}
+    assert set(max_new_tokens.values()) == {100}
     assert not caplog.text
     study("testbed")
-    assert asked["testbed/qwen3"] is None
+    assert max_new_tokens["testbed/qwen3"] is None
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama", "gpt_neox"])
-def test_the_memory_of_a_token_is_what_its_keys_and_values_take(model_type):
+def test_memory_per_token_is_the_size_of_its_keys_and_values(model_type):
     model = tiny_model(model_type)
     cache = model(torch.ones(1, 7, dtype=torch.long), use_cache=True).past_key_values
     held = sum(2 * getattr(layer, kept).numel() for layer in cache.layers for kept in ("keys", "values"))
@@ -123,7 +123,7 @@ def done(root):
     return study("testbed", output=root, **QUICK)
 
 
-def test_the_models_are_analysed_as_alone(done, root):
+def test_study_analyses_match_single_analyses(done, root):
     assert [a.name for a in done.analyses] == ["testbed/qwen3", "testbed/llama"]
     assert done.failures == {}
     alone = analyze("testbed/llama", **QUICK)
@@ -134,7 +134,7 @@ def test_the_models_are_analysed_as_alone(done, root):
     assert done.of_figure(13) == []
 
 
-def test_the_tables_say_what_the_analyses_say(done):
+def test_study_tables_match_the_analyses(done):
     table = done.table.set_index("label")
     for label, analysis in zip(("qwen3", "llama"), done.analyses, strict=True):
         row = table.loc[label]
@@ -150,7 +150,7 @@ def refused(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def of_the_hub(done, tmp_path_factory):
+def hub_analysis(done, tmp_path_factory):
     """A finished analysis of a model that only the hub has."""
     directory = tmp_path_factory.mktemp("hub")
     analysis = done.analyses[1]
@@ -160,8 +160,8 @@ def of_the_hub(done, tmp_path_factory):
     return directory, (StudyModel("org/name", "chat"),)
 
 
-def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_the_hub, tmp_path, monkeypatch):
-    directory, rows = of_the_hub
+def test_finished_hub_models_are_not_loaded_again(done, root, hub_analysis, tmp_path, monkeypatch):
+    directory, rows = hub_analysis
     monkeypatch.setattr(studies, "analyze", refused)
     monkeypatch.setattr(studies.models, "check", refused)
     for commit in ("0" * 40, None):
@@ -171,7 +171,7 @@ def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_th
     # The same prompts from a file may be others by now.
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, prompts=__file__, **QUICK)
-    # So may models on this disk: embedded ones, and what a name stands for here.
+    # So may local models: embedded ones and local directories.
     monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: True)
     assert len(study("testbed", output=root, **QUICK).analyses) == 2
     monkeypatch.setattr(studies, "is_up_to_date", lambda config, analysis: False)
@@ -182,13 +182,13 @@ def test_what_is_finished_of_the_hub_is_read_without_its_model(done, root, of_th
         here.chdir(tmp_path)
         with pytest.raises(UserError, match="AssertionError: a model was looked up"):
             study(rows, output=directory, **QUICK)
-    # And the same name another model.
+    # The same name may also be another model.
     monkeypatch.setattr(studies, "commit_now", lambda name: "1" * 40)
     with pytest.raises(UserError, match="AssertionError: a model was looked up"):
         study(rows, output=directory, **QUICK)
 
 
-def test_the_commit_of_now_is_the_hubs_or_else_the_caches(tmp_path, monkeypatch):
+def test_the_current_commit_is_from_the_hub_or_the_cache(tmp_path, monkeypatch):
     (tmp_path / "models--org--name" / "refs").mkdir(parents=True)
     (tmp_path / "models--org--name" / "refs" / "main").write_text("2" * 40)
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("2" * 40)
@@ -208,7 +208,7 @@ def test_the_commit_of_now_is_the_hubs_or_else_the_caches(tmp_path, monkeypatch)
     assert commit_now("no such name") is None
 
 
-def test_what_is_finished_of_this_disk_is_compared_with_its_weights(tmp_path):
+def test_finished_local_models_are_compared_by_their_weights(tmp_path):
     model = tiny_model("llama")
     place = tmp_path / "model"
 
@@ -231,7 +231,7 @@ def test_what_is_finished_of_this_disk_is_compared_with_its_weights(tmp_path):
         study(rows, **options)
 
 
-def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_path, monkeypatch):
+def test_conflicting_directories_are_refused_before_the_analysis(tmp_path, monkeypatch):
     monkeypatch.setattr(studies.models, "check", refused)
     monkeypatch.setattr(studies, "commit_now", refused)
     rows = tuple(StudyModel("testbed/qwen3", template) for template in ("chat", "plain"))
@@ -250,7 +250,7 @@ def test_rows_of_one_directory_and_directories_of_others_are_refused_first(tmp_p
         study("testbed", output=taken / "thesis.tex", **QUICK)
 
 
-def test_other_settings_are_not_taken_for_finished(done, root):
+def test_other_settings_are_not_reused(done, root):
     with pytest.raises(UserError, match=r"none of the 2 .*already holds an analysis with other settings \(seed 0 -> 1"):
         study("testbed", output=root, **{**QUICK, "seed": 1})
     assert Analysis.load(root / "testbed--qwen3").lens == "policy"
@@ -285,7 +285,7 @@ def test_a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         "testbed/qwen3": "RuntimeError: CUDA error in LanguageModel while running",
     }
     assert [a.name for a in found.analyses] == [a.name for a in seen] == ["testbed/llama"]
-    # Neither a model that is done nor one that failed is in memory when the next begins.
+    # Neither a finished nor a failed model is in memory when the next begins.
     assert held == [0, 0]
     assert found.comparison is None
     assert found.convergence["label"].tolist() == ["llama"]
@@ -293,7 +293,7 @@ def test_a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     assert list(study(ROWS, output=tmp_path, **QUICK).failures) == ["./nowhere"]
 
 
-def test_started_over_all_is_made_anew(tmp_path):
+def test_overwrite_repeats_the_whole_study(tmp_path):
     for new in (3, 4):
         options = {"max_responses": 2, "max_new_tokens": new, "output": tmp_path, "overwrite": new == 4}
         found = study(ROWS[2:], **options)
@@ -310,13 +310,13 @@ def test_started_over_all_is_made_anew(tmp_path):
         (ROWS[1:2], {}, "none of the 1 models could be analysed; ./nowhere: no such directory"),
     ],
 )
-def test_bad_studies(tmp_path, preset, options, message):
+def test_invalid_studies(tmp_path, preset, options, message):
     with pytest.raises(UserError, match=message):
         study(preset, output=tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_tells_what_failed_and_draws_the_rest(done, root, monkeypatch, capsys):
+def test_the_command_reports_failures_and_draws_the_rest(done, root, monkeypatch, capsys):
     monkeypatch.setattr(studies, "STUDIES", {"testbed": (*STUDIES["testbed"], ROWS[1])})
     drawn = []
 
@@ -348,7 +348,7 @@ def test_the_figures_and_tables_of_a_study(done, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in paths}
     assert pd.read_csv(tmp_path / "convergence.csv")["label"].tolist() == ["qwen3", "llama"]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    # A figure that no row names any more would be of another study, and goes.
+    # A figure that no row names any more is removed.
     save_study(Study((replace(done.models[0], figures={2: 1}),), done.analyses[:1]), tmp_path)
     assert not (tmp_path / "fig3_entropy_change.png").exists()
     save_study(done, tmp_path)

@@ -1,4 +1,4 @@
-"""Templates that never end, or that fill the memory."""
+"""Chat templates that never end or fill the memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rendered(template, contents=("one", "two")):
     return render_all([Prompt(c) for c in contents], "chat", tokenizer), tokenizer
 
 
-def test_a_template_gives_what_transformers_makes_of_it():
+def test_templates_render_as_in_transformers():
     found, tokenizer = rendered(GOOD)
     chats = [[{"role": "user", "content": c}] for c in ("one", "two")]
     assert found == [tokenizer.apply_chat_template(c, tokenize=True)["input_ids"] for c in chats]
@@ -45,12 +45,12 @@ def test_a_template_gives_what_transformers_makes_of_it():
         ("{{ messages[5].content }}", "list object has no element 5"),
     ],
 )
-def test_a_template_that_does_not_get_done_is_refused(monkeypatch, template, why):
+def test_a_template_that_does_not_finish_is_refused(monkeypatch, template, why):
     monkeypatch.setattr(chat_templates, "SECONDS", 1.0)
     before = time.monotonic()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         rendered(template)
-    assert str(told.value) == f"the chat template refuses a chat with roles ['user'] ({why}); try --template plain"
+    assert str(error.value) == f"the chat template refuses a chat with roles ['user'] ({why}); try --template plain"
     assert time.monotonic() - before < 20
 
 

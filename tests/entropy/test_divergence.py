@@ -35,7 +35,7 @@ def assert_both_equal_the_definition(p, q, unembedding, targets, bias=None, *, a
     return kl, log_p
 
 
-def test_the_definitions_are_torchs_own():
+def test_references_match_torch_distributions():
     p, q, unembedding, targets = random(dtype=torch.float64)
     left, right = (torch.distributions.Categorical(logits=x @ unembedding.T) for x in (p, q))
     own = torch.distributions.kl_divergence(left, right)
@@ -102,7 +102,7 @@ def test_extremes():
     assert token_log_probs(uniform, first, unembedding, **budget).item() == pytest.approx(-math.log(1000), abs=1e-5)
 
 
-def test_close_policies_keep_their_small_divergence():
+def test_small_divergences_are_not_lost_to_cancellation():
     p, _, unembedding, _ = random(scale=3)
     q = p + 1e-2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     own = reference.policy_divergence(p, q, unembedding)
@@ -124,7 +124,7 @@ def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
         assert values.isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     arguments = random()
     copies = [x.clone() for x in arguments]
     p, q, unembedding, targets = arguments
@@ -133,7 +133,7 @@ def test_arguments_are_left_alone():
     assert all(torch.equal(x, y) for x, y in zip(arguments, copies, strict=True))
 
 
-def test_arguments_that_do_not_fit_are_reported():
+def test_mismatched_arguments_are_refused():
     zeros = torch.zeros
     with pytest.raises(ValueError, match="equal shapes"):
         policy_divergence(zeros(3, 4), zeros(2, 4), zeros(5, 4))

@@ -1,6 +1,6 @@
-"""The fused kernel against the definition, in triton's interpreter; and what it compiles to.
+"""The fused kernel against the definition in triton's interpreter, and its compiled instructions.
 
-The interpreter is chosen when the kernel's module is imported, so it has a process of its own, which is sent tensors.
+The interpreter is chosen when the kernel's module is imported, so a separate process runs it on the tensors it gets.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SMALL = Blocks(16, 32, 16)
 
 @pytest.fixture(scope="module")
 def interpreter():
-    # spawned, so that nothing of this process is there; the variable is read when the child imports triton.
+    # Spawned, so that it inherits nothing; the variable is read when the child imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            # The package alone has imported no triton.
+            # Importing the package does not import triton.
             assert pool.submit(starts_with).result(timeout=300) == (False, True)
             del os.environ["TRITON_INTERPRET"]
             yield pool
@@ -49,7 +49,7 @@ def starts_with():
 
 
 def run(quantity, *operands, **options):
-    """What the kernel gives; runs in the interpreter's process."""
+    """The kernel's results; runs in the interpreter's process."""
     from internal_policy.entropy import triton_kernel
 
     return getattr(triton_kernel, quantity)(*operands, **options)
@@ -64,7 +64,7 @@ def run_both(*operands, **options):
 
 
 def run_through_dispatch(*operands, **options):
-    """What the public functions give where the kernel serves; runs in the interpreter's process."""
+    """Results of the public functions when they use the kernel; runs in the interpreter's process."""
     from internal_policy.entropy import streaming, triton_kernel
 
     calls = []
@@ -80,7 +80,7 @@ def run_through_dispatch(*operands, **options):
 
 
 def run_tuned(*operands):
-    """What the fastest blocks give, and how often a launch was timed; runs in the interpreter's process."""
+    """Results of the fastest block sizes and the number of timed launches; runs in the interpreter's process."""
     from internal_policy.entropy import tiles, triton_kernel
 
     timed = []
@@ -146,7 +146,7 @@ def test_a_soft_cap_far_above_the_logits_changes_them_by_rounding_only(interpret
 @pytest.mark.parametrize("slices", [1, 3, 7])
 @pytest.mark.parametrize("place", [0, 100])
 def test_the_maximum_may_be_in_any_slice(interpreter, slices, place):
-    # Two more likely tokens, at the place and beside it, so that the entropy is not that of one token alone.
+    # Two more likely tokens, at this index and next to it, so that more than one token contributes to the entropy.
     states, targets, unembedding = random(n=3)
     unembedding[place] = states[0] / states[0].norm() * 4
     unembedding[place - 1] = states[0] / states[0].norm() * 3.9
@@ -159,7 +159,7 @@ def test_any_shape(interpreter, n, d, vocab):
     check(interpreter, *random(n, d, vocab))
 
 
-def test_no_states_give_no_numbers(interpreter):
+def test_zero_states_give_empty_results(interpreter):
     assert interpreter.submit(run, "policy_entropy", torch.empty(0, 8), torch.empty(5, 8)).result(300).shape == (0,)
 
 
@@ -197,7 +197,7 @@ def test_a_non_finite_state_gives_nan_in_its_row_only(interpreter, bad):
     assert entropy.isnan().tolist() == [False, False, True, False, False]
 
 
-def test_an_impossible_token_is_no_obstacle_to_the_log_probability_of_others(interpreter):
+def test_log_probabilities_with_impossible_tokens(interpreter):
     # A whole tile of padding entries, first: an exponential taken from a maximum of -inf would be NaN.
     states, _, unembedding = random(n=3)
     bias = torch.zeros(101)
@@ -205,14 +205,14 @@ def test_an_impossible_token_is_no_obstacle_to_the_log_probability_of_others(int
     check(interpreter, states, torch.tensor([40, 100, 3]), unembedding, bias)
 
 
-def test_a_certain_token_has_log_probability_zero_and_never_more(interpreter):
+def test_a_certain_token_has_log_probability_zero(interpreter):
     states = torch.randn(40, 24) * 30
     targets = (states @ torch.eye(24)).argmax(1)
     ours = interpreter.submit(run, "token_log_probs", states, targets, torch.eye(24), blocks=SMALL).result(300)
     assert ours.max() <= 0
 
 
-def test_the_public_functions_give_the_kernels_numbers(interpreter):
+def test_public_functions_return_the_kernel_results(interpreter):
     states, targets, unembedding = random(size=2)
     bias = torch.randn(101)
     options = {"scale": 0.5, "softcap": 3.0, "memory_budget": 2**20}
@@ -233,7 +233,7 @@ def test_larger_shapes_in_the_blocks_of_a_gpu(interpreter, n, d, vocab, dtype):
         check(interpreter, *operands, cut={"blocks": blocks})
 
 
-def test_blocks_are_timed_once_for_a_width_and_vocabulary(interpreter):
+def test_block_sizes_are_tuned_once_per_width_and_vocabulary(interpreter):
     states, _, unembedding = random()
     twice, few, timed = interpreter.submit(run_tuned, states, unembedding).result(300)
     own = reference.policy_entropy(states, unembedding)
@@ -242,7 +242,7 @@ def test_blocks_are_timed_once_for_a_width_and_vocabulary(interpreter):
     assert timed == 2
 
 
-# Whether it compiles, which the interpreter does not show: both read the source in ways of their own.
+# The interpreter does not show whether the kernel compiles.
 
 
 def compiled(blocks, capability, dtype="bf16", other=None, precision="ieee", **flags):
@@ -270,14 +270,14 @@ def compiled(blocks, capability, dtype="bf16", other=None, precision="ieee", **f
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
 
 
-def test_it_compiles_to_tensor_cores_without_a_gpu():
+def test_kernel_compiles_to_tensor_core_instructions_without_a_gpu():
     assert "wgmma.mma_async" in compiled(Blocks(64, 64, 64, stages=2), 90)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("n", [64, 4096])
-def test_all_blocks_of_16_bit_products_compile(capability, n):
+def test_all_16_bit_block_sizes_compile(capability, n):
     instruction = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
     for blocks in choices(n, half=True, tf32=False):
         assert instruction in compiled(blocks, capability, "fp16", EVEN_K=False)
@@ -285,7 +285,7 @@ def test_all_blocks_of_16_bit_products_compile(capability, n):
 
 
 @pytest.mark.slow
-def test_all_blocks_of_float32_products_compile():
+def test_all_float32_block_sizes_compile():
     for blocks in choices(64, half=False, tf32=True):
         assert "tf32" in compiled(blocks, 90, "fp32", precision="tf32")
     for blocks in choices(64, half=False, tf32=False):
@@ -293,7 +293,7 @@ def test_all_blocks_of_float32_products_compile():
         assert "mma" not in compiled(blocks, 90, "fp32", "bf16")
 
 
-# Where the kernel serves, and what happens where it cannot.
+# When the kernel is used, and the fallback otherwise.
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def twice(caplog):
     return record.getMessage()
 
 
-def test_without_triton_the_blocks_do_it_and_say_so_once(untried, monkeypatch, caplog):
+def test_missing_triton_falls_back_to_blocks_with_one_notice(untried, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "internal_policy.entropy.triton_kernel", None)
     monkeypatch.delattr("internal_policy.entropy.triton_kernel", raising=False)
     assert "triton is not installed" in twice(caplog)
@@ -327,7 +327,7 @@ def test_a_kernel_that_cannot_be_launched_is_reported_once(untried, caplog):
     assert "driver" in twice(caplog)
 
 
-def test_memory_that_runs_out_is_for_the_caller(untried, monkeypatch):
+def test_out_of_memory_is_raised_to_the_caller(untried, monkeypatch):
     from internal_policy.entropy import triton_kernel
 
     def fail(*_, **__):
@@ -357,12 +357,12 @@ def operand(*shape, dtype=torch.bfloat16, device="cuda:0"):
         (operand(8), operand(9, 8), False),
     ],
 )
-def test_the_kernel_serves_products_that_have_tensor_cores(monkeypatch, states, unembedding, serves):
+def test_kernel_is_used_for_dtypes_with_tensor_cores(monkeypatch, states, unembedding, serves):
     monkeypatch.setattr(streaming, "_has_matrix_units", lambda _: True)
     assert streaming.kernel_is_faster(states, unembedding, None) is serves
 
 
-def test_float32_is_served_where_torch_may_round_it_to_tf32(monkeypatch):
+def test_kernel_is_used_for_float32_if_tf32_is_allowed(monkeypatch):
     monkeypatch.setattr(streaming, "_has_matrix_units", lambda _: True)
     states, unembedding = operand(4, 8, dtype=torch.float32), operand(9, 8, dtype=torch.float32)
     torch.set_float32_matmul_precision("high")
@@ -373,22 +373,22 @@ def test_float32_is_served_where_torch_may_round_it_to_tf32(monkeypatch):
     assert not streaming.kernel_is_faster(states, unembedding, None)
 
 
-# How the work is cut.
+# How the work is divided.
 
 
 @pytest.mark.parametrize("n", [1, 100, 1024, 4096, 8192, 65_536])
 @pytest.mark.parametrize("processors", [108, 132])
-def test_slices_fill_the_device(n, processors):
+def test_vocabulary_slices_occupy_all_multiprocessors(n, processors):
     blocks = choices(n, half=True, tf32=False)[0]
     slices = slices_of_vocabulary(n, 151_936, processors, blocks, 128 * 2**20)
     programs, tiles = math.ceil(n / blocks.rows) * slices, math.ceil(151_936 / blocks.vocab)
     assert programs >= 0.85 * processors
-    # The busiest processor against an even share of all tiles.
+    # The busiest multiprocessor relative to an even share of all tiles.
     busiest = math.ceil(programs / processors) * math.ceil(tiles / slices)
     assert busiest <= 1.15 * math.ceil(n / blocks.rows) * tiles / processors
 
 
-def test_slices_keep_to_the_budget_and_to_the_tiles():
+def test_slices_respect_the_memory_budget_and_tile_size():
     blocks = choices(4096, half=True, tf32=False)[0]
     assert slices_of_vocabulary(4096, 151_936, 132, blocks, 24 * 4096 * 3) <= 3
     assert slices_of_vocabulary(4096, 151_936, 132, blocks, 1) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from rated import exact, rated
+from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError, models
 from internal_policy.cli.main import run as run_command
@@ -37,24 +37,24 @@ def llama():
     return evaluate("testbed/llama", **FEW)
 
 
-def test_a_comparison_with_itself_finds_nothing(qwen3):
+def test_a_comparison_with_itself_finds_no_difference(qwen3):
     c = compare(qwen3, qwen3)
     assert (c.difference, c.p_value, c.p_permutation, c.n_equal) == (0.0, 1.0, 1.0, qwen3.n_problems)
     assert c.low < 0 < c.high
     assert c.differing == {}
 
 
-def test_a_comparison_tells_settings_that_differ_and_refuses_other_problems(qwen3, llama):
-    assert "samples" in compare(rated([1, 2], n=16), rated([1, 2], n=32)).differing
+def test_a_comparison_reports_other_settings_and_refuses_other_problems(qwen3, llama):
+    assert "samples" in compare(evaluation_of_counts([1, 2], n=16), evaluation_of_counts([1, 2], n=32)).differing
     assert compare(qwen3, llama).n_problems == 8
     with pytest.raises(UserError, match=r"8 problems .* on 2 "):
-        compare(qwen3, rated([1, 2]))
+        compare(qwen3, evaluation_of_counts([1, 2]))
     other = replace(qwen3, problems=qwen3.problems.assign(answer="5"))
     with pytest.raises(UserError, match="differ in problem 1"):
         compare(qwen3, other)
 
 
-def test_an_evaluation_is_what_its_samples_say(qwen3):
+def test_evaluation_statistics_match_its_samples(qwen3):
     answers = dict(zip(qwen3.problems["problem"], qwen3.problems["answer"], strict=True))
     scores = [float(tasks.check(s["response"], answers[s["problem"]])) for s in qwen3.samples.to_dict("records")]
     assert scores == list(qwen3.samples["score"])
@@ -71,12 +71,12 @@ def test_an_evaluation_is_what_its_samples_say(qwen3):
     )
 
 
-def test_the_testbeds_problems_are_not_those_of_an_analysis():
+def test_testbed_evaluation_problems_differ_from_those_of_an_analysis():
     analysed = {p.prompt for p in tasks.problems(256, seed=TESTBED_SEED)}
     assert len([p for p in benchmarks.read_benchmark("testbed") if p.problem in analysed]) <= 8
 
 
-def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatch):
+def test_batch_size_and_out_of_memory_retries_do_not_change_results(qwen3, monkeypatch):
     def small_memory(model, requests, **options):
         if len(requests) > 8:
             raise MemoryError
@@ -88,7 +88,7 @@ def test_neither_batches_nor_lack_of_memory_change_the_numbers(qwen3, monkeypatc
     pd.testing.assert_frame_equal(again.samples, qwen3.samples, check_exact=True)
 
 
-def test_a_loaded_model_is_taken_as_it_is_and_given_back_in_its_mode(qwen3):
+def test_a_loaded_model_is_used_as_is_and_keeps_its_training_mode(qwen3):
     model = models.load("testbed/qwen3")
     model.model.train()
     model.layers[0].eval()
@@ -131,8 +131,8 @@ def test_crashes_of_a_reward_are_counted_and_bad_scores_refused():
         evaluate("testbed/qwen3", reward=["math", "exact"], **FEW)
 
 
-def test_what_is_read_back_is_what_was_written(tmp_path):
-    evaluation = rated([3, 0, 16], name="é")
+def test_saving_and_loading_round_trip(tmp_path):
+    evaluation = evaluation_of_counts([3, 0, 16], name="é")
     nasty = pd.DataFrame(
         {"prompt": ['a "quoted",\r\nline\rand\n\n', " NA", "\u2028x,y"], "answer": ["007", "NA", "1e3"]}
     )
@@ -143,15 +143,15 @@ def test_what_is_read_back_is_what_was_written(tmp_path):
     pd.testing.assert_frame_equal(again.samples, evaluation.samples, check_exact=True)
     assert again.avg == evaluation.avg
     assert again.digest() == evaluation.digest()
-    assert np.isnan(Evaluation.load(rated([3]).save(tmp_path / "single")).avg["stderr"])
+    assert np.isnan(Evaluation.load(evaluation_of_counts([3]).save(tmp_path / "single")).avg["stderr"])
 
 
-def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
+def test_invalid_evaluations_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no finished evaluation"):
         Evaluation.load(tmp_path)
-    target = rated([1, 2]).save(tmp_path / "m" / "b")
+    target = evaluation_of_counts([1, 2]).save(tmp_path / "m" / "b")
     assert Evaluation.load(tmp_path).path == target
-    rated([1, 2]).save(tmp_path / "m" / "c")
+    evaluation_of_counts([1, 2]).save(tmp_path / "m" / "c")
     with pytest.raises(UserError, match="holds 2 evaluations"):
         Evaluation.load(tmp_path)
     (target / "samples.jsonl").write_text('{"problem"')
@@ -163,26 +163,26 @@ def test_what_is_not_an_evaluation_is_told_in_one_line(tmp_path):
         Evaluation.load(target)
 
 
-def test_a_finished_evaluation_is_not_sampled_again_and_not_mixed_up(qwen3, tmp_path, monkeypatch):
+def test_a_finished_evaluation_is_reused_only_with_equal_settings(qwen3, tmp_path, monkeypatch):
     first = evaluate("testbed/qwen3", output=tmp_path, **FEW)
     assert first.path == tmp_path / "testbed--qwen3" / "testbed"
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).samples, qwen3.samples, check_exact=True)
     monkeypatch.setattr(pipeline, "sample", None)
     again = evaluate("testbed/qwen3", output=tmp_path, k=[1, 3], batch_size=5, **FEW)
     assert list(Evaluation.load(tmp_path).pass_at_k["k"]) == list(again.pass_at_k["k"]) == [1, 3]
-    for other, told in (
+    for other, difference in (
         ({"seed": 1}, "seed 0 -> 1"),
         ({"max_problems": 7}, "problems"),
         ({"samples": 5}, "samples 4 -> 5"),
     ):
-        with pytest.raises(UserError, match=f"already holds an evaluation .*{told}"):
+        with pytest.raises(UserError, match=f"already holds an evaluation .*{difference}"):
             evaluate("testbed/qwen3", output=tmp_path, **(FEW | other))
 
 
 RESUMED = {"samples": 6, "max_problems": 12, "max_new_tokens": 16}
 
 
-def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeypatch):
+def test_interrupted_and_resumed_gives_the_same_results(tmp_path, monkeypatch):
     options = {**RESUMED, "samples": 2, "max_problems": 6}
     calls = []
 
@@ -199,13 +199,13 @@ def test_interrupted_and_resumed_it_ends_with_the_same_numbers(tmp_path, monkeyp
             evaluate("testbed/llama", output=tmp_path, batch_size=4, **options)
     assert len(list(tmp_path.glob("*/*/work/*.npz"))) == 2
     resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
-    straight = evaluate("testbed/llama", **options)
-    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
+    uninterrupted = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, uninterrupted.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, uninterrupted.problems, check_exact=True)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
+def test_killed_and_resumed_gives_the_same_results(tmp_path):
     options = RESUMED
     code = (
         "import sys; from internal_policy.evaluation import evaluate; "
@@ -225,10 +225,10 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
     with pytest.raises(UserError, match=r"unfinished evaluation with other settings \(seed 0 -> 1"):
         evaluate("testbed/llama", output=tmp_path, seed=1, **options)
     resumed = evaluate("testbed/llama", output=tmp_path, batch_size=20, **options)
-    straight = evaluate("testbed/llama", **options)
-    pd.testing.assert_frame_equal(resumed.samples, straight.samples, check_exact=True)
-    pd.testing.assert_frame_equal(resumed.problems, straight.problems, check_exact=True)
-    assert resumed.avg == straight.avg
+    uninterrupted = evaluate("testbed/llama", **options)
+    pd.testing.assert_frame_equal(resumed.samples, uninterrupted.samples, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.problems, uninterrupted.problems, check_exact=True)
+    assert resumed.avg == uninterrupted.avg
     assert sorted(p.name for p in resumed.path.iterdir()) == sorted(
         ["evaluation.json", "problems.csv", "pass_at_k.csv", "samples.jsonl"]
     )
@@ -238,7 +238,7 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("file", "n"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
 )
-def test_the_files_of_trainers_can_be_read(file, n):
+def test_data_files_of_trainers_are_read(file, n):
     problems = benchmarks.read_benchmark(str(DATA / f"{file}.parquet"))
     assert len(problems) == n
     assert all(p.answer and "put your final answer" not in p.problem for p in problems)
@@ -254,7 +254,7 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"samples": 0}, "--samples is 0"),
         ({"samples": 2.5}, "--samples is 2.5"),
@@ -266,8 +266,8 @@ def test_a_problem_without_an_answer_is_named(tmp_path):
         ({"reward": "x"}, "reward 'x' is unknown"),
     ],
 )
-def test_bad_settings_are_refused(options, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
         evaluate("testbed/qwen3", **options)
 
 
@@ -301,7 +301,7 @@ def test_the_command_evaluates_compares_and_draws(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--samples", "0"), "--samples is 0"),
         (("--reward", "nothing"), "reward 'nothing' is unknown"),
@@ -311,15 +311,15 @@ def test_the_command_evaluates_compares_and_draws(run, tmp_path):
         (("--benchmark", "a/x.jsonl", "--benchmark", "b/x.jsonl"), "would both be written"),
     ],
 )
-def test_the_command_refuses_in_one_line(run, arguments, told):
+def test_the_command_refuses_in_one_line(run, arguments, message):
     with pytest.raises(UserError) as caught:
         run("--model", "testbed/qwen3", *arguments)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_stored_evaluation_of_other_problems_is_refused_before_the_work(run, tmp_path):
-    rated([1, 2]).save(tmp_path / "stored")
+    evaluation_of_counts([1, 2]).save(tmp_path / "stored")
     with pytest.raises(UserError, match="2 problems of b, but this command uses the 8 of testbed"):
         run("--model", "testbed/qwen3", "--max-problems", 8, "--against", "stored")
     assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""Every family through every backend: the figures of the hooks, or the refusal that the documentation states.
+"""Every family with every backend: results equal those of the hooks, or are refused as documented.
 
 ``python tests/extractors/test_backends.py`` runs every cell of the table in docs/backends.md in float32, and writes
 what it found.
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured
+from capture_checks import FLOAT32_NATS, captured
 from test_families import oracle
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
@@ -46,14 +46,14 @@ HEAD = ["family", "`model_type`", *(f"`{b}`" for b in BACKENDS), "NDIF"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COSINES = np.array(["cosine" in name for name in QUANTITIES])
-# What transformer-lens computes anew, in float32: the same products in another order. Seen: 1e-6 nats, 2e-7.
+# transformer-lens recomputes in float32, with products in another order. Seen: 1e-6 nats, 2e-7.
 FLOAT32 = {"nats": 5e-6, "cosine": 1e-6}
 # In 16 bits, in units of the dtype's eps: GPT-2's norm rounds some elements the other way. Seen: 0.15 nats, 0.2.
 ROUNDED = {"nats": 0.5, "cosine": 0.5}
-# It rotates the queries and keys of GLM in float32, where the model's own code does so in its dtype; each attention
+# It rotates the queries and keys of GLM in float32, while the model's own code uses its dtype; each attention
 # weight then differs by the rounding of its score. Seen: 4 nats, 1.2.
 ROTATED = {"nats": 8.0, "cosine": 3.0}
-# A figure that was written down on another machine, in nats: the order of sums is the processor's.
+# Values documented on another machine, in nats: the order of sums depends on the processor.
 ELSEWHERE = {"hooks": FLOAT32_NATS, "transformer-lens": FLOAT32["nats"], "nnsight": 0.0, "nnsight, remote": 0.0}
 
 
@@ -93,22 +93,22 @@ def differences(ours, theirs):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backend", OPENERS)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_parity(model_type, backend, tied, dtype):
-    told = documented()[model_type][COLUMNS.index(backend)]
+def test_every_backend_matches_the_hooks(model_type, backend, tied, dtype):
+    stated = documented()[model_type][COLUMNS.index(backend)]
     ours, gap = None, None
     try:
         ours = values(model_type, tied, dtype, OPENERS[backend])
     except Exception as error:
         gap = reason(error)
-    if number(told) is None or ours is None:
-        assert gap == told, "the table is of another run: python tests/extractors/test_backends.py writes it anew"
+    if number(stated) is None or ours is None:
+        assert gap == stated, "the table is of another run: python tests/extractors/test_backends.py writes it anew"
         return
     for unit, largest in differences(ours, by_hooks(model_type, tied, dtype)).items():
         assert largest <= tolerance(model_type, backend, dtype, unit), unit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_whole_analysis_is_the_same_through_each_backend(backend):
+def test_analyze_gives_the_same_results_with_each_backend(backend):
     model, records = tiny_model("qwen3", attention="eager"), ragged_responses(4)
     hooks = analyze(model, tiny_tokenizer(), responses=records)
     other = analyze(model, tiny_tokenizer(), responses=records, backend=backend)
@@ -122,7 +122,7 @@ def test_the_whole_analysis_is_the_same_through_each_backend(backend):
 
 
 def cell(model_type, backend):
-    """What a cell of the table says: the largest difference in float32, in nats, or why there are no figures."""
+    """The text of a table cell: the largest difference in float32, in nats, or why there are no results."""
     largest = 0.0
     try:
         for tied in (False, True):
@@ -152,8 +152,8 @@ def from_the_definitions(model_type, tied):
 
 def reason(error):
     """An exception as a cell: one line, without the sign that ends a cell."""
-    said = (str(error).strip() or "no message").splitlines()[0].replace("|", "/")
-    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+    message = (str(error).strip() or "no message").splitlines()[0].replace("|", "/")
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
 
 
 def number(text):
@@ -163,10 +163,10 @@ def number(text):
         return None
 
 
-def same(told, found, backend):
-    """Whether a cell says what a run finds here."""
-    ours, theirs = number(told), number(found)
-    return told == found if ours is None or theirs is None else abs(ours - theirs) <= ELSEWHERE[backend]
+def same(stated, found, backend):
+    """Whether a documented cell agrees with a run."""
+    ours, theirs = number(stated), number(found)
+    return stated == found if ours is None or theirs is None else abs(ours - theirs) <= ELSEWHERE[backend]
 
 
 def documented():
@@ -195,13 +195,15 @@ def test_the_table_has_a_cell_for_every_family_and_backend():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_cell_of_the_table_is_what_a_run_finds(model_type):
-    for backend, told in zip(COLUMNS, documented()[model_type], strict=True):
+def test_the_table_matches_a_new_run(model_type):
+    for backend, stated in zip(COLUMNS, documented()[model_type], strict=True):
         found = cell(model_type, backend)
-        assert same(told, found, backend), f"{backend}: {told!r} is written, {found!r} was found; write the table anew"
+        assert same(stated, found, backend), (
+            f"{backend}: {stated!r} is written, {found!r} was found; write the table anew"
+        )
 
 
-def test_a_cell_tells_a_gap_and_a_difference(monkeypatch):
+def test_a_cell_shows_an_error_or_a_difference(monkeypatch):
     def refuse(model):
         raise ValueError("no adapter | for this\nand more")
 

@@ -1,4 +1,4 @@
-"""Every row of the family table against the definitions, in float64 and without hooks on what a row names."""
+"""Every row of the family table against the float64 definitions, without hooks on the modules that it names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured
-from tiny import FAMILIES, in_tiers, ragged_responses, tiny_model, tiny_tokenizer
+from capture_checks import FLOAT32_NATS, captured
+from tiny import FAMILIES, ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models
 from internal_policy.data.responses import read_responses
@@ -73,7 +73,7 @@ def oracle(model, model_type, record):
     """Values of one sequence in float64: writes from the stream of models with an FFN taken out."""
     model = copy.deepcopy(model).double()
     if hasattr(model.config, "num_experts_per_tok"):
-        # The grouped product of experts knows no float64.
+        # The grouped product of experts does not support float64.
         model.set_experts_implementation("eager")
     ids = torch.tensor([record["input_ids"]])
     at = slice(record["prompt_length"] - 1, len(record["input_ids"]) - 1)
@@ -128,17 +128,17 @@ def assert_is(values, rows, policy):
         ("gemma2", ("Gemma2Attention", "Gemma2RMSNorm", "Gemma2MLP", "Gemma2RMSNorm")),
     ],
 )
-def test_a_write_is_the_modules_own_output_unless_a_norm_follows(model_type, classes):
+def test_a_write_is_the_module_output_unless_a_norm_follows(model_type, classes):
     model, family = tiny_model(model_type), TABLE[model_type]
     layer = model.get_submodule(family.layers)[0]
     assert tuple(type(layer.get_submodule(path)).__name__ for path in family.sites()) == classes
 
 
-def test_the_oracle_knows_every_row():
+def test_the_reference_covers_every_family():
     assert NORMS.keys() == TABLE.keys()
 
 
-@pytest.mark.parametrize("model_type", in_tiers(m for m in TABLE if m not in FAMILIES))
+@pytest.mark.parametrize("model_type", slow_unless_fast(m for m in TABLE if m not in FAMILIES))
 def test_parity_with_the_definitions_in_float64(model_type):
     model = tiny_model(model_type)
     records = ragged_responses(3)
@@ -146,7 +146,7 @@ def test_parity_with_the_definitions_in_float64(model_type):
         assert_is(values, *oracle(model, model_type, record))
 
 
-def test_a_sequential_gpt_neox_has_a_middle(monkeypatch):
+def test_sequential_gpt_neox_has_an_intermediate_residual(monkeypatch):
     monkeypatch.setitem(NORMS, "gpt_neox", ("input_layernorm", "post_attention_layernorm", "mid"))
     model = tiny_model("gpt_neox", use_parallel_residual=False)
     (record,) = ragged_responses(1)
@@ -154,19 +154,19 @@ def test_a_sequential_gpt_neox_has_a_middle(monkeypatch):
 
 
 def beside_a_large_stream(model_type, dtype, *, times, tied=False):
-    """A model whose embeddings are so many times larger, so that what its layers write is small beside the stream."""
+    """A model with scaled embeddings, so that the writes of its layers are small compared with the residual stream."""
     model = tiny_model(model_type, tied=tied)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(times)
     if hasattr(model.config, "num_experts_per_tok"):
-        # The grouped product of experts knows no float64.
+        # The grouped product of experts does not support float64.
         model.set_experts_implementation("eager")
     return models.wrap(model.to(dtype), tiny_tokenizer())
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
-def test_every_row_passes_the_proof_in_every_dtype(model_type, tied):
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
+def test_every_family_passes_verification_in_every_dtype(model_type, tied):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for times in (1, 50):
             # Right writes leave less than the rounding bound, of which the root mean square over elements is a third.
@@ -184,7 +184,7 @@ def test_every_row_passes_the_proof_in_every_dtype(model_type, tied):
         ("granite", {"write_multiplier": None}),
     ],
 )
-def test_a_wrong_write_that_is_small_beside_the_stream_is_refused_in_16_bits(model_type, wrong, dtype):
+def test_a_small_wrong_write_is_refused_in_16_bits(model_type, wrong, dtype):
     right = beside_a_large_stream(model_type, dtype, times=300)
     verify(HookExtractor(right))
     ids = torch.arange(2, 26)[None]
@@ -199,16 +199,16 @@ def test_a_wrong_write_that_is_small_beside_the_stream_is_refused_in_16_bits(mod
 
 
 @pytest.mark.parametrize(("times", "off"), [(1, 1.02), (20, 1.02), (300, 1.1)])
-def test_a_factor_that_is_a_little_off_is_refused_in_bfloat16(times, off):
+def test_a_slightly_wrong_factor_is_refused_in_bfloat16(times, off):
     described = beside_a_large_stream("granite", torch.bfloat16, times=times)
-    # The layers hold the factor that they were built with.
+    # The layers store the factor with which they were built.
     described.config.residual_multiplier *= off
     with pytest.raises(UserError, match=r"eq\. 4 fails in layer"):
         verify(HookExtractor(described))
 
 
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
-def test_padding_on_either_side_changes_nothing(model_type):
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
+def test_padding_side_does_not_change_results(model_type):
     model, records = tiny_model(model_type), ragged_responses(4)
     tokenizer = tiny_tokenizer()
     reducer = Reducer(HookExtractor(models.wrap(model, tokenizer)), "policy")
@@ -219,8 +219,8 @@ def test_padding_on_either_side_changes_nothing(model_type):
             np.testing.assert_allclose(together.layers, one.layers, rtol=0, atol=FLOAT32_NATS)
 
 
-@pytest.mark.parametrize("model_type", in_tiers(TABLE))
-def test_what_structure_finds_is_what_the_row_says(model_type, monkeypatch):
+@pytest.mark.parametrize("model_type", slow_unless_fast(TABLE))
+def test_inference_by_structure_agrees_with_the_table(model_type, monkeypatch):
     """The written rows are the answers that the search for structure is tested on."""
     model = tiny_model(model_type)
     monkeypatch.delitem(TABLE, model_type)
@@ -246,7 +246,7 @@ def test_what_structure_finds_is_what_the_row_says(model_type, monkeypatch):
     "model_type",
     ["stablelm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("starcoder2", "granitemoe", "exaone4"))],
 )
-def test_a_family_without_a_row_is_used_with_a_notice(model_type, caplog):
+def test_an_unlisted_family_is_used_with_a_notice(model_type, caplog):
     analysis = analyze(tiny_model(model_type), tiny_tokenizer(), responses=ragged_responses(3), keep_tokens=0)
     assert "not in the table; its parts were found by structure" in caplog.text
     assert analysis.model["family"] == model_type
@@ -257,7 +257,7 @@ def test_a_family_without_a_row_is_used_with_a_notice(model_type, caplog):
     ("model_type", "why"),
     [("bloom", r"no structure that was tried fits \(eq\. 4 fails in layer 1"), ("bert", "has no parts of a decoder")],
 )
-def test_a_family_that_no_structure_fits_is_refused_with_what_to_do(model_type, why):
+def test_a_family_of_unknown_structure_is_refused_with_instructions(model_type, why):
     model = tiny_model(model_type, **({"is_decoder": True} if model_type == "bert" else {}))
     with pytest.raises(UserError, match=why) as refusal:
         analyze(model, tiny_tokenizer(), responses=ragged_responses(3))
@@ -265,7 +265,7 @@ def test_a_family_that_no_structure_fits_is_refused_with_what_to_do(model_type, 
     assert str(refusal.value).count("\n") == 0
 
 
-def test_every_guess_names_parts_that_are_there():
+def test_every_candidate_names_existing_modules():
     model = tiny_model("gemma2")
     for family in guess_families(model):
         models.wrap(model, tiny_tokenizer(), family=family)

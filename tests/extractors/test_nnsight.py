@@ -1,4 +1,4 @@
-"""The nnsight backend against the hooks, here and through NDIF's path; only numbers travel, and no model is changed."""
+"""The nnsight backend against the hooks, locally and through NDIF: only numbers are sent, and models are unchanged."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_agreement_with_the_hooks(model_type, remote):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_modules_that_run_in_another_order_are_reported_in_one_line(remote):
+def test_modules_in_unexpected_order_are_reported_in_one_line(remote):
     model = wrapped("llama")
     model = replace(model, family=replace(model.family, attention="mlp", ffn="self_attn"))
     with pytest.raises(UserError, match="use --backend hooks") as error:
@@ -97,7 +97,7 @@ def test_states_are_freed_layer_by_layer():
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_the_model_object_is_left_as_it_is(remote):
+def test_the_model_object_is_unchanged(remote):
     model = wrapped("qwen3")
     module, ids = model.model, batch().input_ids
 
@@ -121,7 +121,7 @@ def test_the_model_object_is_left_as_it_is(remote):
 
 
 @pytest.mark.parametrize("remote", [False, "local"])
-def test_an_nnsight_model_is_analysed_with_its_edits(remote):
+def test_edits_of_an_nnsight_model_are_analysed(remote):
     module = tiny_model("llama", attention="eager")
     plain = captured(HookExtractor(models.wrap(module, tiny_tokenizer())))
     root = nnsight.TransformersModel(module, tokenizer=tiny_tokenizer(), task="text-generation")
@@ -136,7 +136,7 @@ def test_an_nnsight_model_is_analysed_with_its_edits(remote):
     assert np.allclose(edited[0].layers[:, 1, 6], np.log(61))
 
 
-def test_analyze_takes_an_nnsight_model():
+def test_analyze_accepts_an_nnsight_model():
     module, records = tiny_model("llama", attention="eager"), ragged_responses()
     hooks = analyze(module, tiny_tokenizer(), responses=records)
     ours = analyze(nnsight.NNsight(module), tiny_tokenizer(), responses=records, backend="nnsight")
@@ -144,7 +144,7 @@ def test_analyze_takes_an_nnsight_model():
     np.testing.assert_allclose(ours.layers[numbers], hooks.layers[numbers], rtol=0, atol=FLOAT32_NATS)
 
 
-def test_analyze_runs_ndifs_path_here():
+def test_analyze_runs_the_ndif_path_locally():
     rng = np.random.default_rng(0)
     records = [{"input_ids": rng.integers(2, 42, size=n).tolist(), "prompt_length": 4} for n in (9, 14)]
     hooks, ours = (
@@ -155,7 +155,7 @@ def test_analyze_runs_ndifs_path_here():
     np.testing.assert_allclose(ours.layers[numbers], hooks.layers[numbers], rtol=0, atol=FLOAT32_NATS)
 
 
-def test_other_objects_are_recognised_without_loading_nnsight(monkeypatch):
+def test_other_objects_are_recognized_without_importing_nnsight(monkeypatch):
     monkeypatch.delitem(sys.modules, "nnsight")
     assert not backend.is_nnsight(torch.nn.Linear(1, 1))
     assert "nnsight" not in sys.modules
@@ -187,7 +187,7 @@ def test_a_model_on_this_machine_is_not_on_ndif(monkeypatch):
         backend.from_nnsight(nnsight.NNsight(tiny_model("llama")), tiny_tokenizer(), remote="local")
 
 
-def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
+def test_out_of_memory_on_the_server_retries_with_a_smaller_batch():
     from nnsight.intervention.backends.remote import RemoteError
 
     with pytest.raises(torch.OutOfMemoryError), as_nnsight_error("m"):
@@ -195,7 +195,7 @@ def test_out_of_memory_on_the_server_can_be_answered_with_a_smaller_batch():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_unembedding_is_read_by_calling_it(bias):
+def test_the_unembedding_is_recovered_by_calling_it(bias):
     head = torch.nn.Linear(1500, 40, bias=bias)
     weight, read = weight_by_calls(head, 1500, torch.float32, "cpu")
     # Adding a bias and taking it away again rounds once each.
@@ -204,9 +204,9 @@ def test_an_unembedding_is_read_by_calling_it(bias):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sampling_beside_the_model_gives_the_same_responses(temperature):
+def test_remote_sampling_gives_the_same_responses(temperature):
     model = wrapped("gemma2")
-    # What a checkpoint brings along is no part of the policy.
+    # Extra modules of a checkpoint are not part of the policy.
     model.model.generation_config.repetition_penalty = 3.0
     model.model.generation_config.min_new_tokens = 5
     options = {"max_new_tokens": 12, "temperature": temperature, "seed": 3}
@@ -261,11 +261,11 @@ def remote(server, monkeypatch):
     import cloudpickle
     import nnsight.modeling.huggingface
 
-    # nnsight itself sends what lies in a checkout by value, and an installed package by name.
+    # nnsight sends code of a checkout by value, and of an installed package by name.
     monkeypatch.setattr(nnsight.ndif, "_PULLED_ENV", True)
     if "internal_policy" in cloudpickle.list_registry_pickle_by_value():
         cloudpickle.unregister_pickle_by_value(internal_policy)
-    # nnsight asks the hub how a model's name is spelled, and this one has none.
+    # nnsight asks the hub for the spelling of a model's name, and this model has none.
     monkeypatch.setitem(nnsight.modeling.huggingface._ID_CACHE, server.directory, server.directory)
     monkeypatch.setenv("NDIF_API_KEY", "secret")
     monkeypatch.setenv("NDIF_HOST", server.ready())
@@ -273,7 +273,7 @@ def remote(server, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_only(server, remote):
+def test_a_server_without_this_package_gives_the_same_results_and_sends_only_numbers(server, remote):
     assert all(parameter.is_meta for parameter in remote.model.model.parameters())
     ours, n_layers, width = captured(remote), remote.model.n_layers, 32
     assert_agreement(ours, captured(HookExtractor(server.model)))
@@ -282,21 +282,21 @@ def test_a_server_without_this_package_gives_the_same_figures_and_sends_numbers_
     # The states of one batch would be larger, tiny as this model is.
     assert account["result"] < tokens * n_layers * 6 * width * 4 / 4
     # Code went as source: nothing that depends on the version of Python.
-    assert not [name for name in account["asked"] if "CodeType" in name or name.endswith(":_make_function")]
-    assert not [name for name in account["asked"] if name.startswith(("internal_policy", "dataclasses"))]
+    assert not [name for name in account["classes"] if "CodeType" in name or name.endswith(":_make_function")]
+    assert not [name for name in account["classes"] if name.startswith(("internal_policy", "dataclasses"))]
     verify(remote)
     assert [server.account()["result"] < _ENVELOPE for _ in range(2)]
 
 
 @pytest.mark.slow
-def test_a_server_samples_the_same_responses_and_sends_ids_only(server, remote):
+def test_a_server_samples_the_same_responses_and_sends_only_token_ids(server, remote):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     assert sample_remotely(remote, requests(), **options) == sample(server.model, requests(), **options)
     assert server.account()["result"] < _ENVELOPE
 
 
 @pytest.mark.slow
-def test_an_error_of_the_server_is_one_line(server, remote, monkeypatch):
+def test_server_errors_are_reported_in_one_line(server, remote, monkeypatch):
     with pytest.raises(UserError, match="ZeroDivisionError: division by zero") as error:
         remote.run(batch(), lambda states, projection: 1 / 0)
     assert one_line(error)
@@ -311,7 +311,7 @@ def test_an_error_of_the_server_is_one_line(server, remote, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_that_keeps_the_weights_in_another_process_gives_the_same_figures(server, remote):
+def test_a_server_with_weights_in_another_process_gives_the_same_results(server, remote):
     urllib.request.urlopen(f"{server.host}/hide-weights").close()
     assert_agreement(captured(remote, "logit-lens"), captured(HookExtractor(server.model), "logit-lens"))
     server.account()

@@ -1,4 +1,4 @@
-"""The transformer-lens backend against the hooks: the same numbers, and nothing changed in what a user hands over."""
+"""The transformer-lens backend against the hooks: the same results, and the user's objects are unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT32_NATS = 1e-5
 
 
 def wrapped(model_type, **config):
-    # transformer-lens takes a number of key-value heads from any configuration, also where the model has no such thing.
+    # transformer-lens takes a number of key-value heads from any configuration, even if the model has none.
     kv_heads = 4 if model_type == "gpt_neox" else 2
     return models.wrap(
         tiny_model(model_type, attention="eager", kv_heads=kv_heads, **config), tiny_tokenizer(), model_type
@@ -69,7 +69,7 @@ def test_agreement_with_the_hooks(model_type, side):
         assert_agreement(captured(extractor, lens, side), captured(HookExtractor(model), lens, side))
 
 
-def test_the_numbers_come_from_the_bridge():
+def test_states_come_from_the_bridge():
     model = wrapped("llama")
     extractor = from_model(model)
     plain = extractor.run(batch(), lambda group, projection: group[0].residual_out)
@@ -81,7 +81,7 @@ def test_the_numbers_come_from_the_bridge():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "gpt2"])
-def test_half_precision_passes_the_proof(model_type, dtype):
+def test_half_precision_passes_verification(model_type, dtype):
     # OLMo 2 rotates in float32 and casts back, which transformer-lens leaves out.
     model = tiny_model(model_type, tied=model_type == "gpt2").to(dtype)
     verify(from_model(models.wrap(model, tiny_tokenizer())))
@@ -100,7 +100,7 @@ def storages(model):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_the_model_object_is_left_as_it_is(model_type):
+def test_the_model_object_is_unchanged(model_type):
     model = tiny_model(model_type)
     assert model.config._attn_implementation != "eager"
     # A model made in code names no architecture, and the bridge must have one.
@@ -122,7 +122,7 @@ def test_the_model_object_is_left_as_it_is(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_bridge_in_memory_is_the_same_model(model_type):
+def test_a_bridge_in_memory_gives_the_same_analysis(model_type):
     model = wrapped(model_type, tied=model_type == "gpt2")
     bridge = bridge_of(model.model)
     assert is_bridge(bridge)
@@ -154,7 +154,7 @@ def test_a_bridge_that_the_user_booted_from_a_directory():
     assert_agreement(captured(extractor), captured(HookExtractor(model)))
 
 
-def test_a_bridge_that_computes_something_else_is_refused():
+def test_a_bridge_with_other_outputs_is_refused():
     model = wrapped("llama")
     bridge = bridge_of(model.model)
     with pytest.raises(UserError, match="this bridge has no tokenizer; pass tokenizer="):
@@ -168,7 +168,7 @@ def test_a_bridge_that_computes_something_else_is_refused():
         from_bridge(bridge, model.tokenizer)
 
 
-def test_hooks_and_patterns_are_gone_on_any_exit():
+def test_hooks_and_cached_patterns_are_removed_on_any_exit():
     extractor = from_model(wrapped("gpt2"))
 
     def fail(states, projection):
@@ -193,13 +193,13 @@ def test_each_layer_is_reduced_before_the_next_one_runs():
     assert order == ["blocks.0.hook_in", 1, "blocks.1.hook_in", 2, "blocks.2.hook_in", 3]
 
 
-def test_what_transformer_lens_does_not_know_is_refused_in_one_line():
+def test_models_unknown_to_transformer_lens_are_refused_in_one_line():
     model = models.wrap(tiny_model("helium"), tiny_tokenizer(), "mine")
     with pytest.raises(UserError, match=r"^mine: transformer-lens cannot bridge HeliumForCausalLM \(.*\); use"):
         from_model(model)
 
 
-def test_without_transformer_lens(monkeypatch):
+def test_missing_transformer_lens_is_reported(monkeypatch):
     for name in ("transformer_lens", "transformer_lens.model_bridge"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[backends\]'"):

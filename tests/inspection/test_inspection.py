@@ -1,4 +1,4 @@
-"""Looking into one prompt: parity with the definitions, every family, tokens as texts, what is on disk, bad input."""
+"""Inspection of one prompt: parity with the definitions, families, token texts, stored files and invalid input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def table(inspection, site, layer=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("own", [{}, {"bias": True, "scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}])
 @pytest.mark.parametrize("budget", [2**12, 2**27])
-def test_blocks_give_what_the_full_softmax_gives(dtype, own, budget):
+def test_blockwise_results_match_the_full_softmax(dtype, own, budget):
     generator = torch.Generator().manual_seed(0)
     states, weight = (torch.randn(n, 16, generator=generator).to(dtype) for n in (13, 301))
     bias = torch.randn(301, generator=generator).to(dtype) if own.get("bias") else None
@@ -65,7 +65,7 @@ def test_blocks_give_what_the_full_softmax_gives(dtype, own, budget):
     assert torch.equal(found[:, 1].long(), 1 + (p > of_next).sum(1))
 
 
-def test_a_token_among_the_best_has_the_rank_of_its_place():
+def test_the_rank_of_a_top_token_is_its_place_in_the_list():
     weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     state = torch.randn(1, 8, generator=torch.Generator().manual_seed(2))
     order = (state @ weight.T)[0].argsort(descending=True)
@@ -74,14 +74,14 @@ def test_a_token_among_the_best_has_the_rank_of_its_place():
     torch.testing.assert_close(found[:, 2], found[0, 53:], rtol=0, atol=0)
 
 
-def test_equal_logits_rank_by_their_place_and_a_single_block_of_one_token_works():
+def test_ties_rank_by_token_id_and_single_token_blocks_work():
     found = look(torch.zeros(1, 4), Projection(torch.ones(9, 4)), torch.tensor([3]), 9)
     assert sorted(found[0, 3:12].tolist()) == list(range(9))
     assert found[0, 1] == found[0, 3:12].tolist().index(3) + 1
     assert found[0, 0] == pytest.approx(np.log(9))
 
 
-def test_every_entropy_is_that_of_the_reference():
+def test_entropies_match_the_reference():
     model, tokenizer = tiny()
     it = inspect(model, tokenizer, prompt="w3 w4 w5 w6", response="w9 w8 w7 w11 w3", template="plain")
     ids = it.tokens["id"].tolist()
@@ -97,7 +97,7 @@ def test_every_entropy_is_that_of_the_reference():
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_final_policy_of_every_family_is_the_models_own(family):
+def test_the_final_policy_of_every_family_is_the_models_output(family):
     model, tokenizer = tiny(family, layers=2)
     it = inspect(model, tokenizer, prompt="w3 w4 w5 w6 w7", max_new_tokens=0, template="plain", top_k=3)
     with torch.no_grad():
@@ -124,11 +124,11 @@ def test_under_the_logit_lens_the_last_layer_is_the_final_policy():
     assert not np.allclose(table(plain, "layer", 3)["entropy"], last["entropy"], atol=1e-3)
 
 
-def test_a_sampled_response_is_that_of_the_generation_and_the_model_keeps_its_mode():
+def test_a_sampled_response_matches_generation_and_keeps_the_training_mode():
     model, tokenizer = tiny("qwen3")
     model.train()
-    asked = {"prompt": "w3 w4", "max_new_tokens": 6, "seed": 3}
-    it = inspect(model, tokenizer, **asked)
+    options = {"prompt": "w3 w4", "max_new_tokens": 6, "seed": 3}
+    it = inspect(model, tokenizer, **options)
     assert model.training
     wrapped = models.wrap(model, tokenizer)
     (sampled,) = sample(wrapped, [Request(Prompt("w3 w4"), [3, 4], 0, 0)], max_new_tokens=6, temperature=1.0, seed=3)
@@ -137,10 +137,10 @@ def test_a_sampled_response_is_that_of_the_generation_and_the_model_keeps_its_mo
     assert it.tokens["part"].tolist() == ["prompt"] * 2 + ["response"] * (it.n_tokens - 2)
     given = inspect(model, tokenizer, prompt="w3 w4", response=" ".join(it.tokens["token"][2:]))
     pd.testing.assert_frame_equal(given.values, it.values)
-    assert inspect(model, tokenizer, **{**asked, "seed": 4}).tokens["id"].tolist() != it.tokens["id"].tolist()
+    assert inspect(model, tokenizer, **{**options, "seed": 4}).tokens["id"].tolist() != it.tokens["id"].tolist()
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_saving_and_loading_an_inspection(tmp_path):
     model, tokenizer = tiny()
     it = inspect(model, tokenizer, prompt="w3 w4", max_new_tokens=3, top_k=99)
     assert it.top_k == 61
@@ -162,7 +162,7 @@ def test_what_is_saved_comes_back(tmp_path):
         Inspection.load(tmp_path / "one")
 
 
-def test_columns_are_chosen_from_the_end_or_by_place():
+def test_columns_are_selected_from_the_end_or_by_position():
     model, tokenizer = tiny()
     it = inspect(model, tokenizer, prompt=" ".join(["w5"] * 30), max_new_tokens=0)
     assert it.positions() == range(7, 31)
@@ -218,12 +218,12 @@ def sentence_piece():
         (sentence_piece, "</s>", "</s>"),
     ],
 )
-def test_pieces_of_both_kinds_of_tokenizer_are_readable(make, piece, text):
+def test_byte_level_and_sentencepiece_tokens_are_readable(make, piece, text):
     words, tokenizer = make()
     assert texts_of(tokenizer, [words[piece], 5000]) == {words[piece]: text, 5000: "#5000"}
 
 
-def test_what_cannot_be_seen_is_written_out():
+def test_invisible_characters_are_escaped():
     assert visible("a\tb\r\n") == "a⇥b␍⏎"
     assert visible("\u202e\u200d\u00a0") == "<U+202E><U+200D><U+00A0>"
     assert visible("\u0301") == "◌\u0301"
@@ -282,7 +282,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("given", [{"backend": "transformer-lens"}, {"backend": "nnsight", "remote": "local"}])
-def test_every_backend_shows_the_same(given):
+def test_every_backend_gives_the_same_inspection(given):
     model = tiny_model("qwen3", attention="eager")
     hooks, other = (inspect(model, tiny_tokenizer(), prompt="w3 w4 w5", max_new_tokens=4, **k) for k in ({}, given))
     one, two = hooks.values, other.values  # noqa: PD011
@@ -293,9 +293,9 @@ def test_every_backend_shows_the_same(given):
     assert two["top1_id"].equals(one["top1_id"])
 
 
-def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_path, monkeypatch, capsys):
-    asked = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
-    run(*asked, monkeypatch=monkeypatch, cwd=tmp_path)
+def test_inspect_command_and_redrawn_figures(saved, tmp_path, monkeypatch, capsys):
+    command = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
+    run(*command, monkeypatch=monkeypatch, cwd=tmp_path)
     printed = capsys.readouterr().out
     it = Inspection.load(tmp_path / "data" / "inspections" / "some--model--w3-w4-w5")
     assert it.tokens["token"].tolist() == ["w3", "w4", "w5", "w6", "w7"]
@@ -320,13 +320,13 @@ def test_the_command_shows_saves_and_draws_and_figures_draws_again(saved, tmp_pa
     assert where.as_posix() == "again/some--model--w3-w4-w5"
 
 
-def test_looks_at_several_prompts_stay_side_by_side_and_the_same_look_is_replaced(saved, tmp_path, monkeypatch):
+def test_inspections_of_several_prompts_coexist_and_a_repeated_one_is_replaced(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(
         figure, "save_inspection_figures", lambda look, directory, **_: [directory / "inspect_layer.png"]
     )
     for prompt, answer in (("w3 w4", "w6"), ("w3, w4", "w6"), ("w3 w4", "w7"), ("w3 w4", "w6"), ("w5 " * 30, "w6")):
-        asked = ("inspect", "--model", saved, "-p", prompt, "--response", answer)
-        run(*asked, "--quiet", monkeypatch=monkeypatch, cwd=tmp_path)
+        command = ("inspect", "--model", saved, "-p", prompt, "--response", answer)
+        run(*command, "--quiet", monkeypatch=monkeypatch, cwd=tmp_path)
     root = tmp_path / "data" / "inspections"
     names = ["some--model--w3-w4", "some--model--w3-w4-2", "some--model--w3-w4-3"]
     long = "some--model--" + "w5-" * 13 + "w"
@@ -346,7 +346,7 @@ def test_looks_at_several_prompts_stay_side_by_side_and_the_same_look_is_replace
         ({"prompt": "w3 <eos> w4", "response": "w6 w7"}, []),
     ],
 )
-def test_what_the_tokenizer_does_not_know_is_named(texts, warnings, caplog):
+def test_unknown_text_is_named(texts, warnings, caplog):
     own = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **own)
     inspect(tiny_model("llama", layers=1), tokenizer, max_new_tokens=None if "response" in texts else 0, **texts)

@@ -1,4 +1,4 @@
-"""Whatever config.json says, a model loads and proves eq. 4, or is refused in one line."""
+"""With any config.json, a model loads and verifies eq. 4, or is refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ODD = st.one_of(
     ),
     st.integers(-2, 8),
 )
-# Sizes beyond a tiny model's ask for memory, which another issue bounds.
+# Larger sizes would allocate memory, which is limited elsewhere.
 BOUNDED = {"num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"}
 
 
@@ -37,13 +37,13 @@ def checkpoints(tmp_path_factory):
 
 
 def refused_or_right(source, place, file, changes):
-    """What a checkpoint with other settings is refused with; None where it proves eq. 4 and can be sampled from."""
-    told = json.loads((source / file).read_text())
+    """The error for a checkpoint with other settings; None if it verifies eq. 4 and can be sampled from."""
+    content = json.loads((source / file).read_text())
     for link in source.iterdir():
         if link.name != file and not (place / link.name).exists():
             (place / link.name).symlink_to(link)
     (place / file).unlink(missing_ok=True)
-    (place / file).write_text(json.dumps({**told, **changes}))
+    (place / file).write_text(json.dumps({**content, **changes}))
     try:
         model = prove(models.load(str(place), dtype="auto", device="cpu")).model
         sample(model, [Request(Prompt("w2"), [2, 3], 0, 0)], max_new_tokens=2, temperature=1.0, seed=0)
@@ -116,9 +116,9 @@ def test_any_of_many_settings_loads_or_is_refused(data, checkpoints, tmp_path_fa
     ],
     ids=str,
 )
-def test_settings_that_are_refused_in_words_of_their_own(file, changes, message, checkpoints, tmp_path):
-    told = refused_or_right(checkpoints["llama"], tmp_path, file, changes)
-    assert message in told
+def test_settings_with_specific_error_messages(file, changes, message, checkpoints, tmp_path):
+    error = refused_or_right(checkpoints["llama"], tmp_path, file, changes)
+    assert message in error
 
 
 @pytest.mark.parametrize(

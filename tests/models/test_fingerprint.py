@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from simulated import DEVICE, Devices
+from simulated_devices import DEVICE, Devices
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -100,12 +100,12 @@ def test_a_tied_weight_on_two_devices_has_the_same_digest():
     from accelerate import dispatch_model
 
     whole = tiny_model("qwen3", tied=True)
-    told = digest(whole)
+    expected = digest(whole)
     with Devices():
         plan = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": torch.device(DEVICE, 0)}
         plan |= {f"model.layers.{i}": torch.device(DEVICE, 0) for i in range(3)} | {"model.norm": "cpu"}
         split = dispatch_model(copy.deepcopy(whole), plan, main_device=torch.device(DEVICE, 0))
-        assert digest(split) == told
+        assert digest(split) == expected
         assert attached_code(split) == []
 
 
@@ -124,7 +124,7 @@ def test_every_dtype_is_read_bit_by_bit(dtype):
     assert len(found) == 6
 
 
-def test_every_portion_of_a_large_tensor_is_read():
+def test_every_chunk_of_a_large_tensor_is_read():
     model = tiny_model("llama")
     model.register_buffer("large", torch.zeros(2 * _CHUNK + 3, dtype=torch.int8))
     found = {digest(model)}
@@ -138,9 +138,9 @@ def test_settings_are_the_same_in_every_process():
     class Odd:
         pass
 
-    told = [_jsonable({"b": {"x", "y"}, 1: Odd(), "torch_dtype": "float32", "_private": 3}) for _ in range(2)]
-    assert told[0] == told[1]
-    assert told[0].keys() == {"b", "1"}
+    settings = [_jsonable({"b": {"x", "y"}, 1: Odd(), "torch_dtype": "float32", "_private": 3}) for _ in range(2)]
+    assert settings[0] == settings[1]
+    assert settings[0].keys() == {"b", "1"}
     assert _jsonable({"scale": torch.tensor([1.0, 2.0]), "kind": torch.float32}) == {
         "scale": [1.0, 2.0],
         "kind": "torch.float32",
@@ -194,7 +194,7 @@ def test_a_loaded_model_has_no_attached_code(backend):
     assert attached_code(model.model) == []
 
 
-def test_nnsight_attaches_nothing_but_its_edits():
+def test_nnsight_attaches_only_its_edits():
     nnsight = pytest.importorskip("nnsight")
     model = tiny_model("qwen3")
     before = digest(model)
@@ -208,7 +208,7 @@ def test_nnsight_attaches_nothing_but_its_edits():
     assert attached_code(model, root) == ["nnsight edit"]
 
 
-def test_a_bridge_attaches_nothing_but_the_users_hooks():
+def test_a_bridge_attaches_only_the_users_hooks():
     extractor = transformer_lens.from_model(models.wrap(tiny_model("qwen3"), tiny_tokenizer()))
     bridge = extractor.bridge
     assert attached_code(bridge.original_model, bridge) == []
@@ -341,9 +341,9 @@ def test_the_settings_of_custom_modules_are_in_the_digest():
     found = set()
     for units, mode in (([1, 3], "drop"), ([1, 4], "drop"), ({1, 4}, "keep"), ([1, 4], "keep")):
         model.model.layers[1].mlp.act_fn = Ablated(units, mode)
-        found.add(told := digest(model))
+        found.add(other := digest(model))
         model(torch.arange(2, 9)[None])
-        assert digest(model) == told
+        assert digest(model) == other
     assert len(found) == 3
 
 
@@ -379,7 +379,7 @@ def registered(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("ablated", ["attention function 'ablated'"]),
         ("masked", ["mask function 'masked'"]),
@@ -387,10 +387,10 @@ def registered(monkeypatch):
         ("somebody/some", ["attention function 'somebody/some'"]),
     ],
 )
-def test_custom_attention_functions_are_listed(name, told, registered):
+def test_custom_attention_functions_are_listed(name, expected, registered):
     model = tiny_model("qwen3")
     model.config._attn_implementation_internal = name
-    assert attached_code(model) == told
+    assert attached_code(model) == expected
     for library in registered["attn"]:
         model.config._attn_implementation_internal = library
         assert attached_code(model) == [], library
@@ -428,7 +428,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 def attend(*arguments, **options):
     return sdpa_attention_forward(*arguments, **options)
 
-def made(factor):
+def scaled_attend(factor):
     return lambda *arguments, **options: factor * attend(*arguments, **options)
 
 class Attends(LlamaForCausalLM):
@@ -448,9 +448,9 @@ def test_the_attention_of_a_checkpoint_is_not_listed_unless_it_is_a_closure(regi
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
     code = vars(sys.modules[type(model).__module__])
     model.config._attn_implementation_internal = "own"
-    for function, told in ((code["attend"], []), (code["made"](2), ["attention function 'own'"])):
+    for function, expected in ((code["attend"], []), (code["scaled_attend"](2), ["attention function 'own'"])):
         monkeypatch.setitem(AttentionInterface._global_mapping, "own", function)
-        assert attached_code(model) == told
+        assert attached_code(model) == expected
 
 
 @pytest.fixture
@@ -473,13 +473,15 @@ def test_a_hooked_model_does_not_reuse_an_analysis(subject, tmp_path):
     model, options = subject
     plain = analyze(model, **options, output=tmp_path)
     handles = [model.model.layers[i].mlp.register_forward_hook(double) for i in (0, 2)]
-    told = r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*which no digest covers.*overwrite=True"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"holds an analysis.*\(model.layers.0.mlp: forward hook and 1 more\).*which no digest covers.*overwrite=True"
+    )
+    with pytest.raises(UserError, match=message):
         analyze(model, **options, output=tmp_path)
     hooked = analyze(model, **options, output=tmp_path, overwrite=True)
     assert hooked.config["hooked"] == [f"model.layers.{i}.mlp: forward hook" for i in (0, 2)]
     assert hooked.layers["entropy_out"].tolist() != plain.layers["entropy_out"].tolist()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         analyze(model, **options, output=tmp_path)
     for handle in handles:
         handle.remove()
@@ -523,14 +525,14 @@ def test_a_hooked_model_does_not_reuse_an_evaluation(problems, tmp_path, monkeyp
     options = {**problems, "output": tmp_path}
     assert evaluate(model, **options).config["hooked"] is None
     handle = model.model.model.layers[1].mlp.register_forward_hook(double)
-    told = r"holds an evaluation.*\(model.layers.1.mlp: forward hook\).*overwrite=True"
-    with pytest.raises(UserError, match=told):
+    message = r"holds an evaluation.*\(model.layers.1.mlp: forward hook\).*overwrite=True"
+    with pytest.raises(UserError, match=message):
         evaluate(model, **options)
     with monkeypatch.context() as patch:
         patch.setattr(run, "_sample_and_score", lambda *a: (_ for _ in ()).throw(RuntimeError))
         with pytest.raises(RuntimeError):
             evaluate(model, **options, overwrite=True)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         evaluate(model, **options)
     assert evaluate(model, **options, overwrite=True).config["hooked"] == ["model.layers.1.mlp: forward hook"]
     handle.remove()
@@ -558,12 +560,12 @@ def test_a_hooked_model_does_not_resume_a_training_run(tmp_path, monkeypatch):
     prompts = [{"prompt": f"w{i} w{i + 7}", "answer": "w4"} for i in range(2, 6)]
 
     def train(**more):
-        told = models.wrap(model, tiny_tokenizer(), "tiny")
-        bupo.train(told.model, prompts, tokenizer=told.tokenizer, output=tmp_path / "run", **options, **more)
+        other = models.wrap(model, tiny_tokenizer(), "tiny")
+        bupo.train(other.model, prompts, tokenizer=other.tokenizer, output=tmp_path / "run", **options, **more)
 
     for expected, more in ((KeyError, {}), (UserError, {}), (KeyError, {"overwrite": True})):
-        told = r"holds a run.*\(model.layers.1.mlp: forward hook\)" if expected is UserError else None
-        with pytest.raises(expected, match=told):
+        other = r"holds a run.*\(model.layers.1.mlp: forward hook\)" if expected is UserError else None
+        with pytest.raises(expected, match=other):
             train(**more)
     settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
     assert settings["hooked"] == ["model.layers.1.mlp: forward hook"]

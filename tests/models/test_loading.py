@@ -1,4 +1,4 @@
-"""What a checkpoint's files may hold and where they may lie: anything else is refused before it is read."""
+"""Allowed contents and locations of checkpoint files: anything else is refused before it is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sharded(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache as the hub's client lays it out, and no network: ``hub(directory)`` is the id of what it holds."""
+    """A cache in the layout of the hub's client, without network: ``hub(directory)`` returns the id of its content."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def put(directory):
@@ -62,7 +62,7 @@ def placed(request):
     return here if request.param == "directory" else request.getfixturevalue("hub")
 
 
-def test_shards_and_the_links_of_the_hubs_cache_load(sharded, placed):
+def test_shards_and_links_of_the_hub_cache_load(sharded, placed):
     found = models.load(placed(sharded)).model.state_dict()
     assert all(torch.equal(found[key], value) for key, value in tiny_model("llama").state_dict().items())
 
@@ -74,9 +74,11 @@ def in_pickle(directory):
 
 def point_at(file, directory):
     index = directory / "model.safetensors.index.json"
-    told = json.loads(index.read_text())
-    told["weight_map"] = {k: file if v == "b.safetensors" else v for k, v in told["weight_map"].items()}
-    index.write_text(json.dumps(told))
+    index_content = json.loads(index.read_text())
+    index_content["weight_map"] = {
+        k: file if v == "b.safetensors" else v for k, v in index_content["weight_map"].items()
+    }
+    index.write_text(json.dumps(index_content))
 
 
 def outside(directory):
@@ -91,8 +93,13 @@ def chosen_pickle(directory):
 
 
 def adapters(directory):
-    told = {"peft_type": "LORA", "base_model_name_or_path": str(directory), "target_modules": ["q_proj"], "r": 2}
-    (directory / "adapter_config.json").write_text(json.dumps(told))
+    adapter_config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(directory),
+        "target_modules": ["q_proj"],
+        "r": 2,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config))
     torch.save({}, directory / "adapter_model.bin")
 
 
@@ -131,8 +138,8 @@ def altered(source, target, weights=lambda found: found, **config):
     """A copy of a checkpoint with other weights or another configuration."""
     shutil.copytree(source, target)
     save_file(weights(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
-    told = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**told, **config}))
+    base_config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**base_config, **config}))
     return str(target)
 
 
@@ -207,24 +214,24 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize(("more", "config", "told"), HARMLESS.values(), ids=HARMLESS)
-def test_what_no_layer_reads_may_stand_in_a_checkpoint(whole, tmp_path, more, config, told, caplog):
+@pytest.mark.parametrize(("more", "config", "notice"), HARMLESS.values(), ids=HARMLESS)
+def test_unused_tensors_in_a_checkpoint_are_accepted(whole, tmp_path, more, config, notice, caplog):
     loaded = models.load(altered(whole, tmp_path / "model", lambda found: found | more, **config))
     assert loaded.fingerprint()
-    said = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
-    assert bool(said) == bool(told)
-    assert told in "".join(said)
+    messages = [record.message for record in caplog.records if record.name.startswith("internal_policy")]
+    assert bool(messages) == bool(notice)
+    assert notice in "".join(messages)
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes"}, {"quant_method": "mxfp4"}])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_what_the_quantiser_leaves_as_plain_numbers_is_refused(tmp_path, method, dtype):
+def test_unquantised_integer_weights_are_refused(tmp_path, method, dtype):
     directory = Path(shutil.copytree(testbed.path("testbed/llama"), tmp_path / "m"))
     weights = load_file(directory / "model.safetensors")
     weights |= {k: (100 * v).to(dtype) for k, v in weights.items() if "proj" in k}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**settings, "quantization_config": method}))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         models.load(str(directory))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Quantised weights: the numbers stay those of the definitions, of the weights that the codes stand for."""
+"""Quantised weights: results match the definitions applied to the dequantised weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from captures import FLOAT32_NATS, captured, check_against_the_same_states, own_entropies, wrapped
+from capture_checks import FLOAT32_NATS, captured, check_quantities, entropies_of_logits, wrapped
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
@@ -40,7 +40,7 @@ def quantised(request, checkpoint):
     return models.load(checkpoint, quantization=request.param)
 
 
-def test_quantised_weights_give_the_states_that_the_model_computes(quantised, checkpoint):
+def test_quantised_weights_give_the_states_of_the_model(quantised, checkpoint):
     model, plain = quantised, models.load(checkpoint)
     four = "4-bit" in model.quantization
     assert model.quantization == f"bitsandbytes {'4-bit (nf4)' if four else '8-bit'}"
@@ -48,22 +48,22 @@ def test_quantised_weights_give_the_states_that_the_model_computes(quantised, ch
     assert model.dtype == model.projection.weight.dtype == torch.float32
     before, records = model.fingerprint(), ragged_responses(3)
     verify(HookExtractor(model))
-    check_against_the_same_states(model, records)
+    check_quantities(model, records)
     assert model.fingerprint() == before != plain.fingerprint()
     for record, values, dense in zip(records, captured(model, records), captured(plain, records), strict=True):
-        if four:  # which quantises nothing but weights: a batch changes nothing
-            own = own_entropies(model.model, record)
+        if four:  # which quantises only weights, so batching has no effect
+            own = entropies_of_logits(model.model, record)
             np.testing.assert_allclose(values.policy[:, 1], own, rtol=0, atol=FLOAT32_NATS)
         assert np.abs(values.layers - dense.layers).max() > 1e-4
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_quantised_bfloat16_passes_the_proof(bits, checkpoint):
+def test_quantised_bfloat16_passes_verification(bits, checkpoint):
     pytest.importorskip("bitsandbytes")
     model = models.load(checkpoint, quantization=bits, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     verify(HookExtractor(model))
-    check_against_the_same_states(model, ragged_responses(3))
+    check_quantities(model, ragged_responses(3))
 
 
 def test_a_quantised_checkpoint_is_loaded_as_it_is(quantised, tmp_path):
@@ -102,7 +102,7 @@ def test_a_quantised_unembedding_is_read_or_refused(bits, tmp_path):
     verify(HookExtractor(found))
     record = ragged_responses(1)[0]
     np.testing.assert_allclose(
-        captured(found, [record])[0].policy[:, 1], own_entropies(model, record), rtol=0, atol=FLOAT32_NATS
+        captured(found, [record])[0].policy[:, 1], entropies_of_logits(model, record), rtol=0, atol=FLOAT32_NATS
     )
 
 
@@ -114,7 +114,7 @@ def repacking(monkeypatch):
     return modules
 
 
-def test_4_bit_weights_are_not_repacked_for_products_in_bfloat16(repacking, checkpoint):
+def test_4_bit_weights_are_not_repacked_in_bfloat16(repacking, checkpoint):
     model, record = models.load(checkpoint, quantization="4bit"), ragged_responses(1)[0]
     before, first = model.fingerprint(), captured(model, [record])[0]
     # A fingerprint reads the state dict, and that is what scrambles weights that were repacked.
@@ -123,7 +123,7 @@ def test_4_bit_weights_are_not_repacked_for_products_in_bfloat16(repacking, chec
     plain = models.load(checkpoint)
     codes = {n: dequantised(w) for n, w in model.model.named_parameters() if hasattr(w, "quant_state")}
     plain.model.load_state_dict(codes, strict=False)
-    # Nothing but the weights is rounded.
+    # Only the weights are rounded.
     np.testing.assert_allclose(captured(plain, [record])[0].layers, first.layers, rtol=0, atol=FLOAT32_NATS)
 
 
@@ -153,7 +153,7 @@ def test_4_bit_weights_that_are_dequantised_wrongly_are_refused(monkeypatch):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_4_bit_embedded_model_is_what_its_codes_say():
+def test_a_4_bit_embedded_model_matches_its_dequantised_codes():
     pytest.importorskip("bitsandbytes")
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         with pytest.raises(UserError, match=WRONG):
@@ -166,10 +166,10 @@ def test_a_4_bit_embedded_model_is_what_its_codes_say():
             # Half of the widest gap between two codes, times the largest weight.
             assert (dequantised(weight) - dense).abs().max() <= 0.16 * dense.abs().max()
     verify(HookExtractor(model))
-    check_against_the_same_states(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
+    check_quantities(model, [{"input_ids": [*range(3, 12)], "prompt_length": 4}])
 
 
-def test_what_8_bit_products_do_to_their_input_is_not_reported_at_each(tmp_path, caplog):
+def test_8_bit_input_cast_warnings_are_silenced(tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     model = models.load(save_tiny(tmp_path / "m"), quantization="8bit")
     captured(model, ragged_responses(1))
@@ -178,7 +178,7 @@ def test_what_8_bit_products_do_to_their_input_is_not_reported_at_each(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="transformers makes it bfloat16 where there is no GPU")
-def test_an_fp8_checkpoint_is_what_transformers_makes_of_it(tmp_path):
+def test_an_fp8_checkpoint_matches_transformers(tmp_path):
     from safetensors.torch import save_file
 
     directory = tmp_path / "model"
@@ -196,25 +196,25 @@ def test_an_fp8_checkpoint_is_what_transformers_makes_of_it(tmp_path):
     model = models.load(str(directory))
     assert (model.dtype, model.quantization) == (torch.bfloat16, None)
     verify(HookExtractor(model))
-    check_against_the_same_states(model, ragged_responses(2))
+    check_quantities(model, ragged_responses(2))
 
 
 @pytest.mark.parametrize(
-    ("package", "settings", "said"),
+    ("package", "settings", "message"),
     [
         ("optimum", {"quant_method": "gptq", "bits": 4, "group_size": 32}, r"optimum.*pip install optimum"),
         ("gptqmodel", {"quant_method": "awq", "bits": 4, "group_size": 32}, r"gptqmodel.*pip install gptqmodel"),
         ("compressed_tensors", {"quant_method": "compressed-tensors"}, r"pip install compressed-tensors"),
     ],
 )
-def test_a_missing_package_is_reported_with_its_pip_command(package, settings, said, tmp_path):
+def test_a_missing_package_is_reported_with_its_pip_command(package, settings, message, tmp_path):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
     directory = tmp_path / "model"
     shutil.copytree(testbed.path("testbed/qwen3"), directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         models.load(str(directory))
     assert len(str(caught.value).splitlines()) == 1
 

@@ -12,8 +12,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analysis, make_set
 from matplotlib.figure import Figure
+from plotting_fixtures import FakeAnalysis, assert_legible, band, drawn, lay_out, make_analyses, make_analysis
 
 from internal_policy import UserError
 from internal_policy.plotting import analysis as figures
@@ -22,8 +22,8 @@ from internal_policy.plotting import marks, style
 DRAWINGS = (figures.entropy_flow, figures.entropy_change, figures.residual_cosine)
 
 
-def test_entropy_flow_draws_its_frame():
-    analyses = make_set(2)
+def test_entropy_flow_draws_its_data():
+    analyses = make_analyses(2)
     frame = figures.entropy_flow_data(analyses)
     for panel, ax in enumerate(figures.entropy_flow(analyses).axes, start=1):
         rows = frame[frame["panel"] == panel]
@@ -40,8 +40,8 @@ def test_entropy_flow_draws_its_frame():
         np.testing.assert_allclose(band(ax)[2], (expected["low"], expected["high"]))
 
 
-def test_stage_sketch_draws_its_frame():
-    analyses = [*make_set(2), make_analysis("x", 1, "llama", boundary=0)]
+def test_stage_sketch_draws_its_data():
+    analyses = [*make_analyses(2), make_analysis("x", 1, "llama", boundary=0)]
     frame = figures.stage_sketch_data(analyses)
     ax = figures.stage_sketch(analyses)
     assert_legible(ax.figure)
@@ -61,7 +61,7 @@ def test_stage_sketch_draws_its_frame():
     assert [text.get_text() for text in own.texts] == ["Qwen3-4B", "1–6", "7–26", "27–36"]
 
 
-def test_entropy_flow_data_holds_the_analysis():
+def test_entropy_flow_data_matches_the_analysis():
     analysis = make_analysis("testbed/qwen3", 8, "qwen", vocab_size=46)
     frame = figures.entropy_flow_data([analysis])
     flow = frame[frame["layer"].notna()]
@@ -78,8 +78,8 @@ def test_entropy_flow_data_holds_the_analysis():
 
 
 @pytest.mark.parametrize("site", ["attn", "ffn"])
-def test_entropy_change_draws_its_frame(site):
-    analyses = make_set(3)
+def test_entropy_change_draws_its_data(site):
+    analyses = make_analyses(3)
     frame = figures.entropy_change_data(analyses)
     figure = figures.entropy_change(analyses)
     for panel, ax in enumerate(figure.axes[("attn", "ffn").index(site) :: 2], start=1):
@@ -100,8 +100,8 @@ def test_entropy_change_draws_its_frame(site):
         assert shaded == ({} if site == "attn" else {row.Index: (row.min, row.max) for row in stages.itertuples()})
 
 
-def test_residual_cosine_draws_its_frame():
-    analyses = make_set(2)
+def test_residual_cosine_draws_its_data():
+    analyses = make_analyses(2)
     frame = figures.residual_cosine_data(analyses)
     for panel, ax in enumerate(figures.residual_cosine(analyses).axes, start=1):
         for site, label in figures.SITE_LABELS.items():
@@ -119,7 +119,7 @@ def test_a_shuffled_table_draws_the_same():
 
 
 def test_single_panels_draw_on_given_axes_or_their_own():
-    analysis = make_set(1)[0]
+    analysis = make_analyses(1)[0]
     figure = mpl.figure.Figure()
     axes = figure.subplots(2, 2)
     assert figures.plot_entropy_flow(analysis, axes[0, 0]) is axes[0, 0]
@@ -133,7 +133,7 @@ def test_single_panels_draw_on_given_axes_or_their_own():
 
 
 def test_figures_draw_on_given_axes():
-    analyses = make_set(2)
+    analyses = make_analyses(2)
     figure = mpl.figure.Figure()
     axes = figure.subplots(2, 2)
     assert figures.entropy_change(analyses, ax=axes) is figure
@@ -148,7 +148,7 @@ def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_p
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "import internal_policy.plotting.analysis as f\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)\n"
-        "from drawings import make_analysis\n"
+        "from plotting_fixtures import make_analysis\n"
         "f.style.save_figure(f.entropy_change(make_analysis('testbed/qwen3', 8, 'qwen', 46)), Path(sys.argv[2]))\n"
     )
     here, there = tmp_path / "new" / "fig3", tmp_path / "there" / "fig3"
@@ -170,16 +170,16 @@ def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_p
 
 def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path, monkeypatch):
     first, second = (
-        style.save_figure(figures.residual_cosine(make_set(1)), tmp_path / name) for name in ("first", "second")
+        style.save_figure(figures.residual_cosine(make_analyses(1)), tmp_path / name) for name in ("first", "second")
     )
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     monkeypatch.setattr(style, "save_figure", lambda figure, stem: [stem])
     stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
-    assert figures.save_analysis_figures(make_set(1), tmp_path) == [tmp_path / stem for stem in stems]
+    assert figures.save_analysis_figures(make_analyses(1), tmp_path) == [tmp_path / stem for stem in stems]
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
-    figure = figures.residual_cosine(make_set(1))
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, monkeypatch):
+    figure = figures.residual_cosine(make_analyses(1))
     (tmp_path / "f.png").write_text("old")
 
     def fail(*_, **__):
@@ -195,13 +195,13 @@ def test_a_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
 def test_user_rc_params_are_unchanged():
     with mpl.rc_context({"font.size": 17.0, "axes.spines.top": True}):
         before = dict(mpl.rcParams)
-        figures.residual_cosine(make_set(1)).draw_without_rendering()
+        figures.residual_cosine(make_analyses(1)).draw_without_rendering()
         with pytest.raises(RuntimeError), style.paper_style():
             raise RuntimeError
         assert dict(mpl.rcParams) == before
 
 
-def test_grids_have_room_for_every_model():
+def test_grids_have_a_panel_for_every_model():
     shapes = {n: style.grid_shape(n) for n in range(1, 13)}
     assert all(rows * columns >= n and columns <= 4 for n, (rows, columns) in shapes.items())
     assert (shapes[1], shapes[3], shapes[5], shapes[6], shapes[8], shapes[12]) == (
@@ -220,7 +220,7 @@ MANY = [*((figures.entropy_change, n) for n in (3, 5, 12)), (figures.entropy_flo
 
 @pytest.mark.parametrize(("draw", "n_models"), [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY)])
 def test_no_text_overlaps(draw, n_models):
-    figure = draw(make_set(n_models))
+    figure = draw(make_analyses(n_models))
     assert len(figure.axes) == n_models * (2 if draw is figures.entropy_change else 1)
     assert_legible(figure)
 
@@ -283,7 +283,7 @@ def test_a_site_that_was_not_measured_is_left_out(sites):
         assert ("FFN" in labels) == ("ffn" in sites)
 
 
-def test_no_boundary_layer_is_said():
+def test_a_missing_boundary_layer_is_noted():
     analysis = FakeAnalysis(**{**vars(make_analysis("m", 8, "qwen")), "boundary_layer": None})
     figure = figures.entropy_change([analysis])
     assert [text.get_text() for text in figure.axes[1].texts] == ["no boundary layer"]
@@ -292,31 +292,31 @@ def test_no_boundary_layer_is_said():
 
 
 @pytest.mark.parametrize(
-    ("n_parameters", "told"),
+    ("n_parameters", "size"),
     [(668_928, "0.67 M"), (4_022_468_096, "4.0 B"), (14_768_307_200, "15 B"), (124_439_808, "124 M"), (3_000, "3.0 k")],
 )
-def test_a_size_is_rounded_and_has_its_unit(n_parameters, told):
+def test_a_size_is_rounded_and_has_its_unit(n_parameters, size):
     assert marks.size_of(replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=n_parameters)) == (
-        f"{told} parameters"
+        f"{size} parameters"
     )
 
 
-def test_titles_tell_the_size_where_the_name_does_not():
-    analysis, told = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
-    assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({told} parameters)"
-    # Where four stand side by side, the size has a line of its own.
+def test_titles_give_the_model_size_if_the_name_does_not():
+    analysis, size = replace(make_analysis("testbed/qwen3", 8, "qwen"), n_parameters=668_928), "0.67 M"
+    assert figures.plot_residual_cosine(analysis).get_title() == f"testbed/qwen3 ({size} parameters)"
+    # With four panels in a row, the size is on a separate line.
     panels = figures.entropy_change([replace(analysis, name=f"testbed/{k}") for k in ("qwen3", "llama", "a", "b")]).axes
-    assert panels[0].get_title() == f"testbed/qwen3\n({told} parameters)"
+    assert panels[0].get_title() == f"testbed/qwen3\n({size} parameters)"
     named = replace(analysis, name="Qwen/Qwen3-4B-Base")
     assert figures.plot_residual_cosine(named).get_title() == "Qwen3-4B-Base"
     assert figures.plot_residual_cosine(replace(analysis, n_parameters=None)).get_title() == "testbed/qwen3"
 
 
-def test_one_analysis_is_as_good_as_a_list_of_one():
-    analysis = make_set(1)[0]
+def test_a_single_analysis_equals_a_list_of_one():
+    analysis = make_analyses(1)[0]
     for draw in (*DRAWINGS, figures.stage_sketch):
         one, other = draw(analysis), draw([analysis])
-        axes = [getattr(made, "axes", made) for made in (one, other)]
+        axes = [getattr(panel, "axes", panel) for panel in (one, other)]
         lines = [[line.get_xydata() for ax in np.ravel(panels) for line in ax.lines] for panels in axes]
         for a, b in zip(*lines, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -334,7 +334,7 @@ def test_analyses_share_a_panel_under_their_own_labels_and_colours():
         drawn(ax, "trained")[1], figures.entropy_change_data(high).query("site == 'ffn'")["change"]
     )
     assert [line.get_color() for line in ax.lines if line.get_label() in ("start", "trained")] == ["tab:blue", "red"]
-    # The stages are those of the first, and the limits hold both.
+    # The stages are those of the first analysis, and the limits include both.
     assert len(ax.patches) == stages
     assert ax.get_title() == "start"
     assert ax.get_ylim()[1] > drawn(ax, "trained")[1].max()
@@ -345,8 +345,8 @@ def test_analyses_share_a_panel_under_their_own_labels_and_colours():
         assert {"start, FFN", "trained, FFN"} <= set(ax.get_legend_handles_labels()[1])
 
 
-def test_labels_and_colours_are_one_for_all_or_one_for_each():
-    analyses = make_set(2)
+def test_labels_and_colours_are_scalars_or_one_per_analysis():
+    analyses = make_analyses(2)
     figure = figures.entropy_change(analyses, label=["a", "b"], color=["red", (0.0, 0.0, 1.0)])
     assert [ax.get_title() for ax in figure.axes[::2]] == ["a", "b"]
     colours = [next(line.get_color() for line in ax.lines if line.get_label() == "FFN") for ax in figure.axes[1::2]]
@@ -359,7 +359,7 @@ def test_labels_and_colours_are_one_for_all_or_one_for_each():
         figures.stage_sketch(analyses, color="reddish")
 
 
-def test_titles_name_the_lens_and_tell_models_apart():
+def test_titles_name_the_lens_and_distinguish_models():
     row = ("Qwen/Qwen3-4B", 8, "qwen")
     figure = figures.residual_cosine([make_analysis(*row), make_analysis(*row, lens="logit-lens")])
     assert [ax.get_title() for ax in figure.axes] == ["Qwen3-4B", "Qwen3-4B\nlogit lens"]
@@ -376,4 +376,4 @@ def test_no_analysis_is_refused():
 
 
 def test_a_notebook_shows_a_figure_without_pyplot():
-    assert figures.residual_cosine(make_set(1))._repr_png_().startswith(b"\x89PNG")
+    assert figures.residual_cosine(make_analyses(1))._repr_png_().startswith(b"\x89PNG")

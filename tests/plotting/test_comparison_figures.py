@@ -1,4 +1,4 @@
-"""The figures of a comparison: what they draw, that all of it can be read, and that they are reproducible."""
+"""The figures of a comparison: drawn values, legibility and reproducibility."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from shapes import abrupt, make, progressive, training
+from synthetic_analyses import abrupt, make, progressive, training
 
 from internal_policy import UserError, compare
 from internal_policy.comparison.figure_data import depth_data, difference_data, row_names, step_data
@@ -71,11 +71,11 @@ def lay_out(figure):
     with style.paper_style():
         figure.set_dpi(mpl.rcParams["savefig.dpi"])
         renderer = FigureCanvasAgg(figure).get_renderer()
-        # The layout says so where it collapses; drawing the rest as well would cost twice as much.
+        # The layout engine warns if the layout collapses; drawing everything would take twice as long.
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             figure.get_layout_engine().execute(figure)
-            # Colour bars, labels and legends find their places only as they are drawn.
+            # Colour bars, labels and legends are placed only when they are drawn.
             for ax in figure.axes:
                 locator = ax.get_axes_locator()
                 ax.apply_aspect(locator(ax, renderer) if locator else None)
@@ -96,7 +96,7 @@ FAST = (("two unnumbered, 3 layers", ("heat_maps", "entropy_fall")),)
 @pytest.mark.parametrize(
     ("kind", "only"), [*FAST, *(pytest.param(kind, EVERY, marks=pytest.mark.slow) for kind in KINDS)]
 )
-def test_everything_can_be_read(kind, only):
+def test_all_text_is_legible(kind, only):
     for name, figure in drawings(comparison(kind), only).items():
         if figure is None:
             continue
@@ -127,7 +127,7 @@ def test_everything_can_be_read(kind, only):
                 assert not frame.overlaps(ax.get_window_extent(renderer).padded(-1)), (kind, name)
 
 
-def test_what_is_written_depends_on_what_there_is():
+def test_written_files_depend_on_the_available_data():
     kinds = ("five checkpoints", "two unnumbered, 3 layers", "eight models")
     stems = {kind: set(drawings(comparison(kind), only=())) for kind in kinds}
     always = {"depth_overlay", "entropy_fall"}
@@ -138,7 +138,7 @@ def test_what_is_written_depends_on_what_there_is():
     assert stems["eight models"] == always | {"depth_differences"}
 
 
-def test_every_model_is_named_and_a_name_is_no_formula():
+def test_every_model_is_named_and_names_are_not_parsed_as_math():
     (legend,) = figures.depth_overlay(comparison("eight models")).legends
     shown = [text.get_text().replace("\\$", "$").strip() for text in legend.get_texts()]
     for name in ("Qwen3-4B", "_hidden$name$", ["a", "d"][-1], "boundary layer", "95% interval"):
@@ -186,7 +186,7 @@ def test_lines_draw_the_numbers_of_their_tables():
     assert len([line for line in steps.lines if len(line.get_xdata()) == 5]) == 28
 
 
-def test_half_drop_marks_stand_where_the_measure_says():
+def test_half_drop_markers_match_the_measure():
     found = comparison("eight models")
     ax = figures.entropy_fall(found).axes[0]
     marks = sorted(c.lines[0].get_xdata()[0] for c in ax.containers)
@@ -200,14 +200,14 @@ def test_bands_are_drawn_only_where_intervals_are_known():
     assert "95% interval" not in labels
 
 
-def test_an_even_fall_starts_at_layer_one():
+def test_the_uniform_drop_line_starts_at_layer_one():
     found = comparison("two unnumbered, 3 layers")
     grey = [line for line in figures.entropy_fall(found).axes[0].lines if line.get_color() == style.NEUTRAL]
     ends = [list(line.get_xdata()) for line in grey if list(line.get_ydata()) == [0, 1]]
     assert ends == [[1 / 3, 1]]
 
 
-def test_a_users_own_axes_are_drawn_on():
+def test_figures_draw_on_the_users_axes():
     found = comparison("five checkpoints")
     for draw, n in (
         *((figures.heat_maps, 6), (figures.layer_lines, 3), (figures.layer_differences, 3)),
@@ -220,7 +220,7 @@ def test_a_users_own_axes_are_drawn_on():
         assert not figure.legends
 
 
-def test_analyses_are_compared_on_the_way_and_have_the_users_labels_and_colours():
+def test_analyses_are_compared_implicitly_with_the_users_labels_and_colours():
     analyses = [make(progressive(4), name, prompts=2) for name in "ab"]
     found = compare(analyses)
     for given in (found, analyses):
@@ -266,7 +266,7 @@ def test_many_analyses_have_the_numbers_of_the_table_in_every_figure():
     assert list(found.boundaries["analysis"]) == list(range(1, 15))
 
 
-def test_shades_are_for_steps_and_colours_for_models():
+def test_steps_differ_in_shade_and_models_in_colour():
     trained = training(3, 6, prompts=2)
     models = [make(progressive(6), n, prompts=2) for n in "abc"]
     mixed = [make(progressive(6), f"checkpoint-{n}", prompts=2, hidden_size=n) for n in (1, 2, 3)]
@@ -275,7 +275,7 @@ def test_shades_are_for_steps_and_colours_for_models():
         assert all(isinstance(colour, tuple) == shaded for colour in colours)
 
 
-def test_the_users_labels_name_the_rows_and_are_cut_at_the_front():
+def test_user_labels_name_the_rows_and_are_truncated_at_the_front():
     found = compare(training(3, 6, prompts=2), labels=["x", "y", "z"])
     assert row_names(found) == ["x", "y", "z"]
     assert style.shorten_front("short", 100.0, 7.0) == "short"

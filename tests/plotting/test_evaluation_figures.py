@@ -1,4 +1,4 @@
-"""Figures 6 and 15: what is drawn is what was measured, it can be read, and the same input gives the same bytes."""
+"""Figures 6 and 15: drawn values, legibility and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from rated import exact, rated
+from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError
 from internal_policy.plotting import evaluation as drawing
@@ -19,7 +19,7 @@ KS = (1, 4, 16, 64, 256)
 def model(name, benchmark="math500", ability=0.0, ks=KS, n=300, problems=12):
     rng = np.random.default_rng(len(benchmark))
     rates = 1 / (1 + np.exp(-(rng.normal(-1, 2, problems) + ability)))
-    return rated(np.random.default_rng(0).binomial(n, rates), n=n, name=name, benchmark=benchmark, ks=ks)
+    return evaluation_of_counts(np.random.default_rng(0).binomial(n, rates), n=n, name=name, benchmark=benchmark, ks=ks)
 
 
 def lines_of(ax):
@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_the_evaluations():
         assert (rows["value"] <= rows["high"]).all()
 
 
-def test_the_average_is_over_shared_benchmarks_and_k():
+def test_the_average_uses_shared_benchmarks_and_k():
     short = (1, 4, 16)
     both = [
         model(m, b, a, short if b == "amc23" else KS) for m, a in (("a", 0), ("b", 1)) for b in ("amc23", "math500")
@@ -59,7 +59,7 @@ def test_the_averages_interval_covers_the_truth(n, least):
     inside = 0
     for _ in range(n):
         pair = [
-            rated(rng.binomial(16, rng.beta(*s, size=40)), name="a", benchmark=b, ks=(1,))
+            evaluation_of_counts(rng.binomial(16, rng.beta(*s, size=40)), name="a", benchmark=b, ks=(1,))
             for b, s in (("x", (1, 3)), ("y", (2, 1)))
         ]
         row = drawing.pass_at_k_data(pair).query("benchmark == 'Average' and k == 1").iloc[0]
@@ -67,7 +67,7 @@ def test_the_averages_interval_covers_the_truth(n, least):
     assert inside >= least
 
 
-def test_the_lines_are_the_numbers_on_an_axis_to_base_2():
+def test_lines_have_the_values_on_a_log2_axis():
     two = [model("a"), model("b", ability=1)]
     figure = drawing.pass_at_k(two)
     (ax,) = figure.axes
@@ -83,7 +83,7 @@ def test_the_lines_are_the_numbers_on_an_axis_to_base_2():
     assert len({(line.get_color(), line.get_marker()) for line in lines_of(ax).values()}) == 2
 
 
-def test_one_evaluation_is_enough_and_labels_and_colours_are_the_users():
+def test_a_single_evaluation_with_custom_labels_and_colours():
     one, other = model("x/a"), model("x/b", ability=1)
     assert list(lines_of(drawing.pass_at_k(one).axes[0])) == ["a"]
     lines = lines_of(drawing.pass_at_k([one, other], label=["start", "trained"], color=["red", "k"]).axes[0])
@@ -92,7 +92,7 @@ def test_one_evaluation_is_enough_and_labels_and_colours_are_the_users():
         drawing.pass_at_k_by_benchmark([one, other], label=["start"])
 
 
-def test_axes_of_ones_own_are_drawn_on():
+def test_figures_draw_on_given_evaluation_axes():
     figure = Figure()
     axes = figure.subplots(1, 3)
     both = [model(m, b) for m in "ab" for b in ("amc23", "math500")]
@@ -122,7 +122,7 @@ FAST = (("m", 1, 0), ("a", 4, 1), (LONG[0], 1, 0))
         for i, draw in enumerate(FIGURES)
     ],
 )
-def test_no_text_is_cut_or_hidden(names, benchmarks, draw):
+def test_no_text_is_clipped_or_hidden(names, benchmarks, draw):
     figure = draw([model(m, b, i / 2) for i, m in enumerate(names) for b in benchmarks])
     figure.draw_without_rendering()
     page = figure.bbox
@@ -149,8 +149,8 @@ def test_no_text_is_cut_or_hidden(names, benchmarks, draw):
 
 
 def test_a_single_k_and_a_single_problem_can_be_drawn():
-    drawing.pass_at_k_by_benchmark(rated([3], n=4)).draw_without_rendering()
-    (ax,) = drawing.pass_at_k([rated([1, 0, 1], n=1)]).axes
+    drawing.pass_at_k_by_benchmark(evaluation_of_counts([3], n=4)).draw_without_rendering()
+    (ax,) = drawing.pass_at_k([evaluation_of_counts([1, 0, 1], n=1)]).axes
     assert ax.collections, "a single K has an error bar in place of a band"
 
 
@@ -164,7 +164,7 @@ def test_the_same_evaluations_give_the_same_bytes(tmp_path):
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in other]
 
 
-def test_what_cannot_be_drawn_together_is_refused():
+def test_incompatible_evaluations_are_refused():
     with pytest.raises(UserError, match="no evaluation"):
         drawing.pass_at_k([])
     with pytest.raises(UserError, match="other problems called math500"):

@@ -1,4 +1,4 @@
-"""One prompt as a picture and on the terminal: the numbers that are drawn, and that all of it can be read."""
+"""Inspections as figures and on the terminal: drawn values and legibility."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from drawings import VOCAB, make_inspection
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plotting_fixtures import VOCAB, make_inspection
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -46,7 +46,7 @@ def plain(it, width=80, **options):
     return out.getvalue()
 
 
-def test_the_data_are_the_values_of_the_chosen_tokens():
+def test_figure_data_has_the_values_of_the_selected_tokens():
     it = make_inspection()
     data = inspection_data(it, ["ffn"], tokens="19:22")
     assert data["position"].unique().tolist() == [19, 20, 21, 22]
@@ -67,7 +67,7 @@ def test_the_data_are_the_values_of_the_chosen_tokens():
         inspection_data(it, ["mlp"])
 
 
-def test_a_token_is_decided_where_all_later_layers_agree():
+def test_a_token_is_decided_once_all_later_layers_agree():
     it = make_inspection(n_layers=6, n_tokens=200, prompt=2, words=["x", "y"])
     table = decision_data(it).set_index("position")
     values = it.values.set_index(["position", "layer", "site"])  # noqa: PD011
@@ -83,7 +83,7 @@ def test_a_token_is_decided_where_all_later_layers_agree():
         assert (row["entropy"], row["top_token"]) == (final["entropy"], final["top1_token"])
         assert row["hit"] == (position < 200 and it.tokens["id"][position] == final["top1_id"])
         assert (row["token"], row["part"]) == tuple(it.tokens.loc[position - 1, ["token", "part"]])
-    # Chance decides here: each answer must have been seen.
+    # The data are random: each outcome must have occurred.
     assert set(table["decided_layer"].dropna()) == {1, 2, 3, 4, 5, 6}
     assert table["decided_layer"].isna().any()
     assert table["next_token"].tolist() == [*table["token"][1:], ""]
@@ -138,7 +138,7 @@ def test_nothing_overlaps_at_24_tokens(n_layers, site):
     assert greys == ["0.45"] * 12 + ["black"] * 12
 
 
-def test_what_is_written_can_be_read_on_every_colour():
+def test_cell_text_has_enough_contrast_on_every_colour():
     rgb, ink = cell_colors(np.linspace(0, math.log(VOCAB), 200), VOCAB)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
@@ -148,7 +148,7 @@ def test_what_is_written_can_be_read_on_every_colour():
     assert set(ink) == {"black", "white"}
 
 
-def test_what_no_font_has_is_written_as_its_id():
+def test_tokens_without_glyphs_are_shown_as_ids():
     assert drawable("\U000e0041", 77) == "#77"
     assert drawable("$_^", 77) == "$_^"
     assert fit("internationalization", 1e3, 5.0) == "internationalization"
@@ -157,7 +157,7 @@ def test_what_no_font_has_is_written_as_its_id():
     assert "internationalization".startswith(short[:-1])
 
 
-def test_panels_can_stand_on_axes_of_ones_own_and_the_lens_is_told():
+def test_panels_draw_on_given_axes_and_name_the_lens():
     it = make_inspection(n_layers=3, n_tokens=4, lens="logit-lens")
     figure, _ = style.panel_grid(1)
     ax = plot_inspection(it, "layer", figure.axes[0])
@@ -173,7 +173,7 @@ def test_panels_can_stand_on_axes_of_ones_own_and_the_lens_is_told():
     drawn(stacked)
 
 
-def test_many_tokens_are_drawn_on_pages_and_old_pages_go(tmp_path, monkeypatch):
+def test_many_tokens_are_split_into_pages_and_old_pages_are_removed(tmp_path, monkeypatch):
     it, pages = make_inspection(n_layers=1, n_tokens=25), []
 
     def save(figure, stem):
@@ -190,7 +190,7 @@ def test_many_tokens_are_drawn_on_pages_and_old_pages_go(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_terminal_says_all_of_it_without_colours(width):
+def test_the_terminal_table_is_complete_without_colours(width):
     it = make_inspection(n_layers=3)
     lines = plain(it, width, site="attn").splitlines()
     assert not any("\x1b" in line for line in lines)
@@ -200,18 +200,18 @@ def test_the_terminal_says_all_of_it_without_colours(width):
         ("π_θ", data[data["site"] == "policy"]),
         ("2", data[(data["layer"] == 2) & (data["site"] == "attn")]),
     ):
-        said = "".join(line for line in lines if line.split()[:1] == [name])
+        row_text = "".join(line for line in lines if line.split()[:1] == [name])
         for row in rows.itertuples():
             number = f"{row.entropy:.2f}" if row.entropy < 9.995 else f"{row.entropy:.1f}"
-            assert row.top1_token[:5] in said
-            assert ("✓" if row.hit else " ") + number in said
+            assert row.top1_token[:5] in row_text
+            assert ("✓" if row.hit else " ") + number in row_text
     assert (
         len({cell_len(line.rstrip("\n")) for block in blocks(it, width=width) for line in map(str, block[1:-1])}) <= 2
     )
     assert sum("│" in line for line in lines) == 3 + 4 + 1
 
 
-def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(monkeypatch):
+def test_a_colour_terminal_uses_the_figure_colours_unless_disabled(monkeypatch):
     it = make_inspection(n_layers=2, n_tokens=3)
 
     def shown():
@@ -228,7 +228,7 @@ def test_a_colour_terminal_gets_the_colours_of_the_figure_unless_told_not_to(mon
     assert "48;2" not in shown()
 
 
-def test_text_from_the_right_keeps_to_its_cell():
+def test_right_to_left_text_stays_in_its_cell():
     it = make_inspection(n_layers=1, n_tokens=2, words=["שלום"])
     (block,) = blocks(it)
     assert all("\u2068שלום\u2069" in str(line) for line in block[2:])

@@ -1,4 +1,4 @@
-"""Figures of training runs: they draw their numbers, can be read, and are the same bytes each time."""
+"""Figures of training runs: drawn values, legibility and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import drawings
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import plotting_fixtures
 import pytest
-from drawings import assert_legible, band, drawn, make_run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from plotting_fixtures import assert_legible, band, drawn, make_run
 
 from internal_policy import UserError
 from internal_policy.plotting import style
@@ -43,7 +43,7 @@ def panels(figure):
     return sorted((ax for ax in figure.axes if ax.get_title()), key=lambda ax: ax.get_title())
 
 
-def test_one_run_is_drawn_as_it_is():
+def test_a_single_run_is_drawn_without_averaging():
     run = make_run()
     figure = training_curves(run, smooth=1)
     for ax, quantity in zip(figure.axes, ("reward", "policy_entropy", "length"), strict=True):
@@ -52,14 +52,14 @@ def test_one_run_is_drawn_as_it_is():
         np.testing.assert_array_equal(y, run.history[quantity])
         assert ax.get_ylabel() == training_figures.QUANTITIES[quantity]
         assert not ax.collections
-        # The tenth step is the last of alignment: the line stands between it and the eleventh.
+        # The tenth step is the last of alignment: the line is drawn between it and the eleventh.
         assert [list(line.get_xdata()) for line in ax.lines if line.get_xdata()[0] == line.get_xdata()[-1]] == [
             [10.5] * 2
         ]
     assert legend(figure) == [BUPO, "end of alignment"]
 
 
-def test_seeds_are_a_mean_with_the_t_interval_of_it():
+def test_seeds_are_drawn_as_mean_with_t_interval():
     from scipy import stats
 
     seeds = [make_run(seed=seed) for seed in range(4)]
@@ -82,7 +82,7 @@ def test_seeds_are_a_mean_with_the_t_interval_of_it():
     assert legend(figure) == [BUPO, GRPO, "95% interval", "end of alignment"]
 
 
-def test_two_seeds_are_drawn_themselves():
+def test_two_seeds_are_drawn_individually():
     seeds = [grpo(seed=seed) for seed in range(2)]
     figure = training_curves(seeds, smooth=1)
     ax = figure.axes[0]
@@ -92,7 +92,7 @@ def test_two_seeds_are_drawn_themselves():
     np.testing.assert_allclose(lines, [np.mean(lines[1:], axis=0), *(run.history["reward"] for run in seeds)])
 
 
-def test_the_mean_is_of_the_steps_before_and_reaches_neither_step_1_nor_a_gap():
+def test_the_running_mean_is_trailing_and_skips_step_1_and_gaps():
     run = make_run(steps=9)
     run.history.loc[4, "reward"] = np.nan
     rewards = dict(zip(run.history["step"], run.history["reward"], strict=True))
@@ -107,7 +107,7 @@ def test_the_mean_is_of_the_steps_before_and_reaches_neither_step_1_nor_a_gap():
     pd.testing.assert_series_equal(other["mean"].loc[:7], frame["mean"].loc[:7])
 
 
-def test_steps_are_thin_their_mean_is_thick_and_both_have_a_name():
+def test_steps_and_running_mean_have_own_line_widths_and_labels():
     runs = [make_run(), grpo(seed=3)]
     figure = training_curves(runs)
     frame = training_curves_data(runs, ["reward"])
@@ -128,7 +128,7 @@ def test_steps_are_thin_their_mean_is_thick_and_both_have_a_name():
     assert len(legend(training_curves(grpo(steps=7)))) == 4
 
 
-def test_labels_and_colours_of_the_users_own():
+def test_custom_labels_and_colours():
     runs = [make_run(seed=0), make_run(seed=1), grpo()]
     figure = policy_entropy_curves(runs, label=["ours", "ours", "theirs"], color=["red", "k"])
     assert legend(figure)[:2] == ["ours", "theirs"]
@@ -147,14 +147,14 @@ def test_a_shuffled_history_draws_the_same():
     pd.testing.assert_frame_equal(training_curves_data([run]), training_curves_data([shuffled]))
 
 
-def test_what_was_not_measured_is_said():
+def test_missing_measurements_are_noted():
     run = make_run()
     figure = training_curves([replace(run, history=run.history.drop(columns="length").assign(policy_entropy=np.nan))])
     assert [[text.get_text() for text in ax.texts] for ax in figure.axes] == [[], ["not measured"], ["not measured"]]
     assert_legible(figure)
 
 
-def test_models_have_panels_of_their_own():
+def test_each_model_has_its_own_panel():
     runs = [grpo(name=name) for name in ("Qwen/Qwen3-4B", "meta-llama/Llama-3.2-3B")]
     assert [ax.get_title() for ax in policy_entropy_curves(runs).axes] == ["Qwen3-4B", "Llama-3.2-3B"]
     # Axes are made column by column; the middle one has the row's name.
@@ -198,7 +198,7 @@ def test_one_later_layer_is_drawn_over_the_steps():
     assert all(list(drawn(ax, "end of alignment")[0]) == [10, 10] for ax in (similarity, change, divergence))
 
 
-def test_the_last_layer_has_no_later_one_and_says_so(tmp_path, monkeypatch, caplog):
+def test_the_last_layer_has_no_later_layers(tmp_path, monkeypatch, caplog):
     run = make_run("BuPO, layer 8", layer=8)
     with pytest.raises(UserError, match="it compares a layer with the layers above it, and layer 8"):
         alignment_dynamics(run)
@@ -260,8 +260,8 @@ def test_no_text_overlaps_in_the_dynamics(run, monkeypatch):
             figure.set_dpi(mpl.rcParams["savefig.dpi"])
             FigureCanvasAgg(figure).draw()
 
-    # A colour bar finds its place only as it is drawn.
-    monkeypatch.setattr(drawings, "lay_out", draw)
+    # A colour bar is placed only when it is drawn.
+    monkeypatch.setattr(plotting_fixtures, "lay_out", draw)
     assert_legible(alignment_dynamics(run))
 
 
@@ -279,7 +279,7 @@ def test_figures_draw_on_given_axes_and_leave_rc_params_alone():
         training_curves([grpo()], ax=grid[0, :2])
 
 
-def test_what_cannot_be_drawn_is_told(tmp_path):
+def test_invalid_runs_are_refused(tmp_path):
     for draw in (training_curves, policy_entropy_curves, training_curves_data):
         with pytest.raises(UserError, match="no run"):
             draw([])
@@ -294,7 +294,7 @@ def test_files_are_the_same_bytes_in_another_process_without_torch(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import internal_policy.plotting.training\n"
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)\n"
-        "from drawings import make_run, style\n"
+        "from plotting_fixtures import make_run, style\n"
         "from internal_policy.plotting import alignment_dynamics\n"
         "style.save_figure(alignment_dynamics(make_run()), style.Path(sys.argv[2]) / 'there')\n"
     )
@@ -315,10 +315,10 @@ def test_figures_are_named_by_their_runs_and_seeds_overwrite_nothing(tmp_path, m
     ]
 
 
-def test_only_runs_that_differ_in_nothing_but_their_seed_are_averaged():
+def test_only_runs_that_differ_only_in_their_seed_are_averaged():
     alike = [replace(make_run(seed=seed), setting={"learning_rate": 1e-6}) for seed in range(2)]
     other = replace(make_run(seed=2), setting={"learning_rate": 1e-5})
     frame = training_curves_data([*alike, other])
-    told = frame.groupby("label")["seeds"].max()
-    assert told.to_dict() == {f"{BUPO}, learning_rate 1e-06": 2, f"{BUPO}, learning_rate 1e-05": 1}
+    counts = frame.groupby("label")["seeds"].max()
+    assert counts.to_dict() == {f"{BUPO}, learning_rate 1e-06": 2, f"{BUPO}, learning_rate 1e-05": 1}
     assert set(training_curves_data(alike)["label"]) == {BUPO}

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands exist, its reference is that of the code, no page is lost."""
+"""The documentation: its code runs, its commands exist, its reference matches the code and every page is linked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ import tomllib
 
 import pytest
 import yaml
-from documents import DOCS, PAGES, ROOT, blocks, command_lines, lines_of, own_arguments, run_blocks, why_not_run
+from documents import (
+    DOCS,
+    PAGES,
+    ROOT,
+    bash_lines,
+    blocks,
+    command_arguments,
+    command_lines,
+    reason_not_run,
+    run_blocks,
+)
 
 from internal_policy import UserError
 from internal_policy.cli.parser import COMMANDS, command_class, flags_of, parse
@@ -30,7 +40,7 @@ def name(path):
 
 @pytest.fixture(scope="module")
 def after_the_demo(tmp_path_factory):
-    """A directory in which `make demo` has run: what the Makefile says, and nothing else."""
+    """A directory in which the commands of `make demo` have run."""
     place = tmp_path_factory.mktemp("demo")
     recipe = re.search(r"^demo: setup\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
     starts = {
@@ -51,13 +61,13 @@ def runnable(page):
         block
         for block in blocks(page)
         if (block.language == "python" and block.not_run is None)
-        or (block.language == "bash" and any(why_not_run(line) is None for _, line in lines_of(block)))
+        or (block.language == "bash" and any(reason_not_run(line) is None for _, line in bash_lines(block)))
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in SHOWN if runnable(page)], ids=name)
-def test_a_page_runs_from_top_to_bottom_where_the_demo_has_run(page, after_the_demo, tmp_path):
+def test_pages_run_from_top_to_bottom_after_the_demo(page, after_the_demo, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(after_the_demo, work)
     scratch = tmp_path / "scratch"
@@ -65,16 +75,16 @@ def test_a_page_runs_from_top_to_bottom_where_the_demo_has_run(page, after_the_d
     run_blocks(page, runnable(page), scratch, work, timeout=1200)
 
 
-def test_a_command_is_left_out_for_a_reason_only():
-    reasons = {why_not_run(line) for page in SHOWN for _, line in command_lines(page)}
+def test_every_skipped_command_has_a_reason():
+    reasons = {reason_not_run(line) for page in SHOWN for _, line in command_lines(page)}
     assert {"needs the hub", "needs several GPUs or processes", "makes the reader's environment", None} <= reasons
     for line in ("figures data/analyses/* data/runs/*", "analyze  # seconds", "train --layer 7 --max-steps 60"):
-        assert why_not_run(f"internal-policy {line}") is None
-    assert why_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
+        assert reason_not_run(f"internal-policy {line}") is None
+    assert reason_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name)
-def test_every_block_is_run_or_says_why_not(page):
+def test_every_block_is_run_or_marked_as_not_run(page):
     for block in blocks(page):
         where = f"{name(page)}, line {block.line}"
         # What is Python under another name would not be run.
@@ -83,14 +93,14 @@ def test_every_block_is_run_or_says_why_not(page):
             assert block.not_run != "", f"{where}: says that it is not run, but not why"
             compile(block.code, where, "exec")
     text = page.read_text(encoding="utf-8")
-    # A marker that stands before nothing, or before what is never run, excuses nobody.
+    # A marker must precede a block that would otherwise run.
     markers = len(re.findall(r"<!-- not run:", text))
     assert markers == sum(block.not_run is not None and block.language == "python" for block in blocks(page))
     assert text.count("```") == 2 * len(blocks(page)), f"{name(page)}: a fence that was not understood"
 
 
 def complaint(arguments):
-    """What the command line says against arguments; None where it takes them. Nothing is run."""
+    """The usage error for arguments; None if they are accepted. Nothing is run."""
     if not arguments or arguments == ["--help"]:
         return None
     name, *words = arguments
@@ -107,8 +117,8 @@ def test_every_command_that_is_shown_exists(page):
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     for number, line in command_lines(page):
         where = f"{name(page)}, line {number}: {line}"
-        if (arguments := own_arguments(line)) is not None:
-            assert (said := complaint(arguments)) is None, f"{where}: {said}"
+        if (arguments := command_arguments(line)) is not None:
+            assert (texts := complaint(arguments)) is None, f"{where}: {texts}"
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert {word for word in words[1:] if "=" not in word} <= targets, where
@@ -118,19 +128,19 @@ def test_every_command_that_is_shown_exists(page):
             assert (ROOT / script).is_file(), where
 
 
-def test_a_command_that_does_not_exist_is_found_out():
+def test_unknown_commands_are_detected():
     assert complaint(["analyze", "--model", "testbed/qwen3", "--tolerance", "0.05"]) is None
     assert "--no-such" in complaint(["analyze", "--no-such", "1"])
     assert "analyse" in complaint(["analyse"])
     assert complaint(["analyze", "--max-responses", "many"]) is not None
     line = "accelerate launch -m internal_policy.cli train --layer 7  # the boundary layer"
-    assert own_arguments(line) == ["train", "--layer", "7"]
-    assert own_arguments("KEY=1 internal-policy models") == ["models"]
-    assert own_arguments("pip install internal-policy-tools") is None
-    assert own_arguments("make demo  # starts internal-policy analyze") is None
+    assert command_arguments(line) == ["train", "--layer", "7"]
+    assert command_arguments("KEY=1 internal-policy models") == ["models"]
+    assert command_arguments("pip install internal-policy-tools") is None
+    assert command_arguments("make demo  # starts internal-policy analyze") is None
 
 
-def test_the_reference_of_the_commands_is_theirs(monkeypatch):
+def test_the_command_reference_matches_the_commands(monkeypatch):
     spec = importlib.util.spec_from_file_location("command_line_reference", DOCS / "command_line.py")
     reference = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, reference)
@@ -159,7 +169,7 @@ def nav_pages(entry):
             yield from nav_pages(each)
 
 
-def test_the_navigation_holds_every_page_once():
+def test_the_navigation_lists_every_page_once():
     nav = list(nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     # docs/hooks.py adds the list of changes, which is not kept in docs/.
     assert sorted(nav) == sorted(["changelog.md", *(page.relative_to(DOCS).as_posix() for page in PAGES)])
@@ -178,7 +188,7 @@ def test_every_public_name_is_in_the_python_reference():
 
 
 def strings(path):
-    """What a module says: its texts, with ... where a value is put in."""
+    """The strings of a module, with ... in place of formatted values."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
@@ -186,12 +196,12 @@ def strings(path):
             yield node.value
 
 
-def test_every_message_that_is_explained_is_one_of_ours():
-    said = [text for path in (ROOT / "internal_policy").rglob("*.py") for text in strings(path)]
+def test_every_explained_message_exists_in_the_code():
+    texts = [text for path in (ROOT / "internal_policy").rglob("*.py") for text in strings(path)]
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", page.partition("## Messages")[2], flags=re.M)
     assert len(messages) > 20
     for message in messages:
-        # "A ... B" stands for A, values and text between them, and B.
+        # "A ... B" matches A, any text, and B.
         parts = [part.strip() for part in message.split("...")]
-        assert any(all(part in text for part in parts) for text in said), message
+        assert any(all(part in text for part in parts) for text in texts), message

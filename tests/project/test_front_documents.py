@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and CHANGELOG: their links hold, the module tree is that of the package, the version is one."""
+"""README, CONTRIBUTING and CHANGELOG: links resolve, the module tree matches the package, versions agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def text_of(path):
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_every_relative_link_points_at_something(document):
+def test_relative_links_resolve(document):
     prose = re.sub(r"^ *```.*?^ *```", "", text_of(ROOT / document), flags=re.S | re.M)
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
     for target in targets:
@@ -29,7 +29,7 @@ def test_every_relative_link_points_at_something(document):
             assert anchor in anchors, f"{document} links to {target}"
 
 
-def test_the_module_tree_has_every_folder_and_no_other():
+def test_the_module_tree_lists_exactly_the_packages():
     tree = re.search(r"^internal_policy/\n(.*?)^```", text_of(ROOT / "CONTRIBUTING.md"), flags=re.S | re.M)[1]
     named = re.findall(r"^  (\w+(?:/|\.py))  ", tree, flags=re.M)
     folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
@@ -47,7 +47,7 @@ def test_the_version_is_the_same_everywhere():
         assert re.search(pattern, text_of(ROOT / document), flags=re.M)[1] == __version__, document
 
 
-# What stands where in arXiv 2512.19673v3, and a word of it that the text around a reference has.
+# Items of arXiv 2512.19673v3, each with a word that must occur near references to it.
 PLACES = {
     "section 3.2": "entrop|stage|H_Layer|response tokens",
     "section 5": "Avg@K|Pass@K|evaluation|PAPER_K",
@@ -64,7 +64,7 @@ PLACES = {
 }
 
 
-def test_references_to_the_paper_point_at_what_is_there():
+def test_references_to_the_paper_exist_in_the_paper():
     reference = re.compile(r"\b(section|appendix|tables?)\s+([AB]\.\d|\d+(?:\.\d)?(?:-\d+)?)")
     others = re.compile(r"Techniques|Sampling|Expansion|arXiv (?!2512)|Contributor")
     found = set()

@@ -1,4 +1,4 @@
-"""What users of the ecosystem expect: one-line loading, figures that leave a session alone, notebooks."""
+"""Conventions of the ecosystem: one-line loading, figures without side effects, notebook representations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from drawings import make_inspection, make_run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rated import rated
-from saved import save_one_of_each
-from shapes import make, progressive, training
+from plotting_fixtures import make_inspection, make_run
+from saved_results import save_one_of_each
+from synthetic_analyses import make, progressive, training
+from synthetic_evaluations import evaluation_of_counts
 
 import internal_policy
 from internal_policy import (
@@ -64,7 +64,7 @@ def comparison(place):
 # One line
 
 
-def test_every_result_is_loaded_by_its_class_and_in_no_other_way(place):
+def test_every_result_is_loaded_only_by_its_class(place):
     kinds = {"analyses/007": Analysis, "comparison": AnalysisComparison, "evaluation": Evaluation}
     for where, kind in {**kinds, "inspection": Inspection, "analyses": Study, STORED_RUN: Run}.items():
         assert isinstance(kind.load(str(place / where)), kind)
@@ -84,13 +84,13 @@ def test_a_directory_of_analyses_is_loaded_in_the_order_of_its_steps(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bupo", "data", "evaluation", "models", "plotting", "report"])
-def test_what_the_pages_import_is_also_had_from_the_package(name, monkeypatch):
+def test_documented_imports_are_public_names_of_the_package(name, monkeypatch):
     # As it is where nothing has imported it yet.
     monkeypatch.delitem(vars(internal_policy), name, raising=False)
     assert getattr(internal_policy, name) is sys.modules[f"internal_policy.{name}"]
 
 
-def test_a_curve_that_is_not_there_is_refused_with_those_that_are():
+def test_unknown_curves_are_refused_with_the_available_ones():
     analysis = make(progressive(4), prompts=2)
     assert list(analysis.curve("ffn").index) == [1, 2, 3, 4]
     with pytest.raises(UserError, match=r"site is 'mlp'; needed is one of layer, attn, ffn$"):
@@ -99,7 +99,7 @@ def test_a_curve_that_is_not_there_is_refused_with_those_that_are():
         analysis.curve("ffn", "entropy")
 
 
-def test_a_comparison_comes_back_as_it_was(place, comparison):
+def test_a_comparison_survives_saving_and_loading(place, comparison):
     loaded = AnalysisComparison.load(place)
     assert loaded.labels == ("007", "NA")
     for name in TABLES:
@@ -111,7 +111,7 @@ def test_a_comparison_comes_back_as_it_was(place, comparison):
     assert loaded.path == place / "comparison"
 
 
-def test_a_study_comes_back_with_its_failures(place):
+def test_a_study_survives_saving_and_loading_with_its_failures(place):
     study = Study.load(place)
     assert [a.name for a in study.analyses] == ["some/007", "some/NA"]
     assert study.failures == {"other": "why"}
@@ -136,7 +136,7 @@ def test_every_stored_table_is_read_by_plain_pandas(place):
 
 def drawings(comparison):
     analysis, run, look = make(progressive(6), prompts=4), make_run(steps=12, ipa_steps=4), make_inspection(3, 12, 5)
-    rates, stepped = rated([3, 9, 16]), compare(training(3, n_layers=6, prompts=4))
+    rates, stepped = evaluation_of_counts([3, 9, 16]), compare(training(3, n_layers=6, prompts=4))
     other = compare(make(progressive(6), "a", prompts=4), make(progressive(8), "b", prompts=4))
     return {
         **dict.fromkeys((figures.plot_entropy_change, figures.plot_entropy_flow), (analysis,)),
@@ -169,17 +169,17 @@ def public_figures():
     return found
 
 
-def test_no_figure_touches_the_users_session(comparison):
+def test_figures_do_not_change_the_users_session(comparison):
     cases = drawings(comparison)
     assert {f.__qualname__ for f in public_figures() - set(cases)} == set()
     with mpl.rc_context({"axes.facecolor": "#eaeaf2", "font.size": 19.0, "axes.grid": True}):
         before = dict(mpl.rcParams)
         for function, arguments in cases.items():
-            made = function(*arguments)
-            assert isinstance(made, (Figure, Axes)), function
+            drawn = function(*arguments)
+            assert isinstance(drawn, (Figure, Axes)), function
             assert {k: v for k, v in mpl.rcParams.items() if before[k] != v} == {}, function
             assert plt.get_fignums() == [], function
-            figure = made if isinstance(made, Figure) else made.figure
+            figure = drawn if isinstance(drawn, Figure) else drawn.figure
             assert figure.get_facecolor() == (1.0, 1.0, 1.0, 1.0), function
             words = python.signature(function).parameters
             assert {"ax", "label", "color"} <= set(words), function
@@ -219,14 +219,14 @@ def hostile(place):
     look = replace(look, **{"values": look.values.assign(next_probability=0.5)})  # noqa: PD011
     yield replace(Analysis.load(place / "analyses" / "NA"), name=HOSTILE)
     yield compare(place / "analyses", labels=[HOSTILE, "other"])
-    yield replace(rated([3, 9, 16]), name=HOSTILE)
+    yield replace(evaluation_of_counts([3, 9, 16]), name=HOSTILE)
     yield replace(run, name=HOSTILE, layer_reason=HOSTILE, evaluation_paths={})
     yield replace(look, name=HOSTILE)
     yield replace(Analysis.load(place / "analyses" / "NA").selection, reason=HOSTILE)
     yield replace(Study.load(place), failures={HOSTILE: "why"})
 
 
-def test_a_notebook_shows_a_table_and_no_markup_of_others(place):
+def test_html_representation_is_an_escaped_table(place):
     for result in hostile(place):
         page = Tags(result._repr_html_())
         assert (
@@ -245,7 +245,7 @@ def test_a_long_table_shows_its_ends_and_its_size():
     assert f"{len(table)} rows" in page.text
     assert page.text.count("x") <= 201
     assert page.text.count("y") <= 200 * notebook.MOST_ROWS
-    # The first rows, the last ones, one that stands for those between, and the headings.
+    # The first rows, the last rows, a placeholder row, and the headings.
     assert len([tag for tag, _ in page.tags if tag == "tr"]) == notebook.MOST_ROWS + 2
     assert "0<" in page.text
     assert "0<" not in html
@@ -254,7 +254,14 @@ def test_a_long_table_shows_its_ends_and_its_size():
 
 def test_plain_reprs_are_short(place, comparison):
     study = Study.load(place)
-    results = (*study.analyses, study, comparison, Run.load(STORED_RUN), rated([3]), make_inspection(3, 12, 5))
+    results = (
+        *study.analyses,
+        study,
+        comparison,
+        Run.load(STORED_RUN),
+        evaluation_of_counts([3]),
+        make_inspection(3, 12, 5),
+    )
     for result in results:
         assert len(repr(result)) < 220
         assert "\n" not in repr(result)
@@ -262,7 +269,7 @@ def test_plain_reprs_are_short(place, comparison):
 
 
 @pytest.mark.slow
-def test_a_library_user_hears_nothing_and_needs_no_torch(place):
+def test_importing_the_library_is_silent_and_needs_no_torch(place):
     code = (
         "import sys, logging\nfrom internal_policy import Analysis\n"
         f"page = Analysis.load({str(place / 'analyses' / 'NA')!r})._repr_html_()\n"

@@ -1,4 +1,4 @@
-"""Out-of-domain evaluation: the harness has the tasks that the how-to names, and measures as `evaluate` does."""
+"""Out-of-domain evaluation: the harness has the documented tasks and agrees with `evaluate`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOUND = importlib.util.find_spec("lm_eval")
 needs_harness = pytest.mark.skipif(FOUND is None, reason="needs lm-eval: pip install 'lm-eval>=0.4.13,<0.5'")
 
 
-def test_the_task_that_the_page_shows_is_the_one_that_is_run():
+def test_the_documented_task_is_the_one_that_is_run():
     assert f"```yaml\n{(LOCAL / f'{TASK}.yaml').read_text(encoding='utf-8')}```\n" in PAGE
 
 
@@ -41,7 +41,7 @@ def test_the_harness_has_every_task_of_the_page():
 
 @needs_harness
 @pytest.mark.slow
-def test_the_harness_finds_what_evaluate_finds(tmp_path):
+def test_the_harness_agrees_with_evaluate(tmp_path):
     for file in LOCAL.iterdir():
         shutil.copy(file, tmp_path)
     model = testbed.path("testbed/qwen3")

@@ -1,4 +1,4 @@
-"""Rules of the house that a reviewer would otherwise have to watch: imports, start-up, the wheel, the documents."""
+"""Project rules: imports, start-up time, the wheel and the documents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def modules():
     return found
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_are_no_circular_imports():
     # What is left when modules that import nothing left are taken away again and again.
     left = modules()
     while free := [name for name, targets in left.items() if not targets & left.keys()]:
@@ -53,7 +53,7 @@ def test_no_module_imports_itself_through_others():
     assert not left
 
 
-def test_few_modules_stand_outside_the_folders():
+def test_few_modules_are_outside_the_packages():
     assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
@@ -78,8 +78,8 @@ def lint_imports(root):
     ],
     ids=["at the top", "lazy", "typing only", "sideways"],
 )
-def test_an_import_that_points_up_is_refused(tmp_path, module, line):
-    """By the contracts of import-linter, which ``make check`` runs; there they hold."""
+def test_upward_imports_are_refused(tmp_path, module, line):
+    """The import-linter contracts that ``make check`` runs reject an upward import."""
     shutil.copytree(PACKAGE, tmp_path / "internal_policy", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "internal_policy" / module).open("a") as file:
@@ -115,7 +115,7 @@ finally:
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help_answers_at_once_and_loads_nothing_heavy(name):
+def test_help_is_fast_and_loads_nothing_heavy(name):
     def seconds():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         words = ["--help"] if name is None else [name, "--help"]
@@ -138,7 +138,7 @@ def test_every_option_of_a_configuration_is_on_the_command_line(name, config):
     assert options_of(config).keys() <= options_of(command_class(name)).keys()
 
 
-def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
+def test_figure_names_of_many_models_are_valid_file_names():
     from internal_policy.utils.shell import figure_name
 
     paper = [(f"some-organisation--some-model-{i}B-Instruct-2507", "policy") for i in range(12)]
@@ -149,7 +149,7 @@ def test_figures_of_many_models_have_a_name_that_any_file_system_takes():
     assert figure_name([("m--logit-lens", "logit-lens")]) == "m--logit-lens"
 
 
-def test_every_public_name_can_be_had():
+def test_every_public_name_can_be_imported():
     import internal_policy
 
     for name in internal_policy.__all__:
@@ -160,12 +160,12 @@ def test_every_public_name_can_be_had():
 
 @pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: f"line {block.line}")
 def test_the_readmes_python_runs(block, tmp_path):
-    # Each by itself: a reader copies one of them.
+    # Each is run separately, because readers copy single blocks.
     run_python(README, [block], tmp_path, timeout=300)
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_the_embedded_models_and_runs_alone(tmp_path):
+def test_the_wheel_contains_the_embedded_models_and_runs(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

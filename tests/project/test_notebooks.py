@@ -1,4 +1,4 @@
-"""The notebooks: stored with the outputs of a run from top to bottom, thin, and running offline in a fresh kernel."""
+"""The notebooks: stored with the outputs of one complete run, short, and running offline in a fresh kernel."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def pictures(cell):
     return [output for output in cell.outputs if "image/png" in output.get("data", {})]
 
 
-def test_there_are_the_six():
+def test_all_six_notebooks_exist():
     assert [path.stem for path in NOTEBOOKS] == list(NAMES)
-    told = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert all(f"({name}.ipynb)" in told for name in NAMES)
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"({name}.ipynb)" in readme for name in NAMES)
 
 
 @each
-def test_a_notebook_is_stored_as_it_ran(path):
+def test_notebooks_are_stored_with_the_outputs_of_one_run(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
@@ -64,7 +64,7 @@ def test_a_notebook_is_stored_as_it_ran(path):
 
 
 @each
-def test_a_notebook_is_thin_and_has_one_cell_to_switch_the_model(path):
+def test_notebooks_are_short_with_one_cell_to_switch_the_model(path):
     notebook = nbformat.read(path, as_version=4)
     for cell in code(notebook):
         assert len([line for line in cell.source.splitlines() if line.strip()]) <= MOST_LINES, cell.source
@@ -80,7 +80,7 @@ def test_a_notebook_is_thin_and_has_one_cell_to_switch_the_model(path):
 
 
 @each
-def test_a_notebook_tells_nothing_of_the_machine(path):
+def test_notebooks_contain_nothing_about_the_machine(path):
     notebook = nbformat.read(path, as_version=4)
     shown = [cell.source for cell in notebook.cells]
     shown += [text for output in outputs(notebook) for text in texts(output)]
@@ -106,7 +106,7 @@ def test_every_figure_of_the_paper_is_drawn():
 def test_a_notebook_runs_offline_in_a_fresh_kernel(path, tmp_path, monkeypatch):
     from execute import execute
 
-    # As a stranger has it: the folders that it reads, in a checkout elsewhere.
+    # As in a new checkout: only the folders that it reads.
     for name in ("notebooks", "data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "analyses", "runs"))
     shutil.copytree(ROOT / "data" / "experiments", tmp_path / "data" / "experiments", dirs_exist_ok=True)

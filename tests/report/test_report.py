@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the result, what is foreign is text, and it loads nothing."""
+"""The report: its values match the result, untrusted text is escaped, and it loads nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
 from internal_policy.bupo.run import Run
@@ -45,7 +45,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its elements, their texts, and the data that it holds."""
+    """A parsed page: its elements, their texts and its data."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
@@ -109,26 +109,26 @@ def line(spec, name):
     return next(trace for trace in spec["traces"] if trace["name"] == name and trace.get("hoverinfo") != "skip")
 
 
-def test_what_can_be_quoted_has_the_numbers_of_the_analysis(saved, page):
+def test_summary_has_the_numbers_of_the_analysis(saved, page):
     chosen, fall = saved.selection, measure_convergence(saved)
-    said = page.parts["summary"]
-    assert f"testbed/qwen3 has {saved.n_layers} layers" in said
-    assert f"on 6 responses ({saved.n_tokens} tokens)" in said
+    summary_text = page.parts["summary"]
+    assert f"testbed/qwen3 has {saved.n_layers} layers" in summary_text
+    assert f"on 6 responses ({saved.n_tokens} tokens)" in summary_text
     assert (
         f"boundary layer is {chosen.boundary_layer} ({chosen.agreement}, which covers the drawing of prompts only)"
-        in said
+        in summary_text
     )
     assert "100.0% of" not in page.text
     adverb = {"abrupt": "abruptly", "progressive": "progressively"}[fall.reading]
-    assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in said
+    assert f"converges {adverb}: half of the drop of {fall.total_drop:.2f} nats" in summary_text
     assert page.parts["target"] == str(chosen.boundary_layer)
     assert chosen.reason.rpartition("; ")[0] in page.text
-    # What the terminal says of it, too.
+    # The same text as on the terminal.
     assert f"olicy entropy H(π_θ) {saved.policy_entropy['mean']:.4f}±" in page.text
     assert "6 prompts only: intervals and shares of resamples can be relied on from about 40 prompts on" in page.text
 
 
-def test_an_analysis_knows_how_large_its_model_is(saved):
+def test_an_analysis_reports_its_model_size(saved):
     # Shared embedding and unembedding are counted once.
     assert 0.6e6 < saved.n_parameters < 0.7e6
     assert figures.plot_residual_cosine(saved).get_title() == f"{saved.name} (0.67 M parameters)"
@@ -165,7 +165,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
         assert drawn["x"] == list(range(1, 9))
     layer = next(part for tag, part in page.elements if tag == "li" and "target" in part.get("class", ""))
     assert layer["title"].startswith(f"layer {saved.boundary_layer}:")
-    # Its stage can be heard, not only pointed at.
+    # Its stage is available to screen readers.
     for n, stage in enumerate(saved.stages, start=1):
         assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
     # Each layer once, in the table and in the strip of stages.
@@ -175,7 +175,7 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
         assert number(value, "+.3f") in page.parts["layers"]
 
 
-def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(page):
+def test_the_final_policy_is_drawn_after_the_layers_with_its_own_title(page):
     spec = page.data["charts"]["a1-flow"]
     axis, drawn = spec["layout"]["xaxis2"], line(spec, "policy π_θ")
     assert drawn["xaxis"] == "x2"
@@ -185,14 +185,14 @@ def test_the_final_policy_has_a_place_after_the_layers_and_a_title_of_its_own(pa
     assert [trace["name"] for trace in spec["traces"] if "xaxis" in trace] == ["policy π_θ"]
 
 
-def test_a_model_of_one_layer_has_no_even_fall():
+def test_a_single_layer_model_has_no_uniform_drop_line():
     one = make(progressive(1), prompts=4, noise=0.05)
     convergence = measure_convergence(one)
     assert " has 1 layer; on " in analysis_pages.summary(one, convergence)
     assert [entry["name"] for entry in fall_chart(convergence).spec()["key"]] == ["fallen"]
 
 
-def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
+def test_tokens_are_the_stored_ones_with_their_values(saved, page):
     view = page.data["tokens"]["a1-tokens"]
     assert [r["number"] for r in view["responses"]] == [1, 2, 3]
     for response, shown in enumerate(view["responses"]):
@@ -208,7 +208,7 @@ def test_the_tokens_are_the_kept_ones_with_their_values(saved, page):
         assert "".join(shown["texts"]).removesuffix("<eos>").replace("·", " ") == sequence["response"]
 
 
-def test_an_analysis_from_before_token_texts_shows_ids(saved):
+def test_an_analysis_without_token_texts_shows_ids(saved):
     older = replace(saved, tokens=saved.tokens.drop(columns="token_text"))
     page = Page(analysis_report(older))
     shown = page.data["tokens"]["a1-tokens"]["responses"][0]
@@ -225,14 +225,14 @@ def test_an_analysis_from_before_token_texts_shows_ids(saved):
         ([{"role": "tool", "content": None}], "tool: "),
     ],
 )
-def test_a_prompt_that_lacks_something_is_shown_as_far_as_it_goes(saved, prompt, shown):
+def test_incomplete_prompts_are_shown_partially(saved, prompt, shown):
     sequences = saved.sequences.assign(prompt=pd.Series([prompt] * len(saved.sequences), dtype=object))
     view = analysis_pages.token_view(replace(saved, sequences=sequences))
     assert view["data"]["responses"][0]["prompt"] == shown
 
 
 def hostile(saved):
-    """The analysis with something foreign wherever a name or a text may come from."""
+    """The analysis with untrusted text in every name and string."""
     tokens = saved.tokens.copy()
     texts = [HOSTILE[i % len(HOSTILE)] for i in tokens["token"]]
     tokens["token_text"] = pd.Series(texts, index=tokens.index, dtype=object)
@@ -252,7 +252,7 @@ def hostile(saved):
     )
 
 
-def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
+def test_untrusted_text_is_escaped_everywhere(saved, page):
     analysis = hostile(saved)
     found = Page(analysis_report([analysis, analysis]))
     single = {tag for tag, _ in page.elements}
@@ -266,12 +266,12 @@ def test_what_is_foreign_is_text_wherever_it_stands(saved, page):
     assert shown["texts"][:6] == list(HOSTILE[:6])
     assert shown["texts"][6] == "half ?, \ufffd, \u2028, &lt;b&gt;"
     assert HOSTILE[1] in shown["prompt"]
-    # The command is one for a shell, whatever the name holds.
+    # The command is valid in a shell for any name.
     command = analysis_commands(analysis).shell
     assert command is None or len(shlex.split(command)) >= 4
 
 
-def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path):
+def test_names_are_escaped_in_figures_and_keep_their_colours(saved, tmp_path):
     names = ['<b>"it\'s"</b>', "$attn"]
     compared = compare(saved, saved, labels=names)
     found = Page(comparison_report(compared))
@@ -281,7 +281,7 @@ def test_names_reach_the_figures_escaped_and_keep_their_colours(saved, tmp_path)
     assert not [tag for tag, _ in found.elements if tag == "b"]
 
 
-def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
+def test_the_page_loads_nothing_and_runs_only_its_own_scripts(page):
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "data", "srcset", "poster"):
             if name in attributes and tag != "a":
@@ -302,7 +302,7 @@ def test_nothing_is_loaded_and_only_our_own_scripts_run(page):
     assert len(run) == 5
 
 
-def test_plotly_takes_every_figure(page):
+def test_plotly_accepts_every_figure(page):
     from plotly import graph_objects
 
     run = Run.load(next(iter(sorted((STORED / "runs").glob("*bupo*")))))
@@ -314,7 +314,7 @@ def test_plotly_takes_every_figure(page):
         assert sorted(places) == list(range(len(figure.data)))
 
 
-def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatch):
+def test_long_responses_and_many_layers_are_truncated_with_a_note(saved, monkeypatch):
     monkeypatch.setattr(analysis_pages, "MAX_TOKENS", 5)
     view = analysis_pages.token_view(saved)
     assert [len(r["ids"]) for r in view["data"]["responses"]] == [5, 5, 5]
@@ -330,7 +330,7 @@ def test_long_responses_and_many_layers_are_cut_and_it_is_said(saved, monkeypatc
     assert "1 kept response left out" in " ".join(view["notes"])
 
 
-def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
+def test_positions_sampled_by_tolerance_are_reported_and_shown_in_place(saved):
     some = saved.tokens[saved.tokens["token"] % 3 == 0]
     positions = {"tolerance": 0.1, "analysed": 20, "total": 60, "rounds": 2, "half_width": 0.09, "layer": 3}
     positions |= {"few": 0, "changes": 24}
@@ -343,17 +343,17 @@ def test_positions_chosen_by_tolerance_are_said_and_shown_where_they_are(saved):
     assert without.data["tokens"] == {}
 
 
-def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
+def test_the_shown_command_and_call_reproduce_the_analysis(saved, monkeypatch):
     again = analysis_commands(saved)
     words = shlex.split(again.shell)
-    asked = []
-    monkeypatch.setattr("internal_policy.cli.analyze._models", asked.append)
+    commands = []
+    monkeypatch.setattr("internal_policy.cli.analyze._models", commands.append)
     run_command(words[1:])
-    (command,) = asked
+    (command,) = commands
     assert (command.model, command.lenses, command.output) == (("testbed/qwen3",), ("policy",), saved.path.parent)
     config = AnalyzeConfig(model=command.model[0], **command.settings())
     assert {k: v for k, v in config.cache_key().items() if saved.config[k] != v} == {}
-    # In a new place, so that the finished one is not just read.
+    # In a new directory, so that the finished analysis is not reused.
     found = {}
     exec(
         again.python.replace("\nanalyze(", "\nanalysis = analyze(").replace(
@@ -364,7 +364,7 @@ def test_the_command_and_the_call_give_the_same_analysis(saved, monkeypatch):
     pd.testing.assert_frame_equal(found["analysis"].layers, saved.layers)
 
 
-def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_path):
+def test_given_responses_are_reproduced_from_their_file(saved, tmp_path):
     given = analyze("testbed/qwen3", responses=saved.sequences, output=tmp_path, keep_tokens=0)
     again = analysis_commands(given)
     words = shlex.split(again.shell)
@@ -377,7 +377,7 @@ def test_given_responses_are_read_again_from_where_they_are_stored(saved, tmp_pa
     pd.testing.assert_frame_equal(found.layers, given.layers)
 
 
-def test_a_report_is_written_whole_beside_its_result(saved, tmp_path):
+def test_a_report_is_written_atomically_next_to_its_result(saved, tmp_path):
     path = write_report(saved)
     assert path == saved.path / "report.html"
     assert path.read_bytes() == write_report(Analysis.load(saved.path), tmp_path).read_bytes()
@@ -390,7 +390,7 @@ def test_a_report_is_written_whole_beside_its_result(saved, tmp_path):
         analysis_report([])
 
 
-def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
+def test_a_comparison_report_needs_no_analyses():
     stored = AnalysisComparison.load(STORED / "sweep")
     page = Page(comparison_report(stored))
     for row in stored.convergence.to_dict("records"):
@@ -406,11 +406,11 @@ def test_a_comparison_is_drawn_from_disk_though_its_analyses_are_gone():
     assert command.strip() == redraw_command(STORED / "sweep")
 
 
-def test_a_comparison_is_the_same_read_back(saved, tmp_path):
+def test_a_loaded_comparison_gives_the_same_report(saved, tmp_path):
     other = replace(saved, name="another")
-    made = compare(saved, other, labels=["NA", "007"], seed=3)
-    read = AnalysisComparison.load(made.save(tmp_path))
-    assert comparison_report(read) == comparison_report(replace(made, path=tmp_path))
+    comparison = compare(saved, other, labels=["NA", "007"], seed=3)
+    read = AnalysisComparison.load(comparison.save(tmp_path))
+    assert comparison_report(read) == comparison_report(replace(comparison, path=tmp_path))
     assert read.labels == ("NA", "007")
     assert (read.seed, read.path) == (3, tmp_path)
 
@@ -418,7 +418,7 @@ def test_a_comparison_is_the_same_read_back(saved, tmp_path):
 RUN = sorted((STORED / "runs").glob("qwen3-bupo*"))
 
 
-def test_a_training_run_has_its_curves_phases_and_command():
+def test_training_report_has_curves_phases_and_command():
     run = Run.load(RUN[0])
     page = Page(training_report(run))
     for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
@@ -439,13 +439,13 @@ def test_a_training_run_has_its_curves_phases_and_command():
     assert words[words.index("--max-steps") + 1] == str(run.config["max_steps"])
 
 
-def test_a_short_training_is_drawn_step_by_step():
+def test_a_short_training_is_drawn_without_smoothing():
     run = Run.load(RUN[0])
     (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
     assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
 
 
-def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the_steps():
+def test_dynamics_with_no_or_one_later_layer():
     run = Run.load(RUN[0])
     last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
     assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
@@ -455,7 +455,7 @@ def test_layers_without_a_later_one_say_so_and_one_later_layer_is_drawn_over_the
     assert [trace["x"] for trace in similarity] == [list(one["step"])]
 
 
-def test_a_recorded_call_is_given_again(tmp_path):
+def test_a_recorded_call_is_reproduced(tmp_path):
     run = Run.load(RUN[0])
     call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
@@ -467,7 +467,7 @@ def test_a_recorded_call_is_given_again(tmp_path):
     assert "peft_config=peft_config" in objects.python
 
 
-def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path, monkeypatch, capsys):
+def test_report_command_writes_pages_and_refuses_missing_results(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments):
@@ -484,20 +484,20 @@ def test_the_command_draws_what_is_there_and_refuses_what_is_not(saved, tmp_path
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "analysis.json").write_text("{")
-    for place, told in (
+    for place, message in (
         (tmp_path / "empty", "no finished analysis here"),
         (tmp_path / "nowhere", "no finished analysis here"),
         (evaluation, "holds an evaluation, of which there is no report"),
         (broken, "broken analysis"),
     ):
         (tmp_path / "data" / "one" / "report.html").unlink(missing_ok=True)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             command(tmp_path / "data", place)
-        # A bad one is told before any is drawn.
+        # An invalid input is reported before any page is written.
         assert not (tmp_path / "data" / "one" / "report.html").exists()
 
 
-def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
+def test_a_failed_report_keeps_results_and_leaves_no_stale_page(saved, tmp_path, monkeypatch, caplog):
     place = saved.save(tmp_path / "a")
     (place / "report.html").write_text("of another analysis")
 
@@ -507,22 +507,22 @@ def test_a_report_that_fails_loses_nothing_and_leaves_no_stale_page(saved, tmp_p
     monkeypatch.setattr("internal_policy.report.analysis_report", fail)
     write_reports([Analysis.load(place)])
     assert not (place / "report.html").exists()
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (RuntimeError: no room at all); the results are complete" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (RuntimeError: no room at all); the results are complete" in message
     assert Analysis.load(place).n_responses == 6
 
 
-def test_an_old_page_that_cannot_be_taken_away_is_told(saved, tmp_path, caplog):
+def test_a_stale_page_that_cannot_be_removed_is_reported(saved, tmp_path, caplog):
     place = saved.save(tmp_path / "a")
-    # Neither replaced nor removed, whoever asks.
+    # Cannot be replaced or removed even by root.
     (place / "report.html").mkdir()
     write_reports([Analysis.load(place)])
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "no report.html could be written (IsADirectoryError" in told
-    assert "), and the page there is of earlier results; the results are complete" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no report.html could be written (IsADirectoryError" in message
+    assert "), and the page there is of earlier results; the results are complete" in message
 
 
-def test_bibtex_has_the_facts_of_the_citation_file():
+def test_bibtex_matches_the_citation_file():
     facts, entries = (ROOT / "CITATION.cff").read_text(), bibtex()
     for title in re.findall(r'title: "([^"]+)"', facts):
         assert title in entries

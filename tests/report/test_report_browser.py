@@ -1,4 +1,4 @@
-"""The report in a real Chromium: no errors, controls that work, nothing that runs but its own scripts, readable."""
+"""The report in a real Chromium: no errors, working controls, only its own scripts, readable text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import analyze, compare
 from internal_policy.bupo.run import Run
@@ -32,7 +32,7 @@ LONG = "an-organisation-with-a-name/" + "a-model-whose-name-does-not-end-" * 4
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page of each kind, with something foreign in its names and texts."""
+    """A page of each kind with untrusted names and texts."""
     root = tmp_path_factory.mktemp("pages")
     found = analyze("testbed/qwen3", max_responses=4, keep_tokens=2, max_new_tokens=12)
     tokens, sequences = found.tokens.copy(), found.sequences.copy()
@@ -106,7 +106,7 @@ def coloured(browser):
         ),
     ],
 )
-def test_it_opens_without_errors_and_is_readable(browser, pages, kind, width, scheme):
+def test_pages_open_without_errors_and_are_readable(browser, pages, kind, width, scheme):
     show(browser, pages[kind][0], width, scheme=scheme)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.ran") is None
@@ -156,7 +156,7 @@ def test_the_layer_slider_changes_the_colours_and_values_of_the_tokens(browser, 
 
 
 @pytest.mark.slow
-def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
+def test_responses_can_be_selected_by_keyboard(browser, pages):
     from selenium.webdriver.common.keys import Keys
 
     path, analysis = pages["analysis"]
@@ -186,7 +186,7 @@ def test_another_response_can_be_chosen_and_reached_by_keyboard(browser, pages):
 
 
 @pytest.mark.slow
-def test_a_line_is_hidden_and_stays_so_when_the_colours_change(browser, pages):
+def test_hidden_lines_stay_hidden_when_the_colour_scheme_changes(browser, pages):
     show(browser, pages["analysis"][0])
     visible = "const p = document.getElementById('a1-flow'); return p.data.filter(t => t.visible !== false).length"
     before = browser.execute_script(visible)
@@ -208,10 +208,10 @@ def test_a_line_is_hidden_and_stays_so_when_the_colours_change(browser, pages):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layers", "width"), [(8, 1280), (8, 390), (36, 390)])
-def test_pointing_at_the_final_policy_names_it_and_no_layer(browser, tmp_path, layers, width):
-    made = make(progressive(layers), prompts=4, noise=0.05)
+def test_hovering_over_the_final_policy_names_it_and_no_layer(browser, tmp_path, layers, width):
+    complete = make(progressive(layers), prompts=4, noise=0.05)
     lacking = {"final_state_mean": 0.4, "final_state_stderr": 0.02}
-    analysis = replace(made, policy_entropy={**made.policy_entropy, **lacking})
+    analysis = replace(complete, policy_entropy={**complete.policy_entropy, **lacking})
     show(browser, write_report(analysis, tmp_path), width)
 
     def pointed(x, y):
@@ -247,7 +247,7 @@ def test_pointing_at_the_final_policy_names_it_and_no_layer(browser, tmp_path, l
 
 
 @pytest.mark.slow
-def test_paper_is_white_without_controls_and_with_what_was_folded(browser, pages):
+def test_print_layout_is_white_without_controls_and_unfolded(browser, pages):
     show(browser, pages["analysis"][0], 700, scheme="dark")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
     browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
@@ -263,7 +263,7 @@ def test_paper_is_white_without_controls_and_with_what_was_folded(browser, pages
 
 
 @pytest.mark.slow
-def test_a_page_of_many_layers_and_tokens_stays_quick(browser, pages, tmp_path):
+def test_a_page_of_many_layers_and_tokens_stays_responsive(browser, pages, tmp_path):
     analysis = pages["analysis"][1]
     one = analysis.tokens.query("response == 1")
     layers = pd.concat([one[one["site"] != "policy"].assign(layer=one["layer"] + 8 * k) for k in range(8)])

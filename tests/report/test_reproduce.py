@@ -1,4 +1,4 @@
-"""What a report says of a training, and what it tells to type to make a result again."""
+"""The summary of a training in a report, and the commands that reproduce a result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, UserError, compare
 from internal_policy.analysis.sources import collect_analyses
@@ -37,7 +37,7 @@ def phased(run, *phases, **changed):
 
 
 @pytest.mark.parametrize(
-    ("phases", "trainer", "told"),
+    ("phases", "trainer", "expected"),
     [
         ((("ipa", 3), ("grpo", 27)), {}, "alignment of layer 7 for 3 steps, then GRPO for 27 steps"),
         ((("ipa", 1), ("grpo", 29)), {}, "alignment of layer 7 for 1 step, then GRPO for 29 steps"),
@@ -48,11 +48,11 @@ def phased(run, *phases, **changed):
         ((("ipa", 30),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 30 steps"),
     ],
 )
-def test_the_course_of_a_training_is_that_of_its_phases(run, phases, trainer, told):
-    assert f"{told}. The mean reward" in summary(phased(run, *phases, **trainer), None)
+def test_training_summary_describes_its_phases(run, phases, trainer, expected):
+    assert f"{expected}. The mean reward" in summary(phased(run, *phases, **trainer), None)
 
 
-def test_a_training_without_a_layer_has_no_course():
+def test_training_without_a_layer_has_no_phase_description():
     plain = Run.load(STORED / "runs" / "qwen3-grpo-seed0")
     assert "was trained for 30 steps with GRPO. The mean reward" in summary(plain, None)
 
@@ -67,13 +67,13 @@ def test_a_page_shades_no_alignment_where_there_was_none(run):
     assert "<dt>Site</dt><dd>FFN</dd>" in html
 
 
-def test_the_reward_is_a_mean_over_a_tenth_of_the_steps_at_each_end(run):
+def test_summary_reward_averages_the_first_and_last_tenth_of_the_steps(run):
     rewards = run.history["reward"]
     start, end = rewards.iloc[:3].mean(), rewards.iloc[-3:].mean()
     assert f"from {start:.3f} over the first 3 steps to {end:.3f} over the last 3." in summary(run, None)
     few = replace(run, history=run.history.iloc[:9])
-    told = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
-    assert told in summary(few, None)
+    expected = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
+    assert expected in summary(few, None)
     assert "reward" not in summary(replace(run, history=run.history.iloc[:1]), None)
 
 
@@ -82,7 +82,7 @@ def manifest():
     return json.loads((STORED / "sweep" / "comparison.json").read_text())
 
 
-def test_labels_of_the_user_are_given_again(manifest):
+def test_user_labels_are_reproduced(manifest):
     assert "--label" not in comparison_words(manifest, "here")
     assert "labels" not in comparison_commands(manifest).python
     rows = manifest["analyses"]
@@ -96,42 +96,42 @@ def test_labels_of_the_user_are_given_again(manifest):
     assert "labels=['-start', '6', '12'," in comparison_commands(manifest).python
 
 
-def test_a_comparison_is_made_again_where_it_is(manifest, tmp_path):
+def test_a_comparison_is_reproduced_in_its_directory(manifest, tmp_path):
     default = comparison_commands(manifest, Path("data/comparisons/compare--a--b"))
     assert "--output" not in default.shell
     other = comparison_commands(manifest, Path("my place/compare--a--b"))
     assert shlex.split(other.shell) == [*shlex.split(default.shell), "--output", "my place"]
     assert other.python.endswith(".save('my place/compare--a--b')")
-    # What another command wrote lies below no --output of this one.
+    # Results of another command are not below an --output of this one.
     assert "--output" not in comparison_commands(manifest, Path("figures/sweep-a-b")).shell
     assert ".save(" not in comparison_commands(manifest).python
     # The command's own comparison has no path yet when its page is written.
     stored = [STORED / "analyses" / name for name in ("qwen3-start", "qwen3-bupo")]
-    made = compare(*stored)
-    place = made.save(tmp_path / "compare--x")
-    write_reports([made], place, announce=False)
+    comparison = compare(*stored)
+    place = comparison.save(tmp_path / "compare--x")
+    write_reports([comparison], place, announce=False)
     assert f"--output {tmp_path}\n" in (place / "report.html").read_text().replace("</pre>", "\n")
 
 
-def test_every_command_has_a_note_that_it_may_only_read(run, manifest):
+def test_every_command_explains_existing_output(run, manifest):
     analysis = analysis_commands(Analysis.load(STORED / "analyses" / "qwen3-start")).notes[0]
     assert "is read and nothing is computed" in analysis
     training = training_commands(run).notes[0]
     assert "is read and nothing is trained; otherwise it is resumed" in training
-    for note in (analysis, training):
-        assert "another output, or add --overwrite (overwrite=True in Python)" in note
+    for page in (analysis, training):
+        assert "another output, or add --overwrite (overwrite=True in Python)" in page
     (compared,) = comparison_commands(manifest).notes
     assert "computed from the analyses as they are in their directories now" in compared
     assert "--overwrite" not in compared
 
 
-def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
+def test_a_figures_folder_among_analyses_is_skipped(tmp_path):
     for name in ("a", "b"):
         make(progressive(2), name, prompts=2).save(tmp_path / name)
     (tmp_path / "figures" / "a").mkdir(parents=True)
     (tmp_path / "figures" / "a" / "flow.png").write_bytes(b"")
     assert [found.name for found in collect_analyses(sorted(tmp_path.iterdir()))] == ["a", "b"]
-    # Named alone, or by another name, it is no slip of a wildcard.
+    # Given explicitly or under another name, it does not come from a wildcard.
     with pytest.raises(UserError, match="figures: no finished analysis here"):
         collect_analyses([tmp_path / "figures"])
     with pytest.raises(UserError, match="nowhere/figures: no finished analysis here"):
@@ -143,7 +143,7 @@ def test_a_folder_of_figures_among_analyses_is_passed_over(tmp_path):
     assert [found.name for found in collect_analyses([tmp_path / "a", tmp_path / "figures"])] == ["a", "c"]
 
 
-def test_what_a_shell_makes_of_a_directorys_star_has_reports(tmp_path):
+def test_shell_wildcards_over_a_directory_are_accepted(tmp_path):
     for name, stored in (("one", "qwen3-start"), ("two", "llama-start")):
         shutil.copytree(STORED / "analyses" / stored, tmp_path / name)
     (tmp_path / "figures" / "one").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Reward functions of the user: the forms in which they are given, and the guard around them."""
+"""Custom reward functions: accepted forms, and the guard around them."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_a_wrong_result_is_reported_in_one_line(result, message):
     "result",
     [[True, None], (np.True_, None), [torch.tensor(1.0), None], [np.float32(1), None]],
 )
-def test_numbers_of_all_kinds_are_taken(result):
+def test_all_numeric_types_are_accepted(result):
     assert GuardedReward(lambda **kwargs: result)(prompts=["a", "b"], completions=["x", "y"]) == [1.0, None]
     assert GuardedReward(lambda **kwargs: torch.tensor([1, 0]))(prompts="ab", completions="ab") == [1.0, 0.0]
 
 
 def fragile(prompts, completions, answer, scale, **kwargs):
-    """Raises on the whole batch because of one sample."""
+    """Raises for the whole batch because of one sample."""
     return [scale / (int(a) - len(c)) for c, a in zip(completions, answer, strict=True)]
 
 
@@ -72,7 +72,7 @@ async def fragile_later(**kwargs):
 
 
 @pytest.mark.parametrize("function", [fragile, fragile_later])
-def test_an_exception_costs_one_sample(function):
+def test_an_exception_affects_one_sample(function):
     reward = GuardedReward(function)
     batch = {"prompts": ["p"] * 3, "completions": ["a", "bb", "c"], "answer": ["2", "2", "3"], "scale": 1}
     values = asyncio.run(reward(**batch)) if function is fragile_later else reward(**batch)
@@ -85,7 +85,7 @@ def test_an_exception_costs_one_sample(function):
     assert count_failures([reward])["crashes"] == 4
 
 
-def test_a_function_that_never_worked_is_a_bug():
+def test_a_function_that_always_fails_raises():
     batch = {"prompts": ["p"] * 2, "completions": ["a", "b"], "answer": ["1", "1"], "scale": 1}
     for function in (fragile, fragile_later):
         message = f"'{function.__name__}' fails on every sample: ZeroDivisionError: "
@@ -94,11 +94,11 @@ def test_a_function_that_never_worked_is_a_bug():
 
 
 def score_batch(function, batch):
-    made = GuardedReward(function)(**batch)
-    return asyncio.run(made) if inspect.iscoroutine(made) else made
+    result = GuardedReward(function)(**batch)
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
 
 
-def test_trl_sees_in_the_guard_what_it_wraps():
+def test_trl_sees_the_wrapped_function_through_the_guard():
     from trl.trainer.utils import get_callable_name, is_async_callable
 
     names = {half: "half", functools.partial(half, k=1): "half", Lengths(): "Lengths", later: "later"}

@@ -1,4 +1,4 @@
-"""The verifier: what counts as right, and what a model's text cannot do."""
+"""The math verifier: which answers are correct, and security against untrusted text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def verifier():
-    made = MathVerifier(time_limit=10.0, workers=1)
-    yield made
-    made.close()
+    worker_pool = MathVerifier(time_limit=10.0, workers=1)
+    yield worker_pool
+    worker_pool.close()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_last_complete_box_counts(text, content):
 @pytest.mark.parametrize(
     "tail", [r"\boxed{" * 50_000, "\\" * 1_000_001, r"\boxed" + " " * 1_000_000, "\\" * 99_999 + "}"]
 )
-def test_a_tail_of_boxes_or_backslashes_takes_no_time(tail):
+def test_long_tails_of_boxes_or_backslashes_are_fast(tail):
     before = time.process_time()
     assert extract_boxed(r"\boxed{1}" + tail) == "1"
     assert time.process_time() - before < 2
@@ -87,16 +87,16 @@ def test_a_tail_of_boxes_or_backslashes_takes_no_time(tail):
         ("", "1", False),
     ],
 )
-def test_mathematics_decides(verifier, boxed, answer, right):
+def test_mathematically_equal_answers_are_correct(verifier, boxed, answer, right):
     assert verifier.check(rf"thus \boxed{{{boxed}}}.", answer) is right
 
 
-def test_no_box_no_credit(verifier):
+def test_answers_without_a_box_get_no_credit(verifier):
     assert not verifier.check("5", "5")
     assert not verifier.check(rf"\boxed{{{'1' * 2001}}}", "1" * 2001)
 
 
-def test_answers_of_real_data_are_right_themselves(verifier):
+def test_reference_answers_of_real_data_verify_themselves(verifier):
     if not DATA.is_dir():
         pytest.skip("the data sets are not here (../shared/data)")
     import pandas as pd
@@ -127,7 +127,7 @@ ATTACKS = [
 ]
 
 
-def test_nothing_in_a_box_runs(verifier, tmp_path):
+def test_text_in_a_box_is_never_executed(verifier, tmp_path):
     from sympy.parsing import parse_expr
 
     # The payload is live: this is what SymPy's own parser does with it.
@@ -142,7 +142,7 @@ def test_nothing_in_a_box_runs(verifier, tmp_path):
     assert verifier.check(r"\boxed{7.0}", "7")
 
 
-def test_a_sealed_process_can_do_nothing_but_compare(tmp_path):
+def test_the_sandboxed_worker_can_only_compare(tmp_path):
     tries = [
         "sympy.sympify(payload)",
         "sympy.Number('1+1')",
@@ -181,7 +181,7 @@ def test_a_sealed_process_can_do_nothing_but_compare(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["keep"]
 
 
-def test_what_never_ends_is_wrong_and_counted():
+def test_timeouts_are_wrong_and_counted():
     verifier = MathVerifier(time_limit=0.5, workers=1)
     verifier.check(r"\boxed{1}", "2")
     before = time.monotonic()
@@ -230,7 +230,7 @@ def test_a_worker_ends_with_its_parent_even_while_it_compares():
         time.sleep(0.1)
 
 
-def test_a_process_that_dies_costs_one_sample():
+def test_a_crashed_worker_affects_one_sample():
     verifier = MathVerifier(time_limit=10.0, workers=1)
     verifier.check(r"\boxed{1}", "2")
     worker = verifier._idle.queue[0]
@@ -244,7 +244,7 @@ def test_a_process_that_dies_costs_one_sample():
     assert process.returncode is not None
 
 
-def test_it_works_in_a_script_without_a_guard_and_leaves_no_process():
+def test_verifier_works_without_a_main_guard_and_leaves_no_process():
     code = (
         "from internal_policy.rewards.math_verifier import MathVerifier\n"
         "import sys\n"
@@ -259,7 +259,7 @@ def test_it_works_in_a_script_without_a_guard_and_leaves_no_process():
         os.kill(int(pid), 0)
 
 
-def test_rewards_in_trls_form(verifier):
+def test_reward_function_in_trl_format(verifier):
     texts = [r"\boxed{0.50}", r"\boxed{3}"]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     reward = MathReward(workers=1)

@@ -27,12 +27,12 @@ TINY = Recipe(layers=2, batch=4, clean_steps=2, restart_steps=1, slip_steps=2, w
 
 def solve(prompt: str) -> int:
     """Work a problem out by Python's own arithmetic, from its text alone."""
-    statements, asked = re.fullmatch(r"(.*);([a-e])\?", prompt).groups()
+    statements, variable = re.fullmatch(r"(.*);([a-e])\?", prompt).groups()
     values = {}
     for statement in statements.split(","):
         name, expression = statement.split("=")
         values[name] = eval(expression, {"__builtins__": {}}, values) % 23
-    return values[asked]
+    return values[variable]
 
 
 @pytest.fixture(scope="module", params=testbed.NAMES)
@@ -45,7 +45,7 @@ def loaded(request):
 # --- the task ---
 
 
-def test_answers_are_what_the_prompts_ask():
+def test_answers_solve_their_prompts():
     drawn = problems(400, seed=5, levels=(1, 2, 3, 4))
     for problem in drawn:
         assert problem.answer == str(solve(problem.prompt))
@@ -68,7 +68,7 @@ def test_problems_are_seeded():
     assert {problem.level for problem in problems(50, seed=3)} == {2, 3, 4}
 
 
-def test_slips_spoil_the_solution_and_never_the_answer():
+def test_slips_change_the_solution_but_not_the_answer():
     rng = random.Random(0)
     slipped = [make_problem(rng, 4, slip=0.5) for _ in range(100)]
     assert all(problem.answer == str(solve(problem.prompt)) for problem in slipped)
@@ -100,7 +100,7 @@ def test_check_reads_the_last_box(text, right):
 
 @settings(max_examples=30, deadline=None)
 @given(st.text(alphabet="\\boxed{}07 \n;") | st.text(), st.integers(0, 22))
-def test_check_never_raises_and_a_right_last_box_wins(text, answer):
+def test_check_never_raises_and_uses_the_last_box(text, answer):
     assert isinstance(check(text, str(answer)), bool)
     assert check(text + rf" \boxed{{{answer}}}", str(answer))
 
@@ -108,7 +108,7 @@ def test_check_never_raises_and_a_right_last_box_wins(text, answer):
 # --- the tokenizer ---
 
 
-def test_tokens_are_words_and_come_back_as_text():
+def test_tokenizer_round_trip():
     tokenizer = make_tokenizer()
     for problem in problems(50, seed=7):
         for text in (problem.prompt, problem.solution):
@@ -144,7 +144,7 @@ def test_architecture(loaded):
     assert hasattr(model.model.layers[0].self_attn, "q_norm") == (name == "testbed/qwen3")
 
 
-def test_both_are_of_one_size():
+def test_both_models_have_the_same_size():
     sizes = [AutoModelForCausalLM.from_pretrained(testbed.path(name)).num_parameters() for name in testbed.NAMES]
     assert max(sizes) / min(sizes) < 1.01
 
@@ -237,7 +237,7 @@ def test_a_failed_write_leaves_the_old_model(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.rglob("*")] == ["llama", "old"]
 
 
-def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch):
+def test_interrupted_training_resumes(tmp_path: Path, monkeypatch):
     tokenizer = make_tokenizer()
     whole = build_model("qwen3", TINY, tokenizer)
     train(whole, tokenizer, TINY)
@@ -277,7 +277,7 @@ def test_learning_rate_warms_up_and_falls_in_each_stage():
         lr_scale(recipe, 211)
 
 
-def test_only_the_last_stage_slips():
+def test_only_the_last_stage_has_slips():
     recipe = Recipe(clean_steps=1, restart_steps=1, slip_steps=1, slip=1.0)
     right = [all(check(p.solution, p.answer) for p in draw_batch(recipe, step)) for step in (1, 2, 3)]
     assert right == [True, True, False]
@@ -293,7 +293,7 @@ def test_muon_makes_singular_values_near_one(shape):
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (192, 96), (96, 96)])
-def test_muon_steps_as_torchs_own(shape):
+def test_muon_steps_match_torch(shape):
     torch.manual_seed(0)
     ours, theirs = torch.nn.Parameter(torch.randn(shape)), torch.nn.Parameter(torch.empty(shape))
     theirs.data.copy_(ours.data)

@@ -1,4 +1,4 @@
-"""Counts that no run gets through are refused before anything of that size is made."""
+"""Excessive counts are refused before anything of that size is allocated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_analysis_refuses_a_count_beyond_its_limit(name, value):
 
 
 @pytest.mark.parametrize("value", HUGE, ids=["1e11", "1e30", "1e4500"])
-def test_so_do_evaluation_inspection_and_training(value):
+def test_evaluation_inspection_and_training_refuse_counts_beyond_their_limits(value):
     for name in ("samples", "max_problems", "max_new_tokens"):
         with pytest.raises(UserError, match="needed is a number of at most"):
             EvaluateConfig(model="testbed/qwen3", benchmark="testbed", **{name: value})
@@ -38,7 +38,7 @@ def test_so_do_evaluation_inspection_and_training(value):
             TrainConfig(**{name: value})
 
 
-def test_a_product_of_counts_has_a_limit_too():
+def test_products_of_counts_are_limited():
     with pytest.raises(UserError, match="steps of 100000 prompts are more than the 10000000 prompts of one run"):
         TrainConfig(max_steps=10**6, prompts_per_step=10**5).with_preset()
 
@@ -47,6 +47,6 @@ def test_a_product_of_counts_has_a_limit_too():
     ("text", "number"),
     [("7", True), (" -7 ", True), ("+12", True), ("٣", True), ("²", False), ("9" * 5000, False), ("", False)],
 )
-def test_what_is_a_number_is_what_python_reads(text, number):
+def test_numbers_are_parsed_as_in_python(text, number):
     assert is_number(text) == number
     assert not number or isinstance(int(text), int)

@@ -1,4 +1,4 @@
-"""One writer at a time for a directory: the second is refused or waits, and no lock outlives its process."""
+"""A directory has one writer at a time: the second is refused or waits, and no lock outlives its process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 
 import pandas as pd
 import pytest
-from finished import make as make_run
-from saved import save_one_of_each
-from shapes import make, progressive
+from saved_results import save_one_of_each
+from synthetic_analyses import make, progressive
+from synthetic_run import make as make_run
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
-from training import MODEL, SMALL, command, everything
+from training_calls import MODEL, SMALL, command, read_files
 
 from internal_policy import Analysis, UserError, analyze, bupo, models
 from internal_policy.analysis.sweep import sweep
@@ -60,7 +60,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["as it is", "overwrite"])
 @pytest.mark.parametrize("kind", ["analyze", "evaluate", "train", "sweep", "study", "save"])
-def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, checkpoint, tmp_path):
+def test_the_second_writer_is_refused_and_changes_nothing(kind, options, model, checkpoint, tmp_path):
     wrapped = models.wrap(*model, "tiny")
     writers = {
         "analyze": lambda: analyze(*model, responses=ragged_responses(2), output=tmp_path, **options),
@@ -79,10 +79,10 @@ def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, 
         "save": "saved",
     }
     with another_writer(tmp_path / places[kind]):
-        before = everything(tmp_path)
+        before = read_files(tmp_path)
         with pytest.raises(UserError, match=TOLD):
             writers[kind]()
-        assert everything(tmp_path) == before
+        assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_the_second_writer_is_refused_and_touches_nothing(kind, options, model, 
 def test_the_second_command_is_refused_in_one_line(words, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(save_one_of_each(tmp_path))
     with another_writer(tmp_path / place):
-        before = everything(tmp_path)
-        code, out, told = command(monkeypatch, capsys, *words)
-        assert everything(tmp_path) == before
+        before = read_files(tmp_path)
+        code, out, message = command(monkeypatch, capsys, *words)
+        assert read_files(tmp_path) == before
     assert (code, out) == (2, "")
-    assert told.startswith(f"error: {place}: another process is writing there (process 4321 on node7")
-    assert told.count("\n") == 1
+    assert message.startswith(f"error: {place}: another process is writing there (process 4321 on node7")
+    assert message.count("\n") == 1
 
 
-def test_who_waits_proceeds_as_if_it_had_started_then(model, tmp_path, caplog):
+def test_a_waiting_process_continues_as_if_started_then(model, tmp_path, caplog):
     given = {"responses": ragged_responses(2), "output": tmp_path}
     (tmp_path / "elsewhere").mkdir()
     first = analyze(*model, **given | {"output": tmp_path / "elsewhere"})
@@ -119,12 +119,12 @@ def test_who_waits_proceeds_as_if_it_had_started_then(model, tmp_path, caplog):
         first_files = {p.name: p.read_bytes() for p in first.path.iterdir()}
         for name, content in first_files.items():
             (directory / name).write_bytes(content)
-        # As the other process does when it ends.
+        # As when the other process exits.
         (directory / LOCK).unlink()
     waiting.join()
     assert "waiting until it has ended" in caplog.text
     assert "already complete" in caplog.text
-    assert everything(directory) == {directory / name: content for name, content in first_files.items()}
+    assert read_files(directory) == {directory / name: content for name, content in first_files.items()}
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
@@ -136,18 +136,18 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 
 
 def test_threads_exclude_each_other_too(tmp_path):
-    told = []
+    message = []
 
     def second():
         with pytest.raises(UserError, match=f"process {os.getpid()} on") as info, locked(tmp_path):
             pass
-        told.append(info)
+        message.append(info)
 
     with locked(tmp_path), locked(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-    assert told
+    assert message
     with locked(tmp_path):
         pass
 
@@ -159,7 +159,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "result"]
 
 
-def test_a_command_keeps_what_it_has_locked(tmp_path):
+def test_a_command_holds_its_lock_to_the_end(tmp_path):
     with keep_locks():
         with writing(tmp_path):
             pass
@@ -195,7 +195,7 @@ with locked(Path(sys.argv[1])):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_once(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, caplog)
     assert "its file system has no locks (No locks available)" in caplog.text
 
 
-def test_a_directory_that_may_only_be_read_is_read(model, tmp_path, monkeypatch):
+def test_a_read_only_directory_is_read(model, tmp_path, monkeypatch):
     done = analyze(*model, responses=ragged_responses(2), output=tmp_path)
 
     def refuse(*_):
@@ -216,7 +216,7 @@ def test_a_directory_that_may_only_be_read_is_read(model, tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(again.layers, done.layers)
 
 
-def test_what_a_killed_process_left_unrenamed_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     with subprocess.Popen(["true"]) as gone:
         pass
     stale = tmp_path / f".layers.csv.{gone.pid}.internal-policy.tmp"
@@ -228,7 +228,7 @@ def test_what_a_killed_process_left_unrenamed_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
-def test_a_lock_that_was_left_behind_is_no_result(tmp_path):
+def test_a_leftover_lock_is_not_a_result(tmp_path):
     run = make_run(tmp_path / "run")
     (run.path / LOCK).write_text(json.dumps(HELD))
     (tmp_path / "new").mkdir()
@@ -257,7 +257,7 @@ for _ in range(int(sys.argv[3])):
 
 
 @pytest.mark.slow
-def test_of_two_that_start_at_once_one_is_right_and_one_refused(tmp_path):
+def test_of_two_simultaneous_processes_one_succeeds_and_one_is_refused(tmp_path):
     times = 20
     expected = [analyze("testbed/qwen3", seed=s, max_responses=4, max_new_tokens=6, batch_size=2) for s in (0, 1)]
     start = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -277,7 +277,7 @@ def test_of_two_that_start_at_once_one_is_right_and_one_refused(tmp_path):
         met += sum("another process is writing there" in answer for answer in refused)
         # On a busy machine the one may have ended before the other begins, which then overwrites it or finds it there.
         assert len(refused) == 1 or (overwrite and not refused), answers
-        assert all("another process is writing" in told or "other settings" in told for told in refused)
+        assert all("another process is writing" in message or "other settings" in message for message in refused)
         if refused:
             assert answers[found.config["seed"]] == "done"
         pd.testing.assert_frame_equal(found.sequences, winner.sequences, check_exact=True)

@@ -21,10 +21,10 @@ OF_ONE_MODEL = {"revision", "template"}
 
 
 def entries(function):
-    """What the docstring's Args say, by name."""
-    said = getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
+    """The entries of the docstring's Args section by name."""
+    arguments = getdoc(function).partition("Args:\n")[2].partition("\n\n")[0]
     found = {}
-    for line in said.splitlines():
+    for line in arguments.splitlines():
         if line.startswith("    ") and not line.startswith("     "):
             name, _, found_text = line.strip().partition(": ")
             found[name] = found_text
@@ -45,8 +45,8 @@ def entries(function):
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_function_shows_its_options_with_their_defaults(function, config, lacks):
-    parameters, said = signature(function).parameters, entries(function)
-    assert list(said) == list(parameters)
+    parameters, documented = signature(function).parameters, entries(function)
+    assert list(documented) == list(parameters)
     assert "options" not in parameters
     own = {"model", "tokenizer", "prompts", "responses", "benchmark", "prompt", "reward"}
     for field in fields(config):
@@ -54,21 +54,21 @@ def test_a_function_shows_its_options_with_their_defaults(function, config, lack
             assert parameters[field.name].default == field.default
             assert parameters[field.name].kind is Parameter.KEYWORD_ONLY
     assert not lacks & parameters.keys()
-    assert said["seed"] == "Seed of the sampling, of the bootstrap and of the chosen positions."
-    assert said["temperature"].endswith("always those of temperature 1.")
+    assert documented["seed"] == "Seed of the sampling, of the bootstrap and of the chosen positions."
+    assert documented["temperature"].endswith("always those of temperature 1.")
 
 
-def test_a_training_shows_its_options_and_takes_those_of_trl():
-    parameters, said = signature(bupo.train).parameters, entries(bupo.train)
-    assert [name.strip("*") for name in said] == list(parameters)
+def test_training_signature_shows_its_options_and_accepts_those_of_trl():
+    parameters, documented = signature(bupo.train).parameters, entries(bupo.train)
+    assert [name.strip("*") for name in documented] == list(parameters)
     assert {f.name for f in fields(TrainConfig)} - {"trl_options"} <= parameters.keys()
     assert parameters["num_generations"].default == TrainConfig.num_generations
-    assert said["freeze_layers"].startswith("Layers 1..n")
+    assert documented["freeze_layers"].startswith("Layers 1..n")
     assert parameters["options"].kind is Parameter.VAR_KEYWORD
-    assert "trl.GRPOConfig" in said["**options"]
+    assert "trl.GRPOConfig" in documented["**options"]
 
 
-def test_a_sweep_refuses_one_revision_by_the_word_that_it_takes():
+def test_a_sweep_refuses_revision_and_names_the_right_option():
     with pytest.raises(UserError, match="needed is revisions="):
         sweep("org/model", revisions=["a", "b"], revision="c")
 
@@ -107,18 +107,18 @@ def test_an_option_is_read_from_its_field():
         ({"kind": "c"}, "--kind is 'c'; needed is one of a, b"),
     ],
 )
-def test_a_value_that_an_option_cannot_have_is_refused(given, message):
+def test_invalid_option_values_are_refused(given, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         check_options(Settings(**given))
 
 
-def test_numbers_of_other_libraries_become_pythons():
+def test_numpy_and_torch_numbers_become_python_numbers():
     settings = Settings(size=np.int64(4), rate=np.float32(0.5))
     check_options(settings)
     assert (type(settings.size), type(settings.rate)) == (int, float)
 
 
-def test_a_command_line_gives_the_settings_again():
+def test_settings_round_trip_through_a_command_line():
     assert command_line_of(AnalyzeConfig, vars(AnalyzeConfig())) == []
     config = AnalyzeConfig("a b", temperature=0.5, max_new_tokens=7, random_baseline=True, lens="logit-lens")
     words = command_line_of(AnalyzeConfig, vars(config))

@@ -1,4 +1,4 @@
-"""One table says how things look, and figures, pages and the terminal read it; one word names the boundary layer."""
+"""One palette for figures, pages and the terminal, and one name for the boundary layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from documents import ROOT
 from rich.console import Console
-from shapes import make, progressive
+from synthetic_analyses import make, progressive
 
 from internal_policy.cli.display import layer_table
 from internal_policy.plotting import analysis as figures
@@ -26,7 +26,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_a_figure_and_a_page_draw_a_module_alike():
+def test_figures_and_pages_use_the_same_module_styles():
     analysis = make(progressive(6), prompts=4)
     spec = change_chart(analysis).spec()
     page = {trace["name"]: trace for trace in spec["traces"] if trace.get("hoverinfo") != "skip"}
@@ -43,18 +43,18 @@ def test_a_figure_and_a_page_draw_a_module_alike():
     assert palette.LOOKS["boundary"].dash in boundary
 
 
-def test_the_terminal_has_the_signs_of_the_page():
+def test_the_terminal_uses_the_stage_symbols_of_the_page():
     analysis = make(progressive(6), prompts=4)
-    told = Console(file=io.StringIO(), width=120)
-    told.print(layer_table(analysis))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(layer_table(analysis))
     for stage in set(analysis.stages):
-        assert f"{palette.STAGES[stage].sign} {stage}" in told.file.getvalue()
-    assert palette.BOUNDARY_SIGN in told.file.getvalue()
+        assert f"{palette.STAGES[stage].sign} {stage}" in console.file.getvalue()
+    assert palette.BOUNDARY_SIGN in console.file.getvalue()
     shaded = {patch.get_label(): patch.get_facecolor() for patch in figures.plot_entropy_change(analysis).patches}
     assert len(shaded) == len(set(analysis.stages))
 
 
-def test_series_can_be_told_apart_and_neighbours_without_colour():
+def test_series_are_distinguishable_and_adjacent_ones_without_colour():
     looks = [palette.series(i) for i in range(palette.N_SERIES)]
     assert len({(look.light, look.dash) for look in looks}) == palette.N_SERIES
     assert all(a.dash != b.dash and a.marker != b.marker for a, b in pairwise(looks))
@@ -62,21 +62,21 @@ def test_series_can_be_told_apart_and_neighbours_without_colour():
 
 
 @pytest.mark.parametrize("look", [*palette.LOOKS.values(), *(palette.series(i) for i in range(palette.N_COLOURS))])
-def test_every_line_stands_out_from_its_page(look):
+def test_every_line_has_contrast_with_its_page(look):
     # WCAG 2.2, 1.4.11: graphics need 3:1.
     assert 1.05 / (luminance(look.light) + 0.05) >= 3
     assert (luminance(look.dark) + 0.05) / (luminance("#1c1c1c") + 0.05) >= 3
 
 
-def test_no_module_has_a_colour_of_its_own():
+def test_colours_are_defined_only_in_the_palette():
     found = {path.name for path in PACKAGE.rglob("*.py") if re.search(r"[\"\']#[0-9a-fA-F]{6}[\"\']", path.read_text())}
     assert found == {"palette.py"}
 
 
-def test_a_reader_meets_one_word_for_the_boundary_layer():
-    # The paper calls the layer that BuPO takes its target; each page that says so says once that it is the boundary.
+def test_the_boundary_layer_has_one_name_everywhere():
+    # The paper calls BuPO's layer its target; each page that uses this term explains once that it is the boundary.
     places = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.j2"), *PACKAGE.rglob("*.js"), *(ROOT / "docs").rglob("*.md")]
-    # The page of the command line is made from the texts of the commands, which are looked at here.
+    # The page of the command line is generated from the help texts, which are checked here.
     written = {path for path in (*places, ROOT / "README.md") if path.name != "cli.md"}
     texts = {path: path.read_text(encoding="utf-8") for path in written}
     for path, text in texts.items():

@@ -1,4 +1,4 @@
-"""A stage of a workspace: every item once, by whichever process, and never again where it is on disk."""
+"""A stage of a workspace: every item is computed once, by any process, and never again once stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internal_policy.utils.workspace import Workspace
 LENGTHS = {0: 3, 1: 9, 2: 5, 3: 9, 4: 1}
 
 
-class Alone(Processes):
+class SingleProcess(Processes):
     """One of several processes that waits for nobody."""
 
     def wait_for_everyone(self):
@@ -33,16 +33,16 @@ def run(workspace, state=None, seen=None, at=None):
 
 @pytest.fixture
 def workspace(tmp_path):
-    made = Workspace(tmp_path / "a", ANALYSIS)
-    made.open({"seed": 0}, overwrite=False)
-    return made
+    ready = Workspace(tmp_path / "a", ANALYSIS)
+    ready.open({"seed": 0}, overwrite=False)
+    return ready
 
 
 def squares(portions):
     return {int(i): int(v) for p in portions for i, v in zip(p["index"], p["square"], strict=True)}
 
 
-def test_the_longest_are_computed_first_and_what_is_there_is_not_computed_again(workspace):
+def test_longest_items_are_computed_first_and_stored_items_are_skipped(workspace):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         run(workspace, seen=seen, at=0)
@@ -53,14 +53,14 @@ def test_the_longest_are_computed_first_and_what_is_there_is_not_computed_again(
     assert len(seen) == 3
 
 
-def test_processes_divide_the_batches_and_each_returns_all(workspace):
+def test_processes_split_the_batches_and_each_returns_all(workspace):
     seen = []
     with pytest.raises(UserError, match="2 of 5 responses are there after all processes have finished"):
-        run(workspace, Alone(number=2, rank=1), seen)
+        run(workspace, SingleProcess(number=2, rank=1), seen)
     assert seen == [[2, 0]]
-    assert squares(run(workspace, Alone(number=2), seen)) == {i: i * i for i in LENGTHS}
+    assert squares(run(workspace, SingleProcess(number=2), seen)) == {i: i * i for i in LENGTHS}
     assert seen == [[2, 0], [1, 3], [4]]
-    assert len(run(workspace, Alone(number=2, rank=1))) == 3
+    assert len(run(workspace, SingleProcess(number=2, rank=1))) == 3
 
 
 def empty(path):

@@ -1,0 +1,77 @@
+"""Checks of captured quantities against the float64 definitions on the same states and against the model's logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tiny import tiny_tokenizer
+
+from internal_policy import models
+from internal_policy.data.responses import read_responses
+from internal_policy.entropy import reference
+from internal_policy.extractors import QUANTITIES, HookExtractor, Reducer, reduce_responses, residual_hooks
+
+# float32 carries 24 bits: logits of size ~10 are off by ~1e-6, an entropy by about as much; 1e-5 leaves room for sums.
+# bfloat16 carries 8: were anything summed in it, the entropies would be off by 1e-2.
+FLOAT32_NATS = 1e-5
+
+
+def wrapped(model):
+    return models.wrap(model, tiny_tokenizer())
+
+
+def captured(model, records, side="right", lens="policy"):
+    model = model if isinstance(model, models.LanguageModel) else wrapped(model)
+    return reduce_responses(
+        Reducer(HookExtractor(model), lens), read_responses(records, model.tokenizer, "plain"), side
+    )
+
+
+def states_of(model, record):
+    """States of each layer at the positions that predict the response tokens of one sequence."""
+    ids = torch.tensor([record["input_ids"]])
+    positions = torch.arange(record["prompt_length"] - 1, ids.shape[1] - 1)
+    found = []
+    with torch.no_grad(), residual_hooks(model, positions, found.append):
+        model.backbone(**model.forward_arguments(ids, torch.ones_like(ids)))
+    return found
+
+
+def reference_quantities(model, states, lens):
+    """Every quantity of a layer in float64 from states in the model's dtype; [n, len(QUANTITIES)]."""
+    head = model.projection
+
+    @torch.no_grad()
+    def entropy(x, normed):
+        x = head.final_norm(x) if normed else x
+        bias = None if head.bias is None else head.bias.double()
+        return reference.policy_entropy(x.double(), head.weight.double(), bias, scale=head.scale, softcap=head.softcap)
+
+    def cosine(a, b):
+        return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+    before, attn, ffn = (x.double() for x in (states.residual_in, states.attention_write, states.ffn_write))
+    sites = (states.residual_in, states.residual_out, states.attention_in, states.attention_write)
+    values = [entropy(x, lens == "logit-lens") for x in (*sites, states.ffn_in, states.ffn_write)]
+    values.insert(4, cosine(attn, before))
+    values.append(cosine(ffn, before if model.parallel else before + attn))
+    return torch.stack(values, dim=-1).numpy(), entropy(states.residual_out, True).numpy()
+
+
+def check_quantities(model, records, lens="policy"):
+    for record in records:
+        (ours,) = captured(model, [record], lens=lens)
+        for layer, states in enumerate(states_of(model, record)):
+            values, policy = reference_quantities(model, states, lens)
+            for q, name in enumerate(QUANTITIES):
+                np.testing.assert_allclose(
+                    ours.layers[:, layer, q], values[:, q], rtol=0, atol=FLOAT32_NATS, err_msg=f"{name} {layer + 1}"
+                )
+        np.testing.assert_allclose(ours.policy[:, 1], policy, rtol=0, atol=FLOAT32_NATS)
+
+
+def entropies_of_logits(model, record):
+    """Entropy of the model's own logits for one sequence alone, without a mask or a position from this package."""
+    with torch.no_grad():
+        logits = model(torch.tensor([record["input_ids"]]), use_cache=False).logits[0]
+    return torch.distributions.Categorical(logits=logits.double()).entropy()[record["prompt_length"] - 1 : -1].numpy()
