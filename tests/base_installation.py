@@ -10,7 +10,7 @@ from pathlib import Path
 from documents import ROOT
 
 # Modules and distributions that the extras train, backends and quantized install, with their dependencies.
-ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm,seaborn"
+ABSENT = "trl,peft,math_verify,latex2sympy2_extended,transformer_lens,nnsight,bitsandbytes,kernels,vllm"
 EACH = """
 import shlex, sys
 from internal_policy.cli.main import main

@@ -161,7 +161,7 @@ def test_last_layer_under_the_logit_lens_is_the_policy():
 def test_chunking_positions_does_not_change_the_measurement(monkeypatch):
     watch = dynamics(tiny_model("qwen3"), ragged_responses(), 2)
     whole = watch.measure()
-    monkeypatch.setattr("internal_policy.bupo.dynamics._POSITIONS", 4)
+    monkeypatch.setattr("internal_policy.bupo.dynamics._CHUNK_SIZE", 4)
     parts = watch.measure()
     # Products in blocks of other shapes round otherwise.
     np.testing.assert_allclose(list(parts.row().values()), list(whole.row().values()), rtol=0, atol=FLOAT32_NATS)
