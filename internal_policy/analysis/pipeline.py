@@ -23,9 +23,8 @@ import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables
-from internal_policy.analysis.checkpoints import training_record
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
-from internal_policy.analysis.finished import config_digest, load_finished, report_finished
+from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS, config_digest, load_finished, report_finished
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
@@ -36,6 +35,7 @@ from internal_policy.analysis.position_sampling import (
 )
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import ANALYSIS, Analysis
+from internal_policy.analysis.sweep_targets import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
@@ -49,7 +49,8 @@ from internal_policy.generation import (
 )
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.utils.distributed import Processes, launched_processes, run_with_oom_retry
+from internal_policy.models.options import Lens
+from internal_policy.utils.distributed import Processes, launched_processes, release_memory, run_with_oom_retry
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
@@ -138,6 +139,28 @@ def analyze(
         analysis = replace(run(directory, False), path=None)
         state.wait_for_everyone()
         return analysis
+
+
+def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
+    """Analyse one model under several different lenses, all on the responses of the first.
+
+    There is a directory below `output` for each lens; `options` are those of ``analyze``.
+    """
+    first = analyze(model, output=output, lens=lenses[0], **options)
+    assert first.path is not None
+    if options.get("responses") is None:
+        options = {name: value for name, value in options.items() if name not in ("prompts", *SAMPLING_OPTIONS)}
+        options["responses"] = str(first.path / RESPONSES)
+    analyses = [first]
+    for lens in lenses[1:]:
+        release_memory()
+        other = analyze(model, output=output, lens=lens, **options)
+        if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
+            # Given responses do not show whether they were cut; these were sampled under the first lens.
+            place, other = other.path, replace(other, n_truncated=first.n_truncated)
+            ANALYSIS.write_manifest(place, other.manifest())
+        analyses.append(other)
+    return analyses
 
 
 def _label(source: str | list[Any] | None) -> str | None:

@@ -10,19 +10,17 @@ One checkpoint is in memory at a time. The same call resumes an interrupted swee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from internal_policy import models
-from internal_policy.analysis.checkpoints import Target, list_targets, require_distinct_outputs
 from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, MANIFEST, Analysis
+from internal_policy.analysis.sweep_targets import Target, list_targets, require_distinct_outputs
 from internal_policy.extractors.nnsight import load_nnsight, require_key
-from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import launched_processes, release_memory
 from internal_policy.utils.errors import UserError, as_user_error
 from internal_policy.utils.io import expanded
@@ -117,28 +115,6 @@ def sweep(
             release_memory()
             if each is not None:
                 each(analysis)
-    return analyses
-
-
-def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
-    """Analyse one model under several different lenses, all on the responses of the first.
-
-    There is a directory below `output` for each lens; `options` are those of ``analyze``.
-    """
-    first = analyze(model, output=output, lens=lenses[0], **options)
-    assert first.path is not None
-    if options.get("responses") is None:
-        options = {name: value for name, value in options.items() if name not in ("prompts", *SAMPLING_OPTIONS)}
-        options["responses"] = str(first.path / RESPONSES)
-    analyses = [first]
-    for lens in lenses[1:]:
-        release_memory()
-        other = analyze(model, output=output, lens=lens, **options)
-        if other.path is not None and other.n_truncated is None and first.n_truncated is not None:
-            # Given responses do not show whether they were cut; these were sampled under the first lens.
-            place, other = other.path, replace(other, n_truncated=first.n_truncated)
-            ANALYSIS.write_manifest(place, other.manifest())
-        analyses.append(other)
     return analyses
 
 

@@ -121,7 +121,7 @@ def _models(command: AnalyzeCommand) -> None:
     # Bad settings are refused before anything heavy is imported, a bad model before another one is analysed.
     configs = [AnalyzeConfig(model=name, lens=lens, **options) for name in names for lens in lenses]
     if len(configs) > 1:
-        from internal_policy.analysis.checkpoints import require_distinct_outputs
+        from internal_policy.analysis.sweep_targets import require_distinct_outputs
 
         require_distinct_outputs(configs)
     first = configs[0]
@@ -133,7 +133,7 @@ def _models(command: AnalyzeCommand) -> None:
     if None in done.values():
         with importing():
             from internal_policy import models
-            from internal_policy.analysis import sweep as sweeps
+            from internal_policy.analysis.pipeline import analyze_lenses
 
         require_key(first.remote)
         for config in configs:
@@ -157,7 +157,7 @@ def _models(command: AnalyzeCommand) -> None:
             if known is not None:
                 found = known
             else:
-                found = sweeps.analyze_lenses(name, lenses, output=root, **command.writes, **options)
+                found = analyze_lenses(name, lenses, output=root, **command.writes, **options)
                 new += found
             if is_main_process():
                 for analysis in found:
@@ -181,7 +181,7 @@ def _to_json(analysis: Analysis) -> dict[str, Any]:
 def _sweep(command: AnalyzeCommand) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
     AnalyzeConfig(**settings)
-    from internal_policy.analysis.checkpoints import list_targets, require_distinct_outputs
+    from internal_policy.analysis.sweep_targets import list_targets, require_distinct_outputs
 
     start = command.model[0] if command.model else None
     # Without quotes the shell has expanded the glob into many words.

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 from huggingface_hub import constants
 
 from internal_policy import models
-from internal_policy.analysis.checkpoints import require_distinct_outputs
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.finished import is_up_to_date
 from internal_policy.analysis.pipeline import analyze
 from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.analysis.sweep import start_over
+from internal_policy.analysis.sweep_targets import require_distinct_outputs
 from internal_policy.comparison.study_presets import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context

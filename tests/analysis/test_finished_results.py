@@ -15,7 +15,7 @@ from test_finished import change_a_byte
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, sweep
 from internal_policy.analysis.finished import find_finished
-from internal_policy.analysis.sweep import analyze_lenses
+from internal_policy.analysis.pipeline import analyze_lenses
 from internal_policy.bupo.config import TrainConfig
 from internal_policy.bupo.run import call_digest
 from internal_policy.bupo.run import find_finished as find_finished_run

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, sweep
 from internal_policy.analysis import pipeline
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.checkpoints import find_checkpoints, list_targets
+from internal_policy.analysis.sweep_targets import find_checkpoints, list_targets
 from internal_policy.extractors import reduce_responses
 
 

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback, TrainerState
 
 from internal_policy import bupo
-from internal_policy.analysis.checkpoints import training_record
+from internal_policy.analysis.sweep_targets import training_record
 from internal_policy.bupo.resume import last_checkpoint, write_digests
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.utils.errors import UserError

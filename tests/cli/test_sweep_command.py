@@ -16,7 +16,7 @@ from tiny_checkpoints import PROMPTS, STEPS, save_run, steps_of
 
 from internal_policy import Analysis, models
 from internal_policy.analysis import sweep as sweeps
-from internal_policy.analysis.checkpoints import list_targets
+from internal_policy.analysis.sweep_targets import list_targets
 from internal_policy.cli import analyze as cli_analyze
 from internal_policy.cli import main as cli
 
