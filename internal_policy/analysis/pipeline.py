@@ -115,18 +115,19 @@ def analyze(
     state = Processes() if alone else launched_processes()
     refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
-        opened = None
+        open_given = None
         if in_memory:
             stack.enter_context(eval_mode(registry.module_of(model)))
-            opened = registry.wrap_in_memory(model, tokenizer, name, config)
+            open_given = registry.wrap_in_memory(model, tokenizer, name, config)
         network = registry.module_of(model) if in_memory else None
-        source = architecture(config, network) if config.random_baseline else None
+        baseline_architecture = architecture(config, network) if config.random_baseline else None
 
         def run(directory: Path, overwrite: bool) -> Analysis:
-            analysis = _run(config, opened, prompts, responses, directory, overwrite, state)
-            if source is None or analysis.baseline is not None:
+            analysis = _run(config, open_given, prompts, responses, directory, overwrite, state)
+            if baseline_architecture is None or analysis.baseline is not None:
                 return analysis
-            return add_baseline(analysis, config, source, network, partial(_capture, kind="baseline"), state)
+            capture = partial(_capture, kind="baseline")
+            return add_baseline(analysis, config, baseline_architecture, network, capture, state)
 
         if output is not None:
             directory = expanded(output) / config.slug
@@ -170,7 +171,7 @@ def _label(source: str | list[Any] | None) -> str | None:
 
 def _run(
     config: AnalyzeConfig,
-    opened: registry.Opener | None,
+    open_given: registry.Opener | None,
     prompts: str | list[Any] | None,
     responses: str | list[Any] | None,
     directory: Path,
@@ -181,16 +182,16 @@ def _run(
     workspace = Workspace(directory, ANALYSIS)
     if finished is None:
         workspace.check()
-    named = opened is None and not isinstance(prompts, list) and not isinstance(responses, list)
+    named = open_given is None and not isinstance(prompts, list) and not isinstance(responses, list)
     # Before the model is loaded, so that a later change of its files is noticed.
     files = config_digest(config) if named else None
     started = time.perf_counter()
     with status(f"loading {config.model}"):
-        extractor = (opened or registry.opener(config, state.device if state.number > 1 else None))()
+        extractor = (open_given or registry.opener(config, state.device if state.number > 1 else None))()
     model = extractor.model
     load_seconds = time.perf_counter() - started
     inputs = gather_inputs(config, model, prompts, responses)
-    hooked = attached_code(model.model, getattr(extractor, "bridge", getattr(extractor, "_root", None)))
+    hooked = attached_code(model.model, extractor.wrapper)
     identity = _identity(config, model, inputs, hooked)
 
     def begin() -> bool:
@@ -203,6 +204,7 @@ def _run(
             raise resume_refused(directory, hooked)
         ANALYSIS.check_settings(directory, finished.config, identity)
         if config.random_baseline and finished.baseline is None:
+            # It is not complete yet: the caller adds the baseline, and keeps the unfinished work on it.
             return finished
         state.on_main(workspace.close)
         if state.is_main_process:
@@ -212,17 +214,17 @@ def _run(
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: resuming an unfinished analysis", directory)
     with limit_threads(model):
-        sampled = _generate(config, extractor, inputs, workspace, state)
-        captured = _capture(config, extractor, sampled, workspace, state)
+        analysed = _generate(config, extractor, inputs, workspace, state)
+        captured = _capture(config, extractor, analysed, workspace, state)
 
     def assemble() -> None:
         timings = {"load": round(load_seconds, 3)}
         for stage in ("generate", "capture"):
             timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
-        analysis = _assemble(config, model, sampled, captured, {**asdict(config), **identity, "files": files}, timings)
+        analysis = _assemble(config, model, analysed, captured, {**asdict(config), **identity, "files": files}, timings)
         if inputs.requests:
             ends = set(end_ids(model))
-            cut = [r for r in sampled if r.input_ids[-1] not in ends]
+            cut = [r for r in analysed if r.input_ids[-1] not in ends]
             analysis = replace(analysis, n_truncated=len(cut))
         analysis.save(directory)
         workspace.close()

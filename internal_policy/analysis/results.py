@@ -103,7 +103,7 @@ class Analysis:
 
     @property
     def n_parameters(self) -> int | None:
-        """The model's parameters; None in analyses from before they were counted."""
+        """The number of the model's parameters; None if it was not recorded."""
         return self.model.get("parameters")
 
     @property

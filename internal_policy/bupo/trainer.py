@@ -34,15 +34,8 @@ from internal_policy.bupo.forward import (
 )
 from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.models import Family, eval_mode
+from internal_policy.utils.citation import PAPER
 from internal_policy.utils.errors import UserError
-
-_CITATION = """@article{tan2025bottomup,
-    title   = {{Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies}},
-    author  = {Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and Zhao, Chengfeng and Lu, Qiunan and
-               Liang, Tian and Zhao, Jun and Liu, Kang},
-    journal = {arXiv preprint arXiv:2512.19673},
-    year    = {2025},
-}"""
 
 _NO_VARIANCE = 1e-8
 _PHASE = "aligns"
@@ -66,7 +59,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
     _paper: ClassVar[dict[str, str]] = {
         "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
         "id": "2512.19673",
-        "citation": _CITATION,
+        "citation": PAPER,
     }
 
     def __init__(self, *args: Any, family: Family | None = None, **kwargs: Any) -> None:
@@ -228,6 +221,7 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return batch
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        # TRL computes importance ratio, clipping and mean (eq. 9), here of the policy that the rollouts belong to.
         with self._policy(bool(inputs[_PHASE])):
             loss: Tensor = super()._compute_loss(model, inputs)
         return loss

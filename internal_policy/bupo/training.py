@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,7 @@ from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.imports import require_package
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import progress, quiet_libraries, status
 from internal_policy.utils.options import takes_options
@@ -110,8 +112,12 @@ def train(
         **options,
     )
     objects = {
-        **{"model": loaded, "tokenizer": tokenizer, "peft_config": peft_config, "callbacks": callbacks or None},
-        **{"prompts": None if config.prompts else prompts, "reward": None if config.reward else reward},
+        "model": loaded,
+        "tokenizer": tokenizer,
+        "peft_config": peft_config,
+        "callbacks": callbacks or None,
+        "prompts": None if config.prompts else prompts,
+        "reward": None if config.reward else reward,
     }
     call = _describe_call(config, [name for name, value in objects.items() if value is not None], model)
     config = config.with_preset()
@@ -185,8 +191,7 @@ def _train(
     if trainer_config.beta:
         # TRL loads the reference model with these, from the policy's source.
         trainer_config.model_init_kwargs = {"use_safetensors": True, "revision": model.revision}
-        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_drop_ignored_kwargs_notice)
-    with errors_in_one_line(trainer_config, path):
+    with errors_in_one_line(trainer_config, path), _without_ignored_kwargs_notice():
         trainer = BuPOTrainer(
             model=model.model,
             reward_funcs=rewards,
@@ -204,8 +209,9 @@ def _train(
     ):
         dynamics_callback = None
         if responses:
+            assert choice.layer is not None
             live = replace(model, model=trainer.policy_module)
-            dynamics = Dynamics(live, responses, choice.layer or 1, site=config.site, lens=config.lens)
+            dynamics = Dynamics(live, responses, choice.layer, site=config.site, lens=config.lens)
             dynamics_callback = DynamicsCallback(trainer, dynamics, interval, path, resumed)
         recorder = HistoryCallback(trainer, path, advance)
         _set_callbacks(trainer, dynamics_callback, recorder, settings)
@@ -350,10 +356,9 @@ def _lora(rank: int) -> Any:
     """Return LoRA adapters for all linear modules of the layers; None for rank 0."""
     if not rank:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UserError("lora_rank needs the package peft; install it with `pip install peft`") from error
+    require_package("peft", "lora_rank", "train")
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -482,9 +487,19 @@ def _save_model(trainer: BuPOTrainer, tokenizer: Any, directory: Path) -> None:
         temporary.rename(target)
 
 
-def _drop_ignored_kwargs_notice(record: logging.LogRecord) -> bool:
-    """Filter out TRL's notice that it ignores ``model_init_kwargs``, which is untrue for the reference model."""
-    return "You passed `model_init_kwargs`" not in str(record.msg)
+@contextmanager
+def _without_ignored_kwargs_notice() -> Iterator[None]:
+    """Drop TRL's notice that it ignores ``model_init_kwargs``, which is untrue for the reference model."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "You passed `model_init_kwargs`" not in str(record.msg)
+
+    trl_logger = logging.getLogger("trl.trainer.grpo_trainer")
+    trl_logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        trl_logger.removeFilter(keep)
 
 
 def _ipa_reason(config: TrainConfig, dynamics: DynamicsCallback | None) -> str:

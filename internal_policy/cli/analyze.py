@@ -127,17 +127,19 @@ def _models(command: AnalyzeCommand) -> None:
     first = configs[0]
     require_paths(names, first.revision, first.prompts, first.responses)
     root, figures = command.place(DATA)
-    alone = not command.overwrite and world_size() == 1
-    each = {name: [c for c in configs if c.model == name] for name in names}
-    done = {name: find_finished(each[name], root, follow=first.responses is None) if alone else None for name in each}
-    if None in done.values():
+    may_reuse = not command.overwrite and world_size() == 1
+    finished = {}
+    for name in names:
+        own = [config for config in configs if config.model == name]
+        finished[name] = find_finished(own, root, follow=first.responses is None) if may_reuse else None
+    if None in finished.values():
         with importing():
             from internal_policy import models
             from internal_policy.analysis.pipeline import analyze_lenses
 
         require_key(first.remote)
         for config in configs:
-            if done[config.model] is None:
+            if finished[config.model] is None:
                 with status(f"looking up {config.model}"):
                     models.check(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     from internal_policy.cli.display import show_analysis
@@ -153,16 +155,16 @@ def _models(command: AnalyzeCommand) -> None:
     with locked(*(root / config.slug for config in configs), wait=command.wait, state=state):
         for name in names:
             # All lenses of a model first, so that each can show what the others give.
-            known = done[name]
-            if known is not None:
-                found = known
-            else:
+            reused = finished[name]
+            if reused is None:
                 found = analyze_lenses(name, lenses, output=root, **command.writes, **options)
                 new += found
+            else:
+                found = reused
             if is_main_process():
                 for analysis in found:
                     show_analysis(analysis)
-                    report.write_reports([analysis], keep=known is not None)
+                    report.write_reports([analysis], keep=reused is not None)
             analyses += found
     if is_main_process():
         report.redraw_other_lenses(new)
@@ -180,6 +182,7 @@ def _to_json(analysis: Analysis) -> dict[str, Any]:
 
 def _sweep(command: AnalyzeCommand) -> None:
     settings = {**command.settings(), "lens": command.lenses[0]}
+    # Bad settings are refused before anything heavy is imported.
     AnalyzeConfig(**settings)
     from internal_policy.analysis.sweep_targets import list_targets, require_distinct_outputs
 
@@ -193,8 +196,8 @@ def _sweep(command: AnalyzeCommand) -> None:
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **settings) for t in found]
     require_distinct_outputs(configs)
     own = command.own_responses
-    alone = not command.overwrite and world_size() == 1 and not (own and command.responses)
-    known = find_finished(configs, root, follow=not own) if alone else None
+    may_reuse = not command.overwrite and world_size() == 1 and not (own and command.responses)
+    known = find_finished(configs, root, follow=not own) if may_reuse else None
     if known is not None:
         analyses = known
         for analysis in analyses:

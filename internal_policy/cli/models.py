@@ -37,7 +37,7 @@ class ModelsCommand(ConsoleOptions):
             block = "parallel" if family.parallel is True else "sequential"
             if isinstance(family.parallel, str):
                 block = f"parallel if {family.parallel}"
-            _, attention_write, _, ffn_write = family.sites()
+            _, attention_write, _, ffn_write = family.capture_paths()
             table.add_row(
                 family.name,
                 model_type,

@@ -178,7 +178,7 @@ def _run(
         EVALUATION.check_settings(directory, finished.config, identity)
         return with_k(finished, config, directory)
     if workspace.open(identity, overwrite):
-        logger.warning("%s: going on with an unfinished evaluation", directory)
+        logger.warning("%s: resuming an unfinished evaluation", directory)
     portions = _sample_and_score(config, model, requests, limit, scorer, workspace)
     lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
     rows = [json.loads(lines[i]) for i in range(len(requests))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -96,6 +96,11 @@ class Extractor(Protocol):
     """
 
     model: LanguageModel
+
+    @property
+    def wrapper(self) -> Any:
+        """The library's own object around the model, in which code may be attached too; None if there is none."""
+        ...
 
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding.

@@ -40,7 +40,7 @@ def _hook_layer(
     model: LanguageModel, layer: int, module: nn.Module, positions: Tensor, consume: Callable[[LayerStates], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     family = model.family
-    attention, attention_write, ffn, ffn_write = (operator.attrgetter(path)(module) for path in family.sites())
+    attention, attention_write, ffn, ffn_write = (operator.attrgetter(path)(module) for path in family.capture_paths())
     multiplier = model.write_multiplier
     held: dict[str, Tensor] = {}
 
@@ -90,6 +90,11 @@ class HookExtractor:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+
+    @property
+    def wrapper(self) -> None:
+        """None: the hooks are on the model itself."""
+        return None
 
     @without_autocast()
     @torch.no_grad()

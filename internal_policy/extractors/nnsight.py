@@ -73,6 +73,11 @@ class NnsightExtractor:
                 f"{model.name}: a {type(root).__name__} cannot run remotely; needed is an nnsight.TransformersModel"
             )
 
+    @property
+    def wrapper(self) -> Any:
+        """The nnsight model, if one was given."""
+        return self._root
+
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``."""
         save = self.nnsight.save
@@ -116,15 +121,11 @@ class NnsightExtractor:
     def row(self) -> dict[str, Any]:
         """Describe the model to a trace in strings and numbers, which travel to any server."""
         family, projection = self.model.family, self.model.projection
-        attention, attention_write, ffn, ffn_write = family.sites()
         return {
             "layers": family.layers,
             "final_norm": family.final_norm,
             "unembedding": family.unembedding,
-            "attention": attention,
-            "attention_write": attention_write,
-            "ffn": ffn,
-            "ffn_write": ffn_write,
+            **family.capture_paths()._asdict(),
             "multiplier": self.model.write_multiplier,
             "vocabulary": self.model.vocab_size,
             "width": int(projection.weight.shape[1]),

@@ -40,6 +40,11 @@ class TransformerLensExtractor:
         self.bridge = bridge
         self._bridged = replace(model, model=bridge.original_model)
 
+    @property
+    def wrapper(self) -> Any:
+        """The bridge."""
+        return self.bridge
+
     @torch.no_grad()
     def run(self, batch: Batch, reduce: LayerReduction, at_once: int = 1) -> list[Tensor]:
         """Run the decoder once, without the unembedding; see ``Extractor.run``.
@@ -71,7 +76,9 @@ class TransformerLensExtractor:
         self, layer: int, block: nn.Module, batch: Batch, consume: Callable[[LayerStates], None]
     ) -> list[_Hook]:
         family, multiplier = self.model.family, self.model.write_multiplier
-        attention, attention_write, ffn, ffn_write = (operator.attrgetter(path)(block) for path in family.sites())
+        attention, attention_write, ffn, ffn_write = (
+            operator.attrgetter(path)(block) for path in family.capture_paths()
+        )
         held: dict[str, Tensor] = {}
 
         def keep(field: str, factor: float = 1.0) -> Callable[..., None]:

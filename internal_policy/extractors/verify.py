@@ -90,8 +90,8 @@ def prove(
         logger.warning(
             "%s: family %r is not in the table; its parts were found by structure (%s; %s, %s) and eq. 4 holds for "
             "them. What its modules receive was not proved: compare with its modelling code before publishing dH",
-            *(model.name, family.name, family.layers, family.sites()[1]),
-            family.sites()[3],
+            *(model.name, family.name, family.layers, family.capture_paths().attention_write),
+            family.capture_paths().ffn_write,
         )
         extractor = extractor_of(tried)
         if not isinstance(extractor, HookExtractor):
@@ -177,7 +177,7 @@ def _ffn_sees_attention(model: LanguageModel) -> bool:
         if states.layer == 1:
             seen.append(states.ffn_in)
 
-    path = model.family.sites()[1]
+    path = model.family.capture_paths().attention_write
     module: nn.Module = operator.attrgetter(path)(model.layers[0])
     for silent in (False, True):
         with residual_hooks(model, torch.arange(ids.numel()), see), ExitStack() as stack:

@@ -14,10 +14,23 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class CapturePaths(NamedTuple):
+    """Paths, from a decoder layer, of the modules between which its attention and FFN writes are made."""
+
+    attention: str
+    """Its input is what the attention reads."""
+    attention_write: str
+    """Its output is A^l, but for the multiplier."""
+    ffn: str
+    """Its input is what the FFN reads."""
+    ffn_write: str
+    """Its output is F^l, but for the multiplier."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +70,11 @@ class Family:
     guessed: bool = False
     """Whether the row was guessed from the structure and is not in the table."""
 
-    def sites(self) -> tuple[str, str, str, str]:
-        """List the modules of a layer to capture: attention (input), A^l (output), FFN (input), F^l (output)."""
-        return self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
+    def capture_paths(self) -> CapturePaths:
+        """The modules of a layer whose inputs and outputs are captured."""
+        return CapturePaths(
+            self.attention, self.attention_write or self.attention, self.ffn, self.ffn_write or self.ffn
+        )
 
     def is_parallel(self, config: Any) -> bool:
         """Whether blocks are parallel: the FFN does not see what the attention of its layer wrote."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-_PAPER = """@article{tan2025bottomup,
+PAPER = """@article{tan2025bottomup,
   title         = {Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies},
   author        = {Tan, Yuqiao and Wang, Minzheng and He, Shizhu and Liao, Huanxuan and Zhao, Chengfeng and
                    Lu, Qiunan and Liang, Tian and Zhao, Jun and Liu, Kang},
@@ -13,6 +13,7 @@ _PAPER = """@article{tan2025bottomup,
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2512.19673}
 }"""
+"""The BibTeX entry of the paper."""
 
 _SOFTWARE = """@software{internal_policy,
   title   = {internal_policy: internal policies of language models, their entropies and boundary layers},
@@ -24,4 +25,4 @@ _SOFTWARE = """@software{internal_policy,
 
 def bibtex() -> str:
     """The BibTeX entries of the paper and of this software."""
-    return f"{_PAPER}\n\n{_SOFTWARE.replace('VERSION', __version__)}"
+    return f"{PAPER}\n\n{_SOFTWARE.replace('VERSION', __version__)}"

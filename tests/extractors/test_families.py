@@ -131,7 +131,7 @@ def assert_is(values, rows, policy):
 def test_a_write_is_the_module_output_unless_a_norm_follows(model_type, classes):
     model, family = tiny_model(model_type), TABLE[model_type]
     layer = model.get_submodule(family.layers)[0]
-    assert tuple(type(layer.get_submodule(path)).__name__ for path in family.sites()) == classes
+    assert tuple(type(layer.get_submodule(path)).__name__ for path in family.capture_paths()) == classes
 
 
 def test_the_reference_covers_every_family():
