@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 
 from internal_policy import UserError, analyze, models
 from internal_policy.analysis import pipeline
-from internal_policy.analysis import sweep as sweeps
 from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo.callbacks import CheckpointDigestCallback
 from internal_policy.bupo.resume import FILES, drop_optimizer_states, last_checkpoint, write_digests
@@ -202,7 +201,7 @@ def test_a_truncated_file_is_not_an_interrupt(tmp_path, monkeypatch, capsys):
     def ends(*arguments, **options):
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr(sweeps, "analyze", ends)
+    monkeypatch.setattr(pipeline, "analyze_lenses", ends)
     messages = command(monkeypatch, capsys, "analyze", "--output", tmp_path)
     assert messages == (2, "", "error: a file ends too early (Ran out of input); --debug shows which\n")
 
