@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -227,15 +227,22 @@ def forking(entropies: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     return found
 
 
-def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of built-in groupings, each once.
+def require_grouping(name: str) -> GroupingName:
+    """Return the name of a built-in grouping.
 
     Raises:
         UserError: an unknown name; the message names what was probably meant.
     """
-    for name in names:
-        if name not in LABELS:
-            near = difflib.get_close_matches(str(name), list(LABELS), n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"--by is {name!r}; needed is one of {', '.join(LABELS)}{meant}")
-    return tuple(dict.fromkeys(names))
+    if name in LABELS:
+        return cast(GroupingName, name)
+    meant = suggestion(name, LABELS)
+    raise UserError(
+        f"tokens are grouped by {name!r}; needed is one of {', '.join(LABELS)}, or a function of token, position and "
+        f"response{meant}"
+    )
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Say in brackets which known word was probably meant; empty if none is close."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
