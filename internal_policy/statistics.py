@@ -109,9 +109,9 @@ def clustered_difference(
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Compute the difference of two token means of each column, with an error that is clustered over both.
 
-    Clusters that have tokens on both sides pair them: what such a cluster has in common cancels. The linearised residual
-    of a cluster is that of the first mean less that of the second; without common clusters the variances add. The
-    interval is corrected as that of `confidence_interval`, and its degrees of freedom are at most Welch's.
+    Clusters that have tokens on both sides pair them: what such a cluster has in common cancels. The linearised
+    residual of a cluster is that of the first mean less that of the second; without common clusters the variances add.
+    The interval is corrected as that of `confidence_interval`, and its degrees of freedom are at most Welch's.
 
     Args:
         first: means over the tokens of each part of the first side, [G, K]; NaN where not defined.

@@ -60,8 +60,11 @@ class TokenGroups:
 
     @cached_property
     def policy_entropy(self) -> pd.DataFrame:
-        """One row per group: mean, stderr, low and high (95%) of the entropy of pi_theta at its tokens; and
-        final_state_mean and final_state_stderr, of H^L without the norm."""
+        """The entropy of pi_theta at the tokens of each group.
+
+        One row per group: mean, stderr, low and high (95%); final_state_mean and final_state_stderr are of H^L without
+        the norm.
+        """
         rows = {g: pd.DataFrame([statistics.policy_entropy(self.rows(g))]) for g in self.groups}
         return self._stack(rows)
 
@@ -76,9 +79,12 @@ class TokenGroups:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """One row per group: n_tokens, share; policy_entropy and its stderr; change, the mean change of the FFN over the
-        layers of exploration, and its stderr; and the difference of that from the other groups together, with
-        difference_stderr, difference_low and difference_high. NaN where there is nothing to average or to compare."""
+        """What distinguishes the groups in a few numbers.
+
+        One row per group: n_tokens and share; policy_entropy and its stderr; change, the mean change of the FFN over the
+        layers of exploration, and its stderr; and its difference from that of all other tokens, with difference_stderr,
+        difference_low and difference_high. NaN where there is nothing to average or to compare.
+        """
         rows = []
         for group in self.groups:
             policy = self.policy_entropy.set_index("group").loc[group]
@@ -270,13 +276,8 @@ def token_rows(
     flat = [(r, t, label) for r, own in labels.items() for t, label in enumerate(own) if label is not None]
     keys = pd.DataFrame(flat, columns=["response", "token", "group"])
     joined = tokens[["response", "token", "layer", "site", *names]].merge(keys, on=["response", "token"])
-    by_group = joined.groupby(["response", "group", "layer", "site"], sort=True)
-    means = (
-        by_group[names].agg("mean")
-        if joined.empty
-        else joined.astype(dict.fromkeys(names, float)).groupby(["response", "group", "layer", "site"])[names].mean()
-    )
-    rows = means.join(by_group.size().rename("n_tokens")).reset_index()
+    by_group = joined.astype(dict.fromkeys(names, np.float64)).groupby(["response", "group", "layer", "site"])
+    rows = by_group[names].mean().join(by_group.size().rename("n_tokens")).reset_index()
     prompts = responses.drop_duplicates("response").set_index("response")["prompt"]
     rows.insert(1, "prompt", rows["response"].map(prompts))
     return rows[["response", "prompt", "group", "n_tokens", "layer", "site", *names]]

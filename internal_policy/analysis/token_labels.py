@@ -47,15 +47,21 @@ _RULE = re.compile(r"([-*=~_#])\1+")
 """The same sign repeated, as Markdown's rules, headings and bold type are; ``==`` is a relation."""
 _BULLET = re.compile(r"^[ \t]*[-*](?=[ \t])", re.MULTILINE)
 _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-_OPERATOR_COMMANDS = frozenset(
-    "times cdot div pm mp ast star circ oplus otimes cap cup setminus wedge vee land lor lnot neg "
-    "le leq leqslant ge geq geqslant lt gt ne neq approx equiv cong sim simeq propto in notin ni subset subseteq "
-    "supset supseteq mid parallel perp to gets mapsto rightarrow leftarrow Rightarrow Leftarrow leftrightarrow "
-    "Leftrightarrow longrightarrow Longrightarrow implies impliedby iff therefore because "
-    "sum prod int iint oint lim limsup liminf sup inf max min gcd lcm log ln lg exp sin cos tan cot sec csc arcsin "
-    "arccos arctan sinh cosh tanh det dim deg arg mod bmod pmod sqrt frac dfrac tfrac binom partial nabla infty".split()
+_OPERATOR_COMMANDS = re.compile(
+    r"""times|cdots?|div|pm|mp|ast|star|circ|oplus|otimes|cap|cup|setminus|wedge|vee|land|lor|lnot|neg|forall|exists
+    |leq?|leqslant|geq?|geqslant|lt|gt|ll|gg|neq?|approx|equiv|cong|sim|simeq|propto|in|notin|ni|subset|subseteq|supset
+    |supseteq|mid|parallel|perp|to|gets|mapsto|(long)?(left|right|leftright)arrow|(Long)?(left|right|leftright)arrow
+    |(Left|Right|Leftright)arrow|implies|impliedby|iff|therefore|because
+    |sum|prod|i{0,2}int|oint|lim|limsup|liminf|sup|inf|max|min|gcd|lcm|log|ln|lg|exp|(arc)?(sin|cos|tan)h?|cot|sec|csc
+    |det|dim|deg|arg|[bp]?mod|sqrt|[dt]?frac|[dt]?binom|partial|nabla|infty""",
+    re.VERBOSE,
 )
-"""Commands of LaTeX that write an operator, a relation or a named function; all others are format."""
+"""Commands of LaTeX that write an operator, a relation, a quantifier or a named function."""
+_LETTER_COMMANDS = re.compile(
+    r"(var)?(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|upsilon|phi|chi"
+    r"|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)|ell|hbar"
+)
+"""Commands of LaTeX that write a letter. All others are format."""
 _SIGNS = frozenset("-*/^·")
 """Operators that Unicode does not count as mathematical symbols."""
 _NO_SIGNS = frozenset("|~")
@@ -76,8 +82,9 @@ def kinds(texts: Sequence[str], special: Collection[int] = ()) -> list[str]:
     - An operator is a mathematical symbol of Unicode (``+ = < ≤ × → ∑``) other than ``|`` and ``~``, or one of
       ``- * / ^ ·``. A sign that opens an item of a list, and one that is repeated (``**``, ``---``), is format; ``==``
       is not.
-    - A command of LaTeX is an operator if it writes an operator, a relation or a function (``\times``, ``\leq``,
-      ``\frac``), and format otherwise (``\boxed``, ``\text``, ``\left``), even if its letters are several tokens.
+    - A command of LaTeX, even if its letters are several tokens, is an operator if it writes an operator, a relation or
+      a function (``\times``, ``\leq``, ``\frac``), a word if it writes a letter (``\alpha``), and format otherwise
+      (``\boxed``, ``\text``, ``\left``).
     - Everything else is format: white space, punctuation, brackets, emoji, special tokens and marks such as
       ``<think>``.
 
@@ -123,7 +130,8 @@ def _character_kinds(text: str) -> str:
     for match in _BULLET.finditer(text):
         fill(*match.span(), "f")
     for match in _COMMAND.finditer(text):
-        fill(*match.span(), "o" if match[1] in _OPERATOR_COMMANDS else "f")
+        letter, operator = (known.fullmatch(match[1]) for known in (_LETTER_COMMANDS, _OPERATOR_COMMANDS))
+        fill(*match.span(), "w" if letter else "o" if operator else "f")
     return "".join(found)
 
 
