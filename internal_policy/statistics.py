@@ -257,13 +257,14 @@ def difference_table(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     n_pairs = len(set(first["prompt"]) & set(second["prompt"]))
     tables = []
     for site in (site for site in SITES if all((t["site"] == site).any() for t in (first, second))):
-        table: dict[str, object] = {}
+        differences: dict[str, object] = {}
         for quantity in QUANTITIES:
-            (layers, *one), (_, *other) = (_by_layer(t, site, quantity) for t in (first, second))
-            found = clustered_difference(*one, *other)
-            columns = (quantity, *(f"{quantity}_{end}" for end in ("stderr", "low", "high")))
-            table |= {"layer": layers, "site": site, **dict(zip(columns, found, strict=True))}
-        tables.append(pd.DataFrame(table | {"n_pairs": n_pairs}))
+            layers, *one = _by_layer(first, site, quantity)
+            _, *other = _by_layer(second, site, quantity)
+            found = clustered_difference(one[0], one[1], one[2], other[0], other[1], other[2])
+            ends = (quantity, *(f"{quantity}_{end}" for end in ("stderr", "low", "high")))
+            differences |= {"layer": layers, "site": site, **dict(zip(ends, found, strict=True))}
+        tables.append(pd.DataFrame(differences | {"n_pairs": n_pairs}))
     columns = ("layer", "site", *(q + end for q in QUANTITIES for end in ("", "_stderr", "_low", "_high")), "n_pairs")
     if not tables:
         return pd.DataFrame(columns=list(columns))

@@ -19,6 +19,8 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import COVERS, Selection
+from internal_policy.analysis.token_groups import TokenGroups, group_tokens
+from internal_policy.analysis.token_labels import GroupingName, LabelFunction
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
@@ -187,6 +189,34 @@ class Analysis:
                 raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(map(str, known))}")
         rows = self.layers[self.layers["site"] == site]
         return rows.set_index("layer")[value]
+
+    def by(self, labels: GroupingName | LabelFunction) -> TokenGroups:
+        """Divide the response tokens into groups, with every statistic of every layer and site for each.
+
+        Args:
+            labels: ``kind`` (digit, operator, word, format), ``position`` (decile of the response), ``correct`` (right
+                or wrong answer), ``policy-entropy`` (the 20% of tokens with the highest entropy of the final policy,
+                against the rest), or a function from a token's text, its index in the response (from 0) and the
+                response (a row of `sequences`) to the token's label, or None to leave it out.
+
+        Returns:
+            The groups: of all responses if they were measured (``by=("kind",)`` in ``analyze``) and for ``correct``,
+            otherwise of the first responses, whose tokens were kept; its `n_responses` and `note` say how many.
+
+        Raises:
+            UserError: an unknown name, no tokens were kept, no response has a reward, or positions were chosen at
+                random for a tolerance.
+        """
+        return group_tokens(
+            labels,
+            name=self.name,
+            responses=self.responses,
+            tokens=self.tokens,
+            sequences=self.sequences,
+            stored=self.additions.get("groups"),
+            exploration=tuple(n for n, stage in enumerate(self.stages, start=1) if stage == "exploration"),
+            sampled=self.positions is not None,
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Write the analysis to a directory; the manifest last.

@@ -8,7 +8,7 @@ those of the analysis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,9 +81,9 @@ class TokenGroups:
     def summary(self) -> pd.DataFrame:
         """What distinguishes the groups in a few numbers.
 
-        One row per group: n_tokens and share; policy_entropy and its stderr; change, the mean change of the FFN over the
-        layers of exploration, and its stderr; and its difference from that of all other tokens, with difference_stderr,
-        difference_low and difference_high. NaN where there is nothing to average or to compare.
+        One row per group: n_tokens and share; policy_entropy and its stderr; change, the mean change of the FFN over
+        the layers of exploration, and its stderr; and its difference from that of all other tokens, with
+        difference_stderr, difference_low and difference_high. NaN where there is nothing to average or to compare.
         """
         rows = []
         for group in self.groups:
@@ -283,7 +283,7 @@ def token_rows(
     return rows[["response", "prompt", "group", "n_tokens", "layer", "site", *names]]
 
 
-def correct_rows(responses: pd.DataFrame, rewards: Sequence[float | None]) -> pd.DataFrame:
+def correct_rows(responses: pd.DataFrame, rewards: Iterable[float | None]) -> pd.DataFrame:
     """Label whole responses as right or wrong; those without a reward are left out.
 
     Args:

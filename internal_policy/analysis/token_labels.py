@@ -50,8 +50,8 @@ _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _OPERATOR_COMMANDS = re.compile(
     r"""times|cdots?|div|pm|mp|ast|star|circ|oplus|otimes|cap|cup|setminus|wedge|vee|land|lor|lnot|neg|forall|exists
     |leq?|leqslant|geq?|geqslant|lt|gt|ll|gg|neq?|approx|equiv|cong|sim|simeq|propto|in|notin|ni|subset|subseteq|supset
-    |supseteq|mid|parallel|perp|to|gets|mapsto|(long)?(left|right|leftright)arrow|(Long)?(left|right|leftright)arrow
-    |(Left|Right|Leftright)arrow|implies|impliedby|iff|therefore|because
+    |supseteq|mid|parallel|perp|to|gets|mapsto|(long|Long)?(left|right|leftright|Left|Right|Leftright)arrow
+    |implies|impliedby|iff|therefore|because
     |sum|prod|i{0,2}int|oint|lim|limsup|liminf|sup|inf|max|min|gcd|lcm|log|ln|lg|exp|(arc)?(sin|cos|tan)h?|cot|sec|csc
     |det|dim|deg|arg|[bp]?mod|sqrt|[dt]?frac|[dt]?binom|partial|nabla|infty""",
     re.VERBOSE,

@@ -36,6 +36,11 @@ def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
 
 
+def raw_texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """Read the text of each token id; empty if it has none, with bytes that form no character as lone surrogates."""
+    return {token_id: _text(tokenizer, token_id) for token_id in {int(i) for i in ids}}
+
+
 def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
     """Find the parts of a text that become the tokenizer's unknown token, each once, in visible form."""
     unknown = tokenizer.unk_token_id
