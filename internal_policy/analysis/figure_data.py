@@ -207,7 +207,7 @@ def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
     return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
 
 
-def require_some(analyses: Sequence[Analysis]) -> None:
+def require_some(analyses: Sequence[object]) -> None:
     """Refuse to draw nothing."""
     if not analyses:
         raise ValueError("Got no analysis; a figure needs at least one.")

@@ -158,6 +158,12 @@ class Analysis:
         chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
         return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
+    @property
+    def groupings(self) -> tuple[str, ...]:
+        """The groupings of tokens that were measured on all responses (--by), for `by`."""
+        groups = self.additions.get("groups")
+        return () if groups is None else tuple(groups["grouping"].unique())
+
     @cached_property
     def responses_digest(self) -> str:
         """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in any order."""
@@ -207,16 +213,7 @@ class Analysis:
             UserError: an unknown name, no tokens were kept, no response has a reward, or positions were chosen at
                 random for a tolerance.
         """
-        return group_tokens(
-            labels,
-            name=self.name,
-            responses=self.responses,
-            tokens=self.tokens,
-            sequences=self.sequences,
-            stored=self.additions.get("groups"),
-            exploration=tuple(n for n, stage in enumerate(self.stages, start=1) if stage == "exploration"),
-            sampled=self.positions is not None,
-        )
+        return group_tokens(self, labels)
 
     def save(self, directory: str | Path) -> Path:
         """Write the analysis to a directory; the manifest last.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -50,8 +50,10 @@ class TokenGroups:
     """Responses with labelled tokens."""
     note: str | None = None
     """Which responses that are, in a sentence, if it is not all of them."""
-    exploration: tuple[int, ...] = ()
-    """The layers of the exploration stage of the whole analysis, over which `summary` averages."""
+    stages: tuple[str, ...] = ()
+    """The stages of layers 1..L in the whole analysis; over those of exploration `summary` averages."""
+    lens: str = "policy"
+    """The lens of the analysis."""
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -146,6 +148,16 @@ class TokenGroups:
         first = rows.groupby(_KEYS).agg({"prompt": "first", "n_tokens": "sum"})
         return first.join(total.div(first["n_tokens"], axis=0)).reset_index()
 
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return int(self.responses["layer"].max())
+
+    @property
+    def exploration(self) -> tuple[int, ...]:
+        """The layers of the exploration stage of the whole analysis, from 1."""
+        return tuple(layer for layer, stage in enumerate(self.stages, start=1) if stage == "exploration")
+
     def _explored(self, rows: pd.DataFrame) -> tuple[Any, Any, Any] | None:
         """The mean change of the FFN over the layers of exploration, its tokens and its prompt, of each response."""
         rows = rows[(rows["site"] == "ffn") & rows["layer"].isin(self.exploration)]
@@ -187,76 +199,69 @@ class TokenGroups:
         return f"TokenGroups({self.name!r}, by {self.grouping}: {', '.join(self.groups)})"
 
 
-def group_tokens(
-    by: GroupingName | LabelFunction,
-    *,
-    name: str,
-    responses: pd.DataFrame,
-    tokens: pd.DataFrame,
-    sequences: pd.DataFrame,
-    stored: pd.DataFrame | None = None,
-    exploration: tuple[int, ...] = (),
-    sampled: bool = False,
-) -> TokenGroups:
-    """Divide the tokens of an analysis into groups.
+class _Measured(Protocol):
+    """The parts of an ``Analysis`` that are divided into groups."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lens(self) -> str: ...
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+    @property
+    def responses(self) -> pd.DataFrame: ...
+    @property
+    def tokens(self) -> pd.DataFrame: ...
+    @property
+    def sequences(self) -> pd.DataFrame: ...
+    @property
+    def additions(self) -> dict[str, pd.DataFrame]: ...
+    @property
+    def positions(self) -> dict[str, Any] | None: ...
+
+
+def group_tokens(analysis: _Measured, by: GroupingName | LabelFunction) -> TokenGroups:
+    """Divide the tokens of an analysis into groups (see ``Analysis.by``).
 
     Args:
+        analysis: the analysis.
         by: a built-in grouping, or a function.
-        name: of the model.
-        responses: ``Analysis.responses``.
-        tokens: ``Analysis.tokens``.
-        sequences: ``Analysis.sequences``.
-        stored: ``groups.parquet``, if it was measured.
-        exploration: layers of the exploration stage.
-        sampled: whether positions were chosen at random for a tolerance.
 
     Returns:
-        The groups: of all responses for a stored grouping and for ``correct``, otherwise of those in `tokens`.
+        The groups: of all responses for a stored grouping and for ``correct``, otherwise of those kept token by token.
 
     Raises:
         UserError: an unknown name, no tokens or no rewards, or positions chosen at random.
     """
-    if not callable(by):
-        grouping = require_grouping(by)
-        known = None if stored is None else stored[stored["grouping"] == grouping]
-        if known is not None and not known.empty:
-            found = known.drop(columns="grouping")
-        elif grouping == "correct":
-            found = correct_rows(responses, sequences["reward"])
-        else:
-            _require_tokens(tokens, f"{grouping!r}", sampled, f'; analyse with by=("{grouping}",) for all responses')
-            kept = _kept(tokens, sequences)
-            labels = label_responses(grouping, list(kept.values()))
-            found = token_rows(tokens, dict(zip(kept, labels, strict=True)), responses)
-        order: tuple[str, ...] = LABELS[grouping]
-        present = set(found["group"])
-        groups = tuple(group for group in order if group in present)
-    else:
-        grouping_name = getattr(by, "__name__", type(by).__name__)
-        _require_tokens(tokens, "a function", sampled, "")
-        labelled, groups = _apply(by, tokens, sequences)
+    if callable(by):
+        name = getattr(by, "__name__", type(by).__name__)
+        _require_tokens(analysis, "a function", texts=True)
+        labels, groups = _apply(by, analysis)
         if not groups:
-            raise UserError(f"{grouping_name} labels no token: it returned None for each; return a label for some")
-        found = token_rows(tokens, labelled, responses)
-        return _result(name, grouping_name, groups, found, responses, None, exploration)
-    return _result(name, grouping, groups, found, responses, grouping, exploration)
+            raise UserError(f"{name} labels no token: it returned None for each; return a label for some")
+        found, why = token_rows(analysis.tokens, labels, analysis.responses), "those kept token by token"
+    else:
+        name = require_grouping(by)
+        found, why = _built_in(analysis, name)
+        present = set(found["group"])
+        groups = tuple(group for group in LABELS[name] if group in present)
+    n, total = int(found["response"].nunique()), int(analysis.responses["response"].nunique())
+    note = f"{n} of {total} responses, {why}" if n < total else None
+    return TokenGroups(analysis.name, name, groups, found, n, note, analysis.stages, analysis.lens)
 
 
-def _result(
-    name: str,
-    title: str,
-    groups: tuple[str, ...],
-    found: pd.DataFrame,
-    responses: pd.DataFrame,
-    grouping: GroupingName | None,
-    exploration: tuple[int, ...],
-) -> TokenGroups:
-    n, total = int(found["response"].nunique()), int(responses["response"].nunique())
-    note = None
-    if n < total:
-        why = "those with a reward" if grouping == "correct" else "those kept token by token"
-        note = f"{n} of {total} responses, {why}"
-    return TokenGroups(name, title, groups, found, n, note, exploration)
+def _built_in(analysis: _Measured, grouping: GroupingName) -> tuple[pd.DataFrame, str]:
+    """The rows of a built-in grouping, and which responses they are of if it is not all of them."""
+    if grouping == "correct":
+        return correct_rows(analysis.responses, analysis.sequences["reward"]), "those with a reward"
+    stored = analysis.additions.get("groups")
+    if stored is not None and not (own := stored[stored["grouping"] == grouping]).empty:
+        return own.drop(columns="grouping"), ""
+    _require_tokens(analysis, repr(grouping), f', or with by=("{grouping}",)', texts=grouping == "kind")
+    kept = _kept(analysis)
+    labels = label_responses(grouping, list(kept.values()))
+    rows = token_rows(analysis.tokens, dict(zip(kept, labels, strict=True)), analysis.responses)
+    return rows, "those kept token by token"
 
 
 def token_rows(
@@ -272,7 +277,7 @@ def token_rows(
     Returns:
         Columns response, prompt, group, n_tokens, layer, site, and the quantities, float64.
     """
-    names = [name for name in statistics.QUANTITIES if name in tokens]
+    names = list(statistics.QUANTITIES)
     flat = [(r, t, label) for r, own in labels.items() for t, label in enumerate(own) if label is not None]
     keys = pd.DataFrame(flat, columns=["response", "token", "group"])
     joined = tokens[["response", "token", "layer", "site", *names]].merge(keys, on=["response", "token"])
@@ -301,48 +306,47 @@ def correct_rows(responses: pd.DataFrame, rewards: Iterable[float | None]) -> pd
     label_responses("correct", [ResponseTokens((), reward) for reward in scored])
     rows = responses.drop(columns="n_analysed", errors="ignore").copy()
     rows["group"] = rows["response"].map(dict(enumerate(map(correctness, scored))))
-    columns = ["response", "prompt", "group", "n_tokens", "layer", "site"]
-    names = [name for name in statistics.QUANTITIES if name in rows]
-    return rows.loc[rows["group"].notna(), [*columns, *names]].reset_index(drop=True)
+    columns = ["response", "prompt", "group", "n_tokens", "layer", "site", *statistics.QUANTITIES]
+    return rows.loc[rows["group"].notna(), columns].reset_index(drop=True)
 
 
-def _require_tokens(tokens: pd.DataFrame, what: str, sampled: bool, instead: str) -> None:
+def _require_tokens(analysis: _Measured, what: str, instead: str = "", *, texts: bool) -> None:
+    tokens = analysis.tokens
     if tokens.empty:
         raise UserError(
             f"grouping by {what} needs the values of single tokens, and this analysis kept none (keep_tokens=0); "
             f"analyse again with keep_tokens{instead}"
         )
-    if sampled:
+    if analysis.positions is not None:
         raise UserError(
             f"grouping by {what} needs every token of a response, and this analysis chose positions at random for its "
             "tolerance; analyse again without tolerance"
         )
-
-
-def _kept(tokens: pd.DataFrame, sequences: pd.DataFrame) -> dict[int, ResponseTokens]:
-    """The kept responses by their index."""
-    policy = tokens[tokens["site"] == "policy"].sort_values(["response", "token"])
-    found = {}
-    for response, rows in policy.groupby("response"):
-        reward = sequences["reward"].iloc[int(str(response))]
-        found[int(str(response))] = ResponseTokens(
-            [from_visible(text) for text in rows["token_text"]],
-            None if reward is None or pd.isna(reward) else float(reward),
-            rows["entropy_out"].to_numpy(dtype=np.float64),
+    if texts and "token_text" not in tokens:
+        raise UserError(
+            f"grouping by {what} needs the texts of tokens, which this analysis does not store; analyse again"
         )
-    return found
 
 
-def _apply(
-    by: LabelFunction, tokens: pd.DataFrame, sequences: pd.DataFrame
-) -> tuple[dict[int, list[str | None]], tuple[str, ...]]:
+def _kept(analysis: _Measured) -> dict[int, ResponseTokens]:
+    """The kept responses by their index."""
+    policy = analysis.tokens[analysis.tokens["site"] == "policy"].sort_values(["response", "token"])
+    texts = policy["token_text"] if "token_text" in policy else pd.Series("", policy.index)
+    policy = policy.assign(text=[from_visible(text) for text in texts])
+    return {
+        int(str(response)): ResponseTokens(rows["text"].tolist(), entropies=rows["entropy_out"].to_numpy())
+        for response, rows in policy.groupby("response")
+    }
+
+
+def _apply(by: LabelFunction, analysis: _Measured) -> tuple[dict[int, list[str | None]], tuple[str, ...]]:
     """The label of every kept token as text, and the labels in order: numbers by size, all others by alphabet."""
     labels: dict[int, list[Any]] = {}
-    for index, response in _kept(tokens, sequences).items():
-        row = sequences.iloc[index]
+    for index, response in _kept(analysis).items():
+        row = analysis.sequences.iloc[index]
         labels[index] = [by(text, place, row) for place, text in enumerate(response.texts)]
     distinct = {label for own in labels.values() for label in own if label is not None}
     numeric = all(isinstance(label, (int, float, np.number)) for label in distinct)
     ordered = sorted(distinct) if numeric else sorted(distinct, key=str)
-    texts = {r: [None if label is None else str(label) for label in own] for r, own in labels.items()}
-    return texts, tuple(dict.fromkeys(map(str, ordered)))
+    shown = {r: [None if label is None else str(label) for label in own] for r, own in labels.items()}
+    return shown, tuple(dict.fromkeys(map(str, ordered)))

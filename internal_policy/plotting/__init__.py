@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
+    from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
@@ -34,6 +35,8 @@ _HOME = {
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "grouped_change": "token_groups",
+    "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
     "inspection_data": "inspection",
     "inspection_map": "inspection",
@@ -45,6 +48,7 @@ _HOME = {
     "pass_at_k_data": "evaluation",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_pass_at_k": "evaluation",
     "plot_residual_cosine": "analysis",
