@@ -18,8 +18,8 @@ from internal_policy.analysis.token_groups import TokenGroups
 from internal_policy.analysis.token_labels import LABELS
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
-from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import MIN_WIDTH, few_prompts, number, plus_minus, table
+from internal_policy.utils.console import console as open_console
 from internal_policy.utils.errors import counted
 from internal_policy.utils.output import note_files
 from internal_policy.utils.palette import BOUNDARY_SIGN, STAGES

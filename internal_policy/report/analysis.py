@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from internal_policy.analysis.layer_selection import COVERS, STAGES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis, other_lens_sentence
+from internal_policy.analysis.token_labels import LABELS
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
-from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
+from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart, group_chart
 from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
@@ -52,6 +53,8 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
     charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    groups = _groups(analysis)
+    charts.update({f"{key}-groups-{group['name']}": group["chart"] for group in groups})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -74,6 +77,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
         "reason": convergence.reason,
+        "groups": groups,
         "tokens": view,
         "settings": settings_tables(analysis),
         "again": reproduce.analysis_commands(analysis),
@@ -179,6 +183,28 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
         }
         for layer, stage in enumerate(analysis.stages, start=1)
     ]
+
+
+def _groups(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return a chart and the rows of a table for each grouping of tokens that was measured on all responses."""
+    shown = []
+    for name in (name for name in LABELS if name in analysis.groupings):
+        groups = analysis.by(name)
+        rows = []
+        for row in groups.summary.to_dict("records"):
+            policy = groups.policy_entropy.set_index("group").loc[row["group"]]
+            span = interval(row["difference_low"], row["difference_high"], "+.3f")
+            rows.append(
+                {
+                    "group": row["group"],
+                    "tokens": f"{row['n_tokens']} ({number(row['share'], '.1%')})",
+                    "policy": {"value": number(policy["mean"]), "interval": interval(policy["low"], policy["high"])},
+                    "change": {"value": number(row["change"], "+.3f"), "interval": ""},
+                    "difference": {"value": number(row["difference"], "+.3f"), "interval": span},
+                }
+            )
+        shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
+    return shown
 
 
 def token_view(analysis: Analysis) -> dict[str, Any] | None:
