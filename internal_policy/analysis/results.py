@@ -20,7 +20,7 @@ import pandas as pd
 
 from internal_policy.analysis.layer_selection import COVERS, Selection
 from internal_policy.analysis.token_groups import TokenGroups, group_tokens
-from internal_policy.analysis.token_labels import GroupingName, LabelFunction
+from internal_policy.analysis.token_labels import LABELS, GroupingName, LabelFunction
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
@@ -159,10 +159,11 @@ class Analysis:
         return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
     @property
-    def groupings(self) -> tuple[str, ...]:
+    def groupings(self) -> tuple[GroupingName, ...]:
         """The groupings of tokens that were measured on all responses (--by), for `by`."""
         groups = self.additions.get("groups")
-        return () if groups is None else tuple(groups["grouping"].unique())
+        measured = set() if groups is None else set(groups["grouping"])
+        return tuple(name for name in LABELS if name in measured)
 
     @cached_property
     def responses_digest(self) -> str:

@@ -15,7 +15,6 @@ from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
 from internal_policy.analysis.token_groups import TokenGroups
-from internal_policy.analysis.token_labels import LABELS
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lens_of, under_other_lens
 from internal_policy.utils.console import MIN_WIDTH, few_prompts, number, plus_minus, table
@@ -43,9 +42,8 @@ def show_analysis(analysis: Analysis) -> None:
     for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
         if line is not None:
             console.print(line)
-    for name in LABELS:
-        if name in analysis.groupings:
-            console.print(group_table(analysis.by(name)))
+    for name in analysis.groupings:
+        console.print(group_table(analysis.by(name)))
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from internal_policy.analysis.layer_selection import COVERS, STAGES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis, other_lens_sentence
-from internal_policy.analysis.token_labels import LABELS
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
 from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart, group_chart
@@ -188,7 +187,7 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def _groups(analysis: Analysis) -> list[dict[str, Any]]:
     """Return a chart and the rows of a table for each grouping of tokens that was measured on all responses."""
     shown = []
-    for name in (name for name in LABELS if name in analysis.groupings):
+    for name in analysis.groupings:
         groups = analysis.by(name)
         rows = []
         for row in groups.summary.to_dict("records"):
