@@ -79,16 +79,18 @@ def run_through_dispatch(*operands, **options):
         streaming.kernel_is_faster, triton_kernel.online_sums = serves, sums
 
 
-def run_fused(states, unembedding, lengths, bias, **options):
-    """What the dispatch makes of the call for two lengths, and its failures; runs in the interpreter's process."""
-    from internal_policy.entropy import streaming
+def run_at_lengths(*operands, **options):
+    """Entropies of the public function and whether the kernel failed; runs in the interpreter's process."""
+    from internal_policy.entropy import policy_entropies, streaming, triton_kernel
 
-    serves = streaming.kernel_is_faster
+    calls = []
+    serves, sums = streaming.kernel_is_faster, triton_kernel.online_sums
     streaming.kernel_is_faster = lambda *_: True
+    triton_kernel.online_sums = lambda *args, **kwargs: calls.append(kwargs.get("lengths")) or sums(*args, **kwargs)
     try:
-        return streaming.fused("policy_entropies_at_lengths", states, unembedding, lengths, bias, **options)
+        return policy_entropies(*operands, **options), [lengths is not None for lengths in calls]
     finally:
-        streaming.kernel_is_faster = serves
+        streaming.kernel_is_faster, triton_kernel.online_sums = serves, sums
 
 
 def run_counting(*operands, **options):
@@ -346,14 +348,15 @@ def test_targets_keep_their_log_probabilities_beside_a_second_length(interpreter
     assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
 
 
-def test_the_dispatch_passes_lengths_before_the_unembedding(interpreter):
-    states, _, unembedding = random(size=2)
-    bias, lengths = torch.randn(101), factors(most=3.0).double()
-    options = {"scale": 0.5, "softcap": 3.0, "memory_budget": 2**20}
-    ours = interpreter.submit(run_fused, states, unembedding, lengths, bias, **options).result(300)
-    del options["memory_budget"]
-    scaled = states.double() * lengths[:, None]
-    own = torch.stack([reference.policy_entropy(x, unembedding, bias, **options) for x in (states, scaled)])
+def test_states_with_another_length_cost_no_further_launch(interpreter):
+    first, _, unembedding = random(size=2)
+    states, bias, lengths = [first, first.flip(0)], torch.randn(101), factors(most=3.0).double()
+    options = {"scale": 0.5, "softcap": 3.0}
+    operands, at = (states, unembedding, bias), [(1, lengths)]
+    ours, launches = interpreter.submit(run_at_lengths, *operands, lengths=at, **options).result(300)
+    assert launches == [False, True]
+    scaled = states[1].double() * lengths[:, None]
+    own = torch.stack([reference.policy_entropy(x, unembedding, bias, **options) for x in (*states, scaled)])
     torch.testing.assert_close(ours.double(), own, rtol=0, atol=FLOAT32_NATS)
 
 
