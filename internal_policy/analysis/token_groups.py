@@ -252,11 +252,13 @@ def group_tokens(analysis: _Measured, by: GroupingName | LabelFunction) -> Token
 
 def _built_in(analysis: _Measured, grouping: GroupingName) -> tuple[pd.DataFrame, str]:
     """The rows of a built-in grouping, and which responses they are of if it is not all of them."""
-    if grouping == "correct":
-        return correct_rows(analysis.responses, analysis.sequences["reward"]), "those with a reward"
+    scored = "those with a reward"
     stored = analysis.additions.get("groups")
     if stored is not None and not (own := stored[stored["grouping"] == grouping]).empty:
-        return own.drop(columns="grouping"), ""
+        # Only responses without a reward have no token in a group that was measured.
+        return own.drop(columns="grouping"), scored
+    if grouping == "correct":
+        return correct_rows(analysis.responses, analysis.sequences["reward"]), scored
     _require_tokens(analysis, repr(grouping), f', or with by=("{grouping}",)', texts=grouping == "kind")
     kept = _kept(analysis)
     labels = label_responses(grouping, list(kept.values()))
