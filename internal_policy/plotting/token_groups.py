@@ -146,8 +146,6 @@ def grouped_change(
     figure.supxlabel("Layer")
     figure.align_ylabels()
     _add_legend(figure, [*top, *bottom], given)
-    # Lower panels have other ticks, whose labels may be wider than those for which the layout made room.
-    figure.draw_without_rendering()
     return figure
 
 
