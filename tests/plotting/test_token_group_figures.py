@@ -30,12 +30,18 @@ def grouped(*groupings, name="Qwen/Qwen3-4B", n_layers=12):
     return replace(analysis, additions={"groups": pd.concat(rows, ignore_index=True)} if rows else {})
 
 
+def check_legible(figure):
+    """Check a figure as it is drawn: labels find their place in the pass after the one that sets the ticks."""
+    lay_out(figure)
+    assert_legible(figure)
+
+
 @pytest.mark.parametrize("grouping", LABELS)
 def test_the_figure_draws_its_data(grouping):
     groups = grouped(grouping).by(grouping)
     frame = plotting.grouped_change_data(groups)
     figure = plotting.grouped_change(groups)
-    assert_legible(figure)
+    check_legible(figure)
     for site, ax in zip(("attn", "ffn"), figure.axes, strict=True):
         bands = len(ax.collections)
         # Ten bands would hide one another.
@@ -55,9 +61,7 @@ def test_the_figure_draws_its_data(grouping):
 def test_models_stand_side_by_side_and_on_the_users_axes():
     given = [grouped("kind", name=name).by("kind") for name in ("a/one", "b/two")]
     figure = plotting.grouped_change(given)
-    # Aligned labels find their place in the pass after the one that sets the ticks; the drawing of a file has both.
-    lay_out(figure)
-    assert_legible(figure)
+    check_legible(figure)
     assert [ax.get_title() for ax in figure.axes if ax.get_title()] == ["one", "two"]
     assert sorted(plotting.grouped_change_data(given)["panel"].unique()) == [1, 2]
     own = Figure()
@@ -66,7 +70,7 @@ def test_models_stand_side_by_side_and_on_the_users_axes():
     assert axes[1, 1].get_title() == "y"
     ax = plotting.plot_grouped_change(given[0], "attn", color=["red", "green", "blue", "black"])
     assert [line.get_color() for line in ax.lines[:4]] == ["red", "green", "blue", "black"]
-    assert_legible(ax.figure)
+    check_legible(ax.figure)
     with pytest.raises(UserError, match="got 1 axes in ax; needed are 4"):
         plotting.grouped_change(given, ax=axes[0, 0])
     with pytest.raises(UserError, match="got 2 colours for 4 groups"):
