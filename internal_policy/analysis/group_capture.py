@@ -58,7 +58,8 @@ def measure_groups(run: AdditionRun) -> dict[str, pd.DataFrame]:
         rewards = [response.reward for response in run.responses]
         rows = correct_rows(run.analysis.responses, rewards)
         parts.append(rows.assign(grouping="correct"))
-        if unscored := sum(reward is None for reward in rewards):
+        unscored = sum(reward is None for reward in rewards)
+        if unscored and run.state.is_main_process:
             logger.warning("--by correct leaves out %s without a reward", counted(unscored, "response"))
     # In the order of LABELS, by which an interrupted stage is found again.
     if names := [name for name in LABELS if name in wanted and name != "correct"]:

@@ -23,6 +23,7 @@ from internal_policy.cli import display
 from internal_policy.extractors import reduce_responses
 from internal_policy.models.families import FAMILIES as TABLE
 from internal_policy.report import analysis_report
+from internal_policy.report.reproduce import analysis_commands
 from internal_policy.statistics import QUANTITIES
 
 NATS = 1e-5
@@ -381,6 +382,12 @@ def test_the_terminal_and_the_report_show_the_groups(analysis, capsys):
             assert line[-1].startswith(f"{row['difference']:+.3f}")
             assert f"{row['n_tokens']} ({share})" in page
             assert f"{row['difference']:+.3f}".replace("-", "−") in page
+
+
+def test_the_commands_that_reproduce_an_analysis_name_its_groupings(analysis):
+    assert f"by={GROUPINGS!r}" in analysis_commands(Analysis.load(analysis.path)).python.replace("\n", "")
+    # JSON has lists where the settings have tuples, also for no grouping at all.
+    assert "by=" not in analysis_commands(replace(analysis, config={**analysis.config, "by": []})).python
 
 
 def with_stages(analysis):
