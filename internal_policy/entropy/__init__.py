@@ -1,7 +1,7 @@
 """Entropies, divergences and log-probabilities of policies, in nats.
 
-``policy_entropy``, ``policy_entropies``, ``policy_divergence``, ``policy_divergences`` and ``token_log_probs`` are exact
-and stream over the vocabulary; they are tested against the formulas of ``reference``.
+Those of ``policy_entropy``, ``policy_entropies``, ``policy_divergence``, ``policy_divergences`` and ``token_log_probs``
+are exact and stream over the vocabulary; they are tested against the formulas of ``reference``.
 """
 
 from __future__ import annotations

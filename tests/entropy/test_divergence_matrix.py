@@ -1,4 +1,4 @@
-"""All divergences of S policies at once against the float64 definition of each pair: values, blocks, dtypes, extremes."""
+"""All divergences of S policies at once against the float64 definition of each pair."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_mismatched_arguments_are_refused():
         policy_divergences([zeros(3, 4)], zeros(5, 6))
     with pytest.raises(ValueError, match=r"needed \[5\]"):
         policy_divergences([zeros(3, 4)], zeros(5, 4), zeros(4))
-    with pytest.raises(ValueError, match="memory_budget is 10 bytes; .* needs at least"):
+    with pytest.raises(ValueError, match=r"memory_budget is 10 bytes; .* needs at least"):
         policy_divergences([zeros(3, 4)], zeros(5, 4), memory_budget=10)
     with pytest.raises(ValueError, match="does not hold 100 states of d = 4"):
         policy_divergences([zeros(3, 4)] * 100, zeros(5, 4), memory_budget=10_000)
