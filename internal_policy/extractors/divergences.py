@@ -120,8 +120,9 @@ def measure_divergences(extractor: Extractor, responses: Sequence[Response], len
             found = extractor.run(batch, reduce)[-1]
             sums[[i for i, _ in pieces]] += found.numpy()
     means = sums / np.array(counts)[:, None]
-    _refuse_non_finite(means[:, :n_layers], model)
-    return [_unpack(row, n_layers) for row in means]
+    found = [_unpack(row, n_layers) for row in means]
+    _refuse_non_finite(found, model)
+    return found
 
 
 def _capacity(model: LanguageModel) -> int:
@@ -157,11 +158,16 @@ def _unpack(row: NDArray[np.float64], n_layers: int) -> PolicyDivergences:
     return PolicyDivergences(policy, following, top1, matrix.reshape(n_layers, n_layers))
 
 
-def _refuse_non_finite(kl_policy: NDArray[np.float64], model: LanguageModel) -> None:
-    finite = np.isfinite(kl_policy).all(axis=0)
-    if not finite.all():
-        layer = int(np.argmin(finite)) + 1
-        raise UserError(
-            f"{model.name}: NaN or inf in the policy of layer {layer} or in the final one; they overflow in this dtype "
-            "or the weights are broken: try --dtype float32 or bfloat16"
-        )
+def _refuse_non_finite(found: Sequence[PolicyDivergences], model: LanguageModel) -> None:
+    # A policy's divergence from itself is 0 unless its own state is not finite.
+    own = np.array([np.diag(each.matrix) for each in found])
+    if not np.isfinite(own).all():
+        where = f"the states of layer {int(np.argmin(np.isfinite(own).all(axis=0))) + 1}"
+    elif not all(np.isfinite(each.kl_policy).all() for each in found):
+        where = "the final policy's logits"
+    else:
+        return
+    raise UserError(
+        f"{model.name}: NaN or inf in {where}; they overflow in this dtype or the weights are broken: "
+        "try --dtype float32 or bfloat16"
+    )
