@@ -1,78 +1,72 @@
 """Divergences between the policies of the layers, as tables (``--divergences``): an optional pass over the responses.
 
-How soon does the model know what it will say? KL(pi_theta || pi^l) and the agreement of the most probable tokens say how
-far the policy of each layer is from the final one, KL(pi^l || pi^(l+1)) how far each layer moves it. Every response token
-is measured, since all pairs of layers at a position cost little more than the projections of its states.
+KL(pi_theta || pi^l) and the agreement of the most probable tokens say how far the policy of a layer is from the final
+one, KL(pi^l || pi^(l+1)) how far the next layer moves it. Every response token is measured: all pairs of layers at a
+position cost little more than the projections of its states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
+from internal_policy.analysis.additions import AdditionRun
 from internal_policy.analysis.position_sampling import MEMORY_ADVICE
 from internal_policy.data.responses import Response, prompt_indices
 from internal_policy.extractors import Extractor
 from internal_policy.extractors.divergences import measure_divergences
 from internal_policy.models.options import Lens
 from internal_policy.statistics import Floats, clustered_mean, confidence_interval
-from internal_policy.utils.distributed import Processes, run_with_oom_retry
-from internal_policy.utils.workspace import Arrays, Workspace
+from internal_policy.utils.distributed import run_with_oom_retry
+from internal_policy.utils.workspace import Arrays
 
-DIVERGENCES, MATRIX = "divergences", "divergence_matrix"
-"""Names of the two tables."""
 _CURVES = ("kl_policy", "kl_next", "top1")
 
 
-def measure(
-    extractor: Extractor,
-    responses: Sequence[Response],
-    lens: Lens,
-    batch_size: int,
-    workspace: Workspace,
-    state: Processes,
-) -> list[Arrays]:
+def measure(run: AdditionRun) -> dict[str, pd.DataFrame]:
     """Measure the divergences of every response; an interrupted measurement is resumed.
 
     Args:
-        extractor: any backend.
-        responses: all responses, in order.
-        lens: what is applied to H^l before it is projected.
-        batch_size: sequences in a batch.
-        workspace: where the portions are.
-        state: the processes that share the work.
+        run: the analysis with its responses, and the model.
 
     Returns:
-        Portions with ``index`` [R], ``kl_policy``, ``kl_next`` and ``top1`` [R, L] and ``matrix`` [R, L, L]: means over
-        the tokens of each response, in nats.
+        The tables ``divergences`` and ``divergence_matrix`` (see ``tabulate``).
 
     Raises:
         UserError: NaN or inf in a state, or too little memory for a single response.
     """
+    responses = run.responses
 
     def compute(batch: list[int]) -> Arrays:
-        run = partial(_run, extractor=extractor, lens=lens)
-        found = run_with_oom_retry([responses[i] for i in batch], run, MEMORY_ADVICE)
+        measure_batch = partial(_measure_batch, extractor=run.extractor, lens=run.config.lens)
+        found = run_with_oom_retry([responses[i] for i in batch], measure_batch, MEMORY_ADVICE)
         return {name: np.stack([each[name] for each in found]) for name in (*_CURVES, "matrix")}
 
     lengths = {i: len(response.input_ids) for i, response in enumerate(responses)}
-    return workspace.run_stage(
-        DIVERGENCES, lengths, batch_size, compute, description="comparing policies", processes=state
+    portions = run.workspace.run_stage(
+        "divergences",
+        lengths,
+        run.config.batch_size,
+        compute,
+        description="comparing the policies of the layers",
+        processes=run.state,
     )
+    return tabulate(portions, responses)
 
 
-def _run(responses: Sequence[Response], extractor: Extractor, lens: Lens) -> list[Arrays]:
+def _measure_batch(responses: Sequence[Response], extractor: Extractor, lens: Lens) -> list[Arrays]:
     return [vars(each) for each in measure_divergences(extractor, responses, lens)]
 
 
-def tables(portions: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, pd.DataFrame]:
+def tabulate(portions: Sequence[Arrays], responses: Sequence[Response]) -> dict[str, pd.DataFrame]:
     """Tabulate means over all tokens, with standard errors and 95% intervals clustered by prompt.
 
     Args:
-        portions: what ``measure`` returned.
+        portions: with ``index`` [R], ``kl_policy``, ``kl_next`` and ``top1`` [R, L] and ``matrix`` [R, L, L], means
+            over the tokens of each response.
         responses: all responses, in order.
 
     Returns:
@@ -101,19 +95,4 @@ def tables(portions: Sequence[Arrays], responses: Sequence[Response]) -> dict[st
     table = pd.DataFrame({**curves, "n_tokens": total})
     # A share lies between 0 and 1, and so does what is known of it.
     table[["top1_low", "top1_high"]] = table[["top1_low", "top1_high"]].clip(0.0, 1.0)
-    return {DIVERGENCES: table, MATRIX: pd.DataFrame({**matrix, "n_tokens": total})}
-
-
-def first_agreeing_layer(table: pd.DataFrame, share: float = 0.5) -> int | None:
-    """Find the first layer from which on pi^l agrees with pi_theta on at least a share of the tokens.
-
-    Args:
-        table: ``divergences``.
-        share: of the tokens whose most probable token is the same.
-
-    Returns:
-        The layer from 1; None if the last layer agrees less often.
-    """
-    below = table.loc[table["top1"] < share, "layer"]
-    first = 1 if below.empty else int(below.max()) + 1
-    return first if first <= int(table["layer"].max()) else None
+    return {"divergences": table, "divergence_matrix": pd.DataFrame({**matrix, "n_tokens": total})}
