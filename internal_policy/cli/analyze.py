@@ -271,7 +271,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12, and those of additions, into a directory below `root` that is named by the analyses, and list the files."""
+    """Draw figures 2, 3, 12 and those of additions into a directory below `root` that is named by the analyses."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting.divergences import save_divergence_figures

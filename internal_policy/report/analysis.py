@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from internal_policy.analysis.layer_selection import COVERS, STAGES
-from internal_policy.analysis.remarks import divergence_remark, positions_line, remarks
+from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis, other_lens_sentence
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
@@ -186,7 +186,7 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _divergences(table: pd.DataFrame, matrix: pd.DataFrame) -> dict[str, Any]:
-    """Return the sentence about the divergences, a row for each layer, and the matrix of all pairs as rows of texts."""
+    """Return a row for each layer, and the divergences of all pairs of layers as rows of texts."""
     columns = (("kl_policy", ".3f"), ("kl_next", ".3f"), ("top1", ".1%"))
     rows = [
         {
@@ -202,7 +202,7 @@ def _divergences(table: pd.DataFrame, matrix: pd.DataFrame) -> dict[str, Any]:
     pairs = [
         {"layer": int(layer), "cells": [number(value, ".2f") for value in values.loc[layer]]} for layer in values.index
     ]
-    return {"sentence": divergence_remark(table), "rows": rows, "pairs": pairs}
+    return {"rows": rows, "pairs": pairs}
 
 
 def token_view(analysis: Analysis) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from internal_policy.extractors.divergences import measure_divergences
 from internal_policy.models import LanguageModel
 from internal_policy.models.families import FAMILIES
 
-LENSES = ("policy", "logit-lens")
+LENSES = ("policy", "logit-lens", "unit-norm")
 
 
 def measured(model, records, lens="policy", opener=HookExtractor):
@@ -42,6 +42,8 @@ def logits_by_layer(model, record, lens):
     if lens == "logit-lens":
         base = getattr(model, model.base_model_prefix)
         states = [m for n, m in base.named_children() if "norm" in n or n == "ln_f"][-1](states)
+    if lens == "unit-norm":
+        states = states / states.pow(2).mean(dim=-1, keepdim=True).sqrt()
     head, config = model.get_output_embeddings(), model.config
     z = states @ head.weight.T + (0 if head.bias is None else head.bias)
     z = z * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
