@@ -10,7 +10,7 @@ that of the last layer under the logit lens, is not drawn. Nothing here needs a 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from internal_policy.analysis.figure_data import (
@@ -51,6 +52,8 @@ LABELS = {
 }
 AGREEMENT_LABEL = "Same top token\nas $\\pi_\\theta$"
 _LOOKS = {"kl_policy": LOOKS["policy"], "kl_next": LOOKS["stream"], "top1": LOOKS["policy"]}
+_BAR_PAD = 0.02
+"""Between the panels and the colour bar, as a share of the figure's width."""
 _LOWEST = 1e-4
 """Nats that are drawn at least: float32 does not resolve much less."""
 
@@ -117,7 +120,7 @@ def _plot(analysis: Analysis, quantities: tuple[str, ...], ax: Axes | None, labe
     if first:
         style.set_layer_axis(ax, analysis.n_layers)
         ax.set_xlabel("Layer")
-        ax.set_ylabel(AGREEMENT_LABEL if shares else "Divergence (nats)", linespacing=0.9)
+        ax.set_ylabel(AGREEMENT_LABEL if shares else "Divergence (nats)", linespacing=1.0)
         if shares:
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -262,7 +265,7 @@ def divergence_matrix(
     tables, colormap = [_matrix(analysis) for analysis in given], marks.check_colormap(color)
     n_rows, n_columns = style.grid_shape(len(given))
     width = style.ONE_COLUMN if len(given) == 1 else style.TWO_COLUMNS
-    # Square panels, with room for a colour bar on the right and for labels.
+    # Nearly square panels, with room for a colour bar on the right and for labels.
     side = (width - 0.75) / n_columns - 0.3
     figure = style.new_figure(width, n_rows * (side + 0.45) + 0.3)
     panels = [figure.add_subplot(n_rows, n_columns, k + 1) for k in range(len(given))]
@@ -273,7 +276,9 @@ def divergence_matrix(
     marks.set_titles(panels, given, label)
     if len(given) > 1:
         style.share_labels(figure, panels)
-    bar = figure.colorbar(panels[0].collections[0], ax=panels, fraction=0.05, pad=0.02, aspect=20 * n_rows)
+    bar = figure.colorbar(panels[0].collections[0], ax=panels, fraction=0.05, pad=_BAR_PAD, aspect=20 * n_rows)
+    # The layout makes no room for what is between the panels and a bar.
+    cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(rect=(0.0, 0.0, 1.0 - _BAR_PAD, 1.0))
     bar.set_label(r"$\mathrm{KL}(\pi^l \,\Vert\, \pi^m)$ (nats)")
     bar.outline.set_linewidth(0.4)
     _label_decades(bar.ax.yaxis, *bar.ax.get_ylim())
@@ -314,7 +319,7 @@ def _norm(tables: list[pd.DataFrame]) -> LogNorm:
 
 def _heat_map(ax: Axes, table: pd.DataFrame, norm: LogNorm, colormap: Colormap) -> None:
     options: dict[str, Any] = {"cbar": False, "xticklabels": False, "yticklabels": False, "rasterized": True}
-    sns.heatmap(table, ax=ax, norm=norm, cmap=colormap, square=True, **options)
+    sns.heatmap(table, ax=ax, norm=norm, cmap=colormap, **options)
     ax.set_facecolor("0.9")
     ax.spines[:].set_visible(True)
 
@@ -322,7 +327,7 @@ def _heat_map(ax: Axes, table: pd.DataFrame, norm: LogNorm, colormap: Colormap) 
 def _set_matrix_axes(ax: Axes, analysis: Analysis, label: str | None) -> None:
     n_layers = analysis.n_layers
     style.set_layer_axis(ax, n_layers, first=0.5)
-    # The panel is square, so that the ticks of one axis fit the other.
+    # The panel is nearly square, so that the ticks of one axis fit the other.
     ax.set_ylim(ax.get_xlim())
     ax.yaxis.set_major_locator(style.LayerLocator(n_layers, 0.5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y + 0.5:.0f}"))
