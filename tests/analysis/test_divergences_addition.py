@@ -15,6 +15,7 @@ from internal_policy.analysis import divergences
 from internal_policy.analysis.figure_data import divergence_data, divergence_matrix_data
 from internal_policy.analysis.remarks import divergence_remark, remarks
 from internal_policy.analysis.results import ANALYSIS
+from internal_policy.cli.main import run as run_command
 from internal_policy.data.responses import Response
 from internal_policy.statistics import clustered_mean, confidence_interval
 
@@ -214,3 +215,11 @@ def test_figure_data_are_the_tables():
     for column, name in (("value", "kl_next"), ("stderr", "kl_next_stderr"), ("high", "kl_next_high")):
         np.testing.assert_array_equal(own[column], found.additions["divergences"][name])
     np.testing.assert_array_equal(divergence_matrix_data(found)["kl"], found.additions["divergence_matrix"]["kl"])
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_again_from_disk(tmp_path):
+    analysis = run(tmp_path / "data")
+    run_command(["figures", str(analysis.path), "--output", str(tmp_path / "figures")])
+    drawn = {path.name for path in (tmp_path / "figures").glob("*/*")}
+    assert {f"{stem}.{kind}" for stem in ("divergences", "divergence_matrix") for kind in ("png", "pdf")} <= drawn
