@@ -84,7 +84,6 @@ def reduce_divergences(
         agree = (top[:, :n_layers] == top[:, -1:]).to(divergences.dtype)
         columns = torch.cat([policy, following, agree, own.flatten(1)], dim=1)
         sums.index_add_(0, owners[start : start + _POSITIONS], columns.cpu().double())
-    held.clear()
     return sums
 
 
