@@ -116,8 +116,7 @@ def measure_divergences(extractor: Extractor, responses: Sequence[Response], len
                 lens=lens,
                 n_layers=n_layers,
             )
-            found = extractor.run(batch, reduce)[-1]
-            sums[[i for i, _ in pieces]] += found.numpy()
+            sums[[i for i, _ in pieces]] += extractor.run(batch, reduce)[-1].numpy()
     means = sums / np.array(counts)[:, None]
     found = [_unpack(row, n_layers) for row in means]
     _refuse_non_finite(found, model)
