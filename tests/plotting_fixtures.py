@@ -30,6 +30,7 @@ class FakeAnalysis:
     baseline: pd.DataFrame | None = None
     groupings: tuple[str, ...] = ()
     n_parameters: int | None = None
+    additions: dict = field(default_factory=dict)
 
 
 def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):
