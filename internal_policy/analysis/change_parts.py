@@ -91,6 +91,18 @@ def length_sentence(layers: pd.DataFrame, selection: Selection, lens: str) -> st
     return boundary if share is None else f"{share}; {boundary}"
 
 
+def boundary_texts(measured: int | None, by_direction: int | None) -> tuple[str, str]:
+    """Name the boundary layer and that by direction alone in a figure, at length and in brief."""
+    if measured is None and by_direction is None:
+        return "no boundary layer, nor by direction", "no boundary layer"
+    own = "no boundary layer" if measured is None else f"boundary layer {measured}"
+    if measured == by_direction:
+        other = "by direction too"
+    else:
+        other = f"by direction {'none' if by_direction is None else by_direction}"
+    return f"{own}; {other}", f"{own.removeprefix('boundary ')}; {other}"
+
+
 def share_sentence(layers: pd.DataFrame, selection: Selection) -> str | None:
     """Say how much of the exploration is length; None if the model never explores."""
     run, parts = exploring_layers(selection), _mean_parts(layers, selection)

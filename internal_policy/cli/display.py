@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from internal_policy.analysis.change_parts import length_sentence
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
@@ -37,7 +38,8 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(remark)
     boundary = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(Text.assemble((f"boundary layer: {boundary}", "bold"), f"  {analysis.selection.reason}"))
-    for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
+    length = length_sentence(analysis.layers, analysis.selection, analysis.lens)
+    for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis), length):
         if line is not None:
             console.print(line)
     if analysis.path is not None:

@@ -216,7 +216,8 @@ def module_panels(
         UserError: The number of axes, labels or colours does not fit that of the analyses.
     """
     require_some(analyses)
-    n, columns = len(analyses), []
+    n = len(analyses)
+    columns: list[list[Axes]] = []
     if ax is None:
         figure, columns = style.panel_grid(n, n_stacked=2, panel_height=1.12)
         top, bottom = ([column[k] for column in columns] for k in (0, 1))

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from internal_policy.analysis.change_parts import PARTS
+from internal_policy.analysis.change_parts import PARTS, boundary_texts
 from internal_policy.analysis.figure_data import SITE_LABELS, ModuleSite, OneOrMany, change_parts_data, listed
 from internal_policy.plotting import marks, style
 from internal_policy.utils.palette import LOOKS
@@ -32,7 +32,8 @@ __all__ = ["change_parts", "change_parts_data", "plot_change_parts"]
 PART_LABELS = {part: f"{part} part" for part in PARTS}
 WHOLE_LABEL = r"whole change $\Delta H$"
 BY_DIRECTION_LABEL = "boundary layer by direction"
-_ORDER = (*PART_LABELS.values(), WHOLE_LABEL, "boundary layer", BY_DIRECTION_LABEL)
+_BOUNDARIES = {"boundary": "boundary layer", "direction": BY_DIRECTION_LABEL}
+_ORDER = (*PART_LABELS.values(), WHOLE_LABEL, *_BOUNDARIES.values())
 _WIDTH = 0.72
 """Width of a bar, in layers."""
 _TOP = 0.86
@@ -55,7 +56,7 @@ def plot_change_parts(
 
     Args:
         analysis: The model's analysis.
-        site: `attn` (eq. 12) or `ffn` (eq. 13), for which the boundary layers are marked.
+        site: `attn` (eq. 12) or `ffn` (eq. 13), for which the boundary layer by direction is marked too.
         ax: Where to draw, of one analysis; by default a new figure with a legend.
         label: Title of the panel, in place of the model's name.
         color: Colour of the bars, of which those of the direction part are filled.
@@ -86,6 +87,8 @@ def plot_change_parts(
     marks.set_axes(ax, analysis, label, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
     if site == "ffn":
         _mark_boundaries(ax, whole)
+    else:
+        _mark(ax, "boundary", whole.loc[whole["boundary"], "layer"], 1.0)
     return ax
 
 
@@ -136,37 +139,24 @@ def _bars(ax: Axes, rows: pd.DataFrame, part: str, color: Any, offset: float) ->
 
 def _mark_boundaries(ax: Axes, rows: pd.DataFrame) -> None:
     """Mark the FFN's boundary layer and that by direction alone, and write above the data which they are."""
-    measured, by_direction = (
-        next(iter(rows.loc[rows[k], "layer"]), None) for k in ("boundary", "boundary_by_direction")
-    )
-    lines = [(measured, "boundary layer", style.line_style(LOOKS["boundary"]))]
-    if by_direction != measured:
-        lines.append(
-            (by_direction, BY_DIRECTION_LABEL, {"color": LOOKS["direction"].light, "linestyle": style.DASHES["dot"]})
-        )
-    for layer, name, look in lines:
-        if layer is not None:
-            # Behind the bars, on whose fill it would be lost.
-            ax.axvline(layer, ymax=_TOP, linewidth=0.8, label=name, zorder=1.5, **look)
+    layers = {name: rows.loc[rows[name], "layer"] for name in ("boundary", "boundary_by_direction")}
+    measured, by_direction = (next(iter(found), None) for found in layers.values())
+    _mark(ax, "boundary", layers["boundary"], _TOP)
+    if measured != by_direction:
+        _mark(ax, "direction", layers["boundary_by_direction"], _TOP)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.2 * (high - low))
     text_style: dict[str, Any] = {"fontsize": marks.SMALL, "fontfamily": ax.title.get_fontfamily(), "va": "top"}
-    texts = _boundary_texts(measured, by_direction)
+    texts = boundary_texts(measured, by_direction)
     fits = [text for text in texts if style.text_width(text, marks.SMALL) + 4 < style.panel_width(ax)]
     ax.text(0.5, 0.98, (fits or texts[-1:])[0], transform=ax.transAxes, ha="center", **text_style)
 
 
-def _boundary_texts(measured: int | None, by_direction: int | None) -> tuple[str, str]:
-    """Say which the boundary layers are, at length and in brief."""
-    if measured == by_direction:
-        return (
-            ("no boundary layer, nor by direction", "no boundary layer")
-            if measured is None
-            else (f"boundary layer {measured}, by direction too", f"layer {measured}, direction too")
-        )
-    own = "no boundary layer" if measured is None else f"boundary layer {measured}"
-    other = "none" if by_direction is None else str(by_direction)
-    return f"{own}; by direction {other}", f"{own.removeprefix('boundary ')}; direction {other}"
+def _mark(ax: Axes, what: str, layers: pd.Series, top: float) -> None:
+    """Draw a line up to a share of the panel's height, behind the bars, on whose fill it would be lost."""
+    for layer in layers:
+        look: dict[str, Any] = {**style.line_style(LOOKS[what]), "label": _BOUNDARIES[what]}
+        ax.axvline(layer, ymax=top, linewidth=0.8, zorder=1.5, **look)
 
 
 def _add_legend(figure: Figure, panels: Sequence[Axes], frame: pd.DataFrame) -> None:

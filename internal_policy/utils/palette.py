@@ -49,7 +49,7 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "attn": Look("#0072b2", "#56b4e9", "solid", "triangle-up"),
         "ffn": Look("#c24e00", "#f58b4c", "dash", "square"),
         "policy": Look("#a8487f", "#e295c4", "solid", "star"),
-        "direction": Look("#1f9e78", "#3fc79c"),
+        "direction": Look("#1f9e78", "#3fc79c", "dot"),
         "length": Look("#8a6d00", "#e8c33c", hatched=True),
         "boundary": Look("#404040", "#d0d0d0", "dashdot", "diamond"),
         "switch": Look("#7f7f7f", "#9a9a9a", "dash"),
