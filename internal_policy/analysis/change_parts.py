@@ -10,10 +10,9 @@ is an identity. The columns `change_direction` and `change_scale` of an analysis
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-from internal_policy.analysis.layer_selection import Selection, classify
+from internal_policy.analysis.layer_selection import DIRECTION, Selection
 
 PARTS = {"direction": "change_direction", "length": "change_scale"}
 """The parts of a change in the order they are stacked, and the column of each."""
@@ -61,17 +60,6 @@ def length_share(layers: pd.DataFrame, selection: Selection) -> float | None:
     return None if found is None else found[1] / sum(found)
 
 
-def boundary_by_direction(layers: pd.DataFrame) -> int | None:
-    """The boundary layer by the same rule on `change_direction`, from 1; None if it has none or was not measured."""
-    if not has_parts(layers):
-        return None
-    rows = layers[layers["site"] == "ffn"].sort_values("layer")
-    # One prompt alone has no errors.
-    stderr = np.nan_to_num(rows["change_direction_stderr"].to_numpy(dtype=np.float64))
-    _, (boundary,) = classify(rows["change_direction"].to_numpy(dtype=np.float64)[None], stderr)
-    return int(boundary) or None
-
-
 def length_sentence(layers: pd.DataFrame, selection: Selection, lens: str) -> str | None:
     """Say how much of the exploration is length, and which boundary layer direction alone gives.
 
@@ -81,7 +69,7 @@ def length_sentence(layers: pd.DataFrame, selection: Selection, lens: str) -> st
     if not has_parts(layers) or lens in LENSES_WITHOUT_LENGTH:
         return None
     share = share_sentence(layers, selection)
-    layer, other = selection.boundary_layer, boundary_by_direction(layers)
+    layer, other = selection.boundary_layer, selection.sensitivity.get(DIRECTION)
     if other is None:
         boundary = f"by direction alone there is no boundary layer{' either' if layer is None else ''}"
     else:

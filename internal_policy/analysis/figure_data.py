@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 import pandas as pd
 
-from internal_policy.analysis.change_parts import PARTS, boundary_by_direction, has_parts
+from internal_policy.analysis.change_parts import PARTS, has_parts
+from internal_policy.analysis.layer_selection import DIRECTION
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -220,7 +221,7 @@ def _part_rows(analysis: Analysis) -> pd.DataFrame:
         raise ValueError(
             f"{analysis.name} was analysed before the parts of its changes were measured; analyse it again."
         )
-    by_direction, parts = boundary_by_direction(analysis.layers), []
+    by_direction, parts = analysis.selection.sensitivity.get(DIRECTION), []
     for site in SITE_LABELS:
         below: list[pd.Series] = []
         for part, column in {"whole": "change", **PARTS}.items():

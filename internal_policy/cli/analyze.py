@@ -173,16 +173,14 @@ def _models(command: AnalyzeCommand) -> None:
 
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
-    """An analysis in a JSON document, with what the same responses give under the other lens and by direction alone."""
-    from internal_policy.analysis.change_parts import boundary_by_direction
-    from internal_policy.analysis.results import find_other_lens
+    """An analysis in a JSON document, with what the same responses give by direction alone and under other lenses."""
+    from internal_policy.analysis.layer_selection import DIRECTION
 
-    other = find_other_lens(analysis)
     return {
         **to_json(analysis),
-        "other_lens": None if other is None else vars(other),
         "length_share": analysis.length_share,
-        "boundary_layer_by_direction": boundary_by_direction(analysis.layers),
+        "boundary_layer_by_direction": analysis.selection.sensitivity.get(DIRECTION),
+        "other_lenses": [vars(other) for other in analysis.other_lenses],
     }
 
 

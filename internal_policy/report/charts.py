@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from internal_policy.analysis.change_parts import PARTS, boundary_by_direction, boundary_texts
+from internal_policy.analysis.change_parts import PARTS, boundary_texts
 from internal_policy.analysis.figure_data import SITE_LABELS, ModuleSite
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.utils import palette
 
 if TYPE_CHECKING:
@@ -301,7 +302,7 @@ def parts_chart(analysis: Analysis, site: ModuleSite) -> Chart:
     if site == "attn":
         _mark_boundary(chart, analysis)
         return chart
-    measured, by_direction = analysis.boundary_layer, boundary_by_direction(analysis.layers)
+    measured, by_direction = analysis.boundary_layer, analysis.selection.sensitivity.get(DIRECTION)
     for layer, key in ((measured, "boundary"), (None if by_direction == measured else by_direction, "direction")):
         if layer is not None:
             chart.mark(layer, "", key)

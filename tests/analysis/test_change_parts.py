@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -10,14 +13,13 @@ from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Analysis, analyze
 from internal_policy.analysis.change_parts import (
-    boundary_by_direction,
     boundary_texts,
     exploring_layers,
     has_parts,
     length_sentence,
     length_share,
 )
-from internal_policy.analysis.layer_selection import select_layer
+from internal_policy.analysis.layer_selection import DIRECTION, select_layer
 from internal_policy.cli.display import show_analysis
 
 FLOAT32_NATS = 1e-5
@@ -94,7 +96,7 @@ def test_a_longer_last_write_changes_length_alone():
         last.weight.data = before * factor
         found = analyze(network, tiny_tokenizer(), responses=ragged_responses(12))
         last.weight.data = before
-        shares.append((found, boundary_by_direction(found.layers)))
+        shares.append((found, found.selection.sensitivity[DIRECTION]))
     (one, by_direction), (other, same) = shares
     assert by_direction == same
     # The whole difference of the changes is one of length.
@@ -110,7 +112,7 @@ def table(direction, length):
     ffn["change_direction"], ffn["change_scale"] = direction, length
     ffn["change"] = ffn["change_direction"] + ffn["change_scale"]
     for name in ("change", "change_direction", "change_scale"):
-        ffn[f"{name}_stderr"] = 0.01
+        ffn[f"{name}_stderr"] = math.nan
     # Another site, whose parts count for nothing.
     return pd.concat([ffn.assign(site="attn", change_direction=9.0, change_scale=-5.0), ffn], ignore_index=True)
 
@@ -165,8 +167,7 @@ def table(direction, length):
 )  # fmt: skip
 def test_the_sentence_is_right_for_parts_of_any_sign(direction, length, share, sentence):
     layers = table(direction, length)
-    ffn = layers[layers["site"] == "ffn"]
-    selection = select_layer(ffn["change"].to_numpy(), stderr=ffn["change_stderr"].to_numpy(), resamples=10)
+    selection = select_layer(SimpleNamespace(layers=layers, responses=pd.DataFrame()))
     found = length_share(layers, selection)
     assert found == (None if share is None else pytest.approx(share))
     assert length_sentence(layers, selection, "policy") == sentence
@@ -198,7 +199,7 @@ def test_an_analysis_from_before_the_parts_says_nothing():
     analysis = Analysis.load(old)
     assert not has_parts(analysis.layers)
     assert analysis.length_share is None
-    assert boundary_by_direction(analysis.layers) is None
+    assert DIRECTION not in analysis.selection.sensitivity
     assert length_sentence(analysis.layers, analysis.selection, analysis.lens) is None
     assert "by direction" not in analysis._repr_html_()
 

@@ -18,7 +18,6 @@ from training_calls import command
 
 import internal_policy
 from internal_policy import Analysis, AnalysisComparison, AnalyzeConfig, UserError, compare
-from internal_policy.analysis.change_parts import boundary_by_direction
 from internal_policy.bupo import Run
 from internal_policy.cli import completion, display, main
 from internal_policy.comparison.results import TABLES
@@ -78,7 +77,7 @@ def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, m
     assert analysis["selection"]["confidence"] == loaded.selection.confidence
     assert analysis["stages"] == list(loaded.stages)
     assert analysis["length_share"] == pytest.approx(loaded.length_share)
-    assert analysis["boundary_layer_by_direction"] == boundary_by_direction(loaded.layers)
+    assert analysis["boundary_layer_by_direction"] == loaded.selection.sensitivity["direction"]
     assert set(found["files"]) == {"analysis", "figures", "report"}
     # The page of the first run already exists now and is still listed.
     (tmp_path / "testbed--qwen3" / "report.html").touch()
