@@ -275,7 +275,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12 into a directory below `root` that is named by the analyses, and list the files."""
+    """Draw the figures of analyses into a directory below `root` that is named by them, and list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
 
