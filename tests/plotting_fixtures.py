@@ -31,6 +31,7 @@ class FakeAnalysis:
     policy_entropy: dict = field(default_factory=lambda: {"mean": 0.31, "stderr": 0.04})
     baseline: pd.DataFrame | None = None
     n_parameters: int | None = None
+    additions: dict = field(default_factory=dict)
 
     @property
     def selection(self):

@@ -275,11 +275,13 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw the figures of analyses into a directory below `root` that is named by them, and list the files."""
+    """Draw the figures of analyses and of their additions into a directory below `root` that is named by them."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
+    from internal_policy.plotting.divergences import save_divergence_figures
 
     directory = root / figure_name([(a.path.resolve().name if a.path else a.name, a.lens) for a in analyses])
     with writing(directory):
         paths = figures.save_analysis_figures(analyses, directory)
+        paths += save_divergence_figures(analyses, directory)
     list_files("figures", paths)
