@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
+    from internal_policy.plotting.parts import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _HOME = {
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
+    "change_parts": "parts",
+    "change_parts_data": "parts",
     "depth_differences": "comparison",
     "depth_overlay": "comparison",
     "divergence_data": "divergences",
@@ -51,6 +54,7 @@ _HOME = {
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_change_parts": "parts",
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
