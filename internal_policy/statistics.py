@@ -20,7 +20,10 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
 SITES = ("layer", "attn", "ffn")
-QUANTITIES = ("entropy_in", "entropy_out", "change", "cosine")
+QUANTITIES = (
+    *("entropy_in", "entropy_out", "change", "change_direction", "change_scale"),
+    *("cosine", "rms_in", "rms_out"),
+)
 _RESAMPLES_PER_CHUNK = 256
 
 

@@ -62,6 +62,8 @@ def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="po
             ("entropy_in", entropy_in),
             ("entropy_out", out),
             ("change", change),
+            ("change_direction", 0.4 * change),
+            ("change_scale", 0.6 * change),
             ("cosine", cosine),
         ):
             error = scale * stderr * (0.5 + rng.random(n_layers))

@@ -102,6 +102,8 @@ def make(
                 + width * np.where(depth < 0.2, 1 - 4 * depth, -0.2 * depth)
                 + 0.2 * noise * own.normal(size=depth.size)
             )
+        # Outputs grow with depth, and half of what they change is length.
+        length = 0.02 * 2 ** (6 * depth)
         parts.append(
             pd.DataFrame(
                 {
@@ -116,6 +118,10 @@ def make(
                     if site == "layer"
                     else 0.3 * np.sin(5 * depth) + 0.02 * own.normal(size=depth.size),
                     "change": after - before,
+                    "change_direction": 0.5 * (after - before),
+                    "change_scale": 0.5 * (after - before),
+                    "rms_in": 1.0,
+                    "rms_out": length,
                 }
             )
         )

@@ -46,10 +46,10 @@ def responses_frame(
             for offset, site in enumerate(sites):
                 change = changes[g, layer - 1] + 10 * offset
                 cosine = np.nan if site == "layer" else 0.1
-                rows.append((g, prompts[g], layer, site, n, 1.0, 1.0 + change, change, cosine))
-        rows.append((g, prompts[g], changes.shape[1], "policy", n, 5.0 + g, 2.0 + g, np.nan, np.nan))
-    columns = ["response", "prompt", "layer", "site", "n_tokens", "entropy_in", "entropy_out", "change", "cosine"]
-    return pd.DataFrame(rows, columns=columns)
+                parts = (change - 0.5, 0.5, cosine, 1.0, 2.0)
+                rows.append((g, prompts[g], layer, site, n, 1.0, 1.0 + change, change, *parts))
+        rows.append((g, prompts[g], changes.shape[1], "policy", n, 5.0 + g, 2.0 + g, *[np.nan] * 6))
+    return pd.DataFrame(rows, columns=["response", "prompt", "layer", "site", "n_tokens", *QUANTITIES])
 
 
 def test_mean_and_error_of_two_responses_by_hand():

@@ -130,6 +130,19 @@ def norm(states, weight, eps):
     return weight.double() * states / torch.sqrt(states.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def site_quantities(site, state_in, state_out, entropy, at):
+    """The entropies and root mean squares of a site from its input and output in float64."""
+    rescaled = state_out * state_in.norm(dim=-1, keepdim=True) / state_out.norm(dim=-1, keepdim=True)
+    values = {
+        "in": entropy(state_in),
+        "out": entropy(state_out),
+        "rescaled": entropy(rescaled),
+        "rms_in": state_in[at].pow(2).mean(-1).sqrt().numpy(),
+        "rms_out": state_out[at].pow(2).mean(-1).sqrt().numpy(),
+    }
+    return {f"{site}_{name}": value for name, value in values.items()}
+
+
 @torch.no_grad()
 def reference(model, record):
     """Per-token values of one sequence, alone and unpadded, in float64 from transformers' own outputs.
@@ -164,15 +177,14 @@ def reference(model, record):
     rows = []
     for i, layer in enumerate(base.layers):
         before, mid, after = stream[i], mids[i], stream[i + 1]
+        attn_in = norm(before, layer.input_layernorm.weight, eps)
+        ffn_in = norm(mid, layer.post_attention_layernorm.weight, eps)
         rows.append(
             {
-                "layer_in": entropy(before),
-                "layer_out": entropy(after),
-                "attn_in": entropy(norm(before, layer.input_layernorm.weight, eps)),
-                "attn_out": entropy(mid - before),
+                **site_quantities("layer", before, after, entropy, at),
+                **site_quantities("attn", attn_in, mid - before, entropy, at),
                 "attn_cosine": cosine(mid - before, before),
-                "ffn_in": entropy(norm(mid, layer.post_attention_layernorm.weight, eps)),
-                "ffn_out": entropy(after - mid),
+                **site_quantities("ffn", ffn_in, after - mid, entropy, at),
                 "ffn_cosine": cosine(after - mid, mid),
             }
         )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from internal_policy.data.responses import Response, prompt_indices
 from internal_policy.extractors import QUANTITIES
+from internal_policy.statistics import QUANTITIES as QUANTITY_COLUMNS
 from internal_policy.statistics import Ints
 from internal_policy.utils.workspace import Arrays
 
@@ -28,9 +29,10 @@ def response_table(
         tokens: which tokens of each were analysed; None for all.
 
     Returns:
-        Columns response, prompt, n_tokens, layer, site, entropy_in, entropy_out, change (nats), cosine; the rows of
-        site ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). If `tokens` is
-        given, also n_analysed, and the means are estimates (``position_subset.response_means``).
+        Columns response, prompt, n_tokens, layer, site, and the ``statistics.QUANTITIES``: entropy_in, entropy_out,
+        change with its parts change_direction and change_scale (nats), cosine, rms_in and rms_out; the rows of site
+        ``policy`` hold the entropy of H^L without the final norm (in) and of pi_theta (out). If `tokens` is given, also
+        n_analysed, and the means are estimates (``position_subset.response_means``).
     """
     order = np.argsort(np.concatenate([c["index"] for c in captured]))
     values = np.concatenate([c["layers"] for c in captured])[order]
@@ -64,7 +66,7 @@ def token_table(
 
     Returns:
         Columns response, token (0-based index within the response), token_id, token_text if `texts` is given, layer,
-        site, entropy_in, entropy_out, change (nats), cosine; float32.
+        site, and the ``statistics.QUANTITIES``; float32.
     """
     kept = [int(i) for c in captured for i in c["index"] if i < keep]
     keys = pd.DataFrame(
@@ -103,10 +105,15 @@ def _tidy(
         frame["site"] = site
         frame["entropy_in"] = column[f"{site}_in"].ravel()
         frame["entropy_out"] = column[f"{site}_out"].ravel()
+        frame["change_direction"] = (column[f"{site}_rescaled"] - column[f"{site}_in"]).ravel()
+        frame["change_scale"] = (column[f"{site}_out"] - column[f"{site}_rescaled"]).ravel()
+        for end in ("rms_in", "rms_out"):
+            frame[end] = column[f"{site}_{end}"].ravel()
         frame["cosine"] = column[f"{site}_cosine"].ravel() if site != "layer" else np.nan
         frames.append(frame)
-    last = keys.assign(layer=n_layers, site="policy", entropy_in=policy[:, 0], entropy_out=policy[:, 1], cosine=np.nan)
+    last = keys.assign(layer=n_layers, site="policy", entropy_in=policy[:, 0], entropy_out=policy[:, 1])
     table = pd.concat([*frames, last], ignore_index=True)
     table["change"] = table["entropy_out"] - table["entropy_in"]
-    table["cosine"] = table.pop("cosine").astype(values.dtype)
+    for name in QUANTITY_COLUMNS:
+        table[name] = table.pop(name).astype(values.dtype)
     return table.sort_values(sort, kind="stable", ignore_index=True)

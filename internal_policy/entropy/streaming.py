@@ -10,8 +10,11 @@ When a block raises the maximum by ``delta = m_old - m_new <= 0``, both are carr
 
 Base 2, because a CPU raises 2 to a power in two thirds of the time that it takes for e, and as exactly.
 
+A linear projection gives a state at another length the same logits times a factor, so one product serves all lengths of
+a state. Without a bias and a soft cap their differences from the maximum are multiples of one another, too.
+
 Shape legend: N states, n of them in a block, V vocabulary, v of it in a block, d residual width; S states at each
-position, R running sums of them.
+position, R running sums of them, K further lengths of them.
 """
 
 from __future__ import annotations
@@ -122,14 +125,16 @@ def policy_entropies(
     bias: Tensor | None = None,
     *,
     sums: Sequence[Sequence[int]] = (),
+    lengths: Sequence[tuple[int, Tensor]] = (),
     scale: float = 1.0,
     softcap: float | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    r"""Entropies of several states at each position, and of running sums of them, which cost no product.
+    r"""Entropies of several states at each position, of running sums of them and of both at other lengths.
 
-    The projection is linear, so the logits of H^l = H^{l-1} + A^l + F^l (eq. 4) are the sum of the logits of its
-    terms, all of which are projected anyway.
+    Only the states cost products. The projection is linear, so the logits of H^l = H^{l-1} + A^l + F^l (eq. 4) are the
+    sum of the logits of its terms, all of which are projected anyway, and those of a state at another length are
+    multiples of its own.
 
     Args:
         states: S states of the same N positions, [N, d] each.
@@ -137,12 +142,16 @@ def policy_entropies(
         bias: [V] bias of the unembedding, if the model has one.
         sums: R lists of indices into ``states``; the first sum is that of its two or more states, each later one adds
             its states to the one before.
+        lengths: K pairs of an index into the states and then the sums, and the factors [N], at least 0, by which that
+            state is multiplied at each position; in ascending order of the indices, each at most once. The bias and the
+            soft cap of the logits are applied after the factor.
         scale: factor on the logits, if the model has one.
         softcap: c in ``c * tanh(logits / c)``, if the model caps its logits.
         memory_budget: bytes of working memory, independent of N and V.
 
     Returns:
-        [S + R, N] entropies in nats, of the states and then of the sums; float32 (float64 if an operand is float64).
+        [S + R + K, N] entropies in nats, of the states, of the sums and of the further lengths; float32 (float64 if an
+        operand is float64).
 
     Raises:
         ValueError: the shapes do not fit, or the budget is too small for a single row.
@@ -150,19 +159,19 @@ def policy_entropies(
     Source: arXiv 2512.19673v3, eqs. 4 and 7.
     """
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
-    if not sums and (found := _fused_entropies(states, unembedding, bias, **options)) is not None:
+    if not sums and (found := _fused_entropies(states, unembedding, bias, lengths, **options)) is not None:
         return found
-    return _block_by_block(states, unembedding, bias, sums=sums, **options)
+    return _block_by_block(states, unembedding, bias, sums=sums, lengths=lengths, **options)
 
 
 def fused(
-    quantity: Literal["policy_entropy", "token_log_probs"],
+    quantity: Literal["policy_entropy", "policy_entropies_at_lengths", "token_log_probs"],
     states: Tensor,
     unembedding: Tensor,
     *rest: Any,
     **options: Any,
 ) -> Tensor | None:
-    """Compute a quantity [N] in nats with ``triton_kernel``; None if the blocks of torch have to compute it.
+    """Compute a quantity [N] or [2, N] in nats with ``triton_kernel``; None if the blocks of torch have to.
 
     ``rest`` holds the targets, if the quantity has any, and then the bias or None; ``options`` are scale, softcap and
     memory_budget.
@@ -218,18 +227,30 @@ def _first_line(error: Exception) -> str:
 
 
 def _fused_entropies(
-    states: Sequence[Tensor], unembedding: Tensor, bias: Tensor | None, **options: Any
+    states: Sequence[Tensor],
+    unembedding: Tensor,
+    bias: Tensor | None,
+    lengths: Sequence[tuple[int, Tensor]],
+    **options: Any,
 ) -> Tensor | None:
-    """[S, N] entropies of several states with the fused kernel, or None where it is not used."""
+    """[S + K, N] entropies of several states with the fused kernel, or None where it is not used."""
     if len({state.shape for state in states}) > 1:
         return None
-    entropies = []
-    for state in states:
-        entropy = fused("policy_entropy", state, unembedding, bias, **options)
-        if entropy is None:
-            return None
+    factors = dict(lengths)
+    entropies, others = [], []
+    for index, state in enumerate(states):
+        if index in factors:
+            both = fused("policy_entropies_at_lengths", state, unembedding, factors[index].float(), bias, **options)
+            if both is None:
+                return None
+            entropy, other = both
+            others.append(other)
+        else:
+            entropy = fused("policy_entropy", state, unembedding, bias, **options)
+            if entropy is None:
+                return None
         entropies.append(entropy)
-    return torch.stack(entropies)
+    return torch.stack([*entropies, *others])
 
 
 def _block_by_block(
@@ -238,6 +259,7 @@ def _block_by_block(
     bias: Tensor | None,
     *,
     sums: Sequence[Sequence[int]],
+    lengths: Sequence[tuple[int, Tensor]],
     scale: float,
     softcap: float | None,
     memory_budget: int,
@@ -253,59 +275,73 @@ def _block_by_block(
     dtype = torch.float64 if torch.float64 in (unembedding.dtype, *(s.dtype for s in states)) else torch.float32
     n, v = block_sizes(d, vocab, memory_budget, device, dtype.itemsize)
     projected, rows = len(states), len(states) + len(sums)
-    # The product keeps its full height; the sums of its rows need room beyond it.
+    total = rows + len(lengths)
+    # The maxima of a state's other lengths are multiples of its own if nothing but the product makes the logits.
+    linear = bias is None and softcap is None
+    searched = rows if linear else total
+    # The product keeps its full height; the sums of its rows and their other lengths need room beyond it.
     positions = max(1, min(n // projected, len(first_state)))
     # If the budget does not hold all rows of these positions, the blocks of vocabulary become smaller.
-    room = memory_budget // dtype.itemsize - positions * (projected * d + 8 * rows)
-    v = max(1, min(v, room // (2 * positions * rows + d)))
+    room = memory_budget // dtype.itemsize - positions * (projected * d + 8 * total)
+    v = max(1, min(v, room // (2 * positions * total + d)))
     # Logits in units of log 2: the factor is applied to the states or the cap, where it costs no pass over the logits.
-    factor = scale * _LOG2_E if softcap is None else scale / softcap
+    factor_of_logits = scale * _LOG2_E if softcap is None else scale / softcap
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    entropies = empty(rows, len(first_state))
+    entropies = empty(total, len(first_state))
     x_buffer, e_buffer = empty(projected * positions * d), None if unembedding.dtype == dtype else empty(v, d)
-    logits_buffer, exp_buffer = empty(rows * positions * v), empty(rows * positions * v)
+    logits_buffer, exp_buffer = empty(total * positions * v), empty(total * positions * v)
     for start in range(0, len(first_state), positions):
         p = min(positions, len(first_state) - start)
         x_spd = x_buffer[: projected * p * d].view(projected, p, d)
         for place, state in enumerate(states):
             x_spd[place] = state[start : start + p]
-        x_spd *= factor
+        x_spd *= factor_of_logits
         x_nd = x_spd.view(projected * p, d)
-        m = torch.full((rows * p, 1), -torch.inf, dtype=dtype, device=device)
+        factors = [(row, factor[start : start + p, None].to(dtype)) for row, factor in lengths]
+        m = torch.full((total * p, 1), -torch.inf, dtype=dtype, device=device)
         s, t = torch.zeros_like(m), torch.zeros_like(m)
         for first in range(0, vocab, v):
             e_vd = unembedding[first : first + v]
             if e_buffer is not None:
                 e_vd = e_buffer[: len(e_vd)].copy_(e_vd)
             width = len(e_vd)
-            z_nv = logits_buffer[: rows * p * width].view(rows * p, width)
+            z_nv = logits_buffer[: total * p * width].view(total * p, width)
             torch.mm(x_nd, e_vd.T, out=z_nv[: projected * p])
             if first == 0 or width < v:
                 # A view of each state's rows costs as much as a small sum: blocks of equal shape share the views.
-                by_state = z_nv.view(rows, p, width).unbind()
+                by_state = z_nv.view(total, p, width).unbind()
             for place, (one, other, *further) in enumerate(added, start=projected):
                 torch.add(by_state[one], by_state[other], out=by_state[place])
                 for term in further:
                     by_state[place].add_(by_state[term])
+            if not linear:
+                for place, (row, factor) in enumerate(factors, start=rows):
+                    torch.mul(by_state[row], factor, out=by_state[place])
             if bias is not None:
-                z_nv += bias[first : first + v].to(dtype) * factor
+                z_nv += bias[first : first + v].to(dtype) * factor_of_logits
             if softcap is not None:
                 z_nv.tanh_().mul_(softcap * _LOG2_E)
-            m_new = torch.maximum(m, z_nv.amax(dim=1, keepdim=True))
+            found_nv = z_nv[: searched * p]
+            m_new = torch.maximum(m[: searched * p], found_nv.amax(dim=1, keepdim=True))
+            found_nv -= m_new
+            if linear:
+                maxima = m_new.view(rows, p, 1)
+                for place, (row, factor) in enumerate(factors, start=rows):
+                    torch.mul(by_state[row], factor, out=by_state[place])
+                m_new = torch.cat([m_new, *(maxima[row] * factor for row, factor in factors)])
             if first > 0:
                 delta = m - m_new
                 shrink = delta.exp2()
                 t = (t + delta * s) * shrink
                 s = s * shrink
             m = m_new
-            z_nv -= m
             p_nv = torch.exp2(z_nv, out=exp_buffer[: z_nv.numel()].view_as(z_nv))
             s += p_nv.sum(dim=1, keepdim=True)
             t += z_nv.mul_(p_nv).sum(dim=1, keepdim=True)
-        entropies[:, start : start + p] = ((s.log2() - t / s) / _LOG2_E).view(rows, p)
+        entropies[:, start : start + p] = ((s.log2() - t / s) / _LOG2_E).view(total, p)
     return entropies
 
 

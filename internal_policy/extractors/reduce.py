@@ -21,18 +21,17 @@ from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
 
 QUANTITIES = (
-    "layer_in",
-    "layer_out",
-    "attn_in",
-    "attn_out",
-    "attn_cosine",
-    "ffn_in",
-    "ffn_out",
-    "ffn_cosine",
+    *("layer_in", "layer_out", "layer_rescaled", "layer_rms_in", "layer_rms_out"),
+    *("attn_in", "attn_out", "attn_rescaled", "attn_rms_in", "attn_rms_out", "attn_cosine"),
+    *("ffn_in", "ffn_out", "ffn_rescaled", "ffn_rms_in", "ffn_rms_out", "ffn_cosine"),
 )
-"""The numbers of a layer: entropies in nats under the lens, and the cosine of each write with its residual state."""
+"""The numbers of a layer. For each site: the entropies in nats under the lens of its input, its output, and its output
+at the length of its input; the root mean squares of input and output; and the cosine of a write with its residual
+state. The input of the site `layer` is H^{l-1}, its output H^l."""
 
 _MODULES = ("attention_in", "attention_write", "ffn_in", "ffn_write")
+_SOURCES = {"residual_out": "residual_in", "attention_write": "attention_in", "ffn_write": "ffn_in"}
+"""The output of each site, in the order of ``QUANTITIES``, and its input."""
 _POSITIONS = 2048
 """Positions that are reduced at a time, however many tokens a batch has."""
 _STATES_BUDGET = 128 * 2**20
@@ -80,7 +79,12 @@ class Reducer:
         model = self.model
         summed = logits_are_additive(model, self._lens)
         reduce = partial(
-            reduce_layers, lens=self._lens, summed=summed, n_layers=model.n_layers, parallel=model.parallel
+            reduce_layers,
+            lens=self._lens,
+            summed=summed,
+            rescaling=rescaling_of(model, self._lens),
+            n_layers=model.n_layers,
+            parallel=model.parallel,
         )
         at_once = layers_at_once(model, len(batch.positions), summed)
         columns = np.concatenate([part.cpu().numpy() for part in self._extractor.run(batch, reduce, at_once)], axis=1)
@@ -116,6 +120,25 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
     return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
 
 
+Rescaling = Literal["factor", "fitted", "none", "projected"]
+"""How the entropy of a rescaled state is found, see ``rescaling_of``."""
+
+
+def rescaling_of(model: LanguageModel, lens: Lens) -> Rescaling:
+    """Choose how a lens carries a factor on a state to the state that E_u projects.
+
+    Returns:
+        ``factor``: unchanged, since the lens is linear; ``none``: the lens undoes it; ``fitted``: as another factor, as
+        does a norm without a bias, whose epsilon is all that it does not undo; ``projected``: not as a factor, so that
+        the rescaled state is projected too.
+    """
+    if lens == "policy":
+        return "factor"
+    if lens == "unit-norm":
+        return "none"
+    return "fitted" if lens == "logit-lens" and model.projection.norm_is_unbiased else "projected"
+
+
 def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
     """Choose how many layers to reduce together: more layers mean fewer and larger products.
 
@@ -127,7 +150,14 @@ def layers_at_once(model: LanguageModel, n_positions: int, summed: bool) -> int:
 
 
 def reduce_layers(
-    group: Sequence[LayerStates], projection: Projection, *, lens: Lens, summed: bool, n_layers: int, parallel: bool
+    group: Sequence[LayerStates],
+    projection: Projection,
+    *,
+    lens: Lens,
+    summed: bool,
+    rescaling: Rescaling,
+    n_layers: int,
+    parallel: bool,
 ) -> Tensor:
     """Reduce consecutive layers; a function of its arguments only, so that it can run on another machine.
 
@@ -135,17 +165,24 @@ def reduce_layers(
     not by a projection; ``parallel`` says whether both writes are added to H^{l-1}.
 
     Returns:
-        [n, 7 k] float32: ``QUANTITIES`` without the first, layer by layer. A column with the first, H(H^0), precedes
+        [n, 16 k] float32: ``QUANTITIES`` without the first, layer by layer. A column with the first, H(H^0), precedes
         layer 1; two columns with the entropies of H^L without the final norm and of pi_theta follow layer L.
     """
     portions = zip(*(states.split(_POSITIONS) for states in group), strict=True)
-    return torch.cat([_reduce(part, projection, lens, summed, n_layers, parallel) for part in portions])
+    return torch.cat([_reduce(part, projection, lens, summed, rescaling, n_layers, parallel) for part in portions])
 
 
 def _reduce(
-    group: Sequence[LayerStates], projection: Projection, lens: Lens, summed: bool, n_layers: int, parallel: bool
+    group: Sequence[LayerStates],
+    projection: Projection,
+    lens: Lens,
+    summed: bool,
+    rescaling: Rescaling,
+    n_layers: int,
+    parallel: bool,
 ) -> Tensor:
     first, last = group[0], group[-1]
+    device = projection.weight.device
     states: dict[tuple[int, str], Tensor] = {}
     sums: dict[tuple[int, str], list[int]] = {}
     if summed or first.layer == 1:
@@ -157,24 +194,63 @@ def _reduce(
             sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
         else:
             states[s.layer, "residual_out"] = s.residual_out
-    projected = [projection.apply_lens(lens, state) for state in states.values()]
+    projected = {key: projection.apply_lens(lens, state) for key, state in states.items()}
     if last.layer == n_layers:
-        # What the lens does not cover: H^L with the final norm, or without it.
-        other = projection.apply_final_norm(last.residual_out) if lens == "policy" else last.residual_out
-        states[n_layers, "other"] = other
-        projected.append(other)
-    found = dict(zip([*states, *sums], projection.entropies(projected, list(sums.values())), strict=True))
-    columns = [found[1, "residual_in"]] if first.layer == 1 else []
+        # What the lens does not give of these two: H^L without the final norm and with it.
+        if lens != "policy":
+            projected[n_layers, "final_state"] = last.residual_out
+        if lens != "logit-lens":
+            projected[n_layers, "policy"] = projection.apply_final_norm(last.residual_out)
+    factors: dict[tuple[int, str], Tensor] = {}
+    lengths: dict[tuple[int, str], dict[str, Tensor]] = {}
     for s in group:
-        layer_out, attn_in, attn_out, ffn_in, ffn_out = (found[s.layer, name] for name in ("residual_out", *_MODULES))
+        for name, source in _SOURCES.items():
+            state = getattr(s, name)
+            length_in, length_out = (x.float().norm(dim=-1) for x in (getattr(s, source), state))
+            lengths[s.layer, name] = {"in": length_in, "out": length_out}
+            # A write of nothing has logits of 0 at every length.
+            factor = torch.where(length_out > 0, length_in.to(length_out.device) / length_out, 1.0)
+            if rescaling == "factor":
+                factors[s.layer, name] = factor.to(device)
+            elif rescaling != "none":
+                rescaled = projection.apply_lens(lens, (state * factor[:, None]).to(state.dtype))
+                if rescaling == "projected":
+                    projected[s.layer, name + "_rescaled"] = rescaled
+                else:
+                    own = projected[s.layer, name].float()
+                    square = (own * own).sum(dim=-1)
+                    factors[s.layer, name] = torch.where(square > 0, (own * rescaled).sum(dim=-1) / square, 1.0)
+    rows = [*projected, *sums]
+    further = sorted((rows.index(key), key) for key in factors)
+    found = dict(
+        zip(
+            [*rows, *((layer, name + "_rescaled") for _, (layer, name) in further)],
+            projection.entropies(
+                list(projected.values()), list(sums.values()), [(row, factors[key]) for row, key in further]
+            ),
+            strict=True,
+        )
+    )
+    columns = [found[1, "residual_in"]] if first.layer == 1 else []
+    root = last.residual_out.shape[-1] ** 0.5
+    for s in group:
         before = s.residual_in.float()
         attn_write, ffn_write = s.attention_write.float(), s.ffn_write.float()
-        attn_cosine = cosine_similarity(attn_write, before, dim=-1)
-        ffn_cosine = cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1)
-        columns += [layer_out, attn_in, attn_out, attn_cosine, ffn_in, ffn_out, ffn_cosine]
+        cosines = {
+            "attention_write": cosine_similarity(attn_write, before, dim=-1),
+            "ffn_write": cosine_similarity(ffn_write, before if parallel else before + attn_write, dim=-1),
+        }
+        for name, source in _SOURCES.items():
+            out = found[s.layer, name]
+            if source != "residual_in":
+                columns.append(found[s.layer, source])
+            columns += [out, found.get((s.layer, name + "_rescaled"), out)]
+            columns += [length / root for length in lengths[s.layer, name].values()]
+            if name in cosines:
+                columns.append(cosines[name])
     if last.layer == n_layers:
-        own, other = found[n_layers, "residual_out"], found[n_layers, "other"]
-        columns += [own, other] if lens == "policy" else [other, own]
+        own = found[n_layers, "residual_out"]
+        columns += [found.get((n_layers, "final_state"), own), found.get((n_layers, "policy"), own)]
     return torch.stack([c.to(columns[0].device) for c in columns], dim=-1)
 
 

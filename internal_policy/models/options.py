@@ -7,8 +7,9 @@ from typing import Any, Literal
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import require_one_of
 
-Lens = Literal["policy", "logit-lens"]
-"""``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first."""
+Lens = Literal["policy", "logit-lens", "unit-norm"]
+"""``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first, and
+``unit-norm`` divides it by its root mean square."""
 DEFAULT_LENS: Lens = "policy"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

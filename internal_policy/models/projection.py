@@ -53,36 +53,47 @@ class Projection:
         """
         return self.entropies([states])[0]
 
-    def entropies(self, states: Sequence[Tensor], sums: Sequence[Sequence[int]] = ()) -> Tensor:
-        """Entropies of the policies of several states at each position, and of running sums of them.
+    def entropies(
+        self,
+        states: Sequence[Tensor],
+        sums: Sequence[Sequence[int]] = (),
+        lengths: Sequence[tuple[int, Tensor]] = (),
+    ) -> Tensor:
+        """Entropies of the policies of several states at each position, of running sums of them, and at other lengths.
 
         Args:
             states: S states of the same N positions, [N, d] each.
             sums: R lists of indices into ``states``; see ``policy_entropies``.
+            lengths: K pairs of an index into the states and then the sums, and factors [N] on that state.
 
         Returns:
-            [S + R, N] nats, float32. Source: arXiv 2512.19673v3, eqs. 4 and 7.
+            [S + R + K, N] nats, float32. Source: arXiv 2512.19673v3, eqs. 4 and 7.
         """
         return policy_entropies(
             [s.to(self.weight.device) for s in states],
             self.weight,
             self.bias,
             sums=sums,
+            lengths=lengths,
             scale=self.scale,
             softcap=self.softcap,
             memory_budget=self.memory_budget,
         )
 
     def apply_lens(self, lens: Lens, states: Tensor) -> Tensor:
-        """Apply a lens: nothing for ``policy``, LN_final for ``logit-lens``.
+        """Apply a lens: nothing for ``policy``, LN_final for ``logit-lens``, the length 1 for ``unit-norm``.
 
         Args:
-            lens: ``policy`` (arXiv 2512.19673v3, eqs. 5-6) or ``logit-lens``.
+            lens: ``policy`` (arXiv 2512.19673v3, eqs. 5-6), ``logit-lens``, or ``unit-norm``, which divides a state by
+                its root mean square and has no learnt gain.
             states: [N, d].
 
         Returns:
             [N, d] the states that E_u projects, in their dtype; the norm is the model's own module.
         """
+        if lens == "unit-norm":
+            rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
+            return (states / torch.where(rms > 0, rms, 1.0)).to(states.dtype)
         return states if lens == "policy" else self.apply_final_norm(states)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
@@ -95,6 +106,11 @@ class Projection:
             [N, d] on the device of E_u, which for tied weights is that of the input embedding.
         """
         return self.final_norm(states).to(self.weight.device)
+
+    @property
+    def norm_is_unbiased(self) -> bool:
+        """Whether LN_final adds no bias, so that it maps the multiples of a state to multiples of its image."""
+        return getattr(self.final_norm, "bias", None) is None
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits in the states' dtype, as the model does; for a few states only.

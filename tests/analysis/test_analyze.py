@@ -46,6 +46,12 @@ def test_means_match_the_definition_over_all_tokens(analysis, model):
             assert row["entropy_in"] == pytest.approx(values[f"{prefix}_in"].mean(), abs=1e-5)
             assert row["entropy_out"] == pytest.approx(values[f"{prefix}_out"].mean(), abs=1e-5)
             assert row["change"] == pytest.approx((values[f"{prefix}_out"] - values[f"{prefix}_in"]).mean(), abs=1e-5)
+            direction = values[f"{prefix}_rescaled"] - values[f"{prefix}_in"]
+            assert row["change_direction"] == pytest.approx(direction.mean(), abs=1e-5)
+            scale = values[f"{prefix}_out"] - values[f"{prefix}_rescaled"]
+            assert row["change_scale"] == pytest.approx(scale.mean(), abs=1e-5)
+            for end in ("rms_in", "rms_out"):
+                assert row[end] == pytest.approx(values[f"{prefix}_{end}"].mean(), rel=1e-5)
             if site != "layer":
                 assert row["cosine"] == pytest.approx(values[f"{prefix}_cosine"].mean(), abs=1e-5)
     policy = np.concatenate([p for _, p in found])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internal_policy.analysis.layer_selection import Selection, select_layer
-from internal_policy.statistics import layer_table
+from internal_policy.statistics import QUANTITIES, layer_table
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.errors import UserError
 
@@ -242,8 +242,9 @@ def analysis(n_prompts: int, spread: float = 0.2, samples: int = 2) -> SimpleNam
         for layer, change in enumerate(curve + spread * generator.standard_normal(36), start=1):
             for site in ("layer", "attn", "ffn"):
                 value = change if site == "ffn" else -change
-                rows.append((response, response // samples, layer, site, n_tokens, 1.0, 1.0 + value, value, 0.0))
-    columns = ["response", "prompt", "layer", "site", "n_tokens", "entropy_in", "entropy_out", "change", "cosine"]
+                numbers = (1.0, 1.0 + value, value, value, 0.0, 0.0, 1.0, 1.0)
+                rows.append((response, response // samples, layer, site, n_tokens, *numbers))
+    columns = ["response", "prompt", "layer", "site", "n_tokens", *QUANTITIES]
     responses = pd.DataFrame(rows, columns=columns)
     return SimpleNamespace(layers=layer_table(responses), responses=responses)
 

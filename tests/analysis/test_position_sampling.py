@@ -44,9 +44,12 @@ class Recorded:
         n_layers, tokens = self.analysis.n_layers, self.analysis.tokens.sort_values(["response", "token", "layer"])
         columns = {}
         for site in ("layer", "attn", "ffn"):
-            for name, column in (("in", "entropy_in"), ("out", "entropy_out"), ("cosine", "cosine")):
-                part = tokens.loc[tokens["site"] == site, column]
-                columns[f"{site}_{name}"] = part.to_numpy().reshape(-1, n_layers)
+            part = tokens[tokens["site"] == site]
+            values = {name: part[name] for name in ("cosine", "rms_in", "rms_out")}
+            values |= {"in": part["entropy_in"], "out": part["entropy_out"]}
+            values["rescaled"] = part["entropy_in"] + part["change_direction"]
+            for name, value in values.items():
+                columns[f"{site}_{name}"] = value.to_numpy().reshape(-1, n_layers)
         self.layers = np.stack([columns[q] for q in QUANTITIES], axis=-1)
         self.policy = tokens.loc[tokens["site"] == "policy", ["entropy_in", "entropy_out"]].to_numpy()
         sites = [columns[f"{s}_out"].astype(float) - columns[f"{s}_in"] for s in ("layer", "attn", "ffn")]

@@ -98,6 +98,33 @@ def test_additive_logits_give_the_policies_of_summed_states(n, layers, options, 
     torch.testing.assert_close(ours.double(), torch.stack(wanted), rtol=0, atol=FLOAT32_NATS)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25, "softcap": 3.0}])
+@pytest.mark.parametrize(("n", "budget"), [(7, 2**20), (50, 20_000)])
+def test_one_product_serves_several_lengths(n, options, with_bias, budget):
+    d, vocab = 8, 301
+    generator = torch.Generator().manual_seed(n)
+    parts = [torch.randn(n, d, generator=generator) for _ in range(4)]
+    unembedding = torch.randn(vocab, d, generator=generator)
+    bias = torch.randn(vocab, generator=generator) if with_bias else None
+    factors = [torch.logspace(-2, 1.5, n), torch.zeros(n), torch.rand(n, generator=generator)]
+    # The second state, the fourth, and the sum of all, whose row is the fifth.
+    lengths = list(zip((1, 3, 4), factors, strict=True))
+    ours = policy_entropies(
+        parts, unembedding, bias, sums=[[0, 1, 2, 3]], lengths=lengths, memory_budget=budget, **options
+    )
+    plain = policy_entropies(parts, unembedding, bias, sums=[[0, 1, 2, 3]], memory_budget=budget, **options)
+    states = [s.double() for s in (*parts, sum(parts))]
+    for row, (index, factor) in zip(ours[5:], lengths, strict=True):
+        rescaled = states[index] * factor.double()[:, None]
+        exact = reference.policy_entropy(
+            rescaled, unembedding.double(), None if bias is None else bias.double(), **options
+        )
+        torch.testing.assert_close(row.double(), exact, rtol=0, atol=FLOAT32_NATS)
+    # Blocks of vocabulary may be smaller, where the budget is.
+    torch.testing.assert_close(ours[:5], plain, rtol=0, atol=FLOAT32_NATS if budget < 2**20 else 0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
     states, unembedding = random()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from capture_checks import FLOAT32_NATS, captured
-from tiny import FAMILIES, ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, ragged_responses, site_quantities, slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models
 from internal_policy.data.responses import read_responses
@@ -98,15 +98,14 @@ def oracle(model, model_type, record):
         before, after = stream[i], stream[i + 1]
         mid = residual_stream(without_ffn(model, i), ids)[i + 1]
         base = mid if of == "mid" else before
+        attn_in = before if ln_in is None else getattr(layer, ln_in)(before)
+        ffn_in = base if ln_mid is None else getattr(layer, ln_mid)(base)
         rows.append(
             {
-                "layer_in": entropy(before),
-                "layer_out": entropy(after),
-                "attn_in": entropy(before if ln_in is None else getattr(layer, ln_in)(before)),
-                "attn_out": entropy(mid - before),
+                **site_quantities("layer", before, after, entropy, at),
+                **site_quantities("attn", attn_in, mid - before, entropy, at),
                 "attn_cosine": cosine(mid - before, before),
-                "ffn_in": entropy(base if ln_mid is None else getattr(layer, ln_mid)(base)),
-                "ffn_out": entropy(after - mid),
+                **site_quantities("ffn", ffn_in, after - mid, entropy, at),
                 "ffn_cosine": cosine(after - mid, base),
             }
         )

@@ -20,7 +20,7 @@ import internal_policy
 from internal_policy import UserError, analyze, models
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import read_responses
-from internal_policy.extractors import Batch, HookExtractor, Reducer, reduce_responses, verify
+from internal_policy.extractors import QUANTITIES, Batch, HookExtractor, Reducer, reduce_responses, verify
 from internal_policy.extractors import nnsight as backend
 from internal_policy.extractors.nnsight import as_nnsight_error
 from internal_policy.generation import Request, sample
@@ -132,8 +132,9 @@ def test_edits_of_an_nnsight_model_are_analysed(remote):
     edited = captured(backend.from_nnsight(root, remote=remote))
     assert np.array_equal(edited[0].layers[:, 0], plain[0].layers[:, 0])
     assert not np.allclose(edited[0].layers[:, 1], plain[0].layers[:, 1])
-    # H^l = H_mid where the FFN writes nothing.
-    assert np.allclose(edited[0].layers[:, 1, 6], np.log(61))
+    # A write of nothing is uniform at every length.
+    assert np.allclose(edited[0].layers[:, 1, QUANTITIES.index("ffn_out")], np.log(61))
+    assert np.allclose(edited[0].layers[:, 1, QUANTITIES.index("ffn_rescaled")], np.log(61))
 
 
 def test_analyze_accepts_an_nnsight_model():

@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from capture_checks import FLOAT32_NATS, captured
-from tiny import FAMILIES, ragged_responses, reference, tiny_model, tiny_tokenizer
+from capture_checks import FLOAT32_NATS, captured, check_quantities, wrapped
+from tiny import FAMILIES, VOCAB, ragged_responses, reference, slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
 from internal_policy.extractors import (
@@ -72,6 +72,35 @@ def test_logit_lens_applies_the_final_norm_and_ends_in_the_policy():
         np.testing.assert_allclose(b.layers[:, -1, out], a.policy[:, 1], rtol=0, atol=FLOAT32_NATS)
         np.testing.assert_allclose(b.policy, a.policy, rtol=0, atol=FLOAT32_NATS)
         assert np.abs(a.layers[:, 0, out] - b.layers[:, 0, out]).max() > 0.01
+
+
+@pytest.mark.parametrize("lens", ["policy", "logit-lens", "unit-norm"])
+@pytest.mark.parametrize("model_type", slow_unless_fast(["llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "cohere"]))
+def test_every_quantity_is_that_of_its_definition_under_each_lens(model_type, lens):
+    check_quantities(wrapped(tiny_model(model_type)), ragged_responses(3), lens)
+
+
+@pytest.mark.parametrize("lens", ["policy", "logit-lens", "unit-norm"])
+def test_a_write_of_nothing_is_uniform_at_every_length(lens):
+    network = tiny_model("llama")
+    torch.nn.init.zeros_(network.model.layers[1].mlp.down_proj.weight)
+    for values in captured(wrapped(network), ragged_responses(3), lens=lens):
+        layer = dict(zip(QUANTITIES, values.layers[:, 1].T, strict=True))
+        np.testing.assert_allclose(layer["ffn_out"], np.log(VOCAB), rtol=0, atol=FLOAT32_NATS)
+        np.testing.assert_allclose(layer["ffn_rescaled"], np.log(VOCAB), rtol=0, atol=FLOAT32_NATS)
+        assert (layer["ffn_rms_out"] == 0).all()
+
+
+def test_the_length_of_a_write_changes_its_scale_part_only():
+    network = tiny_model("llama")
+    (before,) = captured(wrapped(network), ragged_responses(1))
+    # The last layer has no layer above it that would read the longer write.
+    network.model.layers[-1].mlp.down_proj.weight.data *= 8
+    (after,) = captured(wrapped(network), ragged_responses(1))
+    one, other = (dict(zip(QUANTITIES, values.layers[:, -1].T, strict=True)) for values in (before, after))
+    np.testing.assert_allclose(other["ffn_rms_out"], 8 * one["ffn_rms_out"], rtol=1e-5)
+    np.testing.assert_allclose(other["ffn_rescaled"], one["ffn_rescaled"], rtol=0, atol=FLOAT32_NATS)
+    assert np.abs(other["ffn_out"] - one["ffn_out"]).min() > 1e-3
 
 
 def test_hooks_are_removed_on_any_exit():
