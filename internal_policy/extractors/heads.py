@@ -1,4 +1,4 @@
-"""What each attention head writes to the residual stream: its slice of the output projection's input, times its weights.
+"""What each attention head writes to the residual stream: its slice of the output projection's input times its weights.
 
 ``find_heads`` proves on random tokens, before a long run, that the heads and the bias add up to A^l in every layer and
 that every slice is one head's.
@@ -18,19 +18,15 @@ from torch import Tensor, nn
 
 from internal_policy.extractors.base import LayerStates
 from internal_policy.extractors.hooks import first_tensor, pick, residual_hooks
-from internal_policy.extractors.parts import portion, precise, rounding_error, shared_by_norm
+from internal_policy.extractors.parts import norms_after, portion, precise, rounding_error, shared_by_norm, sum_bound
 from internal_policy.models import LanguageModel, without_autocast
-from internal_policy.models.linear import LinearNorm, linearise, read_linear
+from internal_policy.models.linear import LinearNorm, read_linear
 from internal_policy.utils.errors import UserError
 
 _WIDTHS = ("v_head_dim", "head_dim", "head_size")
 """What attention modules call the width of a head's result."""
 _SEQUENCES, _LENGTH = 2, 12
 _PAIRS = 16
-_SUM = {"float": 16.0, "half": 2.0}
-"""Bound on the error of the sum of the heads, in units of rounding. In 16 bits only the write is rounded, and the sums in
-float32 are exact beside it; otherwise the model's own sums over hundreds of channels are rounded as ours are. Observed
-are at most 3.7 and 0.6."""
 _MIXTURE = 16.0
 """Bound on what is left of a head's result beside a mixture of two values, in units of rounding."""
 
@@ -68,7 +64,7 @@ class Heads:
         weight, bias = read_linear(self.model.model, path, width, states.attention_write.dtype)
         by_head = rearrange(weight.to(results.device, dtype), "d (head width) -> head width d", head=self.n_heads)
         size = portion(len(self.numbers), by_head.shape[-1])
-        for z, write in zip(results.split(size), states.attention_write.split(size), strict=True):
+        for z, write in zip(torch.split(results, size), torch.split(states.attention_write, size), strict=True):
             z = rearrange(z.to(dtype), "n (head width) -> n head width", head=self.n_heads)
             parts = einsum(z, by_head, "n head width, head width d -> n head d")
             if self.has_bias:
@@ -129,18 +125,12 @@ def find_heads(model: LanguageModel, seed: int = 0) -> Heads:
     n_heads = getattr(model.config, "num_attention_heads", None)
     if not isinstance(n_heads, int):
         raise _refusal(model, "its configuration has no single num_attention_heads")
-    for layer in range(1, model.n_layers + 1):
+    layers = range(1, model.n_layers + 1)
+    for layer in layers:
         _check_structure(model, layer)
-    d, attention_write = int(model.projection.weight.shape[1]), model.family.attention_write
-    norms: list[LinearNorm | None] = []
-    has_bias = False
-    for layer, module in enumerate(model.layers, start=1):
-        norm = None if attention_write is None else operator.attrgetter(attention_write)(module)
-        what = f"{model.name}: {attention_write} of layer {layer}"
-        norms.append(None if norm is None else linearise(norm, d, model.dtype, _device(norm, model), what))
-        projection = operator.attrgetter(projection_path(model, layer))(model.model)
-        has_bias = has_bias or getattr(projection, "bias", None) is not None
-    heads = Heads(model, n_heads, has_bias, tuple(norms))
+    projections = [operator.attrgetter(projection_path(model, layer))(model.model) for layer in layers]
+    has_bias = any(getattr(projection, "bias", None) is not None for projection in projections)
+    heads = Heads(model, n_heads, has_bias, norms_after(model, model.family.attention_write))
     _prove_sum(heads, seed)
     _prove_slices(heads, seed)
     return heads
@@ -154,10 +144,6 @@ def _check_structure(model: LanguageModel, layer: int) -> None:
         raise _refusal(
             model, f"layer {layer} has no {path}; name the module in output_projection of the family's row"
         ) from None
-
-
-def _device(module: nn.Module, model: LanguageModel) -> torch.device:
-    return next((p.device for p in module.parameters() if not p.is_meta), model.device)
 
 
 def _prove_sum(heads: Heads, seed: int) -> None:

@@ -54,7 +54,7 @@ class Family:
     attention_write: str | None = None
     """The module whose output is A^l: the post-norm if one follows the attention, else (None) the attention."""
     output_projection: str = "o_proj"
-    """Inside the attention: the linear module that receives the results of the heads, side by side, and adds them up."""
+    """In the attention, the linear module that receives the heads' results side by side and adds up their writes."""
     ffn_write: str | None = None
     """The module whose output is F^l: the post-norm if one follows the FFN, else (None) the FFN."""
     write_multiplier: str | None = None

@@ -42,7 +42,8 @@ def read_linear(model: nn.Module, path: str, width: int, dtype: torch.dtype) -> 
         UserError: no matrix represents the module.
     """
     module: Any = operator.attrgetter(path)(model)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight: Any = getattr(module, "weight", None)
+    bias: Tensor | None = getattr(module, "bias", None)
     plain = type(weight) in _DENSE and weight.dtype in FLOAT_DTYPES and weight.ndim == 2
     transposed = type(module).__name__ == "Conv1D"
     if not plain or not (type(module) is nn.Linear or transposed):
@@ -124,7 +125,7 @@ class LinearNorm:
 
 @torch.no_grad()
 def linearise(norm: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype, device: Any, what: str) -> LinearNorm:
-    """Find g, b and whether the mean is subtracted from the outputs of a norm, and prove on random states that it is so.
+    """Find g, b and whether the mean is subtracted from a norm's outputs, and prove on random states that this fits.
 
     Signs are exact: the norm of states whose entries are +c and -c in equal numbers is +g and -g, plus b.
 
