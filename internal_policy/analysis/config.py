@@ -17,7 +17,7 @@ from internal_policy.models.options import (
     check_quantization,
 )
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, flag_of, option
+from internal_policy.utils.options import check_options, flag_of, option, require_one_of
 
 BACKENDS = ("hooks", "transformer-lens", "nnsight")
 GENERATORS = ("transformers", "vllm")
@@ -25,6 +25,9 @@ EMBEDDED = ("testbed/qwen3", "testbed/llama")
 """The models that come with the package."""
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DEFAULT_RESPONSES = 256
+GROUPINGS = ("kind", "position", "correct", "policy-entropy")
+ADDITIONS = ("heads", "divergences", "by")
+"""The options that add measurements to an analysis and change nothing in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,14 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     0.02. Default: every position is analysed."""
     random_baseline: bool = False
     """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
+    heads: bool = False
+    """Measure what each attention head writes, and each routed expert of a mixture."""
+    divergences: bool = False
+    """Measure how far each layer's policy is from the final one and from the next layer's."""
+    by: tuple[str, ...] = option((), choices=GROUPINGS)
+    """Every statistic also for groups of tokens: by kind (digit, operator, word, format), by position (decile of the
+    response), by right and wrong answers (correct), or by policy-entropy (the 20% of tokens with the highest entropy
+    of the final policy). Repeat it for several."""
 
     def _check_analysis(self) -> None:
         check_options(self)
@@ -151,6 +162,16 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                     "one GPU; leave one of them out"
                 )
         self._check_capture(self.device)
+        given: Any = self.by
+        object.__setattr__(self, "by", tuple(dict.fromkeys([given] if isinstance(given, str) else given)))
+        for grouping in self.by:
+            require_one_of("--by", grouping, GROUPINGS)
+        for name in ADDITIONS:
+            if self.tolerance is not None and getattr(self, name):
+                raise UserError(
+                    f"{flag_of(name)} was given with --tolerance, which analyses some of the positions; leave one of "
+                    "them out"
+                )
         for name in ("remote", "device_map", "quantization", "tolerance"):
             if self.random_baseline and getattr(self, name):
                 raise UserError(
@@ -187,11 +208,11 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
         """The settings that determine the numbers together with weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields without the device, the batch size, the spelling of a path and whether a baseline is added.
+            JSON-able fields without the device, the batch size, the spelling of a path and what is added.
             The batch size is included for 8bit, whose rounding depends on it.
         """
         settings = asdict(self)
-        for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline"):
+        for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline", *ADDITIONS):
             del settings[name]
         if self.quantization != "8bit":
             del settings["batch_size"]

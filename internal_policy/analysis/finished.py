@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internal_policy.analysis.config import AnalyzeConfig
+from internal_policy.analysis.config import ADDITIONS, AnalyzeConfig
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import testbed
 from internal_policy.utils import result_format
@@ -50,7 +50,7 @@ def find_finished(configs: Sequence[AnalyzeConfig], root: Path, *, follow: bool 
         analysis = load_finished(config, directory) if directory.is_dir() else None
         if analysis is None or not is_up_to_date(config, analysis):
             return None
-        if config.random_baseline and analysis.baseline is None:
+        if (config.random_baseline and analysis.baseline is None) or missing_additions(config, analysis):
             return None
         found.append(analysis)
     for config in configs:
@@ -71,6 +71,20 @@ def load_finished(config: AnalyzeConfig, directory: Path) -> Analysis | None:
     analysis = Analysis.load(directory)
     ANALYSIS.check_settings(directory, analysis.config, config.cache_key())
     return analysis
+
+
+def missing_additions(config: AnalyzeConfig, analysis: Analysis) -> dict[str, Any]:
+    """The options of additions that an analysis lacks, with the values that complete it."""
+    missing: dict[str, Any] = {}
+    for option in ADDITIONS:
+        wanted, made = getattr(config, option), analysis.config.get(option)
+        if isinstance(wanted, tuple):
+            # One pass measures all groupings, those that are there as well.
+            if new := [name for name in wanted if name not in (made or ())]:
+                missing[option] = (*(made or ()), *new)
+        elif wanted and not made:
+            missing[option] = wanted
+    return missing
 
 
 def is_up_to_date(config: AnalyzeConfig, analysis: Analysis) -> bool:

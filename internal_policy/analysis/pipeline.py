@@ -23,8 +23,17 @@ import numpy as np
 
 from internal_policy import statistics
 from internal_policy.analysis import tables
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
-from internal_policy.analysis.finished import RESPONSES, SAMPLING_OPTIONS, config_digest, load_finished, report_finished
+from internal_policy.analysis.additions import Measure, add_missing
+from internal_policy.analysis.config import ADDITIONS, DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.analysis.finished import (
+    DEFAULTS,
+    RESPONSES,
+    SAMPLING_OPTIONS,
+    config_digest,
+    load_finished,
+    missing_additions,
+    report_finished,
+)
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
@@ -59,6 +68,8 @@ from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
+ADDITION_MEASURES: dict[str, Measure] = {}
+"""How each addition is measured, by its option."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
 
@@ -206,6 +217,12 @@ def _run(
         if config.random_baseline and finished.baseline is None:
             # It is not complete yet: the caller adds the baseline, and keeps the unfinished work on it.
             return finished
+        if missing_additions(config, finished):
+            rows: Any = finished.sequences.to_dict("records")
+            with limit_threads(model):
+                return add_missing(
+                    finished, config, extractor, [Response(**row) for row in rows], ADDITION_MEASURES, state
+                )
         state.on_main(workspace.close)
         if state.is_main_process:
             report_finished(directory)
@@ -221,7 +238,9 @@ def _run(
         timings = {"load": round(load_seconds, 3)}
         for stage in ("generate", "capture"):
             timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
-        analysis = _assemble(config, model, analysed, captured, {**asdict(config), **identity, "files": files}, timings)
+        # What is to be added is not there yet.
+        plain = {**asdict(config), **{name: getattr(DEFAULTS, name) for name in ADDITIONS}}
+        analysis = _assemble(config, model, analysed, captured, {**plain, **identity, "files": files}, timings)
         if inputs.requests:
             ends = set(end_ids(model))
             cut = [r for r in analysed if r.input_ids[-1] not in ends]
@@ -230,7 +249,8 @@ def _run(
         workspace.close()
 
     state.on_main(assemble)
-    return Analysis.load(directory)
+    with limit_threads(model):
+        return add_missing(Analysis.load(directory), config, extractor, analysed, ADDITION_MEASURES, state)
 
 
 def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooked: list[str]) -> dict[str, Any]:

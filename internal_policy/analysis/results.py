@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,18 @@ MANIFEST = "analysis.json"
 REPORT = "report.html"
 """The page that is drawn of a result, which is complete without it."""
 BASELINE = "baseline.csv"
-_FILES = ("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl")
+ADDITION_FILES = {
+    "heads": "heads.csv",
+    "experts": "experts.csv",
+    "divergences": "divergences.csv",
+    "divergence_matrix": "divergence_matrix.csv",
+    "groups": "groups.parquet",
+}
+"""The tables of additions (see ``additions``), and the file of each."""
+_FILES = (
+    *("layers.csv", BASELINE, "responses.parquet", "tokens.parquet", "responses.jsonl"),
+    *ADDITION_FILES.values(),
+)
 ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
 
 
@@ -84,6 +95,9 @@ class Analysis:
     """The rows of `layers` for the same responses with random weights of the same architecture (--random-baseline)."""
     baseline_model: dict[str, Any] | None = None
     """Seed and digest of these weights, with their boundary_layer and policy_entropy."""
+    additions: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """The tables of optional measurements, by name: heads and experts (--heads), divergences and divergence_matrix
+    (--divergences), groups (--by)."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -188,8 +202,10 @@ class Analysis:
             write_parquet(target / "responses.parquet", self.responses)
             write_parquet(target / "tokens.parquet", self.tokens)
             write_rows(target / "responses.jsonl", self.sequences)
-            (target / BASELINE).unlink(missing_ok=True)
+            for file in (BASELINE, *ADDITION_FILES.values()):
+                (target / file).unlink(missing_ok=True)
             self._write_baseline(target)
+            self._write_additions(target)
         return target
 
     def save_baseline(self) -> None:
@@ -197,6 +213,20 @@ class Analysis:
         assert self.path is not None
         self._write_baseline(self.path)
         ANALYSIS.write_manifest(self.path, self.manifest())
+
+    def save_additions(self) -> None:
+        """Add the tables of additions to the analysis on disk; the manifest last."""
+        assert self.path is not None
+        self._write_additions(self.path)
+        ANALYSIS.write_manifest(self.path, self.manifest())
+
+    def _write_additions(self, directory: Path) -> None:
+        for name, table in self.additions.items():
+            file = directory / ADDITION_FILES[name]
+            if file.suffix == ".csv":
+                write_atomically(file, partial(table.to_csv, index=False))
+            else:
+                write_parquet(file, table)
 
     def _write_baseline(self, directory: Path) -> None:
         if (baseline := self.baseline) is not None:
@@ -225,6 +255,7 @@ class Analysis:
             "baseline": None
             if self.baseline_model is None
             else {**self.baseline_model, "policy_entropy": _without_nan(self.baseline_model["policy_entropy"])},
+            "additions": list(self.additions),
             "timings": self.timings,
             "versions": self.versions,
         }
@@ -259,6 +290,7 @@ class Analysis:
                 n_truncated=manifest["n_truncated"],
                 baseline=None if baseline is None else pd.read_csv(source / BASELINE),
                 baseline_model=baseline and {**baseline, "policy_entropy": _with_nan(baseline["policy_entropy"])},
+                additions={name: _read_addition(source, name) for name in manifest.get("additions", ())},
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,
@@ -339,6 +371,11 @@ def other_lens_sentence(analysis: Analysis) -> str | None:
 
 def _is_same_data(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:
     return analysis.config.get("weights") == weights and analysis.responses_digest == responses_digest
+
+
+def _read_addition(directory: Path, name: str) -> pd.DataFrame:
+    file = directory / ADDITION_FILES[name]
+    return pd.read_csv(file) if file.suffix == ".csv" else read_parquet(file)
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:

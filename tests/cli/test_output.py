@@ -282,7 +282,7 @@ echo "${COMPREPLY[@]}"
 def test_bash_completes_an_empty_word():
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(["bash", "-c", BASH], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "policy logit-lens\n"
+    assert done.stdout == "policy logit-lens unit-norm\n"
 
 
 def test_completion_is_for_the_named_shell(tmp_path, monkeypatch, capsys):
