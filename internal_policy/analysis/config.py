@@ -172,6 +172,8 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                     f"{flag_of(name)} was given with --tolerance, which analyses some of the positions; leave one of "
                     "them out"
                 )
+        if self.heads and self.backend != "hooks":
+            raise UserError(f"--heads was given with --backend {self.backend}; heads are measured with --backend hooks")
         for name in ("remote", "device_map", "quantization", "tolerance"):
             if self.random_baseline and getattr(self, name):
                 raise UserError(
