@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -227,6 +226,9 @@ def _table(analysis: Analysis, part: Part, quantity: Quantity) -> pd.DataFrame:
 
 
 def _map(ax: Axes, analysis: Analysis, part: Part, quantity: Quantity, color: Any) -> None:
+    # It imports pyplot, which figures without a map do without.
+    import seaborn as sns
+
     table = _table(analysis, part, quantity)
     values = table.to_numpy(dtype=float)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))

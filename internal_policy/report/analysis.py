@@ -19,6 +19,7 @@ from internal_policy.comparison.convergence import Convergence, measure_converge
 from internal_policy.report import reproduce
 from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
 from internal_policy.report.page import clean, interval, number, render, settings_tables
+from internal_policy.report.part_charts import part_charts
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
@@ -51,7 +52,8 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
-    charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    parts = part_charts(analysis)
+    charts.update({f"{key}-{name}": chart for name, chart in (own | parts).items()})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -70,6 +72,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": own,
+        "parts": parts,
         "rows": _layer_rows(analysis),
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,

@@ -9,12 +9,13 @@ from plotting_fixtures import assert_legible, make_analysis, with_parts
 
 from internal_policy import UserError, plotting
 from internal_policy.plotting.analysis import save_analysis_figures
+from internal_policy.plotting.heads import map_drawings
 
 SMALL = with_parts(make_analysis("openai/gpt2", 12, "llama"), 12, bias=True)
 LARGE = with_parts(
-    make_analysis("deepseek-ai/DeepSeek-V3-with-a-rather-long-name", 48, "qwen", lens="logit-lens"),
-    128,
-    n_experts=128,
+    make_analysis("deepseek-ai/DeepSeek-V3-with-a-rather-long-name", 24, "qwen", lens="logit-lens"),
+    64,
+    n_experts=64,
     shared=True,
     first_expert_layer=4,
 )
@@ -34,11 +35,11 @@ def colours(ax):
 
 @pytest.mark.parametrize("analysis", [SMALL, LARGE, TINY], ids=["small", "large", "one head"])
 def test_a_map_of_heads_shows_the_table(analysis):
-    figure = plotting.head_map(analysis, ["entropy", "attribution", "cosine"])
+    figure = plotting.head_map(analysis, ["entropy", "attribution"])
     assert_legible(figure)
     table = analysis.additions["heads"].set_index(["head", "layer"])
     heads = sorted(table.index.unique("head"), key=lambda head: (head == 0, head))
-    for ax, quantity in zip(maps(figure), ("entropy", "attribution", "cosine"), strict=True):
+    for ax, quantity in zip(maps(figure), ("entropy", "attribution"), strict=True):
         expected = [[table.loc[(head, layer), quantity] for layer in range(1, analysis.n_layers + 1)] for head in heads]
         np.testing.assert_array_equal(colours(ax), expected)
         low, high = ax.collections[0].get_clim()
@@ -55,10 +56,10 @@ def test_a_map_of_experts_shows_the_table_and_leaves_dense_layers_blank():
     assert_legible(figure)
     load, entropy = maps(figure)
     table = LARGE.additions["experts"].set_index(["expert", "layer"])
-    for ax, quantity, last in ((load, "load", "128"), (entropy, "entropy", "shared")):
+    for ax, quantity, last in ((load, "load", "64"), (entropy, "entropy", "shared")):
         values = colours(ax)
         assert np.isnan(values[:, :3]).all()
-        np.testing.assert_array_equal(values[:128, 5], table.xs(6, level="layer")[quantity].drop(0))
+        np.testing.assert_array_equal(values[:64, 5], table.xs(6, level="layer")[quantity].drop(0))
         assert ax.get_yticklabels()[-1].get_text() == last
     # All tokens go to the shared experts, which would hide the others.
     assert load.collections[0].get_clim()[1] < 1
@@ -90,11 +91,14 @@ def test_what_was_not_measured_is_refused():
     assert plotting.head_map_data(plain).empty
 
 
+@pytest.mark.slow
 def test_maps_are_saved_beside_the_other_figures(tmp_path):
-    paths = save_analysis_figures([make_analysis("a/b", 4, "llama"), SMALL], tmp_path)
-    assert [path.name for path in paths[-2:]] == ["heads.png", "heads.pdf"]
-    again = save_analysis_figures([SMALL, LARGE], tmp_path / "again")
-    assert [path.name for path in again[-4:]] == ["heads.png", "heads.pdf", "experts.png", "experts.pdf"]
-    frame = plotting.head_map_data([make_analysis("a/b", 4, "llama"), SMALL])
+    mixture = with_parts(make_analysis("c/d", 2, "llama"), 2, n_experts=2)
+    analyses = [make_analysis("a/b", 2, "llama"), mixture]
+    paths = save_analysis_figures(analyses, tmp_path)
+    assert [path.name for path in paths[-4:]] == ["heads.png", "heads.pdf", "experts.png", "experts.pdf"]
+    assert map_drawings([*analyses[:1], SMALL]).keys() == {"heads"}
+    assert map_drawings(analyses[:1]) == {}
+    frame = plotting.head_map_data(analyses)
     assert frame["panel"].unique().tolist() == [2]
-    assert len(frame) == 12 * 13
+    assert len(frame) == 2 * 2
