@@ -11,11 +11,12 @@ from tiny import ragged_responses, tiny_model, tiny_tokenizer
 from internal_policy import Analysis, UserError, analyze, models, statistics
 from internal_policy.analysis import heads, remarks
 from internal_policy.analysis.config import AnalyzeConfig
-from internal_policy.data.responses import prompt_indices, read_responses
+from internal_policy.data.responses import Response, prompt_indices, read_responses
 from internal_policy.extractors.experts import find_experts
 from internal_policy.extractors.heads import find_heads
 from internal_policy.extractors.part_means import EXPERT_QUANTITIES, PartReducer
 from internal_policy.extractors.parts import PART_QUANTITIES
+from internal_policy.models import testbed
 from internal_policy.report import analysis_report
 
 RECORDS = ragged_responses(9)
@@ -157,3 +158,24 @@ def test_the_terminal_and_the_report_name_the_heads():
     plain = analysis_report(run(tiny_model("llama")))
     assert "heads-entropy" not in plain
     assert "Attention heads</h2>" in analysis_report(run(tiny_model("llama"), heads=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", testbed.NAMES)
+def test_intervals_of_heads_cover_the_population(name):
+    """Prompts are drawn from a population, whose means are known exactly: the analysed ones, without their outliers."""
+    sequences = analyze(name, keep_tokens=0).sequences
+    responses = [Response(**row) for row in sequences.to_dict("records")]
+    means = PartReducer(find_heads(models.load(name)), None, "policy")
+    values = np.concatenate([[m.heads.ravel() for m in means(responses[i : i + 32])] for i in range(0, 256, 32)])
+    tokens = np.array([r.n_tokens for r in responses], dtype=float)
+    # No interval covers a mean that one response in 256 decides, which most draws of 64 miss.
+    values = np.clip(values, *np.quantile(values, [0.01, 0.99], axis=0))
+    population = (values * tokens[:, None]).sum(axis=0) / tokens.sum()
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(500):
+        chosen = draw.integers(0, len(values), 64)
+        low, high = statistics.confidence_interval(values[chosen], tokens[chosen], np.arange(64))
+        covered.append((low <= population) & (population <= high))
+    # 8 x 4 x 4 intervals of 500 samples each: their mean coverage is known to about 1%, since heads go together.
+    assert 0.93 <= np.mean(covered) <= 0.97
