@@ -279,39 +279,35 @@ def reduce_responses(
     return [values[i] for i in range(len(responses))]
 
 
-def padded_batch(
-    responses: Sequence[Response],
-    side: Literal["left", "right"] = "right",
-    tokens: Sequence[NDArray[np.int64]] | None = None,
-) -> tuple[Batch, NDArray[np.int64]]:
-    """Pad responses to one length, with the positions whose states predict their tokens.
-
-    Args:
-        responses: the batch.
-        side: the side of the padding.
-        tokens: indices of the tokens of each response, from 0; all of them by default.
-
-    Returns:
-        The batch, and where in its positions each response but the last ends.
-    """
-    chosen = [np.arange(r.n_tokens) for r in responses] if tokens is None else tokens
-    ids, mask = pad([r.input_ids for r in responses], side)
-    width = ids.shape[1]
-    positions = []
-    for row, (response, own) in enumerate(zip(responses, chosen, strict=True)):
-        start = row * width + (width - len(response.input_ids) if side == "left" else 0)
-        positions.append(start + response.prompt_length - 1 + own)
-    ends = np.cumsum([len(p) for p in positions])[:-1]
-    return Batch(ids, mask, torch.from_numpy(np.concatenate(positions))), ends
-
-
 def _reduce_together(
     reducer: Reducer,
     responses: Sequence[Response],
     side: Literal["left", "right"],
     tokens: Sequence[NDArray[np.int64]],
 ) -> list[TokenValues]:
-    batch, ends = padded_batch(responses, side, tokens)
-    values = reducer(batch)
+    values = reducer(make_batch(responses, side, tokens))
+    ends = np.cumsum([len(chosen) for chosen in tokens])[:-1]
     parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
     return [TokenValues(layers, policy) for layers, policy in parts]
+
+
+def make_batch(
+    responses: Sequence[Response], side: Literal["left", "right"], tokens: Sequence[NDArray[np.int64]]
+) -> Batch:
+    """Pad responses to one length, and find the positions of their chosen tokens.
+
+    Args:
+        responses: the sequences.
+        side: the side of the padding.
+        tokens: indices of the chosen tokens of each response, from 0.
+
+    Returns:
+        The batch, whose positions follow the responses in order: those of the states that predict the tokens.
+    """
+    ids, mask = pad([r.input_ids for r in responses], side)
+    width = ids.shape[1]
+    positions = []
+    for row, (response, chosen) in enumerate(zip(responses, tokens, strict=True)):
+        start = row * width + (width - len(response.input_ids) if side == "left" else 0)
+        positions.append(start + response.prompt_length - 1 + chosen)
+    return Batch(ids, mask, torch.from_numpy(np.concatenate(positions)))
