@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
+    from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
@@ -43,6 +44,8 @@ _HOME = {
     "expert_map_data": "heads",
     "head_map": "heads",
     "head_map_data": "heads",
+    "grouped_change": "token_groups",
+    "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
     "inspection_data": "inspection",
     "inspection_map": "inspection",
@@ -58,6 +61,7 @@ _HOME = {
     "plot_entropy_flow": "analysis",
     "plot_expert_map": "heads",
     "plot_head_map": "heads",
+    "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",
     "plot_pass_at_k": "evaluation",
