@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.comparison import *  # noqa: F403
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
+    from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.parts import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
@@ -42,6 +43,10 @@ _HOME = {
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "expert_map": "heads",
+    "expert_map_data": "heads",
+    "head_map": "heads",
+    "head_map_data": "heads",
     "grouped_change": "token_groups",
     "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
@@ -58,6 +63,8 @@ _HOME = {
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_expert_map": "heads",
+    "plot_head_map": "heads",
     "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",

@@ -35,6 +35,7 @@ from internal_policy.analysis.figure_data import (
     stage_sketch_data,
 )
 from internal_policy.plotting import marks, style
+from internal_policy.plotting.heads import map_drawings
 from internal_policy.plotting.parts import change_parts
 from internal_policy.plotting.token_groups import group_drawings
 from internal_policy.utils.palette import LOOKS, STAGES
@@ -307,7 +308,9 @@ def stage_sketch(
 
 
 def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> list[Path]:
-    """Write figs. 2, 3 and 12, the parts of the changes, and one figure for each grouping of tokens, as PNG and PDF.
+    """Write figs. 2, 3 and 12, the parts of the changes, and what was measured of heads, experts and groups of tokens.
+
+    Each is written as PNG and PDF.
 
     The same analyses give the same bytes. Analyses from before the parts were measured are not in that figure; without
     any other it is not drawn.
@@ -327,7 +330,7 @@ def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> lis
     }
     if measured := [analysis for analysis in given if has_parts(analysis.layers)]:
         drawings["change_parts"] = partial(change_parts, measured)
-    return style.save_figures(directory, {**drawings, **group_drawings(given)})
+    return style.save_figures(directory, {**drawings, **map_drawings(given), **group_drawings(given)})
 
 
 def _add_legend(figure: Figure, axes: Sequence[Axes], frame: pd.DataFrame) -> None:

@@ -35,6 +35,7 @@ from internal_policy.report.charts import (
     parts_chart,
 )
 from internal_policy.report.page import clean, interval, number, render, settings_tables
+from internal_policy.report.part_charts import part_charts
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
@@ -67,13 +68,14 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
+    maps = part_charts(analysis)
     parts = has_parts(analysis.layers)
     if parts:
         own |= {"parts_ffn": parts_chart(analysis, "ffn"), "parts_attn": parts_chart(analysis, "attn")}
     table = analysis.additions.get("divergences")
     if table is not None:
         own |= {"divergence": divergence_chart(table), "agreement": agreement_chart(table)}
-    charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    charts.update({f"{key}-{name}": chart for name, chart in (own | maps).items()})
     groups = _groups(analysis)
     charts.update({f"{key}-groups-{group['name']}": group["chart"] for group in groups})
     view = token_view(analysis)
@@ -94,6 +96,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": own,
+        "maps": maps,
         "rows": _layer_rows(analysis),
         "parts": _parts(analysis) if parts else None,
         "divergences": None if table is None else _divergences(table, analysis.additions["divergence_matrix"]),
