@@ -52,7 +52,7 @@ class LensResult:
     """The result of the same responses and weights under another lens."""
 
     lens: str
-    """``policy`` or ``logit-lens``."""
+    """Its name."""
     boundary_layer: int | None
     """The boundary layer under it, from 1; None if there is none."""
     path: Path | None
@@ -122,7 +122,7 @@ class Analysis:
 
     @property
     def lens(self) -> str:
-        """``policy`` or ``logit-lens``."""
+        """The name of its lens, such as ``policy`` or ``logit-lens``."""
         return str(self.config["lens"])
 
     @property
@@ -366,7 +366,7 @@ def other_lens_sentence(analysis: Analysis) -> str | None:
         return None
     answer = "no boundary layer" if other.boundary_layer is None else f"layer {other.boundary_layer}"
     agrees = " too" if other.boundary_layer == analysis.boundary_layer else ", so the answer depends on the lens"
-    return f"{_LENS_PHRASES[other.lens]} the same responses give {answer}{agrees}"
+    return f"{_LENS_PHRASES.get(other.lens, f'under the lens {other.lens}')} the same responses give {answer}{agrees}"
 
 
 def _is_same_data(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:

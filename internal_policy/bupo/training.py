@@ -44,6 +44,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, training_processes
@@ -304,6 +305,8 @@ def choose_layer(layer: Any) -> LayerChoice:
         )
     few = few_prompts(layer.n_prompts)
     reason = selection.reason if few is None else f"{selection.reason}; {few}"
+    if layer.lens != DEFAULT_LENS:
+        reason = f"{reason}; found under the lens {layer.lens}"
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 
