@@ -144,11 +144,11 @@ def lens_files(directory: str | Path) -> tuple[Path, Path]:
 
 
 def lens_digest(directory: str | Path) -> str:
-    """The SHA-256 of the files of a trained lens: another training gives another digest."""
+    """16 hexadecimal digits of the SHA-256 of the files of a trained lens: another training gives others."""
     digest = hashlib.sha256()
     for path in lens_files(directory):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def _shown(lens: LensChoice) -> str:
