@@ -97,10 +97,14 @@ class Projection:
                 raise ValueError(f"the lens {lens.name} differs by layer, and no layer was given")
             mapped: Tensor = lens.apply(layer, states, self)
             return mapped
-        if lens == "unit-norm":
-            rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
-            return (states / torch.where(rms > 0, rms, 1.0)).to(states.dtype)
-        return states if lens == "policy" else self.apply_final_norm(states)
+        if lens == "policy":
+            return states
+        if lens == "logit-lens":
+            return self.apply_final_norm(states)
+        if lens != "unit-norm":
+            raise ValueError(f"{lens!r} is not the name of a lens; open_lens prepares a directory or a function")
+        rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
+        return (states / torch.where(rms > 0, rms, 1.0)).to(states.dtype)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
         """Apply LN_final on the device of its weights.

@@ -15,11 +15,12 @@ from command_line import run as run_command
 from own_lenses import random_maps, save_as_tuned_lens, save_lens
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
-from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, inspect, models
+from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, inspect, models
 from internal_policy.analysis import pipeline
 from internal_policy.analysis.finished import config_digest, find_finished
 from internal_policy.analysis.sweep_targets import require_distinct_outputs
 from internal_policy.comparison.study import study
+from internal_policy.comparison.tables import differing_settings
 from internal_policy.plotting.marks import lens_title
 from internal_policy.report.reproduce import analysis_commands
 
@@ -148,6 +149,14 @@ def test_two_lenses_of_one_name_are_refused(tmp_path, tuned):
     require_distinct_outputs(configs[:2])
     with pytest.raises(UserError, match=f"the lens {tuned} and the lens {other} would both be written to testbed--q"):
         require_distinct_outputs(configs)
+
+
+def test_a_comparison_says_that_trained_lenses_differ(tmp_path, tuned):
+    one = small(tmp_path / "one", tuned)
+    other = small(tmp_path / "other", save_lens(tmp_path / "again" / "tuned", random_maps(3, 32, seed=1)))
+    digests = other.config["lens_digest"], one.config["lens_digest"]
+    assert differing_settings(other, one) == {"lens_digest": digests}
+    assert compare([one, other], labels=["one", "other"]).differing == {"other": {"lens_digest": digests}}
 
 
 def test_a_study_of_several_models_refuses_a_trained_lens(tuned):

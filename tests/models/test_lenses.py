@@ -67,6 +67,8 @@ def test_final_norm_follows_the_map(tmp_path, model, maps, states):
     torch.testing.assert_close(found, expected, atol=FLOAT32, rtol=0)
     with pytest.raises(ValueError, match="the lens mine differs by layer"):
         model.projection.apply_lens(lens, states)
+    with pytest.raises(ValueError, match="is not the name of a lens; open_lens prepares a directory"):
+        model.projection.apply_lens(str(tmp_path / "mine"), states, 2)
 
 
 def test_a_file_of_tuned_lens_is_the_same_lens(tmp_path, model, maps, states):
