@@ -304,9 +304,8 @@ def choose_layer(layer: Any) -> LayerChoice:
             f"candidates: {near}; give one of them as a number"
         )
     few = few_prompts(layer.n_prompts)
-    reason = selection.reason if few is None else f"{selection.reason}; {few}"
-    if layer.lens != DEFAULT_LENS:
-        reason = f"{reason}; found under the lens {layer.lens}"
+    lens = None if layer.lens == DEFAULT_LENS else f"found under the lens {layer.lens}"
+    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few, lens)))
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 

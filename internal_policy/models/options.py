@@ -18,6 +18,8 @@ LensName = Literal["policy", "logit-lens", "unit-norm"]
 ``unit-norm`` divides it by its root mean square."""
 LENSES: tuple[LensName, ...] = get_args(LensName)
 DEFAULT_LENS: LensName = "policy"
+TAKEN_NAMES = (*LENSES, "measured", "direction", "literal")
+"""Names that no other lens may have; the last are readings beside which ``Selection.sensitivity`` lists lenses."""
 LensFunction: TypeAlias = Callable[[int, Any], Any]
 """Maps a layer (1..L, 0 for the embedding) and its states [N, d] to the states [N, d] that E_u projects."""
 LensChoice: TypeAlias = str | Path | LensFunction
@@ -93,10 +95,10 @@ def check_lens(lens: LensChoice, remote: bool | str = False) -> str | LensFuncti
             )
         lens_files(lens)
     name = lens_name(lens)
-    if is_own_lens(lens) and (name in LENSES or not name):
+    if is_own_lens(lens) and (name in TAKEN_NAMES or not name):
         raise UserError(
             f"lens {_shown(lens)} would be called {name!r} in directories and figures; needed is a name of its own, "
-            f"other than {', '.join(LENSES)}: rename it"
+            f"other than {', '.join(TAKEN_NAMES)}: rename it"
         )
     if remote and is_own_lens(lens):
         raise UserError(

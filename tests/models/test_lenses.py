@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 
 from internal_policy import AnalyzeConfig, UserError, models
+from internal_policy.analysis.layer_selection import _OWN_READINGS
 from internal_policy.inspection.config import InspectConfig
 from internal_policy.models.lenses import AffineLens, FunctionLens, open_lens, read_lens
-from internal_policy.models.options import check_lens, lens_digest, lens_name
+from internal_policy.models.options import LENSES, TAKEN_NAMES, check_lens, lens_digest, lens_name
 
 LAYERS, WIDTH = 3, 32
 # A product of width 32 in float32, of values of size 1, against float64: some 1e-6.
@@ -223,6 +224,7 @@ def test_names_of_other_lenses_are_refused(tmp_path, maps):
     save_lens(tmp_path / "unit-norm", maps)
     with pytest.raises(UserError, match=r"/unit-norm' would be called 'unit-norm'.*rename it"):
         check_lens(tmp_path / "unit-norm")
+    assert {*LENSES, *_OWN_READINGS} <= {*TAKEN_NAMES}
 
 
 class Tuned(torch.nn.Module):
