@@ -55,6 +55,14 @@ def of_qwen3(tmp_path_factory):
     return save_as_tuned_lens(tmp_path_factory.mktemp("lenses") / "tuned", random_maps(*layers_and_width()))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, of_qwen3):
+    """A finished analysis under a trained lens; its directory holds the lens too."""
+    place = tmp_path_factory.mktemp("finished")
+    analyze(output=place / "out", lens=shutil.copytree(of_qwen3, place / "tuned"), **OPTIONS)
+    return place
+
+
 def test_an_analysis_is_named_by_its_lens_and_holds_its_digest(tmp_path, tuned):
     analysis = small(tmp_path, tuned)
     assert analysis.path.name.endswith("--tuned")
@@ -123,6 +131,7 @@ def test_an_analysis_under_a_function_is_never_resumed_nor_recognised(tmp_path, 
     assert (done.layers["entropy_out"] > plain.layers["entropy_out"]).all()
 
 
+@pytest.mark.slow
 def test_a_baseline_and_a_tolerance_take_every_lens(tmp_path, tuned):
     for lens in (tuned, halved):
         with_baseline = small(tmp_path / "baseline", lens, random_baseline=True)
@@ -130,10 +139,10 @@ def test_a_baseline_and_a_tolerance_take_every_lens(tmp_path, tuned):
         assert small(None, lens, tolerance=0.5).positions["tolerance"] == 0.5
 
 
-def test_finished_analyses_are_found_by_the_files_of_their_lens(tmp_path, of_qwen3):
-    place = shutil.copytree(of_qwen3, tmp_path / "tuned")
+def test_finished_analyses_are_found_by_the_files_of_their_lens(tmp_path, finished):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    place = tmp_path / "tuned"
     config = AnalyzeConfig(lens=place, **OPTIONS)
-    analyze(output=tmp_path / "out", lens=place, **OPTIONS)
     (found,) = find_finished([config], tmp_path / "out")
     assert found.lens == "tuned"
     assert config_digest(config) not in (None, config_digest(replace(config, lens="policy")))
@@ -164,12 +173,13 @@ def test_a_study_of_several_models_refuses_a_trained_lens(tuned):
         study("testbed", lens=tuned)
 
 
-def test_the_commands_that_reproduce_an_analysis_name_the_directory(tmp_path, of_qwen3):
-    analysis = analyze(output=tmp_path, lens=of_qwen3, **OPTIONS)
+def test_the_commands_that_reproduce_an_analysis_name_the_directory(finished):
+    analysis = Analysis.load(finished / "out")
     commands = analysis_commands(analysis)
-    assert f"--lens {of_qwen3}" in commands.shell
-    assert f"lens={str(of_qwen3)!r}" in commands.python
-    commands = analysis_commands(analyze(output=tmp_path, lens=halved, **OPTIONS))
+    assert f"--lens {finished / 'tuned'}" in commands.shell
+    assert f"lens={str(finished / 'tuned')!r}" in commands.python
+    own = AnalyzeConfig(lens=halved, **OPTIONS).settings()
+    commands = analysis_commands(replace(analysis, config={**own, "hooked": ["lens halved: a function"]}))
     assert commands.shell is None
     assert "# lens as the function halved was in memory then" in commands.python
     assert "lens=lens" in commands.python
