@@ -29,6 +29,7 @@ class FakeAnalysis:
     policy_entropy: dict = field(default_factory=lambda: {"mean": 0.31, "stderr": 0.04})
     baseline: pd.DataFrame | None = None
     n_parameters: int | None = None
+    additions: dict = field(default_factory=dict)
 
 
 def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from internal_policy import statistics
-from internal_policy.analysis import tables
+from internal_policy.analysis import divergences, tables
 from internal_policy.analysis.additions import Measure, add_missing
 from internal_policy.analysis.config import ADDITIONS, DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import (
@@ -70,7 +70,7 @@ from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
-ADDITION_MEASURES: dict[str, Measure] = {}
+ADDITION_MEASURES: dict[str, Measure] = {"divergences": divergences.measure}
 """How each addition is measured, by its option."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 

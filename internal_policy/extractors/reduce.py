@@ -289,13 +289,29 @@ def _reduce_together(
     side: Literal["left", "right"],
     tokens: Sequence[NDArray[np.int64]],
 ) -> list[TokenValues]:
+    values = reducer(make_batch(responses, side, tokens))
+    ends = np.cumsum([len(chosen) for chosen in tokens])[:-1]
+    parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
+    return [TokenValues(layers, policy) for layers, policy in parts]
+
+
+def make_batch(
+    responses: Sequence[Response], side: Literal["left", "right"], tokens: Sequence[NDArray[np.int64]]
+) -> Batch:
+    """Pad responses to one length, and find the positions of their chosen tokens.
+
+    Args:
+        responses: the sequences.
+        side: the side of the padding.
+        tokens: indices of the chosen tokens of each response, from 0.
+
+    Returns:
+        The batch, whose positions follow the responses in order: those of the states that predict the tokens.
+    """
     ids, mask = pad([r.input_ids for r in responses], side)
     width = ids.shape[1]
     positions = []
     for row, (response, chosen) in enumerate(zip(responses, tokens, strict=True)):
         start = row * width + (width - len(response.input_ids) if side == "left" else 0)
         positions.append(start + response.prompt_length - 1 + chosen)
-    values = reducer(Batch(ids, mask, torch.from_numpy(np.concatenate(positions))))
-    ends = np.cumsum([len(p) for p in positions])[:-1]
-    parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
-    return [TokenValues(layers, policy) for layers, policy in parts]
+    return Batch(ids, mask, torch.from_numpy(np.concatenate(positions)))
