@@ -160,6 +160,12 @@ def test_two_lenses_of_one_name_are_refused(tmp_path, tuned):
         require_distinct_outputs(configs)
 
 
+def test_additions_take_a_trained_lens(tmp_path, tuned):
+    table = small(tmp_path, tuned, divergences=True).additions["divergences"]
+    assert table["kl_policy"].iloc[-1] == pytest.approx(0, abs=FLOAT32_NATS)
+    assert (table["kl_policy"].iloc[:-1] > 0.1).all()
+
+
 def test_a_comparison_says_that_trained_lenses_differ(tmp_path, tuned):
     one = small(tmp_path / "one", tuned)
     other = small(tmp_path / "other", save_lens(tmp_path / "again" / "tuned", random_maps(3, 32, seed=1)))

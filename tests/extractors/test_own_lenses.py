@@ -9,6 +9,8 @@ import pytest
 import torch
 from capture_checks import FLOAT32_NATS, captured, check_quantities, wrapped
 from own_lenses import exact_map, random_maps, save_as_tuned_lens, save_lens, translators
+from test_divergences import assert_is_the_definition, measured
+from test_families import residual_stream
 from tiny import ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
 from tiny import reference as policy_reference
 
@@ -70,6 +72,22 @@ def test_a_file_of_tuned_lens_gives_what_tuned_lens_computes(tmp_path):
         final = torch.distributions.Categorical(logits=output.logits[0, at]).entropy()
         # H^L has no translator: its policy is the model's own.
         np.testing.assert_allclose(values.layers[:, -1, QUANTITIES.index("layer_out")], final, atol=FLOAT32_NATS)
+
+
+@torch.no_grad()
+def test_divergences_under_a_trained_lens_in_float64(tmp_path):
+    network = tiny_model("llama")
+    model = wrapped(network)
+    maps = maps_of(model)
+    lens = open_lens(save_lens(tmp_path / "mine", maps), model)
+    exact = copy.deepcopy(network).double()
+    records = ragged_responses(2)
+    for record, found in zip(records, measured(model, records, lens), strict=True):
+        at = slice(record["prompt_length"] - 1, len(record["input_ids"]) - 1)
+        ids = torch.tensor([record["input_ids"]])
+        states = residual_stream(exact, ids)[1:, at]
+        logits = [exact.lm_head(exact.model.norm(exact_map(maps, i, h))) for i, h in enumerate(states, start=1)]
+        assert_is_the_definition(found, torch.stack([*logits, exact(ids, use_cache=False).logits[0, at]]))
 
 
 def assert_same(one, other):
