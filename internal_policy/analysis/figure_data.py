@@ -263,7 +263,7 @@ def _addition(analysis: Analysis, name: str, option: str) -> pd.DataFrame:
     return analysis.additions[name]
 
 
-def require_some(analyses: Sequence[Analysis]) -> None:
+def require_some(analyses: Sequence[object]) -> None:
     """Refuse to draw nothing."""
     if not analyses:
         raise ValueError("Got no analysis; a figure needs at least one.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
+    from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
@@ -38,6 +39,8 @@ _HOME = {
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "grouped_change": "token_groups",
+    "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
     "inspection_data": "inspection",
     "inspection_map": "inspection",
@@ -51,6 +54,7 @@ _HOME = {
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",
     "plot_pass_at_k": "evaluation",

@@ -17,7 +17,15 @@ from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
-from internal_policy.report.charts import Chart, agreement_chart, change_chart, divergence_chart, fall_chart, flow_chart
+from internal_policy.report.charts import (
+    Chart,
+    agreement_chart,
+    change_chart,
+    divergence_chart,
+    fall_chart,
+    flow_chart,
+    group_chart,
+)
 from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
@@ -55,6 +63,8 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     if table is not None:
         own |= {"divergence": divergence_chart(table), "agreement": agreement_chart(table)}
     charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    groups = _groups(analysis)
+    charts.update({f"{key}-groups-{group['name']}": group["chart"] for group in groups})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -78,6 +88,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
         "reason": convergence.reason,
+        "groups": groups,
         "tokens": view,
         "settings": settings_tables(analysis),
         "again": reproduce.analysis_commands(analysis),
@@ -190,6 +201,28 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
         }
         for layer, stage in enumerate(analysis.stages, start=1)
     ]
+
+
+def _groups(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return a chart and the rows of a table for each grouping of tokens that was measured on all responses."""
+    shown = []
+    for name in analysis.groupings:
+        groups = analysis.by(name)
+        rows = []
+        for row in groups.summary.to_dict("records"):
+            policy = groups.policy_entropy.set_index("group").loc[row["group"]]
+            span = interval(row["difference_low"], row["difference_high"], "+.3f")
+            rows.append(
+                {
+                    "group": row["group"],
+                    "tokens": f"{row['n_tokens']} ({number(row['share'], '.1%')})",
+                    "policy": {"value": number(policy["mean"]), "interval": interval(policy["low"], policy["high"])},
+                    "change": {"value": number(row["change"], "+.3f"), "interval": ""},
+                    "difference": {"value": number(row["difference"], "+.3f"), "interval": span},
+                }
+            )
+        shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
+    return shown
 
 
 def _divergences(table: pd.DataFrame, matrix: pd.DataFrame) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from internal_policy.utils import palette
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
+    from internal_policy.analysis.token_groups import TokenGroups
     from internal_policy.comparison.convergence import Convergence
 
 _MAX_NAME = 36
@@ -238,6 +239,25 @@ def change_chart(analysis: Analysis) -> Chart:
         _add_baseline(chart, analysis, name, site, "change", shown=site == "ffn", format="+.3f")
     chart.layer_axis(analysis.n_layers)
     _mark_boundary(chart, analysis)
+    return chart
+
+
+def group_chart(groups: TokenGroups) -> Chart:
+    """Draw the entropy change that the FFN of each layer makes at the tokens of each group."""
+    what = f"Entropy change that the FFN makes over the layers, a line for each group of tokens by {groups.grouping}."
+    title = f"Entropy change by the FFN, tokens by {groups.grouping}"
+    chart = Chart(title, "Layer", "Entropy change (nats)", what)
+    chart.stages(groups.stages)
+    chart.level(0.0, dash="solid")
+    n, table = len(groups.groups), groups.layers[groups.layers["site"] == "ffn"]
+    ordered = groups.grouping == "position"
+    for index, group in enumerate(groups.groups):
+        rows = table[table["group"] == group]
+        drawn: dict[str, Any] = {"color": shade(index, n)} if ordered else series_look(index)
+        ends = (rows["change_low"], rows["change_high"])
+        # Bands of ten lines would hide them.
+        chart.curve(group, rows["layer"], rows["change"], ends, format="+.3f", band=not ordered, **drawn)
+    chart.layer_axis(groups.n_layers)
     return chart
 
 
