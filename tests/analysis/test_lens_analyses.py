@@ -164,6 +164,12 @@ def test_additions_take_a_trained_lens(tmp_path, tuned):
     table = small(tmp_path, tuned, divergences=True).additions["divergences"]
     assert table["kl_policy"].iloc[-1] == pytest.approx(0, abs=FLOAT32_NATS)
     assert (table["kl_policy"].iloc[:-1] > 0.1).all()
+    order = ["group", "response", "layer", "site"]
+    kept, captured = (
+        small(None, tuned, by="position", keep_tokens=n).additions["groups"].sort_values(order, ignore_index=True)
+        for n in (4, 0)
+    )
+    pd.testing.assert_frame_equal(captured, kept, check_exact=False, rtol=0, atol=FLOAT32_NATS)
 
 
 def test_a_comparison_says_that_trained_lenses_differ(tmp_path, tuned):
