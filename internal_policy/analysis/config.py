@@ -154,7 +154,7 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     random_baseline: bool = False
     """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
     heads: bool = False
-    """Measure what each attention head writes, and each routed expert of a mixture."""
+    """Measure what each attention head writes, and each routed expert of a mixture; captured by hooks."""
     divergences: bool = False
     """Measure how far each layer's policy is from the final one and from the next layer's."""
     by: tuple[str, ...] = option((), choices=GROUPINGS)
@@ -190,6 +190,8 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                     f"{flag_of(name)} was given with --tolerance, which analyses some of the positions; leave one of "
                     "them out"
                 )
+        if self.heads and self.backend != "hooks":
+            raise UserError(f"--heads was given with --backend {self.backend}; heads are measured with --backend hooks")
         for name in ("remote", "device_map", "quantization", "tolerance"):
             if self.random_baseline and getattr(self, name):
                 raise UserError(

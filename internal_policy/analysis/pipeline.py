@@ -35,6 +35,7 @@ from internal_policy.analysis.finished import (
     report_finished,
 )
 from internal_policy.analysis.group_capture import measure_groups
+from internal_policy.analysis.heads import measure_heads
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
@@ -50,6 +51,7 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
+from internal_policy.extractors.heads import find_heads
 from internal_policy.generation import (
     effective_batch_size,
     end_ids,
@@ -71,7 +73,11 @@ from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
-ADDITION_MEASURES: dict[str, Measure] = {"divergences": divergences.measure, "by": measure_groups}
+ADDITION_MEASURES: dict[str, Measure] = {
+    "heads": measure_heads,
+    "divergences": divergences.measure,
+    "by": measure_groups,
+}
 """How each addition is measured, by its option."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
@@ -216,6 +222,9 @@ def _run(
     load_seconds = time.perf_counter() - started
     # A lens that does not fit is refused before hours of sampling, and not held meanwhile.
     open_lens(config.lens, model)
+    if config.heads:
+        # A model whose heads cannot be measured is refused before anything long begins.
+        find_heads(model)
     inputs = gather_inputs(config, model, prompts, responses)
     hooked = [*attached_code(model.model, extractor.wrapper), *_lens_function(config)]
     identity = _identity(config, model, inputs, hooked)

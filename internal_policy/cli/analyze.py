@@ -173,8 +173,15 @@ def _models(command: AnalyzeCommand) -> None:
 
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
-    """An analysis in a JSON document, with what the same responses give under other lenses."""
-    return {**to_json(analysis), "other_lenses": [vars(other) for other in analysis.other_lenses]}
+    """An analysis in a JSON document, with what the same responses give by direction alone and under other lenses."""
+    from internal_policy.analysis.layer_selection import DIRECTION
+
+    return {
+        **to_json(analysis),
+        "length_share": analysis.length_share,
+        "boundary_layer_by_direction": analysis.selection.sensitivity.get(DIRECTION),
+        "other_lenses": [vars(other) for other in analysis.other_lenses],
+    }
 
 
 def _sweep(command: AnalyzeCommand) -> None:
@@ -268,7 +275,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3, 12 and those of additions into a directory below `root` that is named by the analyses."""
+    """Draw the figures of analyses and of their additions into a directory below `root` that is named by them."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting.divergences import save_divergence_figures

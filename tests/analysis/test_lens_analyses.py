@@ -161,7 +161,9 @@ def test_two_lenses_of_one_name_are_refused(tmp_path, tuned):
 
 
 def test_additions_take_a_trained_lens(tmp_path, tuned):
-    table = small(tmp_path, tuned, divergences=True).additions["divergences"]
+    additions = small(tmp_path, tuned, divergences=True, heads=True).additions
+    assert additions["heads"]["entropy"].notna().all()
+    table = additions["divergences"]
     assert table["kl_policy"].iloc[-1] == pytest.approx(0, abs=FLOAT32_NATS)
     assert (table["kl_policy"].iloc[:-1] > 0.1).all()
     order = ["group", "response", "layer", "site"]

@@ -11,6 +11,8 @@ from capture_checks import FLOAT32_NATS, captured, check_quantities, wrapped
 from own_lenses import exact_map, random_maps, save_as_tuned_lens, save_lens, translators
 from test_divergences import assert_is_the_definition, measured
 from test_families import residual_stream
+from test_heads import Oracle, head_writes
+from test_heads import measured as parts_measured
 from tiny import ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
 from tiny import reference as policy_reference
 
@@ -88,6 +90,22 @@ def test_divergences_under_a_trained_lens_in_float64(tmp_path):
         states = residual_stream(exact, ids)[1:, at]
         logits = [exact.lm_head(exact.model.norm(exact_map(maps, i, h))) for i, h in enumerate(states, start=1)]
         assert_is_the_definition(found, torch.stack([*logits, exact(ids, use_cache=False).logits[0, at]]))
+
+
+def test_heads_under_a_trained_lens_in_float64(tmp_path):
+    network, (record,) = tiny_model("llama"), ragged_responses(1)
+    model = wrapped(network)
+    maps = maps_of(model)
+    lens = open_lens(save_lens(tmp_path / "mine", maps), model)
+    (found,) = parts_measured(model, [record], lens)[2]
+    oracle = Oracle(network, record)
+    for layer in (1, 2, 3):
+        writes = head_writes(oracle.model, "llama", oracle.ids, layer - 1)
+        plain = oracle.quantities(writes, oracle.stream[layer - 1]).mean(1)
+        mapped = torch.stack([exact_map(maps, layer, write) for write in writes])
+        # Of the four quantities of a part only the entropy, the first, is that of what the lens makes of it.
+        plain[:, 0] = oracle.quantities(mapped, oracle.stream[layer - 1], normed=True).mean(1)[:, 0]
+        np.testing.assert_allclose(found.heads[layer - 1], plain, rtol=1e-5, atol=FLOAT32_NATS)
 
 
 def assert_same(one, other):
