@@ -105,7 +105,7 @@ def change_parts_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     Raises:
         ValueError: An analysis is from before the parts were measured.
     """
-    return _stack(analyses, _part_rows)
+    return _stack(analyses, _change_part_rows)
 
 
 def residual_cosine_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
@@ -282,7 +282,7 @@ def _change_rows(analysis: Analysis) -> pd.DataFrame:
     return frame
 
 
-def _part_rows(analysis: Analysis) -> pd.DataFrame:
+def _change_part_rows(analysis: Analysis) -> pd.DataFrame:
     if not has_parts(analysis.layers):
         raise ValueError(
             f"{analysis.name} was analysed before the parts of its changes were measured; analyse it again."
