@@ -153,7 +153,7 @@ def head_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     Returns:
         A row for each panel, layer and head, with the columns of the table.
     """
-    return _addition_rows(analyses, "heads")
+    return _part_rows(analyses, "heads")
 
 
 def expert_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
@@ -165,10 +165,10 @@ def expert_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     Returns:
         A row for each panel, layer and expert, with the columns of the table.
     """
-    return _addition_rows(analyses, "experts")
+    return _part_rows(analyses, "experts")
 
 
-def _addition_rows(analyses: OneOrMany[Analysis], name: str) -> pd.DataFrame:
+def _part_rows(analyses: OneOrMany[Analysis], name: str) -> pd.DataFrame:
     """Return the table of parts of every analysis that has it, with the panel (from 1), model and lens."""
     parts = [pd.DataFrame(columns=["panel", "model", "lens"])]
     for panel, analysis in enumerate(listed(analyses), start=1):
