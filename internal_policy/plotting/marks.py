@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BASELINE_LABEL = "random weights"
 EMBEDDED = "testbed/"
-LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
+LENS_TITLES = {"policy": "", "logit-lens": "logit lens", "unit-norm": "unit norm"}
 SMALL = 6.5
 """Font size of text inside a panel, points."""
 _SIZE_IN_NAME = re.compile(r"\d[bm]\b", re.IGNORECASE)
@@ -182,11 +182,16 @@ def set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis], label: OneOrM
     names = check_labels(label, short_names([a.name for a in analyses]), "analyses")
     for ax, name, analysis in zip(axes, names, analyses, strict=True):
         size = f"({size_of(analysis)})" if label is None and size_of(analysis) else ""
-        notes = [LENS_TITLES.get(analysis.lens, analysis.lens)]
+        notes = [lens_title(analysis.lens)]
         title = f"{name} {size}".strip()
         if style.text_width(title, ax.title.get_fontproperties()) > style.panel_width(ax):
             title, notes = name, [size, *notes]
         style.set_title(ax, title, "\n".join(filter(None, notes)))
+
+
+def lens_title(lens: str) -> str:
+    """Return what a figure says of a lens: nothing of the paper's, and "lens NAME" of a user's own."""
+    return LENS_TITLES.get(lens, f"lens {lens}")
 
 
 def set_axes(
