@@ -1,0 +1,136 @@
+"""What every measurement says about each layer of one model, in one table. Nothing here needs torch.
+
+    table = layer_evidence(analysis, evaluations=evaluations, ablation=ablation, transfer=transfer)
+    table[["change", "change_direction", "accuracy", "ablation_ffn", "cosine"]].corr("spearman")
+
+An entropy curve points to a layer; the other columns ask whether that layer matters: whether its policy solves the task,
+what happens without its modules, and whether aligning it moves the parameters as GRPO does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from internal_policy.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from internal_policy.analysis.results import Analysis
+    from internal_policy.bupo.transfer_results import Transfer
+    from internal_policy.evaluation.results import Evaluation
+    from internal_policy.interventions.results import Ablation
+
+QUANTITIES = {
+    "change": "ΔH FFN (nats)",
+    "change_direction": "its direction part (nats)",
+    "accuracy": "accuracy of the layer's policy",
+    "ablation_attn": "KL without its attention (nats)",
+    "ablation_ffn": "KL without its FFN (nats)",
+    "cosine": "cosine with the gradient of GRPO",
+    "across": "the same across halves of the prompts",
+    "training": "what training at the layer did",
+}
+"""The columns of the table, each followed by its ``_low`` and ``_high`` where it has an interval."""
+_ENDS = ("", "_low", "_high")
+
+
+def layer_evidence(
+    analysis: Analysis,
+    *,
+    evaluations: Iterable[Evaluation] = (),
+    ablation: Ablation | None = None,
+    transfer: Transfer | None = None,
+    outcomes: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Tabulate what was measured of each layer.
+
+    Args:
+        analysis: the analysis, whose FFN changes and boundary layer are compared with the rest.
+        evaluations: evaluations of layer policies of the same weights; those of modules are left out.
+        ablation: an ablation of modules, of the same weights.
+        transfer: the transfer of each layer, of the same weights.
+        outcomes: what training at a layer did: columns layer and value, perhaps low and high.
+
+    Returns:
+        A row per layer, indexed from 1: ``QUANTITIES``, of which those that were not measured are missing or NaN, with
+        their 95% intervals; ``ceiling`` of the transfer; ``stage``; and whether the layer is the boundary layer, as
+        measured (``boundary``) and by direction alone (``boundary_by_direction``).
+
+    Raises:
+        UserError: a result is of other weights than the analysis.
+    """
+    index = pd.RangeIndex(1, analysis.n_layers + 1, name="layer")
+    ffn = analysis.layers[analysis.layers["site"] == "ffn"].set_index("layer")
+    columns = [f"{name}{end}" for name in ("change", "change_direction") for end in _ENDS]
+    table = ffn[[name for name in columns if name in ffn]].reindex(index)
+    given = list(evaluations)
+    for result in (*given, ablation, transfer):
+        _require_same_weights(analysis, result)
+    layers = {e.layer: e for e in given if e.layer is not None and e.site == "layer"}
+    if layers:
+        rates = {layer: [e.avg["mean"], e.avg["low"], e.avg["high"]] for layer, e in layers.items()}
+        table = table.join(pd.DataFrame.from_dict(rates, "index", columns=[f"accuracy{end}" for end in _ENDS]))
+    if ablation is not None:
+        whole = ablation.table
+        for part in ("head", "expert"):
+            whole = whole[whole[part].isna()] if part in whole else whole
+        for site in ("attn", "ffn"):
+            rows = whole[whole["site"] == site].drop_duplicates("layer").set_index("layer")
+            if len(rows):
+                own = rows[[f"kl{end}" for end in _ENDS]]
+                table = table.join(own.set_axis([f"ablation_{site}{end}" for end in _ENDS], axis=1))
+    if transfer is not None:
+        rows = transfer.table.set_index("layer")
+        table = table.join(
+            rows[["cosine", "low", "high", "across", "ceiling"]].rename(
+                columns={"low": "cosine_low", "high": "cosine_high"}
+            )
+        )
+    if outcomes is not None:
+        rows = outcomes.set_index("layer")
+        names = {"value": "training", "low": "training_low", "high": "training_high"}
+        table = table.join(rows[[name for name in names if name in rows]].rename(columns=names))
+    table["stage"] = list(analysis.stages)
+    table["boundary"] = table.index == analysis.boundary_layer
+    table["boundary_by_direction"] = table.index == analysis.selection.sensitivity.get("direction")
+    return table
+
+
+def evidence_sentence(table: pd.DataFrame) -> str:
+    """Say in one sentence which layer each measurement favours.
+
+    Args:
+        table: of `layer_evidence`.
+
+    Returns:
+        Such as "the entropy curve points to layer 6; without its FFN the policy changes most at layer 1".
+    """
+    boundary = table.index[table["boundary"]]
+    parts = [f"the entropy curve points to layer {boundary[0]}" if len(boundary) else "the entropy curve names no layer"]
+    direction = table.index[table["boundary_by_direction"]]
+    if len(direction):
+        parts.append(f"its direction part to layer {direction[0]}")
+    for name, phrase in (
+        ("ablation_attn", "without its attention the policy changes most at layer {}"),
+        ("ablation_ffn", "without its FFN at layer {}"),
+        ("across", "alignment moves the parameters most as GRPO does at layer {}"),
+    ):
+        if name in table and table[name].notna().any():
+            parts.append(phrase.format(table[name].idxmax()))
+    if "accuracy" in table and table["accuracy"].notna().any():
+        half = table.index[table["accuracy"] >= 0.5 * table["accuracy"].max()]
+        parts.append(f"from layer {half[0]} on the layer's policy has at least half of the best accuracy")
+    return "; ".join(parts)
+
+
+def _require_same_weights(analysis: Analysis, result: Evaluation | Ablation | Transfer | None) -> None:
+    if result is None:
+        return
+    own, theirs = analysis.config.get("weights"), result.config.get("weights")
+    if own != theirs:
+        raise UserError(
+            f"{result.name} has other weights ({theirs}) than the analysis of {analysis.name} ({own}); give results of "
+            "one checkpoint"
+        )
