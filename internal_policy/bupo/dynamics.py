@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from internal_policy.bupo.config import AUTO, SITES, Site, TrainConfig
-from internal_policy.bupo.forward import check_layer
 from internal_policy.data.prompts import Prompt, render_all
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
+from internal_policy.extractors.truncated import check_layer
 from internal_policy.generation import Request, sample
 from internal_policy.models import LanguageModel, context, eval_mode, projection_of
 from internal_policy.models.options import Lens

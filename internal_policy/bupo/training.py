@@ -23,7 +23,6 @@ from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCal
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
 from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig, require_layer
 from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
-from internal_policy.bupo.forward import check_layer
 from internal_policy.bupo.hub import write_card
 from internal_policy.bupo.prompts import PromptDataset, is_testbed, make_prompt_dataset
 from internal_policy.bupo.resume import RunDirectory
@@ -41,6 +40,7 @@ from internal_policy.bupo.run import (
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
 from internal_policy.data.prompts import TESTBED
+from internal_policy.extractors.truncated import check_layer
 from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.models.fingerprint import attached_code, resume_refused

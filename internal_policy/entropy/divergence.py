@@ -181,6 +181,50 @@ def token_log_probs(
     return log_probs
 
 
+@torch.no_grad()
+def top_tokens(
+    states: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Most probable token of each state's policy, block by block.
+
+    A soft cap does not change the order of logits, and makes large ones equal; it is therefore left out. Products run in
+    float32 (float64 if an operand is float64), regardless of the operands' dtype.
+
+    Args:
+        states: [N, d] states.
+        unembedding: [V, d] unembedding matrix E_u, on the same device.
+        bias: [V] bias of the unembedding, if the model has one.
+        scale: factor on the logits, if the model has one.
+        memory_budget: bytes of working memory, independent of N and V.
+
+    Returns:
+        [N] token ids, int64; the first of several that are equally probable.
+
+    Raises:
+        ValueError: the shapes do not fit, or the budget is too small for a single row.
+    """
+    head = _head(states, unembedding, bias, scale, None, states.dtype)
+    vocab, d = unembedding.shape
+    n, v = block_sizes(d, vocab, memory_budget, states.device, head.dtype.itemsize)
+    found = torch.empty(len(states), dtype=torch.int64, device=states.device)
+    buffer = torch.empty(n * v, dtype=head.dtype, device=states.device)
+    for start in range(0, len(states), n):
+        x_nd = states[start : start + n].to(head.dtype)
+        largest = torch.full((len(x_nd),), -torch.inf, dtype=head.dtype, device=states.device)
+        top = torch.zeros(len(x_nd), dtype=torch.int64, device=states.device)
+        for first in range(0, vocab, v):
+            here, place = head.logits(x_nd, first, v, buffer).max(dim=1)
+            top = torch.where(here > largest, place + first, top)
+            largest = torch.maximum(largest, here)
+        found[start : start + n] = top
+    return found
+
+
 def _head(
     states: Tensor,
     unembedding: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import require_one_of
@@ -11,6 +11,10 @@ Lens = Literal["policy", "logit-lens", "unit-norm"]
 """``policy`` projects a state as it is (arXiv 2512.19673v3, eqs. 5-6); ``logit-lens`` applies LN_final first, and
 ``unit-norm`` divides it by its root mean square."""
 DEFAULT_LENS: Lens = "policy"
+
+Site: TypeAlias = Literal["layer", "attn", "ffn"]
+"""Whose policy: that of H^l (arXiv 2512.19673v3, eq. 5), or of what the attention or the FFN of layer l writes (eq. 6)."""
+SITES: tuple[Site, ...] = get_args(Site)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
