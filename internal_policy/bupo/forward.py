@@ -6,9 +6,9 @@ Usage::
         model(input_ids=..., labels=..., fused_lm_head=True)  # log-probabilities of pi^6, layers 7..L never run
 
 ``internal_forward`` is that of ``extractors.truncated``; ``streamed_head`` computes the log-probabilities. TRL's own
-head streams on an accelerator with Triton. Without one it scores every position, including the prompt, and holds several
-tiles of 4096 x 32768 logits; there it is replaced by this head, which scores only the labelled positions, block by
-block.
+head streams on an accelerator with Triton. Without one it scores every position, including the prompt, and holds
+several tiles of 4096 x 32768 logits; there it is replaced by this head, which scores only the labelled positions, block
+by block.
 """
 
 from __future__ import annotations

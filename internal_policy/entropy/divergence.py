@@ -192,8 +192,8 @@ def top_tokens(
 ) -> Tensor:
     r"""Most probable token of each state's policy, block by block.
 
-    A soft cap does not change the order of logits, and makes large ones equal; it is therefore left out. Products run in
-    float32 (float64 if an operand is float64), regardless of the operands' dtype.
+    A soft cap does not change the order of logits, and makes large ones equal; it is therefore left out. Products run
+    in float32 (float64 if an operand is float64), regardless of the operands' dtype.
 
     Args:
         states: [N, d] states.

@@ -66,8 +66,8 @@ def sample_internal(
 ) -> list[Response]:
     """Sample one response per request from an internal policy, in one batch; see ``generation.sample``.
 
-    Only layers 1..l run. With site ``attn`` the FFN of layer l still does, though nothing reads it. The policy of layer L
-    under the logit lens is pi_theta, and gives its samples, token for token.
+    Only layers 1..l run; with site ``attn`` this includes the FFN of layer l, which nothing reads. The policy of layer
+    L under the logit lens is pi_theta, and gives its samples, token for token.
 
     Args:
         model: the model; it is restored on any exit.
@@ -139,7 +139,8 @@ def _compare_batch(model: LanguageModel, responses: Sequence[Response], policy: 
     with residual_hooks(model, positions, consume):
         model.backbone(**model.forward_arguments(ids, mask))
     per_token = torch.stack(columns, dim=1).double().cpu()
-    return [Agreement(*part.mean(dim=0).tolist()) for part in per_token.split([len(span) for span in spans])]
+    parts = torch.split(per_token, [len(span) for span in spans])
+    return [Agreement(*part.mean(dim=0).tolist()) for part in parts]
 
 
 def _compare(own: Tensor, final: Tensor, targets: Tensor, projection: Projection) -> list[Tensor]:

@@ -13,7 +13,8 @@ Lens = Literal["policy", "logit-lens", "unit-norm"]
 DEFAULT_LENS: Lens = "policy"
 
 Site: TypeAlias = Literal["layer", "attn", "ffn"]
-"""Whose policy: that of H^l (arXiv 2512.19673v3, eq. 5), or of what the attention or the FFN of layer l writes (eq. 6)."""
+"""Whose policy: that of H^l (arXiv 2512.19673v3, eq. 5), or of what the attention or the FFN of layer l writes
+(eq. 6)."""
 SITES: tuple[Site, ...] = get_args(Site)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

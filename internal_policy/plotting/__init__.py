@@ -17,6 +17,7 @@ from internal_policy.utils.imports import lazy_names
 if TYPE_CHECKING:
     from internal_policy.plotting.analysis import *  # noqa: F403
     from internal_policy.plotting.comparison import *  # noqa: F403
+    from internal_policy.plotting.depth import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
+    "accuracy_over_depth": "depth",
+    "accuracy_over_depth_data": "depth",
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
     "depth_differences": "comparison",
@@ -43,6 +46,7 @@ _HOME = {
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_accuracy_over_depth": "depth",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
     "plot_inspection": "inspection",
@@ -53,6 +57,7 @@ _HOME = {
     "residual_cosine_data": "analysis",
     "save_analysis_figures": "analysis",
     "save_comparison_figures": "comparison",
+    "save_depth_figures": "depth",
     "save_evaluation_figures": "evaluation",
     "save_figure": "style",
     "save_inspection_figures": "inspection",
