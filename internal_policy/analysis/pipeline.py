@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from internal_policy import statistics
-from internal_policy.analysis import tables
+from internal_policy.analysis import divergences, tables
 from internal_policy.analysis.additions import Measure, add_missing
 from internal_policy.analysis.config import ADDITIONS, DEFAULT_RESPONSES, AnalyzeConfig
 from internal_policy.analysis.finished import (
@@ -34,6 +34,7 @@ from internal_policy.analysis.finished import (
     missing_additions,
     report_finished,
 )
+from internal_policy.analysis.group_capture import measure_groups
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
@@ -43,7 +44,7 @@ from internal_policy.analysis.position_sampling import (
     capture_in_rounds,
 )
 from internal_policy.analysis.random_baseline import add_baseline, architecture
-from internal_policy.analysis.results import ANALYSIS, Analysis
+from internal_policy.analysis.results import ANALYSIS, Analysis, with_other_lenses
 from internal_policy.analysis.sweep_targets import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
@@ -68,7 +69,7 @@ from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
-ADDITION_MEASURES: dict[str, Measure] = {}
+ADDITION_MEASURES: dict[str, Measure] = {"divergences": divergences.measure, "by": measure_groups}
 """How each addition is measured, by its option."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
@@ -172,7 +173,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
             place, other = other.path, replace(other, n_truncated=first.n_truncated)
             ANALYSIS.write_manifest(place, other.manifest())
         analyses.append(other)
-    return analyses
+    # The first were loaded before the others were there.
+    return [with_other_lenses(analysis) for analysis in analyses]
 
 
 def _label(source: str | list[Any] | None) -> str | None:

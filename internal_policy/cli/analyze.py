@@ -173,11 +173,8 @@ def _models(command: AnalyzeCommand) -> None:
 
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
-    """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.results import find_other_lens
-
-    other = find_other_lens(analysis)
-    return {**to_json(analysis), "other_lens": None if other is None else vars(other)}
+    """An analysis in a JSON document, with what the same responses give under other lenses."""
+    return {**to_json(analysis), "other_lenses": [vars(other) for other in analysis.other_lenses]}
 
 
 def _sweep(command: AnalyzeCommand) -> None:
@@ -271,11 +268,13 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12 into a directory below `root` that is named by the analyses, and list the files."""
+    """Draw figures 2, 3, 12 and those of additions into a directory below `root` that is named by the analyses."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
+    from internal_policy.plotting.divergences import save_divergence_figures
 
     directory = root / figure_name([(a.path.resolve().name if a.path else a.name, a.lens) for a in analyses])
     with writing(directory):
         paths = figures.save_analysis_figures(analyses, directory)
+        paths += save_divergence_figures(analyses, directory)
     list_files("figures", paths)

@@ -201,7 +201,9 @@ def draw(evaluations: list[Evaluation], root: Path) -> None:
     internal = [e for e in evaluations if e.layer is not None]
     over_depth = len(internal) > 1
     usual = [e for e in evaluations if e.layer is None] if over_depth else evaluations
-    parts = [(save_evaluation_figures, usual, [e.name for e in usual], [])] if usual else []
+    parts: list[tuple[Any, list[Evaluation], list[str], list[str]]] = []
+    if usual:
+        parts.append((save_evaluation_figures, usual, [e.name for e in usual], []))
     if over_depth:
         sites = ["layers" if e.site == "layer" else str(e.site) for e in internal]
         lenses = [str(e.lens) for e in internal if e.lens != DEFAULT_LENS]

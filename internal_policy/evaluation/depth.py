@@ -27,7 +27,7 @@ from internal_policy.utils.errors import UserError
 if TYPE_CHECKING:
     from internal_policy.models import LanguageModel
 
-COMPARED = ("agreement", "log_prob", "policy_log_prob")
+COMPARED = ("agreement", "kl", "log_prob", "policy_log_prob")
 """The quantities that compare an internal policy with pi_theta; see ``generation.Agreement``."""
 _LAYERS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _COLUMNS = ("model", "benchmark", "layer", "site", "lens", "quantity", "value", "stderr", "low", "high")
@@ -118,8 +118,9 @@ def depth_table(evaluations: Evaluation | Sequence[Evaluation]) -> pd.DataFrame:
         A row for each evaluation and quantity: model, benchmark, layer (from 1; NA for pi_theta), site (layer, attn,
         ffn, or policy for pi_theta), lens, quantity, value, stderr (clustered by problem), low, high. Quantities: avg
         (Avg@K), pass@k for each K and truncated are rates from 0 to 1, length is in tokens; of internal policies also
-        agreement (share of tokens at which the most probable token is that of pi_theta), log_prob and policy_log_prob
-        (mean log-probability of the sampled tokens under the internal policy and under pi_theta, nats).
+        agreement (share of tokens at which the most probable token is that of pi_theta), kl (KL(pi^l || pi_theta)),
+        log_prob and policy_log_prob (log-probability of the sampled tokens under the internal policy and under
+        pi_theta), means over tokens in nats.
     """
     given = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     parts = []

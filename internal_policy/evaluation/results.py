@@ -59,9 +59,9 @@ class Evaluation:
     """Avg@K with K = all samples: mean, stderr (clustered by problem), low, high (95% interval)."""
     samples: pd.DataFrame
     """A row per response: problem, sample (both from 1), response, score, n_tokens, truncated. Those of an internal
-    policy have three more columns, which compare it with pi_theta on the tokens of the response, at temperature 1:
-    agreement (share of the tokens at which both have the same most probable one), log_prob and policy_log_prob (mean
-    log-probability of the tokens under the internal policy and under pi_theta, nats)."""
+    policy have four more columns, means over the tokens of the response that compare it with pi_theta at temperature 1:
+    agreement (share of the tokens at which both have the same most probable one), kl (KL(pi^l || pi_theta), nats),
+    log_prob and policy_log_prob (log-probability of the tokens under the internal policy and under pi_theta, nats)."""
     failures: dict[str, int] = field(default_factory=dict)
     """Comparisons that failed in the verifier: crashes, timeouts. Such responses have score 0."""
     timings: dict[str, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from internal_policy.data.responses import Response, pad
-from internal_policy.entropy import token_log_probs, top_tokens
+from internal_policy.entropy import token_log_probs
 from internal_policy.extractors.base import LayerStates
 from internal_policy.extractors.hooks import residual_hooks
 from internal_policy.extractors.truncated import internal_forward
@@ -49,6 +49,8 @@ class Agreement:
 
     agreement: float
     """Share of the tokens at which both policies have the same most probable token, after the same prefix."""
+    kl: float
+    """Mean of KL(pi^l || pi_theta), nats."""
     log_prob: float
     """Mean log-probability of the response's tokens under the internal policy, nats."""
     policy_log_prob: float
@@ -144,11 +146,10 @@ def _compare_batch(model: LanguageModel, responses: Sequence[Response], policy: 
 
 
 def _compare(own: Tensor, final: Tensor, targets: Tensor, projection: Projection) -> list[Tensor]:
-    """Agreement and both log-probabilities of each token, [n] each."""
+    """The fields of ``Agreement`` at each token, [n] each."""
     device = projection.weight.device
-    own, final, targets = own.to(device), final.to(device), targets.to(device)
-    head = {name: getattr(projection, name) for name in ("bias", "scale", "memory_budget")}
-    capped = {**head, "softcap": projection.softcap}
-    log_probs = [token_log_probs(states, targets, projection.weight, **capped) for states in (own, final)]
-    same = torch.eq(*(top_tokens(states, projection.weight, **head) for states in (own, final)))
-    return [same.to(log_probs[0].dtype), *log_probs]
+    both, targets = [own.to(device), final.to(device)], targets.to(device)
+    head = {name: getattr(projection, name) for name in ("bias", "scale", "softcap", "memory_budget")}
+    log_probs = [token_log_probs(states, targets, projection.weight, **head) for states in both]
+    divergences, top = projection.divergences(both)
+    return [(top[:, 0] == top[:, 1]).to(divergences.dtype), divergences[:, 0, 1], *log_probs]

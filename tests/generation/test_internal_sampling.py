@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from exact_policies import FLOAT32, alone, in_float64
+from exact_policies import FLOAT32_NATS, alone, in_float64
 from tiny import slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
@@ -144,13 +144,16 @@ def test_the_comparison_equals_that_of_each_response_alone_in_float64(family):
             both = [z[start - 1 : -1] for z in alone(exact, ids, policy.layer, policy.site, policy.lens)]
             log_probs = [torch.log_softmax(z, -1).gather(1, ids[start:, None]).mean() for z in both]
             assert got.agreement == float((both[0].argmax(-1) == both[1].argmax(-1)).double().mean())
-            assert [got.log_prob, got.policy_log_prob] == pytest.approx([float(x) for x in log_probs], abs=FLOAT32)
+            policies = [torch.distributions.Categorical(logits=z) for z in both]
+            kl = float(torch.distributions.kl_divergence(*policies).mean())
+            wanted = [kl, *(float(x) for x in log_probs)]
+            assert [got.kl, got.log_prob, got.policy_log_prob] == pytest.approx(wanted, abs=FLOAT32_NATS)
 
 
 def test_the_last_layer_under_the_logit_lens_agrees_with_the_final_policy_entirely(model):
     responses = sample(model, requests(), **OPTIONS)
     for one in compare_with_final(model, responses, InternalPolicy(3, "layer", "logit-lens")):
-        assert (one.agreement, one.log_prob) == (1.0, one.policy_log_prob)
+        assert (one.agreement, one.kl, one.log_prob) == (1.0, 0.0, one.policy_log_prob)
 
 
 def test_the_comparison_does_not_depend_on_the_batch(model):
@@ -160,4 +163,4 @@ def test_the_comparison_does_not_depend_on_the_batch(model):
     one, all_ = (compare_with_final(model, responses, CASES[0], batch_size=n) for n in (1, 16))
     for a, b in zip(one, all_, strict=True):
         assert a.agreement == b.agreement
-        assert (a.log_prob, a.policy_log_prob) == pytest.approx((b.log_prob, b.policy_log_prob), abs=FLOAT32)
+        assert (a.log_prob, a.policy_log_prob) == pytest.approx((b.log_prob, b.policy_log_prob), abs=FLOAT32_NATS)
