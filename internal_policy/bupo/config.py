@@ -78,7 +78,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
-    **dict.fromkeys(("eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1),
+    **dict.fromkeys(
+        ("eval_layer", "eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1
+    ),
     **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
     **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
     **dict.fromkeys(("learning_rate", "ipa_learning_rate", "upper_lr_scale"), 0),
@@ -158,6 +160,9 @@ class TrainConfig:
     else the benchmark's own number."""
     eval_problems: int | None = None
     """Evaluate at most this many problems."""
+    eval_layer: int | None = None
+    """Layer whose internal policy, under site and lens, is also sampled and scored on the benchmark: before the first
+    step, at the interval of figure 5, and at the end. Default: none."""
     entropy_sequences: int = 64
     """Rollouts of each step on which the entropy of the policy is measured; 0 disables it."""
     dynamics_every: int | None = None

@@ -132,7 +132,7 @@ class Dynamics:
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11; fig. 5 for cosine, perplexity and divergence.
         """
-        model = _with_current_projection(self.model)
+        model = with_current_projection(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
         with eval_mode(model.model), torch.no_grad():
@@ -310,7 +310,7 @@ def alignment_end(
     return None
 
 
-def _with_current_projection(model: LanguageModel) -> LanguageModel:
+def with_current_projection(model: LanguageModel) -> LanguageModel:
     """Take the current E_u and LN_final from the model."""
     fresh = projection_of(model.model, model.family)
     return replace(model, projection=replace(fresh, memory_budget=model.projection.memory_budget))

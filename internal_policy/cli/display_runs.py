@@ -68,8 +68,8 @@ def _agreement_text(evaluation: Evaluation) -> str:
     kl, own, final = rows.loc[["kl", "log_prob", "policy_log_prob"], "value"]
     return (
         f"the most probable token is that of π_θ at {100 * same['value']:.2f}% of the tokens "
-        f"({percent_span(same['low'], same['high'])}); KL to π_θ {kl:.3f} nats; log-probability of the tokens {own:.3f} "
-        f"nats under {evaluation.policy_label}, {final:.3f} under π_θ"
+        f"({percent_span(same['low'], same['high'])}); KL to π_θ {kl:.3f} nats; log-probability of the tokens "
+        f"{own:.3f} nats under {evaluation.policy_label}, {final:.3f} under π_θ"
     )
 
 

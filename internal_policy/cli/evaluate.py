@@ -115,7 +115,12 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
             show_evaluations(drawn)
         draw(drawn, figures)
         evaluations = [{**to_json(e), "intervals": e.pass_at_k} for e in done]
-        print_json({"command": "evaluate", "evaluations": evaluations, "comparisons": [asdict(c) for c in compared]})
+        document: dict[str, Any] = {"evaluations": evaluations, "comparisons": [asdict(c) for c in compared]}
+        if self.layer is not None or self.layers is not None:
+            from internal_policy.evaluation.depth import depth_table
+
+            document["depth"] = depth_table(done)
+        print_json({"command": "evaluate", **document})
 
     def _with_layers(
         self, single: dict[tuple[str, str], EvaluateConfig]

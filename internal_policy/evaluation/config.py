@@ -81,7 +81,7 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
                 )
         if self.layer is not None and self.generator != "transformers":
             raise UserError(
-                f"--layer {self.layer} was given with --generator {self.generator}, which runs all layers of a model; "
+                f"--generator {self.generator} runs all layers of a model, and the policy of a layer was asked for; "
                 "leave --generator out"
             )
 
