@@ -50,6 +50,8 @@ _HOME = {
     "layer_differences": "comparison",
     "layer_divergences": "divergences",
     "layer_lines": "comparison",
+    "layer_accuracy": "depth",
+    "layer_accuracy_data": "depth",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",

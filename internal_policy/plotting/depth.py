@@ -1,8 +1,9 @@
-"""The figure of internal policies that were sampled: accuracy, and agreement with pi_theta, against the layer.
+"""Figures of internal policies that were sampled: accuracy against the layer, and against the step of a training.
 
     evaluations = evaluate_layers("testbed/qwen3", layers="all")
     accuracy_over_depth([*evaluations, evaluate("testbed/qwen3")])
     numbers = accuracy_over_depth_data(evaluations)  # exactly what it draws
+    layer_accuracy(bupo.train("testbed/qwen3", layer=6, eval_layer=6))
 
 Bands are 95% intervals over problems. Nothing here needs a model or torch.
 """
@@ -18,9 +19,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from internal_policy.analysis.figure_data import OneOrMany, listed
+from internal_policy.bupo.run import last_alignment_step
 from internal_policy.data.benchmarks import title
 from internal_policy.evaluation.config import SITE_NAMES
 from internal_policy.evaluation.depth import depth_table
@@ -30,9 +32,17 @@ from internal_policy.utils import palette
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from internal_policy.bupo.run import Run
     from internal_policy.evaluation.results import Evaluation
 
-__all__ = ["accuracy_over_depth", "accuracy_over_depth_data", "plot_accuracy_over_depth", "save_depth_figures"]
+__all__ = [
+    "accuracy_over_depth",
+    "accuracy_over_depth_data",
+    "layer_accuracy",
+    "layer_accuracy_data",
+    "plot_accuracy_over_depth",
+    "save_depth_figures",
+]
 
 AXIS_LABELS = {"avg": "Avg@K (%)", "agreement": r"Agreement with $\pi_\theta$ (%)"}
 """The panels of the figure from the top, and the labels of their axes."""
@@ -182,6 +192,76 @@ def save_depth_figures(evaluations: OneOrMany[Evaluation], directory: Path) -> l
         The paths written.
     """
     return style.save_figures(directory, {"accuracy_over_depth": partial(accuracy_over_depth, evaluations)})
+
+
+def layer_accuracy_data(runs: OneOrMany[Run], *, label: OneOrMany[str] | None = None) -> pd.DataFrame:
+    """Return the accuracy of an internal policy over the trainings that measured it (``eval_layer``).
+
+    Args:
+        runs: Runs with such measurements.
+        label: Name of the run, or of each.
+
+    Returns:
+        A row for each run and measurement: run (its name), step, phase, layer, site, lens, value (Avg@K, 0 to 1), low,
+        high (95% interval over problems).
+
+    Raises:
+        UserError: A run has no such measurements, or the number of labels is not that of the runs.
+    """
+    given = listed(runs)
+    if without := next((run for run in given if run.layer_accuracy.empty), None):
+        raise UserError(f"{without.name}, {without.label}: no internal policy was evaluated; train with --eval-layer")
+    names = marks.check_labels(label, [f"{run.name}, {run.label}" for run in given], "runs")
+    renamed = {"avg": "value", "avg_low": "low", "avg_high": "high"}
+    tables = [
+        run.layer_accuracy.rename(columns=renamed).assign(run=name) for run, name in zip(given, names, strict=True)
+    ]
+    columns = ["run", "step", "phase", "layer", "site", "lens", "value", "low", "high"]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+@style.paper_style()
+def layer_accuracy(
+    runs: OneOrMany[Run], *, ax: Axes | None = None, label: OneOrMany[str] | None = None, color: Any = None
+) -> Figure:
+    """Draw the accuracy of an internal policy against the step of the training, with its 95% band.
+
+    A dashed line in a run's colour marks where its internal policy alignment ended.
+
+    Args:
+        runs: Runs with ``eval_layer``.
+        ax: Where to draw; by default a new figure with a legend.
+        label: Name of the run, or of each.
+        color: Colour of the line, or of each.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UserError: See `layer_accuracy_data`.
+    """
+    frame, given = layer_accuracy_data(runs, label=label), listed(runs)
+    figure, panel = None, ax
+    if panel is None:
+        figure, ((panel,),) = style.panel_grid(1)
+    colors = marks.check_colors(color, len(given), "runs")
+    for place, (run, (name, rows), own) in enumerate(zip(given, frame.groupby("run", sort=False), colors, strict=True)):
+        look = marks.with_color(style.marker_style(palette.series(place)), own)
+        point: dict[str, Any] = {"label": name, "zorder": 3, "markersize": 2.6, "clip_on": False}
+        marks.line(panel, rows, "step", "value", alpha=0.15, **point, **look)
+        end = last_alignment_step(run)
+        if end is not None:
+            switch = style.DASHES[palette.LOOKS["switch"].dash]
+            panel.axvline(end, color=look["color"], linewidth=0.7, linestyle=switch, zorder=1)
+    _set_rates(panel, frame)
+    policies = frame[["layer", "site", "lens"]].drop_duplicates()
+    one = policies.iloc[0] if len(policies) == 1 else None
+    whose = "internal policy" if one is None else f"{SITE_NAMES[one['site']]} {one['layer']}{_lens_name(one['lens'])}"
+    panel.set(xlabel="Step", ylabel=f"Avg@K of {whose} (%)")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if figure is not None:
+        style.figure_legend(figure, [panel], band=bool(frame["low"].notna().any()))
+    return style.root_figure(panel)
 
 
 def _benchmarks(frame: pd.DataFrame) -> list[str]:

@@ -161,7 +161,10 @@ def test_the_model_is_restored_after_an_evaluation_of_a_layer(model):
         ({"layer": 2, "site": "mlp"}, "--site is 'mlp'; needed is one of layer, attn, ffn"),
         ({"site": "ffn"}, "--site ffn was given without a layer; add --layer or --layers"),
         ({"lens": "logit-lens"}, "--lens logit-lens was given without a layer"),
-        ({"layer": 2, "generator": "vllm"}, "--generator vllm runs all layers of a model, and the policy of a layer was asked for"),
+        (
+            {"layer": 2, "generator": "vllm"},
+            "--generator vllm runs all layers of a model, and the policy of a layer",
+        ),
     ],
 )
 def test_policies_that_do_not_exist_are_refused_before_the_model_is_loaded(monkeypatch, options, message):
@@ -193,7 +196,8 @@ def test_the_number_of_layers_is_that_of_a_loaded_model(model):
 
 
 def test_the_command_prints_one_table_and_draws_one_figure(tmp_path, monkeypatch, capsys):
-    arguments = ["--model", "testbed/qwen3", "--samples", "1", "--max-problems", "3", "--max-new-tokens", "16", "--output", tmp_path]
+    arguments = ["--model", "testbed/qwen3", "--samples", "1", "--max-problems", "3", "--max-new-tokens", "16"]
+    arguments += ["--output", tmp_path]
     code, out, err = command(monkeypatch, capsys, "evaluate", "--layers", "7,8", "--json", *arguments)
     assert code == 0, err
     document = json.loads(out)
