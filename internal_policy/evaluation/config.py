@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from internal_policy.analysis.config import BatchOptions, ModelOptions, require_revision, slug_of
+from internal_policy.analysis.config import BatchOptions, LensOptions, require_revision, slug_of
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import TESTBED
-from internal_policy.models.options import DEFAULT_LENS, Lens, Site
+from internal_policy.models.options import DEFAULT_LENS, LENSES, LensChoice, Site, check_lens
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, flag_of, option, require_at_least, require_whole_number
 
@@ -38,13 +38,14 @@ class EvaluateOptions(BatchOptions):
     site: Site = "layer"
     """With a layer: whether the policy is that of its output (layer), or of what its attention (attn) or FFN (ffn)
     writes."""
-    lens: Lens = DEFAULT_LENS
-    """With a layer: policy (no final norm, as in the paper), logit-lens (the final norm before the unembedding) or
-    unit-norm (every state at root mean square 1)."""
+    lens: LensChoice = option(DEFAULT_LENS, completions=LENSES)
+    """With a layer: policy (no final norm, as in the paper), logit-lens (the final norm before the unembedding),
+    unit-norm (every state at root mean square 1), the directory of a trained lens, or in Python a function
+    (layer, states) -> states."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(EvaluateOptions, ModelOptions):
+class EvaluateConfig(EvaluateOptions, LensOptions):
     """What to evaluate and how. Every field is an option of ``internal-policy evaluate``."""
 
     benchmark: str = field(default=TESTBED, kw_only=False)
@@ -73,11 +74,12 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
         self._check_policy()
 
     def _check_policy(self) -> None:
-        for name in ("site", "lens"):
-            if self.layer is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+        object.__setattr__(self, "lens", check_lens(self.lens))
+        for name, given in (("site", self.site), ("lens", self.lens_name)):
+            if self.layer is None and given != type(self).__dataclass_fields__[name].default:
                 raise UserError(
-                    f"{flag_of(name)} {getattr(self, name)} was given without a layer; add --layer or --layers, or "
-                    f"leave {flag_of(name)} out"
+                    f"{flag_of(name)} {given} was given without a layer; add --layer or --layers, or leave "
+                    f"{flag_of(name)} out"
                 )
         if self.layer is not None and self.generator != "transformers":
             raise UserError(
@@ -115,7 +117,7 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
         That of an internal policy is ``<model>/<benchmark>--layer-6``, or ``--ffn-6--logit-lens``.
         """
         whose = "" if self.layer is None else f"--{self.site}-{self.layer}"
-        lens = "" if self.lens == DEFAULT_LENS else f"--{self.lens}"
+        lens = "" if self.lens == DEFAULT_LENS else f"--{self.lens_name}"
         return f"{slug_of(self.model, self.revision)}/{benchmarks.slug(self.benchmark)}{whose}{lens}"
 
     @property
@@ -123,12 +125,13 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
         """What is sampled from, for names in tables and figures: ``layer 6``; empty for the model's own policy."""
         if self.layer is None:
             return ""
-        lens = "" if self.lens == DEFAULT_LENS else f" ({self.lens})"
+        lens = "" if self.lens == DEFAULT_LENS else f" ({self.lens_name})"
         return f"{SITE_NAMES[self.site]} {self.layer}{lens}"
 
     def settings(self) -> dict[str, Any]:
         """The fields as they are stored; those of an internal policy only if there is one."""
-        settings = asdict(self)
+        # No deep copy: a function of the user's own may hold a whole network.
+        settings = {**{each.name: getattr(self, each.name) for each in fields(self)}, **self.lens_settings()}
         if self.layer is None:
             for name in POLICY_FIELDS:
                 del settings[name]
@@ -144,6 +147,7 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
         settings = self.settings()
         for name in ("batch_size", "device", "model", "benchmark", "max_problems", "k"):
             del settings[name]
+        settings.pop("lens_path", None)
         return settings
 
 

@@ -45,6 +45,7 @@ from internal_policy.generation import (
 )
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.models.lenses import open_lens
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
@@ -255,7 +256,9 @@ def _run(
     model = opener.open()
     requests = _to_requests(config, model, problems)
     limit = response_limit(model, config.max_new_tokens)
-    hooked = attached_code(model.model)
+    policy = _internal_policy(config, model)
+    function = [] if isinstance(config.lens, (str, Path)) else [f"lens {config.lens_name}: a function"]
+    hooked = [*attached_code(model.model), *function]
     identity = {
         **config.cache_key(),
         "weights": model.fingerprint(),
@@ -277,7 +280,7 @@ def _run(
         return with_k(finished, config, directory)
     if workspace.open(identity, overwrite):
         logger.warning("%s: resuming an unfinished evaluation", directory)
-    portions = _sample_and_score(config, model, requests, limit, scorer, workspace)
+    portions = _sample_and_score(config, model, policy, requests, limit, scorer, workspace)
     lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
     rows = [json.loads(lines[i]) for i in range(len(requests))]
     # Of several layers, only the first waits for the model.
@@ -315,6 +318,7 @@ def _to_requests(config: EvaluateConfig, model: LanguageModel, problems: Sequenc
 def _sample_and_score(
     config: EvaluateConfig,
     model: LanguageModel,
+    policy: InternalPolicy | None,
     requests: Sequence[Request],
     limit: int,
     scorer: Scorer,
@@ -324,8 +328,8 @@ def _sample_and_score(
 
     Each batch is kept in the workspace. A reward that cannot be used is refused after the first of them.
     """
-    ends, policy = set(end_ids(model)), _internal_policy(config)
-    with _open_sampler(config, model, requests, limit) as run, limit_threads(model):
+    ends = set(end_ids(model))
+    with _open_sampler(config, model, policy, requests, limit) as run, limit_threads(model):
 
         def sample_batch(batch: list[int]) -> Arrays:
             started = time.perf_counter()
@@ -355,16 +359,22 @@ def _sample_and_score(
         )
 
 
-def _internal_policy(config: EvaluateConfig) -> InternalPolicy | None:
-    return None if config.layer is None else InternalPolicy(config.layer, config.site, config.lens)
+def _internal_policy(config: EvaluateConfig, model: LanguageModel) -> InternalPolicy | None:
+    """The policy that is sampled from; None for pi_theta. A lens that does not fit the model is refused."""
+    if config.layer is None:
+        return None
+    return InternalPolicy(config.layer, config.site, open_lens(config.lens, model))
 
 
 @contextmanager
 def _open_sampler(
-    config: EvaluateConfig, model: LanguageModel, requests: Sequence[Request], limit: int
+    config: EvaluateConfig,
+    model: LanguageModel,
+    policy: InternalPolicy | None,
+    requests: Sequence[Request],
+    limit: int,
 ) -> Iterator[Callable[[Sequence[Request]], list[Response]]]:
     options: dict[str, Any] = {"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed}
-    policy = _internal_policy(config)
     if policy is not None:
         yield lambda part: sample_internal(model, part, policy, **options)
     elif config.generator == "vllm":

@@ -21,6 +21,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import reward_name
+from internal_policy.models.options import is_own_lens, lens_files
 from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat, is_up_to_date
@@ -271,7 +272,12 @@ def config_digest(config: EvaluateConfig, source: str) -> str | None:
     foreign = config.trust_remote_code or config.generator != "transformers" or config.reward not in ("math", "exact")
     if on_the_hub or foreign or config.revision is not None:
         return None
-    return source_digest(config.model, [source], config.device)
+    inputs = [source]
+    if is_own_lens(config.lens):
+        if not isinstance(config.lens, (str, Path)):
+            return None
+        inputs += map(str, lens_files(config.lens))
+    return source_digest(config.model, inputs, config.device)
 
 
 def load_finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:

@@ -77,7 +77,7 @@ def internal_forward(
     norm = operator.attrgetter(family.final_norm)(model)
     applied: Callable[..., Tensor] | None = None if lens == "policy" else norm
     if lens not in ("policy", "logit-lens"):
-        applied = _on_batches(projection or projection_of(model, family), lens)
+        applied = _on_batches(projection or projection_of(model, family), lens, layer)
     held: list[Tensor] | None = None
     hook = None
     if site != "layer":
@@ -106,11 +106,11 @@ def check_layer(layer: int, n_layers: int) -> None:
         raise UserError(f"layer is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
 
 
-def _on_batches(projection: Projection, lens: Lens) -> Callable[..., Tensor]:
+def _on_batches(projection: Projection, lens: Lens, layer: int) -> Callable[..., Tensor]:
     """The lens on [B, T, d]."""
 
     def apply(states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return projection.apply_lens(lens, states.reshape(-1, states.shape[-1])).reshape(states.shape)
+        return projection.apply_lens(lens, states.reshape(-1, states.shape[-1]), layer).reshape(states.shape)
 
     return apply
 

@@ -40,7 +40,7 @@ class InternalPolicy:
     site: Site = "layer"
     """``layer`` for H^l, ``attn`` or ``ffn`` for what that module of the layer writes."""
     lens: Lens = "policy"
-    """What a state goes through before the unembedding; see ``Projection.apply_lens``."""
+    """What a state goes through before the unembedding: a name, or a lens from ``open_lens``."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _compare_batch(model: LanguageModel, responses: Sequence[Response], policy: 
     def consume(states: LayerStates) -> None:
         if states.layer == policy.layer:
             own = {"layer": states.residual_out, "attn": states.attention_write, "ffn": states.ffn_write}[policy.site]
-            held.append(projection.apply_lens(policy.lens, own))
+            held.append(projection.apply_lens(policy.lens, own, policy.layer))
         if states.layer == model.n_layers:
             columns.extend(_compare(held.pop(), projection.apply_final_norm(states.residual_out), targets, projection))
 

@@ -91,7 +91,7 @@ def _site_name(site: str) -> str:
 
 
 def _lens_name(lens: str) -> str:
-    return "" if lens == DEFAULT_LENS else f", {marks.LENS_TITLES.get(lens, lens)}"
+    return "" if lens == DEFAULT_LENS else f", {marks.lens_title(lens)}"
 
 
 def plot_accuracy_over_depth(

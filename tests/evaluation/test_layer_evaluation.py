@@ -145,6 +145,20 @@ def test_an_interrupted_curve_is_resumed_with_the_layer_that_was_not_finished(tm
         assert (again.layer, again.lens, again.name) == (one.layer, "logit-lens", one.name)
 
 
+def test_a_lens_that_is_a_function_is_named_and_never_taken_for_another(tmp_path, model):
+    def halved(layer, states):
+        return states / 2
+
+    options = {"layer": 5, "lens": halved, "reward": "exact", "output": tmp_path, **FEW}
+    found = evaluate(model, "testbed", **options)
+    assert (found.lens, found.policy_label) == ("halved", "layer 5 (halved)")
+    assert Evaluation.load(found.path).lens == "halved"
+    with pytest.raises(UserError, match="halved"):
+        evaluate(model, "testbed", **options)
+    again = evaluate(model, "testbed", overwrite=True, **options)
+    pd.testing.assert_frame_equal(again.samples, found.samples)
+
+
 def test_the_model_is_restored_after_an_evaluation_of_a_layer(model):
     own = list(model.layers)
     evaluate(model, "testbed", reward="exact", layer=1, **FEW)

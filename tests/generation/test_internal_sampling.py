@@ -16,6 +16,7 @@ from internal_policy.data.responses import Response
 from internal_policy.extractors.truncated import internal_forward
 from internal_policy.generation import InternalPolicy, Request, compare_with_final, sample, sample_internal
 from internal_policy.models.families import FAMILIES
+from internal_policy.models.lenses import open_lens
 
 OPTIONS = {"max_new_tokens": 16, "temperature": 1.0, "seed": 1}
 CASES = [
@@ -164,3 +165,18 @@ def test_the_comparison_does_not_depend_on_the_batch(model):
     for a, b in zip(one, all_, strict=True):
         assert a.agreement == b.agreement
         assert (a.log_prob, a.policy_log_prob) == pytest.approx((b.log_prob, b.policy_log_prob), abs=FLOAT32_NATS)
+
+
+def test_a_lens_of_the_users_own_is_called_with_its_layer(model):
+    called = []
+
+    def doubled(layer, states):
+        called.append(layer)
+        return 2 * states
+
+    policy = InternalPolicy(2, "layer", open_lens(doubled, model))
+    found = sample_internal(model, requests(), policy, **OPTIONS)
+    # Twice the state is the policy at half the temperature.
+    assert found == sample_internal(model, requests(), InternalPolicy(2), **{**OPTIONS, "temperature": 0.5})
+    assert all(one.kl > 0 for one in compare_with_final(model, found, policy))
+    assert set(called) == {2}
