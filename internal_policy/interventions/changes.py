@@ -93,7 +93,7 @@ def _hook(model: LanguageModel, change: Change, other: Tensor | None) -> torch.u
 
     def change_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         write = first_tensor(output)
-        return _with_first(output, _replacement(write, change, other))
+        return with_first(output, _replacement(write, change, other))
 
     return writer(model, change.layer, change.site).register_forward_hook(change_output)
 
@@ -104,8 +104,8 @@ def _change_layer(change: Change, other: Tensor | None) -> Callable[..., Any]:
         before = before.to(after.device)
         if change.factor is not None:
             # Exact at both ends: at 0 the stream passes unchanged, at 1 the layer's output does.
-            return _with_first(output, torch.lerp(before, after, change.factor))
-        return _with_first(output, before + _replacement(after, change, other))
+            return with_first(output, torch.lerp(before, after, change.factor))
+        return with_first(output, before + _replacement(after, change, other))
 
     return hook
 
@@ -202,6 +202,6 @@ def received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return first_tensor(args) if args else kwargs["hidden_states"]
 
 
-def _with_first(output: Any, changed: Tensor) -> Any:
+def with_first(output: Any, changed: Tensor) -> Any:
     """What a module returned, with other states."""
     return changed if isinstance(output, Tensor) else (changed, *output[1:])

@@ -17,7 +17,7 @@ from internal_policy.analysis.config import (
     require_revision,
     slug_of,
 )
-from internal_policy.data.prompts import Chat, content_of
+from internal_policy.data.prompts import Chat, content_of, whole_text
 from internal_policy.models.options import check_device_map, check_quantization
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, flag_of, option, require_one_of
@@ -192,6 +192,8 @@ class PatchOptions(LoadOptions, _Placed):
     """The prompt whose states are put in; in Python also a chat, or token ids."""
     corrupted: str | Chat | tuple[int, ...]
     """The prompt that is run, of as many tokens."""
+    prefix: str | None = None
+    """A text that begins the response to both prompts, before the token that is asked for."""
     answer: str | int | None = None
     """The token to recover, as text; in Python also an id. Default: what the model finds most probable after the clean
     prompt."""
@@ -230,6 +232,8 @@ class PatchConfig(PatchOptions, ModelOptions):
                 object.__setattr__(self, name, ids)
             else:
                 object.__setattr__(self, name, content_of(given, flag_of(name)))
+        if self.prefix is not None:
+            whole_text(self.prefix, "--prefix")
         for name in ("layers", "positions"):
             object.__setattr__(self, name, _written(parse_numbers(flag_of(name), getattr(self, name))))
         values = _several(self.sites)
