@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from internal_policy.plotting.comparison import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
+    from internal_policy.plotting.interventions import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
+    "ablation_bars": "interventions",
+    "ablation_data": "interventions",
+    "ablation_map": "interventions",
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
     "depth_differences": "comparison",
@@ -43,6 +47,8 @@ _HOME = {
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "patching_data": "interventions",
+    "patching_map": "interventions",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
     "plot_inspection": "inspection",
@@ -51,11 +57,13 @@ _HOME = {
     "policy_entropy_curves": "training",
     "residual_cosine": "analysis",
     "residual_cosine_data": "analysis",
+    "save_ablation_figures": "interventions",
     "save_analysis_figures": "analysis",
     "save_comparison_figures": "comparison",
     "save_evaluation_figures": "evaluation",
     "save_figure": "style",
     "save_inspection_figures": "inspection",
+    "save_patching_figures": "interventions",
     "save_study": "study",
     "save_training_figures": "training",
     "stage_sketch": "analysis",
