@@ -206,7 +206,7 @@ def ablation_bars(
         data = data[data["bar"].isin(ranked)]
         data = data.assign(order=data["bar"].map(places))
     if ax is None:
-        figure = style.new_figure(style.TWO_COLUMNS, 1.75)
+        figure = style.new_figure(style.TWO_COLUMNS, 2.2)
         panels = [figure.add_subplot(1, len(wanted), k + 1) for k in range(len(wanted))]
         titles = TITLES.get(site, site) if part is None else f"{part}s"
         # To the left, where a legend above both panels does not reach.
