@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,13 +23,25 @@ from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, reference
 from internal_policy.entropy.streaming import block_sizes
 from internal_policy.extractors import QUANTITIES, HookExtractor, Reducer, reduce_responses
 from internal_policy.extractors.hooks import first_tensor
-from internal_policy.models import LanguageModel
+from internal_policy.models import LanguageModel, Projection
 
 STATES = ("layer_in", "layer_out", "attn_in", "attn_out", "ffn_in", "ffn_out")
 """The states of a layer whose entropies are wanted; eqs. 11-13 take their differences in pairs."""
 TOLERANCE = 0.05
 """Nats either way, for the contender that analyses some positions only."""
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "analyze": {},
+    "--lens logit-lens": {"lens": "logit-lens"},
+    "--lens unit-norm": {"lens": "unit-norm"},
+    "--by kind": {"by": ("kind",)},
+    "--heads": {"heads": True},
+    "--divergences": {"divergences": True},
+    "--random-baseline": {"random_baseline": True},
+}
+"""Whole calls of ``analyze``, by what the command line adds."""
+
+_ENTROPIES = Projection.entropies
 _BATCH = 16
 _COLUMNS = [QUANTITIES.index(name) for name in STATES]
 
@@ -62,6 +75,35 @@ def ours(model: LanguageModel) -> Run:
         return Found(np.concatenate([found[i] for i in range(len(responses))]))
 
     return run
+
+
+def without_parts(model: LanguageModel) -> Run:
+    """This package without the entropies at other lengths, from which the parts of a change follow."""
+    run = ours(model)
+
+    def entropies(self: Projection, states: Any, sums: Any = (), lengths: Any = ()) -> Tensor:
+        found = _ENTROPIES(self, states, sums)
+        return torch.cat([found, found[:1].expand(len(lengths), -1)])
+
+    def run_patched(responses: Sequence[Response]) -> Found:
+        with patch.object(Projection, "entropies", entropies):
+            return run(responses)
+
+    return run_patched
+
+
+def whole_analysis(**options: Any) -> Callable[[LanguageModel], Run]:
+    """``analyze`` with its statistics and tables, and options."""
+
+    def prepare(model: LanguageModel) -> Run:
+        def run(responses: Sequence[Response]) -> Found:
+            records = [asdict(r) for r in responses]
+            analyze(model.model, model.tokenizer, responses=records, keep_tokens=0, **options)
+            return Found()
+
+        return run
+
+    return prepare
 
 
 def ours_with_tolerance(model: LanguageModel) -> Run:
@@ -228,5 +270,7 @@ CONTENDERS: dict[str, Callable[[LanguageModel], Run]] = {
     "transformer-lens": transformer_lens,
     "floor": floor,
     "float64": in_float64,
+    "without-parts": without_parts,
+    **{name: whole_analysis(**options) for name, options in OPTIONS.items()},
 }
 """Contenders by their name in the results."""

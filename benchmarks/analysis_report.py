@@ -154,6 +154,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         blocks += [_part(title, parts[key]) for key, title in TITLES.items() if key in parts]
         blocks += [_sampled(parts["sampled"], parts["long"])] if {"long", "sampled"} <= parts.keys() else []
         blocks += [_scaling(name, parts["scaling"])] if "scaling" in parts else []
+        blocks += [_options(parts["options"])] if "options" in parts else []
         blocks += [_training(parts["training"])] if "training" in parts else []
     return "\n\n".join(blocks)
 
@@ -276,6 +277,41 @@ def _scaling(name: str, part: dict[str, Any]) -> str:
         f"At a width that takes minutes, where nothing else is varied: {sizes}, {part['tokens']} tokens. Float32, "
         f"{_threads(part)}, {_repeats(part)}; {_made(part)}."
     )
+
+
+def option_costs(part: dict[str, Any]) -> pd.DataFrame:
+    """What each option adds to an analysis; ratios are taken repeat by repeat.
+
+    Args:
+        part: one shape of the options part of a machine's results.
+
+    Returns:
+        One row per contender: the medians of seconds, of peak_mib, and of the ratio of its time to that of what it adds
+        to: the states and entropies alone for the parts of a change, the whole ``analyze`` for options.
+    """
+    frame = runs(part)
+    seconds = frame.pivot_table(index="repeat", columns="contender", values="seconds")
+    table = frame.groupby("contender")[["seconds", "peak_mib"]].median()
+    plain = {name: "without-parts" if name in ("ours", "without-parts") else "analyze" for name in table.index}
+    table["ratio"] = [float((seconds[name] / seconds[plain[name]]).median()) for name in table.index]
+    order = ("without-parts", "ours", "analyze")
+    return table.loc[[*order, *(name for name in frame["contender"].unique() if name not in order)]]
+
+
+def _options(part: dict[str, Any]) -> str:
+    shapes = {"embedded": "testbed/qwen3", "small": "d = 384, L = 8, V = 32768, random weights"}
+    names = {"without-parts": "states and entropies, without length and direction", "ours": "with them (the default)"}
+    names |= {"analyze": "`analyze` as a whole, plain"}
+    blocks = ["### What each option costs"]
+    for shape, title in shapes.items():
+        own = part[shape]
+        lines = ["| | seconds | ratio | peak memory, MiB |", "| --- | --- | --- | --- |"]
+        for name, row in option_costs(own).iterrows():
+            figures = (f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", _mib(row["peak_mib"]))
+            lines.append(f"| {names.get(str(name), f'`{name}`')} | {' | '.join(figures)} |")
+        head = f"{title}: {own['tokens']} response tokens, float32, {_threads(own)}, {_repeats(own)}; {_made(part)}."
+        blocks += [head, "\n".join(lines)]
+    return "\n\n".join(blocks)
 
 
 def _training(part: dict[str, Any]) -> str:

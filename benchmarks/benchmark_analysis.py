@@ -8,7 +8,8 @@ python benchmarks/benchmark_analysis.py --report           # only the page and t
 Parts: ``embedded`` (testbed/qwen3 on its own responses), ``large`` (the shape of Qwen3-0.6B with random weights, a
 few repeats), ``accuracy`` (the figures of a few tokens against float64), ``long`` (a longer response, once, for the
 memory), ``sampled`` (several as long with a tolerance, once), ``scaling`` (cost against tokens, layers and V at a small
-width) and ``training`` (analysis against BuPO, as the paper's table 7). Each run of a contender is a process of its
+width), ``options`` (what each option adds, on testbed/qwen3 and at that small width) and ``training`` (analysis against
+BuPO, as the paper's table 7). Each run of a contender is a process of its
 own; repeats are interleaved. The figures go to ``data/benchmarks/analysis-<machine>.json``, part by part, and from
 there to ``docs/benchmarks.md`` and ``figures/benchmarks``; with --quick to ``build/benchmarks``.
 """
@@ -33,6 +34,7 @@ from typing import Any
 import analysis_report as report
 import numpy as np
 import torch
+from analysis_contenders import OPTIONS
 from analysis_jobs import LARGE, MODEL, SMALL, Job, own_responses, random_response
 
 from internal_policy import analyze
@@ -51,7 +53,8 @@ AGREEMENT = 2e-4
 """Nats by which the mean of any layer and state may differ between contenders. torch's own float32 softmax over 151936
 logits is up to 1e-4 off float64 in the mean, and the other contenders inherit it; ours are within 2e-6 of float64."""
 ACCURACY_TOKENS = 8
-PARTS = ("embedded", "large", "accuracy", "long", "sampled", "scaling", "training")
+PARTS = ("embedded", "large", "accuracy", "long", "sampled", "scaling", "options", "training")
+OPTION_TOKENS = 256
 _EXACT = ("ours", "paper", "transformer-lens", "floor")
 
 
@@ -315,6 +318,14 @@ def main() -> None:
             part = {"responses": len(ids), **alone(Job(large, ids, args.device), "tolerance")}
         elif name == "scaling":
             part = scaling(args.repeats, args.device, points)
+        elif name == "options":
+            tokens = min(OPTION_TOKENS, args.long_tokens)
+            jobs = {
+                "embedded": Job({}, own_responses(args.responses), args.device),
+                "small": Job(SMALL, [random_response(tokens, SMALL["vocab_size"])], args.device),
+            }
+            contenders = ("ours", "without-parts", *OPTIONS)
+            part = {shape: side_by_side(job, contenders, args.repeats) for shape, job in jobs.items()}
         else:
             part = training(args.steps, args.responses)
         store(path, where, name, part)

@@ -3,14 +3,17 @@
     python benchmarks/benchmark_kernel.py [--tokens 1024 4096 8192] [--width 2560] [--vocabulary 151936] [--repeats 10]
     python benchmarks/benchmark_kernel.py --interpret       # a functional check on any machine: tiny sizes, no rates
 
-The rate counts the operations of the product alone, 2 N V d, for both. Errors are those of some rows against the
-definition in float64. Rates are medians over repeats in which all ways run one after the
-other; "blocks" is the torch implementation used without the kernel.
+The rate counts the operations of the product alone, 2 N V d, for all ways. Errors are those of some rows against the
+definition in float64. Rates are medians over repeats in which all ways run one after the other; "blocks" is the torch
+implementation used without the kernel. "two lengths" is the kernel that takes the entropy of every state at a second
+length from the same product: its time is given relative to that of the kernel for one length. A product for each length
+would take 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -21,6 +24,8 @@ import torch
 from torch import Tensor
 
 CHECKED_ROWS = 16
+# Factors on the states: lengths at which the policy is flat, and at which it is peaked.
+LENGTHS = (0.1, 30.0)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -49,6 +54,12 @@ def by_blocks(states: Tensor, unembedding: Tensor) -> Tensor:
         return policy_entropy(states, unembedding)
 
 
+def other_lengths(states: Tensor) -> Tensor:
+    """[N] factors on the states, spread over ``LENGTHS`` evenly by their logarithm."""
+    low, high = (math.log10(factor) for factor in LENGTHS)
+    return torch.logspace(low, high, len(states), device=states.device)
+
+
 def working_memory(run: Callable[[], object], device: torch.device) -> float:
     """Additional MiB of device memory that a call takes."""
     torch.cuda.reset_peak_memory_stats(device)
@@ -58,24 +69,32 @@ def working_memory(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
-    """Print one line of results for a number of tokens."""
+    """Print the results for a number of tokens."""
     from internal_policy.entropy import reference, triton_kernel
 
     device, (vocab, width) = unembedding.device, unembedding.shape
     states = torch.randn(tokens, width, device=device).to(unembedding.dtype)
     # All logits at once if they fit in memory: products in slices are slower.
     buffer = torch.empty(tokens, min(vocab, 2**31 // tokens), dtype=states.dtype, device=device)
+    lengths = other_lengths(states)
     ways: dict[str, Callable[[], object]] = {
         "product": lambda: bare_product(states, unembedding, buffer),
         "kernel": lambda: triton_kernel.policy_entropy(states, unembedding),
+        "two lengths": lambda: triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding),
         "blocks": lambda: by_blocks(states, unembedding),
     }
-    entropy = triton_kernel.policy_entropy(states, unembedding)
-    rows = slice(0, min(tokens, CHECKED_ROWS))
-    exact = reference.policy_entropy(states[rows], unembedding)
-    error = (entropy[rows].double() - exact).abs().max().item()
+    # Rows from all over, since the factors grow from row to row.
+    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
+    checked = states[rows].double()
+    exact = [reference.policy_entropy(x, unembedding) for x in (checked, checked * lengths[rows, None].double())]
+    one = triton_kernel.policy_entropy(states, unembedding)
+    two = triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding)
+    errors = {
+        "kernel": (one[rows].double() - exact[0]).abs().max().item(),
+        "two lengths": (two[:, rows].double() - torch.stack(exact)).abs().max().item(),
+    }
     if device.type != "cuda":
-        print(f"{tokens:6d} tokens: largest error {error:.1e} nats (interpreted: no rates)")
+        print(line(tokens, errors))
         return
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
@@ -85,11 +104,22 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
         for name, run in ways.items():
             times[name].append(seconds(run, device))
     rate = {name: 2 * tokens * vocab * width / statistics.median(t) / 1e12 for name, t in times.items()}
-    memory = {name: working_memory(ways[name], device) for name in ("kernel", "blocks")}
-    print(
+    memory = {name: working_memory(ways[name], device) for name in ("kernel", "two lengths", "blocks")}
+    print(line(tokens, errors, rate, memory))
+
+
+def line(
+    tokens: int, errors: dict[str, float], rate: dict[str, float] | None = None, memory: dict[str, float] | None = None
+) -> str:
+    """Put the results for a number of tokens into words: errors in nats, rates in TFLOP/s, working memory in MiB."""
+    worst = f"largest error {errors['kernel']:.1e} nats, at two lengths {errors['two lengths']:.1e}"
+    if rate is None or memory is None:
+        return f"{tokens:6d} tokens: {worst} (interpreted: no rates)"
+    return (
         f"{tokens:6d} tokens: product {rate['product']:.0f} TFLOP/s, kernel {rate['kernel']:.0f} "
         f"({rate['kernel'] / rate['product']:.2f} of it, {memory['kernel']:.1f} MiB), "
-        f"blocks {rate['blocks']:.0f} ({memory['blocks']:.0f} MiB), largest error {error:.1e} nats"
+        f"two lengths {rate['two lengths']:.0f} ({rate['kernel'] / rate['two lengths']:.2f} of the time for one, "
+        f"{memory['two lengths']:.1f} MiB), blocks {rate['blocks']:.0f} ({memory['blocks']:.0f} MiB), {worst}"
     )
 
 

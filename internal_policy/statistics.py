@@ -250,25 +250,28 @@ def policy_entropy(responses: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def change_curves(responses: pd.DataFrame, site: str = "ffn", *, resamples: int = 1000, seed: int = 0) -> Floats:
-    """Draw bootstrap resamples of the mean entropy change of each layer (arXiv 2512.19673v3, eqs. 11-13).
+def change_curves(
+    responses: pd.DataFrame, site: str = "ffn", quantity: str = "change", *, resamples: int = 1000, seed: int = 0
+) -> Floats:
+    """Draw bootstrap resamples of each layer's mean, by default of its entropy change (arXiv 2512.19673v3, eqs. 11-13).
 
     Args:
         responses: as for `layer_table`; whole prompts are drawn, with all layers of their responses.
         site: "layer", "attn" or "ffn".
+        quantity: the column whose means are drawn.
         resamples: number B of resamples.
-        seed: of the random generator.
+        seed: of the random generator; the same seed draws the same prompts for every quantity.
 
     Returns:
-        [B, L] mean changes in nats, columns in order of the layers.
+        [B, L] means in the unit of the quantity, columns in order of the layers.
 
     Raises:
         UserError: if a column is missing or the site has no rows.
     """
-    _require_columns(responses, ("response", "prompt", "layer", "site", "n_tokens", "change"))
+    _require_columns(responses, ("response", "prompt", "layer", "site", "n_tokens", quantity))
     if not (responses["site"] == site).any():
         raise UserError(f"the responses have no row of site {site!r}; sites are {', '.join(SITES)}")
-    _, values, tokens, prompts = _by_layer(responses, site, "change")
+    _, values, tokens, prompts = _by_layer(responses, site, quantity)
     return bootstrap_means(values, tokens, prompts, resamples=resamples, seed=seed)
 
 

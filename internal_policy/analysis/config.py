@@ -167,7 +167,7 @@ class AnalyzeOptions(InputOptions, BatchOptions, CaptureOptions):
     random_baseline: bool = False
     """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
     heads: bool = False
-    """Measure what each attention head writes, and each routed expert of a mixture."""
+    """Measure what each attention head writes, and each routed expert of a mixture; captured by hooks."""
     divergences: bool = False
     """Measure how far each layer's policy is from the final one and from the next layer's."""
     by: tuple[str, ...] = option((), choices=GROUPINGS)

@@ -123,6 +123,40 @@ def baseline_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
+def head_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the maps of heads: the table ``heads`` of each analysis (`--heads`).
+
+    Args:
+        analyses: One analysis, or one for each row of panels; those without the table have no rows.
+
+    Returns:
+        A row for each panel, layer and head, with the columns of the table.
+    """
+    return _addition(analyses, "heads")
+
+
+def expert_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the maps of experts: the table ``experts`` of each analysis (`--heads`).
+
+    Args:
+        analyses: One analysis, or one for each row of panels; those without the table have no rows.
+
+    Returns:
+        A row for each panel, layer and expert, with the columns of the table.
+    """
+    return _addition(analyses, "experts")
+
+
+def _addition(analyses: OneOrMany[Analysis], name: str) -> pd.DataFrame:
+    """Return the table of an addition of every analysis that has it, with the panel (from 1), model and lens."""
+    parts = [pd.DataFrame(columns=["panel", "model", "lens"])]
+    for panel, analysis in enumerate(listed(analyses), start=1):
+        if (table := analysis.additions.get(name)) is not None:
+            parts.append(table.assign(panel=panel, model=analysis.name, lens=analysis.lens))
+    stacked = pd.concat(parts[1:] or parts, ignore_index=True)
+    return stacked[[*parts[0].columns, *(c for c in stacked if c not in parts[0])]]
+
+
 def stage_sketch_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 1c.
 

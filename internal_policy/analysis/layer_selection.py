@@ -3,33 +3,31 @@
 The paper reads three stages off the curve of dH_FFN (arXiv 2512.19673v3, section 3.2): exploration (> 0), integration
 (about 0) and convergence (< 0), and trains the boundary layer: the last exploring layer before the FFN turns to
 integration or convergence. What "about zero" means depends on the model: +0.1 nats in every layer is how a Llama
-explores, while a Qwen that falls to +0.1 after +3 has turned to integration. So the rule measures a curve against
-itself, and multiplying the curve by any number changes nothing:
+explores, while a Qwen that falls to +0.1 after +3 has turned to integration. The rule has two constants:
 
-1. The curve x is divided by its largest magnitude. The last layer may collapse by 20 nats, so wherever a scale is
-   measured it counts as its predecessor.
-2. Exploration level P = sum(x^2) / sum(x) over the positive layers, the level at which the average widening nat is
-   added. Convergence level N likewise over the negative ones.
-3. Wobble w = mean distance of a layer from the median of itself and its two neighbours (0 on any monotone stretch),
-   as a standard deviation. Noise s = the larger of w and the layer's standard error.
-4. Zero band: x is about zero up to clip(1.5 * positive part of the median + 2 s, 0.1 P, 0.35 P) and down to the mirror
-   image of that with N, but not less than 0.05 P. The two edges differ on purpose: a deep final collapse must not
-   hide a long weak exploration, and ripples after a large one are no convergence. Neither edge is finer than the
-   layer's standard error.
-5. With y = x / edge, layer by layer, exploration costs 1 - y, integration |y| - 1, convergence 1 + y, clipped to [0, 1]
-   (integration to [0, 2]), and each change of stage 0.75: one layer that dips does not end a stage, two do. The stages
-   are the cheapest sequence (Viterbi), but an exploration run that turns ends with a layer of y >= 0.5.
-6. An exploration run counts if its sum is at least 0.12 of sum|x|, a quarter of the greatest run's and three of its
-   own standard errors; the others are integration.
-7. The boundary layer is the end of the last counting run below the top. There is none if no run counts or if the
-   greatest one reaches layer L: the model never explores, or never turns.
+1. The exploration level P = sum(x^2) / sum(x) over the layers with x > 0 is the change at which the average widening
+   nat is added. A long tail of small changes hardly lowers it, and no negative change enters it.
+2. A stretch of consecutive layers scores sum(x - P / 5). The exploration stage is the stretch with the highest score.
+   The constant says what "about zero" is: less than **a fifth** of the exploration level. A layer above it lengthens
+   the stage; layers below it do so only if later ones make up for them, so a layer that dips does not end the stage.
+   This is how a cumulative sum locates where a mean rises above a level and falls below it (Page, Biometrika 41, 1954).
+3. The boundary layer is the last layer of that stage. There is none if the stage reaches layer L (the model never
+   turns), or if its mean change is not beyond **two** standard errors (it never explores). The error of the mean is the
+   mean of its layers' errors: layers share their responses, so their errors do not average out.
+
+No negative change enters P, and lower values outside the stage leave its score the highest: how deep a model converges
+does not matter. Multiplying the curve by any positive number changes nothing. A curve without standard errors is taken
+as exact.
+
+Outside the stage a layer with x > P / 5 explores too, one with x < -min(P, N) / 5 converges, where N is the level of
+the negative layers, and the others integrate. Where a model never explores, no layer is called exploring.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,19 +37,22 @@ import pandas as pd
 from internal_policy.statistics import Floats, Ints, change_curves
 from internal_policy.utils.errors import UserError
 
-COVERS = "which covers the drawing of prompts only"
-"""Resamples of the prompts do not cover the choice of the lens, of the sampling or of the rule."""
 STAGES = ("exploration", "integration", "convergence")
-
-_EXPLORATION, _INTEGRATION = 0, 1
-_MEDIAN_FACTOR, _NOISE_FACTOR = 1.5, 2.0
-_EDGE_MIN, _EDGE_MAX, _LOWER_EDGE_MIN = 0.1, 0.35, 0.05
-_MAX_COST = np.array([1.0, 2.0, 1.0])
-_CHANGE_COST = 0.75
-_MIN_LAST = 0.5
-_MIN_SHARE, _MIN_SHARE_OF_GREATEST, _MIN_STDERRS = 0.12, 0.25, 3.0
-# E|x - median of three| for a standard normal x.
-_MEDIAN_OF_THREE_DISTANCE = 0.5642
+THRESHOLD = 0.2
+"""Changes below this share of the exploration level are about zero."""
+STDERRS = 2.0
+"""An exploration stage is one if its mean is further above zero than this number of standard errors."""
+MEASURED, DIRECTION, LITERAL = "measured", "direction", "literal"
+_OWN_READINGS = (MEASURED, DIRECTION, LITERAL)
+_PHRASES = {
+    MEASURED: "as measured",
+    DIRECTION: "by direction alone",
+    LITERAL: "by the paper's literal words",
+    "policy": "under the policy lens",
+    "logit-lens": "under the logit lens",
+    "unit-norm": "under the unit-norm lens",
+}
+_EXPLORATION, _INTEGRATION, _CONVERGENCE = 0, 1, 2
 
 
 class SelectionError(UserError, ValueError):
@@ -74,55 +75,142 @@ class Selection:
     """Last layer of the exploration stage, which is the target layer of BuPO; None if the model has none."""
     stages: tuple[str, ...]
     """Stage of each layer: "exploration", "integration" or "convergence"."""
-    confidence: float | None
-    """Share of the resampled curves that give the same answer; None if the uncertainty of the curve is unknown. From
-    an Analysis it covers the drawing of prompts only, and not, for example, the choice of the lens."""
     runner_up: int | None
-    """The layer that the resamples give most often, apart from the boundary layer."""
+    """The layer that the resamples of the measured curve give most often, apart from the boundary layer."""
     runner_up_share: float | None
-    """Share of the resamples that name the runner-up."""
+    """Share of these resamples that name the runner-up."""
     candidates: tuple[int, ...]
     """Layers in order of their share; without a boundary layer those that come nearest to being one."""
     reason: str
     """One sentence that says why, with numbers in nats."""
     n_resamples: int = 1000
-    """How many curves were drawn for the confidence."""
+    """How many curves were drawn for each reading."""
     n_prompts: int | None = None
     """How many prompts they were drawn from; None if a plain curve was given, or if nothing was drawn."""
+    sensitivity: dict[str, int | None] = field(default_factory=dict)
+    """The boundary layer under other readings of the same data, None where that has none.
+
+    ``direction``: the same rule on the change that is left if every write has the length of its module's input, so that
+    no change comes from how long a state is (absent if that was not measured).
+
+    ``literal``: the paper's words "dH_FFN > 0" with nothing counted as about zero: the same rule with a threshold of 0
+    and without errors, so the last positive layer after which the changes never add up to a gain again.
+
+    The name of a lens: the result of an analysis of the same responses of the same weights under it, if there is one on
+    disk. It is looked up when an analysis is loaded, and not stored with it."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Share of the resamples under each reading, ``measured`` being the first, that give the boundary layer; empty if
+    the uncertainty of the curve is unknown."""
 
     @property
-    def agreement(self) -> str | None:
-        """How many of the resamples give the answer, such as "all 1000 resamples of the 48 prompts give layer 6"."""
-        if self.confidence is None:
-            return None
-        count = round(self.confidence * self.n_resamples)
+    def confidence(self) -> float | None:
+        """Share of the pairs of a reading and a resample that give the boundary layer: the mean of `shares`.
+
+        All readings count equally, so it is below 1 if one of them gives another layer. From an Analysis the resamples
+        are of its prompts; None if the uncertainty of the curve is unknown.
+        """
+        return sum(self.shares.values()) / len(self.shares) if self.shares else None
+
+    @property
+    def disputed(self) -> bool:
+        """Whether another reading gives another boundary layer."""
+        return any(layer != self.boundary_layer for layer in self.sensitivity.values())
+
+    @property
+    def agreement(self) -> str:
+        """What resamples and other readings give.
+
+        For example "all 1000 resamples of the 48 prompts give layer 6; by direction alone it is layer 1".
+        """
+        found = [self._resampled()] if MEASURED in self.shares else []
+        for layer in dict.fromkeys(self.sensitivity.values()):
+            names = [name for name, theirs in self.sensitivity.items() if theirs == layer]
+            same = layer == self.boundary_layer
+            readings = " and ".join(phrase(name) + (self._counted(name) if same else "") for name in names)
+            if layer is None:
+                found.append(f"{readings} there is none{' either' if same else ''}")
+            else:
+                found.append(f"{readings} it is layer {layer}{' too' if same else ''}")
+        return "; ".join(found)
+
+    def _resampled(self) -> str:
+        count = round(self.shares[MEASURED] * self.n_resamples)
         given = f"{'all' if count == self.n_resamples else count or 'none'}"
         whole = self.n_resamples if given == "all" else f"of {self.n_resamples}"
         drawn = "" if self.n_prompts is None else f" of the {self.n_prompts} prompts"
         answer = "no boundary layer" if self.boundary_layer is None else f"layer {self.boundary_layer}"
         return f"{given} {whole} resamples{drawn} give {answer}"
 
+    def _counted(self, reading: str) -> str:
+        count = round(self.shares.get(reading, 1.0) * self.n_resamples)
+        return "" if count == self.n_resamples else f" (in {count} of {self.n_resamples})"
+
+    def readings(self) -> pd.DataFrame:
+        """Tabulate the boundary layer under each reading.
+
+        Returns:
+            A row per reading, that of the curve as it was measured first: reading, layer (empty if there is none), and
+            share, that of its resamples which give the boundary layer (NaN if unknown).
+        """
+        layers = {MEASURED: self.boundary_layer, **self.sensitivity}
+        shares = [self.shares.get(name, np.nan) for name in layers]
+        table = pd.DataFrame({"reading": list(layers), "layer": list(layers.values()), "share": shares})
+        return table.astype({"layer": "Int64", "share": "float64"})
+
+    def with_lenses(self, found: Mapping[str, tuple[int | None, float | None]]) -> Selection:
+        """Add what the same responses give under other lenses.
+
+        Args:
+            found: by lens, the boundary layer, and the share of the resamples that give that of this Selection.
+        """
+        shares = {lens: share for lens, (_, share) in found.items() if share is not None} if self.shares else {}
+        layers = {lens: layer for lens, (layer, _) in found.items()}
+        return replace(self, sensitivity={**self.sensitivity, **layers}, shares={**self.shares, **shares})
+
+    def share_of(self, layer: int | None) -> float | None:
+        """Share of the resamples of the measured curve that give `layer`, as far as it is recorded."""
+        if MEASURED not in self.shares:
+            return None
+        if layer == self.boundary_layer:
+            return self.shares[MEASURED]
+        return (self.runner_up_share or 0.0) if layer is not None and layer == self.runner_up else 0.0
+
     def _repr_html_(self) -> str:
-        from internal_policy.utils.console import few_prompts, of_resamples
+        from internal_policy.utils.console import few_prompts, number, of_resamples
         from internal_policy.utils.html import card
 
-        answer = "none" if self.boundary_layer is None else str(self.boundary_layer)
-        cells = [
-            ("boundary layer", answer, of_resamples(self.confidence)),
-            ("runner-up", "none" if self.runner_up is None else self.runner_up, of_resamples(self.runner_up_share)),
-        ]
+        answer = "none" if self.boundary_layer is None else f"layer {self.boundary_layer}"
+        facts = [self.reason, self.agreement]
+        if self.runner_up is not None:
+            facts.append(f"runner-up: layer {self.runner_up} ({number(self.runner_up_share, '.1%')} of the resamples)")
         few = None if self.n_prompts is None else few_prompts(self.n_prompts)
-        table = pd.DataFrame(cells, columns=["", "layer", "resamples of the prompts"])
-        return card("Selection", f"of {len(self.stages)} layers", (self.reason, few or ""), table)
+        cells = [
+            (phrase(row["reading"]), "none" if pd.isna(row["layer"]) else row["layer"], of_resamples(row["share"]))
+            for row in self.readings().to_dict("records")
+        ]
+        table = pd.DataFrame(cells, columns=["reading", "boundary layer", f"resamples that give {answer}"])
+        return card("Selection", f"of {len(self.stages)} layers", (*facts, few or ""), table)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain Python values that json can write."""
-        return asdict(self) | {"stages": list(self.stages), "candidates": list(self.candidates)}
+        """The fields and the confidence as plain Python values that json can write, without what other lenses give."""
+        own = replace(
+            self,
+            sensitivity={name: layer for name, layer in self.sensitivity.items() if name in _OWN_READINGS},
+            shares={name: share for name, share in self.shares.items() if name in _OWN_READINGS},
+        )
+        lists = {"stages": list(self.stages), "candidates": list(self.candidates)}
+        return asdict(own) | lists | {"confidence": own.confidence}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Selection:
         """The Selection that `to_dict` wrote."""
-        return cls(**{**fields, "stages": tuple(fields["stages"]), "candidates": tuple(fields["candidates"])})
+        given = {name: value for name, value in fields.items() if name != "confidence"}
+        return cls(**{**given, "stages": tuple(fields["stages"]), "candidates": tuple(fields["candidates"])})
+
+
+def phrase(reading: str) -> str:
+    """A reading in a sentence, such as "by direction alone" or "under the logit lens"."""
+    return _PHRASES.get(reading, f"under the lens {reading}")
 
 
 def select_layer(
@@ -137,8 +225,9 @@ def select_layer(
     Args:
         x: an Analysis, or dH_FFN of layers 1..L in nats, [L].
         stderr: standard error of each layer, [L], nats; only with a plain curve.
-        resamples: number of curves that are drawn for the confidence: from an Analysis by drawing prompts again, from
-            a curve with `stderr` by adding normal noise. A curve without `stderr` has no confidence.
+        resamples: number of curves that are drawn for the confidence: from an Analysis by drawing prompts again, the
+            same for every reading, from a curve with `stderr` by adding normal noise. A curve without `stderr` has no
+            confidence.
         seed: of the random generator; the same seed gives the same Selection.
 
     Returns:
@@ -156,14 +245,36 @@ def select_layer(
         return _select_from_analysis(x, resamples, seed)
     curve = _as_curve(x, "the curve of dH_FFN")
     if stderr is None:
-        return _selection(curve, np.zeros_like(curve), None, "no standard errors were given")
+        return _selection([_measured(curve), _literal(curve)], "no standard errors were given")
     errors = _as_curve(stderr, "stderr")
     if errors.shape != curve.shape:
         raise SelectionError(f"stderr has {errors.size} values for {curve.size} layers; one per layer is needed")
     if np.any(errors < 0):
         raise SelectionError(f"stderr is negative at layer {int(np.argmax(errors < 0)) + 1}; it must be 0 or more")
-    noise = np.random.default_rng(seed).standard_normal((resamples, curve.size))
-    return _selection(curve, errors, curve + noise * errors, "")
+    drawn = curve + errors * np.random.default_rng(seed).standard_normal((resamples, curve.size))
+    return _selection([_measured(curve, errors, drawn), _literal(curve, drawn)], "")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way of reading the data: a curve [L] with its errors [L], resampled [B, L], and the constants of the rule."""
+
+    name: str
+    curve: Floats
+    stderr: Floats
+    resampled: Floats | None
+    threshold: float = THRESHOLD
+
+    def boundaries(self, curves: Floats) -> Ints:
+        return classify(curves, self.stderr, threshold=self.threshold)[1]
+
+
+def _measured(curve: Floats, stderr: Floats | None = None, drawn: Floats | None = None) -> _Reading:
+    return _Reading(MEASURED, curve, np.zeros_like(curve) if stderr is None else stderr, drawn)
+
+
+def _literal(curve: Floats, drawn: Floats | None = None) -> _Reading:
+    return _Reading(LITERAL, curve, np.zeros_like(curve), drawn, threshold=0.0)
 
 
 def _select_from_analysis(analysis: HasLayers, resamples: int, seed: int) -> Selection:
@@ -172,47 +283,60 @@ def _select_from_analysis(analysis: HasLayers, resamples: int, seed: int) -> Sel
         raise SelectionError("the analysis needs one row of site 'ffn' for each layer 1..L; analyse the FFN too")
     curve = _as_curve(rows["change"], "the analysis' dH_FFN")
     errors = rows["change_stderr"].to_numpy(dtype=np.float64)
-    if np.isnan(errors).any():
-        return _selection(curve, np.zeros_like(curve), None, "the analysis has fewer than two prompts")
-    resampled = change_curves(analysis.responses, resamples=resamples, seed=seed)
-    return _selection(curve, errors, resampled, "", int(analysis.responses["prompt"].nunique()))
+    known = not np.isnan(errors).any()
+
+    def draw(quantity: str) -> Floats | None:
+        # The same seed draws the same prompts for every quantity.
+        return change_curves(analysis.responses, quantity=quantity, resamples=resamples, seed=seed) if known else None
+
+    drawn = draw("change")
+    readings = [_measured(curve, errors if known else None, drawn)]
+    if "change_direction" in rows and rows["change_direction"].notna().all():
+        direction = rows["change_direction"].to_numpy(dtype=np.float64)
+        errors = rows["change_direction_stderr"].to_numpy(dtype=np.float64)
+        drawn_directions = draw("change_direction")
+        readings.append(_Reading(DIRECTION, direction, errors if known else np.zeros_like(curve), drawn_directions))
+    readings.append(_literal(curve, drawn))
+    if not known:
+        return _selection(readings, "the analysis has fewer than two prompts")
+    return _selection(readings, "", int(analysis.responses["prompt"].nunique()))
 
 
-def _selection(
-    curve: Floats, stderr: Floats, resampled: Floats | None, no_confidence: str, n_prompts: int | None = None
-) -> Selection:
-    stages, boundaries = classify(curve[None], stderr)
+def _selection(readings: Sequence[_Reading], no_confidence: str, n_prompts: int | None = None) -> Selection:
+    """The Selection of readings of which the first is the measured one."""
+    measured = readings[0]
+    curve, stderr = measured.curve, measured.stderr
+    stages, (boundary,) = classify(curve[None], stderr)
     names = tuple(STAGES[stage] for stage in stages[0])
-    answer = int(boundaries[0]) or None
-    reason, candidates = _explain(curve, names, answer)
-    if resampled is None:
-        return Selection(
-            answer, names, None, None, None, candidates, f"{reason}; {no_confidence}, so how sure is unknown"
-        )
-    draws = Counter((classify(resampled, stderr)[1]).tolist())
-    shares = {layer: count / len(resampled) for layer, count in draws.most_common()}
-    confidence = shares.get(answer or 0, 0.0)
-    others = [layer for layer in shares if layer not in (0, answer)]
-    runner_up = others[0] if others else None
+    answer = int(boundary) or None
+    reason, candidates = _explain(curve, stderr, names, answer)
+    sensitivity = {other.name: int(other.boundaries(other.curve[None])[0]) or None for other in readings[1:]}
+    if measured.resampled is None:
+        reason = f"{reason}; {no_confidence}, so how sure is unknown"
+        return Selection(answer, names, None, None, candidates, reason, sensitivity=sensitivity)
+    drawn = {r.name: r.boundaries(r.resampled) for r in readings if r.resampled is not None}
+    shares = {name: float(np.mean(layers == boundary)) for name, layers in drawn.items()}
+    counts = Counter(drawn[MEASURED].tolist()).most_common()
+    others = [(layer, count / drawn[MEASURED].size) for layer, count in counts if layer not in (0, boundary)]
+    runner_up, runner_up_share = others[0] if others else (None, None)
     if answer is not None:
-        candidates = tuple(layer for layer in shares if layer) or candidates
-    selection = Selection(
+        candidates = tuple(layer for layer, _ in counts if layer) or candidates
+    return Selection(
         boundary_layer=answer,
         stages=names,
-        confidence=confidence,
         runner_up=runner_up,
-        runner_up_share=None if runner_up is None else shares[runner_up],
+        runner_up_share=runner_up_share,
         candidates=candidates,
         reason=reason,
-        n_resamples=len(resampled),
+        n_resamples=drawn[MEASURED].size,
         n_prompts=n_prompts,
+        sensitivity=sensitivity,
+        shares=shares,
     )
-    covered = "" if n_prompts is None else f", {COVERS}"
-    return replace(selection, reason=f"{reason}; {selection.agreement}{covered}")
 
 
-def _explain(curve: Floats, stages: tuple[str, ...], answer: int | None) -> tuple[str, tuple[int, ...]]:
-    """The reason without its confidence, and the nearest candidates."""
+def _explain(curve: Floats, stderr: Floats, stages: tuple[str, ...], answer: int | None) -> tuple[str, tuple[int, ...]]:
+    """The reason, and the nearest candidates."""
     if answer is not None:
         start = answer
         while start > 1 and stages[start - 2] == "exploration":
@@ -233,12 +357,17 @@ def _explain(curve: Floats, stages: tuple[str, ...], answer: int | None) -> tupl
             f"dH_FFN still explores at the last layer, {len(stages)} ({curve[-1]:+.3g} nats; "
             f"{curve[first - 1 :].mean():+.3g} on average from layer {first} on), so it never turns"
         ), tuple(steepest) or (len(stages),)
-    gain, loss = np.maximum(curve, 0).sum(), np.maximum(-curve, 0).sum()
-    top = int(np.argmax(curve))
-    return (
-        f"no stretch of layers explores: dH_FFN adds {gain:.3g} nats over its positive layers and takes {loss:.3g} "
-        f"over its negative ones, the highest being layer {top + 1} with {curve[top]:+.3g}"
-    ), _nearest_to_exploring(curve)
+    scores = curve[None] - THRESHOLD * _level(curve[None])
+    (start,), (end,) = (ends.tolist() for ends in _highest_scoring_stretch(scores))
+    if end == 0:
+        top = int(np.argmax(curve))
+        best = f"no layer has a positive dH_FFN, the highest being layer {top + 1} with {curve[top]:+.3g}"
+    else:
+        best = (
+            f"{_layers(start + 1, end)} average {curve[start:end].mean():+.3g} nats, which is not beyond "
+            f"{STDERRS:g} standard errors of {stderr[start:end].mean():.3g}"
+        )
+    return f"no stretch of layers explores: {best}", _nearest_to_exploring(curve)
 
 
 def _nearest_to_exploring(curve: Floats) -> tuple[int, ...]:
@@ -267,88 +396,60 @@ def _as_curve(values: Any, what: str) -> Floats:
     return curve
 
 
-def classify(curves: Floats, stderr: Floats) -> tuple[Ints, Ints]:
+def classify(
+    curves: Floats, stderr: Floats, *, threshold: float = THRESHOLD, stderrs: float = STDERRS
+) -> tuple[Ints, Ints]:
     """Stages and boundary layers of curves, each measured against itself.
 
     Args:
         curves: dH_FFN of layers 1..L, [B, L], nats.
         stderr: standard error of each layer, [L], nats.
+        threshold: the share of the exploration level below which a change is about zero.
+        stderrs: how many standard errors the mean of the exploration stage has to be above zero.
 
     Returns:
         Stage of each layer, [B, L]: 0 exploration, 1 integration, 2 convergence. Boundary layer, [B], from 1, or 0.
     """
+    n_layers = curves.shape[1]
+    x, errors = _without_unit(curves, stderr)
+    level = _level(x)
+    start, end = _highest_scoring_stretch(x - threshold * level)
+    layer = np.arange(n_layers)
+    inside = (start[:, None] <= layer) & (layer < end[:, None])
+    explores = ((x * inside).sum(axis=1) > stderrs * (errors * inside).sum(axis=1))[:, None]
+    stages = np.where(x < -threshold * np.minimum(level, _level(-x)), _CONVERGENCE, _INTEGRATION)
+    stages = np.where(explores & (inside | (x > threshold * level)), _EXPLORATION, stages)
+    return stages, np.where(explores[:, 0] & (end < n_layers), end, 0)
+
+
+def _without_unit(curves: Floats, stderr: Floats) -> tuple[Floats, Floats]:
+    """Curves [B, L] and errors [L] of each in units of its largest magnitude, [B, L] both.
+
+    They are rounded so that ties are resolved in the same way in every unit of the curve.
+    """
     largest = np.abs(curves).max(axis=1, keepdims=True)
     unit = np.where(largest > 0, largest, 1.0)
-    # Rounded so that ties are resolved in the same way in every unit of the curve.
-    x, errors = np.round(curves / unit, 12), np.round(stderr / unit, 12)
-    steady = x.copy()
-    steady[:, -1] = x[:, -2] if x.shape[1] > 1 else x[:, -1]
-    stages = _cheapest_stages(x / _edges(x, steady, errors))
-    return _settle_runs(stages, steady, errors)
+    return np.round(curves / unit, 12), np.round(stderr / unit, 12)
 
 
-def _edges(x: Floats, steady: Floats, errors: Floats) -> Floats:
-    """Edge of the zero band on the side of each layer, [B, L]."""
-    up, down = np.maximum(steady, 0), np.maximum(-steady, 0)
-    level_up, level_down = (
-        (side**2).sum(1, keepdims=True) / np.maximum(side.sum(1, keepdims=True), 1e-300) for side in (up, down)
-    )
-    noise = np.maximum(errors, _wobble(x)) * _NOISE_FACTOR
-    middle = _MEDIAN_FACTOR * np.median(steady, axis=1, keepdims=True)
-    upper = np.clip(noise + np.maximum(middle, 0), _EDGE_MIN * level_up, _EDGE_MAX * level_up)
-    lower = np.clip(noise + np.maximum(-middle, 0), _EDGE_MIN * level_down, _EDGE_MAX * level_down)
-    lower = np.maximum(lower, _LOWER_EDGE_MIN * level_up)
-    edges: Floats = np.maximum(np.maximum(np.where(x > 0, upper, lower), errors), 1e-12)
-    return edges
+def _level(x: Floats) -> Floats:
+    """sum(x^2) / sum(x) over the positive layers of each curve, [B, 1]; 0 where none is positive."""
+    up = np.maximum(x, 0.0)
+    total = up.sum(axis=1, keepdims=True)
+    level: Floats = (up**2).sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
+    return level
 
 
-def _wobble(x: Floats) -> Floats:
-    if x.shape[1] < 3:
-        return np.zeros((x.shape[0], 1))
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(x, 3, axis=1), axis=2)
-    wobble: Floats = np.abs(x[:, 1:-1] - medians).mean(axis=1, keepdims=True) / _MEDIAN_OF_THREE_DISTANCE
-    return wobble
-
-
-def _cheapest_stages(y: Floats) -> Ints:
-    """Viterbi over the three stages, all curves at once; y is [B, L] in units of the zero band's edge."""
-    n_curves, n_layers = y.shape
-    costs = np.clip(np.stack([1 - y, np.abs(y) - 1, 1 + y], axis=-1), 0.0, _MAX_COST)
-    change = _CHANGE_COST * (1 - np.eye(3))
-    best = np.zeros((n_curves, n_layers, 3), dtype=np.int64)
-    total = costs[:, 0]
-    for layer in range(1, n_layers):
-        options = total[:, :, None] + change
-        best[:, layer] = options.argmin(axis=1)
-        total = options.min(axis=1) + costs[:, layer]
-    stages = np.zeros((n_curves, n_layers), dtype=np.int64)
-    stages[:, -1] = total.argmin(axis=1)
-    for layer in range(n_layers - 1, 0, -1):
-        stages[:, layer - 1] = best[np.arange(n_curves), layer, stages[:, layer]]
-    for layer in range(n_layers - 2, -1, -1):
-        turns = (stages[:, layer] == _EXPLORATION) & (stages[:, layer + 1] != _EXPLORATION)
-        stages[turns & (y[:, layer] < _MIN_LAST), layer] = _INTEGRATION
-    return stages
-
-
-def _settle_runs(stages: Ints, steady: Floats, errors: Floats) -> tuple[Ints, Ints]:
-    """Turn exploration runs that do not count into integration, and find the boundary layer."""
-    n_curves, n_layers = stages.shape
-    explores = stages == _EXPLORATION
-    ends = explores & np.column_stack([~explores[:, 1:], np.ones(n_curves, dtype=bool)])
-    sums, variances = np.zeros((n_curves, n_layers)), np.zeros((n_curves, n_layers))
-    run_sum, run_variance = np.zeros(n_curves), np.zeros(n_curves)
+def _highest_scoring_stretch(scores: Floats) -> tuple[Ints, Ints]:
+    """Python bounds of the consecutive layers with the highest sum of [B, L] scores; (0, 0) if none is positive."""
+    n_curves, n_layers = scores.shape
+    best, total = np.zeros(n_curves), np.zeros(n_curves)
+    begin, start, end = (np.zeros(n_curves, dtype=np.int64) for _ in range(3))
     for layer in range(n_layers):
-        run_sum = np.where(explores[:, layer], run_sum + steady[:, layer], 0.0)
-        run_variance = np.where(explores[:, layer], run_variance + errors[:, layer] ** 2, 0.0)
-        sums[:, layer], variances[:, layer] = run_sum, run_variance
-    counts = ends & (sums > 0) & (sums >= _MIN_STDERRS * np.sqrt(variances))
-    counts &= sums >= _MIN_SHARE * np.abs(steady).sum(axis=1, keepdims=True)
-    sums = np.where(counts, sums, -np.inf)
-    counts &= sums >= _MIN_SHARE_OF_GREATEST * sums.max(axis=1, keepdims=True)
-    turns = counts[:, :-1].any(axis=1) & (sums.argmax(axis=1) < n_layers - 1)
-    last = n_layers - 1 - np.argmax(counts[:, -2::-1], axis=1) if n_layers > 1 else np.zeros(n_curves, dtype=np.int64)
-    keep = counts.copy()
-    for layer in range(n_layers - 2, -1, -1):
-        keep[:, layer] |= explores[:, layer] & ~ends[:, layer] & keep[:, layer + 1]
-    return np.where(explores & ~keep, _INTEGRATION, stages), np.where(turns, last, 0)
+        begin = np.where(total <= 0, layer, begin)
+        total = np.maximum(total, 0.0) + scores[:, layer]
+        higher = total > best
+        best, start, end = (
+            np.where(higher, new, old) for new, old in ((total, best), (begin, start), (layer + 1, end))
+        )
+    return start, end

@@ -44,7 +44,7 @@ from internal_policy.analysis.position_sampling import (
     capture_in_rounds,
 )
 from internal_policy.analysis.random_baseline import add_baseline, architecture
-from internal_policy.analysis.results import ANALYSIS, Analysis
+from internal_policy.analysis.results import ANALYSIS, Analysis, with_other_lenses
 from internal_policy.analysis.sweep_targets import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
@@ -174,7 +174,8 @@ def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **
             place, other = other.path, replace(other, n_truncated=first.n_truncated)
             ANALYSIS.write_manifest(place, other.manifest())
         analyses.append(other)
-    return analyses
+    # The first were loaded before the others were there.
+    return [with_other_lenses(analysis) for analysis in analyses]
 
 
 def _label(source: str | list[Any] | None) -> str | None:

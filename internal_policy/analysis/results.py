@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from internal_policy.analysis.layer_selection import COVERS, Selection
+from internal_policy.analysis.layer_selection import Selection
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
@@ -44,19 +44,18 @@ _FILES = (
 ANALYSIS = ResultFormat("analysis", "analyses", "analyze", "analyse", MANIFEST, SCHEMA_VERSION, _FILES, (REPORT,))
 
 
-_LENS_PHRASES = {"policy": "without the final norm (lens policy)", "logit-lens": "under the logit lens"}
-
-
 @dataclass(frozen=True)
 class LensResult:
     """The result of the same responses and weights under another lens."""
 
     lens: str
-    """``policy`` or ``logit-lens``."""
+    """Its name."""
     boundary_layer: int | None
     """The boundary layer under it, from 1; None if there is none."""
     path: Path | None
     """The directory of that analysis."""
+    share: float | None = None
+    """Share of the resamples under it that give the boundary layer of this analysis; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Analysis:
     policy_entropy: dict[str, float]
     """mean and stderr of the entropy of pi_theta; final_state_mean, final_state_stderr: of H^L without the norm."""
     selection: Selection
-    """Boundary layer, stages, and how sure they are."""
+    """Boundary layer, stages, and how sure they are; once loaded also what other lenses give (`with_other_lenses`)."""
     positions: dict[str, Any] | None = None
     """With a tolerance: the tolerance, analysed and total positions, rounds, and the largest half_width of an
     entropy change with its layer and site; None if every position was analysed."""
@@ -122,7 +121,7 @@ class Analysis:
 
     @property
     def lens(self) -> str:
-        """``policy`` or ``logit-lens``."""
+        """The name of its lens, such as ``policy`` or ``logit-lens``."""
         return str(self.config["lens"])
 
     @property
@@ -164,9 +163,9 @@ class Analysis:
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
     @property
-    def other_lens(self) -> LensResult | None:
-        """The result of the same responses and weights under the other lens; None if that is not on disk."""
-        return find_other_lens(self)
+    def other_lenses(self) -> list[LensResult]:
+        """The results of the same responses and weights under other lenses that are on disk."""
+        return find_other_lenses(self)
 
     def curve(self, site: str, value: str = "change") -> pd.Series:
         """One column of ``layers`` for one site.
@@ -296,7 +295,7 @@ class Analysis:
                 path=source,
             )
             _check_agreement(analysis, manifest)
-            return analysis
+            return with_other_lenses(analysis)
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import few_prompts, number
@@ -313,9 +312,8 @@ class Analysis:
         boundary = "no boundary layer" if self.boundary_layer is None else f"boundary layer {self.boundary_layer}"
         facts = (
             boundary,
-            "" if (agreed := self.selection.agreement) is None else f"{agreed}, {COVERS}",
+            self.selection.agreement,
             few_prompts(self.n_prompts) or "",
-            other_lens_sentence(self) or "",
             f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )
@@ -327,24 +325,46 @@ class Analysis:
         return f"Analysis({self.name!r}, {counted(self.n_layers, 'layer')}, {self.extent}, boundary layer {boundary})"
 
 
-def find_other_lens(analysis: Analysis, among: Sequence[Analysis] = ()) -> LensResult | None:
-    """Find the result of the same responses of the same weights under another lens; None if there is none.
+def find_other_lenses(analysis: Analysis, among: Sequence[Analysis] = ()) -> list[LensResult]:
+    """Find the results of the same responses of the same weights under other lenses, one for each lens.
 
-    Analyses in memory (`among`) come first, then those next to this one on disk.
+    Analyses in memory (`among`) come first, then those next to this one on disk, by the names of their directories.
     """
+    found: dict[str, LensResult] = {}
+
+    def add(lens: str, selection: Selection, path: Path | None) -> None:
+        share = selection.share_of(analysis.boundary_layer)
+        found.setdefault(lens, LensResult(lens, selection.boundary_layer, path, share))
+
     for other in among:
         if other.lens != analysis.lens and _is_same_data(analysis, other.config.get("weights"), other.responses_digest):
-            return LensResult(other.lens, other.boundary_layer, other.path)
+            add(other.lens, other.selection, other.path)
+    weights = analysis.config.get("weights")
     if analysis.path is None:
-        return None
+        return list(found.values())
     for path in sorted(analysis.path.resolve().parent.glob("*/analysis.json")):
         # A broken analysis is reported when it is loaded itself.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            lens, weights = manifest["config"]["lens"], manifest["config"]["weights"]
-            if lens != analysis.lens and _is_same_data(analysis, weights, manifest["responses_digest"]):
-                return LensResult(lens, manifest["boundary_layer"], analysis.path.parent / path.parent.name)
-    return None
+            text = path.read_text(encoding="utf-8")
+            # A sweep has hundreds of other weights, whose manifests need not be parsed.
+            if weights is not None and weights not in text:
+                continue
+            manifest = json.loads(text)
+            lens = manifest["config"]["lens"]
+            same = lens != analysis.lens and manifest["config"]["weights"] == weights
+            if same and _is_same_data(analysis, weights, manifest["responses_digest"]):
+                add(lens, Selection.from_dict(manifest["selection"]), analysis.path.parent / path.parent.name)
+    return list(found.values())
+
+
+def with_other_lenses(analysis: Analysis, found: Sequence[LensResult] | None = None) -> Analysis:
+    """Return the analysis with what other lenses give in its `Selection.sensitivity`, which is not stored with it.
+
+    `found` is what `find_other_lenses` returns by default.
+    """
+    results = find_other_lenses(analysis) if found is None else found
+    given = {other.lens: (other.boundary_layer, other.share) for other in results}
+    return replace(analysis, selection=analysis.selection.with_lenses(given)) if given else analysis
 
 
 def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[Analysis]]:
@@ -357,16 +377,6 @@ def keep_one_lens(analyses: Sequence[Analysis]) -> tuple[list[Analysis], list[An
     others = [a for a in analyses if a.lens != analyses[0].lens]
     aside = [a for a in others if any(_is_same_data(b, a.config.get("weights"), a.responses_digest) for b in first)]
     return [a for a in analyses if all(a is not other for other in aside)], aside
-
-
-def other_lens_sentence(analysis: Analysis) -> str | None:
-    """A sentence such as "under the logit lens the same responses give layer 1"; None if that was not measured."""
-    other = find_other_lens(analysis)
-    if other is None:
-        return None
-    answer = "no boundary layer" if other.boundary_layer is None else f"layer {other.boundary_layer}"
-    agrees = " too" if other.boundary_layer == analysis.boundary_layer else ", so the answer depends on the lens"
-    return f"{_LENS_PHRASES[other.lens]} the same responses give {answer}{agrees}"
 
 
 def _is_same_data(analysis: Analysis, weights: str | None, responses_digest: str) -> bool:

@@ -303,7 +303,7 @@ def choose_layer(layer: Any) -> LayerChoice:
             f"candidates: {near}; give one of them as a number"
         )
     few = few_prompts(layer.n_prompts)
-    reason = selection.reason if few is None else f"{selection.reason}; {few}"
+    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few)))
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 

@@ -173,11 +173,8 @@ def _models(command: AnalyzeCommand) -> None:
 
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
-    """An analysis in a JSON document, with what the same responses give under the other lens."""
-    from internal_policy.analysis.results import find_other_lens
-
-    other = find_other_lens(analysis)
-    return {**to_json(analysis), "other_lens": None if other is None else vars(other)}
+    """An analysis in a JSON document, with what the same responses give under other lenses."""
+    return {**to_json(analysis), "other_lenses": [vars(other) for other in analysis.other_lenses]}
 
 
 def _sweep(command: AnalyzeCommand) -> None:

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import positions_line, remarks
-from internal_policy.analysis.results import REPORT, Analysis, other_lens_sentence
+from internal_policy.analysis.results import REPORT, Analysis
 from internal_policy.comparison.results import AnalysisComparison
-from internal_policy.comparison.tables import other_lens_of, under_other_lens
+from internal_policy.comparison.tables import other_lenses_of, under_other_lenses
 from internal_policy.utils.console import console as open_console
 from internal_policy.utils.console import few_prompts, number, plus_minus, table
 from internal_policy.utils.output import note_files
@@ -37,9 +37,9 @@ def show_analysis(analysis: Analysis) -> None:
         console.print(remark)
     boundary = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(Text.assemble((f"boundary layer: {boundary}", "bold"), f"  {analysis.selection.reason}"))
-    for line in (few_prompts(analysis.n_prompts), other_lens_sentence(analysis)):
-        if line is not None:
-            console.print(line)
+    console.print(Text(analysis.selection.agreement, style="yellow" if analysis.selection.disputed else ""))
+    if (few := few_prompts(analysis.n_prompts)) is not None:
+        console.print(few)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 
@@ -137,8 +137,8 @@ def comparison_table(comparison: AnalysisComparison) -> Table:
     caption = "drop of H layer, nats; depth of half of it; last 3 layers' share"
     if not all(comparison.paired.values()):
         caption += "\n≠ other responses than the baseline"
-    if lens := other_lens_of(comparison.boundaries):
-        caption += f"\nboundary in brackets: of the same responses under the lens {lens}"
+    if lenses := other_lenses_of(comparison.boundaries):
+        caption += f"\nboundary in brackets: of the same responses under the lens {', '.join(lenses)}"
     stepped = comparison.steps_from != "order"
     shown = table(
         f"{len(comparison.labels)} analyses, lens {comparison.lens}, baseline {comparison.baseline}",
@@ -165,7 +165,7 @@ def comparison_table(comparison: AnalysisComparison) -> Table:
             label + mark,
             *((f"{place['step']:g}",) if stepped else ()),
             str(place["n_layers"]),
-            _layer(place["boundary_layer"]) + (f" ({under_other_lens(place)})" if lens else ""),
+            _layer(place["boundary_layer"]) + (f" ({under_other_lenses(place, lenses)})" if lenses else ""),
             "" if label == comparison.baseline else _move(place),
             f"{measures['total_drop']:.2f}",
             number(measures["half_drop_depth"], ".2f"),

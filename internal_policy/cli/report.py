@@ -100,12 +100,13 @@ def write_reports(
 
 def redraw_other_lenses(analyses: Sequence[Analysis]) -> None:
     """Redraw the pages of earlier analyses that used another lens on the same responses, to mention the new ones."""
-    from internal_policy.analysis.results import REPORT, Analysis, find_other_lens
+    from internal_policy.analysis.results import REPORT, Analysis
 
-    paths = [analysis.path for analysis in analyses]
-    for other in (find_other_lens(analysis) for analysis in analyses):
-        if other is not None and other.path not in paths and other.path is not None and _exists(other.path / REPORT):
-            write_reports([Analysis.load(other.path)], announce=False)
+    new = {analysis.path for analysis in analyses}
+    paths = dict.fromkeys(other.path for analysis in analyses for other in analysis.other_lenses)
+    for path in paths:
+        if path is not None and path not in new and _exists(path / REPORT):
+            write_reports([Analysis.load(path)], announce=False)
 
 
 def _is_newer(page: Path, place: Path) -> bool:

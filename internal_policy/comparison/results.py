@@ -234,8 +234,8 @@ def compare(
     if len(found) < 2 and aside:
         answers = " and ".join(f"{a.boundary_layer or 'none'} ({a.lens})" for a in (*found, *aside))
         raise UserError(
-            f"got {found[0].name} under two lenses, with the boundary layers {answers}, and nothing to compare it "
-            "with; needed is an analysis of another checkpoint or model"
+            f"got {found[0].name} under {1 + len(aside)} lenses, with the boundary layers {answers}, and nothing to "
+            "compare it with; needed is an analysis of another checkpoint or model"
         )
     if len(found) < 2:
         raise UserError(f"got {len(found)} analysis to compare; needed are at least two")

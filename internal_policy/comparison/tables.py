@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import STAGES
-from internal_policy.analysis.results import Analysis, find_other_lens
+from internal_policy.analysis.results import Analysis, find_other_lenses, with_other_lenses
 from internal_policy.analysis.sources import StepsFrom, architecture_differences, indices_without_step
 from internal_policy.comparison.pairing import (
     DEPTHS,
@@ -175,15 +175,15 @@ def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysi
         A row per analysis: analysis (its number, from 1), label, step, n_layers, boundary_layer, relative_depth,
         confidence, runner_up, last_exploration, first_integration and first_convergence layer, the number of layers of
         each stage, move (in layers; empty if the numbers of layers differ) and depth_move (in relative depth);
-        other_lens, the other lens under which the same responses were analysed, if any, and other_lens_boundary_layer,
-        empty if there is none under that lens.
+        other_lenses, the boundary layers of the same responses under other lenses, such as "logit-lens: 1, unit-norm:
+        none", empty if there is no other lens.
     """
     rows, origin = [], baseline.analysis
     for number, item in enumerate(items, start=1):
-        a, stages = item.analysis, item.analysis.stages
+        others = find_other_lenses(item.analysis, aside)
+        a, stages = with_other_lenses(item.analysis, others), item.analysis.stages
         layers = {s: [layer for layer, stage in enumerate(stages, start=1) if stage == s] for s in STAGES}
         mine, theirs = a.boundary_layer, origin.boundary_layer
-        other = find_other_lens(a, aside)
         move, depth_move = None, np.nan
         if mine is not None and theirs is not None:
             depth_move = mine / a.n_layers - theirs / origin.n_layers
@@ -204,12 +204,11 @@ def boundary_rows(items: Sequence[Item], baseline: Item, aside: Sequence[Analysi
                 **{f"n_{stage}": len(layers[stage]) for stage in STAGES},
                 "move": move,
                 "depth_move": depth_move,
-                "other_lens": np.nan if other is None else other.lens,
-                "other_lens_boundary_layer": None if other is None else other.boundary_layer,
+                "other_lenses": ", ".join(f"{o.lens}: {_layer(o.boundary_layer)}" for o in others) or np.nan,
             }
         )
     ends = ("last_exploration", "first_integration", "first_convergence")
-    whole = ("boundary_layer", "runner_up", *ends, "move", "other_lens_boundary_layer")
+    whole = ("boundary_layer", "runner_up", *ends, "move")
     return pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64"))
 
 
@@ -264,18 +263,26 @@ def _stacked(parts: list[pd.DataFrame], keys: list[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["label", "step", *keys, *ends])
 
 
-def other_lens_of(boundaries: pd.DataFrame) -> str | None:
-    """Name the other lens under which the same responses were analysed; None if there is none."""
-    named = [lens for lens in boundaries["other_lens"] if not pd.isna(lens)]
-    return str(named[0]) if named else None
+def other_lenses_of(boundaries: pd.DataFrame) -> list[str]:
+    """Name the other lenses under which the same responses were analysed."""
+    return list(dict.fromkeys(lens for cell in boundaries["other_lenses"] for lens in _by_lens(cell)))
 
 
-def under_other_lens(row: dict[Hashable, Any]) -> str:
-    """Format the boundary layer under the other lens: the layer, ``none``, or a dash if it was not measured."""
-    if pd.isna(row["other_lens"]):
-        return "-"
-    layer = row["other_lens_boundary_layer"]
-    return "none" if pd.isna(layer) else str(layer)
+def under_other_lenses(row: dict[Hashable, Any], lenses: Sequence[str]) -> str:
+    """Format the boundary layer under each of `lenses`: the layer, ``none``, or a dash if it was not measured."""
+    layers = _by_lens(row["other_lenses"])
+    return ", ".join(layers.get(lens, "-") for lens in lenses)
+
+
+def _by_lens(cell: Any) -> dict[str, str]:
+    """The boundary layer of each lens in a cell of the column other_lenses."""
+    if pd.isna(cell):
+        return {}
+    return dict(part.rsplit(": ", 1) for part in str(cell).split(", "))
+
+
+def _layer(layer: int | None) -> str:
+    return "none" if layer is None else str(layer)
 
 
 def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tuple[Any, Any]]:

@@ -159,6 +159,11 @@ def policy_entropies(
     Source: arXiv 2512.19673v3, eqs. 4 and 7.
     """
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "memory_budget": memory_budget}
+    for row, factors in lengths:
+        if not 0 <= row < len(states) + len(sums) or factors.shape != states[0].shape[:1]:
+            raise ValueError(
+                f"got factors {tuple(factors.shape)} for row {row} of {len(states) + len(sums)}; needed is one a state"
+            )
     if not sums and (found := _fused_entropies(states, unembedding, bias, lengths, **options)) is not None:
         return found
     return _block_by_block(states, unembedding, bias, sums=sums, lengths=lengths, **options)

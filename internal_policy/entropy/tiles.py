@@ -44,19 +44,32 @@ _FEW_ROWS = (Blocks(64, 256, 64, warps=4, stages=3), Blocks(64, 128, 64, warps=4
 _TF32 = (Blocks(128, 128, 32, warps=4, stages=3), Blocks(128, 256, 32, warps=8, stages=3), Blocks(64, 128, 32))
 # Without tensor cores the operands of a tile wait in registers too.
 _PLAIN = (Blocks(64, 64, 16, warps=8, stages=2), Blocks(32, 64, 32, warps=4, stages=2))
+# Two lengths make two tiles of logits out of one product. Where half as many fit a thread, they do not leave the
+# registers; 128 x 256 do on Hopper without bias and soft cap, and are worth a few spills else.
+_MANY_ROWS_TWO_LENGTHS = (
+    Blocks(128, 256, 64, warps=8, stages=3),
+    Blocks(128, 128, 64, warps=8, stages=4),
+    Blocks(64, 256, 64, warps=8, stages=3),
+)
+_FEW_ROWS_TWO_LENGTHS = (Blocks(64, 256, 64, warps=8, stages=3), Blocks(64, 128, 64, warps=4, stages=4))
+_TF32_TWO_LENGTHS = (Blocks(128, 128, 32, warps=8), Blocks(128, 256, 32, warps=8), Blocks(64, 128, 32))
 INTERPRETED = Blocks(16, 64, 32)
 """For the interpreter, whose time depends on the number of operations."""
 
 
-def choices(n: int, *, half: bool, tf32: bool) -> tuple[Blocks, ...]:
+def choices(n: int, *, half: bool, tf32: bool, lengths: bool = False) -> tuple[Blocks, ...]:
     """List the two to four blocks among which the fastest is chosen by measurement, the likeliest first.
 
     ``n`` is the number of rows; ``half`` says whether the operands have 16 bits, and ``tf32`` whether products of
-    float32 operands may be rounded to TF32.
+    float32 operands may be rounded to TF32; ``lengths`` whether the sums are kept for a second length.
     """
     if half:
-        return _MANY_ROWS if n > _FEW_ROWS[0].rows else _FEW_ROWS
-    return _TF32 if tf32 else _PLAIN
+        if n > _FEW_ROWS[0].rows:
+            return _MANY_ROWS_TWO_LENGTHS if lengths else _MANY_ROWS
+        return _FEW_ROWS_TWO_LENGTHS if lengths else _FEW_ROWS
+    if tf32:
+        return _TF32_TWO_LENGTHS if lengths else _TF32
+    return _PLAIN
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,9 @@ A program of the kernel holds a block of rows, walks over a slice of the vocabul
 maximum m and the sums s and t of ``streaming`` in registers. Logits exist as one tile a program, never in memory. Each
 program writes three numbers per row; the slices of a row are merged exactly, as blocks are merged in ``streaming``.
 
+A state at another length f |x| has f times the products of x. With a factor for each row, the same sums are kept for
+the products times f, so that one product serves two lengths. Bias and soft cap are not linear; they follow the factor.
+
 Products of 16-bit operands of one dtype are exact in the float32 in which they are summed, so nothing is widened in
 memory. Operands of two dtypes are widened tile by tile in registers and multiplied as float32: the numbers are those of
 the CPU. float32 products are rounded to TF32 only where ``torch.backends.cuda.matmul`` allows it.
@@ -16,7 +19,7 @@ Shape legend: N states, V vocabulary, S slices of it, d residual width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,6 +44,8 @@ class Sums:
     t: Tensor
     chosen: Tensor
     """Logits of the targets, where targets were given."""
+    other: Sums | None = None
+    """The sums at the other lengths, where lengths were given; the targets' logits are at the states' own."""
 
     def entropy(self) -> Tensor:
         """[N] entropies in nats."""
@@ -61,6 +66,15 @@ def policy_entropy(states: Tensor, unembedding: Tensor, bias: Tensor | None = No
     return online_sums(states, unembedding, bias, **options).entropy()
 
 
+def policy_entropies_at_lengths(
+    states: Tensor, lengths: Tensor, unembedding: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Compute [2, N] entropies in nats: of the states, and of ``lengths[:, None] * states``; see ``online_sums``."""
+    sums = online_sums(states, unembedding, bias, lengths=lengths, **options)
+    assert sums.other is not None
+    return torch.stack([sums.entropy(), sums.other.entropy()])
+
+
 def token_log_probs(
     states: Tensor, targets: Tensor, unembedding: Tensor, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
@@ -75,6 +89,7 @@ def online_sums(
     bias: Tensor | None = None,
     targets: Tensor | None = None,
     *,
+    lengths: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     memory_budget: int = _MEMORY_BUDGET,
@@ -84,30 +99,41 @@ def online_sums(
     """Run the kernel on states [N, d] and E_u [V, d] of 16-bit or float32, and merge the slices of the vocabulary.
 
     ``bias`` is [V]. ``targets`` are [N] ids of the tokens whose logits are returned as ``chosen``. The logits are
-    ``scale * z``, or ``c * tanh(scale * z / c)`` with c = ``softcap``. ``memory_budget`` limits the bytes of the sums
-    of all slices. By default ``blocks`` are the fastest of a few, and ``slices`` as many as fill the device.
+    ``scale * z``, or ``c * tanh(scale * z / c)`` with c = ``softcap``. ``lengths`` are [N] factors on the states, from
+    0 up: the sums of ``lengths[:, None] * states`` are returned as ``other``, and come from the same products (in
+    float32, so that 16-bit states are not rounded at the other length). A ``ValueError`` says that there is not one a
+    state. ``memory_budget`` limits the bytes of the sums of all slices. By default ``blocks`` are the fastest of a few,
+    and ``slices`` as many as fill the device.
     """
     n, d = states.shape
     vocab = len(unembedding)
+    if lengths is not None:
+        if lengths.shape != (n,):
+            raise ValueError(f"got lengths {tuple(lengths.shape)} for {n} states; needed is one factor a state")
+        lengths = lengths.float().contiguous()
+    sets = 1 if lengths is None else 2
     chosen = torch.empty(n, dtype=torch.float32, device=states.device)
     if n == 0:
-        return Sums(chosen, chosen, chosen, chosen)
+        empty = Sums(chosen, chosen, chosen, chosen)
+        return empty if lengths is None else replace(empty, other=empty)
     # The interpreter has no bfloat16 products of its own; those of float32 are the same numbers.
     widen = states.dtype != unembedding.dtype or (INTERPRETED and states.dtype == torch.bfloat16)
     half = not widen and states.dtype != torch.float32
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    choices = tiles.choices(n, half=half, tf32=tf32)
+    choices = tiles.choices(n, half=half, tf32=tf32, lengths=lengths is not None)
     if INTERPRETED and blocks is None:
         blocks = tiles.INTERPRETED
     if slices is None:
-        slices = tiles.slices_of_vocabulary(n, vocab, _processors(states.device), blocks or choices[0], memory_budget)
-    sums = torch.empty(3, slices, n, dtype=torch.float32, device=states.device)
+        processors = _processors(states.device)
+        slices = tiles.slices_of_vocabulary(n, vocab, processors, blocks or choices[0], memory_budget // sets)
+    sums = torch.empty(sets, 3, slices, n, dtype=torch.float32, device=states.device)
     arguments = (
         states,
         unembedding,
         # What is absent is never read, but a pointer has to be there.
         states if bias is None else bias.contiguous(),
         states if targets is None else targets.contiguous(),
+        states if lengths is None else lengths,
         sums,
         chosen,
         n,
@@ -123,6 +149,7 @@ def online_sums(
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None,
         "HAS_TARGET": targets is not None,
+        "HAS_LENGTHS": lengths is not None,
         "WIDEN": widen,
         "PRECISION": "tf32" if tf32 and not half else "ieee",
         "GROUP": _GROUP,
@@ -135,8 +162,8 @@ def online_sums(
     # Triton launches on the current device, which need not be that of the operands.
     with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
         kernel[lambda chosen_meta: (triton.cdiv(n, chosen_meta["BLOCK_N"]) * slices,)](*arguments, **meta)
-    m, s, t = _merged(sums)
-    return Sums(m, s, t, chosen)
+    own, *other = (Sums(*_merged(of_one_length), chosen) for of_one_length in sums)
+    return replace(own, other=other[0]) if other else own
 
 
 def _merged(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +185,7 @@ def _processors(device: torch.device) -> int:
 def _tuned(choices: tuple[tiles.Blocks, ...]) -> Any:
     """The kernel with the fastest blocks, which are measured once for each d, V and dtype."""
     configs = [triton.Config(b.meta(), num_warps=b.warps, num_stages=b.stages) for b in choices]
-    key = ["d", "vocab", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TARGET"]
+    key = ["d", "vocab", "HAS_BIAS", "HAS_SOFTCAP", "HAS_TARGET", "HAS_LENGTHS"]
     return triton.autotune(configs, key=key, do_bench=_milliseconds)(_kernel)
 
 

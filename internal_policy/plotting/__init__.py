@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.analysis import *  # noqa: F403
     from internal_policy.plotting.comparison import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
+    from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.interventions import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
@@ -38,6 +39,10 @@ _HOME = {
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "expert_map": "heads",
+    "expert_map_data": "heads",
+    "head_map": "heads",
+    "head_map_data": "heads",
     "heat_maps": "comparison",
     "inspection_data": "inspection",
     "inspection_map": "inspection",
@@ -51,6 +56,8 @@ _HOME = {
     "patching_map": "interventions",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_expert_map": "heads",
+    "plot_head_map": "heads",
     "plot_inspection": "inspection",
     "plot_pass_at_k": "evaluation",
     "plot_residual_cosine": "analysis",

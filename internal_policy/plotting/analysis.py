@@ -34,6 +34,7 @@ from internal_policy.analysis.figure_data import (
     stage_sketch_data,
 )
 from internal_policy.plotting import marks, style
+from internal_policy.plotting.heads import map_drawings
 from internal_policy.utils.palette import LOOKS, STAGES
 
 if TYPE_CHECKING:
@@ -326,7 +327,9 @@ def stage_sketch(
 
 
 def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> list[Path]:
-    """Write figs. 2, 3 and 12 as PNG and PDF. The same analyses give the same bytes.
+    """Write figs. 2, 3 and 12, and maps of the heads and experts that were measured, as PNG and PDF.
+
+    The same analyses give the same bytes.
 
     Args:
         analyses: One analysis, or one for each model.
@@ -336,10 +339,11 @@ def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> lis
         The paths written.
     """
     given = listed(analyses)
-    drawings = {
+    drawings: dict[str, Callable[[], Figure]] = {
         "fig2_entropy_flow": partial(entropy_flow, given),
         "fig3_entropy_change": partial(entropy_change, given),
         "fig12_residual_cosine": partial(residual_cosine, given),
+        **map_drawings(given),
     }
     return style.save_figures(directory, drawings)
 

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from internal_policy.analysis.layer_selection import COVERS, STAGES
+from internal_policy.analysis.layer_selection import STAGES, phrase
 from internal_policy.analysis.remarks import positions_line, remarks
-from internal_policy.analysis.results import Analysis, other_lens_sentence
+from internal_policy.analysis.results import Analysis
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
 from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
 from internal_policy.report.page import clean, interval, number, render, settings_tables
+from internal_policy.report.part_charts import part_charts
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
@@ -51,7 +52,8 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
-    charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    parts = part_charts(analysis)
+    charts.update({f"{key}-{name}": chart for name, chart in (own | parts).items()})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -61,7 +63,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
         "summary": summary(analysis, convergence),
         "target": _boundary(analysis),
         "remarks": remarks(analysis),
-        "other_lens": other_lens_sentence(analysis),
+        "readings": _readings(analysis),
         "few": few_prompts(analysis.n_prompts),
         "positions": None if analysis.positions is None else positions_line(analysis.positions),
         "stages": _stages(analysis),
@@ -70,6 +72,7 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": own,
+        "parts": parts,
         "rows": _layer_rows(analysis),
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
@@ -86,13 +89,10 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     responses, _, tokens = analysis.extent.partition(", ")
     size = f"{responses} ({tokens})"
     if chosen.boundary_layer is None:
-        boundary = f"it has no boundary layer, for {_why(chosen.reason)}"
+        boundary = f"it has no boundary layer, for {chosen.reason}"
     else:
         boundary = f"its boundary layer is {chosen.boundary_layer}"
-    if chosen.agreement is not None:
-        boundary += f" ({chosen.agreement}, {COVERS})"
-    if other := other_lens_sentence(analysis):
-        boundary += f"; {other}"
+    boundary += f" ({chosen.agreement})"
     adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
     falls = adverbs.get(convergence.reading)
     if falls is None:
@@ -106,12 +106,6 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     return f"{name} has {counted(analysis.n_layers, 'layer')}; on {size} {boundary}. {course}"
 
 
-def _why(reason: str) -> str:
-    """Return a reason without how many resamples share it; the rest may hold semicolons too."""
-    rest, _, last = reason.rpartition("; ")
-    return rest if rest and "resamples" in last else reason
-
-
 def _boundary(analysis: Analysis) -> dict[str, Any]:
     """Return the texts about the boundary layer by name."""
     chosen = analysis.selection
@@ -121,10 +115,26 @@ def _boundary(analysis: Analysis) -> dict[str, Any]:
     agreed = chosen.agreement
     return {
         "layer": "none" if chosen.boundary_layer is None else str(chosen.boundary_layer),
-        "confidence": "not known" if agreed is None else f"{agreed[0].upper()}{agreed[1:]}, {COVERS}",
+        "answer": "none" if chosen.boundary_layer is None else f"layer {chosen.boundary_layer}",
+        "agreement": f"{agreed[0].upper()}{agreed[1:]}",
+        "confidence": None if chosen.confidence is None else of_resamples(chosen.confidence),
         "runner_up": runner_up or "none in any resample" if chosen.confidence is not None else "not known",
-        "reason": _why(chosen.reason),
+        "reason": chosen.reason,
     }
+
+
+def _readings(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return the boundary layer under each reading of the data, and how many resamples give that of the analysis."""
+    return [
+        {
+            "reading": phrase(row["reading"]),
+            "layer": "none" if pd.isna(row["layer"]) else str(row["layer"]),
+            "share": of_resamples(row["share"]),
+            "same": row["layer"] == analysis.boundary_layer
+            or (pd.isna(row["layer"]) and analysis.boundary_layer is None),
+        }
+        for row in analysis.selection.readings().to_dict("records")
+    ]
 
 
 def _stages(analysis: Analysis) -> list[dict[str, str]]:

@@ -140,6 +140,29 @@ class Chart:
         )
         self._add_key(name, color if isinstance(color, str) else "var(--fg)", symbol, first)
 
+    def heat_map(
+        self, table: pd.DataFrame, hover: str, details: Sequence[Sequence[Any]], *, signed: bool = False
+    ) -> None:
+        """Add a map of a table, its first row at the top, instead of lines; zero is the middle of `signed` values.
+
+        `hover` is plotly's template of the text at a cell; the cell's `details` are its customdata.
+        """
+        values = table.to_numpy(dtype=float)
+        reach = max((abs(v) for v in values.ravel() if math.isfinite(v)), default=1.0) or 1.0
+        limits = {"zmin": -reach, "zmax": reach, "colorscale": "RdBu", "reversescale": True} if signed else {}
+        self.figure.add_heatmap(
+            x=[int(column) for column in table.columns],
+            y=[str(name) for name in table.index],
+            z=[finite(row) for row in values],
+            customdata=details,
+            hovertemplate=f"{hover}<extra></extra>",
+            hoverongaps=False,
+            colorbar={"thickness": 12, "outlinewidth": 0},
+            **{"colorscale": "Viridis", **limits},
+        )
+        self.figure.update_yaxes(type="category", autorange="reversed")
+        self.single = True
+
     def _add_key(self, name: str, color: str, sign: str, first: int, shown: bool = True) -> None:
         traces = list(range(first, len(self.figure.data)))
         self.key.append({"name": str(name), "color": color, "sign": sign, "traces": traces, "shown": shown})

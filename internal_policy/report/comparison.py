@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from internal_policy.comparison.figure_data import depth_data, difference_data, in_order, shown_names, steps_known
-from internal_policy.comparison.tables import other_lens_of, under_other_lens
+from internal_policy.comparison.tables import other_lenses_of, under_other_lenses
 from internal_policy.report import reproduce
 from internal_policy.report.charts import Chart, series_look, shade
 from internal_policy.report.page import clean, interval, number, render, setting
@@ -54,7 +54,7 @@ def page(comparison: AnalysisComparison) -> str:
         cut=cut + "have all." if len(drawn) < n else None,
         bands=len(drawn) <= MAX_BANDS,
         boundaries=_boundaries(comparison),
-        other_lens=other_lens_of(comparison.boundaries),
+        other_lenses=", ".join(other_lenses_of(comparison.boundaries)),
         convergence=_convergence(comparison),
         largest=_largest(comparison),
         stepped=comparison.steps_from != "order",
@@ -200,7 +200,7 @@ def _differences(comparison: AnalysisComparison, looks: dict[str, Any]) -> list[
 
 
 def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
-    rows = []
+    rows, lenses = [], other_lenses_of(comparison.boundaries)
     for row in comparison.boundaries.to_dict("records"):
         label, boundary = str(row["label"]), row["boundary_layer"]
         moved = "0" if row["move"] is not pd.NA and row["move"] == 0 else number(row["move"], "+.0f")
@@ -212,8 +212,8 @@ def _boundaries(comparison: AnalysisComparison) -> list[dict[str, Any]]:
                 "step": f"{row['step']:g}",
                 "n_layers": row["n_layers"],
                 "boundary": "none" if pd.isna(boundary) else str(int(boundary)),
-                "other_lens": under_other_lens(row),
-                "resamples": of_resamples(row["confidence"]),
+                "other_lenses": under_other_lenses(row, lenses),
+                "confidence": of_resamples(row["confidence"]),
                 "runner_up": "none" if pd.isna(row["runner_up"]) else str(int(row["runner_up"])),
                 "stages": "/".join(str(row[f"n_{s}"]) for s in ("exploration", "integration", "convergence")),
                 "move": "baseline" if label == comparison.baseline else moved,

@@ -19,6 +19,7 @@ from internal_policy.data.prompts import read_prompts, render
 from internal_policy.extractors import QUANTITIES, HookExtractor, Reducer, reduce_responses
 from internal_policy.generation import Request, sample
 from internal_policy.models import load, testbed
+from internal_policy.statistics import confidence_interval
 
 # Trained weights give states some hundred times larger than random ones, and float32 logits as much coarser.
 EMBEDDED_NATS = 1e-4
@@ -112,3 +113,24 @@ def test_the_demo_writes_everything_and_figures_redraw_to_the_same_bytes(tmp_pat
     analyses = [str(tmp_path / "data" / "analyses" / name.replace("/", "--")) for name in testbed.NAMES]
     subprocess.run([*command, "figures", *analyses], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     assert [p.read_bytes() for p in drawn] == before
+
+
+@pytest.mark.slow
+def test_intervals_of_the_parts_of_a_change_cover_the_population(model):
+    """Prompts are drawn from a population, whose means are known exactly: the analysed ones, without their outliers."""
+    responses = analyze(model.name).responses
+    responses = responses[responses["site"] != "policy"]
+    quantities = ("change_direction", "change_scale", "rms_out")
+    wide = responses.pivot_table(index="response", columns=["site", "layer"], values=list(quantities))
+    tokens = responses.drop_duplicates("response").set_index("response")["n_tokens"].to_numpy(dtype=float)
+    values = wide.to_numpy()
+    # No interval covers a mean that one response in 256 decides, which most draws of 64 miss: there is one in qwen3.
+    values = np.clip(values, *np.quantile(values, [0.01, 0.99], axis=0))
+    population = (values * tokens[:, None]).sum(axis=0) / tokens.sum()
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(500):
+        chosen = draw.integers(0, len(values), 64)
+        low, high = confidence_interval(values[chosen], tokens[chosen], np.arange(64))
+        covered.append((low <= population) & (population <= high))
+    # 3 x 3 x 8 intervals of 500 samples each: their mean coverage is known to about 1%, since layers go together.
+    assert 0.93 <= np.mean(covered) <= 0.97

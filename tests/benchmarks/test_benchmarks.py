@@ -44,7 +44,7 @@ def exact(model, responses):
     return found
 
 
-@pytest.mark.parametrize("name", ["paper", "transformer-lens", "float64"])
+@pytest.mark.parametrize("name", ["paper", "transformer-lens", "float64", "without-parts"])
 def test_contenders_agree_at_every_token(name, model, responses, exact):
     found = contenders.CONTENDERS[name](model)(responses)
     np.testing.assert_allclose(found.entropies, exact, rtol=0, atol=FLOAT32_NATS)
@@ -135,6 +135,13 @@ def test_ratios_are_computed_per_repeat():
     assert table.loc["ours", "over_floor"] == 2.0
     assert table.loc["paper", "seconds"] == 4.4
     assert (table["peak_mib"] == 7).all()
+
+
+def test_an_option_is_compared_with_what_it_adds_to():
+    calls = {"--heads": [4.0, 40.0, 6.0], "analyze": [2.0, 20.0, 2.0]}
+    table = report.option_costs(part(**calls, ours=[1.2, 12.0, 1.3], **{"without-parts": [1.0, 10.0, 1.0]}))
+    assert table.index.tolist() == ["without-parts", "ours", "analyze", "--heads"]
+    assert table["ratio"].tolist() == pytest.approx([1.0, 1.2, 1.0, 2.0])
 
 
 def test_the_page_shows_the_measurements():

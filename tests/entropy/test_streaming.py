@@ -125,6 +125,13 @@ def test_one_product_serves_several_lengths(n, options, with_bias, budget):
     torch.testing.assert_close(ours[:5], plain, rtol=0, atol=FLOAT32_NATS if budget < 2**20 else 0)
 
 
+def test_factors_that_do_not_fit_are_refused():
+    states, unembedding = [torch.ones(3, 2)], torch.ones(5, 2)
+    for row, factors in ((0, torch.ones(2)), (1, torch.ones(3))):
+        with pytest.raises(ValueError, match=f"for row {row} of 1"):
+            policy_entropies(states, unembedding, lengths=[(row, factors)])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_state_gives_nan_in_its_row_only(bad):
     states, unembedding = random()

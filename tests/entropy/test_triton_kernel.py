@@ -1,4 +1,4 @@
-"""The fused kernel against the definition in triton's interpreter, and its compiled instructions.
+"""The fused kernel against the definition in triton's interpreter, and when it is used.
 
 The interpreter is chosen when the kernel's module is imported, so a separate process runs it on the tensors it gets.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from internal_policy.entropy import policy_entropy, reference, streaming, token_log_probs
-from internal_policy.entropy.tiles import Blocks, choices, slices_of_vocabulary
+from internal_policy.entropy.tiles import Blocks, choices
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is for Linux only")
 
@@ -79,6 +79,33 @@ def run_through_dispatch(*operands, **options):
         streaming.kernel_is_faster, triton_kernel.online_sums = serves, sums
 
 
+def run_at_lengths(*operands, **options):
+    """Entropies of the public function and whether the kernel failed; runs in the interpreter's process."""
+    from internal_policy.entropy import policy_entropies, streaming, triton_kernel
+
+    calls = []
+    serves, sums = streaming.kernel_is_faster, triton_kernel.online_sums
+    streaming.kernel_is_faster = lambda *_: True
+    triton_kernel.online_sums = lambda *args, **kwargs: calls.append(kwargs.get("lengths")) or sums(*args, **kwargs)
+    try:
+        return policy_entropies(*operands, **options), [lengths is not None for lengths in calls]
+    finally:
+        streaming.kernel_is_faster, triton_kernel.online_sums = serves, sums
+
+
+def run_counting(*operands, **options):
+    """The slices of each length and the bytes of their sums; runs in the interpreter's process."""
+    from internal_policy.entropy import triton_kernel
+
+    merged, parts = triton_kernel._merged, []
+    triton_kernel._merged = lambda sums: parts.append(sums) or merged(sums)
+    try:
+        triton_kernel.online_sums(*operands, **options)
+    finally:
+        triton_kernel._merged = merged
+    return [part.shape[1] for part in parts], sum(part.nbytes for part in parts)
+
+
 def run_tuned(*operands):
     """Results of the fastest block sizes and the number of timed launches; runs in the interpreter's process."""
     from internal_policy.entropy import tiles, triton_kernel
@@ -96,7 +123,12 @@ def run_tuned(*operands):
     tiles.choices = lambda *_, **__: (Blocks(16, 64, 16), SMALL)
     try:
         twice = [triton_kernel.policy_entropy(*operands) for _ in range(2)]
-        return twice, triton_kernel.policy_entropy(operands[0][:5], operands[1]), len(timed)
+        few = triton_kernel.policy_entropy(operands[0][:5], operands[1])
+        once = len(timed)
+        states, unembedding = operands
+        lengths = torch.ones(len(states))
+        at_lengths = [triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding) for _ in range(2)]
+        return twice, few, once, at_lengths, len(timed) - once
     finally:
         triton_kernel._milliseconds, triton_kernel.INTERPRETED, tiles.choices = kept
 
@@ -231,66 +263,122 @@ def test_larger_shapes_in_the_blocks_of_a_gpu(interpreter, n, d, vocab, dtype):
     operands = random(n, d, vocab, dtype=dtype)
     for blocks in choices(n, half=dtype != torch.float32, tf32=False):
         check(interpreter, *operands, cut={"blocks": blocks})
+    states, _, unembedding = operands
+    for blocks in choices(n, half=dtype != torch.float32, tf32=False, lengths=True):
+        check_lengths(interpreter, states, factors(n), unembedding, cut={"blocks": blocks})
 
 
 def test_block_sizes_are_tuned_once_per_width_and_vocabulary(interpreter):
     states, _, unembedding = random()
-    twice, few, timed = interpreter.submit(run_tuned, states, unembedding).result(300)
+    twice, few, timed, at_lengths, timed_again = interpreter.submit(run_tuned, states, unembedding).result(300)
     own = reference.policy_entropy(states, unembedding)
-    for ours in (*twice, few):
+    for ours in (*twice, few, *at_lengths[0], *at_lengths[1]):
         torch.testing.assert_close(ours.double(), own[: len(ours)], rtol=0, atol=FLOAT32_NATS)
-    assert timed == 2
+    # The fastest blocks for one length need not be those for two.
+    assert timed == timed_again == 2
 
 
-# The interpreter does not show whether the kernel compiles.
+# Two lengths of a state from one product.
 
 
-def compiled(blocks, capability, dtype="bf16", other=None, precision="ieee", **flags):
-    """PTX of the kernel, made without a GPU."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from internal_policy.entropy.triton_source import online_sums
-
-    names = online_sums.arg_names
-    constants = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TARGET": True, "EVEN_K": True, "WIDEN": other is not None}
-    constants |= {"PRECISION": precision, "GROUP": 16, "x_col": 1, "e_col": 1} | blocks.meta() | flags
-    types = {"x_ptr": f"*{dtype}", "e_ptr": f"*{other or dtype}", "bias_ptr": f"*{other or dtype}"}
-    types |= {"target_ptr": "*i64", "sums_ptr": "*fp32", "chosen_ptr": "*fp32", "scale": "fp32", "softcap": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name in names if name.endswith("_ptr") or name in ("d", "vocab", "x_row", "e_row")]
-    source = ASTSource(
-        online_sums,
-        {name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+def check_lengths(interpreter, states, lengths, unembedding, bias=None, *, cut=None, atol=FLOAT32_NATS, **options):
+    kernel = {"blocks": SMALL} | (cut or {})
+    operands = (states, lengths, unembedding, bias)
+    both = interpreter.submit(run, "policy_entropies_at_lengths", *operands, **options, **kernel).result(300)
+    assert both.dtype == torch.float32
+    alone = interpreter.submit(run, "policy_entropy", states, unembedding, bias, **options, **kernel).result(300)
+    torch.testing.assert_close(both[0], alone, rtol=0, atol=0, equal_nan=True)
+    scaled = states.double() * lengths.double()[:, None]
+    own = [reference.policy_entropy(x, unembedding, bias, **options) for x in (states, scaled)]
+    torch.testing.assert_close(both.double(), torch.stack(own), rtol=0, atol=atol, equal_nan=True)
+    return both
 
 
-def test_kernel_compiles_to_tensor_core_instructions_without_a_gpu():
-    assert "wgmma.mma_async" in compiled(Blocks(64, 64, 64, stages=2), 90)
+def factors(n=37, most=30.0):
+    """Factors from 0.1 to ``most``, evenly by their logarithm, in an order unrelated to the states'."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    return torch.logspace(-1, math.log10(most), n)[order]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("n", [64, 4096])
-def test_all_16_bit_block_sizes_compile(capability, n):
-    instruction = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
-    for blocks in choices(n, half=True, tf32=False):
-        assert instruction in compiled(blocks, capability, "fp16", EVEN_K=False)
-        assert instruction in compiled(blocks, capability, HAS_BIAS=False, HAS_SOFTCAP=False, HAS_TARGET=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_lengths_equal_the_definition(interpreter, dtype):
+    # A 16-bit state times its factor would be rounded to 16 bits; the product of the state is not.
+    states, _, unembedding = random(dtype=dtype)
+    strided = factors().repeat_interleave(2)[::2]
+    both = check_lengths(interpreter, states, strided, unembedding)
+    assert (both[1] - both[0]).abs().max() > 1
 
 
-@pytest.mark.slow
-def test_all_float32_block_sizes_compile():
-    for blocks in choices(64, half=False, tf32=True):
-        assert "tf32" in compiled(blocks, 90, "fp32", precision="tf32")
-    for blocks in choices(64, half=False, tf32=False):
-        assert "mma" not in compiled(blocks, 90, "fp32")
-        assert "mma" not in compiled(blocks, 90, "fp32", "bf16")
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale": -3.0, "softcap": 2.0}])
+def test_the_factor_is_on_the_state_and_not_on_bias_or_cap(interpreter, options):
+    states, _, unembedding = random(size=4)
+    bias = torch.randn(101)
+    check_lengths(interpreter, states, factors(most=3.0), unembedding, bias, **options)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 7])
+def test_both_lengths_are_merged_over_slices(interpreter, slices):
+    # The most likely token is in another slice at each length: the bias is for one, the product for the other.
+    states, _, unembedding = random(n=3)
+    unembedding[100] = unembedding[99] = states[0] / states[0].norm()
+    bias = torch.zeros(101)
+    bias[:2] = 12.0
+    lengths = torch.tensor([30.0, 0.1, 1.0])
+    check_lengths(interpreter, states, lengths, unembedding, bias, cut={"slices": slices})
+
+
+def test_a_state_of_length_zero_leaves_the_bias(interpreter):
+    states, _, unembedding = random(n=5)
+    both = check_lengths(interpreter, states, torch.zeros(5), unembedding)
+    torch.testing.assert_close(both[1], torch.full((5,), math.log(101)), rtol=0, atol=FLOAT32_NATS)
+    check_lengths(interpreter, states, torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0]), unembedding, torch.randn(101) * 3)
+
+
+def test_a_non_finite_state_gives_nan_at_both_lengths_in_its_row_only(interpreter):
+    states, _, unembedding = random(n=5)
+    states[2, 1] = float("inf")
+    both = check_lengths(interpreter, states, factors(5), unembedding)
+    assert both.isnan().tolist() == [[False, False, True, False, False]] * 2
+
+
+def test_targets_keep_their_log_probabilities_beside_a_second_length(interpreter):
+    states, targets, unembedding = random()
+    operands = (states, unembedding, None, targets)
+    alone = interpreter.submit(run_both, *operands, blocks=SMALL).result(300)
+    beside = interpreter.submit(run_both, *operands, lengths=factors(), blocks=SMALL).result(300)
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
+
+
+def test_states_with_another_length_cost_no_further_launch(interpreter):
+    first, _, unembedding = random(size=2)
+    states, bias, lengths = [first, first.flip(0)], torch.randn(101), factors(most=3.0).double()
+    options = {"scale": 0.5, "softcap": 3.0}
+    operands, at = (states, unembedding, bias), [(1, lengths)]
+    ours, launches = interpreter.submit(run_at_lengths, *operands, lengths=at, **options).result(300)
+    assert launches == [False, True]
+    scaled = states[1].double() * lengths[:, None]
+    own = torch.stack([reference.policy_entropy(x, unembedding, bias, **options) for x in (*states, scaled)])
+    torch.testing.assert_close(ours.double(), own, rtol=0, atol=FLOAT32_NATS)
+
+
+def test_lengths_are_one_a_state(interpreter):
+    states, _, unembedding = random(n=5)
+    for wrong in (torch.ones(4), torch.ones(5, 1)):
+        with pytest.raises(ValueError, match=r"for 5 states; needed is one factor a state"):
+            interpreter.submit(run, "policy_entropies_at_lengths", states, wrong, unembedding).result(300)
+    none = interpreter.submit(run, "policy_entropies_at_lengths", states[:0], torch.ones(0), unembedding).result(300)
+    assert none.shape == (2, 0)
+
+
+def test_two_lengths_share_the_memory_budget(interpreter):
+    states, _, unembedding = random(n=16, vocab=500)
+    budget = 24 * 16 * 4
+    for lengths, slices in ((None, [4]), (factors(16), [2, 2])):
+        options = {"lengths": lengths, "blocks": SMALL, "memory_budget": budget}
+        cut, size = interpreter.submit(run_counting, states, unembedding, **options).result(300)
+        assert cut == slices
+        # As much again while they are merged.
+        assert size == budget / 2
 
 
 # When the kernel is used, and the fallback otherwise.
@@ -371,25 +459,3 @@ def test_kernel_is_used_for_float32_if_tf32_is_allowed(monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not streaming.kernel_is_faster(states, unembedding, None)
-
-
-# How the work is divided.
-
-
-@pytest.mark.parametrize("n", [1, 100, 1024, 4096, 8192, 65_536])
-@pytest.mark.parametrize("processors", [108, 132])
-def test_vocabulary_slices_occupy_all_multiprocessors(n, processors):
-    blocks = choices(n, half=True, tf32=False)[0]
-    slices = slices_of_vocabulary(n, 151_936, processors, blocks, 128 * 2**20)
-    programs, tiles = math.ceil(n / blocks.rows) * slices, math.ceil(151_936 / blocks.vocab)
-    assert programs >= 0.85 * processors
-    # The busiest multiprocessor relative to an even share of all tiles.
-    busiest = math.ceil(programs / processors) * math.ceil(tiles / slices)
-    assert busiest <= 1.15 * math.ceil(n / blocks.rows) * tiles / processors
-
-
-def test_slices_respect_the_memory_budget_and_tile_size():
-    blocks = choices(4096, half=True, tf32=False)[0]
-    assert slices_of_vocabulary(4096, 151_936, 132, blocks, 24 * 4096 * 3) <= 3
-    assert slices_of_vocabulary(4096, 151_936, 132, blocks, 1) == 1
-    assert slices_of_vocabulary(4, 300, 132, blocks, 2**20) <= 2
