@@ -65,6 +65,7 @@ def ablate(
     *,
     prompts: Source | None = None,
     responses: Source | None = None,
+    reward: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     wait: bool = False,
@@ -81,6 +82,8 @@ def ablate(
             ``prompt``, and with an ``answer`` if responses are scored.
         responses: ready responses instead: a jsonl, json or parquet file, or a list or DataFrame of records;
             ``analysis.sequences`` is one.
+        reward: what scores sampled responses from 0 to 1, as `rewards.functions.as_rewards` takes it; a response is
+            correct if the score is 1. By default the verifier of mathematical answers; exact for the embedded tasks.
         output: directory for results; ``<output>/<model>--<how>`` is written, and an interrupted run is resumed from
             there. Without it nothing is written.
         overwrite: start over if that directory holds another ablation.
@@ -100,6 +103,9 @@ def ablate(
     name = registry.name_of(model) if in_memory else str(model)
     refuse_other_library(model)
     config = AblateConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    if reward is not None:
+        # The name is what is stored and compared.
+        config = replace(config, reward=reward_name(reward, exact=False))
     with ExitStack() as stack:
         open_given = None
         if in_memory:
@@ -108,9 +114,9 @@ def ablate(
         if output is not None:
             directory = expanded(output) / config.slug
             with locked(directory, wait=wait):
-                return _run(config, open_given, prompts, responses, directory, overwrite)
+                return _run(config, open_given, prompts, responses, reward, directory, overwrite)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="internal-policy-"))
-        return replace(_run(config, open_given, prompts, responses, Path(scratch) / "run", False), path=None)
+        return replace(_run(config, open_given, prompts, responses, reward, Path(scratch) / "run", False), path=None)
 
 
 def refuse_other_library(model: Any) -> None:
@@ -132,6 +138,7 @@ def _run(
     open_given: registry.Opener | None,
     prompts: str | list[Any] | None,
     responses: str | list[Any] | None,
+    reward: Any,
     directory: Path,
     overwrite: bool,
 ) -> Ablation:
@@ -150,7 +157,7 @@ def _run(
     prove_restarts(model)
     interventions = plan_interventions(config, model)
     inputs = gather_inputs(config, model, prompts, responses)
-    scorer = _scorer(config, inputs)
+    scorer = _scorer(config, inputs, reward)
     hooked = attached_code(model.model, extractor.wrapper)
     identity = {**config.cache_key(), **_identity(config, model, inputs), "hooked": hooked or None}
     if hooked and not overwrite and (finished is not None or workspace.begun):
@@ -225,7 +232,7 @@ def _identity(config: AblateConfig, model: LanguageModel, inputs: Inputs) -> dic
     return identity
 
 
-def _scorer(config: AblateConfig, inputs: Inputs) -> Scorer | None:
+def _scorer(config: AblateConfig, inputs: Inputs, reward: Any) -> Scorer | None:
     """What scores sampled responses; None if none are sampled."""
     if config.samples is None:
         return None
@@ -236,7 +243,7 @@ def _scorer(config: AblateConfig, inputs: Inputs) -> Scorer | None:
             f"--samples needs reference answers, and {missing} of {len(inputs.requests)} prompts have none; give "
             "--prompts with a column answer, or a --reward that needs none"
         )
-    return Scorer(config.reward, exact=exact)
+    return Scorer(reward, exact=exact)
 
 
 def _mean_writes(
