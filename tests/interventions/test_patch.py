@@ -63,7 +63,7 @@ def test_the_last_state_recovers_all_and_the_prompt_before_the_difference_nothin
     values = example.values.set_index(["site", "layer", "position"])["recovery"]  # noqa: PD011
     assert values["layer", 8, 16] == pytest.approx(1.0, abs=1e-6)
     # The tokens before the one that differs have the same states in both runs.
-    before = example.values.query("position < 4")["recovery"]
+    before = example.values.query("position < 4")["recovery"]  # noqa: PD011
     assert len(before) == 3 * 8 * 3
     assert before.abs().max() < 1e-6
     # The number that differs carries all of the difference up to layer 6, from where layers 7 and 8 read it.
