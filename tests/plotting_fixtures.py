@@ -28,6 +28,7 @@ class FakeAnalysis:
     lens: str = "policy"
     policy_entropy: dict = field(default_factory=lambda: {"mean": 0.31, "stderr": 0.04})
     baseline: pd.DataFrame | None = None
+    groupings: tuple[str, ...] = ()
     n_parameters: int | None = None
     additions: dict = field(default_factory=dict)
 

@@ -39,6 +39,8 @@ def remarks(analysis: Analysis) -> list[str]:
         found.append(_heads_line(heads))
     if (experts := analysis.additions.get("experts")) is not None:
         found.append(_experts_line(experts))
+    if (table := analysis.additions.get("divergences")) is not None:
+        found.append(divergence_remark(table))
     return found
 
 
@@ -59,6 +61,31 @@ def _experts_line(table: pd.DataFrame) -> str:
     return (
         f"the busiest of the routed experts, {top['expert']} in layer {top['layer']}, takes {top['load']:.1%} of the "
         f"tokens; an even share is {even:.1%}"
+    )
+
+
+def divergence_remark(table: pd.DataFrame) -> str:
+    """Say from which layer on the most probable token is mostly that of pi_theta.
+
+    Args:
+        table: ``divergences`` of an analysis.
+
+    Returns:
+        A sentence with the first layer from which on they agree on at least half of the tokens.
+    """
+    rows = table.sort_values("layer").set_index("layer")
+    below = rows.index[rows["top1"] < 0.5]
+    first = int(below.max()) + 1 if len(below) else 1
+    if first > len(rows):
+        last = rows.loc[len(rows)]
+        return (
+            f"not even the last layer shares the top token with π_θ in half of the tokens ({last['top1']:.0%}); "
+            f"KL(π_θ‖π^L) {last['kl_policy']:.3f} nats"
+        )
+    row, own = rows.loc[first], "from the first layer on" if first == 1 else f"from layer {first} on"
+    return (
+        f"{own} the top token is that of π_θ in at least half of the tokens ({row['top1']:.0%} there, with "
+        f"KL(π_θ‖π^l) {row['kl_policy']:.3f} nats)"
     )
 
 

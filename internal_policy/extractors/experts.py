@@ -164,13 +164,15 @@ def find_experts(model: LanguageModel, norms: tuple[LinearNorm | None, ...], see
         seed: seed of the random tokens.
 
     Returns:
-        The experts; None if no layer has any.
+        The experts; None if the model is dense.
 
     Raises:
         UserError: why they cannot be measured, and in which layer.
     """
     layers = tuple(layer for layer in range(1, model.n_layers + 1) if experts_of(model, layer) is not None)
     if not layers:
+        if getattr(model.config, "num_experts_per_tok", None):
+            raise _refusal(model, f"no FFN of this mixture holds them in a module named {_EXPERTS}")
         return None
     numbers = {getattr(experts_of(model, layer), "num_experts", None) for layer in layers}
     n_experts = numbers.pop()

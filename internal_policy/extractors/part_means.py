@@ -18,7 +18,7 @@ from internal_policy.extractors.experts import Experts, Routing, expert_hooks
 from internal_policy.extractors.heads import Heads, head_hooks
 from internal_policy.extractors.hooks import residual_hooks
 from internal_policy.extractors.parts import PART_QUANTITIES, Attribution, final_norm_of, precise, reduce_parts
-from internal_policy.extractors.reduce import padded_batch
+from internal_policy.extractors.reduce import make_batch
 from internal_policy.models import LanguageModel, context, without_autocast
 from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
@@ -72,7 +72,9 @@ class PartReducer:
         found: dict[int, PartMeans] = {}
         lengths = [len(r.input_ids) for r in responses]
         for group in context.group_by_length(lengths, self.model.length_switch):
-            batch, ends = padded_batch([responses[i] for i in group])
+            tokens = [np.arange(responses[i].n_tokens) for i in group]
+            batch = make_batch([responses[i] for i in group], "right", tokens)
+            ends = np.cumsum([len(own) for own in tokens])[:-1]
             found |= zip(group, self._run(batch, ends), strict=True)
         return [found[i] for i in range(len(responses))]
 

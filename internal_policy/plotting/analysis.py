@@ -35,6 +35,7 @@ from internal_policy.analysis.figure_data import (
 )
 from internal_policy.plotting import marks, style
 from internal_policy.plotting.heads import map_drawings
+from internal_policy.plotting.token_groups import group_drawings
 from internal_policy.utils.palette import LOOKS, STAGES
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ def stage_sketch(
 
 
 def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> list[Path]:
-    """Write figs. 2, 3 and 12, and maps of the heads and experts that were measured, as PNG and PDF.
+    """Write figs. 2, 3 and 12, and those of the heads, experts and groups of tokens that were measured, as PNG and PDF.
 
     The same analyses give the same bytes.
 
@@ -344,6 +345,7 @@ def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> lis
         "fig3_entropy_change": partial(entropy_change, given),
         "fig12_residual_cosine": partial(residual_cosine, given),
         **map_drawings(given),
+        **group_drawings(given),
     }
     return style.save_figures(directory, drawings)
 

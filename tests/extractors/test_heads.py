@@ -403,6 +403,15 @@ def test_channels_in_another_order_are_refused(monkeypatch):
         find_heads(model)
 
 
+def test_experts_under_another_name_are_refused_and_dense_models_have_none():
+    model = wrapped(tiny_model("qwen3_moe"))
+    for layer in model.layers:
+        layer.mlp = tiny_model("llama").model.layers[0].mlp
+    with pytest.raises(UserError, match="no FFN of this mixture holds them in a module named experts"):
+        find_experts(model, (None,) * 3)
+    assert find_experts(wrapped(tiny_model("llama")), (None,) * 3) is None
+
+
 def test_experts_that_do_not_run_by_themselves_are_refused():
     model = wrapped(tiny_model("qwen3_moe"))
     ffn = model.layers[1].mlp
