@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from internal_policy.analysis.figure_data import OneOrMany
 from internal_policy.interventions.figure_data import (
@@ -206,21 +207,23 @@ def ablation_bars(
         data = data[data["bar"].isin(ranked)]
         data = data.assign(order=data["bar"].map(places))
     if ax is None:
-        figure = style.new_figure(style.TWO_COLUMNS, 2.2)
+        figure = style.new_figure(style.TWO_COLUMNS, 2.0, pad=0.06)
         panels = [figure.add_subplot(1, len(wanted), k + 1) for k in range(len(wanted))]
         titles = TITLES.get(site, site) if part is None else f"{part}s"
-        # To the left, where a legend above both panels does not reach.
-        panels[0].set_title(f"{_title(ablation, label)} ({titles})", loc="left", parse_math=False)
+        figure.suptitle(f"{_title(ablation, label)} ({titles})", parse_math=False)
     else:
         panels = marks.check_axes(ax, len(wanted), "one for each quantity")
     looks = [LOOKS[site].light if site in LOOKS else LOOKS["stream"].light]
     looks = [series(k).light for k in range(len(hows))] if len(hows) > 1 else looks
     for name, panel in zip(wanted, panels, strict=True):
         _bars(panel, data[data["quantity"] == name], hows, looks if color is None else [color] * len(hows))
-        panel.set_ylabel(LABELS[name])
+        panel.set_title(LABELS[name])
         panel.set_xlabel("Layer" if part is None else f"Layer.{part}")
     if ax is None and len(hows) > 1:
-        style.figure_legend(style.root_figure(panels[0]), panels[:1], hows)
+        # Below, since a legend above the panels would be drawn over the title.
+        style.root_figure(panels[0]).legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(hows)
+        )
     return style.root_figure(panels[0])
 
 
@@ -280,7 +283,7 @@ def patching_map(
     if ax is None:
         width = min(14.0, max(style.ONE_COLUMN, 0.9 + 0.2 * len(positions)))
         height = len(sites) * (max(len(layers), 4) * 0.13 + 0.24) + 0.8
-        figure = style.new_figure(width, height, space=0.015)
+        figure = style.new_figure(width, height, pad=0.05, space=0.015)
         panels = [figure.add_subplot(len(sites), 1, k + 1) for k in range(len(sites))]
         name = marks.short_name(patching.name) if label is None else label
         title = f"{name}: recovery of the {patching.describe_metric()}"
@@ -310,7 +313,8 @@ def patching_map(
         bar = style.root_figure(panels[0]).colorbar(
             ScalarMappable(scale, colormap), ax=panels, fraction=0.04, pad=0.015, aspect=14 * len(panels)
         )
-        bar.set_label("Recovery")
+        bar.locator = MaxNLocator(5)
+        bar.update_ticks()
         bar.outline.set_visible(False)
     return style.root_figure(panels[0])
 
