@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from internal_policy import Inspection
+from internal_policy import Inspection, select_layer
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.plotting import style
 
 VOCAB = 151_936
@@ -31,6 +33,16 @@ class FakeAnalysis:
     groupings: tuple[str, ...] = ()
     n_parameters: int | None = None
     additions: dict = field(default_factory=dict)
+
+    @property
+    def selection(self):
+        """What the figures read of a Selection: the boundary layer by direction alone."""
+        rows = self.layers[self.layers["site"] == "ffn"].sort_values("layer")
+        if rows.empty or "change_direction" not in rows:
+            return SimpleNamespace(sensitivity={})
+        errors = rows["change_direction_stderr"]
+        found = select_layer(rows["change_direction"], stderr=None if errors.isna().any() else errors, resamples=1)
+        return SimpleNamespace(sensitivity={DIRECTION: found.boundary_layer})
 
 
 def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):

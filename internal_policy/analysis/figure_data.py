@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 import pandas as pd
 
+from internal_policy.analysis.change_parts import PARTS, has_parts
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +89,23 @@ def entropy_change_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
         is the boundary layer.
     """
     return _stack(analyses, _change_rows)
+
+
+def change_parts_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the parts of every module's entropy change: what direction makes and what length makes.
+
+    Args:
+        analyses: One analysis, or one for each column of panels.
+
+    Returns:
+        A row for each panel, site (attn, ffn), layer and part (whole, direction, length): its `value` in nats, and
+        `base`, at which its bar starts: a part of the same sign as the part before it is stacked on that; whether the
+        layer is the `boundary` layer, and whether direction alone makes it so (`boundary_by_direction`).
+
+    Raises:
+        ValueError: An analysis is from before the parts were measured.
+    """
+    return _stack(analyses, _change_part_rows)
 
 
 def residual_cosine_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
@@ -260,6 +279,28 @@ def _change_rows(analysis: Analysis) -> pd.DataFrame:
     frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
     frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
     frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    return frame
+
+
+def _change_part_rows(analysis: Analysis) -> pd.DataFrame:
+    if not has_parts(analysis.layers):
+        raise ValueError(
+            f"{analysis.name} was analysed before the parts of its changes were measured; analyse it again."
+        )
+    by_direction, parts = analysis.selection.sensitivity.get(DIRECTION), []
+    for site in SITE_LABELS:
+        below: list[pd.Series] = []
+        for part, column in {"whole": "change", **PARTS}.items():
+            rows = _site_rows(analysis, site, column, "value")
+            rows.insert(2, "part", part)
+            # The whole change is not stacked.
+            rows["base"] = sum((other.where(other * rows["value"] > 0, 0.0) for other in below), start=0.0)
+            if part != "whole":
+                below.append(rows["value"])
+            parts.append(rows)
+    frame = pd.concat(parts, ignore_index=True)
+    frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    frame["boundary_by_direction"] = frame["layer"] == by_direction
     return frame
 
 

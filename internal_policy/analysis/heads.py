@@ -45,7 +45,7 @@ def measure_heads(run: AdditionRun) -> dict[str, pd.DataFrame]:
     """
     heads = find_heads(run.model)
     experts = _experts(run.model)
-    reducer = PartReducer(heads, experts, run.config.lens)
+    reducer = PartReducer(heads, experts, run.lens)
     responses = run.responses
 
     def measure(batch: list[int]) -> Arrays:

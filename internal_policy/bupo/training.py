@@ -44,6 +44,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.models.fingerprint import attached_code, resume_refused
+from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.rewards.functions import as_rewards, needs_answers
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, training_processes
@@ -303,7 +304,8 @@ def choose_layer(layer: Any) -> LayerChoice:
             f"candidates: {near}; give one of them as a number"
         )
     few = few_prompts(layer.n_prompts)
-    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few)))
+    lens = None if layer.lens == DEFAULT_LENS else f"found under the lens {layer.lens}"
+    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few, lens)))
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 

@@ -141,7 +141,7 @@ class _Pass:
             here = slice(first, first + len(parts))
             first += len(parts)
             directions = self._attribution.directions[here]
-            reduced = reduce_parts(parts, base[here], directions, self._model, self._lens, dtype)
+            reduced = reduce_parts(parts, base[here], directions, self._model, self._lens, states.layer, dtype)
             found.append(reduced.double().cpu().numpy())
         values = np.concatenate(found)
         if not np.isfinite(values).all():

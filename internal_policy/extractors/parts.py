@@ -144,7 +144,7 @@ def _device_of(model: LanguageModel) -> torch.device:
 
 
 def reduce_parts(
-    parts: Tensor, base: Tensor, directions: Tensor, model: LanguageModel, lens: Lens, dtype: torch.dtype
+    parts: Tensor, base: Tensor, directions: Tensor, model: LanguageModel, lens: Lens, layer: int, dtype: torch.dtype
 ) -> Tensor:
     """Reduce parts of a write to numbers.
 
@@ -154,6 +154,7 @@ def reduce_parts(
         directions: [n, d] of ``Attribution``.
         model: whose projection is used.
         lens: how the parts are projected.
+        layer: l, whose writes they are parts of.
         dtype: of the model's states; a part is rounded to it once before it is projected, as a write is.
 
     Returns:
@@ -162,7 +163,7 @@ def reduce_parts(
     k = parts.shape[1]
     rows = rearrange(parts, "n k d -> (n k) d").to(dtype)
     projection = model.projection
-    entropy = projection.entropies([projection.apply_lens(lens, rows)])[0]
+    entropy = projection.entropies([projection.apply_lens(lens, rows, layer)])[0]
     cosine = cosine_similarity(parts, base.to(parts.dtype)[:, None], dim=-1)
     attribution = einsum(parts, directions.to(parts.device, parts.dtype), "n k d, n d -> n k")
     values = (

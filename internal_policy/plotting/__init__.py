@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.interventions import *  # noqa: F403
+    from internal_policy.plotting.parts import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
@@ -34,6 +35,8 @@ _HOME = {
     "ablation_map": "interventions",
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
+    "change_parts": "parts",
+    "change_parts_data": "parts",
     "depth_differences": "comparison",
     "depth_overlay": "comparison",
     "divergence_data": "divergences",
@@ -62,6 +65,7 @@ _HOME = {
     "pass_at_k_data": "evaluation",
     "patching_data": "interventions",
     "patching_map": "interventions",
+    "plot_change_parts": "parts",
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
