@@ -89,6 +89,7 @@ def _plain(prompt: Any) -> Any:
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
+@torch.no_grad()
 def _patch(model: LanguageModel, config: PatchConfig) -> Patching:
     prove_restarts(model)
     clean, corrupted = (_prompt_ids(model, config, name) for name in ("clean", "corrupted"))
@@ -205,7 +206,6 @@ class _Patches:
                 "give other prompts, --answer or --wrong"
             )
 
-    @torch.no_grad()
     def run(self, layer: int, site: str, positions: Sequence[int]) -> list[float]:
         """The metric with the clean state of a layer and site put in at each position, from 1."""
         places = torch.tensor(positions) - 1
@@ -249,7 +249,6 @@ class _Patches:
         return [float(value) for value in values]
 
 
-@torch.no_grad()
 def _clean_states(model: LanguageModel, clean: list[int], layers: Sequence[int]) -> dict[tuple[int, str], Tensor]:
     """H^l, and the outputs of the modules that write A^l and F^l, at every position of the clean prompt, [T, d]."""
     states: dict[tuple[int, str], Tensor] = {}
