@@ -33,9 +33,9 @@ from internal_policy.data.responses import Response, prompt_indices
 from internal_policy.extractors import Extractor, registry
 from internal_policy.generation import Request, end_ids, response_limit, samplers
 from internal_policy.interventions import tables
-from internal_policy.interventions.changes import Given, Point, changed_writes
+from internal_policy.interventions.changes import Given, Intervention, Point, changed_writes
 from internal_policy.interventions.config import AblateConfig
-from internal_policy.interventions.effects import Intervention, choose_donors, measure_effects, sum_writes
+from internal_policy.interventions.effects import choose_donors, measure_effects, sum_writes
 from internal_policy.interventions.plan import plan_interventions
 from internal_policy.interventions.replay import prove_restarts
 from internal_policy.interventions.results import ABLATION, Ablation, config_digest, load_finished, report_finished

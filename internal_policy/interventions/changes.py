@@ -60,6 +60,22 @@ class Change:
         return {"zero": 0.0, "scale": self.alpha}.get(self.how)
 
 
+@dataclass(frozen=True)
+class Intervention:
+    """Writes that are changed at the same time."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def first(self) -> int:
+        """The lowest layer that is changed, from 1."""
+        return min(change.layer for change in self.changes)
+
+    def points(self, how: How) -> set[tuple[int, Point]]:
+        """Where the writes are read by which others are replaced in this way."""
+        return {(change.layer, change.point) for change in self.changes if change.how == how}
+
+
 Given: TypeAlias = Mapping[tuple[How, int, Point], Tensor]
 """What writes are replaced by: means [width], or those of other responses [B, T, width], by layer and point."""
 

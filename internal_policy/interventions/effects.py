@@ -16,8 +16,7 @@ from torch import Tensor
 
 from internal_policy.data.responses import Response, pad
 from internal_policy.extractors.hooks import pick
-from internal_policy.interventions.changes import Change, Given, Point, changed_writes, read_writes
-from internal_policy.interventions.config import How
+from internal_policy.interventions.changes import Given, Intervention, Point, changed_writes, read_writes
 from internal_policy.interventions.replay import CleanRun
 from internal_policy.interventions.tables import CLEAN_QUANTITIES, QUANTITIES
 from internal_policy.models import LanguageModel, context, without_autocast
@@ -25,22 +24,6 @@ from internal_policy.utils.errors import UserError
 
 _AT_ONCE = 8
 """Interventions whose final policies are compared in one pass over the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """Writes that are changed at the same time."""
-
-    changes: tuple[Change, ...]
-
-    @property
-    def first(self) -> int:
-        """The lowest layer that is changed, from 1."""
-        return min(change.layer for change in self.changes)
-
-    def points(self, how: How) -> set[tuple[int, Point]]:
-        """Where the writes are read by which others are replaced in this way."""
-        return {(change.layer, change.point) for change in self.changes if change.how == how}
 
 
 @dataclass(frozen=True)

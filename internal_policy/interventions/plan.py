@@ -8,9 +8,8 @@ from itertools import product
 from internal_policy.extractors.experts import find_experts
 from internal_policy.extractors.heads import find_heads
 from internal_policy.extractors.parts import norms_after
-from internal_policy.interventions.changes import Change
+from internal_policy.interventions.changes import Change, Intervention
 from internal_policy.interventions.config import AblateConfig, How, choose
-from internal_policy.interventions.effects import Intervention
 from internal_policy.models import LanguageModel
 from internal_policy.utils.errors import UserError
 

@@ -12,7 +12,7 @@ from internal_policy import statistics
 from internal_policy.statistics import Floats
 
 if TYPE_CHECKING:
-    from internal_policy.interventions.effects import Intervention
+    from internal_policy.interventions.changes import Intervention
 
 QUANTITIES = ("kl", "entropy_change", "log_prob_change", "flips")
 """KL(pi_theta || pi_theta'), H(pi_theta') - H(pi_theta), the change of the log-probability of the token that was

@@ -12,8 +12,8 @@ from tiny import ragged_responses, slow_unless_fast, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, models
 from internal_policy.data.responses import read_responses
-from internal_policy.interventions.changes import Change, changed_writes, read_writes
-from internal_policy.interventions.effects import Intervention, aligned, choose_donors, measure_effects, sum_writes
+from internal_policy.interventions.changes import Change, Intervention, changed_writes, read_writes
+from internal_policy.interventions.effects import aligned, choose_donors, measure_effects, sum_writes
 from internal_policy.interventions.replay import CleanRun, prove_restarts
 from internal_policy.models.families import FAMILIES as TABLE
 
