@@ -129,9 +129,9 @@ class Patching:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import card
+        from internal_policy.utils.html import MOST_ROWS, card
 
-        labels, best = self.labels(), self.values.sort_values("recovery", ascending=False)
+        labels, best = self.labels(), self.values.nlargest(MOST_ROWS, "recovery")
         cells = [
             (row["layer"], row["site"], row["position"], labels[row["position"]], number(row["recovery"], ".2f"))
             for row in best.to_dict("records")
@@ -141,7 +141,8 @@ class Patching:
             counted(self.n_tokens, "token"),
         )
         table = pd.DataFrame(cells, columns=["layer", "site", "position", "token", "recovery"])
-        return card("Patching", self.name, facts, table, "the largest recovery first; 1 is all of the difference")
+        note = f"the {len(best)} largest of {counted(len(self.values), 'recovery')}; 1 is all of the difference"
+        return card("Patching", self.name, facts, table, note)
 
     def __repr__(self) -> str:
         return (

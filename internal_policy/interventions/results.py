@@ -166,9 +166,9 @@ class Ablation:
 
     def _repr_html_(self) -> str:
         from internal_policy.utils.console import number
-        from internal_policy.utils.html import card
+        from internal_policy.utils.html import MOST_ROWS, card
 
-        shown = self.table.sort_values("kl", ascending=False)
+        shown = self.table.nlargest(MOST_ROWS, "kl")
         cells = {name: shown[name].map(str) for name in self.keys}
         forms = {"kl": ".3f", "entropy_change": "+.3f", "log_prob_change": "+.3f", "flips": ".1%", "accuracy": ".1%"}
         cells |= {
@@ -181,6 +181,7 @@ class Ablation:
             f"accuracy {self.clean['accuracy']:.1%}" if "accuracy" in self.clean else "",
         )
         note = "nats, means over tokens; the largest KL first; flips: share of tokens with another top token"
+        note += f"; {len(shown)} of {len(self.table)} interventions" if len(shown) < len(self.table) else ""
         return card("Ablation", self.name, facts, pd.DataFrame(cells), note)
 
     def __repr__(self) -> str:
