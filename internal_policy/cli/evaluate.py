@@ -69,7 +69,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
                 slugs[slug] = f"{name} on {source}"
         require_paths(names, self.revision, *sources)
         configs = self._with_layers(single)
-        from internal_policy.evaluation.scoring import Scorer
+        from internal_policy.rewards.scoring import Scorer
 
         for source in sources:
             Scorer(self.reward, exact=source == TESTBED)

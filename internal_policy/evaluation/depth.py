@@ -162,5 +162,5 @@ def _mean(
 ) -> dict[str, float]:
     column = np.asarray(values, dtype=np.float64)[:, None]
     mean, stderr = statistics.clustered_mean(column, weights, problems)
-    low, high = metrics.interval(column) if rate else statistics.confidence_interval(column, weights, problems)
+    low, high = statistics.rate_interval(column) if rate else statistics.confidence_interval(column, weights, problems)
     return {"value": float(mean[0]), "stderr": float(stderr[0]), "low": float(low[0]), "high": float(high[0])}

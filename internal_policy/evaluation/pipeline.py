@@ -29,7 +29,6 @@ from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.depth import choose_layers, require_layer
 from internal_policy.evaluation.results import EVALUATION, Evaluation, config_digest, load_finished, with_k
-from internal_policy.evaluation.scoring import Scorer, reward_name
 from internal_policy.generation import (
     InternalPolicy,
     Request,
@@ -46,6 +45,7 @@ from internal_policy.generation import (
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.models.lenses import open_lens
+from internal_policy.rewards.scoring import Scorer, reward_name
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded

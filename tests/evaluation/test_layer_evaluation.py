@@ -12,7 +12,7 @@ import pytest
 from training_calls import command
 
 from internal_policy import UserError, models, statistics
-from internal_policy.evaluation import Evaluation, compare, depth_table, evaluate, evaluate_layers, metrics, pipeline
+from internal_policy.evaluation import Evaluation, compare, depth_table, evaluate, evaluate_layers, pipeline
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.depth import choose_layers, require_layer
 
@@ -98,7 +98,7 @@ def test_the_table_over_depth_has_every_quantity_with_its_interval(layers, final
     )
     assert rows.loc["length", "value"] == pytest.approx(samples["n_tokens"].mean())
     shares = samples.groupby("problem")["truncated"].mean().to_numpy()[:, None]
-    ends = [float(end[0]) for end in metrics.interval(shares)]
+    ends = [float(end[0]) for end in statistics.rate_interval(shares)]
     assert rows.loc["truncated", ["value", "low", "high"]].tolist() == pytest.approx([shares.mean(), *ends])
     assert (own["low"] <= own["value"] + 1e-12).all()
     assert (own["value"] <= own["high"] + 1e-12).all()
