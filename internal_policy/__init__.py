@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from internal_policy.evaluation import Evaluation, evaluate
     from internal_policy.inspection.inspect import inspect
     from internal_policy.inspection.results import Inspection
+    from internal_policy.interventions.ablation import ablate
+    from internal_policy.interventions.patching import patch
+    from internal_policy.interventions.patching_results import Patching
+    from internal_policy.interventions.results import Ablation
     from internal_policy.report import write_report
     from internal_policy.utils.errors import UserError
 
@@ -39,15 +43,18 @@ _MODULES = ("bupo", "data", "evaluation", "models", "plotting", "report")
 
 _HOME = {
     **dict.fromkeys(_MODULES, ""),
+    "Ablation": "interventions.results",
     "Analysis": "analysis.results",
     "AnalysisComparison": "comparison.results",
     "AnalyzeConfig": "analysis.config",
     "Convergence": "comparison.convergence",
     "Evaluation": "evaluation.results",
     "Inspection": "inspection.results",
+    "Patching": "interventions.patching_results",
     "Selection": "analysis.layer_selection",
     "Study": "comparison.study_results",
     "UserError": "utils.errors",
+    "ablate": "interventions.ablation",
     "analyze": "analysis.pipeline",
     "compare": "comparison.results",
     "convergence_table": "comparison.convergence",
@@ -55,6 +62,7 @@ _HOME = {
     "inspect": "inspection.inspect",
     "load_analyses": "analysis.sources",
     "measure_convergence": "comparison.convergence",
+    "patch": "interventions.patching",
     "select_layer": "analysis.layer_selection",
     "study": "comparison.study",
     "sweep": "analysis.sweep",
@@ -62,16 +70,19 @@ _HOME = {
 }
 
 __all__ = [
+    "Ablation",
     "Analysis",
     "AnalysisComparison",
     "AnalyzeConfig",
     "Convergence",
     "Evaluation",
     "Inspection",
+    "Patching",
     "Selection",
     "Study",
     "UserError",
     "__version__",
+    "ablate",
     "analyze",
     "bupo",
     "compare",
@@ -80,6 +91,7 @@ __all__ = [
     "inspect",
     "load_analyses",
     "measure_convergence",
+    "patch",
     "plotting",
     "select_layer",
     "study",

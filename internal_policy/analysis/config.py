@@ -76,7 +76,19 @@ class LensOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class LoadOptions:
+    """How a model is loaded."""
+
+    dtype: str = option("auto", choices=DTYPES)
+    """Type of the weights; auto is the checkpoint's own on cuda, and float32 elsewhere."""
+    device: str = option("auto", completions=DEVICES)
+    """auto (cuda, mps, cpu) or a torch device."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(LoadOptions):
     """How a model is loaded, and how responses are sampled from it."""
 
     max_new_tokens: int | None = option(None, least=1)
@@ -85,12 +97,6 @@ class SamplingOptions:
     """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
     seed: int = option(0, least=0)
     """Seed of the sampling, of the bootstrap and of the chosen positions."""
-    dtype: str = option("auto", choices=DTYPES)
-    """Type of the weights; auto is the checkpoint's own on cuda, and float32 elsewhere."""
-    device: str = option("auto", completions=DEVICES)
-    """auto (cuda, mps, cpu) or a torch device."""
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +108,24 @@ class BatchOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureOptions:
-    """How the states of a model are captured, and on which devices its layers are."""
+class PlacementOptions:
+    """On which devices the layers of a model are, and in how many bits."""
+
+    device_map: str | None = option(None, completions=DEVICE_MAPS)
+    """Distribute the layers over several devices, as accelerate does: auto, balanced, balanced_low_0 or sequential."""
+    quantization: str | None = option(None, choices=QUANTIZATIONS)
+    """Quantise the weights of the layers while loading, by bitsandbytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions(PlacementOptions):
+    """How the states of a model are captured."""
 
     backend: str = option("hooks", choices=BACKENDS)
     """What captures the states. The backends agree to float32 rounding."""
     remote: bool | str = False
     """Run the model on NDIF through nnsight, with the key in NDIF_API_KEY; in Python also a host's address, or "local",
     which does here what NDIF would do there."""
-    device_map: str | None = option(None, completions=DEVICE_MAPS)
-    """Distribute the layers over several devices, as accelerate does: auto, balanced, balanced_low_0 or sequential."""
-    quantization: str | None = option(None, choices=QUANTIZATIONS)
-    """Quantise the weights of the layers while loading, by bitsandbytes."""
 
     def _check_capture(self, device: str) -> None:
         if self.remote and self.backend != "nnsight":
@@ -129,8 +141,8 @@ class CaptureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeOptions(BatchOptions, CaptureOptions):
-    """The settings of an analysis that apply to every model."""
+class InputOptions:
+    """The responses that are studied."""
 
     prompts: str | None = None
     """Hub data set id, or a parquet, jsonl or json file. Default: MATH-500, or the embedded tasks for an embedded
@@ -146,6 +158,25 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     """Responses sampled for each prompt."""
     batch_size: int = option(16, least=1)
     """Sequences in a batch. It does not change the result, except with 8bit weights, which round by the batch."""
+
+    def _check_inputs(self) -> None:
+        if self.prompts is not None and self.responses is not None:
+            raise UserError(
+                "both --prompts and --responses were given; give prompts to sample from, or ready responses"
+            )
+        if self.responses is not None:
+            for name in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator"):
+                known = type(self).__dataclass_fields__.get(name)
+                if known is not None and getattr(self, name) != known.default:
+                    raise UserError(
+                        f"{flag_of(name)} was given with --responses, from which nothing is sampled; leave it out"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(InputOptions, BatchOptions, CaptureOptions):
+    """The settings of an analysis that apply to every model."""
+
     keep_tokens: int = option(8, least=0)
     """Keep the values of every analysed token for this number of responses, from the first."""
     tolerance: float | None = None
@@ -169,10 +200,7 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                 f"--tolerance is {self.tolerance}; needed is a number of nats above 0, such as 0.02, or nothing to "
                 "analyse every position"
             )
-        if self.prompts is not None and self.responses is not None:
-            raise UserError(
-                "both --prompts and --responses were given; give prompts to sample from, or ready responses"
-            )
+        self._check_inputs()
         for name in ("remote", "device_map", "quantization"):
             if self.generator == "vllm" and getattr(self, name):
                 raise UserError(
@@ -198,12 +226,6 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                     f"{flag_of(name)} was given with --random-baseline, whose weights are made whole on one device and "
                     "analysed at every position; leave one of them out"
                 )
-        if self.responses is not None:
-            for name in ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise UserError(
-                        f"{flag_of(name)} was given with --responses, from which nothing is sampled; leave it out"
-                    )
 
 
 @dataclass(frozen=True)

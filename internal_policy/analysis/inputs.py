@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
-from internal_policy.analysis.config import DEFAULT_RESPONSES, AnalyzeConfig
+from internal_policy.analysis.config import DEFAULT_RESPONSES
 from internal_policy.data.prompts import MATH_500, TESTBED, read_prompts, render_all
 from internal_policy.data.responses import Response, check_responses, read_responses
 from internal_policy.generation import Request, check_prompt_lengths
@@ -63,6 +63,70 @@ def as_source(source: Source | None, what: str = "prompts", limit: Any = None) -
     return list(islice(source, limit) if bounded else source)
 
 
+class InputSettings(Protocol):
+    """The settings of a command that say which responses are studied."""
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def template(self) -> str:
+        """How prompts are put to it."""
+        ...
+
+    @property
+    def prompts_split(self) -> str | None:
+        """Split of a hub data set."""
+        ...
+
+    @property
+    def max_responses(self) -> int | None:
+        """Largest number of responses."""
+        ...
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Responses to each prompt."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Largest number of tokens in a response."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Sampling temperature."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sampling."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch."""
+        ...
+
+    @property
+    def generator(self) -> str:
+        """What samples the responses."""
+        ...
+
+    @property
+    def remote(self) -> bool | str:
+        """Whether they are sampled on NDIF."""
+        ...
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code of the checkpoint runs."""
+        ...
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Ready responses, or requests to sample them."""
@@ -84,7 +148,7 @@ def _is_local(source: str | list[Any]) -> bool:
     return isinstance(source, list) or source == TESTBED or Path(source).exists()
 
 
-def _is_embedded(config: AnalyzeConfig, model: LanguageModel) -> bool:
+def _is_embedded(config: InputSettings, model: LanguageModel) -> bool:
     """Whether the model is an embedded one, or was trained from one and has its vocabulary."""
     if config.model.startswith("testbed/"):
         return True
@@ -110,7 +174,7 @@ def _warn_about_unknown_tokens(model: LanguageModel, sequences: Iterable[Sequenc
 
 
 def gather_inputs(
-    config: AnalyzeConfig,
+    config: InputSettings,
     model: LanguageModel,
     prompts: str | list[Any] | None = None,
     responses: str | list[Any] | None = None,

@@ -36,7 +36,7 @@ from internal_policy.analysis.finished import (
 )
 from internal_policy.analysis.group_capture import measure_groups
 from internal_policy.analysis.heads import measure_heads
-from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
+from internal_policy.analysis.inputs import Inputs, InputSettings, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
     MEMORY_ADVICE,
@@ -255,7 +255,7 @@ def _run(
     if state.on_main(begin) and state.is_main_process:
         logger.warning("%s: resuming an unfinished analysis", directory)
     with limit_threads(model):
-        analysed = _generate(config, extractor, inputs, workspace, state)
+        analysed = sample_responses(config, extractor, inputs, workspace, state)
         captured = _capture(config, extractor, analysed, workspace, state)
 
     def assemble() -> None:
@@ -296,9 +296,10 @@ def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooke
     return identity
 
 
-def _generate(
-    config: AnalyzeConfig, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
+def sample_responses(
+    config: InputSettings, extractor: Extractor, inputs: Inputs, workspace: Workspace, state: Processes
 ) -> list[Response]:
+    """Sample the responses that the inputs ask for, batch by batch in the workspace, or return those that are ready."""
     if not inputs.requests:
         return inputs.responses
     requests = inputs.requests

@@ -15,11 +15,11 @@ from internal_policy.utils.shell import figure_name
 
 @dataclass(frozen=True, kw_only=True)
 class FiguresCommand(ConsoleOptions):
-    """Redraw the figures of analyses, training runs, evaluations and inspections from disk, without a model."""
+    """Redraw the figures of analyses, training runs, evaluations, inspections and interventions, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, train, evaluate or inspect wrote, also mixed; a directory of several includes all of
-    them."""
+    """What analyze, train, evaluate, inspect, ablate or patch wrote, also mixed; a directory of several includes all
+    of them."""
     output: Path = FIGURES
     """Directory for the figures."""
 
@@ -27,11 +27,13 @@ class FiguresCommand(ConsoleOptions):
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from internal_policy.analysis.sources import collect_analyses
         from internal_policy.bupo.run import Run
-        from internal_policy.cli import analyze, evaluate, inspect, train
+        from internal_policy.cli import ablate, analyze, evaluate, inspect, patch, train
         from internal_policy.cli.compare import redraw_command
         from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
         from internal_policy.inspection.results import INSPECTION, Inspection
+        from internal_policy.interventions.patching_results import PATCHING, Patching
+        from internal_policy.interventions.results import ABLATION, Ablation
         from internal_policy.utils.console import say
 
         kinds = [(kind_of(path), path) for path in map(expanded, self.directories)]
@@ -45,6 +47,8 @@ class FiguresCommand(ConsoleOptions):
         looks = [
             Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)
         ]
+        ablations = [Ablation.load(each) for kind, path in kinds if kind == "ablation" for each in ABLATION.below(path)]
+        patchings = [Patching.load(each) for kind, path in kinds if kind == "patching" for each in PATCHING.below(path)]
         if compared := next((path for kind, path in kinds if kind == "comparison"), None):
             raise UserError(
                 f"{compared}: a comparison is drawn from its analyses; draw it by {redraw_command(compared)}"
@@ -61,4 +65,8 @@ class FiguresCommand(ConsoleOptions):
             evaluate.draw(evaluations, root)
         for look in looks:
             inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
+        for ablation in ablations:
+            ablate.draw_ablation(ablation, root / figure_name([((ablation.path or root).resolve().name, "policy")]))
+        for patching in patchings:
+            patch.draw_patching(patching, root / figure_name([((patching.path or root).resolve().name, "policy")]))
         print_json({"command": "figures"})

@@ -25,6 +25,8 @@ COMMANDS = {
     "evaluate": "EvaluateCommand",
     "compare": "CompareCommand",
     "inspect": "InspectCommand",
+    "ablate": "AblateCommand",
+    "patch": "PatchCommand",
     "models": "ModelsCommand",
     "report": "ReportCommand",
     "figures": "FiguresCommand",

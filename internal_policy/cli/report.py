@@ -131,7 +131,7 @@ def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
 
 
 def kind_of(directory: Path) -> str:
-    """Find out what kind of result a directory contains: run, analysis, evaluation, inspection or comparison.
+    """Find out what kind of result a directory contains: ``run``, ``analysis``, ``evaluation`` and so on.
 
     A run also contains evaluations, and perhaps an analysis.
 
@@ -156,6 +156,8 @@ _DEPTHS = {
     "evaluation": ("", "*/", "*/*/"),
     "inspection": ("", "*/"),
     "comparison": ("", "*/"),
+    "ablation": ("", "*/"),
+    "patching": ("", "*/"),
 }
 
 
@@ -172,8 +174,9 @@ def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
         if kind == "run":
             return [Run.load(directory)]
         if kind not in found:
+            article = "an" if kind[0] in "aeiou" else "a"
             raise UserError(
-                f"{directory}: holds an {kind}, of which there is no report; its figures are drawn by "
+                f"{directory}: holds {article} {kind}, of which there is no report; its figures are drawn by "
                 "internal-policy figures"
             )
     return [

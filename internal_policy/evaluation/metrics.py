@@ -13,10 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from internal_policy import statistics
-from internal_policy.statistics import Floats
+from internal_policy.statistics import Floats, rate_interval
 from internal_policy.utils.errors import UserError
-
-LEVEL = 0.95
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -71,54 +69,6 @@ def pass_at_k_each(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
     return values
 
 
-def interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """95% interval for the mean over problems of a rate.
-
-    It is `statistics.confidence_interval` with each problem as a cluster, widened if nearly all problems are at 0 or 1,
-    as on a benchmark that is too hard or too easy: the observed rates hardly vary there, and an interval from their
-    spread alone hardly ever covers the truth. A kind of problem that makes up a share q of all is missing among P of
-    them with probability (1-q)^P, so there may be up to u = 1 - 0.05^(1/P) (the "rule of three", 3/P) of such problems,
-    with any rate: the interval reaches at least a share u of the way from the mean to 0 and to 1. With some 30 problems
-    or more it covers at least 93% (tested by simulation).
-
-    Args:
-        values: rates, [P, K], a row per problem.
-
-    Returns:
-        lower and upper ends, [K] each, from 0 to 1; NaN with fewer than two problems.
-    """
-    rates = np.asarray(values, dtype=np.float64)
-    low, high = statistics.confidence_interval(rates, np.ones(len(rates)), level=LEVEL)
-    mean, unseen = rates.mean(axis=0), unseen_share(len(rates))
-    # minimum and maximum keep the NaN of a single problem.
-    low, high = np.minimum(low, mean - unseen * mean), np.maximum(high, mean + unseen * (1 - mean))
-    return np.clip(low, 0, 1), np.clip(high, 0, 1)
-
-
-def difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """95% interval for the mean over problems of paired differences of rates.
-
-    It is `statistics.confidence_interval` with each problem as a cluster. If no problem differs at all, that would be a
-    point; the interval then reaches as far as problems that differ may be missing (see `interval`). It covers at least
-    93% if some ten problems differ; if both models solve nearly everything it is too short.
-
-    Args:
-        differences: [P, K], a row per problem.
-
-    Returns:
-        lower and upper ends, [K] each, from -1 to 1; NaN with fewer than two problems.
-    """
-    d = np.asarray(differences, dtype=np.float64)
-    low, high = statistics.confidence_interval(d, np.ones(len(d)), level=LEVEL)
-    unseen = np.where(np.isnan(low) | (d != 0).any(axis=0), 0.0, unseen_share(len(d)))
-    return np.clip(low - unseen, -1, 1), np.clip(high + unseen, -1, 1)
-
-
-def unseen_share(n: int) -> float:
-    """Return the largest share (about 3/n) of a kind of problem that n problems lack with probability 5%."""
-    return float(-np.expm1(np.log1p(-LEVEL) / n))
-
-
 def average(problems: pd.DataFrame) -> dict[str, float]:
     """Compute Avg@K, the mean over problems of the share of their K samples that are correct (the paper's pass@1).
 
@@ -130,7 +80,7 @@ def average(problems: pd.DataFrame) -> dict[str, float]:
     """
     shares = (problems["correct"] / problems["n"]).to_numpy(dtype=np.float64)[:, None]
     mean, stderr = statistics.clustered_mean(shares, np.ones(len(shares)))
-    low, high = interval(shares)
+    low, high = rate_interval(shares)
     return {"mean": float(mean[0]), "stderr": float(stderr[0]), "low": float(low[0]), "high": float(high[0])}
 
 
@@ -150,5 +100,5 @@ def pass_table(problems: pd.DataFrame, ks: Sequence[int]) -> pd.DataFrame:
         A row per K: k, value, low and high (95% interval over problems); 0 to 1.
     """
     values = pass_values(problems, ks)
-    low, high = interval(values)
+    low, high = rate_interval(values)
     return pd.DataFrame({"k": list(ks), "value": values.mean(axis=0), "low": low, "high": high})

@@ -84,7 +84,7 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
     _require_same_problems(a, b)
     d = _rates(a) - _rates(b)
     mean, stderr = statistics.clustered_mean(d[:, None], np.ones(len(d)))
-    low, high = metrics.difference_interval(d[:, None])
+    low, high = statistics.rate_difference_interval(d[:, None])
     differing = {
         **{n: (a.config.get(n), b.config.get(n)) for n in _SETTINGS if a.config.get(n) != b.config.get(n)},
         # The dtype and device that were used, not those asked for: "auto" depends on the machine.
@@ -160,7 +160,7 @@ def _pass_differences(a: Evaluation, b: Evaluation) -> pd.DataFrame:
     if not ks:
         return pd.DataFrame(columns=columns)
     first, second = metrics.pass_values(a.problems, ks), metrics.pass_values(b.problems, ks)
-    low, high = metrics.difference_interval(first - second)
+    low, high = statistics.rate_difference_interval(first - second)
     means = (first.mean(axis=0), second.mean(axis=0), (first - second).mean(axis=0))
     return pd.DataFrame(dict(zip(columns, (ks, *means, low, high), strict=True)))
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -143,16 +141,7 @@ class Inspection:
             The name if it is free or holds the same inspection, which is then replaced; else the name with the first
             number from 2 for which this is true.
         """
-        mine = json.loads(json.dumps({"model": self.model, "config": self.config}))
-        for number in itertools.count(1):
-            numbered = name if number == 1 else f"{name}-{number}"
-            try:
-                manifest = json.loads((root / numbered / MANIFEST).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                break
-            if all(manifest.get(key) == value for key, value in mine.items()):
-                break
-        return numbered
+        return INSPECTION.free_name(root, name, {"model": self.model, "config": self.config})
 
     @classmethod
     def load(cls, directory: str | Path) -> Inspection:

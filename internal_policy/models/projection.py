@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_divergences, policy_entropies
+from internal_policy.entropy import (
+    DEFAULT_MEMORY_BUDGET,
+    PolicyChanges,
+    policy_changes,
+    policy_divergences,
+    policy_entropies,
+)
 from internal_policy.models import devices
 from internal_policy.models.families import Family
 from internal_policy.models.options import Lens
@@ -75,6 +81,26 @@ class Projection:
             self.bias,
             sums=sums,
             lengths=lengths,
+            scale=self.scale,
+            softcap=self.softcap,
+            memory_budget=self.memory_budget,
+        )
+
+    def changes(self, states: Sequence[Tensor], targets: Tensor) -> PolicyChanges:
+        """Compare the policies of several states with that of the first; see ``policy_changes``.
+
+        Args:
+            states: S states of the same N positions, [N, d] each.
+            targets: [N] token ids whose log-probabilities are read.
+
+        Returns:
+            Divergences, entropies and log-probabilities [S, N], nats, and the most probable tokens [S, N].
+        """
+        return policy_changes(
+            [s.to(self.weight.device) for s in states],
+            targets.to(self.weight.device),
+            self.weight,
+            self.bias,
             scale=self.scale,
             softcap=self.softcap,
             memory_budget=self.memory_budget,

@@ -17,10 +17,12 @@ from internal_policy.utils.imports import lazy_names
 if TYPE_CHECKING:
     from internal_policy.plotting.analysis import *  # noqa: F403
     from internal_policy.plotting.comparison import *  # noqa: F403
+    from internal_policy.plotting.depth import *  # noqa: F403
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
+    from internal_policy.plotting.interventions import *  # noqa: F403
     from internal_policy.plotting.parts import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
+    "accuracy_over_depth": "depth",
+    "accuracy_over_depth_data": "depth",
+    "ablation_bars": "interventions",
+    "ablation_data": "interventions",
+    "ablation_map": "interventions",
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
     "change_parts": "parts",
@@ -55,10 +62,15 @@ _HOME = {
     "layer_differences": "comparison",
     "layer_divergences": "divergences",
     "layer_lines": "comparison",
+    "layer_accuracy": "depth",
+    "layer_accuracy_data": "depth",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_accuracy_over_depth": "depth",
+    "patching_data": "interventions",
+    "patching_map": "interventions",
     "plot_change_parts": "parts",
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
@@ -74,12 +86,15 @@ _HOME = {
     "policy_entropy_curves": "training",
     "residual_cosine": "analysis",
     "residual_cosine_data": "analysis",
+    "save_ablation_figures": "interventions",
     "save_analysis_figures": "analysis",
     "save_comparison_figures": "comparison",
+    "save_depth_figures": "depth",
     "save_divergence_figures": "divergences",
     "save_evaluation_figures": "evaluation",
     "save_figure": "style",
     "save_inspection_figures": "inspection",
+    "save_patching_figures": "interventions",
     "save_study": "study",
     "save_training_figures": "training",
     "stage_sketch": "analysis",

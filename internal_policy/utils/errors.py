@@ -12,7 +12,7 @@ HTTP_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
 """They are never imported: the hub's client depends on one of them, and their exceptions share no class."""
 _PANIC = "PanicException"
 """What tokenizers and safetensors raise if their Rust code panics; it is not a subclass of ``Exception``."""
-_PLURALS = {"analysis": "analyses", "process": "processes"}
+_PLURALS = {"analysis": "analyses", "process": "processes", "recovery": "recoveries"}
 
 
 class UserError(Exception):

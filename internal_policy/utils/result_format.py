@@ -12,6 +12,7 @@ Unfinished results are in ``workspace``.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +86,29 @@ class ResultFormat:
         raise UserError(
             f"{directory}: no finished {self.name} here (no {self.manifest}); run internal-policy {self.command} first"
         )
+
+    def free_name(self, root: Path, name: str, fields: Mapping[str, Any]) -> str:
+        """Choose the name of a directory below `root` that holds no other result.
+
+        Args:
+            root: the parent directory.
+            name: the preferred name.
+            fields: fields of the manifest by which the same result is recognised.
+
+        Returns:
+            The name if it is free or holds the same result, which is then replaced; else the name with the first number
+            from 2 for which this is true.
+        """
+        mine = json.loads(json.dumps(fields))
+        for number in itertools.count(1):
+            numbered = name if number == 1 else f"{name}-{number}"
+            try:
+                manifest = json.loads((root / numbered / self.manifest).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                break
+            if all(manifest.get(key) == value for key, value in mine.items()):
+                break
+        return numbered
 
     @contextmanager
     def reading(self, source: Path) -> Iterator[dict[str, Any]]:

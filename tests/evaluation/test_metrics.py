@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from synthetic_evaluations import evaluation_of_counts, exact
 
-from internal_policy import UserError
+from internal_policy import UserError, statistics
 from internal_policy.evaluation import compare, metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.paired_tests import sign_flip_test
@@ -64,7 +64,7 @@ def test_interval_coverage_with_nearly_constant_outcomes(shape, n, k):
     rng = np.random.default_rng(0)
     truth = np.mean(1 - (1 - rng.beta(*shape, size=400_000)) ** k)
     values = [metrics.pass_at_k_each(np.full(40, n), rng.binomial(n, rng.beta(*shape, size=40)), k) for _ in range(600)]
-    low, high = metrics.interval(np.transpose(values))
+    low, high = statistics.rate_interval(np.transpose(values))
     assert np.mean((low <= truth) & (truth <= high)) >= 0.93
     assert np.all((low >= 0) & (high <= 1))
 
@@ -79,9 +79,9 @@ def test_paired_differences_are_covered_and_have_shorter_intervals():
     one, other = draw(400_000)
     truth = np.mean(other - one)
     before, after = np.transpose([[rng.binomial(16, p) / 16 for p in draw(40)] for _ in range(1000)], (1, 2, 0))
-    low, high = metrics.difference_interval(after - before)
+    low, high = statistics.rate_difference_interval(after - before)
     assert np.mean((low <= truth) & (truth <= high)) >= 0.93
-    alone = [np.subtract(*metrics.interval(v)) for v in (before, after)]
+    alone = [np.subtract(*statistics.rate_interval(v)) for v in (before, after)]
     assert np.mean(high - low) < 0.6 * np.mean(np.hypot(*alone))
 
 

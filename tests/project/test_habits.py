@@ -20,13 +20,16 @@ from plotting_fixtures import make_inspection, make_run
 from saved_results import save_one_of_each
 from synthetic_analyses import make, progressive, training
 from synthetic_evaluations import evaluation_of_counts
+from synthetic_interventions import make_ablation, make_patching
 
 import internal_policy
 from internal_policy import (
+    Ablation,
     Analysis,
     AnalysisComparison,
     Evaluation,
     Inspection,
+    Patching,
     Study,
     UserError,
     compare,
@@ -42,6 +45,7 @@ from internal_policy.plotting import (
     evaluation as evaluation_figures,
 )
 from internal_policy.plotting import inspection as inspection_figure
+from internal_policy.plotting import interventions as intervention_figures
 from internal_policy.plotting import parts as parts_figure
 from internal_policy.plotting import (
     training as training_figures,
@@ -67,7 +71,8 @@ def comparison(place):
 
 def test_every_result_is_loaded_only_by_its_class(place):
     kinds = {"analyses/007": Analysis, "comparison": AnalysisComparison, "evaluation": Evaluation}
-    for where, kind in {**kinds, "inspection": Inspection, "analyses": Study, STORED_RUN: Run}.items():
+    kinds |= {"inspection": Inspection, "ablation": Ablation, "patching": Patching, "analyses": Study, STORED_RUN: Run}
+    for where, kind in kinds.items():
         assert isinstance(kind.load(str(place / where)), kind)
         with pytest.raises(UserError):
             kind.load(place / "nowhere")
@@ -154,10 +159,15 @@ def drawings(comparison):
         **dict.fromkeys((comparison_figures.depth_overlay, comparison_figures.entropy_fall), (comparison,)),
         comparison_figures.layer_differences: (comparison,),
         comparison_figures.depth_differences: (other,),
+        **dict.fromkeys((intervention_figures.ablation_map, intervention_figures.ablation_bars), (make_ablation(),)),
+        intervention_figures.patching_map: (make_patching(),),
     }
 
 
-MODULES = (figures, parts_figure, training_figures, evaluation_figures, comparison_figures, inspection_figure)
+MODULES = (
+    *(figures, parts_figure, training_figures, evaluation_figures, comparison_figures, inspection_figure),
+    intervention_figures,
+)
 
 
 def public_figures():
@@ -224,6 +234,8 @@ def hostile(place):
     yield replace(evaluation_of_counts([3, 9, 16]), name=HOSTILE)
     yield replace(run, name=HOSTILE, layer_reason=HOSTILE, evaluation_paths={})
     yield replace(look, name=HOSTILE)
+    yield replace(make_ablation(), name=HOSTILE)
+    yield replace(make_patching(words=[HOSTILE, "<b>", "&lt;", "a"]), name=HOSTILE)
     yield replace(Analysis.load(place / "analyses" / "NA").selection, reason=HOSTILE)
     yield replace(Study.load(place), failures={HOSTILE: "why"})
 
@@ -263,6 +275,8 @@ def test_plain_reprs_are_short(place, comparison):
         Run.load(STORED_RUN),
         evaluation_of_counts([3]),
         make_inspection(3, 12, 5),
+        make_ablation(),
+        make_patching(),
     )
     for result in results:
         assert len(repr(result)) < 220

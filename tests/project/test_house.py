@@ -20,6 +20,7 @@ from internal_policy.bupo.config import TrainConfig
 from internal_policy.cli.parser import COMMANDS, command_class
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.inspection.config import InspectConfig
+from internal_policy.interventions.config import AblateConfig, PatchConfig
 from internal_policy.utils.options import options_of
 
 README = ROOT / "README.md"
@@ -132,7 +133,14 @@ def test_help_is_fast_and_loads_nothing_heavy(name):
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("analyze", AnalyzeConfig), ("evaluate", EvaluateConfig), ("inspect", InspectConfig), ("train", TrainConfig)],
+    [
+        ("analyze", AnalyzeConfig),
+        ("evaluate", EvaluateConfig),
+        ("inspect", InspectConfig),
+        ("ablate", AblateConfig),
+        ("patch", PatchConfig),
+        ("train", TrainConfig),
+    ],
 )
 def test_every_option_of_a_configuration_is_on_the_command_line(name, config):
     assert options_of(config).keys() <= options_of(command_class(name)).keys()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from saved_results import save_one_of_each
 from synthetic_run import make as make_run
 
-from internal_policy import Analysis, AnalysisComparison, Study, UserError
+from internal_policy import Ablation, Analysis, AnalysisComparison, Patching, Study, UserError
 from internal_policy.analysis.results import ANALYSIS
 from internal_policy.bupo import Run
 from internal_policy.evaluation import Evaluation
@@ -27,6 +27,8 @@ KINDS = {
     "comparison": AnalysisComparison,
     "evaluation": Evaluation,
     "inspection": Inspection,
+    "ablation": Ablation,
+    "patching": Patching,
     "run": Run,
     "analyses": Study,
 }

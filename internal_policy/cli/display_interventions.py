@@ -1,0 +1,92 @@
+"""Ablations and activation patching on the terminal."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.table import Table
+
+from internal_policy.cli.display import files_of, list_files
+from internal_policy.interventions.figure_data import TITLES, describe_how
+from internal_policy.interventions.patching_results import Patching
+from internal_policy.interventions.results import Ablation
+from internal_policy.utils.console import console as open_console
+from internal_policy.utils.console import few_prompts, number, percent_span, plus_minus, table
+from internal_policy.utils.errors import counted
+
+_MOST_ROWS = 60
+"""Interventions of a table; of more, those with the largest divergence are shown."""
+_BEST = 12
+
+
+def show_ablation(ablation: Ablation) -> None:
+    """Print an ablation on standard output."""
+    console = open_console()
+    console.print(effect_table(ablation))
+    clean = ablation.clean
+    line = f"without a change: H(π_θ) {clean['entropy']:.3f}, log-probability {clean['log_prob']:.3f}"
+    if "accuracy" in clean:
+        span = percent_span(clean["accuracy_low"], clean["accuracy_high"])
+        line += f", accuracy {100 * clean['accuracy']:.1f}% ({span})"
+    console.print(line)
+    if (few := few_prompts(ablation.n_prompts)) is not None:
+        console.print(few)
+    if ablation.path is not None:
+        list_files("ablation", files_of(ablation.path))
+
+
+def effect_table(ablation: Ablation) -> Table:
+    """Lay out the interventions, one row each, with standard errors."""
+    rows = ablation.table
+    shown = rows
+    if len(rows) > _MOST_ROWS:
+        shown = rows.loc[rows["kl"].nlargest(_MOST_ROWS).index.sort_values()]
+    several = len(set(rows["how"])) > 1
+    keys = [key for key in ablation.keys if key != "how" or several]
+    note = f"; the {_MOST_ROWS} of {len(rows)} with the largest KL" if len(rows) > _MOST_ROWS else ""
+    sampled = ("accuracy",) if "accuracy" in rows else ()
+    laid_out = table(
+        f"{ablation.name}: writes {describe_how(ablation)}; {counted(ablation.n_responses, 'response')}, "
+        f"{counted(ablation.n_tokens, 'token')}",
+        f"KL(π_θ || π_θ'), changes in nats; means over tokens ± standard error clustered by prompt{note}",
+        *(*(key.replace("_", " ") for key in keys), "KL", "ΔH", "Δ log p", "flips", *sampled),
+        left=("site", "how"),
+    )
+    for row in shown.to_dict("records"):
+        cells = [
+            f"{row['kl']:.3f}{plus_minus(row['kl_stderr'])}",
+            f"{row['entropy_change']:+.3f}{plus_minus(row['entropy_change_stderr'])}",
+            f"{row['log_prob_change']:+.3f}{plus_minus(row['log_prob_change_stderr'])}",
+            f"{100 * row['flips']:.1f}%",
+        ]
+        if sampled:
+            cells.append(f"{100 * row['accuracy']:.1f}%{plus_minus(100 * row['accuracy_stderr'], '.1f')}")
+        laid_out.add_row(*(_key(key, row[key]) for key in keys), *cells)
+    return laid_out
+
+
+def _key(name: str, value: object) -> str:
+    if name == "site":
+        return "+".join(TITLES.get(site, site) for site in str(value).split("+"))
+    return str(value) if isinstance(value, str) else str(int(str(value).partition(".")[0]))
+
+
+def show_patching(patching: Patching) -> None:
+    """Print what the states with the largest recoveries recover, on standard output."""
+    console = open_console()
+    metric, labels = patching.metric, patching.labels()
+    values: pd.DataFrame = patching.values  # noqa: PD011
+    best = values.loc[values["recovery"].abs().nlargest(_BEST).index]
+    laid_out = table(
+        f"{patching.name}: {patching.describe_metric()}, {metric['clean']:.3f} clean, {metric['corrupted']:.3f} "
+        "corrupted",
+        f"the {len(best)} largest of {len(values)} recoveries: 0 is nothing, 1 all of the difference",
+        *("layer", "site", "position", "token", "recovery"),
+        left=("site",),
+        fold=("token",),
+    )
+    for row in best.to_dict("records"):
+        cells = (str(row["layer"]), TITLES[row["site"]], str(row["position"]), labels[row["position"]])
+        laid_out.add_row(*cells, number(row["recovery"], "+.3f"))
+    console.print(laid_out)
+    if patching.path is not None:
+        list_files("patching", files_of(patching.path))

@@ -1,0 +1,116 @@
+"""The numbers in the figures of interventions, as tidy tables. Neither torch nor matplotlib is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from internal_policy.interventions.config import SITES
+from internal_policy.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from internal_policy.interventions.patching_results import Patching
+    from internal_policy.interventions.results import Ablation
+
+SHOWN = ("kl", "entropy_change", "log_prob_change", "flips", "accuracy_change")
+"""The quantities of a map, of which the last is there if responses were sampled."""
+_PARTS = ("head", "expert")
+
+
+def ablation_data(ablation: Ablation, quantities: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the numbers of the maps and bars of an ablation.
+
+    Args:
+        ablation: The ablation.
+        quantities: Which of kl, entropy_change, log_prob_change, flips, accuracy and accuracy_change; by default all
+            that a map shows.
+
+    Returns:
+        A row per intervention and quantity: the columns of ``ablation.keys``, name (what was changed there: ``ATTN``,
+        ``head 3``, ``FFN, mean``), quantity, value, low and high (95% interval).
+
+    Raises:
+        UserError: A quantity that there is not.
+    """
+    table = ablation.table
+    wanted = [q for q in SHOWN if q in table] if quantities is None else list(quantities)
+    if bad := [q for q in wanted if q not in table or q + "_low" not in table]:
+        known = ", ".join(name.removesuffix("_low") for name in table.columns if name.endswith("_low"))
+        raise UserError(f"quantity {bad[0]!r} is not in this ablation; needed is one of {known}")
+    names = _names(ablation)
+    frames = [
+        table[ablation.keys].assign(
+            name=names,
+            quantity=quantity,
+            value=table[quantity],
+            low=table[f"{quantity}_low"],
+            high=table[f"{quantity}_high"],
+        )
+        for quantity in wanted
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _names(ablation: Ablation) -> list[str]:
+    """What each intervention changed, without the layer."""
+    table = ablation.table
+    several = len(set(table["how"])) > 1
+    names = []
+    for row in table.to_dict("records"):
+        part = next((f"{part} {int(row[part])}" for part in _PARTS if part in row), None)
+        site = "+".join(TITLES.get(site, site) for site in str(row["site"]).split("+"))
+        names.append((part or site) + (f", {row['how']}" if several else ""))
+    return names
+
+
+TITLES = {"attn": "ATTN", "ffn": "FFN", "layer": "Layer"}
+"""What sites are called in figures."""
+
+
+def describe_how(ablation: Ablation) -> str:
+    """Say what was done to writes: ``set to zero``, ``set to zero or replaced by their mean``.
+
+    Args:
+        ablation: The ablation.
+
+    Returns:
+        A participle, or several.
+    """
+    alpha = ablation.config.get("alpha")
+    phrases = {
+        "zero": "set to zero",
+        "mean": "replaced by their mean",
+        "resample": "replaced by another response's",
+        "scale": f"times {alpha:g}" if alpha is not None else "scaled",
+    }
+    return " or ".join(phrases[how] for how in dict.fromkeys(ablation.table["how"]))
+
+
+def patching_data(patching: Patching, sites: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the numbers of the maps of activation patching.
+
+    Args:
+        patching: The result.
+        sites: Which of layer, attn and ffn; by default all that were patched.
+
+    Returns:
+        A row per layer, site and position: token (both where the prompts differ), value and recovery.
+
+    Raises:
+        UserError: A site that was not patched.
+    """
+    wanted = list(patching.sites) if sites is None else list(sites)
+    if bad := [site for site in wanted if site not in patching.sites]:
+        needed = patching.sites if bad[0] in SITES else SITES
+        raise UserError(f"site {bad[0]!r} was not patched; needed is one of {', '.join(needed)}")
+    values = patching.values  # noqa: PD011
+    rows = values[values["site"].isin(wanted)]
+    return rows.assign(token=rows["position"].map(patching.labels())).reset_index(drop=True)
+
+
+def recovery_reach(patching: Patching) -> float:
+    """The largest recovery in size, at least 1: the end of the colour scale of all maps."""
+    return max(1.0, float(np.nanmax(patching.values["recovery"].abs())))  # noqa: PD011

@@ -1,0 +1,86 @@
+"""The commands ablate and patch: what they print, write, draw and reuse."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from command_line import run, save
+from rich.console import Console
+from synthetic_interventions import make_ablation, make_patching
+from tiny import ragged_responses, tiny_model
+
+from internal_policy import Ablation, Patching
+from internal_policy.cli.display_interventions import effect_table, show_patching
+
+
+@pytest.fixture
+def place(tmp_path):
+    save(tiny_model("llama"), tmp_path / "model")
+    (tmp_path / "answers").mkdir()
+    lines = "".join(json.dumps(record) + "\n" for record in ragged_responses())
+    (tmp_path / "answers" / "responses.jsonl").write_text(lines)
+    return tmp_path
+
+
+def text_of(table, width=100):
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    return out.getvalue()
+
+
+@pytest.mark.slow
+def test_an_ablation_is_printed_written_and_reused(place):
+    words = ("ablate", "--model", "model", "--responses", "answers", "--layers", "2-3", "--how", "zero,mean")
+    done = run(*words, "-o", "out", cwd=place, code=0)
+    ablation = Ablation.load(place / "out")
+    first = ablation.table.iloc[0]
+    assert f"{first['kl']:.3f}±{first['kl_stderr']:.3f}" in done.stdout
+    assert "5 prompts only" in done.stdout
+    (drawn,) = (place / "out" / "figures").iterdir()
+    assert {path.name for path in drawn.glob("*.png")} == {
+        f"ablation_{name}.png" for name in ("map", "bars_attn", "bars_ffn")
+    }
+    assert "PNG" in str((drawn / "ablation_map.png").read_bytes()[:4])
+    again = run(*words, "-o", "out", "--json", cwd=place, code=0)
+    assert "already complete; nothing to do" in again.stderr
+    found = json.loads(again.stdout)["ablation"]
+    assert [row["kl"] for row in found["table"]] == pytest.approx(ablation.table["kl"].tolist())
+    # The responses of an ablation are those of another one.
+    run("ablate", "--model", "model", "--responses", ablation.path, "--layers", "1", "-o", "next", cwd=place, code=0)
+    assert Ablation.load(place / "next").n_tokens == ablation.n_tokens
+
+
+@pytest.mark.slow
+def test_a_patching_is_printed_written_and_numbered(place):
+    words = ("patch", "--model", "model", "--clean", "w3 w4 w5", "--corrupted", "w3 w9 w5", "--template", "plain")
+    done = run(*words, "--answer", "w7", "--wrong", "w8", "-o", "out", cwd=place, code=0)
+    assert "w4→w9" in done.stdout
+    # Another question about the same prompt has another directory, and the same one the same.
+    for answer, expected in (("w11", 2), ("w11", 2), ("w12", 3)):
+        done = run(*words, "--answer", answer, "--wrong", "w8", "-o", "out", "--json", cwd=place, code=0)
+        assert len(list((place / "out").glob("*/patching.json"))) == expected
+    found = json.loads(done.stdout)
+    patching = Patching.load(place / found["patching"]["path"])
+    assert [row["value"] for row in found["values"]] == pytest.approx(patching.values["value"].tolist())
+    assert patching.metric["answer_token"] == "w12"
+
+
+def test_tables_of_many_interventions_show_the_largest():
+    ablation = make_ablation(n_layers=10, heads=8, samples=True)
+    text = text_of(effect_table(ablation))
+    assert "the 60 of 80 with the largest KL" in " ".join(text.split())
+    smallest, largest = (ablation.table.loc[i] for i in (ablation.table["kl"].idxmin(), ablation.table["kl"].idxmax()))
+    assert f"{largest['kl']:.3f}±" in text
+    assert f"{smallest['kl']:.3f}±{smallest['kl_stderr']:.3f}" not in text
+    assert f"{100 * largest['accuracy']:.1f}%" in text
+
+
+def test_the_largest_recoveries_are_shown(capsys):
+    patching = make_patching()
+    show_patching(patching)
+    out = capsys.readouterr().out
+    best = patching.values.loc[patching.values["recovery"].abs().idxmax()]
+    assert f"{best['recovery']:+.3f}" in out
+    assert "logit of 22 less that of 21" in out

@@ -1,0 +1,140 @@
+"""Figures of interventions: what they draw, from disk too, and that they are legible."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from command_line import run
+from matplotlib.figure import Figure
+from plotting_fixtures import ODD, assert_legible
+from synthetic_interventions import make_ablation, make_patching
+
+from internal_policy import Ablation, Patching, UserError
+from internal_policy.interventions.figure_data import SHOWN, describe_how
+from internal_policy.plotting.interventions import (
+    ablation_bars,
+    ablation_data,
+    ablation_map,
+    patching_data,
+    patching_map,
+    save_ablation_figures,
+    save_patching_figures,
+)
+
+SLOW = ("many layers", "heads", "samples", "several ways")
+ABLATIONS = {
+    "eight layers": {},
+    "many layers": {"n_layers": 40, "sites": ("ffn",)},
+    "one": {"n_layers": 1, "sites": ("layer",)},
+    "several ways": {"sites": ("attn", "ffn", "layer"), "hows": ("zero", "scale", "resample")},
+    "heads": {"heads": 16, "n_layers": 12},
+    "samples": {"samples": True},
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in ABLATIONS])
+def test_ablation_figures_are_legible(case):
+    ablation = make_ablation(**ABLATIONS[case], name="organisation/some-model-14B-Instruct-2507")
+    assert_legible(ablation_map(ablation))
+    for site in set(ablation.table["site"]):
+        assert_legible(ablation_bars(ablation, site))
+
+
+@pytest.mark.parametrize("words", [("a", "=", "22", ","), ODD], ids=["short", "odd"])
+@pytest.mark.parametrize(("n_layers", "n_tokens"), [(8, 16), pytest.param(36, 40, marks=pytest.mark.slow), (2, 3)])
+def test_patching_maps_are_legible(n_layers, n_tokens, words):
+    assert_legible(patching_map(make_patching(n_layers, n_tokens, words)))
+
+
+def test_the_map_shows_every_value():
+    ablation = make_ablation(hows=("zero", "mean"), samples=True)
+    figure = ablation_map(ablation)
+    panels = [ax for ax in figure.axes if ax.get_ylabel() == "Layer"]
+    assert len(panels) == 5
+    for quantity, panel in zip(SHOWN, panels, strict=True):
+        own = ablation.table.sort_values("layer", kind="stable")[quantity].to_numpy().reshape(8, 4)
+        np.testing.assert_allclose(panel.collections[0].get_array().reshape(8, 4), own)
+    assert [tick.get_text() for tick in panels[0].get_xticklabels()] == [
+        "ATTN\nzero",
+        "FFN\nzero",
+        "ATTN\nmean",
+        "FFN\nmean",
+    ]
+    data = ablation_data(ablation, ["kl"])
+    assert data["name"].tolist()[:4] == ["ATTN, zero", "FFN, zero", "ATTN, mean", "FFN, mean"]
+    assert data[["value", "low", "high"]].to_numpy() == pytest.approx(
+        ablation.table[["kl", "kl_low", "kl_high"]].to_numpy()
+    )
+
+
+def test_bars_have_the_values_and_intervals():
+    ablation = make_ablation(hows=("zero", "mean"))
+    ax = Figure().add_subplot()
+    ablation_bars(ablation, "ffn", "kl", ax=ax)
+    for how, container in zip(("zero", "mean"), [c for c in ax.containers if hasattr(c, "patches")], strict=True):
+        rows = ablation.table[(ablation.table["site"] == "ffn") & (ablation.table["how"] == how)]
+        assert [bar.get_height() for bar in container.patches] == pytest.approx(rows["kl"].tolist())
+        ends = np.array([segment[:, 1] for segment in container.errorbar[2][0].get_segments()])
+        np.testing.assert_allclose(ends, rows[["kl_low", "kl_high"]].to_numpy())
+
+
+def test_of_many_heads_those_with_the_largest_divergence_are_drawn():
+    ablation = make_ablation(n_layers=6, heads=8)
+    ax = Figure().add_subplot()
+    ablation_bars(ablation, quantity="kl", ax=ax)
+    best = ablation.table.nlargest(24, "kl")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        f"{row['layer']}.{row['head']}" for row in best.to_dict("records")
+    ]
+
+
+def test_the_patching_map_shows_every_recovery():
+    patching = make_patching()
+    figure = patching_map(patching, ["attn", "layer"])
+    for site, panel in zip(("attn", "layer"), figure.axes, strict=False):
+        values = patching.values
+        own = values[values["site"] == site].sort_values(["layer", "position"])["recovery"]
+        np.testing.assert_allclose(panel.collections[0].get_array().ravel(), own)
+    assert figure.axes[1].get_xticklabels()[2].get_text() == "22→21"
+    assert patching_data(patching, ["ffn"])["token"].tolist()[2] == "22→21"
+
+
+def test_what_was_done_is_said_in_words():
+    assert describe_how(make_ablation()) == "set to zero"
+    assert describe_how(make_ablation(hows=("mean", "scale"))) == "replaced by their mean or times 0.5"
+
+
+def test_what_does_not_exist_is_refused():
+    ablation, patching = make_ablation(), make_patching()
+    with pytest.raises(UserError, match="quantity 'accuracy' is not in this ablation; needed is one of kl"):
+        ablation_data(ablation, ["accuracy"])
+    with pytest.raises(UserError, match="site 'layer' was not changed; needed is one of attn, ffn"):
+        ablation_bars(ablation, "layer")
+    with pytest.raises(UserError, match="got 1 axes in ax; needed are 4"):
+        ablation_map(ablation, ax=Figure().add_subplot())
+    with pytest.raises(UserError, match="site 'mlp' was not patched"):
+        patching_map(patching, "mlp")
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_from_disk(tmp_path):
+    ablation, patching = make_ablation(samples=True), make_patching()
+    ablation.save(tmp_path / "a" / "one")
+    patching.save(tmp_path / "p" / "one")
+    assert len(save_ablation_figures(Ablation.load(tmp_path / "a"), tmp_path / "first")) == 6
+    assert len(save_patching_figures(Patching.load(tmp_path / "p"), tmp_path / "first")) == 2
+    run("figures", "a", "p/one", "--output", "drawn", cwd=tmp_path, code=0)
+    for path in (tmp_path / "first").iterdir():
+        assert (tmp_path / "drawn" / "one" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_figures_and_results_need_no_torch():
+    code = (
+        "import sys, internal_policy.plotting.interventions, internal_policy.interventions.results;"
+        "import internal_policy.interventions.patching_results; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" not in loaded
