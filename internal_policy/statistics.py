@@ -98,6 +98,74 @@ def confidence_interval(
     return mean - t * stderr, mean + t * stderr
 
 
+def clustered_difference(
+    first: npt.ArrayLike,
+    n_first: npt.ArrayLike,
+    clusters_first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    n_second: npt.ArrayLike,
+    clusters_second: npt.ArrayLike,
+    level: float = 0.95,
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Compute the difference of two token means of each column, with an error that is clustered over both.
+
+    Clusters that have tokens on both sides pair them: what such a cluster has in common cancels. The linearised
+    residual of a cluster is that of the first mean less that of the second; without common clusters the variances add.
+    The interval is corrected as that of `confidence_interval`, and its degrees of freedom are at most Welch's.
+
+    Args:
+        first: means over the tokens of each part of the first side, [G, K]; NaN where not defined.
+        n_first: tokens behind each, [G].
+        clusters_first: integer label of the cluster of each, [G].
+        second: the same of the second side, [M, K].
+        n_second: tokens behind each, [M].
+        clusters_second: integer label of the cluster of each, [M].
+        level: confidence level, between 0 and 1.
+
+    Returns:
+        difference of the first mean from the second, its standard error, and the lower and upper end of its interval,
+        [K] each. With fewer than two clusters on a side the error and the ends are NaN.
+
+    Raises:
+        UserError: as `confidence_interval`.
+    """
+    from scipy.stats import t as scipy_t
+
+    if not 0.0 < level < 1.0:
+        raise UserError(f"level is {level}; a confidence level lies between 0 and 1, such as 0.95")
+    values = np.concatenate([np.asarray(v, dtype=np.float64) for v in (first, second)])
+    counts = [np.asarray(n, dtype=np.float64) for n in (n_first, n_second)]
+    clusters = np.concatenate([np.asarray(c) for c in (clusters_first, clusters_second)])
+    side = np.repeat([0, 1], [len(n) for n in counts])
+    parts = []
+    for which in (0, 1):
+        # The other side's parts have no tokens here, so that both have the same clusters in the same order.
+        sums, tokens = _cluster_totals(values, np.where(side == which, np.concatenate(counts), 0.0), clusters)
+        totals = tokens.sum(axis=0)
+        mean = _divide(sums.sum(axis=0), totals)
+        count = np.count_nonzero(tokens, axis=0).astype(np.float64)
+        residuals = sums - np.nan_to_num(mean) * tokens
+        # Each side has the factor of its own number of clusters.
+        scaled = _divide(residuals, totals * np.ones_like(tokens)) * np.sqrt(_divide(count, count - 1))
+        deleted = np.nan_to_num(_divide(residuals, totals - tokens)) * np.sqrt(_divide(count - 1, count))
+        parts.append((mean, count, scaled, deleted, tokens > 0))
+    (mean, n_a, scaled_a, deleted_a, in_a), (other, n_b, scaled_b, deleted_b, in_b) = parts
+    stderr = np.sqrt(((scaled_a - scaled_b) ** 2).sum(axis=0))
+    residuals = deleted_a - deleted_b
+    square = (residuals**2).sum(axis=0)
+    count = np.count_nonzero(in_a | in_b, axis=0).astype(np.float64)
+    spread = _divide((residuals**4).sum(axis=0), square**2) - 1 / np.maximum(count, 1)
+    own = [(deleted**2).sum(axis=0) for deleted in (deleted_a, deleted_b)]
+    welch = _divide((own[0] + own[1]) ** 2, _divide(own[0] ** 2, n_a - 1) + _divide(own[1] ** 2, n_b - 1))
+    most = np.fmin(np.where(welch > 0, welch, np.inf), np.maximum(count - 1, 1))
+    degrees = np.where(spread * most > 2, 2 / np.where(spread > 0, spread, 1.0), most)
+    reach = np.asarray(scipy_t.ppf((1 + level) / 2, degrees), dtype=np.float64) * np.sqrt(square)
+    unknown = (n_a < 2) | (n_b < 2)
+    stderr, reach = (np.where(unknown, np.nan, each) for each in (stderr, reach))
+    difference: Floats = mean - other
+    return difference, stderr, difference - reach, difference + reach
+
+
 def bootstrap_means(
     values: npt.ArrayLike,
     n_tokens: npt.ArrayLike,
@@ -168,6 +236,39 @@ def layer_table(responses: pd.DataFrame) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame(columns=columns)
     return pd.concat(tables)[columns].sort_values("layer", kind="stable", ignore_index=True)
+
+
+def difference_table(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate the difference of two means of every quantity, one row per layer and site.
+
+    Args:
+        first: as for `layer_table`, such as the means over one group of tokens.
+        second: the same of what it is compared with; a prompt that is in both is a pair.
+
+    Returns:
+        as `layer_table`: each quantity is the difference, first less second, with its `_stderr`, `_low` and `_high`
+        (`clustered_difference`); n_pairs, the number of prompts in both, instead of n_tokens.
+
+    Raises:
+        UserError: if a column is missing, or a response appears twice in one layer and site.
+    """
+    for table in (first, second):
+        _require_columns(table, ("response", "prompt", "layer", "site", "n_tokens", *QUANTITIES))
+    n_pairs = len(set(first["prompt"]) & set(second["prompt"]))
+    tables = []
+    for site in (site for site in SITES if all((t["site"] == site).any() for t in (first, second))):
+        differences: dict[str, object] = {}
+        for quantity in QUANTITIES:
+            layers, *one = _by_layer(first, site, quantity)
+            _, *other = _by_layer(second, site, quantity)
+            found = clustered_difference(one[0], one[1], one[2], other[0], other[1], other[2])
+            ends = (quantity, *(f"{quantity}_{end}" for end in ("stderr", "low", "high")))
+            differences |= {"layer": layers, "site": site, **dict(zip(ends, found, strict=True))}
+        tables.append(pd.DataFrame(differences | {"n_pairs": n_pairs}))
+    columns = ("layer", "site", *(q + end for q in QUANTITIES for end in ("", "_stderr", "_low", "_high")), "n_pairs")
+    if not tables:
+        return pd.DataFrame(columns=list(columns))
+    return pd.concat(tables)[list(columns)].sort_values("layer", kind="stable", ignore_index=True)
 
 
 def policy_entropy(responses: pd.DataFrame) -> dict[str, float]:

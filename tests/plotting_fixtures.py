@@ -28,7 +28,9 @@ class FakeAnalysis:
     lens: str = "policy"
     policy_entropy: dict = field(default_factory=lambda: {"mean": 0.31, "stderr": 0.04})
     baseline: pd.DataFrame | None = None
+    groupings: tuple[str, ...] = ()
     n_parameters: int | None = None
+    additions: dict = field(default_factory=dict)
 
 
 def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):

@@ -10,8 +10,10 @@ from internal_policy.statistics import (
     QUANTITIES,
     bootstrap_means,
     change_curves,
+    clustered_difference,
     clustered_mean,
     confidence_interval,
+    difference_table,
     layer_table,
     policy_entropy,
 )
@@ -252,3 +254,98 @@ def test_missing_columns_sites_and_duplicates_are_named():
         change_curves(frame, site="mlp")
     with pytest.raises(UserError, match="twice"):
         layer_table(pd.concat([frame, frame]))
+
+
+def difference_by_loops(sides):
+    """Difference of two token means and its error, from single tokens and their clusters, one cluster after another."""
+    means, parts = [values.mean() for values, _ in sides], {}
+    for sign, (values, clusters), mean in zip((1, -1), sides, means, strict=True):
+        n = len(set(clusters.tolist()))
+        for c in set(clusters.tolist()):
+            own = (values[clusters == c] - mean).sum() / values.size * np.sqrt(n / (n - 1))
+            parts[c] = parts.get(c, 0.0) + sign * own
+    return means[0] - means[1], np.sqrt(sum(part**2 for part in parts.values()))
+
+
+@pytest.mark.parametrize("common", ["all", "some", "none"])
+def test_a_difference_agrees_with_loops_over_tokens(common: str):
+    values, lengths = ragged(n_responses=40, n_columns=2)
+    clusters = {"all": np.tile(np.arange(20), 2), "some": np.arange(40) % 30, "none": np.arange(40)}[common]
+    given = [(values[part], lengths[part], clusters[part]) for part in (slice(20), slice(20, 40))]
+    difference, stderr, low, high = clustered_difference(*given[0], *given[1])
+    for column in range(2):
+        tokens = [(np.repeat(v[:, column], n), np.repeat(c, n)) for v, n, c in given]
+        found = difference[column], stderr[column]
+        assert found == pytest.approx(difference_by_loops(tokens), rel=1e-10)  # 10^4 float64 additions
+    assert ((low < difference) & (difference < high)).all()
+    one, other = (clustered_mean(*side) for side in given)
+    if common == "none":
+        # Independent means: the variances add.
+        assert stderr**2 == pytest.approx(one[1] ** 2 + other[1] ** 2, rel=1e-10)
+
+
+def test_what_a_prompt_has_in_common_cancels_in_a_difference():
+    values, lengths = ragged(n_responses=30, n_columns=1)
+    clusters = np.arange(30)
+    same = clustered_difference(values + 2.0, lengths, clusters, values, lengths, clusters)
+    assert np.concatenate(same) == pytest.approx([2.0, 0.0, 2.0, 2.0], abs=ROUNDING)
+    # As independent responses the same values give the root of twice the variance.
+    apart = clustered_difference(values + 2.0, lengths, clusters, values, lengths, clusters + 30)
+    assert apart[1] == pytest.approx(np.sqrt(2) * clustered_mean(values, lengths)[1], rel=1e-10)
+
+
+def test_a_difference_without_two_clusters_on_a_side_has_no_error():
+    values, lengths = ragged(n_responses=6, n_columns=2)
+    values[:, 1] = np.nan
+    one = clustered_difference(values[:5], lengths[:5], np.arange(5), values[5:], lengths[5:], np.array([0]))
+    assert np.isfinite(one[0][0])
+    assert np.isnan([end[0] for end in one[1:]]).all()
+    # A value that was not measured has no difference.
+    assert np.isnan([end[1] for end in one]).all()
+    with pytest.raises(UserError, match=r"level is 1\.5"):
+        clustered_difference(values, lengths, np.arange(6), values, lengths, np.arange(6), level=1.5)
+
+
+def test_the_table_of_differences_has_those_of_every_layer_and_site():
+    changes, lengths = ragged(n_responses=8, n_columns=3)
+    frame = responses_frame(changes, lengths, np.arange(8) // 2)
+    first, second = frame[frame["response"] < 5], frame[frame["response"] >= 3]
+    table = difference_table(first, second)
+    assert len(table) == 9
+    assert (table["n_pairs"] == 2).all()
+    one, other = (layer_table(each) for each in (first, second))
+    for name in QUANTITIES:
+        np.testing.assert_allclose(table[name], one[name] - other[name], rtol=0, atol=ROUNDING)
+    row = table[(table["layer"] == 2) & (table["site"] == "ffn")].iloc[0]
+    sides = [(changes[part, 1:2], lengths[part], np.arange(8)[part] // 2) for part in (slice(5), slice(3, 8))]
+    wanted = np.concatenate(clustered_difference(*sides[0], *sides[1]))
+    found = row[["change", "change_stderr", "change_low", "change_high"]].to_numpy(dtype=float)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)
+    with pytest.raises(UserError, match="lack the column"):
+        difference_table(first.drop(columns="change"), second)
+
+
+# The error of a coverage from 3000 simulations is 0.004, so the bounds are at least three of them
+# away from 0.95; with sixteen prompts a side may have only a few.
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_prompts", "least"), [(16, 0.92), (40, 0.935), (100, 0.935)])
+@pytest.mark.parametrize("overlap", ["all", "some", "none"])
+def test_intervals_of_differences_cover_the_truth(n_prompts: int, least: float, overlap: str):
+    generator = np.random.default_rng(n_prompts)
+    hits, total = 0, 3000
+    for _ in range(total):
+        prompts = np.arange(n_prompts)
+        chosen = generator.random(n_prompts)
+        sides = {
+            "all": (prompts, prompts),
+            "some": (prompts[chosen < 0.7], prompts[chosen > 0.2]),
+            "none": (prompts[chosen < 0.6], prompts[chosen >= 0.6]),
+        }[overlap]
+        hard = generator.normal(size=n_prompts)
+        given = []
+        for shift, own in zip((0.5, 0.0), sides, strict=True):
+            lengths = generator.integers(5, 120, own.size)
+            given += [(hard[own] + shift + 0.4 * generator.normal(size=own.size))[:, None], lengths, own]
+        _, _, low, high = clustered_difference(*given)
+        hits += low[0] <= 0.5 <= high[0]
+    assert least <= hits / total <= 0.975

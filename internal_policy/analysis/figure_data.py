@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 import pandas as pd
 
+from internal_policy.utils.errors import UserError
+
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
 
@@ -136,6 +138,37 @@ def stage_sketch_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _stage_rows)
 
 
+def divergence_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the figure of divergences.
+
+    Args:
+        analyses: One analysis, or one for each panel, measured with ``--divergences``.
+
+    Returns:
+        A row for each panel, quantity (kl_policy, kl_next, top1) and layer, with its `value`: nats, or a share of the
+        tokens.
+
+    Raises:
+        UserError: An analysis has no divergences.
+    """
+    return _stack(analyses, _divergence_rows)
+
+
+def divergence_matrix_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the heat map of divergences.
+
+    Args:
+        analyses: One analysis, or one for each panel, measured with ``--divergences``.
+
+    Returns:
+        A row for each panel, layer and other layer, with kl = KL(pi^layer || pi^other) in nats.
+
+    Raises:
+        UserError: An analysis has no divergences.
+    """
+    return _stack(analyses, lambda analysis: _addition(analysis, "divergence_matrix", "--divergences").copy())
+
+
 def _stack(given: OneOrMany[Analysis], rows: Callable[[Analysis], pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of every analysis under one another, with the panel (from 1), model and lens."""
     analyses = listed(given)
@@ -207,7 +240,30 @@ def _cosine_rows(analysis: Analysis) -> pd.DataFrame:
     return pd.concat([_site_rows(analysis, site, "cosine", "cosine") for site in SITE_LABELS], ignore_index=True)
 
 
-def require_some(analyses: Sequence[Analysis]) -> None:
+def _divergence_rows(analysis: Analysis) -> pd.DataFrame:
+    table = _addition(analysis, "divergences", "--divergences").sort_values("layer")
+    parts = [
+        pd.DataFrame(
+            {
+                "layer": table["layer"].to_numpy(dtype="int64"),
+                "quantity": quantity,
+                "value": table[quantity].to_numpy(dtype=float),
+                **{end: table[f"{quantity}_{end}"].to_numpy(dtype=float) for end in _ERRORS},
+            }
+        )
+        for quantity in ("kl_policy", "kl_next", "top1")
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _addition(analysis: Analysis, name: str, option: str) -> pd.DataFrame:
+    """Return the table of an addition, or say how it is measured."""
+    if name not in analysis.additions:
+        raise UserError(f"{analysis.name}: {name} was not measured; repeat the analysis with {option}, which adds it")
+    return analysis.additions[name]
+
+
+def require_some(analyses: Sequence[object]) -> None:
     """Refuse to draw nothing."""
     if not analyses:
         raise ValueError("Got no analysis; a figure needs at least one.")

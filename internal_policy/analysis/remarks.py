@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from internal_policy.analysis.results import Analysis
 from internal_policy.utils.console import plus_minus
 from internal_policy.utils.errors import counted
@@ -33,7 +35,34 @@ def remarks(analysis: Analysis) -> list[str]:
             f"{random['policy_entropy']['mean']:.4f} nats, ΔH FFN from {changes.min():+.3f} to {changes.max():+.3f}, "
             f"{'no boundary layer' if boundary is None else f'boundary layer {boundary}'}"
         )
+    if (table := analysis.additions.get("divergences")) is not None:
+        found.append(divergence_remark(table))
     return found
+
+
+def divergence_remark(table: pd.DataFrame) -> str:
+    """Say from which layer on the most probable token is mostly that of pi_theta.
+
+    Args:
+        table: ``divergences`` of an analysis.
+
+    Returns:
+        A sentence with the first layer from which on they agree on at least half of the tokens.
+    """
+    rows = table.sort_values("layer").set_index("layer")
+    below = rows.index[rows["top1"] < 0.5]
+    first = int(below.max()) + 1 if len(below) else 1
+    if first > len(rows):
+        last = rows.loc[len(rows)]
+        return (
+            f"not even the last layer shares the top token with π_θ in half of the tokens ({last['top1']:.0%}); "
+            f"KL(π_θ‖π^L) {last['kl_policy']:.3f} nats"
+        )
+    row, own = rows.loc[first], "from the first layer on" if first == 1 else f"from layer {first} on"
+    return (
+        f"{own} the top token is that of π_θ in at least half of the tokens ({row['top1']:.0%} there, with "
+        f"KL(π_θ‖π^l) {row['kl_policy']:.3f} nats)"
+    )
 
 
 def positions_line(positions: Mapping[str, Any]) -> str:

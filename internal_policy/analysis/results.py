@@ -19,6 +19,8 @@ from typing import Any
 import pandas as pd
 
 from internal_policy.analysis.layer_selection import Selection
+from internal_policy.analysis.token_groups import TokenGroups, group_tokens
+from internal_policy.analysis.token_labels import LABELS, GroupingName, LabelFunction
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat
@@ -155,6 +157,13 @@ class Analysis:
         chosen = "" if self.positions is None else f"{self.positions['analysed']} of "
         return f"{counted(self.n_responses, 'response')}, {chosen}{counted(self.n_tokens, 'token')}"
 
+    @property
+    def groupings(self) -> tuple[GroupingName, ...]:
+        """The groupings of tokens that were measured on all responses (--by), for `by`."""
+        groups = self.additions.get("groups")
+        measured = set() if groups is None else set(groups["grouping"])
+        return tuple(name for name in LABELS if name in measured)
+
     @cached_property
     def responses_digest(self) -> str:
         """16 hexadecimal digits: the same for the same ids with the same prompt lengths, in any order."""
@@ -186,6 +195,25 @@ class Analysis:
                 raise UserError(f"{name} is {asked!r}; needed is one of {', '.join(map(str, known))}")
         rows = self.layers[self.layers["site"] == site]
         return rows.set_index("layer")[value]
+
+    def by(self, labels: GroupingName | LabelFunction) -> TokenGroups:
+        """Divide the response tokens into groups, with every statistic of every layer and site for each.
+
+        Args:
+            labels: ``kind`` (digit, operator, word, format), ``position`` (decile of the response), ``correct`` (right
+                or wrong answer), ``policy-entropy`` (the 20% of tokens with the highest entropy of the final policy,
+                against the rest), or a function from a token's text, its index in the response (from 0) and the
+                response (a row of `sequences`) to the token's label, or None to leave it out.
+
+        Returns:
+            The groups: of all responses if they were measured (``by=("kind",)`` in ``analyze``) and for ``correct``,
+            otherwise of the first responses, whose tokens were kept; its `n_responses` and `note` say how many.
+
+        Raises:
+            UserError: an unknown name, no tokens were kept, no response has a reward, or positions were chosen at
+                random for a tolerance.
+        """
+        return group_tokens(self, labels)
 
     def save(self, directory: str | Path) -> Path:
         """Write the analysis to a directory; the manifest last.

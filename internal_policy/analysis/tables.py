@@ -85,6 +85,37 @@ def token_table(
     return _tidy(keys, values, policy, sort=["response", "token", "layer"])
 
 
+def group_table(
+    captured: Sequence[Arrays], responses: Sequence[Response], groupings: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """Means over the tokens of each response that are in each group.
+
+    Args:
+        captured: portions with ``layers`` [m, L, Q], ``policy`` [m, 2], and for each of these means its ``response``,
+            its ``grouping`` and ``group`` (by their places in `groupings`) and its ``n_tokens``, [m].
+        responses: all responses, in order.
+        groupings: the groups of each grouping.
+
+    Returns:
+        Columns as `response_table`, with grouping and group.
+    """
+    values, policy = (np.concatenate([c[name] for c in captured]) for name in ("layers", "policy"))
+    response, grouping, group, n_tokens = (
+        np.concatenate([c[name] for c in captured]) for name in ("response", "grouping", "group", "n_tokens")
+    )
+    names = list(groupings)
+    keys = pd.DataFrame(
+        {
+            "response": response,
+            "prompt": np.array(prompt_indices(responses))[response],
+            "grouping": [names[i] for i in grouping],
+            "group": [groupings[names[i]][j] for i, j in zip(grouping, group, strict=True)],
+            "n_tokens": n_tokens,
+        }
+    )
+    return _tidy(keys, values, policy, sort=["grouping", "response", "group", "layer"])
+
+
 def sequence_table(responses: Sequence[Response]) -> pd.DataFrame:
     """The responses, with columns prompt, response, input_ids, prompt_length, reward."""
     frame = pd.DataFrame([asdict(r) for r in responses])

@@ -268,11 +268,13 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3 and 12 into a directory below `root` that is named by the analyses, and list the files."""
+    """Draw figures 2, 3, 12 and those of additions into a directory below `root` that is named by the analyses."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
+    from internal_policy.plotting.divergences import save_divergence_figures
 
     directory = root / figure_name([(a.path.resolve().name if a.path else a.name, a.lens) for a in analyses])
     with writing(directory):
         paths = figures.save_analysis_figures(analyses, directory)
+        paths += save_divergence_figures(analyses, directory)
     list_files("figures", paths)

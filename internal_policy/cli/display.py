@@ -14,10 +14,12 @@ from rich.text import Text
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis
+from internal_policy.analysis.token_groups import TokenGroups
 from internal_policy.comparison.results import AnalysisComparison
 from internal_policy.comparison.tables import other_lenses_of, under_other_lenses
+from internal_policy.utils.console import MIN_WIDTH, few_prompts, number, plus_minus, table
 from internal_policy.utils.console import console as open_console
-from internal_policy.utils.console import few_prompts, number, plus_minus, table
+from internal_policy.utils.errors import counted
 from internal_policy.utils.output import note_files
 from internal_policy.utils.palette import BOUNDARY_SIGN, STAGES
 
@@ -40,6 +42,8 @@ def show_analysis(analysis: Analysis) -> None:
     console.print(Text(analysis.selection.agreement, style="yellow" if analysis.selection.disputed else ""))
     if (few := few_prompts(analysis.n_prompts)) is not None:
         console.print(few)
+    for name in analysis.groupings:
+        console.print(group_table(analysis.by(name)))
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 
@@ -67,6 +71,29 @@ def layer_table(analysis: Analysis) -> Table:
             Text(f"{STAGES[stage].sign} {stage}{sign}", style=STAGES[stage].terminal),
         )
     return table
+
+
+def group_table(groups: TokenGroups) -> Table:
+    """Lay out the groups of a grouping, one row each: their tokens, policy entropy, and the change by the FFN."""
+    layers = groups.exploration
+    over = f"mean over the {counted(len(layers), 'layer')} of exploration" if layers else "no layer of exploration"
+    shown = table(
+        f"{groups.name}: tokens by {groups.grouping}" + (f", {groups.note}" if groups.note else ""),
+        f"ΔH FFN: {over}; difference: from all other tokens; nats ± standard error clustered by prompt",
+        *("group", "tokens", "share", "H(π_θ)", "ΔH FFN", "difference"),
+        left=("group",),
+        min_width=MIN_WIDTH,
+    )
+    for row in groups.summary.to_dict("records"):
+        shown.add_row(
+            str(row["group"]),
+            str(row["n_tokens"]),
+            number(row["share"], ".1%"),
+            number(row["policy_entropy"]) + plus_minus(row["policy_entropy_stderr"]),
+            number(row["change"], "+.3f") + plus_minus(row["change_stderr"]),
+            number(row["difference"], "+.3f") + plus_minus(row["difference_stderr"]),
+        )
+    return shown
 
 
 def show_line(analysis: Analysis) -> None:

@@ -16,6 +16,9 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"})
 _SPACE, _BYTE = "▁", re.compile(r"<0x([0-9A-F]{2})>")
 _RUN = re.compile(f"([{''.join(_MARKS.values())}])\\1{{3,}}")
 _HALVES = re.compile("[\udc80-\udcff]+")
+_SHOWN_RUN = re.compile(f"([{''.join(_MARKS.values())}])×([4-9]|[1-9][0-9]+)")
+_SHOWN_CODE = re.compile(r"<U\+([0-9A-F]{4,6})>|<((?:[89A-F][0-9A-F])+)>")
+_CHARACTERS = {shown: character for character, shown in _MARKS.items()}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -31,6 +34,11 @@ _BYTES = _byte_alphabet()
 def texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     """Format each token id as a visible text that differs from others; ids may be beyond the vocabulary."""
     return {token_id: visible(_text(tokenizer, token_id)) or f"#{token_id}" for token_id in {int(i) for i in ids}}
+
+
+def raw_texts_of(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+    """Read the text of each token id; empty if it has none, with bytes that form no character as lone surrogates."""
+    return {token_id: _text(tokenizer, token_id) for token_id in {int(i) for i in ids}}
 
 
 def unknown_pieces(tokenizer: Any, text: str) -> list[str]:
@@ -78,3 +86,19 @@ def visible(text: str) -> str:
     # A combining mark would attach to whatever precedes the cell.
     shown = f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
     return _RUN.sub(lambda m: f"{m[1]}×{len(m[0])}", shown)
+
+
+def from_visible(shown: str) -> str:
+    """Read the text of a token from its visible form; bytes that form no character become lone surrogates.
+
+    The visible form of a few texts is also that of another: a ``·`` in a text reads as a space.
+    """
+
+    def character(match: re.Match[str]) -> str:
+        return chr(int(match[1], 16)) if match[1] else bytes.fromhex(match[2]).decode("utf-8", "surrogateescape")
+
+    if re.fullmatch(r"#[0-9]+", shown):
+        return ""
+    text = _SHOWN_RUN.sub(lambda m: m[1] * int(m[2]), shown.removeprefix("◌"))
+    text = "".join(_CHARACTERS.get(c, c) for c in text)
+    return _SHOWN_CODE.sub(character, text)

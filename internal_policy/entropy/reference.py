@@ -65,6 +65,23 @@ def policy_divergence(
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
+def top_tokens(states: Tensor, unembedding: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Most probable token of each policy, written out in float64.
+
+    A positive scale and a soft cap keep the order of the logits, so neither is an argument; with the cap, large logits
+    would be equal even in float64.
+
+    Args:
+        states: [N, d] states.
+        unembedding: [V, d] unembedding matrix E_u.
+        bias: [V] bias of the unembedding, if the model has one.
+
+    Returns:
+        [N] ids.
+    """
+    return _log_policy(states, unembedding, bias, 1.0, None).argmax(dim=-1)
+
+
 def token_log_probs(
     states: Tensor,
     targets: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from internal_policy.extractors.base import Batch, Extractor, LayerReduction, LayerStates, LogitReduction
 from internal_policy.extractors.hooks import HookExtractor, residual_hooks
-from internal_policy.extractors.reduce import QUANTITIES, Reducer, TokenValues, reduce_responses
+from internal_policy.extractors.reduce import QUANTITIES, PolicyReducer, Reducer, TokenValues, reduce_responses
 from internal_policy.extractors.verify import prove, verify
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LayerReduction",
     "LayerStates",
     "LogitReduction",
+    "PolicyReducer",
     "Reducer",
     "TokenValues",
     "prove",

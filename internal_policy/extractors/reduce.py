@@ -110,6 +110,33 @@ class Reducer:
         )
 
 
+class PolicyReducer(Reducer):
+    """Reduces each token to the entropy of the final policy: one projection, where a `Reducer` has several a layer."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        super().__init__(extractor, "policy")
+
+    def __call__(self, batch: Batch) -> TokenValues:
+        """Run one batch.
+
+        Args:
+            batch: the sequences and the n positions to analyse.
+
+        Returns:
+            ``policy`` [n, 1], the entropy of pi_theta in nats, and ``layers`` without a layer, [n, 0, Q].
+
+        Raises:
+            UserError: NaN or inf in the logits.
+
+        Source: arXiv 2512.19673v3, eq. 1.
+        """
+        reduce = partial(reduce_policy, n_layers=self.model.n_layers)
+        *_, found = self._extractor.run(batch, reduce)
+        values = TokenValues(np.zeros((len(found), 0, len(QUANTITIES)), np.float32), found.cpu().numpy())
+        self._refuse_non_finite(values)
+        return values
+
+
 def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
     """Whether the logits of H^l are the sum of those of its terms (eq. 4), up to float32 rounding.
 
@@ -254,6 +281,15 @@ def _reduce(
     return torch.stack([c.to(columns[0].device) for c in columns], dim=-1)
 
 
+def reduce_policy(group: Sequence[LayerStates], projection: Projection, *, n_layers: int) -> Tensor:
+    """Reduce consecutive layers to the entropy of pi_theta, [n, 1] float32; [n, 0] without layer L among them."""
+    last = group[-1]
+    if last.layer < n_layers:
+        return last.residual_out.new_empty((len(last.residual_out), 0), dtype=torch.float32)
+    parts = torch.split(last.residual_out, _POSITIONS)
+    return torch.cat([projection.entropy(projection.apply_final_norm(part))[:, None] for part in parts])
+
+
 def reduce_responses(
     reducer: Reducer,
     responses: Sequence[Response],
@@ -285,13 +321,29 @@ def _reduce_together(
     side: Literal["left", "right"],
     tokens: Sequence[NDArray[np.int64]],
 ) -> list[TokenValues]:
+    values = reducer(make_batch(responses, side, tokens))
+    ends = np.cumsum([len(chosen) for chosen in tokens])[:-1]
+    parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
+    return [TokenValues(layers, policy) for layers, policy in parts]
+
+
+def make_batch(
+    responses: Sequence[Response], side: Literal["left", "right"], tokens: Sequence[NDArray[np.int64]]
+) -> Batch:
+    """Pad responses to one length, and find the positions of their chosen tokens.
+
+    Args:
+        responses: the sequences.
+        side: the side of the padding.
+        tokens: indices of the chosen tokens of each response, from 0.
+
+    Returns:
+        The batch, whose positions follow the responses in order: those of the states that predict the tokens.
+    """
     ids, mask = pad([r.input_ids for r in responses], side)
     width = ids.shape[1]
     positions = []
     for row, (response, chosen) in enumerate(zip(responses, tokens, strict=True)):
         start = row * width + (width - len(response.input_ids) if side == "left" else 0)
         positions.append(start + response.prompt_length - 1 + chosen)
-    values = reducer(Batch(ids, mask, torch.from_numpy(np.concatenate(positions))))
-    ends = np.cumsum([len(p) for p in positions])[:-1]
-    parts = zip(np.split(values.layers, ends), np.split(values.policy, ends), strict=True)
-    return [TokenValues(layers, policy) for layers, policy in parts]
+    return Batch(ids, mask, torch.from_numpy(np.concatenate(positions)))

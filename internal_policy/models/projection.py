@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_entropies
+from internal_policy.entropy import DEFAULT_MEMORY_BUDGET, policy_divergences, policy_entropies
 from internal_policy.models import devices
 from internal_policy.models.families import Family
 from internal_policy.models.options import Lens
@@ -75,6 +75,24 @@ class Projection:
             self.bias,
             sums=sums,
             lengths=lengths,
+            scale=self.scale,
+            softcap=self.softcap,
+            memory_budget=self.memory_budget,
+        )
+
+    def divergences(self, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Divergences between all policies at each position, and their most probable tokens.
+
+        Args:
+            states: S states of the same N positions, [N, d] each.
+
+        Returns:
+            [N, S, S] nats, float32: entry [n, k, l] is KL(p_k || p_l); [N, S] ids. See ``policy_divergences``.
+        """
+        return policy_divergences(
+            [s.to(self.weight.device) for s in states],
+            self.weight,
+            self.bias,
             scale=self.scale,
             softcap=self.softcap,
             memory_budget=self.memory_budget,

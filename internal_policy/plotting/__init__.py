@@ -17,11 +17,13 @@ from internal_policy.utils.imports import lazy_names
 if TYPE_CHECKING:
     from internal_policy.plotting.analysis import *  # noqa: F403
     from internal_policy.plotting.comparison import *  # noqa: F403
+    from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
+    from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
 
 _HOME = {
@@ -29,30 +31,41 @@ _HOME = {
     "baseline_data": "analysis",
     "depth_differences": "comparison",
     "depth_overlay": "comparison",
+    "divergence_data": "divergences",
+    "divergence_matrix": "divergences",
+    "divergence_matrix_data": "divergences",
     "entropy_change": "analysis",
     "entropy_change_data": "analysis",
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "grouped_change": "token_groups",
+    "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
     "inspection_data": "inspection",
     "inspection_map": "inspection",
     "layer_differences": "comparison",
+    "layer_divergences": "divergences",
     "layer_lines": "comparison",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
+    "plot_layer_divergences": "divergences",
     "plot_pass_at_k": "evaluation",
     "plot_residual_cosine": "analysis",
+    "plot_top1_agreement": "divergences",
     "policy_entropy_curves": "training",
     "residual_cosine": "analysis",
     "residual_cosine_data": "analysis",
     "save_analysis_figures": "analysis",
     "save_comparison_figures": "comparison",
+    "save_divergence_figures": "divergences",
     "save_evaluation_figures": "evaluation",
     "save_figure": "style",
     "save_inspection_figures": "inspection",

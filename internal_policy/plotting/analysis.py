@@ -34,6 +34,7 @@ from internal_policy.analysis.figure_data import (
     stage_sketch_data,
 )
 from internal_policy.plotting import marks, style
+from internal_policy.plotting.token_groups import group_drawings
 from internal_policy.utils.palette import LOOKS, STAGES
 
 if TYPE_CHECKING:
@@ -326,7 +327,9 @@ def stage_sketch(
 
 
 def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> list[Path]:
-    """Write figs. 2, 3 and 12 as PNG and PDF. The same analyses give the same bytes.
+    """Write figs. 2, 3 and 12, and one for each grouping of tokens that was measured, as PNG and PDF.
+
+    The same analyses give the same bytes.
 
     Args:
         analyses: One analysis, or one for each model.
@@ -340,6 +343,7 @@ def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> lis
         "fig2_entropy_flow": partial(entropy_flow, given),
         "fig3_entropy_change": partial(entropy_change, given),
         "fig12_residual_cosine": partial(residual_cosine, given),
+        **group_drawings(given),
     }
     return style.save_figures(directory, drawings)
 

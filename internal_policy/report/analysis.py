@@ -17,7 +17,15 @@ from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis
 from internal_policy.comparison.convergence import Convergence, measure_convergence
 from internal_policy.report import reproduce
-from internal_policy.report.charts import Chart, change_chart, fall_chart, flow_chart
+from internal_policy.report.charts import (
+    Chart,
+    agreement_chart,
+    change_chart,
+    divergence_chart,
+    fall_chart,
+    flow_chart,
+    group_chart,
+)
 from internal_policy.report.page import clean, interval, number, render, settings_tables
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
@@ -51,7 +59,12 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
+    table = analysis.additions.get("divergences")
+    if table is not None:
+        own |= {"divergence": divergence_chart(table), "agreement": agreement_chart(table)}
     charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    groups = _groups(analysis)
+    charts.update({f"{key}-groups-{group['name']}": group["chart"] for group in groups})
     view = token_view(analysis)
     if view is not None:
         tokens[f"{key}-tokens"] = view["data"]
@@ -71,9 +84,11 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
         ],
         "charts": own,
         "rows": _layer_rows(analysis),
+        "divergences": None if table is None else _divergences(table, analysis.additions["divergence_matrix"]),
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
         "reason": convergence.reason,
+        "groups": groups,
         "tokens": view,
         "settings": settings_tables(analysis),
         "again": reproduce.analysis_commands(analysis),
@@ -186,6 +201,48 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
         }
         for layer, stage in enumerate(analysis.stages, start=1)
     ]
+
+
+def _groups(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return a chart and the rows of a table for each grouping of tokens that was measured on all responses."""
+    shown = []
+    for name in analysis.groupings:
+        groups = analysis.by(name)
+        rows = []
+        for row in groups.summary.to_dict("records"):
+            policy = groups.policy_entropy.set_index("group").loc[row["group"]]
+            span = interval(row["difference_low"], row["difference_high"], "+.3f")
+            rows.append(
+                {
+                    "group": row["group"],
+                    "tokens": f"{row['n_tokens']} ({number(row['share'], '.1%')})",
+                    "policy": {"value": number(policy["mean"]), "interval": interval(policy["low"], policy["high"])},
+                    "change": {"value": number(row["change"], "+.3f"), "interval": ""},
+                    "difference": {"value": number(row["difference"], "+.3f"), "interval": span},
+                }
+            )
+        shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
+    return shown
+
+
+def _divergences(table: pd.DataFrame, matrix: pd.DataFrame) -> dict[str, Any]:
+    """Return a row for each layer, and the divergences of all pairs of layers as rows of texts."""
+    columns = (("kl_policy", ".3f"), ("kl_next", ".3f"), ("top1", ".1%"))
+    rows = [
+        {
+            "layer": int(row["layer"]),
+            "cells": [
+                {"value": number(row[name], form), "interval": interval(row[f"{name}_low"], row[f"{name}_high"], form)}
+                for name, form in columns
+            ],
+        }
+        for row in table.sort_values("layer").to_dict("records")
+    ]
+    values = matrix.pivot_table(index="layer", columns="other", values="kl")
+    pairs = [
+        {"layer": int(layer), "cells": [number(value, ".2f") for value in values.loc[layer]]} for layer in values.index
+    ]
+    return {"rows": rows, "pairs": pairs}
 
 
 def token_view(analysis: Analysis) -> dict[str, Any] | None:

@@ -19,10 +19,13 @@ from internal_policy.utils import palette
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
+    from internal_policy.analysis.token_groups import TokenGroups
     from internal_policy.comparison.convergence import Convergence
 
 _MAX_NAME = 36
 """Characters of a name next to a value, so that a phone has room for both."""
+LEAST_DIVERGENCE = 1e-4
+"""Nats that a logarithmic axis shows at least; float32 resolves little less."""
 _MIN_WIDTH = 1.0
 """A line of fewer pixels has a thin sign in the key."""
 
@@ -239,6 +242,25 @@ def change_chart(analysis: Analysis) -> Chart:
     return chart
 
 
+def group_chart(groups: TokenGroups) -> Chart:
+    """Draw the entropy change that the FFN of each layer makes at the tokens of each group."""
+    what = f"Entropy change that the FFN makes over the layers, a line for each group of tokens by {groups.grouping}."
+    title = f"Entropy change by the FFN, tokens by {groups.grouping}"
+    chart = Chart(title, "Layer", "Entropy change (nats)", what)
+    chart.stages(groups.stages)
+    chart.level(0.0, dash="solid")
+    n, table = len(groups.groups), groups.layers[groups.layers["site"] == "ffn"]
+    ordered = groups.grouping == "position"
+    for index, group in enumerate(groups.groups):
+        rows = table[table["group"] == group]
+        drawn: dict[str, Any] = {"color": shade(index, n)} if ordered else series_look(index)
+        ends = (rows["change_low"], rows["change_high"])
+        # Bands of ten lines would hide them.
+        chart.curve(group, rows["layer"], rows["change"], ends, format="+.3f", band=not ordered, **drawn)
+    chart.layer_axis(groups.n_layers)
+    return chart
+
+
 def fall_chart(convergence: Convergence) -> Chart:
     """Draw how much of the drop has fallen by each relative depth."""
     what = "Share of the total drop of the entropy that has fallen by each relative depth."
@@ -251,6 +273,33 @@ def fall_chart(convergence: Convergence) -> Chart:
         x = [1 / convergence.n_layers, 1.0]
         chart.curve("even fall", x, [0.0, 1.0], markers=False, hover=False, **look("neutral"))
     chart.depth_axis()
+    return chart
+
+
+def divergence_chart(table: pd.DataFrame) -> Chart:
+    """Draw how far each layer's policy is from the final one and from the next; `table` is the addition's."""
+    what = "Divergence of each layer's policy from the final policy and from the policy of the next layer."
+    chart = Chart("Divergence", "Layer", "Divergence (nats)", what)
+    rows = table.sort_values("layer")
+    for name, column, key in (("KL(π_θ‖π^l)", "kl_policy", "policy"), ("KL(π^l‖π^(l+1))", "kl_next", "stream")):
+        # A logarithmic axis has no place for the divergence of a policy from itself.
+        known = rows[column] >= LEAST_DIVERGENCE
+        ends = rows[f"{column}_low"].clip(lower=LEAST_DIVERGENCE).where(known), rows[f"{column}_high"].where(known)
+        chart.curve(name, rows["layer"], rows[column].where(known), ends, **look(key))
+    chart.layer_axis(len(rows))
+    chart.figure.update_yaxes(type="log", dtick=1)
+    return chart
+
+
+def agreement_chart(table: pd.DataFrame) -> Chart:
+    """Draw in which share of the tokens a layer's policy has the top token of the final one."""
+    what = "Share of the tokens whose most probable token is the same under each layer's policy and the final one."
+    chart = Chart("Same top token as the final policy", "Layer", "Share of the tokens", what, single=True)
+    rows = table.sort_values("layer")
+    ends = rows["top1_low"], rows["top1_high"]
+    chart.curve("same top token", rows["layer"], rows["top1"], ends, format=".1%", unit="", **look("policy"))
+    chart.layer_axis(len(rows))
+    chart.figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     return chart
 
 

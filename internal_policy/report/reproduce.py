@@ -49,7 +49,8 @@ def analysis_commands(analysis: Analysis) -> Commands:
     Prompts or responses that were given from memory are read from where they are stored with the analysis, which gives
     the same numbers.
     """
-    config = analysis.config
+    # JSON has no tuples.
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in analysis.config.items()}
     options = {
         f.name: config[f.name]
         for f in fields(AnalyzeConfig)
