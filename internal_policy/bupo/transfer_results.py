@@ -23,8 +23,9 @@ SCHEMA_VERSION = 1
 MANIFEST = "transfer.json"
 TABLE = "transfer.csv"
 TRANSFER = ResultFormat("transfer", "transfers", "transfer", "measure", MANIFEST, SCHEMA_VERSION, (TABLE,))
-COLUMNS = ("layer", "cosine", "stderr", "low", "high", "across", "ceiling")
+COLUMNS = ("layer", "cosine", "stderr", "low", "high", "across", "ceiling", "own_ceiling")
 ALL = "all"
+_MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class TransferOptions(SamplingOptions):
     """Sequences in a batch."""
     reward: str | None = option(None, completions=("math", "exact"))
     """What scores a response: math, exact or module:function. Default: math, or exact for the embedded tasks."""
+    temperature: float = 1.0
+    """Sampling temperature, which also divides the logits of all policies, as in training."""
 
     def chosen_layers(self, n_layers: int) -> list[int]:
         """Read the layers, ascending.
@@ -75,11 +78,14 @@ class TransferConfig(TransferOptions, ModelOptions):
             object.__setattr__(self, "layers", listed)
         check_options(self)
         require_revision(self.revision)
-        if self.temperature != 1.0:
+        if not self.temperature > 0:
             raise UserError(
-                f"--temperature is {self.temperature}; needed is 1, at which the sampled policy is the one whose "
-                "gradient is taken"
+                f"--temperature is {self.temperature}; needed is a number above 0: the most probable tokens alone have "
+                "equal rewards, and so no gradient"
             )
+        if self.layers != ALL:
+            # Whether the model has them is known when it is loaded.
+            parse_layers(self.layers, _MOST_LAYERS)
 
     @property
     def slug(self) -> str:
@@ -135,7 +141,8 @@ class Transfer:
     table: pd.DataFrame
     """A row per layer: cosine of the two gradients over the parameters that both reach, its stderr over prompts, low
     and high (95% interval); across, the mean cosine of one's gradient on one half of the prompts with the other's on
-    the other half, which share no noise; and ceiling, that of GRPO's own gradients on the two halves."""
+    the other half, which share no noise; ceiling, the cosine of GRPO's own gradients on the two halves, and
+    own_ceiling, that of the alignment's."""
     n_prompts: int
     """Prompts."""
     n_informative: int
