@@ -32,13 +32,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.bupo.config import PAPER_PROMPTS
 from internal_policy.bupo.forward import internal_forward
 from internal_policy.bupo.gradients import Copy, Gradients, Rollout, backward, bootstrap_error, cosine, products
 from internal_policy.bupo.prompts import is_testbed
-from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer, TransferConfig
+from internal_policy.bupo.transfer_config import TransferConfig
+from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer
 from internal_policy.data.prompts import TESTBED, Prompt, read_prompts, render_all
 from internal_policy.data.responses import Response
 from internal_policy.evaluation.scoring import reward_name
@@ -283,9 +285,16 @@ def _sample(
     return workspace.run_stage("sample", lengths, size, sample_batch, description="sampling responses")
 
 
-def differ(rewards: Floats) -> Floats:
-    """Whether the responses to a prompt have different rewards, so that it has a gradient; [prompts] from [prompts, G]."""
-    found: Floats = (rewards != rewards[:, :1]).any(axis=1)
+def differ(rewards: Floats) -> NDArray[np.bool_]:
+    """Whether the responses to each prompt have different rewards, and so a gradient.
+
+    Args:
+        rewards: [prompts, responses to each].
+
+    Returns:
+        [prompts] of bool.
+    """
+    found: NDArray[np.bool_] = (rewards != rewards[:, :1]).any(axis=1)
     return found
 
 
@@ -377,9 +386,8 @@ def _row(own: Sequence[_Half], other: Sequence[_Half], layer: int, seed: int) ->
     mixed = [[product(a, b) for b in other] for a in own]
     whole = cosine(sum(map(sum, mixed)), sum(own_squares) + 2 * own_between, sum(squares) + 2 * between)
     across = [cosine(mixed[i][1 - i], own_squares[i], squares[1 - i]) for i in (0, 1)]
-    stderr = bootstrap_error(
-        *(np.concatenate([half.sketches[:, shared] for half in halves]) for halves in (own, other)), seed=seed
-    )
+    terms = [np.concatenate([half.sketches[:, shared] for half in halves]) for halves in (own, other)]
+    stderr = bootstrap_error(terms[0], terms[1], seed)
     low, high = np.clip([whole - 1.96 * stderr, whole + 1.96 * stderr], -1.0, 1.0)
     return {
         "cosine": whole,

@@ -10,8 +10,7 @@ gradients as its expectation. It is linear, so that the projection of one group 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +78,8 @@ class Gradients:
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._add))
+                hook = parameter.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
         except BaseException:
             self.__exit__()
             raise

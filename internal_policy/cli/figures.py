@@ -15,10 +15,10 @@ from internal_policy.utils.shell import figure_name
 
 @dataclass(frozen=True, kw_only=True)
 class FiguresCommand(ConsoleOptions):
-    """Redraw the figures of analyses, training runs, evaluations and inspections from disk, without a model."""
+    """Redraw the figures of analyses, runs, evaluations, inspections and transfers from disk, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, train, evaluate or inspect wrote, also mixed; a directory of several includes all of
+    """What analyze, train, evaluate, inspect or transfer wrote, also mixed; a directory of several includes all of
     them."""
     output: Path = FIGURES
     """Directory for the figures."""
@@ -27,7 +27,8 @@ class FiguresCommand(ConsoleOptions):
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from internal_policy.analysis.sources import collect_analyses
         from internal_policy.bupo.run import Run
-        from internal_policy.cli import analyze, evaluate, inspect, train
+        from internal_policy.bupo.transfer_results import TRANSFER, Transfer
+        from internal_policy.cli import analyze, evaluate, inspect, train, transfer
         from internal_policy.cli.compare import redraw_command
         from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
@@ -45,6 +46,7 @@ class FiguresCommand(ConsoleOptions):
         looks = [
             Inspection.load(each) for kind, path in kinds if kind == "inspection" for each in INSPECTION.below(path)
         ]
+        transfers = [Transfer.load(each) for kind, path in kinds if kind == "transfer" for each in TRANSFER.below(path)]
         if compared := next((path for kind, path in kinds if kind == "comparison"), None):
             raise UserError(
                 f"{compared}: a comparison is drawn from its analyses; draw it by {redraw_command(compared)}"
@@ -61,4 +63,6 @@ class FiguresCommand(ConsoleOptions):
             evaluate.draw(evaluations, root)
         for look in looks:
             inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
+        if transfers:
+            transfer.draw(transfers, root)
         print_json({"command": "figures"})

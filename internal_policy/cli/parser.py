@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "EvaluateCommand",
     "compare": "CompareCommand",
     "inspect": "InspectCommand",
+    "transfer": "TransferCommand",
     "models": "ModelsCommand",
     "report": "ReportCommand",
     "figures": "FiguresCommand",

@@ -131,7 +131,7 @@ def show_and_report(analysis: Analysis, *, keep: bool = False) -> None:
 
 
 def kind_of(directory: Path) -> str:
-    """Find out what kind of result a directory contains: run, analysis, evaluation, inspection or comparison.
+    """Find out what a directory contains: run, analysis, evaluation, inspection, comparison or transfer.
 
     A run also contains evaluations, and perhaps an analysis.
 
@@ -156,6 +156,7 @@ _DEPTHS = {
     "evaluation": ("", "*/", "*/*/"),
     "inspection": ("", "*/"),
     "comparison": ("", "*/"),
+    "transfer": ("", "*/"),
 }
 
 
@@ -173,8 +174,8 @@ def _read(directory: Path) -> list[Analysis | AnalysisComparison | Run]:
             return [Run.load(directory)]
         if kind not in found:
             raise UserError(
-                f"{directory}: holds an {kind}, of which there is no report; its figures are drawn by "
-                "internal-policy figures"
+                f"{directory}: holds {'a' if kind == 'transfer' else 'an'} {kind}, of which there is no report; its "
+                "figures are drawn by internal-policy figures"
             )
     return [
         *(Analysis.load(path) for path in found["analysis"]),

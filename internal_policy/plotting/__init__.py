@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.style import save_figure as save_figure
     from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
+    from internal_policy.plotting.transfer import *  # noqa: F403
 
 _HOME = {
     "alignment_dynamics": "training",
@@ -47,6 +48,7 @@ _HOME = {
     "layer_differences": "comparison",
     "layer_divergences": "divergences",
     "layer_lines": "comparison",
+    "layer_transfer": "transfer",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
@@ -57,6 +59,7 @@ _HOME = {
     "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",
+    "plot_layer_transfer": "transfer",
     "plot_pass_at_k": "evaluation",
     "plot_residual_cosine": "analysis",
     "plot_top1_agreement": "divergences",
@@ -71,10 +74,12 @@ _HOME = {
     "save_inspection_figures": "inspection",
     "save_study": "study",
     "save_training_figures": "training",
+    "save_transfer_figures": "transfer",
     "stage_sketch": "analysis",
     "stage_sketch_data": "analysis",
     "training_curves": "training",
     "training_curves_data": "training",
+    "transfer_data": "transfer",
 }
 
 __all__ = sorted(_HOME)
