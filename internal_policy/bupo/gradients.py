@@ -237,7 +237,7 @@ def objective(model: LanguageModel, rollouts: Sequence[Rollout], *, temperature:
 
     Source: arXiv 2512.19673v3, eqs. 3 and 9, at a ratio of 1.
     """
-    ids, mask = pad([r.response.input_ids for r in rollouts], "right")
+    ids, _ = pad([r.response.input_ids for r in rollouts], "right")
     weights = torch.zeros(ids.shape, dtype=torch.float64)
     for row, rollout in enumerate(rollouts):
         response = rollout.response
@@ -245,7 +245,9 @@ def objective(model: LanguageModel, rollouts: Sequence[Rollout], *, temperature:
         weights[row, response.prompt_length - 1 : len(response.input_ids) - 1] = rollout.advantage / response.n_tokens
     chosen = weights != 0
     targets = ids.roll(-1, dims=1)[chosen]
-    states = first_tensor(model.backbone(**model.forward_arguments(ids, mask)))
+    # No token attends to the padding behind it. Padding itself attends to tokens: with nothing to attend to, as in a
+    # sliding window, its gradient would be NaN.
+    states = first_tensor(model.backbone(**model.forward_arguments(ids, torch.ones_like(ids))))
     network: Any = model.model
     # The parameter itself: the projection's matrix is detached.
     live = network.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, option, require_whole_number
 
 ALL = "all"
-_MOST_DIGITS = 9
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,8 @@ def parse_layers(layers: str, n_layers: int | None = None) -> list[int]:
         return list(range(1, (n_layers or 0) + 1))
     found: set[int] = set()
     for part in layers.split(","):
-        first, _, last = part.strip().partition("-")
-        ends = [first, last] if last else [first, first]
-        good = all(end.strip().isdecimal() and end.strip().isascii() and len(end) < _MOST_DIGITS for end in ends)
-        low, high = (int(end) for end in ends) if good else (0, 0)
+        ends = _RANGE.fullmatch(part.strip())
+        low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
         if not 1 <= low <= high:
             raise UserError(f"--layers is {layers!r}; needed is all, or layers from 1 such as 2,4,6-8")
         if n_layers is not None:

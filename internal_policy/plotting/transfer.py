@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["layer_transfer", "plot_layer_transfer", "save_transfer_figures", "transfer_data"]
 
 LABELS = {
-    "cosine": "alignment, GRPO: same prompts",
-    "across": "across halves",
-    "ceiling": "GRPO, itself: across halves",
-    "own_ceiling": "alignment, itself: across halves",
+    "cosine": "alignment and GRPO",
+    "across": "the same, across halves",
+    "ceiling": "GRPO across halves",
+    "own_ceiling": "alignment across halves",
 }
 _LOOKS: dict[str, Look] = {
     "cosine": LOOKS["stream"],
