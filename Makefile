@@ -50,7 +50,7 @@ notebooks: setup
 readme-figures: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama --output build/readme --overwrite
 	mkdir -p figures/readme
-	cp build/readme/figures/*/fig2_entropy_flow.png build/readme/figures/*/fig3_entropy_change.png figures/readme/
+	cp $(addprefix build/readme/figures/*/,fig2_entropy_flow.png fig3_entropy_change.png change_parts.png) figures/readme/
 
 setup: $(STAMP)
 

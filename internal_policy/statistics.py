@@ -38,7 +38,7 @@ def clustered_mean(
 
     Args:
         values: per-response means over tokens, [G, K]; NaN if a response has no value in that column.
-        n_tokens: response tokens behind each mean, [G].
+        n_tokens: response tokens behind each mean, [G]; [G, K] if they differ between the columns.
         clusters: integer label of the cluster of each response, [G]; by default each response is its own.
 
     Returns:
@@ -71,7 +71,7 @@ def confidence_interval(
 
     Args:
         values: per-response means over tokens, [G, K]; NaN where not defined.
-        n_tokens: response tokens behind each mean, [G].
+        n_tokens: response tokens behind each mean, [G]; [G, K] if they differ between the columns.
         clusters: integer label of the cluster of each response, [G]; by default each response is its own.
         level: confidence level, between 0 and 1.
 
@@ -178,7 +178,7 @@ def bootstrap_means(
 
     Args:
         values: per-response means over tokens, [G, K]; NaN where not defined.
-        n_tokens: response tokens behind each mean, [G].
+        n_tokens: response tokens behind each mean, [G]; [G, K] if they differ between the columns.
         clusters: integer label of the cluster of each response, [G]; by default each response is its own.
         resamples: number B of resamples.
         seed: of the random generator; the same seed gives the same resamples.
@@ -333,19 +333,21 @@ def _cluster_totals(
     """Sum of n_i v_i and of n_i per cluster and column, [C, K] each; a NaN value counts in neither."""
     v = np.asarray(values, dtype=np.float64)
     n = np.asarray(n_tokens, dtype=np.float64)
-    if v.ndim != 2 or v.shape[0] == 0 or n.shape != v.shape[:1]:
-        raise UserError(f"values {v.shape} and n_tokens {n.shape} must be [G, K] and [G] with at least one response")
+    if v.ndim != 2 or v.shape[0] == 0 or n.shape not in (v.shape[:1], v.shape):
+        raise UserError(
+            f"values {v.shape} and n_tokens {n.shape} must be [G, K], and [G] or [G, K], with at least one response"
+        )
     if not np.all(np.isfinite(n)) or np.any(n < 0):
         raise UserError("n_tokens holds a negative or non-finite count; each must be 0 or more")
     if np.any(np.isinf(v)):
         raise UserError("values holds an infinite mean; only NaN (not defined) is allowed apart from finite numbers")
-    weights = np.where(np.isnan(v), 0.0, n[:, None])
+    weights = np.where(np.isnan(v), 0.0, n if n.ndim == 2 else n[:, None])
     products = weights * np.nan_to_num(v)
     if clusters is None:
         return products, weights
     labels = np.asarray(clusters)
-    if labels.shape != n.shape:
-        raise UserError(f"clusters has shape {labels.shape}; it needs one label for each of the {n.size} responses")
+    if labels.shape != n.shape[:1]:
+        raise UserError(f"clusters has shape {labels.shape}; it needs one label for each of the {len(n)} responses")
     unique, index = np.unique(labels, return_inverse=True)
     sums = np.zeros((unique.size, v.shape[1]))
     tokens = np.zeros_like(sums)

@@ -37,13 +37,18 @@ def states_of(model, record):
     return found
 
 
-def reference_quantities(model, states, lens):
-    """Every quantity of a layer in float64 from states in the model's dtype; [n, len(QUANTITIES)]."""
+def reference_quantities(model, states, lens, exact=None):
+    """Every quantity of a layer in float64 from states in the model's dtype; [n, len(QUANTITIES)].
+
+    ``exact`` is what a lens of the user's own does: (layer, states in float64) -> what E_u projects.
+    """
     head = model.projection
 
     @torch.no_grad()
-    def entropy(x, lens):
-        if lens == "unit-norm":
+    def entropy(x, lens, layer=states.layer):
+        if exact is not None and lens != "logit-lens":
+            x = exact(layer, x.double())
+        elif lens == "unit-norm":
             x = x / x.double().pow(2).mean(-1, keepdim=True).sqrt()
         x = head.final_norm(x) if lens == "logit-lens" else x
         bias = None if head.bias is None else head.bias.double()
@@ -63,7 +68,8 @@ def reference_quantities(model, states, lens):
         length_in, length_out = x_in.double().norm(dim=-1), x_out.double().norm(dim=-1)
         # In float64 the norm of the model rounds nothing that the rescaling left; a linear lens needs no norm.
         rescaled = x_out.double() * (length_in / length_out)[:, None]
-        values += [entropy(x_in, lens), entropy(x_out, lens)]
+        below = states.layer - (x_in is states.residual_in)
+        values += [entropy(x_in, lens, below), entropy(x_out, lens)]
         values.append(entropy(rescaled if lens != "logit-lens" else rescaled.to(x_out.dtype), lens))
         values += [length / x_in.shape[-1] ** 0.5 for length in (length_in, length_out)]
         if stream is not None:
@@ -71,11 +77,11 @@ def reference_quantities(model, states, lens):
     return torch.stack(values, dim=-1).numpy(), entropy(states.residual_out, "logit-lens").numpy()
 
 
-def check_quantities(model, records, lens="policy"):
+def check_quantities(model, records, lens="policy", exact=None):
     for record in records:
         (ours,) = captured(model, [record], lens=lens)
         for layer, states in enumerate(states_of(model, record)):
-            values, policy = reference_quantities(model, states, lens)
+            values, policy = reference_quantities(model, states, lens, exact)
             for q, name in enumerate(QUANTITIES):
                 # The norm of a 16-bit model rounds the rescaled state anew, where ours keeps the rounding of its own.
                 rounded_twice = lens == "logit-lens" and name.endswith("rescaled") and model.dtype.itemsize == 2

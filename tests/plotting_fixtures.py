@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from internal_policy import Inspection
+from internal_policy import Inspection, select_layer
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.plotting import style
 
 VOCAB = 151_936
@@ -31,6 +33,16 @@ class FakeAnalysis:
     groupings: tuple[str, ...] = ()
     n_parameters: int | None = None
     additions: dict = field(default_factory=dict)
+
+    @property
+    def selection(self):
+        """What the figures read of a Selection: the boundary layer by direction alone."""
+        rows = self.layers[self.layers["site"] == "ffn"].sort_values("layer")
+        if rows.empty or "change_direction" not in rows:
+            return SimpleNamespace(sensitivity={})
+        errors = rows["change_direction_stderr"]
+        found = select_layer(rows["change_direction"], stderr=None if errors.isna().any() else errors, resamples=1)
+        return SimpleNamespace(sensitivity={DIRECTION: found.boundary_layer})
 
 
 def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="policy", boundary=None, seed=0):
@@ -85,6 +97,40 @@ def make_analysis(name, n_layers, kind, vocab_size=151_936, stderr=1.0, lens="po
         lens,
         {"mean": 0.31, "stderr": 0.04 * stderr, "low": 0.31 - 0.07 * stderr, "high": 0.31 + 0.09 * stderr},
     )
+
+
+def with_parts(analysis, n_heads=32, bias=False, n_experts=0, shared=False, first_expert_layer=1, seed=0):
+    """An analysis with tables of heads and, if there are any, of experts; random numbers of realistic sizes."""
+    rng = np.random.default_rng(seed)
+    top = math.log(analysis.vocab_size)
+
+    def table(part, numbers, layers):
+        frame = pd.DataFrame([(layer, number) for layer in layers for number in numbers], columns=["layer", part])
+        n = len(frame)
+        frame["n_tokens"] = 1000
+        columns = {
+            "entropy": top - rng.gamma(1.0, 0.4, n),
+            "rms": rng.gamma(3.0, 0.05, n),
+            "cosine": rng.normal(0, 0.1, n),
+            "attribution": rng.standard_t(3, n) * 0.05,
+        }
+        if part == "expert":
+            load = rng.gamma(2.0, 1.0, n)
+            columns = {"load": load / load.sum() * 8 * len(layers), "weight": rng.uniform(0.05, 0.3, n), **columns}
+        for name, values in columns.items():
+            error = 0.05 * np.abs(values)
+            frame[name], frame[f"{name}_stderr"] = values, error
+            frame[f"{name}_low"], frame[f"{name}_high"] = values - 2 * error, values + 2 * error
+        return frame
+
+    layers = range(1, analysis.n_layers + 1)
+    heads = [*([0] if bias else []), *range(1, n_heads + 1)]
+    additions = {"heads": table("head", heads, layers)}
+    if n_experts:
+        experts = [*([0] if shared else []), *range(1, n_experts + 1)]
+        additions["experts"] = table("expert", experts, range(first_expert_layer, analysis.n_layers + 1))
+        additions["experts"].loc[additions["experts"]["expert"] == 0, "load"] = 1.0
+    return replace(analysis, additions=additions)
 
 
 NAMES = (
@@ -205,6 +251,9 @@ def lay_out(figure):
         figure.set_dpi(mpl.rcParams["savefig.dpi"])
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.get_layout_engine().execute(figure)
+        for ax in figure.axes:
+            # A colour bar gets its width only when it is drawn.
+            ax.apply_aspect()
         # A legend places its entries only when it is drawn.
         for legend in figure.legends:
             legend.draw(renderer)

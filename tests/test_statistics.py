@@ -135,6 +135,40 @@ def test_constant_values_give_an_interval_of_zero_width():
     assert (low[0], high[0]) == pytest.approx((3.0, 3.0), abs=ROUNDING)
 
 
+def test_columns_may_have_their_own_counts():
+    values, _ = ragged()
+    counts = np.random.default_rng(1).poisson(3.0, values.shape)
+    values = np.where(counts > 0, values, np.nan)
+    prompts = np.repeat(np.arange(20), 3)
+    together = (*clustered_mean(values, counts, prompts), *confidence_interval(values, counts, prompts))
+    for column in range(values.shape[1]):
+        own = values[:, column : column + 1], counts[:, column], prompts
+        alone = (*clustered_mean(*own), *confidence_interval(*own))
+        np.testing.assert_allclose([each[column] for each in together], [each[0] for each in alone], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n_clusters", "share"), [(60, 0.25), (200, 0.03)])
+def test_95_percent_intervals_of_routed_tokens_cover(n_clusters: int, share: float):
+    """Tokens that a router sends to an expert: its share differs between responses, and goes with the value."""
+
+    def draw(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(seed)
+        level = generator.standard_normal(count)
+        tokens = generator.integers(100, 512, count)
+        rate = 1 / (1 + (1 / share - 1) * np.exp(-0.5 * level))
+        return generator.binomial(tokens, rate), tokens, 1.0 + 0.3 * level + 0.2 * generator.standard_normal(count)
+
+    routed, tokens, value = draw(2_000_000, seed=1)
+    mean, load = (routed * value).sum() / routed.sum(), routed.sum() / tokens.sum()
+    n_data_sets = 1500
+    routed, tokens, value = (a.reshape(n_clusters, n_data_sets) for a in draw(n_clusters * n_data_sets, seed=2))
+    low, high = confidence_interval(np.where(routed > 0, value, np.nan), routed)
+    # the Monte Carlo error of a share of 1500 is 0.006
+    assert 0.93 <= np.mean((low <= mean) & (mean <= high)) <= 0.97
+    low, high = confidence_interval(routed / tokens, tokens)
+    assert 0.93 <= np.mean((low <= load) & (load <= high)) <= 0.97
+
+
 @pytest.mark.parametrize("n_clusters", [40, 100])
 @pytest.mark.parametrize("correlation", [-0.5, 0.0, 0.5])
 def test_95_percent_intervals_cover(n_clusters: int, correlation: float):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 
@@ -17,6 +18,8 @@ from internal_policy.analysis.results import ANALYSIS, Analysis
 from internal_policy.data.responses import Response
 from internal_policy.extractors import Extractor
 from internal_policy.models import LanguageModel
+from internal_policy.models.lenses import open_lens
+from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import Processes
 from internal_policy.utils.workspace import Workspace
 
@@ -42,6 +45,11 @@ class AdditionRun:
     def model(self) -> LanguageModel:
         """The model."""
         return self.extractor.model
+
+    @cached_property
+    def lens(self) -> Lens:
+        """The lens, ready to be applied."""
+        return open_lens(self.config.lens, self.model)
 
 
 Measure = Callable[[AdditionRun], dict[str, pd.DataFrame]]
@@ -74,7 +82,7 @@ def add_missing(
     assert analysis.path is not None
     workspace = Workspace(analysis.path, ANALYSIS)
     identity = {"additions_to": analysis.config["weights"], "responses": analysis.responses_digest}
-    identity |= {"lens": config.lens, "seed": config.seed}
+    identity |= {"lens": config.lens_name, "seed": config.seed}
     state.on_main(lambda: workspace.open(identity, overwrite=False))
     run = AdditionRun(replace(config, **missing), extractor, responses, analysis, workspace, state)
     tables: dict[str, pd.DataFrame] = {}

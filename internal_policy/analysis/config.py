@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ from internal_policy.models.options import (
     DEFAULT_LENS,
     DEVICE_MAPS,
     DTYPES,
+    LENSES,
     QUANTIZATIONS,
-    Lens,
+    LensChoice,
     check_device_map,
+    check_lens,
     check_quantization,
+    is_own_lens,
+    lens_digest,
+    lens_name,
 )
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, flag_of, option, require_one_of
@@ -53,8 +58,21 @@ class ModelOptions(PromptOptions):
 class LensOptions(ModelOptions):
     """Which model is studied, and through which lens."""
 
-    lens: Lens = DEFAULT_LENS
-    """policy (no final norm, as in the paper) or logit-lens (the final norm before the unembedding)."""
+    lens: LensChoice = option(DEFAULT_LENS, completions=LENSES)
+    """What a state goes through before the unembedding: policy (nothing, as in the paper), logit-lens (the final norm),
+    unit-norm (every state at root mean square 1), the directory of a trained lens, or in Python a function
+    (layer, states) -> states."""
+
+    @property
+    def lens_name(self) -> str:
+        """The name of the lens, which is safe in a path: that of a directory is its last part."""
+        return lens_name(self.lens)
+
+    def lens_settings(self) -> dict[str, Any]:
+        """The lens as settings store it: its name, and the path and the digest of a trained one."""
+        if not isinstance(self.lens, (str, Path)) or not is_own_lens(self.lens):
+            return {"lens": self.lens_name}
+        return {"lens": self.lens_name, "lens_path": str(self.lens), "lens_digest": lens_digest(self.lens)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +154,7 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
     random_baseline: bool = False
     """Analyse the same responses also with random weights of the same architecture, drawn by the seed."""
     heads: bool = False
-    """Measure what each attention head writes, and each routed expert of a mixture."""
+    """Measure what each attention head writes, and each routed expert of a mixture; captured by hooks."""
     divergences: bool = False
     """Measure how far each layer's policy is from the final one and from the next layer's."""
     by: tuple[str, ...] = option((), choices=GROUPINGS)
@@ -172,6 +190,8 @@ class AnalyzeOptions(BatchOptions, CaptureOptions):
                     f"{flag_of(name)} was given with --tolerance, which analyses some of the positions; leave one of "
                     "them out"
                 )
+        if self.heads and self.backend != "hooks":
+            raise UserError(f"--heads was given with --backend {self.backend}; heads are measured with --backend hooks")
         for name in ("remote", "device_map", "quantization", "tolerance"):
             if self.random_baseline and getattr(self, name):
                 raise UserError(
@@ -198,22 +218,29 @@ class AnalyzeConfig(AnalyzeOptions, LensOptions):
         """
         self._check_analysis()
         require_revision(self.revision)
+        object.__setattr__(self, "lens", check_lens(self.lens, self.remote))
 
     @property
     def slug(self) -> str:
         """A name for model and lens that is safe in a path: ``Qwen--Qwen3-4B``, ``testbed--qwen3--logit-lens``."""
-        return slug_of(self.model, self.revision, self.lens)
+        return slug_of(self.model, self.revision, self.lens_name)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as they are stored, JSON-able, with those of ``lens_settings``."""
+        # No deep copy: a function of the user's own may hold a whole network.
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, **self.lens_settings()}
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that determine the numbers together with weights and inputs, which are known by their digests.
 
         Returns:
-            JSON-able fields without the device, the batch size, the spelling of a path and what is added.
-            The batch size is included for 8bit, whose rounding depends on it.
+            JSON-able fields without the device, the batch size, the spelling of a path and what is added; of a trained
+            lens the digest of its files. The batch size is included for 8bit, whose rounding depends on it.
         """
-        settings = asdict(self)
+        settings = self.settings()
         for name in ("device", "device_map", "model", "prompts", "responses", "random_baseline", *ADDITIONS):
             del settings[name]
+        settings.pop("lens_path", None)
         if self.quantization != "8bit":
             del settings["batch_size"]
         return settings
@@ -225,7 +252,7 @@ def require_revision(revision: str | None) -> None:
         raise UserError("--revision is empty; needed is a branch, tag or commit on the hub, or leave it out")
 
 
-def slug_of(model: str, revision: str | None = None, lens: Lens = DEFAULT_LENS) -> str:
+def slug_of(model: str, revision: str | None = None, lens: str = DEFAULT_LENS) -> str:
     """A path-safe name of a model, and of a lens other than the default: ``Qwen--Qwen3-4B``, ``model--logit-lens``."""
     path = Path(model)
     parts = _last_parts(path.resolve()) if path.exists() else tuple(model.split("/"))

@@ -41,7 +41,7 @@ def measure(run: AdditionRun) -> dict[str, pd.DataFrame]:
     responses = run.responses
 
     def compute(batch: list[int]) -> Arrays:
-        measure_batch = partial(_measure_batch, extractor=run.extractor, lens=run.config.lens)
+        measure_batch = partial(_measure_batch, extractor=run.extractor, lens=run.lens)
         found = run_with_oom_retry([responses[i] for i in batch], measure_batch, MEMORY_ADVICE)
         return {name: np.stack([each[name] for each in found]) for name in (*_CURVES, "matrix")}
 

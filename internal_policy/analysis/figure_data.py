@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 import pandas as pd
 
+from internal_policy.analysis.change_parts import PARTS, has_parts
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,6 +91,23 @@ def entropy_change_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     return _stack(analyses, _change_rows)
 
 
+def change_parts_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the parts of every module's entropy change: what direction makes and what length makes.
+
+    Args:
+        analyses: One analysis, or one for each column of panels.
+
+    Returns:
+        A row for each panel, site (attn, ffn), layer and part (whole, direction, length): its `value` in nats, and
+        `base`, at which its bar starts: a part of the same sign as the part before it is stacked on that; whether the
+        layer is the `boundary` layer, and whether direction alone makes it so (`boundary_by_direction`).
+
+    Raises:
+        ValueError: An analysis is from before the parts were measured.
+    """
+    return _stack(analyses, _change_part_rows)
+
+
 def residual_cosine_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
     """Return the numbers of fig. 12.
 
@@ -123,6 +142,40 @@ def baseline_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
                 rows = rows.assign(panel=panel, model=analysis.name, lens=analysis.lens)
                 parts.append(rows[parts[0].columns])
     return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def head_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the maps of heads: the table ``heads`` of each analysis (`--heads`).
+
+    Args:
+        analyses: One analysis, or one for each row of panels; those without the table have no rows.
+
+    Returns:
+        A row for each panel, layer and head, with the columns of the table.
+    """
+    return _part_rows(analyses, "heads")
+
+
+def expert_map_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
+    """Return the numbers of the maps of experts: the table ``experts`` of each analysis (`--heads`).
+
+    Args:
+        analyses: One analysis, or one for each row of panels; those without the table have no rows.
+
+    Returns:
+        A row for each panel, layer and expert, with the columns of the table.
+    """
+    return _part_rows(analyses, "experts")
+
+
+def _part_rows(analyses: OneOrMany[Analysis], name: str) -> pd.DataFrame:
+    """Return the table of parts of every analysis that has it, with the panel (from 1), model and lens."""
+    parts = [pd.DataFrame(columns=["panel", "model", "lens"])]
+    for panel, analysis in enumerate(listed(analyses), start=1):
+        if (table := analysis.additions.get(name)) is not None:
+            parts.append(table.assign(panel=panel, model=analysis.name, lens=analysis.lens))
+    stacked = pd.concat(parts[1:] or parts, ignore_index=True)
+    return stacked[[*parts[0].columns, *(c for c in stacked if c not in parts[0])]]
 
 
 def stage_sketch_data(analyses: OneOrMany[Analysis]) -> pd.DataFrame:
@@ -226,6 +279,28 @@ def _change_rows(analysis: Analysis) -> pd.DataFrame:
     frame = pd.concat([_site_rows(analysis, site, "change", "change") for site in SITE_LABELS], ignore_index=True)
     frame["stage"] = [analysis.stages[layer - 1] for layer in frame["layer"]]
     frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    return frame
+
+
+def _change_part_rows(analysis: Analysis) -> pd.DataFrame:
+    if not has_parts(analysis.layers):
+        raise ValueError(
+            f"{analysis.name} was analysed before the parts of its changes were measured; analyse it again."
+        )
+    by_direction, parts = analysis.selection.sensitivity.get(DIRECTION), []
+    for site in SITE_LABELS:
+        below: list[pd.Series] = []
+        for part, column in {"whole": "change", **PARTS}.items():
+            rows = _site_rows(analysis, site, column, "value")
+            rows.insert(2, "part", part)
+            # The whole change is not stacked.
+            rows["base"] = sum((other.where(other * rows["value"] > 0, 0.0) for other in below), start=0.0)
+            if part != "whole":
+                below.append(rows["value"])
+            parts.append(rows)
+    frame = pd.concat(parts, ignore_index=True)
+    frame["boundary"] = frame["layer"] == analysis.boundary_layer
+    frame["boundary_by_direction"] = frame["layer"] == by_direction
     return frame
 
 

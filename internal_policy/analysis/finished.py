@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from internal_policy.analysis.config import ADDITIONS, AnalyzeConfig
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import testbed
+from internal_policy.models.options import is_own_lens, lens_files
 from internal_policy.utils import result_format
 
 if TYPE_CHECKING:
@@ -100,13 +101,19 @@ def report_finished(directory: Path) -> None:
 def config_digest(config: AnalyzeConfig) -> str | None:
     """Digest the files from which an analysis is made: the model's, its prompts or responses, and this package's code.
 
-    The digest is None if the result depends on more: the hub, a GPU, another library, remote code.
+    The digest also covers the files of a trained lens. It is None if the result depends on more: the hub, a GPU,
+    another library, remote code, a lens that is a function.
     """
     elsewhere = ("backend", "remote", "generator", "device_map", "quantization", "trust_remote_code", "revision")
     if any(getattr(config, name) != getattr(DEFAULTS, name) for name in elsewhere):
         return None
-    given = config.responses if config.responses is not None else config.prompts
-    return source_digest(config.model, [given], config.device)
+    inputs = [config.responses if config.responses is not None else config.prompts]
+    if is_own_lens(config.lens):
+        # No file holds all that a function depends on.
+        if not isinstance(config.lens, (str, Path)):
+            return None
+        inputs += map(str, lens_files(config.lens))
+    return source_digest(config.model, inputs, config.device)
 
 
 def source_digest(model: str, inputs: Iterable[str | None], device: str = "auto") -> str | None:

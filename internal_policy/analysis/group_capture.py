@@ -125,7 +125,7 @@ def _captured(run: AdditionRun, names: Sequence[GroupingName]) -> pd.DataFrame:
     entropies = _policy_entropies(run) if "policy-entropy" in names else None
     labels = _labels(run, names, entropies)
     groups: dict[str, tuple[str, ...]] = {name: LABELS[name] for name in names}
-    reducer = Reducer(run.extractor, run.config.lens)
+    reducer = Reducer(run.extractor, run.lens)
 
     def reduce(batch: Sequence[Response]) -> list[TokenValues]:
         return reduce_responses(reducer, batch)

@@ -35,6 +35,7 @@ from internal_policy.analysis.finished import (
     report_finished,
 )
 from internal_policy.analysis.group_capture import measure_groups
+from internal_policy.analysis.heads import measure_heads
 from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
@@ -50,6 +51,7 @@ from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
 from internal_policy.data.token_text import texts_of
 from internal_policy.extractors import Extractor, Reducer, TokenValues, reduce_responses, registry
+from internal_policy.extractors.heads import find_heads
 from internal_policy.generation import (
     effective_batch_size,
     end_ids,
@@ -59,8 +61,10 @@ from internal_policy.generation import (
 )
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.models.options import Lens
+from internal_policy.models.lenses import open_lens
+from internal_policy.models.options import LensChoice
 from internal_policy.utils.distributed import Processes, launched_processes, release_memory, run_with_oom_retry
+from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
@@ -69,7 +73,11 @@ from internal_policy.utils.workspace import Arrays, Workspace
 
 logger = logging.getLogger(__name__)
 
-ADDITION_MEASURES: dict[str, Measure] = {"divergences": divergences.measure, "by": measure_groups}
+ADDITION_MEASURES: dict[str, Measure] = {
+    "heads": measure_heads,
+    "divergences": divergences.measure,
+    "by": measure_groups,
+}
 """How each addition is measured, by its option."""
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers", "numpy", "pandas")
 
@@ -154,7 +162,7 @@ def analyze(
         return analysis
 
 
-def analyze_lenses(model: str, lenses: Sequence[Lens], *, output: str | Path, **options: Any) -> list[Analysis]:
+def analyze_lenses(model: str, lenses: Sequence[LensChoice], *, output: str | Path, **options: Any) -> list[Analysis]:
     """Analyse one model under several different lenses, all on the responses of the first.
 
     There is a directory below `output` for each lens; `options` are those of ``analyze``.
@@ -195,6 +203,15 @@ def _run(
     workspace = Workspace(directory, ANALYSIS)
     if finished is None:
         workspace.check()
+
+    def refuse_resume() -> None:
+        if _lens_function(config) and not overwrite and (finished is not None or workspace.begun):
+            raise UserError(
+                f"{directory}: holds an analysis, and the lens {config.lens_name} is a function, which no digest "
+                "covers; choose another output=, or pass overwrite=True to start over"
+            )
+
+    state.on_main(refuse_resume)
     named = open_given is None and not isinstance(prompts, list) and not isinstance(responses, list)
     # Before the model is loaded, so that a later change of its files is noticed.
     files = config_digest(config) if named else None
@@ -203,8 +220,13 @@ def _run(
         extractor = (open_given or registry.opener(config, state.device if state.number > 1 else None))()
     model = extractor.model
     load_seconds = time.perf_counter() - started
+    # A lens that does not fit is refused before hours of sampling, and not held meanwhile.
+    open_lens(config.lens, model)
+    if config.heads:
+        # A model whose heads cannot be measured is refused before anything long begins.
+        find_heads(model)
     inputs = gather_inputs(config, model, prompts, responses)
-    hooked = attached_code(model.model, extractor.wrapper)
+    hooked = [*attached_code(model.model, extractor.wrapper), *_lens_function(config)]
     identity = _identity(config, model, inputs, hooked)
 
     def begin() -> bool:
@@ -241,7 +263,7 @@ def _run(
         for stage in ("generate", "capture"):
             timings[stage] = round(sum(float(shard["seconds"]) for shard in workspace.shards(stage)), 3)
         # What is to be added is not there yet.
-        plain = {**asdict(config), **{name: getattr(DEFAULTS, name) for name in ADDITIONS}}
+        plain = {**config.settings(), **{name: getattr(DEFAULTS, name) for name in ADDITIONS}}
         analysis = _assemble(config, model, analysed, captured, {**plain, **identity, "files": files}, timings)
         if inputs.requests:
             ends = set(end_ids(model))
@@ -253,6 +275,11 @@ def _run(
     state.on_main(assemble)
     with limit_threads(model):
         return add_missing(Analysis.load(directory), config, extractor, analysed, ADDITION_MEASURES, state)
+
+
+def _lens_function(config: AnalyzeConfig) -> list[str]:
+    """A lens that is a function, as an entry of the code that no digest covers."""
+    return [] if isinstance(config.lens, (str, Path)) else [f"lens {config.lens_name}: a function"]
 
 
 def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooked: list[str]) -> dict[str, Any]:
@@ -310,7 +337,7 @@ def _capture(
     state: Processes,
     kind: str = "capture",
 ) -> CaptureResult:
-    reducer = Reducer(extractor, config.lens)
+    reducer = Reducer(extractor, open_lens(config.lens, extractor.model))
     if config.tolerance is not None:
 
         def run_chosen(batch: Sequence[PositionSubset]) -> list[TokenValues]:

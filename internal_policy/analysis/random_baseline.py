@@ -75,7 +75,7 @@ def add_baseline(
         extractor = prove(_random_model(analysis, config, source, _device(config, network, state)))
     seed_and_weights = {"seed": config.seed, "weights": extractor.model.fingerprint()}
     workspace = Workspace(analysis.path, ANALYSIS)
-    identity = {"baseline": seed_and_weights, "responses": analysis.responses_digest, "lens": config.lens}
+    identity = {"baseline": seed_and_weights, "responses": analysis.responses_digest, "lens": config.lens_name}
     state.on_main(lambda: workspace.open(identity, overwrite=False))
     rows: Any = analysis.sequences.to_dict("records")
     responses = [Response(**row) for row in rows]

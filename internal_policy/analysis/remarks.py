@@ -13,7 +13,7 @@ from internal_policy.utils.errors import counted
 
 
 def remarks(analysis: Analysis) -> list[str]:
-    """Sentences about the policy's entropy, and about cut responses, rewards and the baseline if there are any."""
+    """Sentences about the policy's entropy, and about cut responses, rewards, baseline and heads if there are any."""
     entropy = analysis.policy_entropy
     found = [
         f"policy entropy H(π_θ) {entropy['mean']:.4f}{plus_minus(entropy['stderr'], '.4f')} nats; "
@@ -35,9 +35,33 @@ def remarks(analysis: Analysis) -> list[str]:
             f"{random['policy_entropy']['mean']:.4f} nats, ΔH FFN from {changes.min():+.3f} to {changes.max():+.3f}, "
             f"{'no boundary layer' if boundary is None else f'boundary layer {boundary}'}"
         )
+    if (heads := analysis.additions.get("heads")) is not None:
+        found.append(_heads_line(heads))
+    if (experts := analysis.additions.get("experts")) is not None:
+        found.append(_experts_line(experts))
     if (table := analysis.additions.get("divergences")) is not None:
         found.append(divergence_remark(table))
     return found
+
+
+def _heads_line(table: pd.DataFrame) -> str:
+    """The heads whose writes change the logit of the sampled token most."""
+    heads = table[table["head"] > 0]
+    top = heads.loc[heads["attribution"].abs().nlargest(3).index].to_dict("records")
+    named = [f"layer {row['layer']} head {row['head']} ({row['attribution']:+.3f})" for row in top]
+    which = "the head that changes" if len(top) == 1 else f"the {len(top)} heads that change"
+    return f"{which} the logit of the sampled token most: {', '.join(named)}"
+
+
+def _experts_line(table: pd.DataFrame) -> str:
+    """The routed expert with the largest share of the tokens, and the even share."""
+    routed = table[table["expert"] > 0]
+    (top,) = routed.nlargest(1, "load").to_dict("records")
+    even = routed.loc[routed["layer"] == top["layer"], "load"].mean()
+    return (
+        f"the busiest of the routed experts, {top['expert']} in layer {top['layer']}, takes {top['load']:.1%} of the "
+        f"tokens; an even share is {even:.1%}"
+    )
 
 
 def divergence_remark(table: pd.DataFrame) -> str:

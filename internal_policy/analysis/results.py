@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from internal_policy.analysis import change_parts
 from internal_policy.analysis.layer_selection import Selection
 from internal_policy.analysis.token_groups import TokenGroups, group_tokens
 from internal_policy.analysis.token_labels import LABELS, GroupingName, LabelFunction
@@ -135,6 +136,11 @@ class Analysis:
     def stages(self) -> tuple[str, ...]:
         """exploration, integration or convergence, for layers 1..L."""
         return self.selection.stages
+
+    @property
+    def length_share(self) -> float | None:
+        """Share of the exploration that is length and not direction, see `analysis.change_parts`; None if unknown."""
+        return change_parts.length_share(self.layers, self.selection)
 
     @property
     def n_responses(self) -> int:
@@ -342,6 +348,7 @@ class Analysis:
             boundary,
             self.selection.agreement,
             few_prompts(self.n_prompts) or "",
+            change_parts.length_sentence(self.layers, self.selection, self.lens) or "",
             f"{counted(self.n_layers, 'layer')}, {self.extent}, lens {self.lens}",
             f"policy entropy {number(self.policy_entropy['mean'])} nats",
         )

@@ -115,14 +115,21 @@ def _require_checkpoint(path: Path) -> list[Path]:
 
 
 def require_distinct_outputs(configs: Iterable[AnalyzeConfig]) -> None:
-    """Refuse different models whose analyses would be written to one directory; repeating a model is allowed."""
-    taken: dict[str, tuple[Any, ...]] = {}
+    """Refuse different models or lenses whose analyses would be written to one directory.
+
+    Repeating a model with its lens is allowed.
+    """
+    taken: dict[str, tuple[Target, Any]] = {}
     for config in configs:
-        model = config.model, config.revision
-        if taken.setdefault(config.slug, model) != model:
+        own = Target(config.model, config.revision), config.lens
+        before = taken.setdefault(config.slug, own)
+        if before != own:
+            what = [str(target) for target, _ in (before, own)]
+            if before[0] == own[0]:
+                what = [f"the lens {lens if isinstance(lens, str) else config.lens_name}" for _, lens in (before, own)]
             raise UserError(
-                f"{Target(*taken[config.slug])} and {Target(*model)} would both be written to {config.slug}; "
-                "analyse them one by one, each with its own --output"
+                f"{what[0]} and {what[1]} would both be written to {config.slug}; analyse them one by one, each with "
+                "its own --output"
             )
 
 

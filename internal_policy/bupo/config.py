@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig
 from internal_policy.data.prompts import TEMPLATES
-from internal_policy.models.options import DTYPES, Lens
+from internal_policy.models.options import DTYPES
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.options import MOST_PROMPTS, option, refuse_too_large, require_one_of
@@ -27,6 +27,9 @@ DATA = "data/runs"
 Site = Literal["layer", "attn", "ffn"]
 """What is projected: H^l (arXiv 2512.19673v3, eq. 5), or what the attention or the FFN of layer l writes (eq. 6)."""
 SITES = get_args(Site)
+PolicyLens = Literal["policy", "logit-lens"]
+"""The lenses under which an internal policy is optimised: without the final norm, or with it."""
+POLICY_LENSES = get_args(PolicyLens)
 METHODS = ("bupo", "grpo", "rloo", "reinforce++")
 AGGREGATIONS = ("sequence-mean", "token-mean")
 AUTO = "auto"
@@ -139,7 +142,7 @@ class TrainConfig:
     site: Site = "layer"
     """Which policy is optimised first: that of the layer's output (layer), or of the output of its attention (attn) or
     FFN (ffn)."""
-    lens: Lens = "policy"
+    lens: PolicyLens = "policy"
     """Project states without the final norm (policy, as in the paper) or with it (logit-lens, the paper's ablation)."""
     aggregation: str | None = option(None, choices=AGGREGATIONS)
     """How the loss is averaged: sequence-mean (over tokens, then responses; eq. 3 of the paper) or token-mean (over all
@@ -291,7 +294,7 @@ _CHOICES = {
     "template": TEMPLATES,
     "dtype": DTYPES,
     "site": SITES,
-    "lens": get_args(Lens),
+    "lens": POLICY_LENSES,
     "aggregation": AGGREGATIONS,
 }
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.config import AUTO, SITES, Site, TrainConfig
+from internal_policy.bupo.config import AUTO, POLICY_LENSES, SITES, PolicyLens, Site, TrainConfig
 from internal_policy.bupo.forward import check_layer
 from internal_policy.data.prompts import Prompt, render_all
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
@@ -33,12 +33,12 @@ from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
 from internal_policy.generation import Request, sample
 from internal_policy.models import LanguageModel, context, eval_mode, projection_of
-from internal_policy.models.options import Lens
 from internal_policy.statistics import clustered_mean
 from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import read_lines_sealed, set_aside, write_lines_sealed
 from internal_policy.utils.logging import status
+from internal_policy.utils.options import require_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Dynamics:
         layer: int,
         *,
         site: Site = "layer",
-        lens: Lens = "policy",
+        lens: PolicyLens = "policy",
         batch_size: int = 16,
         side: Literal["left", "right"] = "right",
     ) -> None:
@@ -113,6 +113,7 @@ class Dynamics:
         check_layer(layer, model.n_layers)
         if site not in SITES:
             raise UserError(f"site is {site!r}; use one of {', '.join(SITES)}")
+        require_one_of("lens", lens, POLICY_LENSES)
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; needed is at least 1")
         if not responses:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
-from internal_policy.bupo.config import Site
+from internal_policy.bupo.config import POLICY_LENSES, PolicyLens, Site
 from internal_policy.entropy.log_probs import differentiable_log_probs
 from internal_policy.extractors.hooks import first_tensor
 from internal_policy.models import Family, family_of, projection_of
-from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import require_one_of
 
 _IGNORED = -100
 
@@ -54,7 +54,7 @@ class _FinalNormReplacement(nn.Module):
 
 @contextmanager
 def internal_forward(
-    model: nn.Module, layer: int, *, site: Site = "layer", lens: Lens = "policy", family: Family | None = None
+    model: nn.Module, layer: int, *, site: Site = "layer", lens: PolicyLens = "policy", family: Family | None = None
 ) -> Iterator[None]:
     """Make a causal LM compute an internal policy: its head receives the state of one layer.
 
@@ -69,10 +69,11 @@ def internal_forward(
         family: where the model's parts are; by default its row of the table, or a guess from its structure.
 
     Raises:
-        UserError: the model has no such layer.
+        UserError: the model has no such layer, or another lens.
 
     Source: arXiv 2512.19673v3, eqs. 5, 6 and 9.
     """
+    require_one_of("lens", lens, POLICY_LENSES)
     family = family or family_of(model, type(model).__name__)
     layers = operator.attrgetter(family.layers)(model)
     check_layer(layer, len(layers))

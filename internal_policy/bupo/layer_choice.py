@@ -25,6 +25,7 @@ from internal_policy.bupo.prompts import PromptDataset
 from internal_policy.bupo.run import ANALYSIS, TRANSFER
 from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.models import LanguageModel
+from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.rewards.functions import as_rewards
 from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, release_memory
@@ -88,7 +89,8 @@ def choose_layer(layer: Any) -> LayerChoice:
             f"candidates: {near}; give one of them as a number"
         )
     few = few_prompts(layer.n_prompts)
-    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few)))
+    lens = None if layer.lens == DEFAULT_LENS else f"found under the lens {layer.lens}"
+    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few, lens)))
     return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 

@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from trl import GRPOConfig
@@ -18,14 +18,15 @@ from internal_policy.bupo.config import (
     AGGREGATIONS,
     AUTO,
     METHODS,
+    POLICY_LENSES,
     SITES,
     STEP_OPTIONS,
     TRL_BATCH_OPTIONS,
+    PolicyLens,
     Site,
     TrainConfig,
     check_values,
 )
-from internal_policy.models.options import Lens
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.options import require_one_of
 
@@ -92,7 +93,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """Learning rate in the first phase, with the same schedule; None means ``learning_rate``."""
     site: Site = "layer"
     """What is projected: the layer's output, or the output of its attention (attn) or FFN (ffn)."""
-    lens: Lens = "policy"
+    lens: PolicyLens = "policy"
     """``policy`` as in the paper; ``logit-lens`` applies the final norm (the paper's ablation)."""
     aggregation: str | None = None
     """How the loss is averaged: sequence-mean (arXiv 2512.19673v3, eq. 3) or token-mean."""
@@ -113,7 +114,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
         """Complete the settings, and refuse combinations that would not train what they describe."""
         require_one_of("method", self.method, METHODS)
         require_one_of("site", self.site, SITES)
-        require_one_of("lens", self.lens, get_args(Lens))
+        require_one_of("lens", self.lens, POLICY_LENSES)
         if self.loss_type is None:
             self.aggregation = self.aggregation or "sequence-mean"
             require_one_of("aggregation", self.aggregation, AGGREGATIONS)

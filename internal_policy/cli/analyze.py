@@ -14,7 +14,7 @@ from internal_policy.cli.command import ResumeOptions, require_key, require_pack
 from internal_policy.cli.compare import compare_sweep
 from internal_policy.comparison.study_presets import STUDIES, Preset
 from internal_policy.data.prompts import TEMPLATES
-from internal_policy.models.options import Lens
+from internal_policy.models.options import DEFAULT_LENS, LENSES, lens_name
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
@@ -50,9 +50,9 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
     template: str | None = option(None, choices=TEMPLATES)
     """How a prompt is put to the model. Default: chat, the tokenizer's own template, and with --preset that of each
     model."""
-    lens: tuple[Lens, ...] = ()
-    """policy (without the final norm) or logit-lens (with it); repeat for both, on the same responses. Default:
-    policy."""
+    lens: tuple[str, ...] = option((), completions=LENSES)
+    """policy (no final norm, as in the paper), logit-lens (with the final norm), unit-norm (every state at root mean
+    square 1), or the directory of a trained lens; repeat for several, on the same responses. Default: policy."""
     extra: tuple[str, ...] = option((), positional=True)
 
     def run(self) -> None:
@@ -86,9 +86,9 @@ class AnalyzeCommand(AnalyzeOptions, ResumeOptions):
         _models(self)
 
     @property
-    def lenses(self) -> tuple[Lens, ...]:
+    def lenses(self) -> tuple[str, ...]:
         """The lenses, each once."""
-        return tuple(dict.fromkeys(self.lens)) or (AnalyzeConfig().lens,)
+        return tuple(dict.fromkeys(self.lens)) or (DEFAULT_LENS,)
 
     @property
     def writes(self) -> dict[str, Any]:
@@ -173,8 +173,15 @@ def _models(command: AnalyzeCommand) -> None:
 
 
 def _to_json(analysis: Analysis) -> dict[str, Any]:
-    """An analysis in a JSON document, with what the same responses give under other lenses."""
-    return {**to_json(analysis), "other_lenses": [vars(other) for other in analysis.other_lenses]}
+    """An analysis in a JSON document, with what the same responses give by direction alone and under other lenses."""
+    from internal_policy.analysis.layer_selection import DIRECTION
+
+    return {
+        **to_json(analysis),
+        "length_share": analysis.length_share,
+        "boundary_layer_by_direction": analysis.selection.sensitivity.get(DIRECTION),
+        "other_lenses": [vars(other) for other in analysis.other_lenses],
+    }
 
 
 def _sweep(command: AnalyzeCommand) -> None:
@@ -240,7 +247,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
     if not is_main_process():
         return
     show_study(f"study {preset}: {counted(len(done.analyses), 'model')}", done.table, done.convergence)
-    directory = figures / figure_name([(f"study-{preset}", command.lenses[0])])
+    directory = figures / figure_name([(f"study-{preset}", lens_name(command.lenses[0]))])
     with writing(directory):
         paths = save_study(done, directory)
     list_files("figures", paths)
@@ -268,7 +275,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
 
 
 def draw(analyses: Sequence[Analysis], root: Path) -> None:
-    """Draw figures 2, 3, 12 and those of additions into a directory below `root` that is named by the analyses."""
+    """Draw the figures of analyses and of their additions into a directory below `root` that is named by them."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import analysis as figures
     from internal_policy.plotting.divergences import save_divergence_figures

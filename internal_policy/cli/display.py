@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from internal_policy.analysis.change_parts import length_sentence
 from internal_policy.analysis.layer_selection import STAGES as STAGE_NAMES
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import REPORT, Analysis
@@ -40,8 +41,10 @@ def show_analysis(analysis: Analysis) -> None:
     boundary = "none" if analysis.boundary_layer is None else str(analysis.boundary_layer)
     console.print(Text.assemble((f"boundary layer: {boundary}", "bold"), f"  {analysis.selection.reason}"))
     console.print(Text(analysis.selection.agreement, style="yellow" if analysis.selection.disputed else ""))
-    if (few := few_prompts(analysis.n_prompts)) is not None:
-        console.print(few)
+    length = length_sentence(analysis.layers, analysis.selection, analysis.lens)
+    for line in (length, few_prompts(analysis.n_prompts)):
+        if line is not None:
+            console.print(line)
     for name in analysis.groupings:
         console.print(group_table(analysis.by(name)))
     if analysis.path is not None:

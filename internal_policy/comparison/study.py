@@ -30,6 +30,7 @@ from internal_policy.comparison.study_presets import STUDIES, StudyModel
 from internal_policy.comparison.study_results import Study
 from internal_policy.models import context
 from internal_policy.models.fingerprint import commit_now
+from internal_policy.models.options import DEFAULT_LENS, check_lens, is_own_lens
 from internal_policy.utils.distributed import launched_processes, release_memory
 from internal_policy.utils.errors import NoNetwork, UserError, counted
 from internal_policy.utils.io import expanded
@@ -83,6 +84,9 @@ def study(
     if fixed := sorted(options.keys() & {"template", "revision", "responses"}):
         raise UserError(f"{fixed[0]} was given with a preset, which settles it for each model; leave it out")
     refuse_unknown(AnalyzeConfig, options)
+    lens = options.get("lens", DEFAULT_LENS)
+    if isinstance(lens, (str, Path)) and is_own_lens(check_lens(lens)):
+        raise UserError(f"--lens {lens} was given with a preset of several models; a trained lens is of one model")
     prompts = None if prompts is None else str(prompts)
     settings = [_settings(row, options) for row in rows]
     configs = [AnalyzeConfig(model=row.model, prompts=prompts, **own) for row, own in zip(rows, settings, strict=True)]

@@ -288,6 +288,8 @@ def _layer(layer: int | None) -> str:
 def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tuple[Any, Any]]:
     """Find settings that differ; those of the sampling matter only if both analyses sampled.
 
+    Trained lenses of one name that differ are such a setting, since each model may have its own.
+
     Args:
         analysis: one analysis.
         baseline: the other.
@@ -297,7 +299,8 @@ def differing_settings(analysis: Analysis, baseline: Analysis) -> dict[str, tupl
     """
     a, b = analysis.config, baseline.config
     sampled = a.get("responses") is None and b.get("responses") is None
-    found = {n: (a.get(n), b.get(n)) for n in _SETTINGS if sampled and a.get(n) != b.get(n)}
+    names = (*(_SETTINGS if sampled else ()), "lens_digest")
+    found = {n: (a.get(n), b.get(n)) for n in names if a.get(n) != b.get(n)}
     return found | {
         n: (analysis.model.get(n), baseline.model.get(n))
         for n in _MODEL

@@ -73,7 +73,7 @@ def reduce_divergences(
     sums = torch.zeros(len(counts), n_layers * (3 + n_layers), dtype=torch.float64)
     for start in range(0, len(owners), _POSITIONS):
         part = [state[start : start + _POSITIONS] for state in held]
-        states = [projection.apply_lens(lens, state) for state in part]
+        states = [projection.apply_lens(lens, state, layer) for layer, state in enumerate(part, start=1)]
         # Under the logit lens the last internal policy is pi_theta, and is not projected again.
         if lens != "logit-lens":
             states.append(projection.apply_final_norm(part[-1]))

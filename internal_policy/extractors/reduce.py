@@ -141,7 +141,7 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
     """Whether the logits of H^l are the sum of those of its terms (eq. 4), up to float32 rounding.
 
     They are not for a stream of 16 bits, which is rounded after each addition, for products in TF32, which are rounded
-    before it, and for a lens with a norm, which is not linear.
+    before it, and for a lens with a norm, which is not linear, or of the user's own, which need not be.
     """
     rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
@@ -157,7 +157,7 @@ def rescaling_of(model: LanguageModel, lens: Lens) -> Rescaling:
     Returns:
         ``factor``: unchanged, since the lens is linear; ``none``: the lens undoes it; ``fitted``: as another factor, as
         does a norm without a bias, whose epsilon is all that it does not undo; ``projected``: not as a factor, so that
-        the rescaled state is projected too.
+        the state is rescaled before the lens and projected too. That holds for every lens of the user's own.
     """
     if lens == "policy":
         return "factor"
@@ -221,7 +221,11 @@ def _reduce(
             sums[s.layer, "residual_out"] = [*start, len(states) - 3, len(states) - 1]
         else:
             states[s.layer, "residual_out"] = s.residual_out
-    projected = {key: projection.apply_lens(lens, state) for key, state in states.items()}
+    projected = {
+        # H^{l-1} is a state of the layer below.
+        (layer, name): projection.apply_lens(lens, state, layer - (name == "residual_in"))
+        for (layer, name), state in states.items()
+    }
     if last.layer == n_layers:
         # What the lens does not give of these two: H^L without the final norm and with it.
         if lens != "policy":
@@ -240,7 +244,7 @@ def _reduce(
             if rescaling == "factor":
                 factors[s.layer, name] = factor.to(device)
             elif rescaling != "none":
-                rescaled = projection.apply_lens(lens, (state * factor[:, None]).to(state.dtype))
+                rescaled = projection.apply_lens(lens, (state * factor[:, None]).to(state.dtype), s.layer)
                 if rescaling == "projected":
                     projected[s.layer, name + "_rescaled"] = rescaled
                 else:

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from internal_policy.analysis.config import CaptureOptions, LensOptions, SamplingOptions, require_revision, slug_of
 from internal_policy.data.prompts import Chat, content_of, whole_text
+from internal_policy.models.options import check_lens
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, option
 
@@ -46,6 +47,7 @@ class InspectConfig(SamplingOptions, CaptureOptions, LensOptions):
         check_options(self)
         require_revision(self.revision)
         self._check_capture(self.device)
+        object.__setattr__(self, "lens", check_lens(self.lens, self.remote))
         object.__setattr__(self, "prompt", content_of(self.prompt, "--prompt"))
         if self.response is None:
             return
@@ -73,7 +75,7 @@ class InspectConfig(SamplingOptions, CaptureOptions, LensOptions):
     @property
     def slug(self) -> str:
         """Where the result is written, below the output directory: ``<model>--<first words of the prompt>``."""
-        return f"{slug_of(self.model, self.revision, self.lens)}--{slug(str(self.prompt))}"
+        return f"{slug_of(self.model, self.revision, self.lens_name)}--{slug(str(self.prompt))}"
 
 
 def slug(prompt: str) -> str:

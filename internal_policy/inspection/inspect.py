@@ -28,6 +28,8 @@ from internal_policy.inspection.config import SITES, InspectConfig
 from internal_policy.inspection.policies import FIRST_SITES, LAST_SITES, N_SCALARS, look_at_layer
 from internal_policy.inspection.results import Inspection
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
+from internal_policy.models.lenses import open_lens
+from internal_policy.models.options import Lens
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.logging import quiet_libraries, status
@@ -79,9 +81,10 @@ def inspect(
         with status(f"loading {name}"):
             extractor = opened()
         stack.enter_context(limit_threads(extractor.model))
+        lens = open_lens(config.lens, extractor.model)
         ids, length = _sequence(extractor, config)
         with status(f"looking at {counted(len(ids), 'token')}"):
-            look = _look(extractor, config, ids, length)
+            look = _look(extractor, config, lens, ids, length)
         asked = {"prompt": config.prompt, **({} if config.response is None else {"response": config.response})}
         return replace(look, config={**look.config, **asked})
 
@@ -138,7 +141,7 @@ def _warn_of_unknown_text(model: LanguageModel, what: str, texts: Sequence[str])
     )
 
 
-def _look(extractor: Extractor, config: InspectConfig, ids: list[int], length: int) -> Inspection:
+def _look(extractor: Extractor, config: InspectConfig, lens: Lens, ids: list[int], length: int) -> Inspection:
     model, limit = extractor.model, config.token_limit
     top_k = min(config.top_k, model.vocab_size)
     n = len(ids)
@@ -146,7 +149,7 @@ def _look(extractor: Extractor, config: InspectConfig, ids: list[int], length: i
     reduce = partial(
         look_at_layer,
         next_ids=torch.tensor([*ids[1:], 0]),
-        lens=config.lens,
+        lens=lens,
         n_layers=model.n_layers,
         top_k=top_k,
     )
@@ -179,7 +182,7 @@ def _look(extractor: Extractor, config: InspectConfig, ids: list[int], length: i
             "device": str(model.device),
         },
         config={
-            "lens": config.lens,
+            **config.lens_settings(),
             "template": config.template,
             "top_k": top_k,
             **({"max_new_tokens": limit, "temperature": config.temperature, "seed": config.seed} if limit else {}),

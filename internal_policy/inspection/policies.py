@@ -34,7 +34,7 @@ def look_at_layer(
         group: the states of one layer at n positions.
         projection: E_u and LN_final.
         next_ids: [n] the token that came next at each position; any id at the last one.
-        lens: ``policy`` or ``logit-lens``.
+        lens: a name, or a lens from ``open_lens``.
         n_layers: L.
         top_k: number of tokens to keep.
 
@@ -49,7 +49,8 @@ def look_at_layer(
     wanted = [states.residual_out, states.attention_write, states.ffn_write]
     if states.layer == 1:
         wanted.append(states.residual_in)
-    seen = [projection.apply_lens(lens, s).to(device) for s in wanted]
+    layers = [states.layer] * len(SITES) + [0]
+    seen = [projection.apply_lens(lens, s, layer).to(device) for s, layer in zip(wanted, layers, strict=False)]
     if states.layer == n_layers:
         seen.append(projection.final_norm(states.residual_out).to(device))
     flat = look(torch.cat(seen), projection, next_ids.to(device).repeat(len(seen)), top_k)

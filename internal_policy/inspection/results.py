@@ -73,7 +73,7 @@ class Inspection:
 
     @property
     def lens(self) -> str:
-        """``policy`` or ``logit-lens``."""
+        """The name of its lens, such as ``policy`` or ``logit-lens``."""
         return str(self.config["lens"])
 
     @property

@@ -53,6 +53,8 @@ class Family:
     """The feed-forward module or mixture of experts, whose input is the normed state LN_mid(H(2l-1))."""
     attention_write: str | None = None
     """The module whose output is A^l: the post-norm if one follows the attention, else (None) the attention."""
+    output_projection: str = "o_proj"
+    """In the attention, the linear module that receives the heads' results side by side and adds up their writes."""
     ffn_write: str | None = None
     """The module whose output is F^l: the post-norm if one follows the FFN, else (None) the FFN."""
     write_multiplier: str | None = None
@@ -103,7 +105,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family("Qwen2-MoE"),
     "qwen3": Family("Qwen3"),
     "qwen3_moe": Family("Qwen3-MoE"),
-    "phi": Family("Phi", final_norm="model.final_layernorm", parallel=True),
+    "phi": Family("Phi", final_norm="model.final_layernorm", output_projection="dense", parallel=True),
     "phi3": Family("Phi-3"),
     "gemma": Family("Gemma"),
     "gemma2": Family("Gemma 2", **_GEMMA),
@@ -119,19 +121,21 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family("SmolLM3"),
     "deepseek_v3": Family("DeepSeek-V3"),
     "gpt_oss": Family("GPT-OSS"),
-    "gpt2": Family("GPT-2", **_GPT),
+    "gpt2": Family("GPT-2", **_GPT, output_projection="c_proj"),
     "gpt_neox": Family(
         "GPT-NeoX",
         backbone="gpt_neox",
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
         attention="attention",
+        output_projection="dense",
         parallel="use_parallel_residual",
     ),
-    "gptj": Family("GPT-J", **_GPT, parallel=True),
+    "gptj": Family("GPT-J", **_GPT, output_projection="out_proj", parallel=True),
 }
 
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "mixer", "temporal_block")
+_OUTPUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 _FFN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "feedforward")
 _FINAL_NORM = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "norm_f", "final_norm", "layer_norm")
 _WRITE_NORMS = (
@@ -182,6 +186,9 @@ def guess_families(model: nn.Module) -> Iterator[Family]:
                 attention=attention,
                 ffn=ffn,
                 attention_write=attention_write,
+                output_projection=next(
+                    (n for n in _OUTPUT_PROJECTION if hasattr(getattr(first, attention), n)), _OUTPUT_PROJECTION[0]
+                ),
                 ffn_write=ffn_write,
                 write_multiplier=multiplier,
                 logit_softcap=next(iter(_present(config, _SOFTCAPS)), None),

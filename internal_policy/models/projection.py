@@ -98,21 +98,31 @@ class Projection:
             memory_budget=self.memory_budget,
         )
 
-    def apply_lens(self, lens: Lens, states: Tensor) -> Tensor:
+    def apply_lens(self, lens: Lens, states: Tensor, layer: int | None = None) -> Tensor:
         """Apply a lens: nothing for ``policy``, LN_final for ``logit-lens``, the length 1 for ``unit-norm``.
 
         Args:
-            lens: ``policy`` (arXiv 2512.19673v3, eqs. 5-6), ``logit-lens``, or ``unit-norm``, which divides a state by
-                its root mean square and has no learnt gain.
+            lens: ``policy`` (arXiv 2512.19673v3, eqs. 5-6), ``logit-lens``, ``unit-norm``, which divides a state by
+                its root mean square and has no learnt gain, or a lens of the user's own from ``open_lens``.
             states: [N, d].
+            layer: l of H^l and of all that layer l reads and writes, 0 for H^0; the named lenses do not need it.
 
         Returns:
             [N, d] the states that E_u projects, in their dtype; the norm is the model's own module.
         """
-        if lens == "unit-norm":
-            rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
-            return (states / torch.where(rms > 0, rms, 1.0)).to(states.dtype)
-        return states if lens == "policy" else self.apply_final_norm(states)
+        if not isinstance(lens, str):
+            if layer is None:
+                raise ValueError(f"the lens {lens.name} differs by layer, and no layer was given")
+            mapped: Tensor = lens.apply(layer, states, self)
+            return mapped
+        if lens == "policy":
+            return states
+        if lens == "logit-lens":
+            return self.apply_final_norm(states)
+        if lens != "unit-norm":
+            raise ValueError(f"{lens!r} is not the name of a lens; open_lens prepares a directory or a function")
+        rms = states.float().square().mean(dim=-1, keepdim=True).sqrt()
+        return (states / torch.where(rms > 0, rms, 1.0)).to(states.dtype)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
         """Apply LN_final on the device of its weights.

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from internal_policy.plotting.comparison import *  # noqa: F403
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
+    from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
+    from internal_policy.plotting.parts import *  # noqa: F403
     from internal_policy.plotting.study import *  # noqa: F403
     from internal_policy.plotting.style import paper_style as paper_style
     from internal_policy.plotting.style import save_figure as save_figure
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _HOME = {
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
+    "change_parts": "parts",
+    "change_parts_data": "parts",
     "depth_differences": "comparison",
     "depth_overlay": "comparison",
     "divergence_data": "divergences",
@@ -40,6 +44,10 @@ _HOME = {
     "entropy_fall": "comparison",
     "entropy_flow": "analysis",
     "entropy_flow_data": "analysis",
+    "expert_map": "heads",
+    "expert_map_data": "heads",
+    "head_map": "heads",
+    "head_map_data": "heads",
     "grouped_change": "token_groups",
     "grouped_change_data": "token_groups",
     "heat_maps": "comparison",
@@ -53,9 +61,12 @@ _HOME = {
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_change_parts": "parts",
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
     "plot_entropy_flow": "analysis",
+    "plot_expert_map": "heads",
+    "plot_head_map": "heads",
     "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",

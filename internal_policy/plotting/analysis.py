@@ -20,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from internal_policy.analysis.change_parts import has_parts
 from internal_policy.analysis.figure_data import (
     SITE_LABELS,
     ModuleSite,
@@ -34,6 +35,8 @@ from internal_policy.analysis.figure_data import (
     stage_sketch_data,
 )
 from internal_policy.plotting import marks, style
+from internal_policy.plotting.heads import map_drawings
+from internal_policy.plotting.parts import change_parts
 from internal_policy.plotting.token_groups import group_drawings
 from internal_policy.utils.palette import LOOKS, STAGES
 
@@ -107,7 +110,7 @@ def plot_entropy_flow(
     marks.baseline(ax, analysis, "layer", "entropy", offset=0.375)
     if first:
         gap = policy_gap(analysis.n_layers)
-        _set_axes(ax, analysis, label, "Entropy (nats)", (0.375 + gap / 4, 0.5 + gap))
+        marks.set_axes(ax, analysis, label, "Entropy (nats)", (0.375 + gap / 4, 0.5 + gap))
     else:
         marks.widen_limits(ax, modules, "entropy")
     low, high = ax.get_ylim()
@@ -153,7 +156,7 @@ def plot_entropy_change(
         marks.widen_limits(ax, rows, "change")
         return ax
     marks.zero_line(ax)
-    _set_axes(ax, analysis, label, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
+    marks.set_axes(ax, analysis, label, rf"$\Delta H_{{\mathrm{{{SITE_LABELS[site]}}}}}^{{\,l}}$ (nats)")
     if site == "ffn":
         marks.shade_stages(ax, rows)
         marks.name_boundary(ax, int(boundary.iloc[0]) if len(boundary) else None, analysis.n_layers)
@@ -185,7 +188,7 @@ def plot_residual_cosine(
         marks.line(ax, rows, "layer", "cosine", label=prefix + name, markersize=marks.marker_size(rows), **look)
     if first:
         marks.zero_line(ax)
-        _set_axes(ax, analysis, label, "Cosine similarity")
+        marks.set_axes(ax, analysis, label, "Cosine similarity")
     return ax
 
 
@@ -237,31 +240,9 @@ def entropy_change(
         UserError: The number of axes, labels or colours does not fit that of the analyses.
     """
     given = listed(analyses)
-    require_some(given)
-    n = len(given)
+    figure, panels = marks.module_panels(given, plot_entropy_change, ax, label, color)
     if ax is None:
-        figure, columns = style.panel_grid(n, n_stacked=2, panel_height=1.12)
-        top, bottom = ([column[k] for column in columns] for k in (0, 1))
-    else:
-        panels = marks.check_axes(ax, 2 * n, f"ATTN's for each of {n} analyses, then FFN's")
-        top, bottom = panels[:n], panels[n:]
-    for analysis, attn, ffn, own in zip(given, top, bottom, marks.check_colors(color, n, "analyses"), strict=True):
-        plot_entropy_change(analysis, "attn", attn, color=own)
-        plot_entropy_change(analysis, "ffn", ffn, color=own)
-    marks.set_titles(top, given, label)
-    if ax is not None:
-        marks.set_titles(bottom, given, label)
-        return style.root_figure(top[0])
-    for place, column in enumerate(columns):
-        for panel in column:
-            panel.set_xlabel("")
-            if place % style.grid_shape(n)[1]:
-                panel.set_ylabel("")
-        column[0].tick_params(labelbottom=False)
-        column[1].set_title("")
-    figure.supxlabel("Layer")
-    figure.align_ylabels()
-    _add_legend(figure, [panel for column in columns for panel in column], entropy_change_data(given))
+        _add_legend(figure, panels, entropy_change_data(given))
     return figure
 
 
@@ -327,9 +308,12 @@ def stage_sketch(
 
 
 def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> list[Path]:
-    """Write figs. 2, 3 and 12, and one for each grouping of tokens that was measured, as PNG and PDF.
+    """Write figs. 2, 3 and 12, the parts of the changes, and what was measured of heads, experts and groups of tokens.
 
-    The same analyses give the same bytes.
+    Each is written as PNG and PDF.
+
+    The same analyses give the same bytes. Analyses from before the parts were measured are not in that figure; without
+    any other it is not drawn.
 
     Args:
         analyses: One analysis, or one for each model.
@@ -339,21 +323,14 @@ def save_analysis_figures(analyses: OneOrMany[Analysis], directory: Path) -> lis
         The paths written.
     """
     given = listed(analyses)
-    drawings = {
+    drawings: dict[str, Callable[[], Figure]] = {
         "fig2_entropy_flow": partial(entropy_flow, given),
         "fig3_entropy_change": partial(entropy_change, given),
         "fig12_residual_cosine": partial(residual_cosine, given),
-        **group_drawings(given),
     }
-    return style.save_figures(directory, drawings)
-
-
-def _set_axes(
-    ax: Axes, analysis: Analysis, label: str | None, y_label: str, margins: tuple[float, float] = (0.5, 0.5)
-) -> None:
-    style.set_layer_axis(ax, analysis.n_layers, margins)
-    marks.set_titles([ax], [analysis], label)
-    ax.set(xlabel="Layer", ylabel=y_label)
+    if measured := [analysis for analysis in given if has_parts(analysis.layers)]:
+        drawings["change_parts"] = partial(change_parts, measured)
+    return style.save_figures(directory, {**drawings, **map_drawings(given), **group_drawings(given)})
 
 
 def _add_legend(figure: Figure, axes: Sequence[Axes], frame: pd.DataFrame) -> None:

@@ -30,7 +30,7 @@ from internal_policy.analysis.figure_data import OneOrMany
 from internal_policy.inspection.config import SITES, Site, Span
 from internal_policy.inspection.figure_data import inspection_data
 from internal_policy.plotting import style
-from internal_policy.plotting.marks import check_axes, check_colormap
+from internal_policy.plotting.marks import check_axes, check_colormap, lens_title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -243,7 +243,7 @@ def _panel(
         # White next to black is visible on dark cells and on light ones.
         ax.axvline(start, color="white", linewidth=2.6)
         ax.axvline(start, color="black", linewidth=1.0)
-    note = "" if inspection.lens == "policy" else ", logit lens"
+    note = f", {title}" if (title := lens_title(inspection.lens)) else ""
     span = f"tokens {first} to {end} of {inspection.n_tokens}" if end > first else f"token {first}"
     state = STATES[site].replace("^", "$^") + "$"
     name = (inspection.name if name is None else name).replace("$", r"\$")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, is_color_like
+from matplotlib.figure import Figure
 
-from internal_policy.analysis.figure_data import ModuleSite, OneOrMany, baseline_data
+from internal_policy.analysis.figure_data import ModuleSite, OneOrMany, baseline_data, require_some
 from internal_policy.plotting import style
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.palette import LOOKS, STAGES
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BASELINE_LABEL = "random weights"
 EMBEDDED = "testbed/"
-LENS_TITLES = {"policy": "", "logit-lens": "logit lens"}
+LENS_TITLES = {"policy": "", "logit-lens": "logit lens", "unit-norm": "unit norm"}
 SMALL = 6.5
 """Font size of text inside a panel, points."""
 _SIZE_IN_NAME = re.compile(r"\d[bm]\b", re.IGNORECASE)
@@ -181,11 +182,70 @@ def set_titles(axes: Sequence[Axes], analyses: Sequence[Analysis], label: OneOrM
     names = check_labels(label, short_names([a.name for a in analyses]), "analyses")
     for ax, name, analysis in zip(axes, names, analyses, strict=True):
         size = f"({size_of(analysis)})" if label is None and size_of(analysis) else ""
-        notes = [LENS_TITLES.get(analysis.lens, analysis.lens)]
+        notes = [lens_title(analysis.lens)]
         title = f"{name} {size}".strip()
         if style.text_width(title, ax.title.get_fontproperties()) > style.panel_width(ax):
             title, notes = name, [size, *notes]
         style.set_title(ax, title, "\n".join(filter(None, notes)))
+
+
+def lens_title(lens: str) -> str:
+    """Return what a figure says of a lens: nothing of the paper's, and "lens NAME" of a user's own."""
+    return LENS_TITLES.get(lens, f"lens {lens}")
+
+
+def set_axes(
+    ax: Axes, analysis: Analysis, label: str | None, y_label: str, margins: tuple[float, float] = (0.5, 0.5)
+) -> None:
+    """Give a panel of one analysis its axis of layers, title and labels; `margins` as for `style.set_layer_axis`."""
+    style.set_layer_axis(ax, analysis.n_layers, margins)
+    set_titles([ax], [analysis], label)
+    ax.set(xlabel="Layer", ylabel=y_label)
+
+
+def module_panels(
+    analyses: Sequence[Analysis],
+    plot: Callable[..., Axes],
+    ax: OneOrMany[Axes] | None,
+    label: OneOrMany[str] | None,
+    color: Any,
+) -> tuple[Figure, list[Axes]]:
+    """Draw two panels for each analysis: what ATTN does (top) and what FFN does (bottom).
+
+    `plot` draws one, with the arguments analysis, site, axes and `color`; `ax`, `label` and `color` are the user's.
+
+    Returns:
+        The figure and the panels. A new figure lacks only its legend.
+
+    Raises:
+        UserError: The number of axes, labels or colours does not fit that of the analyses.
+    """
+    require_some(analyses)
+    n = len(analyses)
+    columns: list[list[Axes]] = []
+    if ax is None:
+        figure, columns = style.panel_grid(n, n_stacked=2, panel_height=1.12)
+        top, bottom = ([column[k] for column in columns] for k in (0, 1))
+    else:
+        panels = check_axes(ax, 2 * n, f"ATTN's for each of {n} analyses, then FFN's")
+        top, bottom = panels[:n], panels[n:]
+    for analysis, attn, ffn, own in zip(analyses, top, bottom, check_colors(color, n, "analyses"), strict=True):
+        plot(analysis, "attn", attn, color=own)
+        plot(analysis, "ffn", ffn, color=own)
+    set_titles(top, analyses, label)
+    if ax is not None:
+        set_titles(bottom, analyses, label)
+        return style.root_figure(top[0]), [*top, *bottom]
+    for place, column in enumerate(columns):
+        for panel in column:
+            panel.set_xlabel("")
+            if place % style.grid_shape(n)[1]:
+                panel.set_ylabel("")
+        column[0].tick_params(labelbottom=False)
+        column[1].set_title("")
+    figure.supxlabel("Layer")
+    figure.align_ylabels()
+    return figure, [panel for column in columns for panel in column]
 
 
 def size_of(analysis: Analysis) -> str:

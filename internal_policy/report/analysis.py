@@ -12,6 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from internal_policy.analysis.change_parts import (
+    LENSES_WITHOUT_LENGTH,
+    PARTS,
+    has_parts,
+    length_sentence,
+    share_sentence,
+)
 from internal_policy.analysis.layer_selection import STAGES, phrase
 from internal_policy.analysis.remarks import positions_line, remarks
 from internal_policy.analysis.results import Analysis
@@ -25,8 +32,10 @@ from internal_policy.report.charts import (
     fall_chart,
     flow_chart,
     group_chart,
+    parts_chart,
 )
 from internal_policy.report.page import clean, interval, number, render, settings_tables
+from internal_policy.report.part_charts import part_charts
 from internal_policy.utils.console import few_prompts, of_resamples
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.palette import STAGES as STAGE_LOOKS
@@ -59,10 +68,14 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
     """Return what the template shows of one analysis, and add its charts and token view under ids with `key`."""
     convergence = measure_convergence(analysis, seed=int(analysis.config.get("seed", 0)))
     own = {"flow": flow_chart(analysis), "change": change_chart(analysis), "fall": fall_chart(convergence)}
+    maps = part_charts(analysis)
+    parts = has_parts(analysis.layers)
+    if parts:
+        own |= {"parts_ffn": parts_chart(analysis, "ffn"), "parts_attn": parts_chart(analysis, "attn")}
     table = analysis.additions.get("divergences")
     if table is not None:
         own |= {"divergence": divergence_chart(table), "agreement": agreement_chart(table)}
-    charts.update({f"{key}-{name}": chart for name, chart in own.items()})
+    charts.update({f"{key}-{name}": chart for name, chart in (own | maps).items()})
     groups = _groups(analysis)
     charts.update({f"{key}-groups-{group['name']}": group["chart"] for group in groups})
     view = token_view(analysis)
@@ -83,7 +96,9 @@ def _part(analysis: Analysis, key: str, charts: dict[str, Chart], tokens: dict[s
             for n, stage in enumerate(analysis.stages, start=1)
         ],
         "charts": own,
+        "maps": maps,
         "rows": _layer_rows(analysis),
+        "parts": _parts(analysis) if parts else None,
         "divergences": None if table is None else _divergences(table, analysis.additions["divergence_matrix"]),
         "convergence": _convergence_rows(convergence),
         "reading": convergence.reading,
@@ -105,6 +120,9 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
     else:
         boundary = f"its boundary layer is {chosen.boundary_layer}"
     boundary += f" ({chosen.agreement})"
+    length = share_sentence(analysis.layers, analysis.selection)
+    if length is not None and analysis.lens not in LENSES_WITHOUT_LENGTH:
+        boundary += f". {length[0].upper()}{length[1:]}"
     adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
     falls = adverbs.get(convergence.reading)
     if falls is None:
@@ -187,17 +205,13 @@ def _layer_rows(analysis: Analysis) -> list[dict[str, Any]]:
     columns += [(site, "change", "+.3f") for site in SITES]
     table = analysis.layers.set_index(["site", "layer"])
 
-    def cell(layer: int, site: str, column: str, form: str) -> dict[str, str]:
-        value, low, high = table.loc[(site, layer), [column, f"{column}_low", f"{column}_high"]]
-        return {"value": number(value, form), "interval": interval(low, high, form)}
-
     return [
         {
             "layer": layer,
             "stage": stage,
             "mark": STAGE_LOOKS[stage].sign,
             "target": layer == analysis.boundary_layer,
-            "cells": [cell(layer, *column) for column in columns],
+            "cells": [_cell(table, layer, *column) for column in columns],
         }
         for layer, stage in enumerate(analysis.stages, start=1)
     ]
@@ -223,6 +237,35 @@ def _groups(analysis: Analysis) -> list[dict[str, Any]]:
             )
         shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
     return shown
+
+
+def _cell(table: pd.DataFrame, layer: int, site: str, column: str, form: str) -> dict[str, str]:
+    """Return a value and its interval as text; `table` is indexed by site and layer."""
+    value, low, high = table.loc[(site, layer), [column, f"{column}_low", f"{column}_high"]]
+    return {"value": number(value, form), "interval": interval(low, high, form)}
+
+
+def _parts(analysis: Analysis) -> dict[str, Any]:
+    """Return what the page says about direction and length: a sentence, and a row of cells for each layer."""
+    columns = [
+        *((site, name, "+.3f") for site in ("ffn", "attn") for name in PARTS.values()),
+        *((site, "rms_out", "#.3g") for site in SITES),
+    ]
+    table = analysis.layers.set_index(["site", "layer"])
+    sentence = length_sentence(analysis.layers, analysis.selection, analysis.lens)
+    if sentence is None:
+        sentence = f"the lens {analysis.lens} norms every state, so next to nothing of a change is length"
+    return {
+        "sentence": f"{sentence[0].upper()}{sentence[1:]}.",
+        "rows": [
+            {
+                "layer": layer,
+                "target": layer == analysis.boundary_layer,
+                "cells": [_cell(table, layer, *column) for column in columns],
+            }
+            for layer in range(1, analysis.n_layers + 1)
+        ],
+    }
 
 
 def _divergences(table: pd.DataFrame, matrix: pd.DataFrame) -> dict[str, Any]:

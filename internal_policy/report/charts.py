@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from internal_policy.analysis.change_parts import PARTS, boundary_texts
+from internal_policy.analysis.figure_data import SITE_LABELS, ModuleSite
+from internal_policy.analysis.layer_selection import DIRECTION
 from internal_policy.utils import palette
 
 if TYPE_CHECKING:
@@ -143,6 +146,66 @@ class Chart:
         )
         self._add_key(name, color if isinstance(color, str) else "var(--fg)", symbol, first)
 
+    def bars(
+        self, name: str, x: Iterable[Any], y: Iterable[Any], ends: tuple[Iterable[Any], Iterable[Any]], what: str
+    ) -> None:
+        """Add bars with their 95% intervals, stacked on those added before: up if positive, down if negative.
+
+        `what` is a key of `palette.LOOKS`.
+        """
+        hatched, color, first = palette.LOOKS[what].hatched, f"var(--{what})", len(self.figure.data)
+        x, y, low, high = finite(x), finite(y), finite(ends[0]), finite(ends[1])
+        more: dict[str, Any] = {}
+        template = "%{fullData.name} %{y:+.3f} nats"
+        if not {None} & {*y, *low, *high}:
+            spans = pd.DataFrame({"value": y, "low": low, "high": high}, dtype=float)
+            more["error_y"] = {
+                "type": "data",
+                "symmetric": False,
+                "array": finite(spans["high"] - spans["value"]),
+                "arrayminus": finite(spans["value"] - spans["low"]),
+                **{"color": "var(--fg)", "thickness": 1, "width": 2},
+            }
+            more["customdata"] = [list(pair) for pair in zip(low, high, strict=True)]
+            template += " [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}]"
+        marker: dict[str, Any] = {"color": color, "line": {"color": color, "width": 1}}
+        if hatched:
+            marker["pattern"] = {"shape": "/", "fillmode": "replace", "size": 6, "solidity": 0.25}
+        self.figure.add_bar(
+            x=x,
+            y=y,
+            name=escape_name(name),
+            showlegend=False,
+            marker=marker,
+            hovertemplate=f"{template}<extra></extra>",
+            **more,
+        )
+        self.figure.update_layout(barmode="relative", bargap=0.28)
+        self._add_key(name, color, "hatched" if hatched else "filled", first)
+
+    def heat_map(
+        self, table: pd.DataFrame, hover: str, details: Sequence[Sequence[Any]], *, signed: bool = False
+    ) -> None:
+        """Add a map of a table, its first row at the top, instead of lines; zero is the middle of `signed` values.
+
+        `hover` is plotly's template of the text at a cell; the cell's `details` are its customdata.
+        """
+        values = table.to_numpy(dtype=float)
+        reach = max((abs(v) for v in values.ravel() if math.isfinite(v)), default=1.0) or 1.0
+        limits = {"zmin": -reach, "zmax": reach, "colorscale": "RdBu", "reversescale": True} if signed else {}
+        self.figure.add_heatmap(
+            x=[int(column) for column in table.columns],
+            y=[str(name) for name in table.index],
+            z=[finite(row) for row in values],
+            customdata=details,
+            hovertemplate=f"{hover}<extra></extra>",
+            hoverongaps=False,
+            colorbar={"thickness": 12, "outlinewidth": 0},
+            **{"colorscale": "Viridis", **limits},
+        )
+        self.figure.update_yaxes(type="category", autorange="reversed")
+        self.single = True
+
     def _add_key(self, name: str, color: str, sign: str, first: int, shown: bool = True) -> None:
         traces = list(range(first, len(self.figure.data)))
         self.key.append({"name": str(name), "color": color, "sign": sign, "traces": traces, "shown": shown})
@@ -161,10 +224,18 @@ class Chart:
                 start = layer + 1
 
     def mark(self, at: float, text: str, what: str) -> None:
-        """Draw a vertical line with its name; `what` is its key in `palette.LOOKS`."""
+        """Draw a vertical line with its name, unless that is empty; `what` is its key in `palette.LOOKS`."""
         line = {"color": f"var(--{what})", "width": 1.5, "dash": palette.LOOKS[what].dash}
         self.figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=line)
-        place = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+        if text:
+            self._write_above(text, x=at)
+
+    def note(self, text: str) -> None:
+        """Write a text above the middle of the figure."""
+        self._write_above(text, x=0.5, xref="paper")
+
+    def _write_above(self, text: str, **place: Any) -> None:
+        place |= {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
         self.figure.add_annotation(text=escape_name(text), font_color="var(--fg)", **place)
 
     def level(self, at: float, *, dash: palette.Dash = "dot") -> None:
@@ -258,6 +329,30 @@ def group_chart(groups: TokenGroups) -> Chart:
         # Bands of ten lines would hide them.
         chart.curve(group, rows["layer"], rows["change"], ends, format="+.3f", band=not ordered, **drawn)
     chart.layer_axis(groups.n_layers)
+    return chart
+
+
+def parts_chart(analysis: Analysis, site: ModuleSite) -> Chart:
+    """Draw the entropy changes of attention or FFN, stacked into what direction makes and what length makes."""
+    name = SITE_LABELS[site]
+    what = f"Entropy change that each {name} makes, as bars of its direction part and its length part, over the layers."
+    chart = Chart(f"Parts of the entropy change of {name}", "Layer", f"ΔH {name} (nats)", what)
+    rows = analysis.layers[analysis.layers["site"] == site].sort_values("layer")
+    chart.level(0.0, dash="solid")
+    for part, column in PARTS.items():
+        chart.bars(f"{part} part", rows["layer"], rows[column], (rows[f"{column}_low"], rows[f"{column}_high"]), part)
+    drawn = {**look("stream"), "symbol": "diamond"}
+    _add_site(chart, analysis, "whole change", site, "change", format="+.3f", band=False, width=1, **drawn)
+    chart.layer_axis(analysis.n_layers)
+    if site == "attn":
+        _mark_boundary(chart, analysis)
+        return chart
+    measured, by_direction = analysis.boundary_layer, analysis.selection.sensitivity.get(DIRECTION)
+    for layer, key in ((measured, "boundary"), (None if by_direction == measured else by_direction, "direction")):
+        if layer is not None:
+            chart.mark(layer, "", key)
+    # Two names next to each other would overlap.
+    chart.note(boundary_texts(measured, by_direction)[0])
     return chart
 
 

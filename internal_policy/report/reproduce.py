@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.bupo.config import TrainConfig
+from internal_policy.models.options import LENSES
 from internal_policy.report.page import clean
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import command_line_of, options_of, words_of
@@ -29,6 +30,15 @@ COMPARED = "compare--"
 """Prefix of the directory of a comparison that the command wrote."""
 SAMPLING = ("prompts_split", "samples_per_prompt", "max_new_tokens", "temperature", "generator")
 _GIVEN = re.compile(r"\d+ given")
+
+
+class _Variable(str):
+    """The name of a variable, which a call shows without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ def analysis_commands(analysis: Analysis) -> Commands:
         for f in fields(AnalyzeConfig)
         if f.name != "model" and f.name in config and config[f.name] != f.default
     }
+    if "lens_path" in config:
+        options["lens"] = config["lens_path"]
     notes = [
         "If this analysis is finished in the output directory, it is read and nothing is computed. To compute it "
         "again, choose another output, or add --overwrite (overwrite=True in Python), which replaces it."
@@ -69,11 +81,17 @@ def analysis_commands(analysis: Analysis) -> Commands:
     model = str(config.get("model", analysis.model["id"]))
     notes += _notes_of(analysis, model)
     given, header = {**options, "output": root}, "from internal_policy import analyze\n\n"
+    lens_in_memory = config["lens"] not in LENSES and "lens_path" not in config
+    if lens_in_memory:
+        header += f"# lens as the function {config['lens']} was in memory then\n"
+        given["lens"] = _Variable("lens")
     # A model that is neither on the hub, nor embedded, nor named by a path was an object.
     named = analysis.model.get("revision") or config.get("remote") or "/" in model or Path(model).exists()
     if not named:
         header += "# model and tokenizer as they were in memory then\n"
         return Commands(None, clean(header + call("analyze", [], given, "model, tokenizer")), tuple(notes))
+    if lens_in_memory:
+        return Commands(None, clean(header + call("analyze", [model], given)), tuple(notes))
     words = command_line_of(AnalyzeConfig, {"model": model, **options}, always=("model",))
     words += [] if root == ANALYSES else words_of("output", root)
     shell = shlex.join(["internal-policy", "analyze", *words])
@@ -166,7 +184,7 @@ def _notes_of(analysis: Analysis, model: str) -> list[str]:
         notes.append(f"Responses were sampled on {clean(device)}; another kind of device has other random streams.")
     notes.append(f"Weights were in {clean(analysis.model.get('dtype'))}; their digest is in the settings.")
     if analysis.config.get("hooked"):
-        notes.append("The model had hooks or patches of the user's own, which no command repeats.")
+        notes.append("Hooks, patches or a lens of the user's own took part, which no command repeats.")
     return notes
 
 

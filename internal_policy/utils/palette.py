@@ -25,6 +25,8 @@ class Look:
     """Its colour on a dark page."""
     dash: Dash = "solid"
     marker: Marker = "circle"
+    hatched: bool = False
+    """Whether its bars are hatched, so that they differ in grey too."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
         "attn": Look("#0072b2", "#56b4e9", "solid", "triangle-up"),
         "ffn": Look("#c24e00", "#f58b4c", "dash", "square"),
         "policy": Look("#a8487f", "#e295c4", "solid", "star"),
+        "direction": Look("#1f9e78", "#3fc79c", "dot"),
+        "length": Look("#8a6d00", "#e8c33c", hatched=True),
         "boundary": Look("#404040", "#d0d0d0", "dashdot", "diamond"),
         "switch": Look("#7f7f7f", "#9a9a9a", "dash"),
         "uniform": Look("#7f7f7f", "#9a9a9a", "dot"),
         "neutral": Look("#7f7f7f", "#9a9a9a"),
     }
 )
-"""The residual stream, what attention and FFN write, the final policy; the boundary layer, the end of alignment, ln V,
-and reference lines. The input of a layer or module is the open marker of its output."""
+"""The residual stream, what attention and FFN write, the final policy; the two parts of a change; the boundary layer,
+the end of alignment, ln V, and reference lines. The input of a layer or module is the open marker of its output."""
 
 STAGES: Mapping[str, StageLook] = MappingProxyType(
     {

@@ -46,7 +46,7 @@ def test_each_lens_finds_the_other_and_reports_agreement(pair, tmp_path, capsys)
     sentence = "by the paper's literal words it is layer 4 too; under the logit lens it is layer 1"
     assert policy.selection.agreement == f"all 50 resamples give layer 4; {sentence}"
     page = " ".join(analysis_report(policy).replace("&#39;", "'").split())
-    assert f"{sentence}). Its entropy" in page
+    assert f"{sentence}). " in page
     assert '<th scope="row">Under the logit lens</th><td>1 ≠</td><td>none</td>' in page
     assert "Confidence, the mean of the last column: 66.7%" in page
     assert sentence in html.unescape(policy._repr_html_())

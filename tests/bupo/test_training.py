@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from synthetic_analyses import make, progressive
 from tiny import tiny_model, tiny_tokenizer
 from tiny_training import PROMPTS, RATE, high_words, refused_here, train
 from trainers import make_bupo_trainer, weights
@@ -17,6 +18,7 @@ from training_calls import MODEL, refused
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from internal_policy import UserError, bupo
+from internal_policy.bupo.training import choose_layer
 from internal_policy.data import arithmetic as tasks
 
 
@@ -362,3 +364,11 @@ def test_a_missing_reference_model_is_refused(tmp_path):
     words = {"prompts": PROMPTS, "reward": high_words, "tokenizer": tiny_tokenizer(), "layer": None, "ipa_steps": 0}
     error = refused(tmp_path / "out", model=tiny_model("qwen3"), method="grpo", beta=0.1, **words)
     assert "beta needs the model as it was before training: save it, and give its directory" in error
+
+
+@pytest.mark.parametrize("lens", ["policy", "unit-norm"])
+def test_a_layer_of_an_analysis_says_under_which_lens_it_was_found(lens):
+    analysis = make(progressive(6), lens=lens, prompts=8)
+    analysis = replace(analysis, selection=replace(analysis.selection, boundary_layer=2))
+    note = "; found under the lens unit-norm"
+    assert choose_layer(analysis).reason.endswith(note) == (lens == "unit-norm")

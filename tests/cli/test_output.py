@@ -76,6 +76,8 @@ def test_json_of_an_analysis_has_the_target_layer_and_its_confidence(tmp_path, m
     assert analysis["boundary_layer"] == loaded.boundary_layer
     assert analysis["selection"]["confidence"] == loaded.selection.confidence
     assert analysis["stages"] == list(loaded.stages)
+    assert analysis["length_share"] == pytest.approx(loaded.length_share)
+    assert analysis["boundary_layer_by_direction"] == loaded.selection.sensitivity["direction"]
     assert set(found["files"]) == {"analysis", "figures", "report"}
     # The page of the first run already exists now and is still listed.
     (tmp_path / "testbed--qwen3" / "report.html").touch()

@@ -174,7 +174,7 @@ def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path, monkeypatch):
     )
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     monkeypatch.setattr(style, "save_figure", lambda figure, stem: [stem])
-    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine")
+    stems = ("fig2_entropy_flow", "fig3_entropy_change", "fig12_residual_cosine", "change_parts")
     assert figures.save_analysis_figures(make_analyses(1), tmp_path) == [tmp_path / stem for stem in stems]
 
 

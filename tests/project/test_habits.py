@@ -42,6 +42,7 @@ from internal_policy.plotting import (
     evaluation as evaluation_figures,
 )
 from internal_policy.plotting import inspection as inspection_figure
+from internal_policy.plotting import parts as parts_figure
 from internal_policy.plotting import (
     training as training_figures,
 )
@@ -142,6 +143,7 @@ def drawings(comparison):
         **dict.fromkeys((figures.plot_entropy_change, figures.plot_entropy_flow), (analysis,)),
         **{f: ([analysis],) for f in (figures.entropy_change, figures.entropy_flow, figures.residual_cosine)},
         figures.plot_residual_cosine: (analysis,),
+        **{parts_figure.plot_change_parts: (analysis,), parts_figure.change_parts: ([analysis],)},
         figures.stage_sketch: ([analysis],),
         **{f: ([run],) for f in (training_figures.training_curves, training_figures.policy_entropy_curves)},
         training_figures.alignment_dynamics: (run,),
@@ -155,7 +157,7 @@ def drawings(comparison):
     }
 
 
-MODULES = (*(figures, training_figures, evaluation_figures, comparison_figures, inspection_figure),)
+MODULES = (figures, parts_figure, training_figures, evaluation_figures, comparison_figures, inspection_figure)
 
 
 def public_figures():

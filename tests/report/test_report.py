@@ -17,6 +17,7 @@ import pytest
 from synthetic_analyses import make, progressive
 
 from internal_policy import Analysis, AnalyzeConfig, UserError, analyze, compare, select_layer
+from internal_policy.analysis.change_parts import boundary_texts, length_sentence
 from internal_policy.bupo.run import Run
 from internal_policy.cli.compare import redraw_command
 from internal_policy.cli.main import run as run_command
@@ -168,11 +169,48 @@ def test_curves_intervals_and_table_are_those_of_the_analysis(saved, page):
     # Its stage is available to screen readers.
     for n, stage in enumerate(saved.stages, start=1):
         assert f" {n}: {stage}{', boundary layer' if n == saved.boundary_layer else ''}\n" in page.text
-    # Each layer once, in the table and in the strip of stages.
-    assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"]
+    # Each layer once, in both tables and in the strip of stages.
+    assert [head for head in page.heads if head[0].isdigit()] == [*map(str, range(1, 7)), "7 ◀", "8"] * 2
     assert sum(tag == "li" and "layer " in part.get("title", "") for tag, part in page.elements) == 8
     for value in saved.curve("ffn"):
         assert number(value, "+.3f") in page.parts["layers"]
+
+
+def test_the_parts_of_the_changes_are_those_of_the_analysis(saved, page):
+    for site in ("ffn", "attn"):
+        spec = page.data["charts"][f"a1-parts_{site}"]
+        assert spec["layout"]["barmode"] == "relative"
+        for name, column in (("direction part", "change_direction"), ("length part", "change_scale")):
+            bars, values = line(spec, name), saved.curve(site, column).to_numpy()
+            ends = np.column_stack([saved.curve(site, f"{column}_{end}") for end in ("low", "high")])
+            assert (bars["type"], bars["x"]) == ("bar", list(range(1, 9)))
+            np.testing.assert_allclose(bars["y"], values, atol=1e-6)
+            np.testing.assert_allclose(bars["customdata"], ends, atol=1e-6)
+            np.testing.assert_allclose(bars["error_y"]["array"], ends[:, 1] - values, atol=2e-6)
+            np.testing.assert_allclose(bars["error_y"]["arrayminus"], values - ends[:, 0], atol=2e-6)
+            for value in values:
+                assert number(value, "+.3f") in page.parts["parts"]
+        np.testing.assert_allclose(line(spec, "whole change")["y"], saved.curve(site), atol=1e-6)
+    sentence = length_sentence(saved.layers, saved.selection, saved.lens)
+    assert page.parts["length"] == f"{sentence[0].upper()}{sentence[1:]}."
+    share, _, _ = sentence.partition("; ")
+    assert f"{share}. Its entropy converges" in page.parts["summary"]
+    measured, by_direction = saved.boundary_layer, saved.selection.sensitivity["direction"]
+    lines = [shape["x0"] for shape in page.data["charts"]["a1-parts_ffn"]["layout"]["shapes"] if shape["x0"] > 0]
+    assert lines == list(dict.fromkeys([measured, by_direction]))
+    (note,) = page.data["charts"]["a1-parts_ffn"]["layout"]["annotations"]
+    assert note["text"] == boundary_texts(measured, by_direction)[0]
+
+
+def test_a_report_of_an_analysis_from_before_the_parts_or_without_length_says_so(saved):
+    lacking = [column for column in saved.layers if column.startswith(("change_direction", "change_scale", "rms"))]
+    old = Page(analysis_report(replace(saved, layers=saved.layers.drop(columns=lacking))))
+    assert "a1-parts_ffn" not in old.data["charts"]
+    assert not {"parts", "length"} & set(old.parts)
+    assert "is length" not in old.text
+    normed = Page(analysis_report(replace(saved, config={**saved.config, "lens": "unit-norm"})))
+    assert normed.parts["length"].startswith("The lens unit-norm norms every state, so ")
+    assert "is length" not in normed.parts["summary"]
 
 
 def test_the_final_policy_is_drawn_after_the_layers_with_its_own_title(page):

@@ -34,7 +34,7 @@ LONG = "an-organisation-with-a-name/" + "a-model-whose-name-does-not-end-" * 4
 def pages(tmp_path_factory):
     """A page of each kind with untrusted names and texts."""
     root = tmp_path_factory.mktemp("pages")
-    found = analyze("testbed/qwen3", max_responses=4, keep_tokens=2, max_new_tokens=12)
+    found = analyze("testbed/qwen3", max_responses=4, keep_tokens=2, max_new_tokens=12, heads=True)
     tokens, sequences = found.tokens.copy(), found.sequences.copy()
     first = (tokens["response"] == 0) & (tokens["token"] == 0)
     tokens["token_text"] = tokens["token_text"].astype(object).mask(first, HOSTILE)

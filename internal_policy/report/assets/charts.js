@@ -56,7 +56,7 @@
     // Paper has a width of its own, which the page does not have yet when it is asked to be printed.
     Object.assign(made, printing ? { width: 660, height: 272 } : { autosize: true });
     return Object.assign(made, {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: spec.key.length > 12 ? "closest" : "x unified",
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: spec.key.length > 12 || !spec.key.length ? "closest" : "x unified",
       font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 13, color: fg },
       hoverlabel: { bgcolor: bg, bordercolor: fg, font: { color: fg, size: narrow ? 12 : 13 }, align: "left" },
       margin: { l: 48, r: 12, t: 24, b: 44 }, dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom"
