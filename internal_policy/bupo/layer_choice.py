@@ -209,6 +209,6 @@ def _agreement(
     finally:
         release_memory()
     cosines = measured.table.set_index("layer")["cosine"]
-    best = int(cosines.index[cosines.argmax()])
+    best = int(cosines.index[int(cosines.argmax())])
     own = f"alignment at layer {layer} agrees with GRPO to {cosines[layer]:.2f}"
     return f"{own}, the most of all layers" if best == layer else f"{own}, most at layer {best} ({cosines[best]:.2f})"
