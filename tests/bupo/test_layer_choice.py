@@ -42,6 +42,7 @@ def assert_same_numbers(one, other):
             assert one.history[column].tolist() == pytest.approx(other.history[column].tolist(), abs=0, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_without_informative_prompts_the_run_goes_on_and_says_so(tmp_path, caplog):
     reward = Never()
     run = train(tmp_path / "auto", layer="auto", reward=reward)

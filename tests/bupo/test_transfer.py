@@ -346,6 +346,7 @@ def test_the_model_is_as_before(fails):
     assert torch.equal(random, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit_and_adds_layers(tmp_path, monkeypatch, caplog):
     def run(place, **options):
         return bupo.transfer(tiny(), PROMPTS, reward=parity, output=tmp_path / place, **{**OPTIONS, **options}).table
@@ -413,6 +414,7 @@ def test_layers_are_read():
             parse_layers(bad)
 
 
+@pytest.mark.slow
 def test_several_rewards_are_added(tmp_path):
     def twice(completions, **_):
         return [2 * value for value in parity(completions)]
@@ -445,6 +447,7 @@ def test_a_result_is_the_same_from_disk(tmp_path):
         Transfer.load(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_the_command_measures_draws_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ("transfer", "--model", "testbed/qwen3", "--max-prompts", "8", "--num-generations", "4")
