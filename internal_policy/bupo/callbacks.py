@@ -39,6 +39,19 @@ _COLUMNS = {
 """Columns of the history, and TRL's names of them."""
 
 
+def is_due(trainer: BuPOTrainer, state: Any, every: int) -> bool:
+    """Whether something is measured after this update: at an interval, as alignment ends, and at the end of the run."""
+    step, rest = divmod(state.global_step, trainer.args.updates_per_step)
+    phase_ends = trainer.args.ipa_steps == step
+    return not rest and (step % every == 0 or phase_ends or state.global_step == state.max_steps)
+
+
+def current_phase(trainer: BuPOTrainer, state: Any) -> str:
+    """Return the phase of the last step; before the first step, that of the next one."""
+    aligned = trainer.last_aligned if state.global_step else trainer.in_alignment
+    return ALIGNMENT if aligned else second_phase(trainer.args.method)
+
+
 class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Measures figure 5 on fixed responses, before the first step and then at regular intervals.
 
@@ -73,9 +86,7 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure at the interval, at the end of the first phase and at the end of the run."""
-        step, rest = divmod(state.global_step, self._trainer.args.updates_per_step)
-        phase_ends = self._trainer.args.ipa_steps == step
-        if not rest and (step % self._every == 0 or phase_ends or state.global_step == state.max_steps):
+        if is_due(self._trainer, state, self._every):
             self._measure(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,12 +96,9 @@ class DynamicsCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def _measure(self, state: Any) -> None:
         trainer = self._trainer
-        # Whether the last step was one of alignment; before the first step, whether the next one is.
-        aligned = trainer.last_aligned if state.global_step else trainer.in_alignment
         measured = self._dynamics.measure()
         row, step = measured.row(), int(state.global_step // trainer.args.updates_per_step)
-        phase = ALIGNMENT if aligned else second_phase(trainer.args.method)
-        self.rows.append({"step": step, "phase": phase, **row})
+        self.rows.append({"step": step, "phase": current_phase(trainer, state), **row})
         self.layers.append(measured.layers.assign(step=step))
         self._decide()
         if state.global_step:

@@ -96,6 +96,18 @@ def check_run(
             f"{asked} was given, and there is nothing to evaluate on: prompts of your own are trained on only; "
             "give benchmark, or leave it out"
         )
+    if config.eval_layer is not None:
+        if not 1 <= config.eval_layer <= model.n_layers:
+            raise UserError(f"eval_layer is {config.eval_layer}; {model.name} has {model.n_layers} layers")
+        if not evaluates:
+            raise UserError(
+                "eval_layer was given, and there is nothing to evaluate on; give benchmark and eval_samples"
+            )
+        if sharded:
+            raise UserError(
+                "eval_layer was given, and FSDP or DeepSpeed spreads the weights, from which no process can sample; "
+                "leave it out"
+            )
     if evaluates and config.benchmark is not None:
         read_benchmark(config.benchmark, config.eval_problems)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig
 from internal_policy.data.prompts import TEMPLATES
-from internal_policy.models.options import DTYPES
+from internal_policy.models.options import DTYPES, SITES, Site
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.options import MOST_PROMPTS, option, refuse_too_large, require_one_of
@@ -24,9 +24,6 @@ from internal_policy.utils.shell import is_number
 
 DATA = "data/runs"
 """Where runs are written by default."""
-Site = Literal["layer", "attn", "ffn"]
-"""What is projected: H^l (arXiv 2512.19673v3, eq. 5), or what the attention or the FFN of layer l writes (eq. 6)."""
-SITES = get_args(Site)
 PolicyLens = Literal["policy", "logit-lens"]
 """The lenses under which an internal policy is optimised: without the final norm, or with it."""
 POLICY_LENSES = get_args(PolicyLens)
@@ -81,7 +78,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
-    **dict.fromkeys(("eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1),
+    **dict.fromkeys(
+        ("eval_layer", "eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1
+    ),
     **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
     **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
     **dict.fromkeys(("learning_rate", "ipa_learning_rate", "upper_lr_scale"), 0),
@@ -161,6 +160,9 @@ class TrainConfig:
     else the benchmark's own number."""
     eval_problems: int | None = None
     """Evaluate at most this many problems."""
+    eval_layer: int | None = None
+    """Layer whose internal policy, under site and lens, is also sampled and scored on the benchmark: before the first
+    step, at the interval of figure 5, and at the end. Default: none."""
     entropy_sequences: int = 64
     """Rollouts of each step on which the entropy of the policy is measured; 0 disables it."""
     dynamics_every: int | None = None

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from internal_policy.bupo.config import AUTO, POLICY_LENSES, SITES, PolicyLens, Site, TrainConfig
-from internal_policy.bupo.forward import check_layer
+from internal_policy.bupo.config import AUTO, POLICY_LENSES, PolicyLens, TrainConfig
 from internal_policy.data.prompts import Prompt, render_all
 from internal_policy.data.responses import Response, check_responses, pad, prompt_indices
 from internal_policy.entropy import policy_divergence, token_log_probs
 from internal_policy.extractors import LayerStates, residual_hooks
+from internal_policy.extractors.truncated import check_layer
 from internal_policy.generation import Request, sample
 from internal_policy.models import LanguageModel, context, eval_mode, projection_of
+from internal_policy.models.options import SITES, Site
 from internal_policy.statistics import clustered_mean
 from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
@@ -133,7 +134,7 @@ class Dynamics:
 
         Source: arXiv 2512.19673v3, eqs. 5-7 and 11; fig. 5 for cosine, perplexity and divergence.
         """
-        model = _with_current_projection(self.model)
+        model = with_current_projection(self.model)
         sums: defaultdict[tuple[str, int], float] = defaultdict(float)
         losses: list[float] = []
         with eval_mode(model.model), torch.no_grad():
@@ -311,7 +312,7 @@ def alignment_end(
     return None
 
 
-def _with_current_projection(model: LanguageModel) -> LanguageModel:
+def with_current_projection(model: LanguageModel) -> LanguageModel:
     """Take the current E_u and LN_final from the model."""
     fresh = projection_of(model.model, model.family)
     return replace(model, projection=replace(fresh, memory_budget=model.projection.memory_budget))

@@ -1,18 +1,18 @@
-"""The forward pass of an internal policy: the decoder ends at layer l, and its state goes to the unembedding.
+"""The head and the positions of a forward pass in an update, for an internal policy as for pi_theta.
 
 Usage::
 
-    with internal_forward(model, layer=6):
+    with internal_forward(model, layer=6), streamed_head(model, family, temperature=1.0):
         model(input_ids=..., labels=..., fused_lm_head=True)  # log-probabilities of pi^6, layers 7..L never run
 
-``streamed_head`` computes these log-probabilities in an update. TRL's own head streams on an accelerator with Triton.
-Without one it scores every position, including the prompt, and holds several tiles of 4096 x 32768 logits; there it is
-replaced by this head, which scores only the labelled positions, block by block.
+``internal_forward`` is that of ``extractors.truncated``; ``streamed_head`` computes the log-probabilities. TRL's own
+head streams on an accelerator with Triton. Without one it scores every position, including the prompt, and holds
+several tiles of 4096 x 32768 logits; there it is replaced by this head, which scores only the labelled positions, block
+by block.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,85 +22,13 @@ from torch import Tensor, nn
 from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
 
-from internal_policy.bupo.config import POLICY_LENSES, PolicyLens, Site
 from internal_policy.entropy.log_probs import differentiable_log_probs
-from internal_policy.extractors.hooks import first_tensor
-from internal_policy.models import Family, family_of, projection_of
-from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import require_one_of
+from internal_policy.extractors.truncated import internal_forward
+from internal_policy.models import Family, projection_of
+
+__all__ = ["internal_forward", "needs_streamed_head", "positions_from_mask", "streamed_head"]
 
 _IGNORED = -100
-
-
-class _FinalNormReplacement(nn.Module):
-    """Replaces the final norm: returns H^l, or the module's write instead of it."""
-
-    def __init__(self, norm: nn.Module | None, held: list[Tensor] | None, multiplier: float) -> None:
-        super().__init__()
-        # In a list the norm is not registered as a submodule, so that it does not appear under a second name.
-        self._norm = [norm]
-        self._held = held
-        self._multiplier = multiplier
-
-    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._held is not None:
-            # Some mixtures of experts return [B * T, d].
-            write = self._held.pop().reshape(states.shape)
-            states = write if self._multiplier == 1.0 else write * self._multiplier
-        norm = self._norm[0]
-        normed: Tensor = states if norm is None else norm(states, *args, **kwargs)
-        return normed
-
-
-@contextmanager
-def internal_forward(
-    model: nn.Module, layer: int, *, site: Site = "layer", lens: PolicyLens = "policy", family: Family | None = None
-) -> Iterator[None]:
-    """Make a causal LM compute an internal policy: its head receives the state of one layer.
-
-    The layers above it are removed inside the context; weights, wrappers (DDP, FSDP) and PEFT adapters are not changed.
-    The model is restored on any exit.
-
-    Args:
-        model: a causal LM of a supported family, without wrappers around it.
-        layer: l, from 1.
-        site: ``layer`` for pi^l_Layer, ``attn`` or ``ffn`` for the modular policy of that layer.
-        lens: ``policy`` without the final norm, ``logit-lens`` with it.
-        family: where the model's parts are; by default its row of the table, or a guess from its structure.
-
-    Raises:
-        UserError: the model has no such layer, or another lens.
-
-    Source: arXiv 2512.19673v3, eqs. 5, 6 and 9.
-    """
-    require_one_of("lens", lens, POLICY_LENSES)
-    family = family or family_of(model, type(model).__name__)
-    layers = operator.attrgetter(family.layers)(model)
-    check_layer(layer, len(layers))
-    norm = operator.attrgetter(family.final_norm)(model)
-    multiplier = family.multiplier(model.config)
-    held: list[Tensor] | None = None
-    hook = None
-    if site != "layer":
-        held = []
-        module = layers[layer - 1]
-        path = {"attn": family.attention_write or family.attention, "ffn": family.ffn_write or family.ffn}[site]
-
-        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            held.append(first_tensor(output))
-
-        hook = operator.attrgetter(path)(module).register_forward_hook(keep)
-    try:
-        _set_submodule(model, family.layers, nn.ModuleList(list(layers)[:layer]))
-        _set_submodule(
-            model, family.final_norm, _FinalNormReplacement(norm if lens == "logit-lens" else None, held, multiplier)
-        )
-        yield
-    finally:
-        _set_submodule(model, family.layers, layers)
-        _set_submodule(model, family.final_norm, norm)
-        if hook is not None:
-            hook.remove()
 
 
 @contextmanager
@@ -179,14 +107,3 @@ def streamed_head(
             del model.forward
         else:
             model.forward = before
-
-
-def check_layer(layer: int, n_layers: int) -> None:
-    """Refuse a layer that a model does not have."""
-    if not 1 <= layer <= n_layers:
-        raise UserError(f"layer is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
-
-
-def _set_submodule(model: nn.Module, path: str, value: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(operator.attrgetter(parent)(model) if parent else model, name, value)

@@ -27,6 +27,7 @@ from internal_policy.bupo.run import (
     DYNAMICS_LAYERS,
     EVALUATIONS,
     HISTORY,
+    LAYER_ACCURACY,
     MANIFEST,
     MODEL,
     RUN,
@@ -146,7 +147,7 @@ class RunDirectory:
         if clear:
             # Only files of an earlier run, the manifest first. The settings stay until they are replaced, because they
             # mark the directory as that of a run if this is interrupted.
-            for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, FIXED_RESPONSES, REPORT):
+            for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, LAYER_ACCURACY, FIXED_RESPONSES, REPORT):
                 (self.path / name).unlink(missing_ok=True)
             for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS, TRANSFER):
                 shutil.rmtree(self.path / name, ignore_errors=True)

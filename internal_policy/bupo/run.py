@@ -37,10 +37,11 @@ MANIFEST = "run.json"
 HISTORY = "history.csv"
 DYNAMICS = "dynamics.csv"
 DYNAMICS_LAYERS = "dynamics_layers.csv"
+LAYER_ACCURACY = "layer_accuracy.csv"
 MODEL = "model"
 RUN = ResultFormat(
     *("training run", "training runs", "train", "train", MANIFEST, SCHEMA_VERSION),
-    (HISTORY, DYNAMICS, DYNAMICS_LAYERS),
+    (HISTORY, DYNAMICS, DYNAMICS_LAYERS, LAYER_ACCURACY),
 )
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
@@ -79,6 +80,10 @@ class Run:
     """A row per measurement and later layer: cosine and KL (figure 5)."""
     path: Path
     """Its directory."""
+    layer_accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """With ``eval_layer``, a row per measurement of that internal policy on the benchmark: step, phase, layer, site,
+    lens, avg (0 to 1) with avg_stderr, avg_low, avg_high, agreement and kl with pi_theta, length, truncated, problems,
+    samples."""
     evaluation_paths: dict[str, str] = field(default_factory=dict)
     """Directories of the evaluations ``start`` and ``trained``, relative to ``path``."""
     failures: dict[str, int] = field(default_factory=dict)
@@ -140,6 +145,8 @@ class Run:
             (DYNAMICS_LAYERS, self.dynamics_layers),
         ):
             write_table(self.path / name, table)
+        if len(self.layer_accuracy):
+            write_table(self.path / LAYER_ACCURACY, self.layer_accuracy)
         RUN.write_manifest(self.path, self.manifest())
 
     def manifest(self) -> dict[str, Any]:
@@ -199,6 +206,7 @@ class Run:
                 history=read_table(path / HISTORY),
                 dynamics=read_table(path / DYNAMICS),
                 dynamics_layers=read_table(path / DYNAMICS_LAYERS),
+                layer_accuracy=read_table(path / LAYER_ACCURACY),
                 path=path,
             )
 
@@ -214,7 +222,7 @@ _LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _NOT_IN_SETTING = {
     *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),
-    *("report_to", "entropy_sequences"),
+    *("report_to", "entropy_sequences", "eval_layer"),
 }
 
 _STORED_AS_IS = (

@@ -25,14 +25,9 @@ from internal_policy.bupo.checks import (
     warn_of_dropout,
 )
 from internal_policy.bupo.config import AUTO
-from internal_policy.bupo.forward import (
-    check_layer,
-    internal_forward,
-    needs_streamed_head,
-    positions_from_mask,
-    streamed_head,
-)
+from internal_policy.bupo.forward import needs_streamed_head, positions_from_mask, streamed_head
 from internal_policy.bupo.trainer_config import BuPOConfig
+from internal_policy.extractors.truncated import check_layer, internal_forward
 from internal_policy.models import Family, eval_mode
 from internal_policy.utils.citation import PAPER
 from internal_policy.utils.errors import UserError

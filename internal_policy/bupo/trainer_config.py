@@ -19,14 +19,13 @@ from internal_policy.bupo.config import (
     AUTO,
     METHODS,
     POLICY_LENSES,
-    SITES,
     STEP_OPTIONS,
     TRL_BATCH_OPTIONS,
     PolicyLens,
-    Site,
     TrainConfig,
     check_values,
 )
+from internal_policy.models.options import SITES, Site
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.options import require_one_of
 

@@ -24,6 +24,7 @@ from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_mod
 from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig
 from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
 from internal_policy.bupo.hub import write_card
+from internal_policy.bupo.layer_accuracy import watch_layer
 from internal_policy.bupo.layer_choice import LayerChoice, analyse, choose_layer, copied_rewards
 from internal_policy.bupo.prompts import PromptDataset, is_testbed, make_prompt_dataset
 from internal_policy.bupo.resume import RunDirectory
@@ -210,7 +211,9 @@ def _train(
             dynamics = Dynamics(live, responses, choice.layer, site=config.site, lens=config.lens)
             dynamics_callback = DynamicsCallback(trainer, dynamics, interval, path, resumed)
         recorder = HistoryCallback(trainer, path, advance)
-        _set_callbacks(trainer, dynamics_callback, recorder, settings)
+        samples = config.eval_samples or (_TESTBED_SAMPLES if testbed else None)
+        watch = watch_layer(trainer, model, config, samples, state, resumed)
+        _set_callbacks(trainer, [each for each in (dynamics_callback, watch) if each is not None], recorder, settings)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     with errors_in_one_line(trainer_config, path, trainer.state):
         _save_model(trainer, model.tokenizer, path)
@@ -230,6 +233,7 @@ def _train(
         dynamics=tables[0],
         dynamics_layers=tables[1],
         path=path,
+        layer_accuracy=watch.table() if watch else pd.DataFrame(),
         failures=recorder.failures(),
         timings=timings,
         versions={name: metadata.version(name) for name in _LIBRARIES},
@@ -324,6 +328,9 @@ def _settings(
         "rewards": [getattr(r, "__name__", type(r).__name__) for r in rewards],
         "peft": None if peft_config is None else _describe_adapters(peft_config),
     }
+    if config.eval_layer is None:
+        # Runs without it are stored as they were before there was this option.
+        del settings["eval_layer"]
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
 
@@ -366,14 +373,14 @@ def _evaluate(
 
 
 def _set_callbacks(
-    trainer: BuPOTrainer, dynamics: DynamicsCallback | None, recorder: HistoryCallback, settings: dict[str, Any]
+    trainer: BuPOTrainer, measuring: list[Any], recorder: HistoryCallback, settings: dict[str, Any]
 ) -> None:
     """Replace the console output of transformers by the run's own callbacks."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "RichProgressCallback"):
             trainer.remove_callback(callback)
-    if dynamics is not None:
-        trainer.add_callback(dynamics)
+    for callback in measuring:
+        trainer.add_callback(callback)
     trainer.add_callback(StepCallback(trainer.args.updates_per_step))
     trainer.add_callback(recorder)
     # The last one, because it records the files that the others add to a checkpoint.

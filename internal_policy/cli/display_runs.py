@@ -22,6 +22,8 @@ from rich.text import Text
 from internal_policy.bupo.run import Run
 from internal_policy.cli.display import files_of, list_files
 from internal_policy.data.benchmarks import title
+from internal_policy.evaluation.config import SITE_NAMES
+from internal_policy.evaluation.depth import depth_table
 from internal_policy.evaluation.paired_tests import Comparison
 from internal_policy.evaluation.paired_tests import compare as compare_evaluations
 from internal_policy.evaluation.results import Evaluation
@@ -51,11 +53,54 @@ def show_evaluation(evaluation: Evaluation) -> None:
             f"{evaluation.n_truncated} of {counted(total, 'response')} reached the limit of tokens before they ended "
             "(--max-new-tokens)"
         )
+    if evaluation.layer is not None:
+        console.print(_agreement_text(evaluation))
     if evaluation.failures:
         failures = ", ".join(f"{n} {kind}" for kind, n in evaluation.failures.items())
         console.print(f"the verifier failed on some responses, which count as wrong: {failures}")
     if evaluation.path is not None:
         list_files("evaluation", files_of(evaluation.path))
+
+
+def _agreement_text(evaluation: Evaluation) -> str:
+    rows: Any = depth_table(evaluation).set_index("quantity")
+    same = rows.loc["agreement"]
+    kl, own, final = rows.loc[["kl", "log_prob", "policy_log_prob"], "value"]
+    return (
+        f"the most probable token is that of π_θ at {100 * same['value']:.2f}% of the tokens "
+        f"({percent_span(same['low'], same['high'])}); KL to π_θ {kl:.3f} nats; log-probability of the tokens "
+        f"{own:.3f} nats under {evaluation.policy_label}, {final:.3f} under π_θ"
+    )
+
+
+def show_depth(evaluations: Sequence[Evaluation]) -> None:
+    """Print evaluations of the layers of one model on one benchmark as one table, and list their directories."""
+    first = evaluations[0]
+    site = "" if first.site == "layer" else f", {SITE_NAMES[str(first.site)]}"
+    shown = table(
+        f"{first.model_name} on {title(first.benchmark)}{site}: "
+        f"{counted(first.n_problems, 'problem')} x {counted(first.n_samples, 'sample')} of each layer",
+        "percent and tokens, with 95% intervals over problems; agreement: share of tokens at which the most probable "
+        "token is that of π_θ",
+        *("layer", f"Avg@{first.n_samples}", f"Pass@{int(first.pass_at_k['k'].iloc[-1])}", "truncated", "tokens"),
+        "agreement",
+    )
+    frame = depth_table(evaluations)
+    names = ("avg", f"pass@{int(first.pass_at_k['k'].iloc[-1])}", "truncated", "length", "agreement")
+    for layer, rows in frame.groupby("layer"):
+        own: Any = rows.set_index("quantity")
+        shown.add_row(str(layer), *(_with_span(own.loc[name], 1 if name == "length" else 100) for name in names))
+    console = open_console()
+    console.print(shown)
+    for evaluation in evaluations:
+        if evaluation.path is not None:
+            list_files("evaluation", files_of(evaluation.path))
+
+
+def _with_span(row: Any, scale: int) -> str:
+    """A mean with the ends of its interval, such as ``71.9 62-80``: five of them fit in 80 columns."""
+    ends = "" if math.isnan(row["low"]) else f" {scale * row['low']:.0f}-{scale * row['high']:.0f}"
+    return f"{scale * row['value']:.1f}{ends}"
 
 
 def rate_table(evaluation: Evaluation) -> Table:

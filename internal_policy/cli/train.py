@@ -97,10 +97,15 @@ def _to_json(run: Run) -> dict[str, Any]:
 
 
 def draw(runs: list[Run], directory: Path) -> None:
-    """Draw figures 4, 5 and 7, and list the files; the directory is made if it does not exist."""
+    """Draw figures 4, 5 and 7, and the accuracy of a layer if it was measured; list the files."""
     from internal_policy.cli.display import list_files
     from internal_policy.plotting import training as figures
+    from internal_policy.plotting.depth import layer_accuracy
+    from internal_policy.plotting.style import save_figure
 
+    watched = [run for run in runs if not run.layer_accuracy.empty]
     with writing(directory):
         paths = figures.save_training_figures(runs, directory)
+        if watched:
+            paths += save_figure(layer_accuracy(watched), directory / "layer_accuracy")
     list_files("figures", paths)

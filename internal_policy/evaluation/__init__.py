@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
+    from internal_policy.evaluation.depth import depth_table
     from internal_policy.evaluation.metrics import pass_at_k
     from internal_policy.evaluation.paired_tests import Comparison, compare
-    from internal_policy.evaluation.pipeline import evaluate
+    from internal_policy.evaluation.pipeline import evaluate, evaluate_layers
     from internal_policy.evaluation.results import Evaluation
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "pass_at_k"]
+__all__ = ["Comparison", "Evaluation", "compare", "depth_table", "evaluate", "evaluate_layers", "pass_at_k"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -28,7 +29,9 @@ __getattr__, __dir__ = lazy_names(
         "Comparison": "paired_tests",
         "Evaluation": "results",
         "compare": "paired_tests",
+        "depth_table": "depth",
         "evaluate": "pipeline",
+        "evaluate_layers": "pipeline",
         "pass_at_k": "metrics",
     },
 )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
-from internal_policy.analysis.config import BatchOptions, ModelOptions, require_revision, slug_of
+from internal_policy.analysis.config import BatchOptions, LensOptions, require_revision, slug_of
 from internal_policy.data import benchmarks
 from internal_policy.data.prompts import TESTBED
+from internal_policy.models.options import DEFAULT_LENS, LENSES, LensChoice, Site, check_lens
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, option, require_at_least, require_whole_number
+from internal_policy.utils.options import check_options, flag_of, option, require_at_least, require_whole_number
 
 PAPER_K = (1, 4, 16, 64, 256)
 """The K of arXiv 2512.19673v3, section 5 and appendix A.5."""
+SITE_NAMES: Mapping[str, str] = MappingProxyType({"layer": "layer", "attn": "attention", "ffn": "FFN"})
+POLICY_FIELDS = ("layer", "site", "lens")
+"""The settings that name an internal policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +35,24 @@ class EvaluateOptions(BatchOptions):
     """Responses sampled together. It does not change the result in float32."""
     reward: str | None = option(None, completions=("math", "exact"))
     """What scores a response: math, exact or module:function. Default: math, or exact for testbed."""
+    site: Site = "layer"
+    """With a layer: whether the policy is that of its output (layer), or of what its attention (attn) or FFN (ffn)
+    writes."""
+    lens: LensChoice = option(DEFAULT_LENS, completions=LENSES)
+    """With a layer: policy (no final norm, as in the paper), logit-lens (the final norm before the unembedding),
+    unit-norm (every state at root mean square 1), the directory of a trained lens, or in Python a function
+    (layer, states) -> states."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(EvaluateOptions, ModelOptions):
+class EvaluateConfig(EvaluateOptions, LensOptions):
     """What to evaluate and how. Every field is an option of ``internal-policy evaluate``."""
 
     benchmark: str = field(default=TESTBED, kw_only=False)
     """What `benchmarks.label` calls the problems."""
+    layer: int | None = option(None, least=1)
+    """Sample from the internal policy of this layer, counted from 1, with no layer above it running. Default: from the
+    model's own policy."""
 
     def __post_init__(self) -> None:
         """Check each field and fill in what depends on another.
@@ -56,6 +71,21 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
                 "temperature above 0"
             )
         object.__setattr__(self, "k", self._ks())
+        self._check_policy()
+
+    def _check_policy(self) -> None:
+        object.__setattr__(self, "lens", check_lens(self.lens))
+        for name, given in (("site", self.site), ("lens", self.lens_name)):
+            if self.layer is None and given != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"{flag_of(name)} {given} was given without a layer; add --layer or --layers, or leave "
+                    f"{flag_of(name)} out"
+                )
+        if self.layer is not None and self.generator != "transformers":
+            raise UserError(
+                f"--generator {self.generator} runs all layers of a model, and the policy of a layer was asked for; "
+                "leave --generator out"
+            )
 
     def _ks(self) -> tuple[int, ...]:
         if self.k is None:
@@ -82,8 +112,30 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
 
     @property
     def slug(self) -> str:
-        """Where the result is written, below the output directory: ``<model>/<benchmark>``."""
-        return f"{slug_of(self.model, self.revision)}/{benchmarks.slug(self.benchmark)}"
+        """Where the result is written, below the output directory: ``<model>/<benchmark>``.
+
+        That of an internal policy is ``<model>/<benchmark>--layer-6``, or ``--ffn-6--logit-lens``.
+        """
+        whose = "" if self.layer is None else f"--{self.site}-{self.layer}"
+        lens = "" if self.lens == DEFAULT_LENS else f"--{self.lens_name}"
+        return f"{slug_of(self.model, self.revision)}/{benchmarks.slug(self.benchmark)}{whose}{lens}"
+
+    @property
+    def policy_label(self) -> str:
+        """What is sampled from, for names in tables and figures: ``layer 6``; empty for the model's own policy."""
+        if self.layer is None:
+            return ""
+        lens = "" if self.lens == DEFAULT_LENS else f" ({self.lens_name})"
+        return f"{SITE_NAMES[self.site]} {self.layer}{lens}"
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as they are stored; those of an internal policy only if there is one."""
+        # No deep copy: a function of the user's own may hold a whole network.
+        settings = {**{each.name: getattr(self, each.name) for each in fields(self)}, **self.lens_settings()}
+        if self.layer is None:
+            for name in POLICY_FIELDS:
+                del settings[name]
+        return settings
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that determine which responses are sampled and how they are scored.
@@ -92,9 +144,10 @@ class EvaluateConfig(EvaluateOptions, ModelOptions):
             JSON-able fields: neither where and in what portions the work is done, nor how a path was spelt, nor K,
             which is computed from what was sampled. Weights and problems are known by their digests.
         """
-        settings = asdict(self)
+        settings = self.settings()
         for name in ("batch_size", "device", "model", "benchmark", "max_problems", "k"):
             del settings[name]
+        settings.pop("lens_path", None)
         return settings
 
 

@@ -21,6 +21,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.scoring import reward_name
+from internal_policy.models.options import is_own_lens, lens_files
 from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat, is_up_to_date
@@ -43,7 +44,7 @@ class Evaluation:
     """How often one checkpoint solves the problems of one benchmark. All rates are from 0 to 1."""
 
     name: str
-    """The model's name."""
+    """The model's name, followed by the layer if an internal policy was sampled: ``testbed/qwen3, layer 6``."""
     model: dict[str, Any]
     """id, revision, family, dtype, device."""
     benchmark: str
@@ -58,7 +59,10 @@ class Evaluation:
     avg: dict[str, float]
     """Avg@K with K = all samples: mean, stderr (clustered by problem), low, high (95% interval)."""
     samples: pd.DataFrame
-    """A row per response: problem, sample (both from 1), response, score, n_tokens, truncated."""
+    """A row per response: problem, sample (both from 1), response, score, n_tokens, truncated. Those of an internal
+    policy have four more columns, means over the tokens of the response that compare it with pi_theta at temperature 1:
+    agreement (share of the tokens at which both have the same most probable one), kl (KL(pi^l || pi_theta), nats),
+    log_prob and policy_log_prob (log-probability of the tokens under the internal policy and under pi_theta, nats)."""
     failures: dict[str, int] = field(default_factory=dict)
     """Comparisons that failed in the verifier: crashes, timeouts. Such responses have score 0."""
     timings: dict[str, float] = field(default_factory=dict)
@@ -67,6 +71,31 @@ class Evaluation:
     """Library versions."""
     path: Path | None = None
     """Its directory."""
+
+    @property
+    def layer(self) -> int | None:
+        """Layer of the internal policy that was sampled from, counted from 1; None for the model's own policy."""
+        return self.config.get("layer")
+
+    @property
+    def site(self) -> str | None:
+        """Whose policy of the layer: layer, attn or ffn; None for the model's own policy."""
+        return self.config.get("site")
+
+    @property
+    def lens(self) -> str | None:
+        """The lens of the internal policy; None for the model's own policy."""
+        return self.config.get("lens")
+
+    @property
+    def model_name(self) -> str:
+        """The model's name without the layer."""
+        return self.name if self.layer is None else self.name.rpartition(", ")[0]
+
+    @property
+    def policy_label(self) -> str:
+        """What was sampled from: ``layer 6``; empty for the model's own policy."""
+        return "" if self.layer is None else self.name.rpartition(", ")[2]
 
     @property
     def n_problems(self) -> int:
@@ -243,7 +272,12 @@ def config_digest(config: EvaluateConfig, source: str) -> str | None:
     foreign = config.trust_remote_code or config.generator != "transformers" or config.reward not in ("math", "exact")
     if on_the_hub or foreign or config.revision is not None:
         return None
-    return source_digest(config.model, [source], config.device)
+    inputs = [source]
+    if is_own_lens(config.lens):
+        if not isinstance(config.lens, (str, Path)):
+            return None
+        inputs += map(str, lens_files(config.lens))
+    return source_digest(config.model, inputs, config.device)
 
 
 def load_finished(config: EvaluateConfig, directory: Path) -> Evaluation | None:

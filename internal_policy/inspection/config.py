@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 from internal_policy.analysis.config import CaptureOptions, LensOptions, SamplingOptions, require_revision, slug_of
 from internal_policy.data.prompts import Chat, content_of, whole_text
+from internal_policy.models.options import SITES as SITES
+from internal_policy.models.options import Site as Site
 from internal_policy.models.options import check_lens
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.options import check_options, option
@@ -18,9 +20,6 @@ LAST = 24
 
 _SLUG = 40
 
-Site: TypeAlias = Literal["layer", "attn", "ffn"]
-"""The policies of a layer: of H^l, A^l, F^l (arXiv 2512.19673v3, eqs. 5-6)."""
-SITES: tuple[Site, ...] = get_args(Site)
 Span: TypeAlias = str | tuple[int, int]
 """Positions from 1, both ends included: ``"5:12"``, ``"5:"``, ``":"``, or ``(5, 12)``."""
 

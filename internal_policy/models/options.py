@@ -42,6 +42,11 @@ class LayerLens(Protocol):
 Lens: TypeAlias = LensName | LayerLens
 """A lens that is ready to be applied, see ``Projection.apply_lens``."""
 
+Site: TypeAlias = Literal["layer", "attn", "ffn"]
+"""Whose policy: that of H^l (arXiv 2512.19673v3, eq. 5), or of what the attention or the FFN of layer l writes
+(eq. 6)."""
+SITES: tuple[Site, ...] = get_args(Site)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """The strategies by which accelerate distributes a model over the devices of a machine."""

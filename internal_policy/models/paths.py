@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from internal_policy.models import testbed
 from internal_policy.utils.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer")
 
 
 def locate(name: str, revision: str | None) -> str:
@@ -50,3 +52,20 @@ def locate(name: str, revision: str | None) -> str:
             f"{name}: no weights (*.safetensors) in this directory; save them with model.save_pretrained(directory)"
         )
     return str(directory)
+
+
+def declared_layers(name: str, revision: str | None = None) -> int | None:
+    """Read the number of layers L from a model's config.json; None if it is on the hub, or config.json has no such key.
+
+    Raises:
+        UserError: there is no such model, or no config.json.
+    """
+    directory = Path(locate(name, revision))
+    try:
+        settings = json.loads((directory / "config.json").read_bytes())
+    # Loading the configuration reports what is wrong with it.
+    except (OSError, ValueError, RecursionError):
+        return None
+    text = settings.get("text_config", settings) if isinstance(settings, dict) else {}
+    found = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), None)
+    return found

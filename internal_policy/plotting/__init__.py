@@ -17,6 +17,7 @@ from internal_policy.utils.imports import lazy_names
 if TYPE_CHECKING:
     from internal_policy.plotting.analysis import *  # noqa: F403
     from internal_policy.plotting.comparison import *  # noqa: F403
+    from internal_policy.plotting.depth import *  # noqa: F403
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
     from internal_policy.plotting.heads import *  # noqa: F403
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from internal_policy.plotting.transfer import *  # noqa: F403
 
 _HOME = {
+    "accuracy_over_depth": "depth",
+    "accuracy_over_depth_data": "depth",
     "alignment_dynamics": "training",
     "baseline_data": "analysis",
     "change_parts": "parts",
@@ -56,11 +59,14 @@ _HOME = {
     "layer_differences": "comparison",
     "layer_divergences": "divergences",
     "layer_lines": "comparison",
+    "layer_accuracy": "depth",
+    "layer_accuracy_data": "depth",
     "layer_transfer": "transfer",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
     "pass_at_k_data": "evaluation",
+    "plot_accuracy_over_depth": "depth",
     "plot_change_parts": "parts",
     "plot_divergence_matrix": "divergences",
     "plot_entropy_change": "analysis",
@@ -79,6 +85,7 @@ _HOME = {
     "residual_cosine_data": "analysis",
     "save_analysis_figures": "analysis",
     "save_comparison_figures": "comparison",
+    "save_depth_figures": "depth",
     "save_divergence_figures": "divergences",
     "save_evaluation_figures": "evaluation",
     "save_figure": "style",

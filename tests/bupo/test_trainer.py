@@ -9,8 +9,8 @@ from tiny import FAMILIES, tiny_model
 from trainers import LAYERS, Recorder, _Gradients, by_hooks, left_padded, make_bupo_trainer, make_trainer, weights
 from trl import GRPOTrainer
 
-from internal_policy.bupo.forward import internal_forward
 from internal_policy.bupo.trainer import BuPOTrainer
+from internal_policy.extractors.truncated import internal_forward
 from internal_policy.utils.errors import UserError
 
 
