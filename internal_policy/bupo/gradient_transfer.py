@@ -36,7 +36,6 @@ from numpy.typing import NDArray
 
 from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.bupo.config import PAPER_PROMPTS
-from internal_policy.bupo.forward import internal_forward
 from internal_policy.bupo.gradients import Copy, Gradients, Rollout, backward, bootstrap_error, cosine, products
 from internal_policy.bupo.prompts import is_testbed
 from internal_policy.bupo.transfer_config import TransferConfig
@@ -44,6 +43,7 @@ from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer
 from internal_policy.data.prompts import TESTBED, Prompt, read_prompts, render_all
 from internal_policy.data.responses import Response
 from internal_policy.evaluation.scoring import reward_name
+from internal_policy.extractors.truncated import internal_forward
 from internal_policy.generation import Request, check_prompt_lengths, end_ids, response_limit, sample
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused

@@ -19,11 +19,11 @@ from torch import nn
 from internal_policy.analysis.layer_selection import DIRECTION, phrase
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.config import AUTO, TrainConfig, require_layer
-from internal_policy.bupo.forward import check_layer
 from internal_policy.bupo.gradient_transfer import transfer
 from internal_policy.bupo.prompts import PromptDataset
 from internal_policy.bupo.run import ANALYSIS, TRANSFER
 from internal_policy.bupo.trainer_config import BuPOConfig
+from internal_policy.extractors.truncated import check_layer
 from internal_policy.models import LanguageModel
 from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.rewards.functions import as_rewards
