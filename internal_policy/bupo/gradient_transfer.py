@@ -42,12 +42,12 @@ from internal_policy.bupo.transfer_config import TransferConfig
 from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer
 from internal_policy.data.prompts import TESTBED, Prompt, read_prompts, render_all
 from internal_policy.data.responses import Response
-from internal_policy.evaluation.scoring import reward_name
 from internal_policy.extractors.truncated import internal_forward
 from internal_policy.generation import Request, check_prompt_lengths, end_ids, response_limit, sample
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.rewards.functions import as_rewards, score
+from internal_policy.rewards.scoring import reward_name
 from internal_policy.statistics import Floats
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
