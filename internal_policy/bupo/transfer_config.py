@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from internal_policy.analysis.config import ModelOptions, SamplingOptions, require_revision, slug_of
 from internal_policy.bupo.config import VERIFIERS
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, option, require_whole_number
+from internal_policy.utils.options import check_options, option, parse_numbers, require_whole_number
 
 ALL = "all"
-_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,11 @@ def parse_layers(layers: str, n_layers: int | None = None) -> list[int]:
     Raises:
         UserError: a layer that does not exist, or a text that names none.
     """
-    if layers == ALL:
-        return list(range(1, (n_layers or 0) + 1))
-    found: set[int] = set()
-    for part in layers.split(","):
-        ends = _RANGE.fullmatch(part.strip())
-        low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
-        if not 1 <= low <= high:
-            raise UserError(f"--layers is {layers!r}; needed is all, or layers from 1 such as 2,4,6-8")
-        if n_layers is not None:
-            if high > n_layers:
-                raise UserError(f"--layers is {layers!r}; needed are layers of this model, 1 to {n_layers}")
-            found.update(range(low, high + 1))
-    return sorted(found)
+    chosen = parse_numbers("--layers", layers)
+    if n_layers is None:
+        return []
+    if chosen is None:
+        return list(range(1, n_layers + 1))
+    if chosen[-1] > n_layers:
+        raise UserError(f"--layers is {layers!r}; needed are layers of this model, 1 to {n_layers}")
+    return list(chosen)

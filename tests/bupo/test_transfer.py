@@ -381,8 +381,8 @@ def test_it_resumes_bit_for_bit_and_adds_layers(tmp_path, monkeypatch, caplog):
     [
         ({"reward": lambda completions, **_: [1.0] * len(completions)}, "differ in reward for 0 of the 12 prompts"),
         ({"layers": "2-4"}, "--layers is '2-4'; needed are layers of this model, 1 to 3"),
-        ({"layers": "2-1"}, "--layers is '2-1'; needed is all, or layers from 1"),
-        ({"layers": [0]}, "--layers is '0'; needed is all, or layers from 1"),
+        ({"layers": "2-1"}, "--layers is '2-1'; needed is all, or numbers from 1"),
+        ({"layers": [0]}, "--layers is '0'; needed is all, or numbers from 1"),
         ({"temperature": 0.0}, "--temperature is 0.0; needed is a number above 0"),
         ({"num_generations": 1}, "--num-generations is 1; needed is a number of at least 2"),
         ({"max_prompts": 1}, "--max-prompts is 1; needed is a number of at least 2"),

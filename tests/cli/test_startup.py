@@ -25,7 +25,7 @@ MISSING = {
     "inspect --model ./nowhere --prompt 1": "./nowhere: no such directory",
     "transfer --model ./nowhere": "./nowhere: no such directory",
     "transfer --prompts none.jsonl": "none.jsonl: no such file",
-    "transfer --layers 0": "--layers is '0'; needed is all, or layers from 1",
+    "transfer --layers 0": "--layers is '0'; needed is all, or numbers from 1",
     "transfer --temperature 0": "--temperature is 0.0; needed is a number above 0",
 }
 
