@@ -31,6 +31,7 @@ from internal_policy.bupo.run import (
     MANIFEST,
     MODEL,
     RUN,
+    TRANSFER,
     Run,
     warn_complete,
 )
@@ -148,7 +149,7 @@ class RunDirectory:
             # mark the directory as that of a run if this is interrupted.
             for name in (MANIFEST, HISTORY, DYNAMICS, DYNAMICS_LAYERS, LAYER_ACCURACY, FIXED_RESPONSES, REPORT):
                 (self.path / name).unlink(missing_ok=True)
-            for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS):
+            for name in (CHECKPOINTS, EVALUATIONS, MODEL, f".{MODEL}.tmp", ADAPTER, ANALYSIS, TRANSFER):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -48,6 +48,8 @@ EVALUATIONS = "evaluations"
 ADAPTER = "adapter"
 ANALYSIS = "analysis"
 """Directory of the analysis that chose the layer."""
+TRANSFER = "transfer"
+"""Directory of the comparison of alignment with GRPO, next to that analysis."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

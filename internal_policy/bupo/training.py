@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
-from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig, require_layer
+from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig
 from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
 from internal_policy.bupo.hub import write_card
 from internal_policy.bupo.layer_accuracy import watch_layer
+from internal_policy.bupo.layer_choice import LayerChoice, analyse, choose_layer, copied_rewards
 from internal_policy.bupo.prompts import PromptDataset, is_testbed, make_prompt_dataset
 from internal_policy.bupo.resume import RunDirectory
 from internal_policy.bupo.run import (
     ADAPTER,
-    ANALYSIS,
     CHECKPOINTS,
     EVALUATIONS,
     MANIFEST,
@@ -41,13 +41,10 @@ from internal_policy.bupo.run import (
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
 from internal_policy.data.prompts import TESTBED
-from internal_policy.extractors.truncated import check_layer
 from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.rewards.functions import as_rewards, needs_answers
-from internal_policy.utils.console import few_prompts
 from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.imports import require_package
@@ -58,8 +55,6 @@ from internal_policy.utils.options import takes_options
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("internal-policy", "torch", "transformers", "trl", "accelerate", "datasets")
-_ANALYSIS_RESPONSES = 128
-"""Responses in the analysis that chooses the layer."""
 _TESTBED_SAMPLES = 4
 """Samples per problem when embedded models are evaluated."""
 
@@ -178,7 +173,7 @@ def _train(
     timings = {"evaluation": 0.0}
     if choice.layer is None and config.wanted_layer is not None:
         started = time.perf_counter()
-        choice = _analyse(config, model, dataset, state)
+        choice = analyse(config, trainer_config, model, dataset, copied_rewards(reward, exact=testbed), state)
         timings["analysis"] = round(time.perf_counter() - started, 3)
         trainer_config.layer = choice.layer
         trainer_config.check_steps()
@@ -257,60 +252,6 @@ def _train(
         run.save()
     state.wait_for_everyone()
     return run
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """A layer and the reason for it."""
-
-    layer: int | None
-    """l, from 1; None if there is none, or none yet."""
-    reason: str
-    """One sentence."""
-    analysed: dict[str, Any] | None = None
-    """Description of the model that was analysed, if the layer comes from an analysis."""
-
-    def check(self, model: LanguageModel) -> None:
-        """Refuse a layer that the model lacks, and an analysis of another model."""
-        expected = {
-            "family": model.family.name,
-            "layers": model.n_layers,
-            "vocabulary": model.vocab_size,
-            "hidden_size": model.projection.weight.shape[1],
-        }
-        analysed = self.analysed or {}
-        for name, value in expected.items():
-            if analysed.get(name, value) != value:
-                raise UserError(
-                    f"layer: the analysis is of another model ({analysed.get('id')}: {name} {analysed[name]}), and "
-                    f"{model.name} has {name} {value}; give an analysis of this model, a number, or auto"
-                )
-        if self.layer is not None:
-            check_layer(self.layer, model.n_layers)
-
-
-def choose_layer(layer: Any) -> LayerChoice:
-    """Choose the layer by a number from 1, an ``Analysis`` or its directory; ``auto`` and None leave it open."""
-    if layer is None or layer == AUTO:
-        return LayerChoice(None, "")
-    if hasattr(layer, "__index__") and not isinstance(layer, bool):
-        return LayerChoice(int(layer), "as it was asked for")
-    if isinstance(layer, (str, Path)):
-        require_layer(layer)
-        layer = Analysis.load(layer)
-    if not isinstance(layer, Analysis):
-        raise UserError(f"layer is a {type(layer).__name__}; needed is a number from 1, an Analysis, its path, or auto")
-    selection = layer.selection
-    if selection.boundary_layer is None:
-        near = ", ".join(map(str, selection.candidates)) or "none"
-        raise UserError(
-            f"layer: the analysis of {layer.name} finds no boundary layer ({selection.reason.rstrip('.')}); nearest "
-            f"candidates: {near}; give one of them as a number"
-        )
-    few = few_prompts(layer.n_prompts)
-    lens = None if layer.lens == DEFAULT_LENS else f"found under the lens {layer.lens}"
-    reason = "; ".join(filter(None, (selection.reason, selection.agreement, few, lens)))
-    return LayerChoice(selection.boundary_layer, reason, dict(layer.model))
 
 
 def _wrap_loaded(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> LanguageModel | None:
@@ -398,31 +339,6 @@ def _describe_adapters(peft_config: Any) -> dict[str, Any]:
     """Return the settings of adapters; sets are sorted, because their order differs between processes."""
     found = {name: value for name, value in peft_config.to_dict().items() if value is not None}
     return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in found.items()}
-
-
-def _analyse(config: TrainConfig, model: LanguageModel, dataset: PromptDataset, state: Processes) -> LayerChoice:
-    """Choose the layer by an analysis of the model's own responses to its training prompts."""
-    found = None
-    if state.is_main_process:
-        from internal_policy.analysis.pipeline import analyze
-
-        analysis = analyze(
-            model.model,
-            model.tokenizer,
-            prompts=[{"prompt": prompt.content} for prompt in dataset.prompts[:_ANALYSIS_RESPONSES]],
-            max_responses=_ANALYSIS_RESPONSES,
-            max_new_tokens=config.max_completion_length,
-            template=config.template or "chat",
-            seed=config.seed,
-            output=config.directory / ANALYSIS,
-            # The main process does this while the others wait.
-            alone=True,
-        )
-        found = choose_layer(analysis)
-        found.check(model)
-    choice: LayerChoice = state.broadcast(found)
-    logger.warning("layer %d: %s", choice.layer, choice.reason)
-    return choice
 
 
 def _evaluate(

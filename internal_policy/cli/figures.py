@@ -15,11 +15,11 @@ from internal_policy.utils.shell import figure_name
 
 @dataclass(frozen=True, kw_only=True)
 class FiguresCommand(ConsoleOptions):
-    """Redraw the figures of analyses, training runs, evaluations, inspections and interventions, without a model."""
+    """Redraw the figures of analyses, training runs and all other results from disk, without a model."""
 
     directories: tuple[Path, ...] = option(positional=True)
-    """What analyze, train, evaluate, inspect, ablate or patch wrote, also mixed; a directory of several includes all
-    of them."""
+    """What analyze, train, evaluate, inspect, ablate, patch or transfer wrote, also mixed; a directory of several
+    includes all of them."""
     output: Path = FIGURES
     """Directory for the figures."""
 
@@ -27,7 +27,8 @@ class FiguresCommand(ConsoleOptions):
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         from internal_policy.analysis.sources import collect_analyses
         from internal_policy.bupo.run import Run
-        from internal_policy.cli import ablate, analyze, evaluate, inspect, patch, train
+        from internal_policy.bupo.transfer_results import TRANSFER, Transfer
+        from internal_policy.cli import ablate, analyze, evaluate, inspect, patch, train, transfer
         from internal_policy.cli.compare import redraw_command
         from internal_policy.cli.report import kind_of
         from internal_policy.evaluation.results import EVALUATION, Evaluation
@@ -49,6 +50,7 @@ class FiguresCommand(ConsoleOptions):
         ]
         ablations = [Ablation.load(each) for kind, path in kinds if kind == "ablation" for each in ABLATION.below(path)]
         patchings = [Patching.load(each) for kind, path in kinds if kind == "patching" for each in PATCHING.below(path)]
+        transfers = [Transfer.load(each) for kind, path in kinds if kind == "transfer" for each in TRANSFER.below(path)]
         if compared := next((path for kind, path in kinds if kind == "comparison"), None):
             raise UserError(
                 f"{compared}: a comparison is drawn from its analyses; draw it by {redraw_command(compared)}"
@@ -69,4 +71,6 @@ class FiguresCommand(ConsoleOptions):
             ablate.draw_ablation(ablation, root / figure_name([((ablation.path or root).resolve().name, "policy")]))
         for patching in patchings:
             patch.draw_patching(patching, root / figure_name([((patching.path or root).resolve().name, "policy")]))
+        if transfers:
+            transfer.draw(transfers, root)
         print_json({"command": "figures"})

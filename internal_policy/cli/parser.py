@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "InspectCommand",
     "ablate": "AblateCommand",
     "patch": "PatchCommand",
+    "transfer": "TransferCommand",
     "models": "ModelsCommand",
     "report": "ReportCommand",
     "figures": "FiguresCommand",

@@ -158,6 +158,7 @@ _DEPTHS = {
     "comparison": ("", "*/"),
     "ablation": ("", "*/"),
     "patching": ("", "*/"),
+    "transfer": ("", "*/"),
 }
 
 

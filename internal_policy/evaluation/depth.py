@@ -9,9 +9,8 @@ Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +22,13 @@ from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.models.paths import declared_layers
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import Numbers, parse_numbers
 
 if TYPE_CHECKING:
     from internal_policy.models import LanguageModel
 
 COMPARED = ("agreement", "kl", "log_prob", "policy_log_prob")
 """The quantities that compare an internal policy with pi_theta; see ``generation.Agreement``."""
-_LAYERS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _COLUMNS = ("model", "benchmark", "layer", "site", "lens", "quantity", "value", "stderr", "low", "high")
 
 
@@ -48,7 +47,7 @@ def require_layer(layer: int, model: LanguageModel | EvaluateConfig) -> None:
         raise UserError(f"--layer is {layer}; {_name(model)} has {n} layers")
 
 
-def choose_layers(layers: str | int | Iterable[int], model: LanguageModel | EvaluateConfig) -> list[int]:
+def choose_layers(layers: Numbers, model: LanguageModel | EvaluateConfig) -> list[int]:
     """Find the layers that are meant, before the weights are loaded.
 
     Args:
@@ -62,32 +61,14 @@ def choose_layers(layers: str | int | Iterable[int], model: LanguageModel | Eval
         UserError: something else, or a layer that the model does not have.
     """
     n = _n_layers(model)
-    if isinstance(layers, str) and layers.strip() == "all":
+    chosen = parse_numbers("--layers", layers)
+    if chosen is None:
         if n is None:
             raise UserError(f"--layers is all, and {_name(model)} does not say how many layers it has; give numbers")
         return list(range(1, n + 1))
-    chosen = sorted(_numbers(layers))
     if n is not None and chosen[-1] > n:
         raise UserError(f"--layers asks for layer {chosen[-1]}; {_name(model)} has {n} layers")
-    return chosen
-
-
-def _numbers(layers: Any) -> set[int]:
-    refused = UserError(f"--layers is {layers!r}; needed is all, or numbers and ranges from 1 such as 2,4-6")
-    given = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-    if not isinstance(given, str):
-        if not isinstance(given, Iterable) or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in given):
-            raise refused
-        given = ",".join(str(int(i)) for i in given)
-    found: set[int] = set()
-    for part in given.split(","):
-        match = _LAYERS.fullmatch(part)
-        first = int(match[1]) if match else 0
-        last = int(match[2]) if match and match[2] else first
-        if not 1 <= first <= last:
-            raise refused
-        found.update(range(first, last + 1))
-    return found
+    return list(chosen)
 
 
 def _name(model: LanguageModel | EvaluateConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,15 @@ from internal_policy.analysis.config import (
 from internal_policy.data.prompts import Chat, content_of, whole_text
 from internal_policy.models.options import check_device_map, check_quantization
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, flag_of, option, require_one_of
+from internal_policy.utils.options import (
+    Numbers,
+    check_options,
+    flag_of,
+    option,
+    parse_numbers,
+    require_one_of,
+    whole_numbers,
+)
 
 Site: TypeAlias = Literal["attn", "ffn", "layer"]
 """What writes: the attention (A^l), the FFN (F^l), or the whole layer (A^l + F^l)."""
@@ -28,11 +35,8 @@ SITES: tuple[Site, ...] = get_args(Site)
 How: TypeAlias = Literal["zero", "mean", "resample", "scale"]
 HOWS: tuple[How, ...] = get_args(How)
 Metric: TypeAlias = Literal["logit-difference", "log-prob"]
-Numbers: TypeAlias = str | int | Sequence[int]
-"""Numbers from 1: ``"all"``, one, several, or text such as ``"1,4-6"``."""
-_CHOSEN = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 _SLUG = 40
-_MOST = 1_000_000
+"""Letters of a prompt in the name of a directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +232,7 @@ class PatchConfig(PatchOptions, ModelOptions):
         check_quantization(self.quantization)
         for name in ("clean", "corrupted"):
             given = getattr(self, name)
-            if ids := _ids(given):
+            if ids := whole_numbers(given):
                 object.__setattr__(self, name, ids)
             else:
                 object.__setattr__(self, name, content_of(given, flag_of(name)))
@@ -258,62 +262,6 @@ class PatchConfig(PatchOptions, ModelOptions):
         return f"{slug_of(self.model, self.revision)}--{words}"
 
 
-def parse_numbers(flag: str, value: Numbers) -> tuple[int, ...] | None:
-    """Read a choice of numbers from 1.
-
-    Args:
-        flag: the option, for messages.
-        value: ``all``, a number, several, or text such as ``1,4-6``.
-
-    Returns:
-        The numbers in ascending order, each once; None for all.
-
-    Raises:
-        UserError: it is none of these.
-    """
-    needed = f"{flag} is {value!r}; needed is all, or numbers from 1 and ranges such as 1,4-6"
-    if isinstance(value, str):
-        if value.strip() == "all":
-            return None
-        found: set[int] = set()
-        for part in value.split(","):
-            match = _CHOSEN.fullmatch(part)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-            if not 1 <= first <= last:
-                raise UserError(needed)
-            if last - first >= _MOST:
-                raise UserError(f"{flag} is {value!r}, which are {last - first + 1} numbers; no model has as many")
-            found.update(range(first, last + 1))
-        return tuple(sorted(found))
-    numbers = _ids([value] if hasattr(value, "__index__") else value)
-    if not numbers or min(numbers) < 1:
-        raise UserError(needed)
-    return tuple(sorted(set(numbers)))
-
-
-def choose(flag: str, wanted: str, n: int, what: str) -> list[int]:
-    """The numbers that an option asks for, of the n that there are.
-
-    Args:
-        flag: the option, for messages.
-        wanted: its value, as the configuration holds it.
-        n: how many there are.
-        what: what they are, in the plural.
-
-    Returns:
-        Numbers from 1.
-
-    Raises:
-        UserError: one is too large.
-    """
-    numbers = parse_numbers(flag, wanted)
-    if numbers is None:
-        return list(range(1, n + 1))
-    if numbers[-1] > n:
-        raise UserError(f"{flag} asks for {numbers[-1]} of {n} {what}; needed are numbers from 1 to {n}")
-    return list(numbers)
-
-
 def _written(numbers: tuple[int, ...] | None) -> str:
     """One way to write a choice of numbers, by which settings are compared."""
     return "all" if numbers is None else ",".join(map(str, numbers))
@@ -323,13 +271,3 @@ def _several(value: str | Sequence[str]) -> tuple[str, ...]:
     """The values of an option that takes several, each once."""
     values = value.split(",") if isinstance(value, str) else [str(each) for each in value]
     return tuple(dict.fromkeys(each.strip() for each in values if each.strip()))
-
-
-def _ids(value: Any) -> tuple[int, ...] | None:
-    """Whole numbers as a tuple; None for anything else, and for none."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        return None
-    if any(isinstance(each, bool) or not hasattr(each, "__index__") for each in value):
-        return None
-    return tuple(operator.index(each) for each in value)

@@ -29,14 +29,14 @@ from internal_policy.extractors import registry
 from internal_policy.extractors.hooks import first_tensor
 from internal_policy.interventions.ablation import refuse_other_library
 from internal_policy.interventions.changes import read_writes, with_first, writer
-from internal_policy.interventions.config import PatchConfig, choose
+from internal_policy.interventions.config import PatchConfig
 from internal_policy.interventions.patching_results import Patching
 from internal_policy.interventions.replay import CleanRun, prove_restarts
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.logging import progress, quiet_libraries, status
-from internal_policy.utils.options import refuse_unknown, takes_options
+from internal_policy.utils.options import choose_numbers, refuse_unknown, takes_options
 
 _ADVICE = "lower --batch-size, shorten the prompts, use --dtype bfloat16 or another --device"
 _LIBRARIES = ("internal-policy", "torch", "transformers", "tokenizers")
@@ -100,8 +100,8 @@ def _patch(model: LanguageModel, config: PatchConfig) -> Patching:
         )
     if clean == corrupted:
         raise UserError("--clean and --corrupted are the same tokens; nothing differs that could be recovered")
-    layers = choose("--layers", str(config.layers), model.n_layers, "layers")
-    positions = choose("--positions", str(config.positions), len(clean), "tokens")
+    layers = choose_numbers("--layers", str(config.layers), model.n_layers, "layers")
+    positions = choose_numbers("--positions", str(config.positions), len(clean), "tokens")
     patches = _Patches(model, clean, corrupted, layers, config)
     rows = []
     total = len(layers) * len(config.chosen_sites) * len(positions)

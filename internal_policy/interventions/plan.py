@@ -9,9 +9,10 @@ from internal_policy.extractors.experts import find_experts
 from internal_policy.extractors.heads import find_heads
 from internal_policy.extractors.parts import norms_after
 from internal_policy.interventions.changes import Change, Intervention
-from internal_policy.interventions.config import AblateConfig, How, choose
+from internal_policy.interventions.config import AblateConfig, How
 from internal_policy.models import LanguageModel
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import choose_numbers
 
 
 def plan_interventions(config: AblateConfig, model: LanguageModel) -> list[Intervention]:
@@ -27,10 +28,10 @@ def plan_interventions(config: AblateConfig, model: LanguageModel) -> list[Inter
     Raises:
         UserError: a layer, head or expert that does not exist, or whose write cannot be changed in this model.
     """
-    layers = choose("--layers", str(config.layers), model.n_layers, "layers")
+    layers = choose_numbers("--layers", str(config.layers), model.n_layers, "layers")
     heads = experts = None
     if config.head is not None:
-        heads = choose("--head", str(config.head), find_heads(model).n_heads, "heads")
+        heads = choose_numbers("--head", str(config.head), find_heads(model).n_heads, "heads")
     if config.expert is not None:
         layers, experts = _experts(config, model, layers)
     by_how = {how: list(_changes(config, how, layers, heads, experts)) for how in config.kinds}
@@ -60,7 +61,7 @@ def _experts(config: AblateConfig, model: LanguageModel, layers: list[int]) -> t
     if dense and config.layers != "all":
         raise UserError(f"{model.name}: layer {dense[0]} has no routed experts; they are in {_spell(found.layers)}")
     own = [layer for layer in layers if layer in found.layers]
-    return own, choose("--expert", str(config.expert), found.n_experts, "experts")
+    return own, choose_numbers("--expert", str(config.expert), found.n_experts, "experts")
 
 
 def _refuse_overlap(config: AblateConfig) -> None:

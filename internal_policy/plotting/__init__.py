@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.style import save_figure as save_figure
     from internal_policy.plotting.token_groups import *  # noqa: F403
     from internal_policy.plotting.training import *  # noqa: F403
+    from internal_policy.plotting.transfer import *  # noqa: F403
 
 _HOME = {
     "accuracy_over_depth": "depth",
@@ -64,6 +65,7 @@ _HOME = {
     "layer_lines": "comparison",
     "layer_accuracy": "depth",
     "layer_accuracy_data": "depth",
+    "layer_transfer": "transfer",
     "paper_style": "style",
     "pass_at_k": "evaluation",
     "pass_at_k_by_benchmark": "evaluation",
@@ -80,6 +82,7 @@ _HOME = {
     "plot_grouped_change": "token_groups",
     "plot_inspection": "inspection",
     "plot_layer_divergences": "divergences",
+    "plot_layer_transfer": "transfer",
     "plot_pass_at_k": "evaluation",
     "plot_residual_cosine": "analysis",
     "plot_top1_agreement": "divergences",
@@ -97,10 +100,12 @@ _HOME = {
     "save_patching_figures": "interventions",
     "save_study": "study",
     "save_training_figures": "training",
+    "save_transfer_figures": "transfer",
     "stage_sketch": "analysis",
     "stage_sketch_data": "analysis",
     "training_curves": "training",
     "training_curves_data": "training",
+    "transfer_data": "transfer",
 }
 
 __all__ = sorted(_HOME)

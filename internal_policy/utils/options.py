@@ -22,11 +22,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from internal_policy.utils.errors import UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+Numbers: TypeAlias = str | int | Sequence[int]
+"""Numbers from 1: ``"all"``, one, several, or text such as ``"1,4-6"``."""
+_NUMBERS = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
+_MOST_NUMBERS = 1_000_000
 
 LARGEST: Mapping[str, int] = MappingProxyType(
     {
@@ -308,3 +313,69 @@ def words_of(name: str, value: Any) -> list[str]:
     text = json.dumps(value) if isinstance(value, (int, float, dict)) else str(value)
     # A value that begins with a dash would be taken for an option.
     return [f"{flag_of(name)}={text}"] if text.startswith("-") else [flag_of(name), text]
+
+
+def parse_numbers(flag: str, value: Numbers) -> tuple[int, ...] | None:
+    """Read a choice of numbers from 1.
+
+    Args:
+        flag: the option, for messages.
+        value: ``all``, a number, several, or text such as ``1,4-6``.
+
+    Returns:
+        The numbers in ascending order, each once; None for all.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    needed = f"{flag} is {value!r}; needed is all, or numbers from 1 and ranges such as 1,4-6"
+    if isinstance(value, str):
+        if value.strip() == "all":
+            return None
+        found: set[int] = set()
+        for part in value.split(","):
+            match = _NUMBERS.fullmatch(part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+            if not 1 <= first <= last:
+                raise UserError(needed)
+            if last - first >= _MOST_NUMBERS:
+                raise UserError(f"{flag} is {value!r}, which are {last - first + 1} numbers; no model has as many")
+            found.update(range(first, last + 1))
+        return tuple(sorted(found))
+    numbers = whole_numbers([value] if hasattr(value, "__index__") else value)
+    if not numbers or min(numbers) < 1:
+        raise UserError(needed)
+    return tuple(sorted(set(numbers)))
+
+
+def choose_numbers(flag: str, wanted: str, n: int, what: str) -> list[int]:
+    """The numbers that an option asks for, of the n that there are.
+
+    Args:
+        flag: the option, for messages.
+        wanted: its value, as the configuration holds it.
+        n: how many there are.
+        what: what they are, in the plural.
+
+    Returns:
+        Numbers from 1.
+
+    Raises:
+        UserError: one is too large.
+    """
+    numbers = parse_numbers(flag, wanted)
+    if numbers is None:
+        return list(range(1, n + 1))
+    if numbers[-1] > n:
+        raise UserError(f"{flag} asks for {numbers[-1]} of {n} {what}; needed are numbers from 1 to {n}")
+    return list(numbers)
+
+
+def whole_numbers(value: Any) -> tuple[int, ...] | None:
+    """Whole numbers as a tuple; None for anything else, and for none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return None
+    if any(isinstance(each, bool) or not hasattr(each, "__index__") for each in value):
+        return None
+    return tuple(operator.index(each) for each in value)

@@ -23,6 +23,10 @@ MISSING = {
     "evaluate --model ./nowhere --benchmark testbed": "./nowhere: no such directory",
     "evaluate --model testbed/qwen3 --benchmark none.jsonl": "none.jsonl: no such file",
     "inspect --model ./nowhere --prompt 1": "./nowhere: no such directory",
+    "transfer --model ./nowhere": "./nowhere: no such directory",
+    "transfer --prompts none.jsonl": "none.jsonl: no such file",
+    "transfer --layers 0": "--layers is '0'; needed is all, or numbers from 1",
+    "transfer --temperature 0": "--temperature is 0.0; needed is a number above 0",
 }
 
 
@@ -50,6 +54,7 @@ def test_the_loading_message_is_printed_before_libraries_are_loaded(tmp_path):
         "evaluate --model testbed/qwen3",
         "inspect --model testbed/qwen3 --prompt 1",
         "train",
+        "transfer",
     ]
     outputs = first_lines(commands, tmp_path, absent="torch,transformers")
     assert [line for line, _ in outputs] == [LINE] * len(commands)

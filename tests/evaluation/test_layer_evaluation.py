@@ -197,7 +197,7 @@ def test_layers_are_chosen_by_numbers_and_ranges(layers, chosen):
 
 @pytest.mark.parametrize("layers", ["", "0", "2-", "5-3", "2;3", "every", [], [0], [True], ["2"], 2.5, None])
 def test_bad_layers_are_refused(layers):
-    with pytest.raises(UserError, match=r"--layers is .*; needed is all, or numbers and ranges from 1 such as 2,4-6"):
+    with pytest.raises(UserError, match=r"--layers is .*; needed is all, or numbers from 1 and ranges such as 1,4-6"):
         choose_layers(layers, EvaluateConfig(model="testbed/qwen3"))
     with pytest.raises(UserError, match="--layers asks for layer 9; testbed/qwen3 has 8 layers"):
         choose_layers("2,9", EvaluateConfig(model="testbed/qwen3"))
