@@ -17,6 +17,7 @@ from internal_policy.utils.imports import import_quietly, require_package
 
 if TYPE_CHECKING:
     from internal_policy.bupo.config import TrainConfig
+    from internal_policy.bupo.evidence import evidence_sentence, layer_evidence
     from internal_policy.bupo.forward import internal_forward
     from internal_policy.bupo.gradient_transfer import transfer
     from internal_policy.bupo.hub import attach_evaluations, push_to_hub
@@ -31,7 +32,9 @@ _MODULES = {
     "BuPOConfig": "trainer_config",
     "BuPOTrainer": "trainer",
     "Run": "run",
+    "evidence_sentence": "evidence",
     "internal_forward": "forward",
+    "layer_evidence": "evidence",
     "attach_evaluations": "hub",
     "push_to_hub": "hub",
     "TrainConfig": "config",
@@ -51,7 +54,9 @@ __all__ = [
     "Transfer",
     "TransferConfig",
     "attach_evaluations",
+    "evidence_sentence",
     "internal_forward",
+    "layer_evidence",
     "push_to_hub",
     "train",
     "transfer",

@@ -3,8 +3,8 @@
     table = layer_evidence(analysis, evaluations=evaluations, ablation=ablation, transfer=transfer)
     table[["change", "change_direction", "accuracy", "ablation_ffn", "cosine"]].corr("spearman")
 
-An entropy curve points to a layer; the other columns ask whether that layer matters: whether its policy solves the task,
-what happens without its modules, and whether aligning it moves the parameters as GRPO does.
+An entropy curve points to a layer; the other columns ask whether that layer matters: whether its policy solves the
+task, what happens without its modules, and whether aligning it moves the parameters as GRPO does.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def evidence_sentence(table: pd.DataFrame) -> str:
         Such as "the entropy curve points to layer 6; without its FFN the policy changes most at layer 1".
     """
     boundary = table.index[table["boundary"]]
-    parts = [f"the entropy curve points to layer {boundary[0]}" if len(boundary) else "the entropy curve names no layer"]
+    parts = [
+        f"the entropy curve points to layer {boundary[0]}" if len(boundary) else "the entropy curve names no layer"
+    ]
     direction = table.index[table["boundary_by_direction"]]
     if len(direction):
         parts.append(f"its direction part to layer {direction[0]}")

@@ -32,8 +32,15 @@ class ReportCommand(WaitOptions):
     directories: tuple[Path, ...] = option(positional=True)
     """What analyze, compare or train wrote, also mixed; a directory of several includes all of them."""
 
+    evidence: tuple[Path, ...] = ()
+    """Evaluations of the layers, an ablation or a transfer of the model of one analysis (repeat it): instead of
+    report.html, write layers.html and its figure there, which ask whether the target layer matters."""
+
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
+        if self.evidence:
+            _write_layers(self.directories, self.evidence)
+            return
         from internal_policy.analysis.sources import has_only_figures
         from internal_policy.cli.display import list_files
         from internal_policy.report import write_report
@@ -52,6 +59,56 @@ class ReportCommand(WaitOptions):
                     path = write_report(type(result).load(place))
                 list_files("report", [path])
         print_json({"command": "report"})
+
+
+def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> None:
+    """Write the page and the figure that compare what was measured of each layer of one model."""
+    from internal_policy.analysis.results import Analysis
+    from internal_policy.bupo.evidence import evidence_sentence, layer_evidence
+    from internal_policy.bupo.transfer_results import TRANSFER, Transfer
+    from internal_policy.cli.display import list_files
+    from internal_policy.evaluation.results import EVALUATION, Evaluation
+    from internal_policy.interventions.results import ABLATION, Ablation
+    from internal_policy.plotting.evidence import save_layer_evidence
+    from internal_policy.report import write_layer_report
+    from internal_policy.utils.console import console
+
+    if len(directories) != 1:
+        raise UserError(f"--evidence was given with {len(directories)} directories; needed is that of one analysis")
+    analysis = Analysis.load(expanded(directories[0]))
+    assert analysis.path is not None
+    evaluations: list[Evaluation] = []
+    ablations: list[Ablation] = []
+    transfers: list[Transfer] = []
+    for given in evidence:
+        directory = expanded(given)
+        kind = kind_of(directory)
+        if kind == "evaluation":
+            evaluations += [Evaluation.load(path) for path in EVALUATION.below(directory)]
+        elif kind == "ablation":
+            ablations += [Ablation.load(path) for path in ABLATION.below(directory)]
+        elif kind == "transfer":
+            transfers += [Transfer.load(path) for path in TRANSFER.below(directory)]
+        else:
+            raise UserError(
+                f"{directory}: holds a result of another kind ({kind}); needed is an evaluation, ablation or transfer"
+            )
+    for name, found in (("ablations", ablations), ("transfers", transfers)):
+        if len(found) > 1:
+            raise UserError(f"--evidence names {len(found)} {name}; needed is one of the model of {analysis.name}")
+    table = layer_evidence(
+        analysis,
+        evaluations=evaluations,
+        ablation=ablations[0] if ablations else None,
+        transfer=transfers[0] if transfers else None,
+    )
+    with locked(analysis.path), writing(analysis.path):
+        page = write_layer_report(table, analysis.path, analysis.name)
+        paths = save_layer_evidence(table, analysis.path, title=analysis.name)
+    console().print(evidence_sentence(table))
+    list_files("report", [page])
+    list_files("figures", paths)
+    print_json({"command": "report", "layers": table.reset_index()})
 
 
 def write_reports(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from internal_policy.plotting.depth import *  # noqa: F403
     from internal_policy.plotting.divergences import *  # noqa: F403
     from internal_policy.plotting.evaluation import *  # noqa: F403
+    from internal_policy.plotting.evidence import *  # noqa: F403
     from internal_policy.plotting.heads import *  # noqa: F403
     from internal_policy.plotting.inspection import *  # noqa: F403
     from internal_policy.plotting.interventions import *  # noqa: F403
@@ -61,6 +62,8 @@ _HOME = {
     "inspection_data": "inspection",
     "inspection_map": "inspection",
     "layer_differences": "comparison",
+    "layer_evidence_figure": "evidence",
+    "save_layer_evidence": "evidence",
     "layer_divergences": "divergences",
     "layer_lines": "comparison",
     "layer_accuracy": "depth",

@@ -53,7 +53,7 @@ def layer_evidence_figure(table: pd.DataFrame, *, title: str | None = None) -> F
         The figure: a panel for each kind of measurement over the layers, with 95% intervals and the boundary layers.
     """
     panels = {label: lines for label, lines in _PANELS.items() if any(_known(table, name) for name in lines)}
-    figure, columns = style.panel_grid(1, len(panels))
+    figure, columns = style.panel_grid(1, len(panels), panel_height=1.1)
     for ax, (label, lines) in zip(columns[0], panels.items(), strict=True):
         _draw_panel(ax, table, lines)
         style.set_layer_axis(ax, len(table), (0.5, 0.5))

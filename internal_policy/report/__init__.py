@@ -19,10 +19,19 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded, write_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from internal_policy.bupo.run import Run
     from internal_policy.comparison.results import AnalysisComparison
 
-__all__ = ["analysis_report", "comparison_report", "training_report", "write_report"]
+__all__ = [
+    "analysis_report",
+    "comparison_report",
+    "layer_report",
+    "training_report",
+    "write_layer_report",
+    "write_report",
+]
 
 
 def analysis_report(analyses: Analysis | Sequence[Analysis]) -> str:
@@ -54,6 +63,40 @@ def comparison_report(comparison: AnalysisComparison) -> str:
     from internal_policy.report.comparison import page
 
     return page(comparison)
+
+
+def layer_report(table: pd.DataFrame, name: str) -> str:
+    """Return the page that asks whether the target layer matters.
+
+    Args:
+        table: Of `bupo.layer_evidence`.
+        name: The model's name.
+
+    Returns:
+        HTML.
+    """
+    from internal_policy.report.evidence import page
+
+    return page(table, name)
+
+
+def write_layer_report(table: pd.DataFrame, directory: str | Path, name: str) -> Path:
+    """Write the page that asks whether the target layer matters to ``layers.html``, atomically.
+
+    Args:
+        table: Of `bupo.layer_evidence`.
+        directory: Where to write, made if it is missing.
+        name: The model's name.
+
+    Returns:
+        The path of the page.
+    """
+    from internal_policy.report.evidence import PAGE
+
+    target = expanded(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / PAGE, layer_report(table, name))
+    return target / PAGE
 
 
 def training_report(run: Run) -> str:

@@ -13,19 +13,19 @@ from internal_policy.report.page import clean, interval, number, render
 PAGE = "layers.html"
 """The page's file, in the directory of the analysis."""
 _CHARTS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "change": ("Entropy change by the FFN", "nats", {"change": "ffn", "change_direction": "direction"}),
-    "accuracy": ("Accuracy of the layer's policy", "", {"accuracy": "stream"}),
+    "change": ("Entropy change by the FFN", "ΔH FFN (nats)", {"change": "ffn", "change_direction": "direction"}),
+    "accuracy": ("Accuracy of the layer's policy", "Accuracy", {"accuracy": "stream"}),
     "ablation": (
         "KL(π_θ ‖ π_θ') when a module of the layer writes nothing",
-        "nats",
+        "KL (nats)",
         {"ablation_attn": "attn", "ablation_ffn": "ffn"},
     ),
     "transfer": (
         "Cosine of the alignment's gradient with that of GRPO",
-        "",
+        "Cosine",
         {"cosine": "stream", "across": "policy", "ceiling": "uniform"},
     ),
-    "training": ("What training at the layer did", "", {"training": "stream"}),
+    "training": ("What training at the layer did", "Outcome", {"training": "stream"}),
 }
 _NAMES = {**QUANTITIES, "ceiling": "ceiling: GRPO with itself across halves"}
 
@@ -47,6 +47,7 @@ def page(table: pd.DataFrame, name: str) -> str:
         "layers.html.j2",
         title=f"Does the target layer of {clean(name)} matter?",
         charts=charts,
+        shown=charts,
         summary=f"{sentence[0].upper()}{sentence[1:]}.",
         headings=[QUANTITIES[column] for column in columns],
         rows=rows,
@@ -58,16 +59,17 @@ def _is_known(table: pd.DataFrame, column: str) -> bool:
 
 
 def _chart(key: str, table: pd.DataFrame) -> Chart | None:
-    title, unit, lines = _CHARTS[key]
+    title, axis, lines = _CHARTS[key]
+    unit = " nats" if "nats" in axis else ""
     known = {column: what for column, what in lines.items() if _is_known(table, column)}
     if not known:
         return None
-    chart = Chart(title, "Layer", f"{title} ({unit})" if unit else title, f"{title}, over the layers.")
+    chart = Chart(title, "Layer", axis, f"{title}, over the layers.")
     if key == "change":
         chart.level(0.0, dash="solid")
     for column, what in known.items():
-        ends = [table[f"{column}_{end}"] if f"{column}_{end}" in table else () for end in ("low", "high")]
-        more: dict[str, Any] = {**look(what), "unit": f" {unit}" if unit else ""}
+        ends = [table.get(f"{column}_{end}", ()) for end in ("low", "high")]
+        more: dict[str, Any] = {**look(what), "unit": unit}
         chart.curve(_NAMES[column], table.index, table[column], (ends[0], ends[1]), **more)
     chart.layer_axis(len(table))
     for layer in table.index[table["boundary"]]:
