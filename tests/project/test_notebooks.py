@@ -16,7 +16,7 @@ FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = (
     *("01_analyse_a_model", "02_compare_models", "03_checkpoints_through_rl", "04_target_layer_to_bupo"),
-    *("05_paper_figures", "06_inside_one_answer", "07_length_or_direction"),
+    *("05_paper_figures", "06_inside_one_answer", "07_length_or_direction", "08_does_the_target_layer_matter"),
 )
 MOST_LINES, MOST_BYTES, SECONDS = 10, 600_000, 180
 SECTION_6 = ("1c", "2", "3", "4", "5", "6", "7", "12", "13", "14", "15")
