@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -117,9 +117,11 @@ def test_a_notebook_runs_offline_in_a_fresh_kernel(path, tmp_path, monkeypatch):
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     # Started in the folder of the notebooks and at the root, by turns.
     place = tmp_path / "notebooks" if NOTEBOOKS.index(path) % 2 else tmp_path
-    started = time.perf_counter()
-    notebook = execute(tmp_path / "notebooks" / path.name, place, limit=SECONDS)
-    assert time.perf_counter() - started < SECONDS
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    notebook = execute(tmp_path / "notebooks" / path.name, place, limit=4 * SECONDS)
+    # Processor time, since other tests run at the same time.
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime < SECONDS
     assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
     stored = nbformat.read(path, as_version=4)
     assert [len(pictures(cell)) for cell in code(notebook)] == [len(pictures(cell)) for cell in code(stored)]
