@@ -34,7 +34,7 @@ class ReportCommand(WaitOptions):
 
     evidence: tuple[Path, ...] = ()
     """Evaluations of the layers, an ablation or a transfer of the model of one analysis (repeat it): instead of
-    report.html, write layers.html and its figure there, which ask whether the target layer matters."""
+    report.html, write layers.html and its figure there, which ask whether the boundary layer matters."""
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""

@@ -66,7 +66,7 @@ def comparison_report(comparison: AnalysisComparison) -> str:
 
 
 def layer_report(table: pd.DataFrame, name: str) -> str:
-    """Return the page that asks whether the target layer matters.
+    """Return the page that asks whether the boundary layer matters.
 
     Args:
         table: Of `bupo.layer_evidence`.
@@ -81,7 +81,7 @@ def layer_report(table: pd.DataFrame, name: str) -> str:
 
 
 def write_layer_report(table: pd.DataFrame, directory: str | Path, name: str) -> Path:
-    """Write the page that asks whether the target layer matters to ``layers.html``, atomically.
+    """Write the page that asks whether the boundary layer matters to ``layers.html``, atomically.
 
     Args:
         table: Of `bupo.layer_evidence`.

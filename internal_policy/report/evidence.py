@@ -1,4 +1,4 @@
-"""The page that asks whether the target layer matters: every measurement of each layer of one model."""
+"""The page that asks whether the boundary layer matters: every measurement of each layer of one model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def page(table: pd.DataFrame, name: str) -> str:
     sentence = evidence_sentence(table)
     return render(
         "layers.html.j2",
-        title=f"Does the target layer of {clean(name)} matter?",
+        title=f"Does the boundary layer of {clean(name)} matter?",
         charts=charts,
         shown=charts,
         summary=f"{sentence[0].upper()}{sentence[1:]}.",

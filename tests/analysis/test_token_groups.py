@@ -318,6 +318,7 @@ def test_groups_are_stored_and_added_to_a_finished_analysis(analysis, model, tmp
 _captured = group_capture._captured
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_is_resumed(analysis, model, tmp_path, monkeypatch):
     calls = []
 

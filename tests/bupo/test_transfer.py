@@ -154,6 +154,7 @@ def test_batches_and_padding_change_nothing():
     assert_gradients(measured(model, rollouts, 2, batch_size=64), one, FLOAT64)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_accumulates_in_float32():
     model, rollouts = tiny("llama"), make_rollouts(40, groups=2)
     model = wrap(model.model.bfloat16(), None, "tiny")

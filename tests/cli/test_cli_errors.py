@@ -289,7 +289,8 @@ main()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits memory through Linux's RLIMIT_DATA")
-@pytest.mark.parametrize(("mebibytes", "code"), [pytest.param(700, 0, marks=pytest.mark.slow), (170, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mebibytes", "code"), [(700, 0), (170, 2)])
 def test_out_of_memory_retries_smaller_then_names_the_options_to_lower(tmp_path, mebibytes, code):
     save(tiny_model("qwen2", layers=1, context=4096, intermediate_size=8192), tmp_path / "wide")
     rows = [{"input_ids": [2 + i % 50 for i in range(2048)], "prompt_length": 1024} for _ in range(8)]

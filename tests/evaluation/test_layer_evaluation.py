@@ -104,6 +104,7 @@ def test_the_table_over_depth_has_every_quantity_with_its_interval(layers, final
     assert (own["value"] <= own["high"] + 1e-12).all()
 
 
+@pytest.mark.slow
 def test_sites_and_lenses_are_different_policies(model, layers):
     others = [
         evaluate(model, "testbed", reward="exact", layer=5, **options, **FEW)
@@ -113,6 +114,7 @@ def test_sites_and_lenses_are_different_policies(model, layers):
     assert len(responses) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_curve_is_resumed_with_the_layer_that_was_not_finished(tmp_path, monkeypatch, model):
     calls = []
 
@@ -145,6 +147,7 @@ def test_an_interrupted_curve_is_resumed_with_the_layer_that_was_not_finished(tm
         assert (again.layer, again.lens, again.name) == (one.layer, "logit-lens", one.name)
 
 
+@pytest.mark.slow
 def test_a_lens_that_is_a_function_is_named_and_never_taken_for_another(tmp_path, model):
     def halved(layer, states):
         return states / 2

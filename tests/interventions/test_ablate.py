@@ -37,6 +37,7 @@ def tiny(**options):
     return tiny_model("llama"), tiny_tokenizer(), options
 
 
+@pytest.mark.slow
 def test_ablating_everything_above_a_layer_gives_the_entropy_of_its_logit_lens(sequences):
     lens = analyze("testbed/qwen3", responses=sequences, lens="logit-lens").responses
     for layer in (4, 7):
@@ -81,6 +82,7 @@ def test_the_table_has_token_means_clustered_by_prompt(sampled):
     assert sampled.clean["entropy"] == pytest.approx(mean)
 
 
+@pytest.mark.slow
 def test_heads_add_rows_and_the_bias_is_no_head(sequences):
     found = ablate("testbed/qwen3", responses=sequences.head(2), head="2-3", layers=[1, 8], how="zero,mean")
     assert found.keys == ["layer", "site", "head", "how"]

@@ -55,6 +55,7 @@ def test_lines_have_the_values_of_the_evaluations():
     assert policy[-1].get_ydata()[0] == given[-1].avg["mean"]
 
 
+@pytest.mark.slow
 def test_models_sites_lenses_and_benchmarks_are_kept_apart():
     both = [*curve(), *curve(site="ffn"), *curve(name="x/large", lens="logit-lens")]
     lines = set(accuracy_over_depth_data(both)["line"])
@@ -63,7 +64,9 @@ def test_models_sites_lenses_and_benchmarks_are_kept_apart():
     assert [ax.get_title() for ax in figure.axes] == ["MATH500", "", "AIME24", ""]
 
 
-@pytest.mark.parametrize("models", [1, 2, 12])
+@pytest.mark.parametrize(
+    "models", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_the_figure_is_legible(models):
     given = [
         e for i in range(models) for e in (*curve(name=f"owner/Model-{i}-7B"), evaluated(name=f"owner/Model-{i}-7B"))
@@ -72,6 +75,7 @@ def test_the_figure_is_legible(models):
 
 
 @pytest.mark.parametrize("layers", [[1], [3, 80], range(1, 41)])
+@pytest.mark.slow
 def test_deep_and_sparse_curves_are_legible(layers):
     own = [replace(evaluated(8), config={**evaluated(8).config, "layer": layer}) for layer in layers]
     assert_legible(accuracy_over_depth(own))
@@ -85,6 +89,7 @@ def test_a_panel_can_be_drawn_on_axes_of_the_user():
     assert accuracy_over_depth(curve(), ax=Figure().subplots(2, 1)).axes
 
 
+@pytest.mark.slow
 def test_the_files_have_the_same_bytes_each_time(tmp_path):
     one, other = (save_depth_figures(curve(), tmp_path / name) for name in ("a", "b"))
     assert [path.name for path in one] == ["accuracy_over_depth.png", "accuracy_over_depth.pdf"]

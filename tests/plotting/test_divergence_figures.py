@@ -125,6 +125,7 @@ def test_own_axes_labels_and_colours():
         figures.divergence_matrix(analyses, color="tab:red!")
 
 
+@pytest.mark.slow
 def test_files_are_written_for_the_analyses_that_have_divergences(tmp_path):
     one, plain = with_divergences("measured", 4), make_analysis("plain", 4, "qwen")
     with pytest.raises(UserError, match="plain: divergences was not measured; repeat the analysis with --divergences"):

@@ -65,6 +65,7 @@ def test_a_map_of_experts_shows_the_table_and_leaves_dense_layers_blank():
     assert load.collections[0].get_clim()[1] < 1
 
 
+@pytest.mark.slow
 def test_several_analyses_and_own_axes():
     figure = plotting.head_map([LARGE, SMALL, TINY])
     assert_legible(figure)

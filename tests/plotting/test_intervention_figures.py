@@ -131,6 +131,7 @@ def test_figures_are_drawn_from_disk(tmp_path):
         assert (tmp_path / "drawn" / "one" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_figures_and_results_need_no_torch():
     code = (
         "import sys, internal_policy.plotting.interventions, internal_policy.interventions.results;"

@@ -141,6 +141,7 @@ def test_a_shuffled_table_gives_the_same_numbers():
     pd.testing.assert_frame_equal(plotting.change_parts_data(analysis), plotting.change_parts_data(shuffled))
 
 
+@pytest.mark.slow
 def test_analyses_from_before_the_parts_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(style, "save_figure", lambda figure, stem: [(stem.name, len(figure.axes))])
     old, new = without_parts(make_analysis("old", 8, "qwen")), make_analysis("new", 8, "qwen")

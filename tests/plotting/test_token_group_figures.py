@@ -58,6 +58,7 @@ def test_the_figure_draws_its_data(grouping):
     assert texts[: len(groups.groups)] == list(groups.groups)
 
 
+@pytest.mark.slow
 def test_models_stand_side_by_side_and_on_the_users_axes():
     given = [grouped("kind", name=name).by("kind") for name in ("a/one", "b/two")]
     figure = plotting.grouped_change(given)

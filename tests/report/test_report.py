@@ -408,7 +408,7 @@ def test_given_responses_are_reproduced_from_their_file(saved, tmp_path):
     words = shlex.split(again.shell)
     assert words[: words.index("--output")] == [
         *("internal-policy", "analyze", "--model", "testbed/qwen3"),
-        *("--responses", str(given.path / "responses.jsonl"), "--keep-tokens", "0"),
+        *("--keep-tokens", "0", "--responses", str(given.path / "responses.jsonl")),
     ]
     assert "given from Python" in again.notes[1]
     found = analyze("testbed/qwen3", responses=given.path / "responses.jsonl", keep_tokens=0)
