@@ -17,7 +17,7 @@ from internal_policy.utils.imports import import_quietly, require_package
 
 if TYPE_CHECKING:
     from internal_policy.bupo.config import TrainConfig
-    from internal_policy.bupo.evidence import evidence_sentence, layer_evidence
+    from internal_policy.bupo.evidence import evidence_sentence, layer_evidence, training_outcomes
     from internal_policy.bupo.forward import internal_forward
     from internal_policy.bupo.gradient_transfer import transfer
     from internal_policy.bupo.hub import attach_evaluations, push_to_hub
@@ -35,6 +35,7 @@ _MODULES = {
     "evidence_sentence": "evidence",
     "internal_forward": "forward",
     "layer_evidence": "evidence",
+    "training_outcomes": "evidence",
     "attach_evaluations": "hub",
     "push_to_hub": "hub",
     "TrainConfig": "config",
@@ -59,6 +60,7 @@ __all__ = [
     "layer_evidence",
     "push_to_hub",
     "train",
+    "training_outcomes",
     "transfer",
 ]
 

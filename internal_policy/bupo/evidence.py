@@ -18,6 +18,7 @@ from internal_policy.utils.errors import UserError
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
+    from internal_policy.bupo.run import Run
     from internal_policy.bupo.transfer_results import Transfer
     from internal_policy.evaluation.results import Evaluation
     from internal_policy.interventions.results import Ablation
@@ -67,15 +68,24 @@ def layer_evidence(
     table = ffn[[name for name in columns if name in ffn]].reindex(index)
     given = list(evaluations)
     for result in (*given, ablation, transfer):
-        _require_same_weights(analysis, result)
+        require_same_weights(analysis, result)
+    for other in {e.lens for e in given if e.lens is not None} - {analysis.lens}:
+        raise UserError(
+            f"the evaluations are of policies under the lens {other}, and the analysis is under {analysis.lens}; give "
+            "results of one lens"
+        )
     layers = {e.layer: e for e in given if e.layer is not None and e.site == "layer"}
     if layers:
         rates = {layer: [e.avg["mean"], e.avg["low"], e.avg["high"]] for layer, e in layers.items()}
         table = table.join(pd.DataFrame.from_dict(rates, "index", columns=[f"accuracy{end}" for end in _ENDS]))
     if ablation is not None:
         whole = ablation.table
-        for part in ("head", "expert"):
-            whole = whole[whole[part].isna()] if part in whole else whole
+        parts = [name for name in ("head", "expert", "last_layer") if name in whole]
+        if parts or not whole["site"].isin(["attn", "ffn"]).any() or len(set(whole["how"])) > 1:
+            raise UserError(
+                f"the ablation of {ablation.name} is of single parts, of several layers at once or of several kinds; "
+                "needed is one kind (--how) for the attention or the FFN of single layers"
+            )
         for site in ("attn", "ffn"):
             rows = whole[whole["site"] == site].drop_duplicates("layer").set_index("layer")
             if len(rows):
@@ -98,6 +108,28 @@ def layer_evidence(
     return table
 
 
+def training_outcomes(runs: Iterable[Run]) -> pd.DataFrame:
+    """What training at each layer did, from runs of BuPO of one start: the mean gain in held-out accuracy.
+
+    Args:
+        runs: finished runs with evaluations; those without a layer, such as GRPO's, are left out.
+
+    Returns:
+        Columns layer, value (gain of Avg@K over the start, mean over the runs of a layer) and runs, their number.
+    """
+    rows = [
+        {"layer": run.layer, "value": run.evaluation.avg["mean"] - run.evaluation_start.avg["mean"]}
+        for run in runs
+        if run.layer is not None and run.evaluation is not None and run.evaluation_start is not None
+    ]
+    if not rows:
+        raise UserError(
+            "none of the runs has a layer and evaluations before and after; needed are runs of method bupo with "
+            "--eval-samples above 0"
+        )
+    return pd.DataFrame(rows).groupby("layer", as_index=False).agg(value=("value", "mean"), runs=("value", "size"))
+
+
 def evidence_sentence(table: pd.DataFrame) -> str:
     """Say in one sentence which layer each measurement favours.
 
@@ -117,17 +149,25 @@ def evidence_sentence(table: pd.DataFrame) -> str:
     for name, phrase in (
         ("ablation_attn", "without its attention the policy changes most at layer {}"),
         ("ablation_ffn", "without its FFN at layer {}"),
-        ("across", "alignment moves the parameters most as GRPO does at layer {}"),
     ):
         if name in table and table[name].notna().any():
             parts.append(phrase.format(table[name].idxmax()))
+    # At the last layer both objectives are nearly the same.
+    below = table["across"].iloc[:-1] if "across" in table else pd.Series(dtype=float)
+    if below.notna().any():
+        best = int(below.argmax())
+        parts.append(
+            f"below the last layer alignment moves the parameters most as GRPO does at layer {table.index[best]} "
+            f"(cosine across halves {below.iloc[best]:.2f}, ceiling {table['ceiling'].iloc[best]:.2f})"
+        )
     if "accuracy" in table and table["accuracy"].notna().any():
         half = table.index[table["accuracy"] >= 0.5 * table["accuracy"].max()]
         parts.append(f"from layer {half[0]} on the layer's policy has at least half of the best accuracy")
     return "; ".join(parts)
 
 
-def _require_same_weights(analysis: Analysis, result: Evaluation | Ablation | Transfer | None) -> None:
+def require_same_weights(analysis: Analysis, result: Evaluation | Ablation | Transfer | Run | None) -> None:
+    """Raise a `UserError` if a result, or the start of a run, has other weights than an analysis."""
     if result is None:
         return
     own, theirs = analysis.config.get("weights"), result.config.get("weights")

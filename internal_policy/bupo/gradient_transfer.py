@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from internal_policy.analysis.inputs import Source, as_source
-from internal_policy.bupo.config import PAPER_PROMPTS
+from internal_policy.bupo.config import PAPER_PROMPTS, VERIFIERS
 from internal_policy.bupo.gradients import Copy, Gradients, Rollout, backward, bootstrap_error, cosine, products
 from internal_policy.bupo.prompts import is_testbed
 from internal_policy.bupo.transfer_config import TransferConfig
@@ -253,6 +253,13 @@ def _to_requests(config: TransferConfig, model: LanguageModel, source: str | lis
     found = read_prompts(source, split=config.prompts_split, limit=config.max_prompts)[: config.max_prompts]
     if len(found) < 2:
         raise UserError(f"{len(found)} prompt was given; needed are at least 2, whose halves are compared")
+    lacking = next((i for i, p in enumerate(found, start=1) if p.unusable or not (p.answer or "").strip()), None)
+    if lacking is not None and config.reward in VERIFIERS:
+        has = found[lacking - 1].unusable or "no answer"
+        raise UserError(
+            f"prompt {lacking} has {has}; the reward compares with one: give each record an 'answer', or pass another "
+            "reward"
+        )
     rendered = render_all(found, config.template, model.tokenizer)
     requests = [
         Request(prompt, ids, number, index)

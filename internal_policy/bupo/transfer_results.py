@@ -61,11 +61,15 @@ class Transfer:
 
     @property
     def summary(self) -> str:
-        """One sentence that says at which layers the two objectives agree most."""
-        top = self.table.sort_values("cosine", kind="stable", na_position="first").to_dict("records")[-1]
+        """One sentence that says at which layer the two objectives agree most, below L, where they nearly coincide."""
+        below = self.table[self.table["layer"] < self.n_layers]
+        shown = below if len(below) else self.table
+        top = shown.sort_values("cosine", kind="stable", na_position="first").to_dict("records")[-1]
+        where = f"below layer {self.n_layers} " if len(below) else ""
         return (
-            f"alignment agrees most with GRPO at layer {int(top['layer'])}: cosine {number(top['cosine'], '.2f')} "
-            f"(95% {number(top['low'], '.2f')} to {number(top['high'], '.2f')}); across two halves of the prompts "
+            f"{where}alignment agrees most with GRPO at layer {int(top['layer'])}: cosine "
+            f"{number(top['cosine'], '.2f')} (95% {number(top['low'], '.2f')} to {number(top['high'], '.2f')}); across "
+            "two halves of the prompts "
             f"{number(top['across'], '.2f')}, where GRPO agrees with itself to {number(top['ceiling'], '.2f')}"
         )
 

@@ -33,8 +33,8 @@ class ReportCommand(WaitOptions):
     """What analyze, compare or train wrote, also mixed; a directory of several includes all of them."""
 
     evidence: tuple[Path, ...] = ()
-    """Evaluations of the layers, an ablation or a transfer of the model of one analysis (repeat it): instead of
-    report.html, write layers.html and its figure there, which ask whether the boundary layer matters."""
+    """Evaluations of the layers, an ablation, a transfer or training runs of the model of one analysis (repeat it):
+    instead of report.html, write layers.html and its figure there, which ask whether the boundary layer matters."""
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
@@ -64,7 +64,13 @@ class ReportCommand(WaitOptions):
 def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> None:
     """Write the page and the figure that compare what was measured of each layer of one model."""
     from internal_policy.analysis.results import Analysis
-    from internal_policy.bupo.evidence import evidence_sentence, layer_evidence
+    from internal_policy.bupo.evidence import (
+        evidence_sentence,
+        layer_evidence,
+        require_same_weights,
+        training_outcomes,
+    )
+    from internal_policy.bupo.run import Run
     from internal_policy.bupo.transfer_results import TRANSFER, Transfer
     from internal_policy.cli.display import list_files
     from internal_policy.evaluation.results import EVALUATION, Evaluation
@@ -80,6 +86,7 @@ def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> 
     evaluations: list[Evaluation] = []
     ablations: list[Ablation] = []
     transfers: list[Transfer] = []
+    runs: list[Run] = []
     for given in evidence:
         directory = expanded(given)
         kind = kind_of(directory)
@@ -89,18 +96,24 @@ def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> 
             ablations += [Ablation.load(path) for path in ABLATION.below(directory)]
         elif kind == "transfer":
             transfers += [Transfer.load(path) for path in TRANSFER.below(directory)]
+        elif kind == "run":
+            runs.append(Run.load(directory))
         else:
             raise UserError(
-                f"{directory}: holds a result of another kind ({kind}); needed is an evaluation, ablation or transfer"
+                f"{directory}: holds a result of another kind ({kind}); needed is an evaluation, ablation, transfer or "
+                "training run"
             )
     for name, found in (("ablations", ablations), ("transfers", transfers)):
         if len(found) > 1:
             raise UserError(f"--evidence names {len(found)} {name}; needed is one of the model of {analysis.name}")
+    for run in runs:
+        require_same_weights(analysis, run)
     table = layer_evidence(
         analysis,
         evaluations=evaluations,
         ablation=ablations[0] if ablations else None,
         transfer=transfers[0] if transfers else None,
+        outcomes=training_outcomes(runs) if runs else None,
     )
     with locked(analysis.path), writing(analysis.path):
         page = write_layer_report(table, analysis.path, analysis.name)
@@ -203,8 +216,8 @@ def kind_of(directory: Path) -> str:
         if any(path for depth in depths for path in directory.glob(f"{depth}{kind}.json")):
             return kind
     raise UserError(
-        f"{directory}: no finished analysis here, nor a training run or an evaluation (no analysis.json, run.json or "
-        "evaluation.json); run internal-policy analyze, train or evaluate first"
+        f"{directory}: no finished analysis here, nor another result (no analysis.json, run.json, evaluation.json, "
+        "ablation.json, transfer.json, ...); run internal-policy analyze, train, evaluate, ablate or transfer first"
     )
 
 

@@ -218,8 +218,8 @@ def test_results_without_figures(tmp_path, monkeypatch, capsys):
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for name, message in (
-        ("empty", "no finished analysis here, nor a training run or an evaluation"),
-        ("nowhere", "no finished analysis here, nor a training run or an evaluation"),
+        ("empty", "no finished analysis here, nor another result"),
+        ("nowhere", "no finished analysis here, nor another result"),
         ("broken", "broken training run (KeyError: 'schema_version')"),
         ("unfinished", "holds a run that has not ended"),
     ):

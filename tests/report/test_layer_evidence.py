@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from synthetic_analyses import make
 from training_calls import command
 
 from internal_policy import UserError
-from internal_policy.bupo import Transfer, evidence_sentence, layer_evidence
+from internal_policy.bupo import Transfer, evidence_sentence, layer_evidence, training_outcomes
 from internal_policy.bupo.transfer_results import COLUMNS
 from internal_policy.evaluation.results import Evaluation
 from internal_policy.interventions.results import Ablation
@@ -94,7 +95,7 @@ def test_the_sentence_names_the_layer_of_each_measurement(analysis, evidence):
     sentence = evidence_sentence(layer_evidence(analysis, **evidence))
     assert sentence.startswith(f"the entropy curve points to layer {analysis.boundary_layer}")
     assert "without its attention the policy changes most at layer 1; without its FFN at layer 4" in sentence
-    assert "alignment moves the parameters most as GRPO does at layer 7" in sentence
+    assert "alignment moves the parameters most as GRPO does at layer 7 (cosine across halves 0.30" in sentence
     assert "from layer 4 on the layer's policy has at least half of the best accuracy" in sentence
     assert ";" not in evidence_sentence(layer_evidence(analysis)) or "direction" in evidence_sentence(
         layer_evidence(analysis)
@@ -108,6 +109,35 @@ def test_results_of_other_weights_are_refused(analysis, evidence):
         layer_evidence(analysis, transfer=other)
     with pytest.raises(UserError, match="other weights"):
         layer_evidence(analysis, evaluations=[evaluation(1, 0.5, weights="w9")])
+
+
+def test_results_that_do_not_fit_are_refused_and_not_left_out(analysis, evidence):
+    together = replace(evidence["ablation"], table=evidence["ablation"].table.assign(last_layer=8))
+    kinds = evidence["ablation"].table.copy()
+    kinds.loc[0, "how"] = "mean"
+    layers = evidence["ablation"].table.assign(site="layer")
+    for table in (together.table, kinds, layers):
+        with pytest.raises(UserError, match="needed is one kind"):
+            layer_evidence(analysis, ablation=replace(evidence["ablation"], table=table))
+    lens = make(np.linspace(3.0, 0.5, LAYERS + 1), name="model", noise=0.1, lens="unit-norm")
+    with pytest.raises(UserError, match="under the lens policy, and the analysis is under unit-norm"):
+        layer_evidence(lens, evaluations=[evaluation(1, 0.5)])
+
+
+def test_the_outcome_of_runs_is_their_mean_gain():
+    def run(layer, start, end):
+        ends = {
+            "evaluation_start": SimpleNamespace(avg={"mean": start}),
+            "evaluation": SimpleNamespace(avg={"mean": end}),
+        }
+        return SimpleNamespace(layer=layer, **ends)
+
+    found = training_outcomes([run(3, 0.4, 0.5), run(3, 0.4, 0.7), run(6, 0.4, 0.3), run(None, 0.4, 0.9)])
+    assert found["layer"].tolist() == [3, 6]
+    assert found["value"].tolist() == pytest.approx([0.2, -0.1])
+    assert found["runs"].tolist() == [2, 1]
+    with pytest.raises(UserError, match="none of the runs has a layer"):
+        training_outcomes([run(None, 0.4, 0.9)])
 
 
 def test_the_figure_has_a_panel_for_each_kind_of_measurement(analysis, evidence, tmp_path):
