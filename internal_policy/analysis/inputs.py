@@ -127,6 +127,11 @@ class InputSettings(Protocol):
         ...
 
 
+def source_label(source: str | list[Any] | None) -> str | None:
+    """The source in the stored settings: its name, or the number of records that were given."""
+    return f"{len(source)} given" if isinstance(source, list) else source
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Ready responses, or requests to sample them."""

@@ -36,7 +36,14 @@ from internal_policy.analysis.finished import (
 )
 from internal_policy.analysis.group_capture import measure_groups
 from internal_policy.analysis.heads import measure_heads
-from internal_policy.analysis.inputs import Inputs, InputSettings, Source, as_source, gather_inputs
+from internal_policy.analysis.inputs import (
+    Inputs,
+    InputSettings,
+    Source,
+    as_source,
+    gather_inputs,
+    source_label,
+)
 from internal_policy.analysis.layer_selection import select_layer
 from internal_policy.analysis.position_sampling import (
     MEMORY_ADVICE,
@@ -131,7 +138,7 @@ def analyze(
     name = registry.name_of(model) if in_memory else str(model)
     if in_memory and (library := registry.library_of(model)):
         options = {"backend": library, **options}
-    config = AnalyzeConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    config = AnalyzeConfig(model=name, prompts=source_label(prompts), responses=source_label(responses), **options)
     state = Processes() if alone else launched_processes()
     refuse_generator(config.generator, in_memory=in_memory, processes=state.number)
     with ExitStack() as stack:
@@ -183,11 +190,6 @@ def analyze_lenses(model: str, lenses: Sequence[LensChoice], *, output: str | Pa
         analyses.append(other)
     # The first were loaded before the others were there.
     return [with_other_lenses(analysis) for analysis in analyses]
-
-
-def _label(source: str | list[Any] | None) -> str | None:
-    """The source in the stored settings: its name, or the number of records that were given."""
-    return f"{len(source)} given" if isinstance(source, list) else source
 
 
 def _run(

@@ -60,7 +60,7 @@ def layer_evidence(
         measured (``boundary``) and by direction alone (``boundary_by_direction``).
 
     Raises:
-        UserError: a result is of other weights than the analysis.
+        UserError: a result is of other weights or another lens than the analysis, or is not of single layers.
     """
     index = pd.RangeIndex(1, analysis.n_layers + 1, name="layer")
     ffn = analysis.layers[analysis.layers["site"] == "ffn"].set_index("layer")
@@ -69,10 +69,10 @@ def layer_evidence(
     given = list(evaluations)
     for result in (*given, ablation, transfer):
         require_same_weights(analysis, result)
-    for other in {e.lens for e in given if e.lens is not None} - {analysis.lens}:
+    if other := sorted({e.lens for e in given if e.lens is not None} - {analysis.lens}):
         raise UserError(
-            f"the evaluations are of policies under the lens {other}, and the analysis is under {analysis.lens}; give "
-            "results of one lens"
+            f"the evaluations are of policies under the lens {other[0]}, and the analysis is under {analysis.lens}; "
+            "give results of one lens"
         )
     layers = {e.layer: e for e in given if e.layer is not None and e.site == "layer"}
     if layers:
@@ -99,6 +99,8 @@ def layer_evidence(
             )
         )
     if outcomes is not None:
+        if outcomes["layer"].duplicated().any():
+            raise UserError("the outcomes have several rows for one layer; needed is one, such as the mean over seeds")
         rows = outcomes.set_index("layer")
         names = {"value": "training", "low": "training_low", "high": "training_high"}
         table = table.join(rows[[name for name in names if name in rows]].rename(columns=names))

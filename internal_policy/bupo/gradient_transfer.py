@@ -34,10 +34,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from internal_policy.analysis.inputs import Source, as_source
+from internal_policy.analysis.inputs import Source, as_source, source_label
 from internal_policy.bupo.config import PAPER_PROMPTS, VERIFIERS
 from internal_policy.bupo.gradients import Copy, Gradients, Rollout, backward, bootstrap_error, cosine, products
-from internal_policy.bupo.prompts import is_testbed
+from internal_policy.bupo.prompts import is_testbed, require_answers
 from internal_policy.bupo.transfer_config import TransferConfig
 from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer
 from internal_policy.data.prompts import TESTBED, Prompt, read_prompts, render_all
@@ -54,7 +54,7 @@ from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
-from internal_policy.utils.options import refuse_unknown, takes_options
+from internal_policy.utils.options import choose_numbers, refuse_unknown, takes_options
 from internal_policy.utils.result_format import library_version
 from internal_policy.utils.workspace import Arrays, Workspace
 
@@ -122,10 +122,9 @@ def transfer(
     name = opened.name if opened is not None else str(model)
     source = as_source(prompts, limit=options.get("max_prompts"))
     testbed = is_testbed(name, source)
-    label = f"{len(source)} given" if isinstance(source, list) else source
     named = list(reward) if isinstance(reward, (list, tuple)) else [reward]
     rewards = ", ".join(reward_name(each, exact=testbed) for each in named)
-    config = TransferConfig(model=name, prompts=label, reward=rewards, **options)
+    config = TransferConfig(model=name, prompts=source_label(source), reward=rewards, **options)
     scorer = _scorer(as_rewards(reward, exact=testbed))
     where = source if source is not None else TESTBED if testbed else PAPER_PROMPTS
     with eval_mode(opened.model if opened is not None else None):
@@ -172,7 +171,7 @@ def _run(
             device=config.device,
             trust_remote_code=config.trust_remote_code,
         )
-    layers = config.chosen_layers(model.n_layers)
+    layers = choose_numbers("--layers", str(config.layers), model.n_layers, "layers")
     if model.quantization is not None:
         raise UserError(
             f"{model.name}: its weights are quantised ({model.quantization}) and have no gradient; give the model "
@@ -253,13 +252,8 @@ def _to_requests(config: TransferConfig, model: LanguageModel, source: str | lis
     found = read_prompts(source, split=config.prompts_split, limit=config.max_prompts)[: config.max_prompts]
     if len(found) < 2:
         raise UserError(f"{len(found)} prompt was given; needed are at least 2, whose halves are compared")
-    lacking = next((i for i, p in enumerate(found, start=1) if p.unusable or not (p.answer or "").strip()), None)
-    if lacking is not None and config.reward in VERIFIERS:
-        has = found[lacking - 1].unusable or "no answer"
-        raise UserError(
-            f"prompt {lacking} has {has}; the reward compares with one: give each record an 'answer', or pass another "
-            "reward"
-        )
+    if config.reward in VERIFIERS:
+        require_answers(found)
     rendered = render_all(found, config.template, model.tokenizer)
     requests = [
         Request(prompt, ids, number, index)

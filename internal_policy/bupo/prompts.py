@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -102,13 +103,7 @@ def make_prompt_dataset(
     else:
         found = read_prompts(source if source is not None else PAPER_PROMPTS, split=config.prompts_split)
     if needs_answer:
-        lacking = (i for i, p in enumerate(found, start=1) if p.unusable or not (p.answer or "").strip())
-        if (without := next(lacking, None)) is not None:
-            has = found[without - 1].unusable or "no answer"
-            raise UserError(
-                f"prompt {without} has {has}; the reward compares with one: give each record an 'answer', or pass "
-                "another reward"
-            )
+        require_answers(found)
     fitting = _select_fitting(found, config, trainer_config.max_completion_length, model)
     if fresh:
         return PromptDataset(fitting)
@@ -117,6 +112,17 @@ def make_prompt_dataset(
         rng = np.random.default_rng((config.seed, len(order) // len(fitting)))
         order += rng.permutation(len(fitting)).tolist()
     return PromptDataset([fitting[i] for i in order[:needed]])
+
+
+def require_answers(prompts: Sequence[Prompt]) -> None:
+    """Raise a `UserError` that names the first prompt without an answer with which a response can be compared."""
+    lacking = (i for i, p in enumerate(prompts, start=1) if p.unusable or not (p.answer or "").strip())
+    if (without := next(lacking, None)) is not None:
+        has = prompts[without - 1].unusable or "no answer"
+        raise UserError(
+            f"prompt {without} has {has}; the reward compares with one: give each record an 'answer', or pass another "
+            "reward"
+        )
 
 
 def _select_fitting(

@@ -8,9 +8,7 @@ from typing import Any
 from internal_policy.analysis.config import ModelOptions, SamplingOptions, require_revision, slug_of
 from internal_policy.bupo.config import VERIFIERS
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, option, parse_numbers, require_whole_number
-
-ALL = "all"
+from internal_policy.utils.options import Numbers, check_options, option, parse_numbers, write_numbers
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class TransferConfig(SamplingOptions, ModelOptions):
     """Largest number of prompts, from the first."""
     num_generations: int = option(8, least=2)
     """Responses sampled for each prompt, whose rewards are compared with each other."""
-    layers: str = ALL
+    layers: Numbers = "all"
     """all, or layers from 1 and ranges of them, such as 2,4,6-8."""
     batch_size: int = option(16, least=1)
     """Sequences in a batch."""
@@ -37,11 +35,7 @@ class TransferConfig(SamplingOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Check the fields; a `UserError` states a bad value and the rule."""
-        given: Any = self.layers
-        if not isinstance(given, str):
-            numbers = [given] if hasattr(given, "__index__") else list(given)
-            listed = ",".join(str(require_whole_number("--layers", each)) for each in numbers)
-            object.__setattr__(self, "layers", listed)
+        object.__setattr__(self, "layers", write_numbers(parse_numbers("--layers", self.layers)))
         check_options(self)
         require_revision(self.revision)
         if not self.temperature > 0:
@@ -49,28 +43,11 @@ class TransferConfig(SamplingOptions, ModelOptions):
                 f"--temperature is {self.temperature}; needed is a number above 0: the most probable tokens alone have "
                 "equal rewards, and so no gradient"
             )
-        if self.layers != ALL:
-            # Whether the model has them is known when it is loaded.
-            parse_layers(self.layers)
 
     @property
     def slug(self) -> str:
         """Where the result is written, below the output directory."""
         return slug_of(self.model, self.revision)
-
-    def chosen_layers(self, n_layers: int) -> list[int]:
-        """Read the layers, ascending.
-
-        Args:
-            n_layers: L.
-
-        Returns:
-            Layers from 1.
-
-        Raises:
-            UserError: no such layer, or a text that names none.
-        """
-        return parse_layers(self.layers, n_layers)
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that determine the numbers; weights and prompts are known by their digests."""
@@ -78,26 +55,3 @@ class TransferConfig(SamplingOptions, ModelOptions):
         for name in ("batch_size", "device", "model", "prompts", "max_prompts", "layers"):
             del settings[name]
         return settings
-
-
-def parse_layers(layers: str, n_layers: int | None = None) -> list[int]:
-    """Read layers such as ``2,4,6-8`` or ``all``.
-
-    Args:
-        layers: the text.
-        n_layers: L; without it only the form is checked.
-
-    Returns:
-        Layers from 1, ascending, each once; none without L.
-
-    Raises:
-        UserError: a layer that does not exist, or a text that names none.
-    """
-    chosen = parse_numbers("--layers", layers)
-    if n_layers is None:
-        return []
-    if chosen is None:
-        return list(range(1, n_layers + 1))
-    if chosen[-1] > n_layers:
-        raise UserError(f"--layers is {layers!r}; needed are layers of this model, 1 to {n_layers}")
-    return list(chosen)

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs
+from internal_policy.analysis.inputs import Inputs, Source, as_source, gather_inputs, source_label
 from internal_policy.analysis.pipeline import sample_responses
 from internal_policy.analysis.tables import sequence_table
 from internal_policy.data.responses import Response, prompt_indices
@@ -102,7 +102,7 @@ def ablate(
     responses = as_source(responses, "responses", options.get("max_responses"))
     name = registry.name_of(model) if in_memory else str(model)
     refuse_other_library(model)
-    config = AblateConfig(model=name, prompts=_label(prompts), responses=_label(responses), **options)
+    config = AblateConfig(model=name, prompts=source_label(prompts), responses=source_label(responses), **options)
     if reward is not None:
         # The name is what is stored and compared.
         config = replace(config, reward=reward_name(reward, exact=False))
@@ -126,11 +126,6 @@ def refuse_other_library(model: Any) -> None:
             f"a model of {library} was given, and interventions are made by PyTorch hooks; give the transformers model "
             "inside it with its tokenizer, or intervene with that library"
         )
-
-
-def _label(source: str | list[Any] | None) -> str | None:
-    """The source in the stored settings: its name, or the number of records that were given."""
-    return f"{len(source)} given" if isinstance(source, list) else source
 
 
 def _run(

@@ -27,6 +27,7 @@ from internal_policy.utils.options import (
     parse_numbers,
     require_one_of,
     whole_numbers,
+    write_numbers,
 )
 
 Site: TypeAlias = Literal["attn", "ffn", "layer"]
@@ -101,7 +102,9 @@ class AblateConfig(AblateOptions, ModelOptions):
         self._check_inputs()
         for name in ("layers", "head", "expert"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else _written(parse_numbers(flag_of(name), value)))
+            object.__setattr__(
+                self, name, None if value is None else write_numbers(parse_numbers(flag_of(name), value))
+            )
         parts = self.head is not None or self.expert is not None
         if self.head is not None and self.expert is not None:
             raise UserError("both --head and --expert were given; change one kind of part at a time")
@@ -239,7 +242,7 @@ class PatchConfig(PatchOptions, ModelOptions):
         if self.prefix is not None:
             whole_text(self.prefix, "--prefix")
         for name in ("layers", "positions"):
-            object.__setattr__(self, name, _written(parse_numbers(flag_of(name), getattr(self, name))))
+            object.__setattr__(self, name, write_numbers(parse_numbers(flag_of(name), getattr(self, name))))
         values = _several(self.sites)
         for value in values or ("",):
             require_one_of("--sites", value, SITES)
@@ -260,11 +263,6 @@ class PatchConfig(PatchOptions, ModelOptions):
         """Where the result is written, below the output directory: ``<model>--<first words of the clean prompt>``."""
         words = "-".join(re.findall(r"\w+", str(self.clean)))[:_SLUG].strip("-_") or "prompt"
         return f"{slug_of(self.model, self.revision)}--{words}"
-
-
-def _written(numbers: tuple[int, ...] | None) -> str:
-    """One way to write a choice of numbers, by which settings are compared."""
-    return "all" if numbers is None else ",".join(map(str, numbers))
 
 
 def _several(value: str | Sequence[str]) -> tuple[str, ...]:

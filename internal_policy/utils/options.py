@@ -348,6 +348,11 @@ def parse_numbers(flag: str, value: Numbers) -> tuple[int, ...] | None:
     return tuple(sorted(set(numbers)))
 
 
+def write_numbers(numbers: tuple[int, ...] | None) -> str:
+    """One way to write a choice of numbers, by which settings are compared."""
+    return "all" if numbers is None else ",".join(map(str, numbers))
+
+
 def choose_numbers(flag: str, wanted: str, n: int, what: str) -> list[int]:
     """The numbers that an option asks for, of the n that there are.
 

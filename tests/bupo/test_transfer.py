@@ -18,7 +18,7 @@ from internal_policy import UserError, bupo
 from internal_policy.bupo import gradient_transfer, gradients
 from internal_policy.bupo.gradients import SKETCH, Gradients, Rollout, backward, bootstrap_error
 from internal_policy.bupo.trainer import BuPOTrainer
-from internal_policy.bupo.transfer_config import TransferConfig, parse_layers
+from internal_policy.bupo.transfer_config import TransferConfig
 from internal_policy.bupo.transfer_results import COLUMNS, TRANSFER, Transfer
 from internal_policy.data.responses import Response
 from internal_policy.models import wrap
@@ -381,9 +381,9 @@ def test_it_resumes_bit_for_bit_and_adds_layers(tmp_path, monkeypatch, caplog):
     ("options", "message"),
     [
         ({"reward": lambda completions, **_: [1.0] * len(completions)}, "differ in reward for 0 of the 12 prompts"),
-        ({"layers": "2-4"}, "--layers is '2-4'; needed are layers of this model, 1 to 3"),
+        ({"layers": "2-4"}, "--layers asks for 4 of 3 layers; needed are numbers from 1 to 3"),
         ({"layers": "2-1"}, "--layers is '2-1'; needed is all, or numbers from 1"),
-        ({"layers": [0]}, "--layers is '0'; needed is all, or numbers from 1"),
+        ({"layers": [0]}, "--layers is [0]; needed is all, or numbers from 1"),
         ({"temperature": 0.0}, "--temperature is 0.0; needed is a number above 0"),
         ({"num_generations": 1}, "--num-generations is 1; needed is a number of at least 2"),
         ({"max_prompts": 1}, "--max-prompts is 1; needed is a number of at least 2"),
@@ -407,12 +407,12 @@ def test_quantised_and_missing_weights_are_refused():
 
 
 def test_layers_are_read():
-    assert parse_layers("all", 3) == [1, 2, 3]
-    assert parse_layers("3, 1-2,2", 8) == [1, 2, 3]
+    assert TransferConfig(layers="all").layers == "all"
+    assert TransferConfig(layers="3, 1-2,2").layers == "1,2,3"
     assert TransferConfig(layers=3).layers == "3"
     for bad in ("", "a", "1-", "-1", "1--2", "²", "9" * 5000):
         with pytest.raises(UserError, match="needed is"):
-            parse_layers(bad)
+            TransferConfig(layers=bad)
 
 
 @pytest.mark.slow
@@ -469,7 +469,7 @@ def test_the_command_measures_draws_and_resumes(tmp_path, monkeypatch, capsys):
     assert drawn.read_bytes() == picture
     code, _, err = command(monkeypatch, capsys, *words, "--layers", "9")
     assert code == 2
-    assert "--layers is '9'; needed are layers of this model, 1 to 8" in err
+    assert "--layers asks for 9 of 8 layers; needed are numbers from 1 to 8" in err
     code, _, err = command(monkeypatch, capsys, *words, "--temperature", "0")
     assert code == 2
     assert err.count("\n") == 1
