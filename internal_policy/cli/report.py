@@ -39,7 +39,7 @@ class ReportCommand(WaitOptions):
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""
         if self.evidence:
-            _write_layers(self.directories, self.evidence)
+            _write_layers(self.directories, self.evidence, self.wait)
             return
         from internal_policy.analysis.sources import has_only_figures
         from internal_policy.cli.display import list_files
@@ -61,7 +61,7 @@ class ReportCommand(WaitOptions):
         print_json({"command": "report"})
 
 
-def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> None:
+def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...], wait: bool) -> None:
     """Write the page and the figure that compare what was measured of each layer of one model."""
     from internal_policy.analysis.results import Analysis
     from internal_policy.bupo.evidence import (
@@ -115,7 +115,7 @@ def _write_layers(directories: tuple[Path, ...], evidence: tuple[Path, ...]) -> 
         transfer=transfers[0] if transfers else None,
         outcomes=training_outcomes(runs) if runs else None,
     )
-    with locked(analysis.path), writing(analysis.path):
+    with locked(analysis.path, wait=wait), writing(analysis.path):
         page = write_layer_report(table, analysis.path, analysis.name)
         paths = save_layer_evidence(table, analysis.path, title=analysis.name)
     console().print(evidence_sentence(table))

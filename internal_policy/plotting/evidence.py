@@ -55,7 +55,7 @@ def layer_evidence_figure(table: pd.DataFrame, *, title: str | None = None) -> F
     panels = {label: lines for label, lines in _PANELS.items() if any(_known(table, name) for name in lines)}
     figure, columns = style.panel_grid(1, len(panels), panel_height=1.1)
     for ax, (label, lines) in zip(columns[0], panels.items(), strict=True):
-        _draw_panel(ax, table, lines)
+        _draw_panel(ax, table, lines, named=ax is columns[0][0])
         style.set_layer_axis(ax, len(table), (0.5, 0.5))
         ax.set_ylabel(label)
         if ax is not columns[0][-1]:
@@ -84,7 +84,7 @@ def _known(table: pd.DataFrame, name: str) -> bool:
     return name in table and bool(table[name].notna().any())
 
 
-def _draw_panel(ax: Axes, table: pd.DataFrame, lines: dict[str, tuple[str, str]]) -> None:
+def _draw_panel(ax: Axes, table: pd.DataFrame, lines: dict[str, tuple[str, str]], *, named: bool) -> None:
     layers = table.index.to_numpy()
     for column, (label, look) in lines.items():
         if not _known(table, column):
@@ -97,7 +97,13 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, lines: dict[str, tuple[str, str]]
             ax.fill_between(layers[known], low[known], high[known], color=drawn["color"], alpha=0.18, linewidth=0)
     if (values := table[[c for c in lines if _known(table, c)]].to_numpy(dtype=float)).size and np.nanmin(values) < 0:
         marks.zero_line(ax)
-    for name, look in (("boundary", "boundary"), ("boundary_by_direction", "direction")):
-        for layer in table.index[table[name]]:
-            ax.axvline(layer, linewidth=0.6, zorder=1, **style.line_style(LOOKS[look]))
-    ax.legend(loc="best", fontsize=marks.SMALL, frameon=False)
+    by_direction = table["boundary_by_direction"] & ~table["boundary"]
+    for chosen, look, label in (
+        (table["boundary"], "boundary", "boundary layer"),
+        (by_direction, "direction", "boundary layer by direction"),
+    ):
+        for layer in table.index[chosen]:
+            drawn = {**style.line_style(LOOKS[look]), "label": label if named else None}
+            ax.axvline(layer, linewidth=0.6, zorder=1, **drawn)
+    # Lines of the boundary layers run behind the names.
+    ax.legend(loc="best", fontsize=marks.SMALL, framealpha=0.9, edgecolor="none", facecolor="white")
