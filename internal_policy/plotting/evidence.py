@@ -106,4 +106,4 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, lines: dict[str, tuple[str, str]]
             drawn = {**style.line_style(LOOKS[look]), "label": label if named else None}
             ax.axvline(layer, linewidth=0.6, zorder=1, **drawn)
     # Lines of the boundary layers run behind the names.
-    ax.legend(loc="best", fontsize=marks.SMALL, framealpha=0.9, edgecolor="none", facecolor="white")
+    ax.legend(loc="best", fontsize=marks.SMALL, frameon=True, framealpha=0.9, edgecolor="none", facecolor="white")
