@@ -195,7 +195,8 @@ def test_the_layer_of_an_analysis_counts_by_its_file(place):
     assert call_digest(as_text) == call_digest(as_number)
 
 
-@pytest.mark.parametrize("kinds", [("lenses", "run"), pytest.param(tuple(COMMANDS), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("lenses", "run"), tuple(COMMANDS)])
 def test_complete_results_load_no_libraries(place, kinds):
     short = "--max-new-tokens 4 --device cpu"
     asked = [COMMANDS[kind] + ("" if kind == "run" else f" {short}") for kind in kinds]

@@ -85,6 +85,7 @@ def test_extractors_disable_autocast():
         assert all(map(torch.equal, run(), expected))
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_global_torch_state(tmp_path):
     plain = bupo.train(MODEL, output=tmp_path / "plain", **{**SMALL, "max_steps": 1})
     with AROUND["autocast"](), AROUND["another device by default"](), torch.inference_mode():

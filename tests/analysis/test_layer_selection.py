@@ -101,6 +101,7 @@ def test_boundary_layer_without_noise(name: str, scale: float):
         (NONE | {"DeepSeek-Math": (DEEPSEEK, None, 0.1)}, True, 0.95),
     ],
 )
+@pytest.mark.slow
 def test_boundary_layer_hit_rate_under_noise(family: dict, with_stderr: bool, threshold: float):
     """The rates of 1000 seeds are 0.975, 0.985, 0.98 and 0.98; two Monte Carlo errors of 20 seeds are one to three."""
     hits = []

@@ -200,6 +200,7 @@ def test_the_commands_that_reproduce_an_analysis_name_the_directory(finished):
     assert any("a lens of the user's own" in note for note in commands.notes)
 
 
+@pytest.mark.slow
 def test_one_command_analyses_the_same_responses_under_a_trained_lens_too(tmp_path, of_qwen3, monkeypatch):
     drawn = []
     monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: drawn.append(len(analyses)))

@@ -114,6 +114,7 @@ def test_compare_shows_the_other_lens_instead_of_refusing_it(pair, tmp_path, cap
         compare(pair)
 
 
+@pytest.mark.slow
 def test_one_command_analyses_the_same_responses_under_both_lenses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("internal_policy.cli.analyze.draw", lambda analyses, root: None)
 

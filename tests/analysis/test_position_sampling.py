@@ -274,6 +274,7 @@ def test_response_estimates_add_up_and_have_the_clustered_variance(recorded):
     np.testing.assert_allclose(whole, means, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_needs_eight_times_fewer_positions(recorded, monkeypatch):
     projected = []
 

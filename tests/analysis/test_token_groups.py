@@ -368,6 +368,7 @@ def quantity_index(name):
     return CAPTURED.index(name)
 
 
+@pytest.mark.slow
 def test_the_terminal_and_the_report_show_the_groups(analysis, capsys):
     with_groups = replace(analysis, path=None, selection=with_stages(analysis))
     display.show_analysis(with_groups)

@@ -129,7 +129,7 @@ def assert_same(one, other):
     ("event", "update"),
     [
         pytest.param("on_step_end", 3, id="between two updates of the first phase"),
-        pytest.param("half", 6, id="while writing a checkpoint of the second phase"),
+        pytest.param("half", 6, id="while writing a checkpoint of the second phase", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed(place, uninterrupted, event, update):
@@ -149,6 +149,7 @@ def test_an_alignment_stopped_by_its_dynamics_stays_stopped_after_resuming(place
     assert_same(run, train(place, "auto", **auto))
 
 
+@pytest.mark.slow
 def test_fractional_save_steps_save_after_whole_steps(place):
     """Checkpoints contain no rollouts, so a run cannot resume between two updates of a step."""
     # An eighth of the run is half of a step.

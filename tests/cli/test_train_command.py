@@ -88,6 +88,7 @@ def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
     assert (place / "out" / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_figures_are_redrawn_from_disk_without_torch(finished, tmp_path):
     place, _ = finished
     evaluation = next((place / "out" / "evaluations").glob("*/*"))
@@ -110,6 +111,7 @@ def test_figures_are_redrawn_from_disk_without_torch(finished, tmp_path):
         assert path.read_bytes() == (place / "out" / "figures" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, capsys):
     place, _ = finished
     analyze("testbed/qwen3", max_responses=4, output=tmp_path / "analyses")

@@ -283,6 +283,7 @@ def run(tmp_path, monkeypatch, capsys):
     return evaluated
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_compares_and_draws(run, tmp_path):
     few = ("--samples", 4, "--max-problems", 8, "--max-new-tokens", 40)
     done = run("--model", "testbed/qwen3", "--model", "testbed/llama", *few)

@@ -143,6 +143,7 @@ def test_figures_draw_on_given_axes():
         figures.residual_cosine(analyses, ax=[axes[0, 0]])
 
 
+@pytest.mark.slow
 def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_pyplot(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"

@@ -181,6 +181,7 @@ def public_figures():
     return found
 
 
+@pytest.mark.slow
 def test_figures_do_not_change_the_users_session(comparison):
     cases = drawings(comparison)
     assert {f.__qualname__ for f in public_figures() - set(cases)} == set()

@@ -166,7 +166,13 @@ def test_every_public_name_can_be_imported():
         internal_policy.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("block", python_blocks(README), ids=lambda block: f"line {block.line}")
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"line {block.line}", marks=[pytest.mark.slow] if "bupo.train(" in block.code else [])
+        for block in python_blocks(README)
+    ],
+)
 def test_the_readmes_python_runs(block, tmp_path):
     # Each is run separately, because readers copy single blocks.
     run_python(README, [block], tmp_path, timeout=300)

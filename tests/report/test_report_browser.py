@@ -133,6 +133,7 @@ def test_pages_open_without_errors_and_are_readable(browser, pages, kind, width,
     assert outside == []
 
 
+@pytest.mark.slow
 def test_the_layer_slider_changes_the_colours_and_values_of_the_tokens(browser, pages):
     path, analysis = pages["analysis"]
     show(browser, path)

@@ -210,6 +210,7 @@ def test_the_time_limit_survives_a_parent_that_ignores_alarms():
     assert done.stdout.split() == ["False", "1"]
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_parent_even_while_it_compares():
     code = (
         "import os, threading, time\n"
