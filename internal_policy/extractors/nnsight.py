@@ -16,7 +16,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +111,8 @@ class NnsightExtractor:
                 return
             stack.enter_context(_quiet(self.nnsight))
             self.nnsight.register(importlib.import_module(_PACKAGE))
-            projection, states = _plain_class(Projection), _plain_class(LayerStates)
+            # A server refuses the named tuple that `changes` returns, and no trace calls it.
+            projection, states = _plain_class(Projection, without=("changes",)), _plain_class(LayerStates)
             where = {"remote": _destination(self.remote)}
             yield root, where, partial(build_projection, projection_class=projection), states
 
@@ -310,12 +311,15 @@ def as_nnsight_error(name: str) -> Iterator[None]:
         raise
 
 
-def _plain_class(cls: type) -> type:
-    """Rewrite a dataclass as a class with the same methods that any version of Python can build from its source."""
+def _plain_class(cls: type, without: Sequence[str] = ()) -> type:
+    """Rewrite a dataclass as a class with the same methods that any version of Python can build from its source.
+
+    The methods ``without`` are left out.
+    """
     own = {
         name: _undecorated(member)
         for name, member in vars(cls).items()
-        if inspect.isfunction(member) and not (name.startswith("__") and name.endswith("__"))
+        if inspect.isfunction(member) and not (name.startswith("__") and name.endswith("__")) and name not in without
     }
     return type(cls.__name__, (), {**own, "__init__": _take_fields})
 
