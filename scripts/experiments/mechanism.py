@@ -1,0 +1,157 @@
+"""E1: what alignment alone does to a model, over its steps (arXiv 2512.19673v3, figs. 4 and 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jobs import E1_STEPS
+from tables import Tables, over_seeds
+
+from internal_policy.bupo.dynamics import alignment_end
+
+BY = ["model", "layer", "rate"]
+WINDOW = 10
+"""Steps over which a reward is averaged: a step has 64 responses, so that its standard error is about 0.06."""
+FALL = 0.05
+"""The reward has begun to fall where its mean over ``WINDOW`` steps is this far below the highest."""
+
+_DYNAMICS = {"log_perplexity": "log_perplexity_start", "change": "change"}
+_PERPLEXITIES = ("log_perplexity_solutions", "log_perplexity_own", "own_length")
+_HISTORY = ("reward", "policy_entropy", "length", "truncated")
+
+
+def quantities(tables: Tables) -> pd.DataFrame:
+    """Collect everything that was followed along a run.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per run, step and quantity: run, model, layer, rate, seed, step, quantity, value. ``cosine`` and ``kl``
+        are means over the later layers; log-perplexities are in nats per token, on the start's responses, on right
+        solutions and on the model's own new samples; reward, policy_entropy and length are of the step's rollouts.
+    """
+    keys = ["run", *BY, "seed", "step"]
+    parts = []
+    layers = tables["dynamics_layers"]
+    if len(layers):
+        means = layers.groupby(keys, sort=False)[["cosine", "kl"]].mean().reset_index()
+        parts.append(means)
+    for name, columns in (("dynamics", tuple(_DYNAMICS)), ("perplexities", _PERPLEXITIES), ("histories", _HISTORY)):
+        table = tables[name]
+        if len(table):
+            parts.append(table[[*keys, *(c for c in columns if c in table)]].rename(columns=_DYNAMICS))
+    if not parts:
+        return pd.DataFrame(columns=[*keys, "quantity", "value"])
+    long = [part.melt(keys, var_name="quantity") for part in parts]
+    return pd.concat(long, ignore_index=True)
+
+
+def trajectories(tables: Tables) -> pd.DataFrame:
+    """Summarise each quantity over seeds at each step.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per model, layer, rate, quantity and step: value, low, high, seeds.
+    """
+    return over_seeds(quantities(tables), [*BY, "quantity", "step"])
+
+
+def outcomes(tables: Tables) -> pd.DataFrame:
+    """Held-out accuracy before and after the alignment.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per model, layer, rate and measure (avg, pass16): start, value after all steps, gain with low and high
+        over seeds, seeds. All runs of a model share the measurement of its start.
+    """
+    runs = tables["runs"]
+    found = []
+    for measure in ("avg", "pass16"):
+        if runs.empty:
+            continue
+        gains = runs.assign(gain=runs[measure] - runs[f"{measure}_start"], start=runs[f"{measure}_start"])
+        table = over_seeds(gains, BY, "gain").rename(columns={"value": "gain"})
+        means = gains.groupby(BY, sort=False)[["start", measure]].mean().reset_index()
+        found.append(table.merge(means.rename(columns={measure: "value"}), on=BY).assign(measure=measure))
+    columns = [*BY, "measure", "start", "value", "gain", "low", "high", "seeds"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+
+
+def changes(tables: Tables) -> pd.DataFrame:
+    """The numbers that the predictions on E1 are about, of each run.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per run: model, layer, rate, seed, and
+        cosine_30, cosine at step 30 less that of the start; kl_fall, lowest KL after the start less that of the start;
+        kl_rise, last KL over the lowest of all, less 1; perplexity_60, log-perplexity on the start's responses less
+        that of the start; length, mean of the last ten steps less that of the first ten; reward_rise, best mean of ten
+        steps less that of the first ten; reward_fall, best mean of ten steps less that of the last ten.
+    """
+    rows = []
+    long = quantities(tables)
+    for key, group in long.groupby(["run", *BY, "seed"], sort=False):
+        series = {str(name): g.set_index("step")["value"].sort_index() for name, g in group.groupby("quantity")}
+        kl, cosine, perplexity = series["kl"], series["cosine"], series["log_perplexity_start"]
+        length, smooth = series["length"], series["reward"].rolling(WINDOW).mean().dropna()
+        rows.append(
+            {
+                **dict(zip(["run", *BY, "seed"], key, strict=True)),
+                "cosine_30": cosine.loc[E1_STEPS // 2] - cosine.loc[0],
+                "kl_fall": kl.loc[1:].min() - kl.loc[0],
+                "kl_rise": kl.iloc[-1] / kl.min() - 1,
+                "perplexity_60": perplexity.iloc[-1] - perplexity.loc[0],
+                "length": length.iloc[-WINDOW:].mean() - length.iloc[:WINDOW].mean(),
+                "reward_rise": smooth.max() - smooth.iloc[0],
+                "reward_fall": smooth.max() - smooth.iloc[-1],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def rule(tables: Tables) -> pd.DataFrame:
+    """Where ``ipa_steps="auto"`` would have ended the alignment, and where the reward was highest and began to fall.
+
+    Args:
+        tables: of E1, whose dynamics were measured every three steps.
+
+    Returns:
+        A row per run: model, layer, rate, seed; stop, the step at which the rule ends the alignment, and sign, which of
+        its two signs did (perplexity or KL; NaN and "" if it never does); peak, the middle of the ten steps of highest
+        mean reward; fall, the middle of the first later ten whose mean is at least ``FALL`` below (NaN if none is);
+        late, stop less peak, in steps, where a rule that never stops counts as the last step.
+    """
+    rows = []
+    rewards = tables["histories"]
+    for key, group in tables["dynamics"].groupby(["run", *BY, "seed"], sort=False):
+        measured = group.sort_values("step").to_dict("records")
+        stop, sign = np.nan, ""
+        for end in range(2, len(measured) + 1):
+            reason = alignment_end([{str(k): v for k, v in row.items()} for row in measured[:end]])
+            if reason is not None:
+                stop, sign = measured[end - 1]["step"], "perplexity" if "perplexity" in reason else "KL"
+                break
+        reward = rewards[rewards["run"] == key[0]].set_index("step")["reward"].sort_index()
+        smooth = reward.rolling(WINDOW).mean().dropna()
+        middle = smooth.index.to_numpy() - (WINDOW - 1) / 2
+        best = int(smooth.to_numpy().argmax())
+        below = np.flatnonzero(smooth.to_numpy()[best:] <= smooth.iloc[best] - FALL)
+        last = reward.index.max()
+        rows.append(
+            {
+                **dict(zip(["run", *BY, "seed"], key, strict=True)),
+                "stop": stop,
+                "sign": sign,
+                "peak": middle[best],
+                "fall": middle[best + below[0]] if len(below) else np.nan,
+                "late": (last if np.isnan(stop) else stop) - middle[best],
+            }
+        )
+    return pd.DataFrame(rows)

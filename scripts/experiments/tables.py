@@ -1,0 +1,138 @@
+"""Read the tables of an experiment's part, and summarise values over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from jobs import PARTS, Job, jobs
+from scipy import stats
+from store import DATA, TABLES
+
+from internal_policy.bupo.run import read_table
+
+SETTING = ["model", "method", "layer", "ipa_steps", "rate", "steps"]
+"""Columns of ``runs.csv`` that repetitions of a run share."""
+_COLUMNS = ["run", "part", *SETTING, "seed"]
+
+Tables = dict[str, pd.DataFrame]
+
+
+def read_part(part: str, data: Path = DATA) -> Tables:
+    """Read what is stored of a part.
+
+    Args:
+        part: e1, e2, e4 or methods.
+        data: where the parts are.
+
+    Returns:
+        The tables by the names in ``TABLES``, each with the setting and the seed of its run; a table that is missing
+        is empty. ``ipa_steps`` is text, since a dose may be "auto"; ``layer`` is the aligned one, and a later layer
+        with which it is compared is called ``later``.
+    """
+    found = {name: read_table(data / part / f"{name}.csv") for name in TABLES}
+    return with_settings(found)
+
+
+def with_settings(tables: Tables) -> Tables:
+    """Add the setting and the seed of the run to every table."""
+    runs = tables.get("runs", pd.DataFrame())
+    if runs.empty:
+        return {name: pd.DataFrame(columns=_COLUMNS) for name in TABLES}
+    runs = runs.assign(ipa_steps=runs["ipa_steps"].astype(str))
+    setting = runs[_COLUMNS]
+    found = {"runs": runs}
+    for name in TABLES[1:]:
+        table = tables.get(name, pd.DataFrame()).rename(columns={"layer": "later"})
+        found[name] = table.merge(setting, on="run") if len(table) else pd.DataFrame(columns=_COLUMNS)
+    return found
+
+
+def joined(*parts: Tables) -> Tables:
+    """Put the tables of several parts under one another."""
+    found = {}
+    for name in TABLES:
+        filled = [part[name] for part in parts if len(part[name])]
+        found[name] = pd.concat(filled, ignore_index=True) if filled else parts[0][name]
+    return found
+
+
+def t_interval(values: npt.ArrayLike) -> dict[str, float]:
+    """Mean over seeds with its 95% t-interval.
+
+    Args:
+        values: [S], one of each seed; those that are NaN are left out.
+
+    Returns:
+        value, low, high and seeds, their number. The ends are NaN with fewer than two seeds.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    given = given[~np.isnan(given)]
+    n = len(given)
+    mean = float(given.mean()) if n else float("nan")
+    half = float(stats.t.ppf(0.975, n - 1) * given.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    return {"value": mean, "low": mean - half, "high": mean + half, "seeds": n}
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str = "value") -> pd.DataFrame:
+    """Summarise a column over seeds.
+
+    Args:
+        table: a row of each run, or of each run and step.
+        by: columns that a summary's row has.
+        column: what is summarised.
+
+    Returns:
+        A row per group: ``by``, value, low, high, seeds.
+    """
+    columns = [*by, "value", "low", "high", "seeds"]
+    if table.empty:
+        return pd.DataFrame(columns=columns)
+    grouped = table.groupby(list(by), dropna=False, sort=False)[column]
+    rows = [{**dict(zip(by, _key(key), strict=True)), **t_interval(values)} for key, values in grouped]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _key(key: object) -> tuple[object, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFrame:
+    """Count what was run of each part and what was not.
+
+    Args:
+        parts: of the experiment.
+        data: where the parts are.
+
+    Returns:
+        A row per part: planned and done, numbers of runs; whole, the number of seeds all of whose runs are done;
+        hours, of one core, that the missing runs would take at the median time of those done (NaN if none is).
+    """
+    rows = []
+    for part in parts:
+        planned = jobs(part)
+        runs = read_table(data / part / "runs.csv")
+        done = set(runs["run"]) if len(runs) else set()
+        missing = [job for job in planned if job.name not in done]
+        seeds = {job.seed for job in planned} - {job.seed for job in missing}
+        seconds = float(runs["seconds"].median()) if len(runs) else float("nan")
+        rows.append(
+            {
+                "part": part,
+                "planned": len(planned),
+                "done": len(planned) - len(missing),
+                "whole": len(seeds),
+                "hours": seconds * len(missing) / 3600 if missing else 0.0,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def missing_jobs(part: str, data: Path = DATA) -> list[Job]:
+    """List the runs of a part that the stored tables lack."""
+    runs = read_table(data / part / "runs.csv")
+    done = set(runs["run"]) if len(runs) else set()
+    return [job for job in jobs(part) if job.name not in done]
