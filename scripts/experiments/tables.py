@@ -91,13 +91,11 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str = "value") ->
     columns = [*by, "value", "low", "high", "seeds"]
     if table.empty:
         return pd.DataFrame(columns=columns)
-    grouped = table.groupby(list(by), dropna=False, sort=False)[column]
-    rows = [{**dict(zip(by, _key(key), strict=True)), **t_interval(values)} for key, values in grouped]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _key(key: object) -> tuple[object, ...]:
-    return key if isinstance(key, tuple) else (key,)
+    found = table.groupby(list(by), dropna=False, sort=False)[column].agg(["mean", "std", "count"]).reset_index()
+    n = found["count"].to_numpy()
+    half = stats.t.ppf(0.975, np.maximum(n - 1, 1)) * found["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
+    found = found.assign(value=found["mean"], low=found["mean"] - half, high=found["mean"] + half, seeds=n)
+    return found[columns]
 
 
 def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFrame:

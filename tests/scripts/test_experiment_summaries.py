@@ -1,0 +1,287 @@
+"""The summaries of the experiments: every number against one computed here from the made-up tables."""
+
+from __future__ import annotations
+
+import dose
+import layers
+import made_up_experiments as made_up
+import mechanism
+import numpy as np
+import pandas as pd
+import predictions
+import pytest
+import tables
+from jobs import BOUNDARY, jobs
+from scipy import stats
+
+QWEN = "testbed/qwen3"
+# Sums of a few float64 values near 1.
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def interval(values):
+    """The t-interval by its textbook formula, from scipy's own quantile and standard error."""
+    return stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+
+
+@pytest.fixture(scope="module")
+def e1():
+    return tables.with_settings(made_up.tables("e1", range(3)))
+
+
+@pytest.fixture(scope="module")
+def e2():
+    return tables.with_settings(made_up.tables("e2", range(5)))
+
+
+@pytest.fixture(scope="module")
+def every_layer(e2):
+    return tables.joined(tables.with_settings(made_up.tables("e4", range(5))), e2)
+
+
+def only(table, **wanted):
+    found = table
+    for name, value in wanted.items():
+        found = found[found[name] == value]
+    assert len(found) == 1, f"{wanted}: {len(found)} rows"
+    return found.iloc[0]
+
+
+def test_the_interval_is_students_and_needs_two_seeds():
+    values = [0.3, 0.5, 0.1]
+    found = tables.t_interval([*values, np.nan])
+    assert found["seeds"] == 3
+    np.testing.assert_allclose([found["low"], found["high"]], interval(values), **EXACT)
+    alone = tables.t_interval([0.3])
+    assert alone["value"] == 0.3
+    assert np.isnan(alone["low"])
+    assert tables.t_interval([])["seeds"] == 0
+
+
+def test_trajectories_average_over_later_layers_and_seeds(e1):
+    found = mechanism.trajectories(e1)
+    row = only(found, model=QWEN, layer=4, rate=1e-4, quantity="cosine", step=30)
+    # The made-up cosine is 0.3 + 0.05 m at later layer m, and its slope differs between the seeds.
+    slopes = [0.002 + 0.01 * 1.5 * made_up.NOISE[seed] for seed in range(3)]
+    values = [0.3 + 0.05 * np.mean([5, 6, 7, 8]) + slope * 30 for slope in slopes]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    assert set(found["quantity"]) >= {"reward", "policy_entropy", "length", "kl", "log_perplexity_start"}
+    assert set(found["quantity"]) >= {"log_perplexity_solutions", "log_perplexity_own"}
+    assert (found["seeds"] == 3).all()
+
+
+def test_gains_are_over_the_start_of_the_model(e1):
+    row = only(mechanism.outcomes(e1), model=QWEN, layer=7, rate=3e-4, measure="avg")
+    gains = [0.2 + 1.5 * made_up.NOISE[seed] for seed in range(3)]
+    expected = [0.46, 0.46 + np.mean(gains), np.mean(gains), *interval(gains)]
+    np.testing.assert_allclose(row[["start", "value", "gain", "low", "high"]].astype(float), expected, **EXACT)
+
+
+def test_the_rule_is_compared_with_the_peak_and_the_fall_of_the_reward(e1):
+    row = only(mechanism.rule(e1), run="qwen3-bupo-l2-s60-lr0.0001-t60-seed0")
+    # The log-perplexity of seed 0 rises by 0.002 a step from 0.15, and by more than 0.05 first at step 27.
+    assert (row["stop"], row["sign"]) == (27, "perplexity")
+    rewards = [0.45 + 0.01 * min(s, 30) - 0.015 * max(s - 30, 0) for s in range(1, 61)]
+    means = {s + 4.5: np.mean(rewards[s - 1 : s + 9]) for s in range(1, 52)}
+    peak = max(means, key=means.get)
+    fall = min(s for s in means if s > peak and means[s] <= means[peak] - 0.05)
+    assert (row["peak"], row["fall"], row["late"]) == (peak, fall, 27 - peak)
+
+
+def test_a_rule_that_never_stops_counts_as_the_last_step(e1):
+    calm = {**e1, "dynamics": e1["dynamics"].assign(kl_mean=1.0, log_perplexity=0.2)}
+    found = mechanism.rule(calm)
+    assert found["stop"].isna().all()
+    np.testing.assert_allclose(found["late"], 60 - found["peak"], **EXACT)
+
+
+def test_doses_are_compared_with_grpo_after_as_many_steps_in_all_and_of_grpo(e2):
+    found = dose.differences(e2)
+    plain = {seed: made_up.STARTS[QWEN] + 0.5 + made_up.NOISE[seed] for seed in range(5)}
+    bupo = {seed: made_up.STARTS[QWEN] + (120 - 12) * 0.5 / 120 + 1.5 * made_up.NOISE[seed] for seed in range(5)}
+    row = only(found, model=QWEN, rate=1e-4, dose="24", measure="avg", comparison=dose.TOTAL)
+    values = [bupo[seed] - plain[seed] for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    row = only(found, model=QWEN, rate=1e-4, dose="24", measure="avg", comparison=dose.OPTIMISED)
+    after_96 = {seed: made_up.STARTS[QWEN] + (plain[seed] - made_up.STARTS[QWEN]) * 96 / 120 for seed in range(5)}
+    values = [bupo[seed] - after_96[seed] for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    assert row["seeds"] == 5
+
+
+def test_only_seeds_that_both_have_are_paired(e2):
+    fewer = {name: t[~((t["method"] == "grpo") & (t["seed"] > 2))] for name, t in e2.items()}
+    found = dose.differences(fewer)
+    assert (found.loc[found["dose"] != "auto", "seeds"] == 3).all()
+
+
+def test_ends_of_doses_have_the_mean_of_each_measure(e2):
+    found = dose.doses(e2)
+    row = only(found, model=QWEN, dose="0", measure="entropy_end")
+    np.testing.assert_allclose(row["value"], np.mean([0.08 + 0.01 * seed for seed in range(5)]), **EXACT)
+    assert set(found["dose"]) == {"0", "4", "12", "24", "48", "auto"}
+
+
+def test_auto_is_compared_with_grpo_and_with_the_best_dose_of_the_same_seeds(e2):
+    row = only(dose.auto(e2), model=QWEN, rate=1e-4)
+    assert (row["stops"], row["best"], row["seeds"]) == ("14 15 16", "4", 3)
+    # 14 steps of alignment against 4, at half the worth of a step of GRPO.
+    np.testing.assert_allclose(row["over_best"], -(14 - 4) / 2 * 0.5 / 120, **EXACT)
+    noise = np.mean([0.5 * made_up.NOISE[seed] for seed in range(3)])
+    np.testing.assert_allclose(row["over_grpo"], -7 * 0.5 / 120 + noise, **EXACT)
+
+
+def test_detectable_difference_has_the_power_it_claims():
+    # Independently: how often scipy's own t-test rejects in simulated experiments.
+    n = 6
+    effect = dose.detectable(n)
+    drawn = np.random.default_rng(0).normal(effect, 1.0, (20_000, n))
+    rejected = np.mean(stats.ttest_1samp(drawn, 0.0, axis=1).pvalue < 0.05)
+    # The standard error of a share of 0.8 over 20 000 is 0.003.
+    assert abs(rejected - 0.8) < 0.012
+
+
+def test_power_takes_the_spread_of_paired_differences(e2):
+    row = only(dose.power(e2), model=QWEN, rate=1e-4, measure="avg")
+    spread = np.std([0.5 * made_up.NOISE[seed] for seed in range(5)], ddof=1)
+    np.testing.assert_allclose(row["spread"], spread, **EXACT)
+    np.testing.assert_allclose(row["detectable"], spread * dose.detectable(6), **EXACT)
+
+
+def test_methods_stand_beside_grpo_with_the_same_seeds(e2):
+    both = tables.joined(tables.with_settings(made_up.tables("methods", range(2))), e2)
+    found = dose.methods(both)
+    row = only(found, model=QWEN, method="grpo", measure="avg")
+    np.testing.assert_allclose(row["value"], 0.96 + np.mean(made_up.NOISE[:2]), **EXACT)
+    row = only(found, model=QWEN, method="ppo", measure="avg")
+    np.testing.assert_allclose(row["over_grpo"], 0.0, **EXACT)
+    assert row["seeds"] == 2
+    assert set(found["method"]) == {"grpo", "ppo", "rloo", "reinforce++"}
+
+
+def test_outcomes_of_layers_include_the_boundary_layer_of_e2(every_layer):
+    found = layers.outcomes(every_layer)
+    assert found.groupby("model")["layer"].apply(set).to_dict() == {m: set(range(1, 9)) for m in BOUNDARY}
+    row = only(found, model=QWEN, layer=2, measure="avg")
+    values = [-12 * 0.5 / 120 - 0.05 + 0.5 * made_up.NOISE[seed] for seed in range(5)]
+    np.testing.assert_allclose(row["over_grpo"], np.mean(values), **EXACT)
+    np.testing.assert_allclose([row["over_grpo_low"], row["over_grpo_high"]], interval(values), **EXACT)
+
+
+def test_correlations_are_spearmans_of_the_means(every_layer):
+    found = layers.correlations(every_layer, made_up.evidence())
+    means = layers.outcomes(every_layer).query("model == @QWEN and measure == 'avg'").sort_values("layer")["value"]
+    known = made_up.evidence().query("model == @QWEN").sort_values("layer")
+    for name in ("layer", "change", "change_direction", "accuracy"):
+        row = only(found, model=QWEN, predictor=name)
+        np.testing.assert_allclose(row["value"], stats.spearmanr(known[name], means).statistic, **EXACT)
+        assert row["low"] <= row["value"] <= row["high"]
+        assert (row["layers"], row["seeds"]) == (8, 5)
+
+
+def test_correlations_need_every_layer(every_layer):
+    fewer = {name: t[t["layer"] != 3] for name, t in every_layer.items()}
+    assert layers.correlations(fewer, made_up.evidence()).empty
+
+
+def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
+    noisy = dict(every_layer)
+    shifts = np.random.default_rng(1).normal(0, 0.05, len(noisy["runs"]))
+    noisy["runs"] = noisy["runs"].assign(avg=noisy["runs"]["avg"] + shifts)
+    row = only(layers.correlations(noisy, made_up.evidence()), model=QWEN, predictor="layer")
+    assert row["high"] - row["low"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ends", "side", "bound", "verdict"),
+    [
+        ((0.1, 0.3), "above", 0.0, "yes"),
+        ((-0.1, 0.3), "above", 0.0, "undecided"),
+        ((-0.3, -0.1), "above", 0.0, "no"),
+        ((0.1, 0.3), "above", 0.2, "undecided"),
+        ((-0.3, -0.1), "below", 0.0, "yes"),
+        ((-0.3, 0.005), "below", 0.01, "yes"),
+        ((-0.3, 0.02), "below", 0.01, "undecided"),
+        ((0.02, 0.03), "below", 0.01, "no"),
+        ((-0.1, 0.1), "around", 0.0, "yes"),
+        ((0.1, 0.2), "around", 0.0, "no"),
+        ((np.nan, np.nan), "around", 0.0, "undecided"),
+        ((0.0, 0.0), "above", 0.0, "no"),
+    ],
+)
+def test_a_prediction_is_judged_by_the_interval(ends, side, bound, verdict):
+    low, high = ends
+    assert predictions.judged({"value": 0.0, "low": low, "high": high, "seeds": 3}, side, bound) == verdict
+    assert predictions.judged({"value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0}, side, bound) == "not run"
+
+
+@pytest.fixture(scope="module")
+def judged(e1, e2, every_layer):
+    return predictions.predictions(e1, e2, every_layer, made_up.evidence())
+
+
+def test_every_prediction_is_judged_in_every_setting(judged):
+    counts = predictions.counted(judged).set_index("prediction")
+    assert list(counts.index) == [f"P{n}" for n in range(1, 13)]
+    # Models x layers x rates; models x rates; models x rates x doses; models.
+    assert counts["settings"].to_list() == [24, 24, 24, 24, 24, 6, 16, 12, 16, 2, 2, 2]
+    assert (counts[["yes", "no", "undecided", "not run"]].sum(axis=1) == counts["settings"]).all()
+    assert (counts["not run"] == 0).all()
+    assert counts.loc["P1", "seeds"] == "3"
+
+
+def test_verdicts_on_the_mechanism_follow_from_the_made_up_runs(judged, e1):
+    kl_at_60 = [10 - 3 + (0.05 + 1.5 * made_up.NOISE[seed]) * 30 for seed in range(3)]
+    row = only(judged.query("prediction == 'P2'"), model=QWEN, layer=2, rate=1e-4, quantity="kl_rise")
+    np.testing.assert_allclose(row["value"], np.mean([kl / min(kl, 7.0) - 1 for kl in kl_at_60]), **EXACT)
+    row = only(judged.query("prediction == 'P4'"), model=QWEN, layer=2, rate=1e-4)
+    # The mean of steps 51 to 60 less that of 1 to 10, at a tenth of a token a step.
+    np.testing.assert_allclose([row["value"], row["low"]], [5.0, 5.0], rtol=0, atol=1e-9)
+    assert row["holds"] == "yes"
+    rewards = np.array([0.45 + 0.01 * min(s, 30) - 0.015 * max(s - 30, 0) for s in range(1, 61)])
+    best = max(rewards[s : s + 10].mean() for s in range(51))
+    row = only(judged.query("prediction == 'P5'"), model=QWEN, layer=2, rate=1e-4, quantity="reward_fall")
+    np.testing.assert_allclose(row["value"], best - rewards[-10:].mean(), **EXACT)
+    row = only(judged.query("prediction == 'P6'"), model=QWEN, rate=3e-4)
+    np.testing.assert_allclose(row["value"], 0.4, **EXACT)
+    assert row["holds"] == "yes"
+
+
+def test_verdicts_on_dose_and_layers_follow_from_the_made_up_runs(judged):
+    assert (judged.loc[judged["prediction"] == "P7", "holds"] == "yes").all()
+    assert (judged.loc[judged["prediction"] == "P8", "holds"] == "yes").all()
+    row = only(judged, prediction="P10", model=QWEN)
+    # Each step of alignment costs half a step without any noise, so that no other dose is as good as 4.
+    assert (row["value"], row["low"], row["high"], row["holds"]) == (4, 4, 4, "yes")
+    row = only(judged, prediction="P11", model=QWEN)
+    assert (row["holds"], row["bound"]) == ("yes", 0.5)
+    # The made-up entropy change falls with the layer exactly, so it predicts as well as the number.
+    row = only(judged, prediction="P12", model=QWEN)
+    np.testing.assert_allclose(row["value"], 0.0, **EXACT)
+    assert row["holds"] == "yes"
+
+
+def test_a_setting_fails_if_one_of_its_parts_does():
+    rows = [
+        {"prediction": "P2", "model": QWEN, "layer": layer, "rate": 1e-4, "dose": np.nan, "seeds": 3, "holds": holds}
+        for layer, parts in {2: ("yes", "no"), 4: ("yes", "undecided"), 6: ("yes", "yes"), 7: ("no", "not run")}.items()
+        for holds in parts
+    ]
+    counts = predictions.counted(pd.DataFrame(rows)).iloc[0]
+    assert counts[["yes", "no", "undecided", "not run"]].to_list() == [1, 1, 1, 1]
+
+
+def test_without_runs_every_prediction_is_not_run():
+    nothing = tables.with_settings({})
+    counts = predictions.counted(predictions.predictions(nothing, nothing, nothing, pd.DataFrame()))
+    assert (counts["not run"] == counts["settings"]).all()
+    assert counts["settings"].to_list() == [24, 24, 24, 24, 24, 6, 16, 12, 16, 2, 2, 2]
+
+
+def test_completeness_counts_runs_and_whole_seeds(tmp_path):
+    made_up.write(tmp_path, "methods", range(2))
+    row = only(tables.completeness(["methods"], tmp_path), part="methods")
+    assert (row["planned"], row["done"], row["whole"]) == (18, 12, 2)
+    np.testing.assert_allclose(row["hours"], 6 * 180 / 3600, **EXACT)
+    assert {job.seed for job in tables.missing_jobs("methods", tmp_path)} == {2}
+    assert len(tables.missing_jobs("e1", tmp_path)) == len(jobs("e1"))
