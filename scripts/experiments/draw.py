@@ -90,7 +90,7 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             ax.sharey(axes[row, 0])
             _lines(ax, own[own["rate"] == rate], "layer", sorted(own["layer"].unique()), lambda x: f"layer {x:.0f}")
             if row == 0:
-                ax.set_title(f"alignment at {rate:g}")
+                ax.set_title(f"alignment at {_rate(rate)}")
             ax.tick_params(labelbottom=row == len(shown) - 1, labelleft=column == 0)
         # An interval of few seeds may be many times as wide as what it is about.
         _limit(axes[row], own["value"])
@@ -127,11 +127,15 @@ def dose_curves(tables: Tables) -> Figure:
             ax = axes[row, column]
             own = table[(table["model"] == model) & ((table["rate"] == rate) | (table["dose"] == "0"))]
             _lines(ax, own.assign(**_percent(own)), "dose", order, _dose_label)
-            ax.set_title(f"{model}, alignment at {rate:g}")
+            ax.set_title(f"{model}, alignment at {_rate(rate)}")
     figure.supxlabel("Step")
     figure.supylabel("Held-out Avg@1 (%)")
     style.figure_legend(figure, axes.ravel().tolist(), band=True)
     return figure
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def _dose_label(value: str) -> str:
@@ -167,7 +171,7 @@ def dose_differences(tables: Tables) -> Figure:
             ax.set_xticks([4, 12, 24, 48])
             ax.tick_params(labelleft=column == 0, labelbottom=row == 1)
             if row == 0:
-                ax.set_title(f"{model}\nat {rate:g}")
+                ax.set_title(f"{model}\nat {_rate(rate)}")
         axes[row, 0].set_ylabel(label)
     figure.supxlabel("Steps of alignment, of 120")
     figure.supylabel("BuPO minus GRPO")

@@ -18,6 +18,8 @@ from tables import completeness, joined, over_seeds, read_part
 from internal_policy.bupo.run import write_table
 
 SUMMARIES = DATA / "summaries"
+EVIDENCE = "e4_evidence"
+"""The stored measurements of every layer, which are no summary."""
 _DIGITS = 6
 
 
@@ -37,6 +39,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
     changes = mechanism.changes(e1)
     named = changes.melt(["run", *mechanism.BY, "seed"], var_name="quantity") if len(changes) else changes
     return {
+        EVIDENCE: evidence,
         "completeness": completeness(data=data),
         "predictions": judged,
         "prediction_counts": counted(judged),
@@ -63,6 +66,8 @@ def main() -> None:
     SUMMARIES.mkdir(parents=True, exist_ok=True)
     found = summaries()
     for name, table in found.items():
+        if name == EVIDENCE:
+            continue
         write_table(SUMMARIES / f"{name}.csv", rounded(table))
     print(found["prediction_counts"].to_string(index=False))
     print(found["completeness"].round(1).to_string(index=False))

@@ -1,0 +1,348 @@
+"""Write the tables of docs/results.md from the stored results: seconds, no model.
+
+python scripts/experiments/pages.py             # writes them between their markers
+python scripts/experiments/pages.py --check     # says whether the page has them
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dose
+import pandas as pd
+from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
+from predictions import NO, NOT_RUN, UNDECIDED, YES
+from summaries import EVIDENCE, summaries
+
+PAGE = Path("docs/results.md")
+NOTHING = "*No run of this part is stored.*"
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
+_SHORT = {
+    "P1": "the cosine of H^l with later layers rises (step 30)",
+    "P2": "KL to later layers falls, then rises by more than 5%",
+    "P3": "the perplexity on the start's responses rises",
+    "P4": "responses become longer",
+    "P5": "the reward rises, then falls by 10 points or more",
+    "P6": "layer 2 ends below layer 7",
+    "P7": "at equal total steps BuPO is at most 1 point above GRPO",
+    "P8": "at equal GRPO steps BuPO (dose 12, 24, 48) is above GRPO",
+    "P9": "Pass@16 does not differ",
+    "P10": "at 3e-4 the dose that costs least is at most 12",
+    "P11": "Avg@1 rises with the layer (Spearman above 0.5)",
+    "P12": "dH_FFN predicts Avg@1 no better than the layer's number",
+}
+_METHODS = {"grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
+_PREDICTORS = {
+    "layer": "the layer's number",
+    "change": "entropy change of its FFN",
+    "change_direction": "direction part of that change",
+    "across": "cosine with the gradient of GRPO, across halves",
+    "accuracy": "accuracy of its policy",
+}
+Found = Mapping[str, pd.DataFrame]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float, digits: int, scale: float, sign: bool) -> str:
+    # Minus zero reads like a mistake.
+    rounded = round(scale * value, digits) + 0.0
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
+
+
+def _cell(
+    row: Mapping[Hashable, Any] | None, name: str = "", digits: int = 1, scale: float = 100, sign: bool = True
+) -> str:
+    """A value with its interval; a dash if there is none, and no interval with one seed."""
+    if row is None:
+        return "-"
+    names = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
+    value, low, high = (float(row[n]) for n in names)
+    if pd.isna(value):
+        return "-"
+    shown = _number(value, digits, scale, sign)
+    if pd.isna(low):
+        return shown
+    return f"{shown} ({_number(low, digits, scale, sign)} to {_number(high, digits, scale, sign)})"
+
+
+def _row(table: pd.DataFrame, **wanted: Any) -> Mapping[Hashable, Any] | None:
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    return table.iloc[0].to_dict() if len(table) else None
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def _seeds(*rows: Mapping[Hashable, Any] | None) -> str:
+    numbers = {int(row["seeds"]) for row in rows if row is not None}
+    return "-" if not numbers else "-".join(str(n) for n in sorted({min(numbers), max(numbers)}))
+
+
+def completeness(found: Found) -> str:
+    """What was run of each part, and the command that runs the rest."""
+    rows = []
+    for row in found["completeness"].to_dict("records"):
+        left = row["planned"] - row["done"]
+        hours = "none" if not left else "not known" if pd.isna(row["hours"]) else f"{row['hours']:.1f}"
+        command = f"`make experiment PART={row['part']}`" if left else ""
+        name = row["part"] if row["part"] == "methods" else row["part"].upper()
+        rows.append([name, f"{row['done']} of {row['planned']}", str(row["whole"]), hours, command])
+    return _table(["part", "runs", "whole seeds", "hours of one core for the rest", "command"], rows)
+
+
+def prediction_counts(found: Found) -> str:
+    """In how many settings each prediction holds."""
+    rows = [
+        [row["prediction"], _SHORT[str(row["prediction"])], str(row["settings"])]
+        + [str(row[verdict]) for verdict in (YES, NO, UNDECIDED, NOT_RUN)]
+        + [str(row["seeds"]) or "-"]
+        for row in found["prediction_counts"].to_dict("records")
+    ]
+    return _table(["", "prediction", "settings", "holds", "fails", "undecided", "not run", "seeds"], rows)
+
+
+_DYNAMICS = (
+    ("cosine_30", "cosine, step 30", 3, 1.0),
+    ("kl_fall", "lowest KL, nats", 2, 1.0),
+    ("kl_rise", "KL at the end over its lowest, %", 0, 100.0),
+    ("perplexity_60", "log-perplexity, nats", 3, 1.0),
+)
+_BEHAVIOUR = (
+    ("length", "length, tokens", 1, 1.0),
+    ("reward_rise", "reward: best over first, points", 1, 100.0),
+    ("reward_fall", "reward: best over last, points", 1, 100.0),
+)
+
+
+def _e1(found: Found, shown: Sequence[tuple[str, str, int, float]], outcomes: bool) -> str:
+    changes, ends = found["e1_changes"], found["e1_outcomes"]
+    if changes.empty:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for rate in E1_RATES:
+            for layer in E1_LAYERS:
+                own = [_row(changes, model=model, layer=layer, rate=rate, quantity=name) for name, *_ in shown]
+                if own[0] is None:
+                    continue
+                cells = [_cell(row, "", digits, scale) for row, (_, _, digits, scale) in zip(own, shown, strict=True)]
+                if outcomes:
+                    for measure in ("avg", "pass16"):
+                        end = _row(ends, model=model, layer=layer, rate=rate, measure=measure)
+                        cells.append(_cell(end and {**end, "value": end["gain"]}))
+                rows.append([f"`{model}`", _rate(rate), str(layer), *cells, _seeds(own[0])])
+    heads = ["model", "rate", "layer", *(head for _, head, *_ in shown)]
+    heads += ["Avg@1, points", "Pass@16, points"] if outcomes else []
+    return _table([*heads, "seeds"], rows)
+
+
+def e1_dynamics(found: Found) -> str:
+    """How the states and the perplexity changed."""
+    return _e1(found, _DYNAMICS, outcomes=False)
+
+
+def e1_behaviour(found: Found) -> str:
+    """How length, reward and held-out accuracy changed."""
+    return _e1(found, _BEHAVIOUR, outcomes=True)
+
+
+def e1_rule(found: Found) -> str:
+    """Where the rule would have stopped."""
+    table = found["e1_rule"]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for (model, rate, layer), own in table.groupby(["model", "rate", "layer"]):
+        stops = [
+            "never" if pd.isna(stop) else f"{stop:.0f} ({sign})"
+            for stop, sign in zip(own["stop"], own["sign"], strict=True)
+        ]
+        falls = ["none" if pd.isna(fall) else f"{fall:.0f}" for fall in own["fall"]]
+        peaks = ", ".join(f"{peak:.0f}" for peak in own["peak"])
+        late = ", ".join(f"{late:+.0f}" for late in own["late"])
+        rows.append([f"`{model}`", _rate(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
+    return _table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
+
+
+def e2_doses(found: Found) -> str:
+    """What each dose ends with."""
+    table = found["e2_doses"]
+    if table.empty:
+        return NOTHING
+    measures = (("avg", 1, 100.0), ("pass16", 1, 100.0), ("truncated", 1, 100.0), ("entropy_end", 3, 1.0))
+    rows = []
+    for model in MODELS:
+        own = table[table["model"] == model]
+        for value in ("0", *map(str, E2_DOSES), dose.AUTO):
+            for rate in E2_RATES[:1] if value == "0" else E2_RATES:
+                ends = [_row(own, dose=value, rate=rate, measure=name) for name, *_ in measures]
+                if ends[0] is None:
+                    continue
+                cells = [
+                    _cell(row, "", digits, scale, sign=False)
+                    for row, (_, digits, scale) in zip(ends, measures, strict=True)
+                ]
+                name = "GRPO" if value == "0" else f"BuPO, {value}"
+                rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(ends[0])])
+    heads = ["model", "method, dose", "rate", "Avg@1, %", "Pass@16, %", "truncated, %", "entropy, nats", "seeds"]
+    return _table(heads, rows)
+
+
+def e2_differences(found: Found) -> str:
+    """BuPO minus GRPO at equal total and equal GRPO steps."""
+    table = found["e2_differences"]
+    if table.empty:
+        return NOTHING
+    columns = [(measure, comparison) for measure in dose.MEASURES for comparison in (dose.TOTAL, dose.OPTIMISED)]
+    rows = []
+    for model in MODELS:
+        for rate in E2_RATES:
+            for value in (*map(str, E2_DOSES), dose.AUTO):
+                own = [_row(table, model=model, rate=rate, dose=value, measure=m, comparison=c) for m, c in columns]
+                if any(row is not None for row in own):
+                    rows.append([f"`{model}`", _rate(rate), value, *map(_cell, own), _seeds(*own)])
+    names = {"avg": "Avg@1", "pass16": "Pass@16"}
+    return _table(["model", "rate", "dose", *(f"{names[m]}, {c}" for m, c in columns), "seeds"], rows)
+
+
+def e2_auto(found: Found) -> str:
+    """What the rule chose, and what came of it."""
+    table = found["e2_auto"]
+    if table.empty:
+        return NOTHING
+    rows = [
+        [
+            *(f"`{row['model']}`", _rate(row["rate"]), row["stops"].replace(" ", ", "), _cell(row, "over_grpo")),
+            *(str(row["best"]) or "-", _cell(row, "over_best"), str(row["seeds"])),
+        ]
+        for row in table.to_dict("records")
+    ]
+    return _table(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
+
+
+def e2_power(found: Found) -> str:
+    """What six seeds would detect."""
+    table = found["e2_power"].dropna(subset="detectable")
+    if table.empty:
+        return NOTHING
+    names = {"avg": "Avg@1", "pass16": "Pass@16"}
+    rows = [
+        [
+            *(f"`{row['model']}`", _rate(row["rate"]), names[row["measure"]], f"{100 * row['spread']:.1f}"),
+            *(f"{100 * row['detectable']:.1f}", str(row["seeds"])),
+        ]
+        for row in table.to_dict("records")
+    ]
+    heads = [
+        "model",
+        "rate",
+        "measure",
+        "spread over seeds, points",
+        "detectable with 6 seeds, points",
+        "seeds measured",
+    ]
+    return _table(heads, rows)
+
+
+def e4_layers(found: Found) -> str:
+    """What training at each layer did, beside what is measured of the layer."""
+    table, known = found["e4_outcomes"], found[EVIDENCE]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for layer in range(1, LAYERS + 1):
+            end = _row(table, model=model, layer=layer, measure="avg")
+            wide = _row(table, model=model, layer=layer, measure="pass16")
+            if end is None:
+                continue
+            own = _row(known, model=model, layer=layer) if len(known) else None
+            cells = ["-"] * 4
+            if own is not None:
+                named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
+                cells = [_number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
+            name = f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
+            rows.append([f"`{model}`", name, _cell(end, "over_grpo"), _cell(wide, "over_grpo"), *cells, _seeds(end)])
+    heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "dH_FFN", "its direction part"]
+    return _table([*heads, "gradient cosine", "accuracy of pi^l, %", "seeds"], rows)
+
+
+def e4_correlations(found: Found) -> str:
+    """Rank correlations over the layers."""
+    table = found["e4_correlations"]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for name, label in _PREDICTORS.items():
+        own = [_row(table, model=model, predictor=name) for model in MODELS]
+        if any(row is not None for row in own):
+            rows.append([label, *(_cell(row, "", 2, 1.0) for row in own), _seeds(*own)])
+    return _table(["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows)
+
+
+def methods(found: Found) -> str:
+    """PPO, RLOO and REINFORCE++ beside GRPO."""
+    table = found["methods"]
+    if set(table["method"]) <= {"grpo"}:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for method, label in _METHODS.items():
+            own = {
+                m: _row(table, model=model, method=method, measure=m)
+                for m in ("avg", "pass16", "entropy_end", "seconds")
+            }
+            if own["avg"] is None:
+                continue
+            cells = [_cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
+            cells += [_cell(own["avg"], "over_grpo"), _cell(own["entropy_end"], "", 3, 1.0, sign=False)]
+            rows.append([f"`{model}`", label, *cells, _seeds(own["avg"])])
+    return _table(["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows)
+
+
+TABLES: Mapping[str, Callable[[Found], str]] = {
+    each.__name__: each
+    for each in (
+        *(completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_differences),
+        *(e2_auto, e2_power, e4_layers, e4_correlations, methods),
+    )
+}
+
+
+def filled(text: str, found: Found) -> str:
+    """Put the tables between their markers.
+
+    Args:
+        text: of the page.
+        found: of `summaries`.
+
+    Returns:
+        The text; the same if its tables are those of the results.
+    """
+    return _MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]](found)}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table differs")
+    args = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    wanted = filled(text, summaries())
+    if args.check:
+        raise SystemExit(0 if wanted == text else f"{PAGE}: a table differs from the results; run pages.py")
+    PAGE.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
