@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 
 demo: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
-	$(BIN)/python benchmarks/bupo_experiment.py --short
+	$(BIN)/python benchmarks/demo_training.py
 
 test: setup
 	$(BIN)/python -m pytest -n auto
@@ -32,12 +32,18 @@ bench: setup
 	$(BIN)/python benchmarks/benchmark_analysis.py
 	$(BIN)/python benchmarks/benchmark_update.py
 
-# GRPO against BuPO on the embedded models, and the checkpoints of one BuPO training compared: data/experiments and
-# figures/experiments. Hours; resumable.
+# The experiments on BuPO (all of them, or PART=e1), the checkpoints of one BuPO training compared, and what notebook 05
+# draws: data/experiments, figures/experiments and the tables of docs/results.md. Hours; resumable.
 experiment: setup
-	$(BIN)/python benchmarks/bupo_experiment.py
+	$(BIN)/python scripts/experiments/run.py $(addprefix --part ,$(PART))
+ifeq ($(PART),)
+	$(BIN)/python scripts/experiments/layers.py
 	$(BIN)/python benchmarks/checkpoint_sweep.py
-	$(BIN)/python benchmarks/stored_results.py
+	$(BIN)/python scripts/experiments/stored_results.py
+endif
+	$(BIN)/python scripts/experiments/summaries.py
+	$(BIN)/python scripts/experiments/draw.py
+	$(BIN)/python scripts/experiments/pages.py
 
 testbed: setup
 	$(BIN)/python scripts/testbed/make.py

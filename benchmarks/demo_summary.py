@@ -1,4 +1,4 @@
-"""The closing output of `make demo`: a summary, the pages to open, and the table of an experiment as text."""
+"""The closing output of `make demo`: a summary, the pages to open, and the table of the trainings as text."""
 
 from __future__ import annotations
 
@@ -17,53 +17,37 @@ from internal_policy.report import write_report
 ANALYSES = Path("data/analyses")
 """Where `internal-policy analyze` leaves its results."""
 WIDTH = 100
-_SITES = {"layer": "layer", "attn": "attention", "ffn": "FFN"}
 
 
-def shown(summary: pd.DataFrame) -> str:
-    """Write the summary of an experiment for reading: points, whole layers, no column that is empty throughout.
+def shown(runs: pd.DataFrame) -> str:
+    """Write the table of the trainings for reading.
 
     Args:
-        summary: as `bupo_experiment.summary` gives it.
+        runs: a row per run: model, method, layer, ipa_steps, lift, entropy_end and seconds; one of them is GRPO's.
 
     Returns:
         Lines of text.
     """
+    plain = runs.loc[runs["method"] == "grpo", "lift"].iloc[0]
+    against = [("" if row.method == "grpo" else f"{100 * (row.lift - plain):+.1f}") for row in runs.itertuples()]
     table = pd.DataFrame(
         {
-            "part": summary["part"],
-            "model": summary["model"],
-            "method": [_method(row) for row in summary.to_dict("records")],
-            "seeds": summary["seeds"],
-            **_points(summary, "lift", "gain, points"),
-            **_points(summary, "over_grpo", "against GRPO, points"),
-            "entropy at the end, nats": summary["entropy_end"].map("{:.3f}".format),
-            "training, s": summary["seconds"].map("{:.0f}".format),
+            "model": runs["model"],
+            "method": [_method(row) for row in runs.to_dict("records")],
+            "gain, points": runs["lift"].map(lambda value: f"{100 * value:+.1f}"),
+            "against GRPO, points": against,
+            "entropy at the end, nats": runs["entropy_end"].map("{:.3f}".format),
+            "training, s": runs["seconds"].map("{:.0f}".format),
         }
     )
-    empty = [name for name in table if (table[name] == "").all()]
-    alone = ["part"] if len(set(table["part"])) == 1 else []
-    return table.drop(columns=[*empty, *alone]).to_string(index=False)
+    return table.to_string(index=False)
 
 
 def _method(row: Mapping[Hashable, Any]) -> str:
     if row["method"] != "bupo":
         return str(row["method"]).upper()
     steps = f"{row['ipa_steps']} step{'s' if row['ipa_steps'] != 1 else ''}"
-    rate = "" if pd.isna(row["ipa_learning_rate"]) else f", rate {row['ipa_learning_rate']:g}"
-    lens = "" if row["lens"] == "policy" else f", {row['lens']}"
-    return f"BuPO, {_SITES[row['site']]} {row['layer']:.0f}, {steps}{rate}{lens}"
-
-
-def _points(summary: pd.DataFrame, name: str, heading: str) -> dict[str, list[str]]:
-    """A difference of accuracies in points, and its interval; empty if there is none."""
-    ends = zip(summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
-    return {
-        heading: ["" if pd.isna(value) else f"{100 * value:+.1f}" for value in summary[name]],
-        f"{heading}: 95% over seeds": [
-            "" if pd.isna(low) else f"{100 * low:+.1f} to {100 * high:+.1f}" for low, high in ends
-        ],
-    }
+    return f"BuPO, layer {row['layer']:.0f}, {steps}"
 
 
 def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
@@ -94,7 +78,7 @@ def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
     ahead = "the two are level" if gap == 0 else f"{'BuPO' if gap > 0 else 'GRPO'} is ahead by {abs(gap):.1f} points"
     told.append(
         f"Here {ahead}, but a run this short with a single seed proves nothing about either method: "
-        "docs/results.md has the longer experiment, with several seeds and intervals."
+        "docs/results.md has the longer experiments, with several seeds and intervals."
     )
     return " ".join(told)
 

@@ -13,8 +13,8 @@ from synthetic_run import make
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import bupo_experiment
 import demo_summary
+import demo_training
 
 QWEN = "testbed/qwen3"
 
@@ -28,20 +28,20 @@ def runs(tmp_path_factory):
     return [replace(grpo, evaluation_paths={**grpo.evaluation_paths, "trained": "evaluations/start"}), bupo]
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_summary_table_has_integer_layers_plain_headings_and_no_empty_column(seeds):
-    jobs = [bupo_experiment.Job("main", QWEN), bupo_experiment.Job("main", QWEN, "bupo", 7, 1)]
+def test_the_table_has_integer_layers_plain_headings_and_the_difference_from_grpo():
     rows = [
-        {**vars(job), "seed": seed, "lift": 0.2 - 0.03 * (job.method == "bupo") + 0.01 * seed, "entropy_end": 0.08}
-        for job in jobs
-        for seed in range(seeds)
+        {**vars(job), "model": QWEN, "lift": 0.2 - 0.03 * (job.method == "bupo"), "entropy_end": 0.08, "seconds": 15.7}
+        for job in demo_training.JOBS
     ]
-    summary = bupo_experiment.summary(pd.DataFrame(rows).assign(seconds=15.7))
-    printed = demo_summary.shown(summary)
-    assert not [bad for bad in ("NaN", "nan", " 7.0", "over_grpo", "None") if bad in printed]
-    assert "BuPO, layer 7, 1 step" in printed
-    assert f"{-3.0:+.1f}" in printed
-    assert ("95% over seeds" in printed) == (seeds > 1)
+    grpo, bupo = demo_summary.shown(pd.DataFrame(rows)).splitlines()[1:]
+    assert not [bad for bad in ("NaN", "nan", " 7.0", "None") if bad in grpo + bupo]
+    assert grpo.split() == [QWEN, "GRPO", "+20.0", "0.080", "16"]
+    assert bupo.split(maxsplit=1)[1].split("  ")[0].strip() == "BuPO, layer 7, 1 step"
+    assert bupo.split()[-4:] == ["+17.0", "-3.0", "0.080", "16"]
+
+
+def test_runs_have_the_names_of_their_setting():
+    assert [job.name for job in demo_training.JOBS] == ["qwen3-grpo-seed0", "qwen3-bupo-l7-s1-seed0"]
 
 
 def test_the_closing_summary_compares_methods_with_caveats_and_lists_pages(runs, tmp_path, monkeypatch):
