@@ -39,11 +39,13 @@ experiment: setup
 ifeq ($(PART),)
 	$(BIN)/python scripts/experiments/layers.py
 	$(BIN)/python benchmarks/checkpoint_sweep.py
-	$(BIN)/python scripts/experiments/stored_results.py
 endif
 	$(BIN)/python scripts/experiments/summaries.py
 	$(BIN)/python scripts/experiments/draw.py
 	$(BIN)/python scripts/experiments/pages.py
+ifeq ($(PART),)
+	$(BIN)/python scripts/experiments/stored_results.py
+endif
 
 testbed: setup
 	$(BIN)/python scripts/testbed/make.py

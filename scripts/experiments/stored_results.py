@@ -130,10 +130,11 @@ def main() -> None:
     """Keep runs, analyses and evaluations."""
     first = [job for job in main_jobs() if job.seed == 0]
     if absent := missing([*first, *watched_jobs()]):
-        raise SystemExit(
-            f"{len(absent)} runs are not in {WORK} on this machine, such as {absent[0].name}; what is stored was left as "
-            f"it is. Run: python scripts/experiments/run.py --part {absent[0].part} --only {absent[0].name}"
+        print(
+            f"{len(absent)} runs are not in {WORK} on this machine, such as {absent[0].name}; what is stored was left "
+            f"as it is. To replace it, remove them from {DATA}/PART/runs.csv and run scripts/experiments/run.py"
         )
+        return
     everything = [*main_jobs(), *watched_jobs()]
     gone = {job.name for job in missing(everything)}
     keep_runs([job for job in everything if job.name not in gone], DATA / "runs")

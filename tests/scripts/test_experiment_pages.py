@@ -1,0 +1,172 @@
+"""The page of results and the figures: what they show is what is stored, whichever runs there are."""
+
+from __future__ import annotations
+
+import re
+
+import draw
+import made_up_experiments as made_up
+import mechanism
+import numpy as np
+import pages
+import pandas as pd
+import pytest
+import stored_results
+import summaries
+import tables
+from documents import ROOT
+from plotting_fixtures import assert_legible, drawn
+
+PAGE = ROOT / pages.PAGE
+INTERVAL = re.compile(r"[+-]?\d+\.\d+ \([+-]?\d+\.\d+ to [+-]?\d+\.\d+\)")
+
+
+@pytest.fixture(scope="module")
+def incomplete(tmp_path_factory):
+    """Two seeds of E1, three of E2 and E4, none of methods."""
+    data = tmp_path_factory.mktemp("data")
+    made_up.write(data, "e1", range(2))
+    made_up.write(data, "e2", range(3))
+    made_up.write(data, "e4", range(3))
+    made_up.evidence().to_csv(data / "e4" / "evidence.csv", index=False)
+    return data
+
+
+@pytest.fixture(scope="module")
+def found(incomplete):
+    return summaries.summaries(incomplete)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return summaries.summaries(ROOT / "data" / "experiments")
+
+
+def test_the_page_has_the_tables_of_the_stored_results(stored):
+    text = PAGE.read_text(encoding="utf-8")
+    assert pages.filled(text, stored) == text, "run: python scripts/experiments/pages.py"
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(pages.TABLES)
+
+
+def test_the_stored_summaries_are_those_of_the_stored_runs(stored):
+    for name, table in stored.items():
+        if name == summaries.EVIDENCE:
+            continue
+        kept = tables.read_table(ROOT / summaries.SUMMARIES / f"{name}.csv")
+        ours = summaries.rounded(table)
+        assert list(kept["part"]) == list(ours["part"]) if name == "completeness" else len(kept) == len(ours), name
+        numbers = ours.select_dtypes("number").columns
+        for column in numbers if len(ours) else ():
+            # Both are rounded to six digits; the last may differ between machines.
+            np.testing.assert_allclose(kept[column], ours[column], rtol=2e-6, atol=1e-9, err_msg=f"{name} {column}")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_intervals_in_prose_are_those_of_a_table(name):
+    text = PAGE.read_text(encoding="utf-8")
+    known = {
+        match
+        for table in re.findall(r"<!-- table: .*?<!-- end of table -->", text, re.S)
+        for match in INTERVAL.findall(table)
+    }
+    document = (ROOT / name).read_text(encoding="utf-8")
+    section = document if name.startswith("docs") else document[document.index("**On the embedded models") :]
+    prose = re.sub(r"<!-- table: .*?<!-- end of table -->", "", section, flags=re.S)
+    assert not set(INTERVAL.findall(" ".join(prose.split()))) - known
+
+
+def test_every_figure_of_the_page_is_stored():
+    pictures = re.findall(r"!\[[^\]]*\]\((\S+)\)", PAGE.read_text(encoding="utf-8"))
+    assert all((PAGE.parent / picture).is_file() for picture in pictures)
+
+
+def test_tables_say_how_many_seeds_and_what_is_missing(found):
+    shown = {name: table(found) for name, table in pages.TABLES.items()}
+    assert shown["methods"] == pages.NOTHING
+    assert "| E1 | 48 of 72 | 2 |" in shown["completeness"]
+    assert "| methods | 0 of 18 | 0 | not known | `make experiment PART=methods` |" in shown["completeness"]
+    assert "nan" not in "".join(shown.values())
+    row = next(line for line in shown["e2_differences"].splitlines() if "qwen3` | 1e-4 | 24 |" in line)
+    end = found["e2_differences"].query(
+        "model == 'testbed/qwen3' and rate == 1e-4 and dose == '24' and measure == 'avg'"
+    )
+    value, low, high = 100 * end.iloc[0][["value", "low", "high"]].astype(float)
+    assert f"| {value:+.1f} ({low:+.1f} to {high:+.1f}) |" in row
+    assert row.endswith("| 3 |")
+
+
+def test_a_single_seed_has_no_interval(tmp_path):
+    made_up.write(tmp_path, "e1", range(1))
+    alone = summaries.summaries(tmp_path)
+    assert not INTERVAL.search(pages.e1_behaviour(alone))
+    assert "| 1 |" in pages.e1_behaviour(alone)
+    counts = alone["prediction_counts"].set_index("prediction")
+    assert counts.loc["P1", ["undecided", "not run"]].to_list() == [24, 0]
+    assert counts.loc["P7", "not run"] == 16
+
+
+def test_filling_replaces_what_is_between_the_markers_only(found):
+    text = "before\n\n<!-- table: e2_auto -->\nold\n<!-- end of table -->\nafter"
+    once = pages.filled(text, found)
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter")
+    assert "old" not in once
+    assert pages.filled(once, found) == once
+
+
+def test_figures_are_legible_and_show_the_means(incomplete):
+    e1, e2, e4, others = (tables.read_part(part, incomplete) for part in ("e1", "e2", "e4", "methods"))
+    both = tables.joined(e4, e2)
+    for figure in (
+        *(draw.alignment(e1, "testbed/qwen3", shown) for shown in (draw.ROLLOUTS, draw.STATES)),
+        *(draw.dose_curves(e2), draw.dose_differences(e2)),
+        draw.every_layer(both, made_up.evidence()),
+    ):
+        assert_legible(figure)
+    figure = draw.alignment(e1, "testbed/qwen3", draw.STATES)
+    steps, values = drawn(figure.axes[0], "layer 4")
+    means = mechanism.trajectories(e1).query("model == 'testbed/qwen3' and layer == 4 and rate == 1e-4")
+    means = means[means["quantity"] == "cosine"].sort_values("step")
+    np.testing.assert_array_equal(steps, means["step"])
+    np.testing.assert_array_equal(values, means["value"])
+    assert len(others["runs"]) == 0
+
+
+def test_rewards_are_averaged_over_steps_within_a_run():
+    table = pd.DataFrame(
+        {"run": ["a"] * 6 + ["b"] * 6, "quantity": "reward", "step": [*range(6)] * 2, "value": [*range(6)] + [10.0] * 6}
+    )
+    smooth = draw._smoothed(table)
+    assert smooth.groupby("run")["value"].apply(list).to_dict() == {"a": [2.0, 3.0], "b": [10.0, 10.0]}
+    assert smooth["step"].tolist() == [4, 5, 4, 5]
+
+
+def test_only_parts_with_runs_are_drawn(incomplete, tmp_path):
+    names = {path.stem for path in draw.draw(tmp_path, incomplete)}
+    assert names == {
+        *(f"{figure}_alignment_{model}" for figure in ("fig4", "fig5") for model in ("qwen3", "llama")),
+        *("dose_curves", "dose_differences", "every_layer"),
+    }
+
+
+def test_results_are_stored_from_the_main_runs_only_if_all_are_there(tmp_path):
+    wanted = stored_results.main_jobs()
+    assert {job.name for job in wanted if job.seed == 0} == {
+        *("qwen3-grpo-t120-seed0", "qwen3-bupo-l7-s12-lr0.0001-t120-seed0"),
+        *("llama-grpo-t120-seed0", "llama-bupo-l6-s12-lr0.0001-t120-seed0"),
+    }
+    assert [job.name for job in stored_results.watched_jobs()] == [
+        f"{model}-bupo-l2-s60-lr0.0005-t60-seed0" for model in ("qwen3", "llama")
+    ]
+    work, target = tmp_path / "work", tmp_path / "runs"
+    for job in wanted[:2]:
+        path = work / job.part / job.name
+        (path / "model").mkdir(parents=True)
+        for name in ("run.json", "history.csv", "checkpoint.bin"):
+            (path / name).write_text(job.name)
+    (work / wanted[1].part / wanted[1].name / "model").rmdir()
+    assert stored_results.missing(wanted, work) == wanted[1:]
+    (target / "old").mkdir(parents=True)
+    stored_results.keep_runs(wanted[:1], target, work)
+    kept = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert kept == {f"{wanted[0].name}/{name}" for name in ("run.json", "history.csv")}
