@@ -169,4 +169,5 @@ def in_short(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's or the machine's memory did not suffice."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "alloc_failed" in text

@@ -153,6 +153,15 @@ def _update(results: Mapping[str, Any]) -> Table:
 
 def _rest(results: Mapping[str, Any]) -> Table:
     rows: list[list[str]] = []
+    for dtype in ("bfloat16", "float32"):
+        for name, row in figures(results, f"kernel-{dtype}").items():
+            if "error_nats" in row:
+                tile = f"; {row['tile']}" if row["tile"] else ""
+                rows.append(
+                    [f"{dtype}, {name}", f"{error(row['error_nats'])} nats, the largest of {row['rows']} rows{tile}"]
+                )
+        if proof := figures(results, f"analysis-{dtype}").get("proof of eq. 4"):
+            rows.append([f"{dtype}, proof of eq. 4", f"{proof['rounding_units']:.2f} units of rounding"])
     if tests := figures(results, "tests").get("tests"):
         told = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "errors", "skipped") if tests[name])
         rows.append(["tests that need CUDA", told or "none ran"])
@@ -165,7 +174,7 @@ def _rest(results: Mapping[str, Any]) -> Table:
     for part, found in results["parts"].items():
         rows += [[part, f"failed: {name}: {text}"] for name, text in found["errors"].items()]
         rows += [[part, f"not measured: {name}: {text}"] for name, text in found["skipped"].items()]
-    return Table("Tests, steps of training, and what is missing", ("", ""), rows)
+    return Table("Checks, tests, steps of training, and what is missing", ("", ""), rows)
 
 
 def _last_line(text: str) -> str:

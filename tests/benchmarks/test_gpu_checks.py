@@ -71,6 +71,18 @@ def test_repeats_end_with_the_time(tmp_path):
     assert len(record.seconds(lambda: time.sleep(0.06), repeats=50)) == 1
 
 
+def test_the_peak_of_a_gpu_is_given_in_all_and_as_what_was_added(tmp_path, monkeypatch):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2**30)
+    record = Recorder(tmp_path / "part.json", "cuda", True, time.monotonic() + 9)
+    figures = {}
+    with record.peak(figures):
+        pass
+    assert figures == {"peak_gib": 7.0, "added_gib": 2.0}
+
+
 @pytest.mark.parametrize(("left", "most", "seconds"), [(240, 75, 75), (30, 75, 30), (11, 75, None), (-3, 75, None)])
 def test_a_part_gets_what_is_left_or_is_not_begun(left, most, seconds):
     assert checks.allotted(left, most) == seconds
