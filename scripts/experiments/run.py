@@ -23,7 +23,7 @@ from typing import Any
 from jobs import BATCH, E2_DOSES, PARTS, Job, jobs
 from store import DATA, WORK, collect, finished, write_record
 
-CURVE_EVERY, DYNAMICS_EVERY = 12, 3
+CURVE_EVERY, DYNAMICS_EVERY = 24, 3
 
 
 def run_job(job: Job, work: Path = WORK, changes: dict[str, Any] | None = None) -> str:
