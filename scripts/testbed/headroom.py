@@ -8,9 +8,9 @@ gate leaves its place to the next one.
 on, each a directory that transformers loads. Everything else, every kept step and what a later run goes on from, is
 below ``--work``: a command that was stopped, by ``--minutes`` or otherwise, is repeated to go on.
 
-On a GPU, several candidates share it, a process and a CPU core each, with steps of tens of milliseconds. On a CPU a step
-takes 2 to 3 s of one thread and a full measurement 6 to 8 minutes, so that one candidate needs 1 to 2 hours up to the
-gate: ``nice -n 19 python scripts/testbed/headroom.py --device cpu --candidates mixed-5 --minutes 240``.
+On a GPU, several candidates share it, a process and a CPU core each, with steps of tens of milliseconds. On a CPU a
+step takes 2 to 3 s of one thread and a full measurement 6 to 8 minutes, so that one candidate needs 1 to 2 hours up to
+the gate: ``nice -n 19 python scripts/testbed/headroom.py --device cpu --candidates mixed-5 --minutes 240``.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from typing import Any
 
 import torch
 from headroom_data import CANDIDATES
-from headroom_gate import SCREENING, Gate, Measured, Measurement, as_row
+from headroom_gate import BEYOND, Gate, Measured, Measurement, as_row
 from headroom_training import Training
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["candidate", "step", "loss", "seconds", "ms_a_step", *(f.name for f in fields(Measured)), "passes", "failed"]
 BEST = 3
-_BEYOND = 0.40
-"""A candidate whose pass@1 is above this has learnt too much to be a start."""
 _CLOSING_SECONDS = 8.0
 
 
@@ -109,10 +107,8 @@ def train_candidate(name: str, search: Search, looks: Any) -> None:
     for kept in training.run(search.every, lambda: time.time() > search.deadline):
         ms_a_step = (time.time() - before) * 1000 / max(1, kept.step - at)
         if kept.step not in search.looked_at.get(name, ()):
-            measured = search.measurement.screen(training.model, training.tokenizer)
-            beyond = beyond + 1 if measured.pass_at_1 > _BEYOND else 0
-            if SCREENING[0] <= measured.pass_at_1 <= SCREENING[1]:
-                measured = search.measurement.measure(training.model, training.tokenizer)
+            measured = search.measurement.look(training.model, training.tokenizer, kept.loss)
+            beyond = beyond + 1 if (measured.pass_at_1 or 0.0) > BEYOND else 0
             looks.put(Look(name, kept.step, kept.loss, time.time() - begun, ms_a_step, measured))
         if beyond == 2:
             break
@@ -177,10 +173,19 @@ def _received(looks: Any, gate: Gate, table: Path) -> list[dict[str, Any]]:
             if new:
                 writer.writeheader()
             writer.writerow(row)
+        shown = (
+            "pass_at_1",
+            "worked_at_1",
+            "pass_at_k",
+            "worked_at_k",
+            "greedy",
+            "entropy",
+            "boundary_layer",
+            "failed",
+        )
+        numbers = " ".join(f"{name} {row[name]}" for name in shown if row[name] != "")
         logger.info(
-            "%s step %s: loss %s, pass@1 %s (worked out %s), pass@k %s (%s), greedy %s, entropy %s, boundary %s; fails: %s",
-            *(row[name] for name in ("candidate", "step", "loss", "pass_at_1", "worked_at_1", "pass_at_k")),
-            *(row[name] or "-" for name in ("worked_at_k", "greedy", "entropy", "boundary_layer", "failed")),
+            "%s step %s loss %s ms %s %s", *(row[n] for n in ("candidate", "step", "loss", "ms_a_step")), numbers
         )
         rows.append(row)
 
@@ -256,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("build/headroom/work"), help="every kept step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="candidates at a time; 4 on a GPU, else 1")
-    parser.add_argument("--every", type=int, default=50, help="steps between looks")
+    parser.add_argument("--every", type=int, default=25, help="steps between looks")
     parser.add_argument("--problems", type=int, default=Measurement.n_problems, help="held-out problems of a look")
     parser.add_argument("--samples", type=int, default=Measurement.k, help="k of Pass@k")
     args = parser.parse_args(argv)
@@ -267,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--minutes must be above 0, and --every, --problems, --samples and --jobs at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     on_gpu = args.device.startswith("cuda")
-    measurement = replace(Measurement(), n_problems=args.problems, k=args.samples, rows=4096 if on_gpu else 256)
+    measurement = replace(Measurement(), n_problems=args.problems, k=args.samples, rows=8192 if on_gpu else 256)
     # The rest of the time is for a look that is under way, and for the archives.
     deadline = begun + max(args.minutes * 60 - 2 * _CLOSING_SECONDS, args.minutes * 30)
     search = Search(args.work, args.device, args.every, deadline, measurement, {})

@@ -112,14 +112,15 @@ class Block:
     Args:
         candidate: The levels, the seed and the batch size.
         number: Which block, from 0.
+        device: Where its tensors are put, all at once.
     """
 
-    def __init__(self, candidate: Candidate, number: int) -> None:
+    def __init__(self, candidate: Candidate, number: int, device: str = "cpu") -> None:
         self.number = number
         self._batch = candidate.recipe.batch
         n = self._batch * STEPS_A_BLOCK
         ids_nt, labels_nt, self._length_n = _draw(candidate, n, np.random.default_rng((candidate.recipe.seed, number)))
-        self._ids_nt, self._labels_nt = torch.from_numpy(ids_nt), torch.from_numpy(labels_nt)
+        self._ids_nt, self._labels_nt = (torch.from_numpy(each).to(device) for each in (ids_nt, labels_nt))
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids and labels of one of its steps; see `draw_batch`."""

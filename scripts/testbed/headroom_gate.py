@@ -25,8 +25,12 @@ logger = logging.getLogger(__name__)
 
 LEVELS = (5, 6, 7, 8)
 HELD_OUT_SEED = 2_000_003
+LOSS_OF_THE_FORM = 0.6
+"""Above this loss, in nats a token, the form of a solution is not learnt, and nothing is sampled."""
 SCREENING = (0.02, 0.30)
 """The pass@1 between which everything else is measured."""
+BEYOND = 0.40
+"""A start whose pass@1 is above this has learnt too much."""
 
 Sampled = list[tuple[list[int], list[int]]]
 
@@ -49,8 +53,8 @@ class Measured:
         ffn_change: dH_FFN of each layer, in nats.
     """
 
-    pass_at_1: float
-    worked_at_1: float
+    pass_at_1: float | None = None
+    worked_at_1: float | None = None
     k: int | None = None
     pass_at_k: float | None = None
     worked_at_k: float | None = None
@@ -96,7 +100,7 @@ class Gate:
         if measured.boundary_layer is not None and measured.n_layers is not None:
             depth = measured.boundary_layer / measured.n_layers
         holds = {
-            "pass_at_1": least <= measured.pass_at_1 <= most,
+            "pass_at_1": measured.pass_at_1 is not None and least <= measured.pass_at_1 <= most,
             "pass_at_k": measured.pass_at_k is not None and measured.pass_at_k > self.pass_at_k_above,
             "worked_at_k": measured.worked_at_k is not None and measured.worked_at_k > self.worked_at_k_above,
             "greedy": measured.greedy is not None and measured.greedy < self.greedy_below,
@@ -104,10 +108,6 @@ class Gate:
             "boundary_layer": depth is not None and depth <= self.boundary_depth_most,
         }
         return [name for name, held in holds.items() if not held]
-
-    def rank(self, measured: Measured) -> tuple[int, float]:
-        """A key that sorts starts, the best first: fewest conditions failed, then most problems ever worked out."""
-        return len(self.failed(measured)), -(measured.worked_at_k or 0.0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,23 @@ class Measurement:
     rows: int = 4096
     analysed: int = 64
 
-    def screen(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Measured:
-        """Measure pass@1 with a few samples."""
+    def look(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, loss: float) -> Measured:
+        """Measure as much as is worth its time.
+
+        Args:
+            model: The model.
+            tokenizer: Its tokenizer.
+            loss: Its training loss, in nats a token; nan if unknown.
+
+        Returns:
+            Nothing where the form is not learnt, pass@1 from a few samples where that is far from the gate, and else
+            everything.
+        """
+        if loss > LOSS_OF_THE_FORM:
+            return Measured()
         _, right_pk, worked_pk = self._sample(model, tokenizer, self.screening_samples)
+        if SCREENING[0] <= right_pk.mean() <= SCREENING[1]:
+            return self.measure(model, tokenizer)
         return Measured(float(right_pk.mean()), float(worked_pk.mean()))
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Measured:

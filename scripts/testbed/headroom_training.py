@@ -92,7 +92,7 @@ class Training:
             self.step += 1
             number = (self.step - 1) // STEPS_A_BLOCK
             if block is None or block.number != number:
-                block = Block(self.candidate, number)
+                block = Block(self.candidate, number, self.device)
             self._set_rates(min(1.0, self.step / recipe.warmup))
             losses.append(self._update(*block.batch(self.step)))
             if self.step % every == 0 or self.step == recipe.clean_steps:
@@ -103,7 +103,6 @@ class Training:
                 self.model.train()
 
     def _update(self, ids_bt: torch.Tensor, labels_bt: torch.Tensor) -> torch.Tensor:
-        ids_bt, labels_bt = ids_bt.to(self.device), labels_bt.to(self.device)
         # Padding on the right needs no mask in a causal model, and leaves attention its fast path.
         hidden_btd = self.model.model(input_ids=ids_bt, use_cache=False).last_hidden_state
         logits_btv = self.model.lm_head(hidden_btd)

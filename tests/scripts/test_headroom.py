@@ -11,6 +11,7 @@ import tarfile
 
 import headroom
 import headroom_data
+import headroom_gate
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,15 @@ def test_shares_of_levels():
     assert counts[3] / counts.sum() == pytest.approx(0.4, abs=0.035)
 
 
+def test_prompts_are_learnt_as_they_are_asked():
+    ids_bt, labels_bt = draw_batch(CANDIDATES["mixed-20"], 1)
+    for ids, labels in zip(ids_bt.tolist(), labels_bt.tolist(), strict=True):
+        prompt = ids[: next(i for i, label in enumerate(labels) if label != IGNORED) + 1]
+        text = TOKENIZER.decode(prompt).removeprefix("<user>").removesuffix("<assistant>")
+        asked = TOKENIZER.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        assert asked["input_ids"] == prompt
+
+
 def _labels(name):
     block = Block(CANDIDATES[name], 0)
     return [labels for step in range(1, 51) for labels in block.batch(step)[1]]
@@ -163,12 +173,12 @@ def test_a_kept_step_can_be_loaded(tmp_path):
 
 
 def test_the_loss_is_that_of_the_response_and_falls(tmp_path):
-    recipe = start_recipe(layers=2, batch=16, clean_steps=40, warmup=5)
+    recipe = start_recipe(layers=2, batch=16, clean_steps=25, warmup=5)
     training = Training(Candidate("falls", {1: 1.0}, constants=False, recipe=recipe), tmp_path, "cpu")
     ids_bt, labels_bt = draw_batch(training.candidate, 1)
     log_p_btv = training.model(input_ids=ids_bt).logits.log_softmax(-1)
     learnt = labels_bt != IGNORED
-    expected = -float(log_p_btv[learnt].gather(1, labels_bt[learnt][:, None]).mean())
+    expected = -log_p_btv[learnt].gather(1, labels_bt[learnt][:, None]).mean().item()
     losses = [kept.loss for kept in training.run(every=1)]
     # float32, a sum over another order of positions.
     assert losses[0] == pytest.approx(expected, rel=1e-5)
@@ -248,19 +258,33 @@ def test_policy_entropy_is_the_mean_over_response_tokens(tmp_path):
     entropies = []
     for prompt, ids in sampled:
         p = model(input_ids=torch.tensor([prompt + ids])).logits[0].double().softmax(-1)
-        entropies += [-float((q * q.log()).sum()) for q in p[len(prompt) - 1 : -1]]
+        entropies += [-(q * q.log()).sum().item() for q in p[len(prompt) - 1 : -1]]
     assert len(entropies) == 6
     # float32 logits of size 1 leave entropies of size 4 within some 1e-6.
     assert policy_entropy(model, sampled, rows=2) == pytest.approx(np.mean(entropies), abs=1e-5)
 
 
-def test_a_model_is_measured(tmp_path):
+def test_a_model_is_measured(tmp_path, monkeypatch):
     training = Training(TINY, tmp_path, "cpu")
-    next(training.run(every=1))
+    monkeypatch.setattr(headroom_gate, "MAX_NEW_TOKENS", 20)
     measured = Measurement(n_problems=3, k=2, analysed=3).measure(training.model, training.tokenizer)
     assert (measured.k, measured.n_layers, len(measured.ffn_change)) == (2, 2, 2)
     assert 0 <= measured.worked_at_1 <= measured.pass_at_1 <= measured.pass_at_k <= 1
     assert 0 < measured.entropy <= math.log(46)
+    assert measured.boundary_layer is None or 1 <= measured.boundary_layer <= 2
+
+
+@pytest.mark.parametrize(
+    ("share", "loss", "k"), [(0.0, 0.2, None), (0.1, 0.2, 2), (0.1, math.nan, 2), (0.9, 0.2, None), (0.1, 0.7, None)]
+)
+def test_only_what_is_near_the_gate_is_measured_in_full(share, loss, k, monkeypatch):
+    measurement = Measurement(n_problems=10, screening_samples=1)
+    right = np.arange(10)[:, None] < 10 * share
+    monkeypatch.setattr(Measurement, "_sample", lambda *_: ([], right, right))
+    monkeypatch.setattr(Measurement, "measure", lambda *_: Measured(0.1, 0.1, k=2))
+    measured = measurement.look(None, None, loss)
+    assert measured.k == k
+    assert measured.pass_at_1 == (None if loss > 0.6 else share)
 
 
 # --- the command ---
@@ -271,10 +295,7 @@ def test_the_command_writes_a_table_and_the_best_starts(tmp_path, monkeypatch):
     looks, numbers = [], iter((PASSING, dataclasses.replace(PASSING, greedy=0.5)))
 
     class Numbers(Measurement):
-        def screen(self, *_):
-            return Measured(0.1, 0.1)
-
-        def measure(self, *_):
+        def look(self, *_):
             return next(numbers)
 
     search = headroom.Search(tmp_path / "work", "cpu", 2, math.inf, Numbers(), {"other": {2}})
@@ -295,7 +316,7 @@ def test_a_candidate_beyond_the_gate_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(CANDIDATES, "tiny", TINY)
 
     class Beyond(Measurement):
-        def screen(self, *_):
+        def look(self, *_):
             return Measured(0.9, 0.9)
 
     looks = []
