@@ -4,9 +4,10 @@ Each candidate is trained on right solutions. Every few steps its pass@1 on held
 at, and where that is near the gate, everything that the gate asks for is measured. A candidate that is far beyond the
 gate leaves its place to the next one.
 
-``--out`` receives ``gate.csv``, a row for each look, as it goes, and the best three starts, ``start-1.tar.gz`` and so
-on, each a directory that transformers loads. Everything else, every kept step and what a later run goes on from, is
-below ``--work``: a command that was stopped, by ``--minutes`` or otherwise, is repeated to go on.
+``--out`` receives ``gate.csv``, a row for each look, as it goes, and the best step of each of the best three
+candidates, ``start-1.tar.gz`` and so on, each a directory that transformers loads. Everything else, every kept step and
+what a later run goes on from, is below ``--work``: a command that was stopped, by ``--minutes`` or otherwise, is
+repeated to go on.
 
 On a GPU, several candidates share it, a process and a CPU core each, with steps of tens of milliseconds. On a CPU a
 step takes 2 to 3 s of one thread and a full measurement 6 to 8 minutes, so that one candidate needs 1 to 2 hours up to
@@ -31,6 +32,7 @@ import torch
 from headroom_data import CANDIDATES
 from headroom_gate import BEYOND, Gate, Measured, Measurement, as_row
 from headroom_training import Training
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,8 @@ def train_candidate(name: str, search: Search, looks: Any) -> None:
         looks: The queue that receives each `Look`.
     """
     torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     training = Training(CANDIDATES[name], search.work / name, search.device)
     begun = before = time.time()
     at, beyond = training.step, 0
@@ -199,7 +202,9 @@ def read_rows(table: Path) -> list[dict[str, Any]]:
 
 
 def best_rows(rows: Sequence[dict[str, Any]], work: Path, n: int = BEST) -> list[dict[str, Any]]:
-    """Choose the starts that are kept: the fewest failed conditions, then the most problems worked out in k samples.
+    """Choose the starts that are kept: the best step of each of the best candidates.
+
+    A start is better if fewer conditions fail, then if more problems are worked out in k samples.
 
     Args:
         rows: The rows of the table.
@@ -207,10 +212,13 @@ def best_rows(rows: Sequence[dict[str, Any]], work: Path, n: int = BEST) -> list
         n: How many.
 
     Returns:
-        The best, fully measured rows, best first.
+        Their rows, best first.
     """
     full = [row for row in rows if row["worked_at_k"] != "" and _directory(row, work).is_dir()]
-    return sorted(full, key=lambda row: (len(row["failed"].split()), -float(row["worked_at_k"])))[:n]
+    best: dict[str, dict[str, Any]] = {}
+    for row in sorted(full, key=lambda row: (len(row["failed"].split()), -float(row["worked_at_k"]))):
+        best.setdefault(row["candidate"], row)
+    return list(best.values())[:n]
 
 
 def pack(best: Sequence[dict[str, Any]], work: Path, out: Path) -> list[Path]:
@@ -262,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, help="candidates at a time; 4 on a GPU, else 1")
     parser.add_argument("--every", type=int, default=25, help="steps between looks")
-    parser.add_argument("--problems", type=int, default=Measurement.n_problems, help="held-out problems of a look")
+    parser.add_argument(
+        "--problems", type=int, default=Measurement.problems_per_level, help="held-out problems of each level"
+    )
     parser.add_argument("--samples", type=int, default=Measurement.k, help="k of Pass@k")
     args = parser.parse_args(argv)
     names = args.candidates.split(",")
@@ -272,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--minutes must be above 0, and --every, --problems, --samples and --jobs at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     on_gpu = args.device.startswith("cuda")
-    measurement = replace(Measurement(), n_problems=args.problems, k=args.samples, rows=8192 if on_gpu else 256)
+    measurement = replace(Measurement(), problems_per_level=args.problems, k=args.samples, rows=8192 if on_gpu else 256)
     # The rest of the time is for a look that is under way, and for the archives.
     deadline = begun + max(args.minutes * 60 - 2 * _CLOSING_SECONDS, args.minutes * 30)
     search = Search(args.work, args.device, args.every, deadline, measurement, {})

@@ -51,6 +51,8 @@ class Measured:
         boundary_layer: The boundary layer, counted from 1; None too if there is none.
         n_layers: The number of layers L.
         ffn_change: dH_FFN of each layer, in nats.
+        worked_by_level: `worked_at_1` of the problems of levels 5, 6, 7 and 8.
+        ended: Share of samples that end within the limit.
     """
 
     pass_at_1: float | None = None
@@ -64,6 +66,8 @@ class Measured:
     boundary_layer: int | None = None
     n_layers: int | None = None
     ffn_change: tuple[float, ...] = ()
+    worked_by_level: tuple[float, ...] = ()
+    ended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,14 @@ class Measurement:
     """How a step is measured.
 
     Attributes:
-        n_problems: Held-out problems of levels 5 to 8.
+        problems_per_level: Held-out problems of each level from 5 to 8.
         k: Samples of each, for everything but the first look.
         screening_samples: Samples of each in the first look, which decides whether the rest is worth its time.
         rows: Responses sampled at a time.
-        analysed: Responses for the boundary layer.
+        analysed: Responses for the boundary layer, of different problems.
     """
 
-    n_problems: int = 128
+    problems_per_level: int = 32
     k: int = 64
     screening_samples: int = 4
     rows: int = 4096
@@ -151,9 +155,9 @@ class Measurement:
         """Measure everything."""
         sampled, right_pk, worked_pk = self._sample(model, tokenizer, self.k)
         _, greedy_pk, greedy_worked_pk = self._sample(model, tokenizer, 1, greedy=True)
-        n = np.full(self.n_problems, self.k)
-        one_each = sampled[:: self.k]
-        boundary_layer, change = self._boundary(model, tokenizer, one_each[: self.analysed])
+        n = np.full(len(right_pk), self.k)
+        analysed = np.linspace(0, len(n) - 1, min(self.analysed, len(n)), dtype=int)
+        boundary_layer, change = _boundary(model, tokenizer, [sampled[p * self.k] for p in analysed])
         return Measured(
             pass_at_1=float(right_pk.mean()),
             worked_at_1=float(worked_pk.mean()),
@@ -166,31 +170,35 @@ class Measurement:
             boundary_layer=boundary_layer,
             n_layers=model.config.num_hidden_layers,
             ffn_change=change,
+            worked_by_level=tuple(float(each.mean()) for each in np.split(worked_pk, len(LEVELS))),
+            ended=sum(ids[-1] == tokenizer.eos_token_id for _, ids in sampled) / len(sampled),
         )
+
+    def _problems(self) -> list[Problem]:
+        per_level = [problems(self.problems_per_level, HELD_OUT_SEED + level, (level,)) for level in LEVELS]
+        return [problem for each in per_level for problem in each]
 
     def _sample(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, k: int, greedy: bool = False
     ) -> tuple[Sampled, np.ndarray, np.ndarray]:
-        held_out = problems(self.n_problems, HELD_OUT_SEED, LEVELS)
-        each = [problem for problem in held_out for _ in range(k)]
+        each = [problem for problem in self._problems() for _ in range(k)]
         sampled = respond(model, tokenizer, each, greedy=greedy, batch=self.rows, max_new_tokens=MAX_NEW_TOKENS)
         right, worked = judge(tokenizer, each, sampled)
-        shape = (self.n_problems, k)
+        shape = (len(each) // k, k)
         return sampled, np.array(right).reshape(shape), np.array(worked).reshape(shape)
 
-    def _boundary(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampled: Sampled
-    ) -> tuple[int | None, tuple[float, ...]]:
-        responses = [{"input_ids": prompt + ids, "prompt_length": len(prompt)} for prompt, ids in sampled]
-        try:
-            analysis = analyze(
-                model, tokenizer, responses=responses, batch_size=len(responses), keep_tokens=0, alone=True
-            )
-        except Exception:
-            # A lent GPU is there for minutes: the other numbers, and the training, must not be lost with this one.
-            logger.exception("the boundary layer was not measured")
-            return None, ()
-        return analysis.boundary_layer, tuple(round(float(x), 3) for x in analysis.curve("ffn"))
+
+def _boundary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sampled: Sampled
+) -> tuple[int | None, tuple[float, ...]]:
+    responses = [{"input_ids": prompt + ids, "prompt_length": len(prompt)} for prompt, ids in sampled]
+    try:
+        analysis = analyze(model, tokenizer, responses=responses, batch_size=len(responses), keep_tokens=0, alone=True)
+    except Exception:
+        # A lent GPU is there for minutes: the other numbers, and the training, must not be lost with this one.
+        logger.exception("the boundary layer was not measured")
+        return None, ()
+    return analysis.boundary_layer, tuple(round(float(x), 3) for x in analysis.curve("ffn"))
 
 
 def judge(
@@ -244,6 +252,11 @@ def policy_entropy(model: PreTrainedModel, sampled: Sampled, rows: int = 512) ->
 
 
 def as_row(measured: Measured) -> dict[str, object]:
-    """The numbers as one row of a table, the curve in one field."""
-    row = {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(measured).items()}
-    return {**row, "ffn_change": " ".join(f"{change:.3f}" for change in measured.ffn_change)}
+    """The numbers as one row of a table, a curve in one field."""
+    return {name: _text(value) for name, value in asdict(measured).items()}
+
+
+def _text(value: object) -> object:
+    if isinstance(value, tuple):
+        return " ".join(f"{each:.3f}" for each in value)
+    return round(value, 4) if isinstance(value, float) else value

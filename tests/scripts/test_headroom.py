@@ -267,10 +267,12 @@ def test_policy_entropy_is_the_mean_over_response_tokens(tmp_path):
 def test_a_model_is_measured(tmp_path, monkeypatch):
     training = Training(TINY, tmp_path, "cpu")
     monkeypatch.setattr(headroom_gate, "MAX_NEW_TOKENS", 20)
-    measured = Measurement(n_problems=3, k=2, analysed=3).measure(training.model, training.tokenizer)
+    measured = Measurement(problems_per_level=1, k=2, analysed=2).measure(training.model, training.tokenizer)
     assert (measured.k, measured.n_layers, len(measured.ffn_change)) == (2, 2, 2)
     assert 0 <= measured.worked_at_1 <= measured.pass_at_1 <= measured.pass_at_k <= 1
     assert 0 < measured.entropy <= math.log(46)
+    assert len(measured.worked_by_level) == 4
+    assert 0 <= measured.ended <= 1
     assert measured.boundary_layer is None or 1 <= measured.boundary_layer <= 2
 
 
@@ -278,7 +280,7 @@ def test_a_model_is_measured(tmp_path, monkeypatch):
     ("share", "loss", "k"), [(0.0, 0.2, None), (0.1, 0.2, 2), (0.1, math.nan, 2), (0.9, 0.2, None), (0.1, 0.7, None)]
 )
 def test_only_what_is_near_the_gate_is_measured_in_full(share, loss, k, monkeypatch):
-    measurement = Measurement(n_problems=10, screening_samples=1)
+    measurement = Measurement(screening_samples=1)
     right = np.arange(10)[:, None] < 10 * share
     monkeypatch.setattr(Measurement, "_sample", lambda *_: ([], right, right))
     monkeypatch.setattr(Measurement, "measure", lambda *_: Measured(0.1, 0.1, k=2))
@@ -303,8 +305,10 @@ def test_the_command_writes_a_table_and_the_best_starts(tmp_path, monkeypatch):
     headroom.train_candidate("tiny", search, queue)
     rows = [{key: str(value) for key, value in look.row(Gate()).items()} for look in looks]
     assert [(row["step"], row["passes"], row["failed"]) for row in rows] == [("2", "1", ""), ("4", "0", "greedy")]
-    best = headroom.best_rows([*rows[::-1], {**rows[0], "step": "99"}], tmp_path / "work")
-    assert [row["step"] for row in best] == ["2", "4"]
+    (tmp_path / "work" / "other" / "step-00002").mkdir(parents=True)
+    rows += [{**rows[0], "step": "99"}, {**rows[0], "candidate": "other", "failed": "greedy entropy"}]
+    best = headroom.best_rows(rows[::-1], tmp_path / "work")
+    assert [(row["candidate"], row["step"]) for row in best] == [("tiny", "2"), ("other", "2")]
     first, _ = headroom.pack(best, tmp_path / "work", tmp_path)
     assert first.name == "start-1.tar.gz"
     with tarfile.open(first) as archive:
@@ -334,7 +338,7 @@ def test_unknown_candidates_are_refused(capsys):
 
 @pytest.mark.slow
 def test_the_command_stops_by_itself_and_goes_on(tmp_path):
-    arguments = ["--candidates", "windows", "--device", "cpu", "--every", "1", "--problems", "2", "--samples", "2"]
+    arguments = ["--candidates", "windows", "--device", "cpu", "--every", "1", "--problems", "1", "--samples", "2"]
     arguments += ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
     assert headroom.main([*arguments, "--minutes", "0.5"]) == 0
     before = headroom.read_rows(tmp_path / "gate.csv")
