@@ -28,7 +28,9 @@ HELD_OUT_SEED = 2_000_003
 LOSS_OF_THE_FORM = 0.6
 """Above this loss, in nats a token, the form of a solution is not learnt, and nothing is sampled."""
 SCREENING = (0.02, 0.30)
-"""The pass@1 between which everything else is measured."""
+"""The pass@1 between which everything else is measured,"""
+WORKED_LEAST = 0.005
+"""if at least this share of samples is worked out: with less, what is right is luck, and the gate is far."""
 BEYOND = 0.40
 """A start whose pass@1 is above this has learnt too much."""
 
@@ -147,7 +149,7 @@ class Measurement:
         if loss > LOSS_OF_THE_FORM:
             return Measured()
         _, right_pk, worked_pk = self._sample(model, tokenizer, self.screening_samples)
-        if SCREENING[0] <= right_pk.mean() <= SCREENING[1]:
+        if SCREENING[0] <= right_pk.mean() <= SCREENING[1] and worked_pk.mean() >= WORKED_LEAST:
             return self.measure(model, tokenizer)
         return Measured(float(right_pk.mean()), float(worked_pk.mean()))
 

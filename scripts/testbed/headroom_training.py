@@ -127,6 +127,9 @@ class Training:
         self.model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         (partial / "candidate.json").write_text(json.dumps(asdict(self.candidate), indent=1) + "\n")
+        # safetensors writes private files, but an archive of them is read by others.
+        for file in partial.iterdir():
+            file.chmod(0o644)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         state = {

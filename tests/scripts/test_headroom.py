@@ -277,12 +277,20 @@ def test_a_model_is_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("share", "loss", "k"), [(0.0, 0.2, None), (0.1, 0.2, 2), (0.1, math.nan, 2), (0.9, 0.2, None), (0.1, 0.7, None)]
+    ("share", "worked", "loss", "k"),
+    [
+        (0.1, True, 0.2, 2),
+        (0.1, True, math.nan, 2),
+        (0.0, True, 0.2, None),
+        (0.9, True, 0.2, None),
+        (0.1, False, 0.2, None),
+        (0.1, True, 0.7, None),
+    ],
 )
-def test_only_what_is_near_the_gate_is_measured_in_full(share, loss, k, monkeypatch):
+def test_only_what_is_near_the_gate_is_measured_in_full(share, worked, loss, k, monkeypatch):
     measurement = Measurement(screening_samples=1)
     right = np.arange(10)[:, None] < 10 * share
-    monkeypatch.setattr(Measurement, "_sample", lambda *_: ([], right, right))
+    monkeypatch.setattr(Measurement, "_sample", lambda *_: ([], right, right & worked))
     monkeypatch.setattr(Measurement, "measure", lambda *_: Measured(0.1, 0.1, k=2))
     measured = measurement.look(None, None, loss)
     assert measured.k == k
