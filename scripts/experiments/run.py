@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from jobs import BATCH, E2_DOSES, PARTS, Job, jobs
 from store import DATA, WORK, collect, finished, write_record
 
-CURVE_EVERY, DYNAMICS_EVERY = 12, 3
+CURVE_EVERY, DYNAMICS_EVERY = 24, 3
 
 
 def run_job(job: Job, work: Path = WORK, changes: dict[str, Any] | None = None) -> str:
@@ -113,9 +114,27 @@ def run_job(job: Job, work: Path = WORK, changes: dict[str, Any] | None = None) 
     )
 
 
-def missing(parts: list[str], only: str) -> list[Job]:
-    """List the jobs that are still to be run."""
-    return [job for part in parts for job in jobs(part) if only in job.name and job.name not in finished(part)]
+def missing(parts: Sequence[str], only: str = "", seeds: Collection[int] = ()) -> list[Job]:
+    """List the jobs that are still to be run, of some seeds or of all."""
+    found = [job for part in parts for job in jobs(part) if job.name not in finished(part)]
+    return [job for job in found if only in job.name and (not seeds or job.seed in seeds)]
+
+
+def next_job(todo: list[Job], seconds_left: float, step_seconds: float) -> Job | None:
+    """Take the first job that will end in time from the list.
+
+    Args:
+        todo: jobs in their order; the one taken is removed.
+        seconds_left: until the deadline.
+        step_seconds: of a training step, measurements included.
+
+    Returns:
+        The job, or None if none fits.
+    """
+    for place, job in enumerate(todo):
+        if job.steps * step_seconds <= seconds_left:
+            return todo.pop(place)
+    return None
 
 
 def main() -> None:
@@ -124,7 +143,8 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=PARTS, help="a part; all of them by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
     parser.add_argument("--only", default="", help="only the runs whose name contains this")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later than this")
+    parser.add_argument("--seed", type=int, action="append", default=[], help="only this seed; may be repeated")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run that will not end by then")
     parser.add_argument("--list", action="store_true", help="only say what is done")
     args = parser.parse_args()
     parts = args.part or list(PARTS)
@@ -133,29 +153,29 @@ def main() -> None:
             print(f"{part}: {len(finished(part))} of {len(jobs(part))} runs done")
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    todo = missing(parts, args.only)
-    deadline = time.monotonic() + 60 * args.minutes
-    started, done = time.monotonic(), 0
-    total = len(todo)
+    todo = missing(parts, args.only, args.seed)
+    started, done, total, step_seconds = time.monotonic(), 0, len(todo), 0.0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(args.workers, max(1, total)), mp_context=context) as pool:
-        running: dict[Future[str], Job] = {}
-        while todo or running:
-            while todo and len(running) < args.workers and time.monotonic() < deadline:
-                job = todo.pop(0)
-                running[pool.submit(run_job, job)] = job
+        running: dict[Future[str], tuple[Job, float]] = {}
+        while True:
+            left = started + 60 * args.minutes - time.monotonic()
+            while len(running) < args.workers and (job := next_job(todo, left, step_seconds)) is not None:
+                running[pool.submit(run_job, job)] = job, time.monotonic()
             if not running:
                 break
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
-                job = running.pop(future)
+                job, began = running.pop(future)
+                # The longest, because a run that the deadline cuts off is lost.
+                step_seconds = max(step_seconds, (time.monotonic() - began) / job.steps)
                 try:
                     line = future.result()
                 except Exception as error:
                     line = f"{job.name}: failed: {type(error).__name__}: {error}"
                 done += 1
-                left = (time.monotonic() - started) / done * (total - done) / 60
-                print(f"[{done}/{total}, {left:.0f} min left] {line}", flush=True)
+                remaining = (time.monotonic() - started) / done * (total - done) / 60
+                print(f"[{done}/{total}, {remaining:.0f} min left] {line}", flush=True)
                 collect(job.part)
     for part in parts:
         print(f"{part}: {len(finished(part))} of {len(jobs(part))} runs in {DATA / part}")
