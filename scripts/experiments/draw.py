@@ -96,6 +96,7 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
         _limit(axes[row], own["value"])
         axes[row, 0].set_ylabel(label)
     figure.supxlabel("Step")
+    figure.align_ylabels(axes[:, 0])
     style.figure_legend(figure, axes.ravel().tolist(), band=bool((table["seeds"] > 1).any()))
     return figure
 

@@ -105,10 +105,12 @@ def prediction_counts(found: Found) -> str:
     rows = [
         [row["prediction"], _SHORT[str(row["prediction"])], str(row["settings"])]
         + [str(row[verdict]) for verdict in (YES, NO, UNDECIDED, NOT_RUN)]
-        + [str(row["seeds"]) or "-"]
+        + [str(row["agrees"]), str(row["seeds"]) or "-"]
         for row in found["prediction_counts"].to_dict("records")
     ]
-    return _table(["", "prediction", "settings", "holds", "fails", "undecided", "not run", "seeds"], rows)
+    return _table(
+        ["", "prediction", "settings", "holds", "fails", "undecided", "not run", "value agrees", "seeds"], rows
+    )
 
 
 _DYNAMICS = (

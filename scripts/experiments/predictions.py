@@ -12,7 +12,7 @@ from tables import Tables, t_interval
 
 YES, NO, UNDECIDED, NOT_RUN = "yes", "no", "undecided", "not run"
 COLUMNS = ["prediction", "model", "layer", "rate", "dose", "quantity", "bound"]
-COLUMNS += ["value", "low", "high", "seeds", "holds"]
+COLUMNS += ["value", "low", "high", "seeds", "holds", "agrees"]
 NAMES = tuple(f"P{n}" for n in range(1, 13))
 POINT = 0.01
 """One percentage point of accuracy."""
@@ -55,7 +55,9 @@ def judged(found: dict[str, float], side: str, bound: float) -> str:
 def _row(name: str, quantity: str, side: str, bound: float, values: object, **setting: object) -> dict[str, object]:
     found = values if isinstance(values, dict) else t_interval(np.asarray(values, dtype=np.float64))
     holds = judged(found, side, bound)
-    return {"prediction": name, **setting, "quantity": quantity, "bound": bound, **found, "holds": holds}
+    agrees = {"above": found["value"] > bound, "below": found["value"] < bound, "around": holds == YES}[side]
+    row = {"prediction": name, **setting, "quantity": quantity, "bound": bound, **found}
+    return {**row, "holds": holds, "agrees": agrees}
 
 
 def of_e1(tables: Tables) -> list[dict[str, object]]:
@@ -134,11 +136,12 @@ def _least_cost(paired: pd.DataFrame, model: str) -> dict[str, object]:
     grid = own.pivot_table(index="seed", columns="dose", values="value")
     grid = grid.reindex(columns=[str(dose) for dose in E2_DOSES]).dropna()
     if grid.empty:
-        return {**row, "value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN}
+        return {**row, "value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
     best = grid.mean().idxmax()
     level = [int(d) for d in grid if d == best or not t_interval(grid[best] - grid[d])["low"] > 0]
     holds = YES if int(best) <= 12 else NO
-    return {**row, "value": int(best), "low": min(level), "high": max(level), "seeds": len(grid), "holds": holds}
+    row |= {"value": int(best), "low": min(level), "high": max(level), "seeds": len(grid)}
+    return {**row, "holds": holds, "agrees": holds == YES}
 
 
 def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
@@ -161,12 +164,22 @@ def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
             own = found[(found["model"] == model) & (found["predictor"] == predictor)]
             row: dict[str, object] = {"prediction": name, "model": model, "quantity": quantity, "bound": bound}
             if own.empty:
-                rows.append({**row, "value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN})
+                rows.append(
+                    {
+                        **row,
+                        "value": np.nan,
+                        "low": np.nan,
+                        "high": np.nan,
+                        "seeds": 0,
+                        "holds": NOT_RUN,
+                        "agrees": False,
+                    }
+                )
                 continue
             value, low, high = (float(own[column].iloc[0]) for column in columns)
             right = value > bound if name == "P11" else value <= bound
             row |= {"value": value, "low": low, "high": high, "seeds": int(own["seeds"].iloc[0])}
-            rows.append({**row, "holds": YES if right else NO})
+            rows.append({**row, "holds": YES if right else NO, "agrees": right})
     return rows
 
 
@@ -180,7 +193,8 @@ def predictions(mechanism: Tables, dose: Tables, every_layer: Tables, evidence: 
         evidence: of `layers.measure`.
 
     Returns:
-        ``COLUMNS``; several rows for a setting whose prediction has several parts.
+        ``COLUMNS``; several rows for a setting whose prediction has several parts. ``agrees`` says whether the value is
+        on the predicted side, whatever the interval; where an interval has to contain the bound, whether it does.
     """
     rows = [*of_e1(mechanism), *of_e2(dose), *of_e4(every_layer, evidence)]
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -194,17 +208,20 @@ def counted(table: pd.DataFrame) -> pd.DataFrame:
         table: of `predictions`.
 
     Returns:
-        A row per prediction: settings; yes, no, undecided and not run, numbers of settings; seeds, the smallest and
-        the largest number of those run, as text. A setting holds if all its parts do, and fails if one of them does.
+        A row per prediction: settings; yes, no, undecided and not run, numbers of settings; agrees, the number of those
+        whose values agree, whatever the interval; seeds, the smallest and the largest number of those run, as text. A
+        setting holds if all its parts do, and fails if one of them does.
     """
     rows = []
     for name, own in table.groupby("prediction", sort=False):
         setting = own.groupby(["model", "layer", "rate", "dose"], dropna=False, sort=False)["holds"]
         verdicts = setting.agg(_together)
+        agree = own.groupby(["model", "layer", "rate", "dose"], dropna=False, sort=False)["agrees"].all()
         seeds = own.loc[own["seeds"] > 0, "seeds"]
         span = "" if seeds.empty else f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()}-{seeds.max()}"
         numbers = {verdict: int((verdicts == verdict).sum()) for verdict in (YES, NO, UNDECIDED, NOT_RUN)}
-        rows.append({"prediction": name, "settings": len(verdicts), **numbers, "seeds": span})
+        agrees = int((agree & (verdicts != NOT_RUN)).sum())
+        rows.append({"prediction": name, "settings": len(verdicts), **numbers, "agrees": agrees, "seeds": span})
     return pd.DataFrame(rows)
 
 

@@ -141,7 +141,8 @@ def test_rewards_are_averaged_over_steps_within_a_run():
     assert smooth["step"].tolist() == [4, 5, 4, 5]
 
 
-def test_only_parts_with_runs_are_drawn(incomplete, tmp_path):
+def test_only_parts_with_runs_are_drawn(incomplete, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw.style, "save_figure", lambda figure, stem: [stem])
     names = {path.stem for path in draw.draw(tmp_path, incomplete)}
     assert names == {
         *(f"{figure}_alignment_{model}" for figure in ("fig4", "fig5") for model in ("qwen3", "llama")),

@@ -264,11 +264,13 @@ def test_verdicts_on_dose_and_layers_follow_from_the_made_up_runs(judged):
 def test_a_setting_fails_if_one_of_its_parts_does():
     rows = [
         {"prediction": "P2", "model": QWEN, "layer": layer, "rate": 1e-4, "dose": np.nan, "seeds": 3, "holds": holds}
+        | {"agrees": holds != "no"}
         for layer, parts in {2: ("yes", "no"), 4: ("yes", "undecided"), 6: ("yes", "yes"), 7: ("no", "not run")}.items()
         for holds in parts
     ]
     counts = predictions.counted(pd.DataFrame(rows)).iloc[0]
     assert counts[["yes", "no", "undecided", "not run"]].to_list() == [1, 1, 1, 1]
+    assert counts["agrees"] == 2
 
 
 def test_without_runs_every_prediction_is_not_run():
