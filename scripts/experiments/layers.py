@@ -1,6 +1,6 @@
 """E4: training at every layer beside what the entropy curve and other measurements say about the layer.
 
-python scripts/experiments/layers.py       # measures both embedded models: data/experiments/e4/evidence.csv
+python scripts/experiments/layers.py       # measures both embedded models, two minutes: data/experiments/e4
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ PREDICTORS = ("layer", "change", "change_direction", "across", "accuracy")
 """The layer's number, its FFN's entropy change and the direction part of it, the cosine of the gradients of alignment
 and GRPO across halves of the prompts, and the accuracy of pi^l."""
 RESPONSES, PROBLEMS, SAMPLES, PROMPTS = 96, 96, 4, 48
-MAX_NEW_TOKENS = 44
 _RESAMPLES = 2000
 
 
@@ -138,9 +137,7 @@ def measure(model: str, work: Path) -> pd.DataFrame:
 
     short = model.split("/")[1]
     analysis = analyze(model, max_responses=RESPONSES, keep_tokens=0, output=work / f"{short}-analysis")
-    found = evaluate_layers(
-        load(model), layers="all", max_problems=PROBLEMS, samples=SAMPLES, max_new_tokens=MAX_NEW_TOKENS
-    )
+    found = evaluate_layers(load(model), layers="all", max_problems=PROBLEMS, samples=SAMPLES)
     transfer = bupo.transfer(model, max_prompts=PROMPTS, output=work / f"{short}-transfer")
     table = bupo.layer_evidence(analysis, evaluations=found, transfer=transfer)
     return table.reset_index().assign(model=model)

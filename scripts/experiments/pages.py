@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import dose
+import numpy as np
 import pandas as pd
 from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
 from predictions import NO, NOT_RUN, UNDECIDED, YES
@@ -65,10 +66,10 @@ def _cell(
         return "-"
     names = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
     value, low, high = (float(row[n]) for n in names)
-    if pd.isna(value):
+    if np.isnan(value):
         return "-"
     shown = _number(value, digits, scale, sign)
-    if pd.isna(low):
+    if np.isnan(low):
         return shown
     return f"{shown} ({_number(low, digits, scale, sign)} to {_number(high, digits, scale, sign)})"
 
@@ -224,7 +225,7 @@ def e2_auto(found: Found) -> str:
         return NOTHING
     rows = [
         [
-            *(f"`{row['model']}`", _rate(row["rate"]), row["stops"].replace(" ", ", "), _cell(row, "over_grpo")),
+            *(f"`{row['model']}`", _rate(float(row["rate"])), row["stops"].replace(" ", ", "), _cell(row, "over_grpo")),
             *(str(row["best"]) or "-", _cell(row, "over_best"), str(row["seeds"])),
         ]
         for row in table.to_dict("records")
@@ -240,7 +241,7 @@ def e2_power(found: Found) -> str:
     names = {"avg": "Avg@1", "pass16": "Pass@16"}
     rows = [
         [
-            *(f"`{row['model']}`", _rate(row["rate"]), names[row["measure"]], f"{100 * row['spread']:.1f}"),
+            *(f"`{row['model']}`", _rate(float(row["rate"])), names[row["measure"]], f"{100 * row['spread']:.1f}"),
             *(f"{100 * row['detectable']:.1f}", str(row["seeds"])),
         ]
         for row in table.to_dict("records")

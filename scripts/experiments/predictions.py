@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dose as e2
 import layers as e4
 import mechanism as e1
@@ -89,7 +91,7 @@ def of_e1(tables: Tables) -> list[dict[str, object]]:
         for rate in E1_RATES:
             own = runs[(runs["model"] == model) & (runs["rate"] == rate)]
             seeds = {layer: own[own["layer"] == layer].set_index("seed") for layer in (2, 7)}
-            gap = (seeds[7]["avg"] - seeds[2]["avg"]).dropna() if len(own) else []
+            gap: Any = (seeds[7]["avg"] - seeds[2]["avg"]).dropna() if len(own) else []
             rows.append(_row("P6", "avg of layer 7 less layer 2", "above", 0.0, gap, model=model, rate=rate))
     return rows
 
@@ -137,8 +139,8 @@ def _least_cost(paired: pd.DataFrame, model: str) -> dict[str, object]:
     grid = grid.reindex(columns=[str(dose) for dose in E2_DOSES]).dropna()
     if grid.empty:
         return {**row, "value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
-    best = grid.mean().idxmax()
-    level = [int(d) for d in grid if d == best or not t_interval(grid[best] - grid[d])["low"] > 0]
+    best = str(grid.mean().idxmax())
+    level = [int(d) for d in map(str, grid) if d == best or not t_interval(grid[best] - grid[d])["low"] > 0]
     holds = YES if int(best) <= 12 else NO
     row |= {"value": int(best), "low": min(level), "high": max(level), "seeds": len(grid)}
     return {**row, "holds": holds, "agrees": holds == YES}
