@@ -104,6 +104,7 @@ _FEW = {
     "train": {"--max-steps": 6},
     "evaluate": {"--samples": 2, "--max-problems": 8},
     "ablate": {"--max-responses": 16},
+    "transfer": {"--max-prompts": 16},
 }
 _WHY_NOT = {
     r"^(?:make|pip|source|export|python3? -m venv|\S+/bin/pip) ": "makes the reader's environment",
