@@ -14,6 +14,7 @@ from training_calls import command
 
 from internal_policy import UserError
 from internal_policy.bupo import BuPOConfig, BuPOTrainer, Run, TrainConfig
+from internal_policy.bupo.checks import check_critic
 from internal_policy.bupo.config import PPO_OPTIONS
 from internal_policy.bupo.critic import (
     Critic,
@@ -24,6 +25,7 @@ from internal_policy.bupo.critic import (
     whitened,
 )
 from internal_policy.bupo.resume import drop_optimizer_states, write_digests
+from internal_policy.bupo.trainer import whitened_advantages
 
 NAN = math.nan
 FLOAT32 = 1e-5
@@ -94,6 +96,19 @@ def test_whitened_advantages_have_mean_0_and_variance_1_over_the_tokens():
     assert (float(chosen.mean()), float(chosen.var(correction=0))) == pytest.approx((0.0, 1.0), abs=FLOAT32)
     assert whitened(torch.full((2, 3), 0.5), torch.ones(2, 3)).tolist() == [[0.0] * 3] * 2
     assert whitened(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
+
+
+def test_without_values_the_advantages_are_those_of_reinforce():
+    """The critic starts with values of 0; one response has no score."""
+    _, _, mask = random_rollouts()
+    mask[:, 0] = 1
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, NAN, -1.0])
+    scored = mask * rewards.isfinite()[:, None]
+    found = whitened(
+        generalized_advantages(rewards_at_the_end(rewards, scored), torch.zeros(mask.shape), scored), scored
+    )
+    expected = whitened_advantages(rewards, mask.sum(1))[:, None] * scored
+    assert found.tolist() == pytest.approx(expected.numpy(), abs=FLOAT32)
 
 
 def test_explained_variance():
@@ -362,6 +377,15 @@ def test_options_that_are_refused_at_once(changed, message):
 def test_settings_that_are_refused_before_anything_is_written(place, changed, message):
     assert message in refused_here(place, "refused", **{**FIRST, **changed})
     assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded", "message"),
+    [(2, False, "method='ppo' under 2 processes"), (1, True, "method='ppo' under FSDP or DeepSpeed")],
+)
+def test_the_critic_is_trained_in_one_process(processes, sharded, message):
+    with pytest.raises(UserError, match=f"^{message}: the critic is trained in one process"):
+        check_critic(processes, sharded=sharded, adapters=False)
 
 
 def test_older_checkpoints_keep_no_critic(tmp_path):
