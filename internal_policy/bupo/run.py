@@ -129,9 +129,7 @@ class Run:
             steps = AUTO if config["ipa_steps"] == AUTO else counted(self.ipa_steps, "step")
             parts = ["BuPO", f"{site} {self.layer}", steps]
         parts += [
-            text.format(config[name])
-            for name, (usual, text) in _LABEL_PARTS.items()
-            if config.get(name, usual[0]) not in usual
+            text.format(config[name]) for name, (usual, text) in _LABEL_PARTS.items() if config.get(name) not in usual
         ]
         return ", ".join(parts)
 
@@ -222,9 +220,9 @@ _LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "upper_lr_scale": ((1.0,), "{:g}x above"),
     "aggregation": ((None, "sequence-mean"), "{}"),
     "lora_rank": ((0,), "LoRA {}"),
-    "gamma": ((1.0,), "gamma {:g}"),
-    "gae_lambda": ((1.0,), "lambda {:g}"),
-    "value_clip": ((0.2,), "value clip {:g}"),
+    "gamma": ((None, 1.0), "gamma {:g}"),
+    "gae_lambda": ((None, 1.0), "lambda {:g}"),
+    "value_clip": ((None, 0.2), "value clip {:g}"),
 }
 _NOT_IN_SETTING = {
     *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),
