@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # A plain build of this torch is small where the index has one; any torch of the range in pyproject.toml will do.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test slow check docs setup bench experiment testbed notebooks readme-figures clean
+.PHONY: demo test slow check docs setup bench gpu experiment testbed notebooks readme-figures clean
 
 demo: setup
 	$(BIN)/internal-policy analyze --model testbed/qwen3 --model testbed/llama
@@ -31,6 +31,12 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/benchmark_analysis.py
 	$(BIN)/python benchmarks/benchmark_update.py
+
+# On a machine with an NVIDIA GPU: the kernel's rate, the tests that need CUDA, an analysis and updates at the shape of
+# Qwen3-4B. Four minutes.
+gpu: setup
+	$(BIN)/python benchmarks/gpu_checks.py
+	$(BIN)/python benchmarks/gpu_checks.py --document
 
 # GRPO against BuPO on the embedded models, and the checkpoints of one BuPO training compared: data/experiments and
 # figures/experiments. Hours; resumable.

@@ -17,7 +17,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 CHECKED_ROWS = 16
 # Factors on the states: lengths at which the policy is flat, and at which it is peaked.
 LENGTHS = (0.1, 30.0)
+KERNELS = ("kernel", "two lengths")
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -68,12 +70,74 @@ def working_memory(run: Callable[[], object], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
-    """Print the results for a number of tokens."""
+@dataclass(frozen=True)
+class Measured:
+    """The results for a number of tokens."""
+
+    tokens: int
+    """N, states."""
+    errors: dict[str, float]
+    """Largest difference from the definition in float64 of some rows, nats, by kernel."""
+    rate: dict[str, float] | None = None
+    """TFLOP/s, counting the operations of one product, by way; None in the interpreter."""
+    memory: dict[str, float] | None = None
+    """Working memory in MiB by way; None in the interpreter."""
+    seconds: dict[str, list[float]] | None = None
+    """Every time that was taken, by way; None in the interpreter."""
+
+
+def error_of(kernel: str, states: Tensor, unembedding: Tensor, rows: Tensor | None = None) -> float:
+    """Largest difference in nats of a kernel, ``kernel`` or ``two lengths``, from the definition in float64.
+
+    Args:
+        kernel: which of the two.
+        states: [N, d].
+        unembedding: [V, d].
+        rows: the rows that are compared; ``CHECKED_ROWS`` of them by default, spread evenly.
+    """
     from internal_policy.entropy import reference, triton_kernel
+
+    lengths = other_lengths(states)
+    if rows is None:
+        # Rows from all over, since the factors grow from row to row.
+        last = len(states) - 1
+        rows = torch.linspace(0, last, min(len(states), CHECKED_ROWS), device=states.device).long()
+    checked = [states[rows].double()]
+    if kernel == "kernel":
+        found = triton_kernel.policy_entropy(states, unembedding)[None]
+    else:
+        found = triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding)
+        checked.append(checked[0] * lengths[rows, None].double())
+    exact = torch.stack([reference.policy_entropy(x, unembedding) for x in checked])
+    return (found[:, rows].double() - exact).abs().max().item()
+
+
+def measure(
+    tokens: int,
+    unembedding: Tensor,
+    repeats: int,
+    kernels: Sequence[str] = KERNELS,
+    until: float = math.inf,
+) -> Measured:
+    """Measure the ways for a number of tokens.
+
+    Args:
+        tokens: N.
+        unembedding: [V, d].
+        repeats: how often every way is timed.
+        kernels: those of ``KERNELS`` that are to be measured.
+        until: no repeat but the first starts after this, by ``time.monotonic``.
+
+    Returns:
+        Errors, and on a GPU rates and memory.
+    """
+    from internal_policy.entropy import triton_kernel
 
     device, (vocab, width) = unembedding.device, unembedding.shape
     states = torch.randn(tokens, width, device=device).to(unembedding.dtype)
+    errors = {name: error_of(name, states, unembedding) for name in kernels}
+    if device.type != "cuda":
+        return Measured(tokens, errors)
     # All logits at once if they fit in memory: products in slices are slower.
     buffer = torch.empty(tokens, min(vocab, 2**31 // tokens), dtype=states.dtype, device=device)
     lengths = other_lengths(states)
@@ -83,29 +147,19 @@ def measure(tokens: int, unembedding: Tensor, repeats: int) -> None:
         "two lengths": lambda: triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding),
         "blocks": lambda: by_blocks(states, unembedding),
     }
-    # Rows from all over, since the factors grow from row to row.
-    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
-    checked = states[rows].double()
-    exact = [reference.policy_entropy(x, unembedding) for x in (checked, checked * lengths[rows, None].double())]
-    one = triton_kernel.policy_entropy(states, unembedding)
-    two = triton_kernel.policy_entropies_at_lengths(states, lengths, unembedding)
-    errors = {
-        "kernel": (one[rows].double() - exact[0]).abs().max().item(),
-        "two lengths": (two[:, rows].double() - torch.stack(exact)).abs().max().item(),
-    }
-    if device.type != "cuda":
-        print(line(tokens, errors))
-        return
+    ways = {name: run for name, run in ways.items() if name in (*kernels, "product", "blocks")}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
         # Compilation and tuning are excluded from the rate.
         run()
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat and time.monotonic() > until:
+            break
         for name, run in ways.items():
             times[name].append(seconds(run, device))
     rate = {name: 2 * tokens * vocab * width / statistics.median(t) / 1e12 for name, t in times.items()}
-    memory = {name: working_memory(ways[name], device) for name in ("kernel", "two lengths", "blocks")}
-    print(line(tokens, errors, rate, memory))
+    memory = {name: working_memory(ways[name], device) for name in ways if name != "product"}
+    return Measured(tokens, errors, rate, memory, times)
 
 
 def line(
@@ -147,7 +201,8 @@ def main() -> None:
     name = "triton's interpreter" if options.interpret else torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}: d = {options.width}, V = {options.vocabulary}, {options.dtype}")
     for tokens in options.tokens:
-        measure(tokens, unembedding, options.repeats)
+        found = measure(tokens, unembedding, options.repeats)
+        print(line(tokens, found.errors, found.rate, found.memory))
 
 
 if __name__ == "__main__":

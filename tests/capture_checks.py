@@ -74,7 +74,7 @@ def reference_quantities(model, states, lens, exact=None):
         values += [length / x_in.shape[-1] ** 0.5 for length in (length_in, length_out)]
         if stream is not None:
             values.append(cosine(x_out.double(), stream))
-    return torch.stack(values, dim=-1).numpy(), entropy(states.residual_out, "logit-lens").numpy()
+    return torch.stack(values, dim=-1).cpu().numpy(), entropy(states.residual_out, "logit-lens").cpu().numpy()
 
 
 def check_quantities(model, records, lens="policy", exact=None):

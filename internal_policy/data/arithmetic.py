@@ -3,6 +3,9 @@ r"""Chained arithmetic modulo 23: problems whose worked solution and final ``\bo
 A problem of level k states one variable and k derived ones, each an operation on an earlier variable, and asks for
 the last one: ``a=12,b=a-15,c=b*11;c?`` has level 2. Its solution works the variables out in turn,
 ``b=12-15=20;c=20*11=13;\boxed{13}``.
+
+The embedded models know the letters a to e, which is enough for levels 1 to 4. Higher levels are for a model whose
+tokenizer has more of ``LETTERS``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MODULUS = 23
-LETTERS = "abcde"
+LETTERS = "abcdefghi"
 MAX_LEVEL = len(LETTERS) - 1
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda x, y: (x + y) % MODULUS,
@@ -30,7 +33,7 @@ class Problem:
     Attributes:
         prompt: The question as a user writes it, ``a=12,b=a-15;b?``.
         answer: The value of the last variable, a decimal number from 0 to 22.
-        level: The number of derived variables, from 1 to 4.
+        level: The number of derived variables, from 1 to 8.
         solution: The worked solution, which ends with ``\boxed{answer}``.
     """
 
@@ -41,7 +44,7 @@ class Problem:
 
 
 def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
-    """Draw one problem of a level from 1 to 4.
+    """Draw one problem of a level from 1 to 8.
 
     With probability ``slip`` a result in the solution is off by 1 or 2. The wrong value is carried forward, as when a
     person makes a slip; ``answer`` is correct in any case.
@@ -71,7 +74,7 @@ def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
 
 
 def problems(n: int, seed: int, levels: Sequence[int] = (2, 3, 4)) -> list[Problem]:
-    """Draw problems, each level (1 to 4) equally likely; the same arguments give the same ones, which may repeat."""
+    """Draw problems, each level (1 to 8) equally likely; the same arguments give the same ones, which may repeat."""
     rng = random.Random(seed)
     return [make_problem(rng, rng.choice(levels)) for _ in range(n)]
 

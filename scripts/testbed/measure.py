@@ -22,6 +22,7 @@ def respond(
     seed: int = 0,
     greedy: bool = False,
     batch: int = 250,
+    max_new_tokens: int = 44,
 ) -> list[tuple[list[int], list[int]]]:
     """Answer problems, one response each, at temperature 1 or greedily.
 
@@ -32,6 +33,7 @@ def respond(
         seed: The seed of the sampling.
         greedy: Whether to take the likeliest token instead of sampling.
         batch: Problems answered at a time.
+        max_new_tokens: The limit on the tokens of a response.
 
     Returns:
         For each problem the ids of the templated prompt and those of the response, up to and including ``<eos>``.
@@ -43,7 +45,9 @@ def respond(
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(model.device)
-        ids_bt = model.generate(**inputs, max_new_tokens=44, do_sample=not greedy, temperature=1.0, top_p=1.0, top_k=0)
+        ids_bt = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=not greedy, temperature=1.0, top_p=1.0, top_k=0
+        )
         width = inputs["input_ids"].shape[1]
         for row, mask in zip(ids_bt.tolist(), inputs["attention_mask"].tolist(), strict=True):
             response = row[width:]

@@ -22,7 +22,7 @@ ARCHITECTURES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig
 
 PAD, UNK, USER, ASSISTANT, EOS = "<pad>", "<unk>", "<user>", "<assistant>", "<eos>"
 SPECIALS = (PAD, UNK, USER, ASSISTANT, EOS)
-WORDS = (*SPECIALS, *(str(number) for number in range(MODULUS)), *LETTERS, *"+-*=,;?", "\\boxed{", "}")
+EMBEDDED_LETTERS = LETTERS[:5]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<user>' + message['content'] }}"
@@ -31,6 +31,21 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+
+
+def words(letters: str = EMBEDDED_LETTERS) -> tuple[str, ...]:
+    """The vocabulary, in the order of the ids.
+
+    Args:
+        letters: The names of variables; a problem of level k needs k + 1 of them.
+
+    Returns:
+        The special tokens, the numbers, the letters, and the signs.
+    """
+    return (*SPECIALS, *(str(number) for number in range(MODULUS)), *letters, *"+-*=,;?", "\\boxed{", "}")
+
+
+WORDS = words()
 
 
 class Stage(NamedTuple):
@@ -153,14 +168,17 @@ def build_model(short: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) 
     return model
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(letters: str = EMBEDDED_LETTERS) -> PreTrainedTokenizerFast:
     """Build the tokenizer.
 
+    Args:
+        letters: The names of variables that it knows.
+
     Returns:
-        A tokenizer whose ids are the positions in `WORDS`; decoding puts the words together without spaces, so
-        that text without white space comes back as it went in. Text that is not in `WORDS` becomes ``<unk>``.
+        A tokenizer whose ids are the positions in `words`; decoding puts the words together without spaces, so
+        that text without white space comes back as it went in. Text that is not in `words` becomes ``<unk>``.
     """
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNK))
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words(letters))}, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\\boxed\{|\d+|."), behavior="isolated")]
     )

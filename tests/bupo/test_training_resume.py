@@ -175,14 +175,21 @@ def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"method": "grpo"}], ids=["bupo", "grpo"])
-def test_killed_at_each_update(place, uninterrupted, options):
-    name = "-".join(map(str, options.values()))
-    options = {"ipa_steps": 0, **options} if "method" in options else options
+def test_killed_at_each_update(place, uninterrupted):
     moments = [("on_step_end", update) for update in range(1, LAST + 1)]
     moments += [(e, update) for e in ("on_save", *WRITING) for update in range(UPDATES, LAST + 1, UPDATES)]
     for event, update in [*moments, ("on_train_end", LAST)]:
-        output = f"each-{name}-{event}-{update}"
+        output = f"each-{event}-{update}"
+        killed(place, output, event, update)
+        assert_same(uninterrupted(), train(place, output))
+
+
+@pytest.mark.slow
+def test_grpo_killed_around_a_step_in_the_middle(place, uninterrupted):
+    """Its steps are those of the second phase above, of which each is killed."""
+    options = {"method": "grpo", "ipa_steps": 0}
+    for event, update in [("on_step_end", 3), *((e, 4) for e in ("on_step_end", "on_save", *WRITING))]:
+        output = f"grpo-{event}-{update}"
         killed(place, output, event, update, **options)
         assert_same(uninterrupted(**options), train(place, output, **options))
 

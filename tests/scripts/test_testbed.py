@@ -76,8 +76,8 @@ def test_slips_change_the_solution_but_not_the_answer():
 
 
 def test_a_level_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="level 5: must be from 1 to 4"):
-        problems(1, seed=0, levels=(5,))
+    with pytest.raises(ValueError, match="level 9: must be from 1 to 8"):
+        problems(1, seed=0, levels=(9,))
 
 
 @pytest.mark.parametrize(
