@@ -209,6 +209,23 @@ def test_separate_learning_rates_are_resumed(place, uninterrupted, update):
 
 
 @pytest.mark.slow
+def test_the_critic_of_ppo_is_resumed(place, uninterrupted):
+    """Its rate is large enough for its values to matter, and its schedule and optimiser go on where they were."""
+    ppo = {"method": "ppo", "ipa_steps": 0, "critic_learning_rate": 1e-2, "gae_lambda": 0.9, "weight_decay": 0.1}
+    killed(place, "ppo", "on_step_end", 5, **ppo)
+    run, resumed = uninterrupted(**ppo), train(place, "ppo", **ppo)
+    assert_same(run, resumed)
+    assert (run.history["explained_variance"][1:] != 0).all()
+    states = [each.path / "checkpoints" / f"checkpoint-{LAST}" / "critic" for each in (run, resumed)]
+    weights = [load_file(state / "critic.safetensors") for state in states]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    optimizers = [torch.load(state / "optimizer.pt", weights_only=True)["state"] for state in states]
+    assert optimizers[0].keys() == optimizers[1].keys() != set()
+    for one, other in zip(*(each.values() for each in optimizers), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.slow
 def test_adapters_are_resumed(place, uninterrupted):
     killed(place, "lora", "on_step_end", 5, lora_rank=2)
     assert_same(uninterrupted(lora_rank=2), train(place, "lora", lora_rank=2))
