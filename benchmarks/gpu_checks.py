@@ -301,7 +301,13 @@ def main() -> None:
         # Read when triton is imported, which is after this; the fused kernel has no other way to run on a CPU.
         os.environ["TRITON_INTERPRET"] = "1"
     results: dict[str, Any] = machine(options.device)
-    results |= {"conditions": options.conditions, "budget": options.budget, "quick": options.quick, "started": started, "parts": {}}
+    results |= {
+        "conditions": options.conditions,
+        "budget": options.budget,
+        "quick": options.quick,
+        "started": started,
+        "parts": {},
+    }
     kept = options.device == "cuda" and not options.quick
     folder = ROOT / ("data/benchmarks" if kept else "build/benchmarks")
     output = options.output or folder
