@@ -277,6 +277,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of the whole run")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--output", type=Path, help="file, or directory of gpu-<card>.json; data/benchmarks by default")
+    parser.add_argument("--conditions", default="", help="what else the machine does meanwhile, kept with the figures")
     parser.add_argument("--document", action="store_true", help="only write docs/benchmarks.md, from data/benchmarks")
     parser.add_argument(
         "--start", choices=multiprocessing.get_all_start_methods(), help="how the parts' processes start"
@@ -300,7 +301,13 @@ def main() -> None:
         # Read when triton is imported, which is after this; the fused kernel has no other way to run on a CPU.
         os.environ["TRITON_INTERPRET"] = "1"
     results: dict[str, Any] = machine(options.device)
-    results |= {"budget": options.budget, "quick": options.quick, "started": started, "parts": {}}
+    results |= {
+        "conditions": options.conditions,
+        "budget": options.budget,
+        "quick": options.quick,
+        "started": started,
+        "parts": {},
+    }
     kept = options.device == "cuda" and not options.quick
     folder = ROOT / ("data/benchmarks" if kept else "build/benchmarks")
     output = options.output or folder

@@ -203,6 +203,9 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _made(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     busy = f"; load {found['load']:.1f} on {found['processors']} processors" if found.get("load") is not None else ""
+    if found.get("conditions"):
+        # It says more than the load did before the first part.
+        busy = f". Meanwhile: {found['conditions']}"
     driver = f"driver {found['driver']}, " if found["driver"] else ""
     return f"{found['date'][:10]}, {driver}Python {found['python']}, {versions}; {found['seconds']:.0f} s in all{busy}."
 

@@ -89,13 +89,23 @@ def run_blocks(path, shown, scratch, work, timeout):
 
 
 def run_in_bash(line):
-    """Run one command of a document; a training of minutes with fewer steps."""
-    if (command_arguments(line) or [""])[0] == "train":
-        line = line.partition(" #")[0].replace("--max-steps 60", "") + f" --max-steps {FEW_STEPS}"
-    subprocess.run(["bash", "-c", line], check=True, stdout=subprocess.DEVNULL)
+    """Run one command of a document; one that takes minutes with fewer steps, problems, samples or responses."""
+    subprocess.run(["bash", "-c", shortened(line)], check=True, stdout=subprocess.DEVNULL)
 
 
-FEW_STEPS = 6
+def shortened(line):
+    """A command of a document with the numbers of ``_FEW`` in place of its own and of the defaults."""
+    for option, number in _FEW.get((command_arguments(line) or [""])[0], {}).items():
+        line = re.sub(rf" {option} \d+", "", line.partition(" #")[0]) + f" {option} {number}"
+    return line
+
+
+_FEW = {
+    "train": {"--max-steps": 6},
+    "evaluate": {"--samples": 2, "--max-problems": 8},
+    "ablate": {"--max-responses": 16},
+    "transfer": {"--max-prompts": 16},
+}
 _WHY_NOT = {
     r"^(?:make|pip|source|export|python3? -m venv|\S+/bin/pip) ": "makes the reader's environment",
     r"^\.venv-harness/": "needs an environment of its own; tests/project/test_harness.py runs the local task",

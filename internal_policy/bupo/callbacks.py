@@ -37,6 +37,8 @@ _COLUMNS = {
     "loss": "loss",
 }
 """Columns of the history, and TRL's names of them."""
+_PPO_COLUMNS = {name: name for name in ("value_loss", "explained_variance", "critic_grad_norm")}
+"""Further columns with a critic."""
 
 
 def is_due(trainer: BuPOTrainer, state: Any, every: int) -> bool:
@@ -148,6 +150,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     def history(self) -> pd.DataFrame:
         """Convert the trainer's log to a table with a row per step."""
         args = self._trainer.args
+        columns = {**_COLUMNS, **(_PPO_COLUMNS if args.method == "ppo" else {})}
         rows = []
         for entry in self._trainer.state.log_history:
             if "reward" not in entry:
@@ -157,7 +160,7 @@ class HistoryCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             row: dict[str, Any] = {
                 "step": entry["step"] // args.updates_per_step,
                 "phase": ALIGNMENT if aligned else second_phase(args.method),
-                **{name: entry.get(source) for name, source in _COLUMNS.items()},
+                **{name: entry.get(source) for name, source in columns.items()},
                 "learning_rate": None if rate is None else rate * (args.alignment_rate if aligned else 1.0),
             }
             if entry.get("step_time") is not None:

@@ -29,7 +29,7 @@ from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
-from internal_policy.utils.errors import UserError, as_user_error, is_out_of_memory
+from internal_policy.utils.errors import UserError, as_user_error, counted, is_out_of_memory
 from internal_policy.utils.options import require_one_of
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ def check_run(
     peft_config: Any,
     sharded: bool,
     *,
+    processes: int,
     measures: bool,
     evaluates: bool,
 ) -> None:
@@ -70,6 +71,8 @@ def check_run(
         why = "FSDP or DeepSpeed spreads the weights" if sharded else "dynamics_every is 0"
         raise UserError(f"ipa_steps is auto, and nothing measures the dynamics ({why}); give a number of steps")
     check_experts(trainer_config, model.config)
+    if config.method == "ppo":
+        check_critic(processes, sharded=sharded, adapters=peft_config is not None)
     if config.freeze_layers > model.n_layers:
         raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
     if trainer_config.sync_ref_model and not trainer_config.beta:
@@ -110,6 +113,21 @@ def check_run(
             )
     if evaluates and config.benchmark is not None:
         read_benchmark(config.benchmark, config.eval_problems)
+
+
+def check_critic(processes: int, *, sharded: bool, adapters: bool) -> None:
+    """Refuse set-ups in which the critic of PPO would not be trained as described."""
+    if sharded or processes > 1:
+        where = "FSDP or DeepSpeed" if sharded else counted(processes, "process")
+        raise UserError(
+            f"method='ppo' under {where}: the critic is trained in one process that holds all its weights; start one "
+            "process, or use another method"
+        )
+    if adapters:
+        raise UserError(
+            "method='ppo' with adapters: the critic is a copy of all weights, which are all trained; leave out "
+            "lora_rank and peft_config, or use another method"
+        )
 
 
 def try_options(config: BuPOConfig, rewards: Sequence[Any]) -> None:

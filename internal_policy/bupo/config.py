@@ -27,7 +27,13 @@ DATA = "data/runs"
 PolicyLens = Literal["policy", "logit-lens"]
 """The lenses under which an internal policy is optimised: without the final norm, or with it."""
 POLICY_LENSES = get_args(PolicyLens)
-METHODS = ("bupo", "grpo", "rloo", "reinforce++")
+METHODS = ("bupo", "grpo", "rloo", "reinforce++", "ppo")
+PPO_DEFAULTS: Mapping[str, float] = MappingProxyType(
+    {"critic_learning_rate": 1e-5, "gamma": 1.0, "gae_lambda": 1.0, "value_clip": 0.2}
+)
+"""Options that only ``method="ppo"`` has, with their defaults; the learning rate is that of arXiv 2512.19673v3,
+appendix A.5."""
+PPO_OPTIONS = tuple(PPO_DEFAULTS)
 AGGREGATIONS = ("sequence-mean", "token-mean")
 AUTO = "auto"
 PAPER_PROMPTS = "zwhe99/DeepMath-103K"
@@ -71,6 +77,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "weight_decay": 0.0,
             "epsilon": 0.2,
             "max_completion_length": 44,
+            "critic_learning_rate": 1e-3,
         },
     }
 )
@@ -84,6 +91,7 @@ _AT_LEAST = {
     **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
     **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
     **dict.fromkeys(("learning_rate", "ipa_learning_rate", "upper_lr_scale"), 0),
+    **dict.fromkeys(PPO_OPTIONS, 0),
     "num_generations": 2,
 }
 
@@ -108,7 +116,7 @@ class TrainConfig:
     """Steps of the first phase, internal policy alignment (s_inter), or auto: until its dynamics deteriorate. Default:
     the preset's share of the run, or 20 of 300 steps."""
     method: str = option("bupo", choices=METHODS)
-    """bupo, grpo, rloo or reinforce++."""
+    """bupo, grpo, rloo, reinforce++ or ppo."""
     reward: str | None = option(None, completions=VERIFIERS)
     r"""math (math-verify on the last \boxed{}), exact, or module:function. Default: exact for the embedded tasks, else
     math."""
@@ -124,6 +132,15 @@ class TrainConfig:
     """Learning rate. Default: the preset's, or 1e-6."""
     ipa_learning_rate: float | None = None
     """Learning rate of the first phase, under the same schedule. Default: the learning rate of the second phase."""
+    critic_learning_rate: float | None = None
+    """With ppo: learning rate of the critic, under the same schedule. Default: the preset's, or 1e-5."""
+    gamma: float | None = None
+    """With ppo: discount of the rewards, from 0 to 1. Default: 1."""
+    gae_lambda: float | None = None
+    """With ppo: lambda of generalised advantage estimation, from 0 to 1. Default: 1."""
+    value_clip: float | None = None
+    """With ppo: largest change of a value on one batch of rollouts, in units of the reward; 0 disables the clipping.
+    Default: 0.2."""
     prompts_per_step: int | None = None
     """Prompts in a batch of rollouts. Default: the preset's, or 128."""
     num_generations: int = 8
@@ -215,6 +232,7 @@ class TrainConfig:
             )
         if self.method != "bupo" and self.ipa_steps not in (None, 0):
             raise UserError(f"ipa_steps={self.ipa_steps} with method={self.method!r}; only bupo has a first phase")
+        refuse_ppo_options(self, self.method)
         ours = [name for name in ("prompts_per_step", "mini_batches") if getattr(self, name) is not None]
         theirs = [name for name in TRL_BATCH_OPTIONS if name in self.trl_options]
         if ours and theirs:
@@ -245,7 +263,10 @@ class TrainConfig:
             UserError: more steps of alignment than steps, or more prompts than a run can have.
         """
         preset = self.preset or ("testbed" if self.model.startswith("testbed/") else None)
-        settings = dict(PRESETS[preset] if preset else PAPER)
+        settings = {**PPO_DEFAULTS, **(PRESETS[preset] if preset else PAPER)}
+        if self.method != "ppo":
+            for name in PPO_OPTIONS:
+                del settings[name]
         if any(name in self.trl_options for name in TRL_BATCH_OPTIONS):
             del settings["prompts_per_step"], settings["mini_batches"]
         steps = self.max_steps or settings["max_steps"]
@@ -326,6 +347,16 @@ def check_values(options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
             raise UserError(f"{message} at least {_AT_LEAST[name]}")
         if name in ("temperature", "top_p", "save_steps") and (value <= 0 or (name == "top_p" and value > 1)):
             raise UserError(f"{message} a number above 0" + (", at most 1" if name == "top_p" else ""))
+
+
+def refuse_ppo_options(config: Any, method: str) -> None:
+    """Refuse options of the critic with a method that has none, and shares that are above 1."""
+    for name in PPO_OPTIONS:
+        value = getattr(config, name)
+        if value is not None and method != "ppo":
+            raise UserError(f"{name}={value} with method={method!r}; only ppo has a critic")
+        if name in ("gamma", "gae_lambda") and value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; needed is a number from 0 to 1")
 
 
 def second_phase(method: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from internal_policy.bupo.config import ALIGNMENT, PAPER_PROMPTS, TRL_BATCH_OPTIONS
+from internal_policy.bupo.config import ALIGNMENT, PAPER_PROMPTS, PPO_OPTIONS, TRL_BATCH_OPTIONS
 from internal_policy.bupo.run import EVALUATIONS, MANIFEST, Run
 from internal_policy.utils.citation import bibtex
 from internal_policy.utils.console import number, percent_span
@@ -42,6 +42,7 @@ UPLOADED = (
 """The files from which transformers loads a model; optimiser states and pickled arguments are not uploaded."""
 PUBLISHED_SETTINGS = (
     *("preset", "method", "ipa_steps", "max_steps", "seed", "learning_rate", "ipa_learning_rate", "prompts_per_step"),
+    *PPO_OPTIONS,
     *("num_generations", "mini_batches", "max_completion_length", "max_prompt_length", "template", "temperature"),
     *("site", "lens", "aggregation", "freeze_layers", "upper_lr_scale", "lora_rank", "entropy_sequences"),
     *("dynamics_every", "dynamics_responses", "save_steps", "dtype", "trust_remote_code"),
@@ -62,6 +63,7 @@ _METHODS = {
     "grpo": "Group Relative Policy Optimization (GRPO)",
     "rloo": "REINFORCE Leave-One-Out (RLOO)",
     "reinforce++": "REINFORCE++",
+    "ppo": "Proximal Policy Optimization (PPO)",
 }
 _MOST_STEPS = 12
 _BODY = """\

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.analysis.results import REPORT
+from internal_policy.bupo.critic import CRITIC
 from internal_policy.bupo.dynamics import FIXED_RESPONSES
 from internal_policy.bupo.run import (
     ADAPTER,
@@ -55,7 +56,7 @@ SETTINGS = "run_settings.json"
 FILES = "checkpoint_files.json"
 """The digests of a checkpoint's files; written after all of them."""
 _RANDOM_STATES = "rng_state*"
-_RESUME_FILES = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES)
+_RESUME_FILES = ("optimizer*", "global_step*", "scheduler.pt", "scaler.pt", _RANDOM_STATES, CRITIC)
 """Files of a checkpoint that are needed only to resume; ``global_step*`` is DeepSpeed's."""
 _N_RESUMABLE = 2
 """Number of newest checkpoints that keep these files; a killed run may leave the newest one incomplete."""

@@ -20,7 +20,7 @@ import pandas as pd
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.finished import source_digest
 from internal_policy.analysis.results import ANALYSIS as ANALYSIS_FORMAT
-from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig
+from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig, second_phase
 from internal_policy.data.records import SUFFIXES
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
@@ -60,7 +60,7 @@ class Run:
     name: str
     """The model's name."""
     method: str
-    """bupo, grpo, rloo or reinforce++."""
+    """bupo, grpo, rloo, reinforce++ or ppo."""
     layer: int | None
     """The layer whose policy was optimised first."""
     layer_reason: str
@@ -122,13 +122,14 @@ class Run:
         """The name of the run in figures."""
         config = self.config
         if self.method != "bupo" or self.layer is None:
-            parts = [{"grpo": "GRPO", "bupo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}[self.method]]
+            # The second phase of bupo is GRPO.
+            parts = [second_phase(self.method).upper()]
         else:
             site = {"layer": "layer", "attn": "attention", "ffn": "FFN"}[config["site"]]
             steps = AUTO if config["ipa_steps"] == AUTO else counted(self.ipa_steps, "step")
             parts = ["BuPO", f"{site} {self.layer}", steps]
         parts += [
-            text.format(config[name]) for name, (usual, text) in _LABEL_PARTS.items() if config[name] not in usual
+            text.format(config[name]) for name, (usual, text) in _LABEL_PARTS.items() if config.get(name) not in usual
         ]
         return ", ".join(parts)
 
@@ -219,6 +220,9 @@ _LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "upper_lr_scale": ((1.0,), "{:g}x above"),
     "aggregation": ((None, "sequence-mean"), "{}"),
     "lora_rank": ((0,), "LoRA {}"),
+    "gamma": ((None, 1.0), "gamma {:g}"),
+    "gae_lambda": ((None, 1.0), "lambda {:g}"),
+    "value_clip": ((None, 0.2), "value clip {:g}"),
 }
 _NOT_IN_SETTING = {
     *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from internal_policy.bupo.checks import (
+    check_critic,
     check_experts,
     check_head,
     depends_on_absolute_positions,
@@ -25,6 +27,7 @@ from internal_policy.bupo.checks import (
     warn_of_dropout,
 )
 from internal_policy.bupo.config import AUTO
+from internal_policy.bupo.critic import Critic, CriticTraining
 from internal_policy.bupo.forward import needs_streamed_head, positions_from_mask, streamed_head
 from internal_policy.bupo.trainer_config import BuPOConfig
 from internal_policy.extractors.truncated import check_layer, internal_forward
@@ -38,7 +41,7 @@ _PHASE = "aligns"
 
 
 class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
-    """GRPO, RLOO, REINFORCE++, or BuPO: internal policy alignment first, then GRPO.
+    """GRPO, RLOO, REINFORCE++, PPO, or BuPO: internal policy alignment first, then GRPO.
 
     The phase of a batch of rollouts is determined when it is sampled, from ``state.global_step``, and stays the same
     for all its updates, so that old and new log-probabilities are always of the same policy.
@@ -88,9 +91,13 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         check_head(self.policy_module, self.temperature)
         self._positions_from_mask = depends_on_absolute_positions(self.policy_module)
         self._has_dropout = warn_of_dropout(self.policy_module)
+        self.critic_training: CriticTraining | None = self._make_critic() if self.args.method == "ppo" else None
+        """With ``method="ppo"``: the critic and its optimiser."""
         self._freeze()
         if self.args.alignment_rate != 1.0:
             self.add_callback(_AlignmentRate(self))
+        if self.critic_training is not None:
+            self.add_callback(_CriticUpdate(self, self.critic_training))
 
     @property
     def policy_module(self) -> nn.Module:
@@ -127,6 +134,27 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight is not tied]
         for part in [*list(self._layers)[: self.args.freeze_layers], *embeddings]:
             part.requires_grad_(False)
+
+    def _make_critic(self) -> CriticTraining:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        adapters = hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
+        check_critic(self.accelerator.num_processes, sharded=sharded, adapters=adapters)
+        critic = Critic(self.policy_module, positions_from_mask=self._positions_from_mask).to(self.accelerator.device)
+        if self.args.gradient_checkpointing:
+            critic.enable_gradient_checkpointing()
+        decayed = set(self.get_decay_parameter_names(critic))
+        return CriticTraining(critic, self.args, decayed, self.accelerator.autocast)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.critic_training is not None and not self.args.save_only_model:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self.critic_training.save(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.critic_training is not None and checkpoint is not None:
+            self.critic_training.load(Path(checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make TRL's optimiser, with ``upper_lr_scale`` times its learning rate for the layers above ``layer``."""
@@ -217,6 +245,9 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         # TRL computes importance ratio, clipping and mean (eq. 9), here of the policy that the rollouts belong to.
+        if self.critic_training is not None and self.model.training:
+            # Before the policy's forward pass, so that only one of the two graphs is held at a time.
+            self.critic_training.accumulate_gradients(inputs, self.current_gradient_accumulation_steps)
         with self._policy(bool(inputs[_PHASE])):
             loss: Tensor = super()._compute_loss(model, inputs)
         return loss
@@ -225,6 +256,11 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         if self.args.method in ("bupo", "grpo"):
             return
         assert self._rewards is not None
+        if self.critic_training is not None:
+            self.log_metric("explained_variance", self.critic_training.add_advantages(batch, self._rewards))
+            # A response's mean over its tokens, for the table of completions.
+            self._log_advantages(batch["advantages"].sum(dim=1) / batch["value_mask"].sum(dim=1).clamp(min=1))
+            return
         if self.args.method == "rloo":
             advantages = leave_one_out_advantages(self._rewards, self.num_generations)
         else:
@@ -233,7 +269,10 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         local = len(batch["prompt_ids"])
         start = self.accelerator.process_index * local
         batch["advantages"] = advantages[start : start + local].to(batch["advantages"])
-        # Replace GRPO's advantages, which TRL has logged for its table of completions.
+        self._log_advantages(advantages)
+
+    def _log_advantages(self, advantages: Tensor) -> None:
+        """Replace GRPO's advantages, which TRL has logged for its table of completions."""
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
@@ -286,6 +325,21 @@ class _AlignmentRate(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Restore the rates."""
         for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
             group["lr"] = rate
+
+
+class _CriticUpdate(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Updates the critic whenever the policy is updated, with the same schedule of the learning rate."""
+
+    def __init__(self, trainer: BuPOTrainer, critic_training: CriticTraining) -> None:
+        self._trainer = trainer
+        self._critic_training = critic_training
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the critic's step."""
+        group = kwargs["optimizer"].param_groups[0]
+        loss, norm = self._critic_training.update(group["lr"] / group["initial_lr"])
+        self._trainer.log_metric("value_loss", loss)
+        self._trainer.log_metric("critic_grad_norm", norm)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:

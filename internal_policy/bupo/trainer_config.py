@@ -19,11 +19,14 @@ from internal_policy.bupo.config import (
     AUTO,
     METHODS,
     POLICY_LENSES,
+    PPO_DEFAULTS,
+    PPO_OPTIONS,
     STEP_OPTIONS,
     TRL_BATCH_OPTIONS,
     PolicyLens,
     TrainConfig,
     check_values,
+    refuse_ppo_options,
 )
 from internal_policy.models.options import SITES, Site
 from internal_policy.utils.errors import UserError, counted
@@ -32,6 +35,9 @@ from internal_policy.utils.options import require_one_of
 _LOSS_TYPES = {"sequence-mean": "grpo", "token-mean": "dapo"}
 # TRL would refuse any other type only in the first update.
 _TRL_LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+_CLIPPED_BY_TOKEN = ("grpo", "dapo", "bnpo", "dr_grpo")
+"""Losses that differ only in how the clipped objective of the tokens is averaged."""
+_USUAL_IN_PPO = {"importance_sampling_level": "token", "off_policy_mask_threshold": None}
 
 _NEUTRAL_IN_ALIGNMENT = {
     "beta": (0.0, "the KL penalty would compare log-probabilities of pi^l with those of the reference's final policy"),
@@ -66,6 +72,7 @@ _FIXED_OPTIONS = {
 _SHARED_FIELDS = (
     *("method", "ipa_learning_rate", "site", "lens", "aggregation", "freeze_layers", "upper_lr_scale"),
     *("entropy_sequences", "seed", "learning_rate", "num_generations", "temperature"),
+    *PPO_OPTIONS,
 )
 """Fields of ``TrainConfig`` that ``BuPOConfig`` has under the same name and with the same meaning."""
 _LARGEST_BATCH = {"cpu": 64, "cuda": 4}
@@ -83,7 +90,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """
 
     method: str = "bupo"
-    """bupo, grpo, rloo or reinforce++: how advantages are computed, and whether an internal policy comes first."""
+    """bupo, grpo, rloo, reinforce++ or ppo: how advantages are computed, and whether an internal policy comes first."""
     layer: int | None = None
     """l, from 1: the layer whose policy is optimised in the first phase; ``upper_lr_scale`` applies above it."""
     ipa_steps: int | str = 0
@@ -102,6 +109,14 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above ``layer`` (a baseline of appendix B.2 uses 0.1)."""
+    critic_learning_rate: float | None = None
+    """With ``method="ppo"``: learning rate of the critic, under the same schedule; None means 1e-5."""
+    gamma: float | None = None
+    """With ``method="ppo"``: discount; None means 1."""
+    gae_lambda: float | None = None
+    """With ``method="ppo"``: lambda of generalised advantage estimation; None means 1."""
+    value_clip: float | None = None
+    """With ``method="ppo"``: largest change of a value on one batch of rollouts; None means 0.2, 0 no clipping."""
     entropy_sequences: int = 64
     """Rollouts of a step on which the entropy of pi_theta is measured, over all processes; 0 disables it."""
     ddp_find_unused_parameters: bool | None = None
@@ -130,6 +145,9 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 # In the first phase no gradient reaches the layers above l.
                 self.ddp_find_unused_parameters = True
             self._refuse_options_wrong_in_alignment()
+        refuse_ppo_options(self, self.method)
+        if self.method == "ppo":
+            self._complete_ppo()
         super().__post_init__()
         self.check_steps()
 
@@ -181,6 +199,32 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 "use non-reentrant gradient checkpointing"
             )
 
+    def _complete_ppo(self) -> None:
+        """Fill in the options of the critic, and refuse others that would not give the loss of PPO."""
+        for name, usual in PPO_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, usual)
+        if self.loss_type not in _CLIPPED_BY_TOKEN:
+            raise UserError(
+                f"loss_type={self.loss_type!r} with method='ppo', which clips the ratio of every token; needed is one "
+                f"of {', '.join(_CLIPPED_BY_TOKEN)}"
+            )
+        for name, needed in _USUAL_IN_PPO.items():
+            if getattr(self, name) != needed:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} with method='ppo', whose ratios and advantages belong to tokens, "
+                    "not to whole responses; leave it out"
+                )
+        if self.fp16:
+            raise UserError(
+                "fp16=True with method='ppo': the gradients of the critic are not scaled; use bf16, or float32"
+            )
+        if not self.learning_rate > 0:
+            raise UserError(
+                f"learning_rate is {self.learning_rate} with method='ppo': the critic follows the policy's schedule; "
+                "needed is a learning_rate above 0"
+            )
+
     def check_steps(self) -> None:
         """Check the settings that depend on the layer and the number of steps, which may be known only later."""
         if self.method == "bupo" and self.layer is None and self.ipa_steps != 0:
@@ -205,7 +249,7 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 f"freeze_layers is {self.freeze_layers} and layer {self.layer}: the first phase would have nothing to "
                 "train below the head; freeze fewer layers, or use method='grpo' (the baseline of appendix B.2)"
             )
-        if self.method in ("rloo", "reinforce++"):
+        if self.method in ("rloo", "reinforce++", "ppo"):
             for name, usual in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
                 if getattr(self, name) != usual:
                     raise UserError(

@@ -21,7 +21,7 @@ from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
-from internal_policy.bupo.config import ALIGNMENT, AUTO, TrainConfig
+from internal_policy.bupo.config import ALIGNMENT, AUTO, PPO_OPTIONS, TrainConfig
 from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
 from internal_policy.bupo.hub import write_card
 from internal_policy.bupo.layer_accuracy import watch_layer
@@ -75,7 +75,7 @@ def train(
     callbacks: list[Any] | None = None,
     **options: Any,
 ) -> Run:
-    r"""Train a language model with BuPO, GRPO, RLOO or REINFORCE++.
+    r"""Train a language model with BuPO, GRPO, RLOO, REINFORCE++ or PPO.
 
     A step is one batch of rollouts with all its updates, as in the paper; all ``*_steps`` here count steps. Options
     that are not given come from the preset, or else are the defaults of ``TrainConfig``.
@@ -152,7 +152,8 @@ def _train(
     )
     interval = 0 if state.sharded else eval_interval(config, trainer_config.layer)
     evaluates = config.eval_samples != 0 and (config.benchmark is not None or testbed)
-    check_run(config, trainer_config, model, peft_config, state.sharded, measures=interval > 0, evaluates=evaluates)
+    measured = {"measures": interval > 0, "evaluates": evaluates}
+    check_run(config, trainer_config, model, peft_config, state.sharded, processes=state.number, **measured)
     try_options(trainer_config, rewards)
     dataset = make_prompt_dataset(config, source, trainer_config, model, needs_answer=needs_answers(rewards))
     hooked = attached_code(model.model)
@@ -328,9 +329,10 @@ def _settings(
         "rewards": [getattr(r, "__name__", type(r).__name__) for r in rewards],
         "peft": None if peft_config is None else _describe_adapters(peft_config),
     }
-    if config.eval_layer is None:
-        # Runs without it are stored as they were before there was this option.
-        del settings["eval_layer"]
+    for name in ("eval_layer", *PPO_OPTIONS):
+        if settings[name] is None:
+            # Runs without it are stored as they were before there was this option.
+            del settings[name]
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
 

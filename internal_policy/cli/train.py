@@ -34,7 +34,7 @@ class SetOptions(ConsoleOptions):
 
 @dataclass(frozen=True)
 class TrainCommand(TrainConfig, SetOptions):
-    """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++), evaluate it, draw the figures."""
+    """Train a model with Bottom-up Policy Optimization (or GRPO, RLOO, REINFORCE++, PPO), evaluate it, draw figures."""
 
     def run(self) -> None:
         """Run the command; options that contradict each other and bad input raise a `UserError`."""

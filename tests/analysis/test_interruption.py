@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from internal_policy import Analysis
 
-KILLS = 12
+KILLS = 7
 
 
 def command(output):

@@ -69,7 +69,7 @@ def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
         ({"ipa_steps": 1, "method": "grpo"}, "only bupo has a first phase"),
         ({"ipa_steps": "\u00b2"}, "ipa_steps is '\u00b2'; needed is a number of steps or auto"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"method": "ppo"}, "method is 'ppo'; needed is one of bupo, grpo, rloo, reinforce++"),
+        ({"method": "dpo"}, "method is 'dpo'; needed is one of bupo, grpo, rloo, reinforce++, ppo"),
         ({"preset": "qwen9"}, "preset is 'qwen9'; needed is one of qwen, qwen3-8b, llama, testbed"),
         ({"site": "mlp"}, "site is 'mlp'; needed is one of layer, attn, ffn"),
         ({"lens": "wide"}, "lens is 'wide'; needed is one of policy, logit-lens"),

@@ -175,14 +175,21 @@ def test_training_resumes_from_the_newest_complete_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"method": "grpo"}], ids=["bupo", "grpo"])
-def test_killed_at_each_update(place, uninterrupted, options):
-    name = "-".join(map(str, options.values()))
-    options = {"ipa_steps": 0, **options} if "method" in options else options
+def test_killed_at_each_update(place, uninterrupted):
     moments = [("on_step_end", update) for update in range(1, LAST + 1)]
     moments += [(e, update) for e in ("on_save", *WRITING) for update in range(UPDATES, LAST + 1, UPDATES)]
     for event, update in [*moments, ("on_train_end", LAST)]:
-        output = f"each-{name}-{event}-{update}"
+        output = f"each-{event}-{update}"
+        killed(place, output, event, update)
+        assert_same(uninterrupted(), train(place, output))
+
+
+@pytest.mark.slow
+def test_grpo_killed_around_a_step_in_the_middle(place, uninterrupted):
+    """Its steps are those of the second phase above, of which each is killed."""
+    options = {"method": "grpo", "ipa_steps": 0}
+    for event, update in [("on_step_end", 3), *((e, 4) for e in ("on_step_end", "on_save", *WRITING))]:
+        output = f"grpo-{event}-{update}"
         killed(place, output, event, update, **options)
         assert_same(uninterrupted(**options), train(place, output, **options))
 
@@ -199,6 +206,23 @@ def test_separate_learning_rates_are_resumed(place, uninterrupted, update):
     assert run.history["learning_rate"].tolist() == pytest.approx(
         [7 / 8 * 5e-3, 5 / 8 * 5e-3, 3 / 8 * 2e-3, 1 / 8 * 2e-3]
     )
+
+
+@pytest.mark.slow
+def test_the_critic_of_ppo_is_resumed(place, uninterrupted):
+    """Its rate is large enough for its values to matter, and its schedule and optimiser go on where they were."""
+    ppo = {"method": "ppo", "ipa_steps": 0, "critic_learning_rate": 1e-2, "gae_lambda": 0.9, "weight_decay": 0.1}
+    killed(place, "ppo", "on_step_end", 5, **ppo)
+    run, resumed = uninterrupted(**ppo), train(place, "ppo", **ppo)
+    assert_same(run, resumed)
+    assert (run.history["explained_variance"][1:] != 0).all()
+    states = [each.path / "checkpoints" / f"checkpoint-{LAST}" / "critic" for each in (run, resumed)]
+    weights = [load_file(state / "critic.safetensors") for state in states]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    optimizers = [torch.load(state / "optimizer.pt", weights_only=True)["state"] for state in states]
+    assert optimizers[0].keys() == optimizers[1].keys() != set()
+    for one, other in zip(*(each.values() for each in optimizers), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.slow

@@ -162,7 +162,9 @@ def test_a_custom_reward_and_a_trl_flag(tmp_path, monkeypatch, capsys):
 
 
 BAD_ARGUMENTS = [
-    (["--method", "ppo"], "--method is 'ppo'; needed is one of bupo, grpo, rloo, reinforce++"),
+    (["--method", "dpo"], "--method is 'dpo'; needed is one of bupo, grpo, rloo, reinforce++, ppo"),
+    (["--gamma", "0.9"], "gamma=0.9 with method='bupo'; only ppo has a critic"),
+    (["--method", "ppo", "--gae-lambda", "2"], "gae_lambda is 2.0; needed is a number from 0 to 1"),
     (["--preset", "qwen9"], "--preset is 'qwen9'"),
     (["--aggregation", "sum"], "--aggregation is 'sum'"),
     (["--template", "qwen9"], "--template is 'qwen9'"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from capture_checks import FLOAT32_NATS, captured
 from test_families import oracle
-from tiny import ragged_responses, tiny_model, tiny_tokenizer
+from tiny import FAST, ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import UserError, analyze, models
 from internal_policy.analysis.config import BACKENDS
@@ -45,6 +45,8 @@ COLUMNS = ("hooks", *OPENERS)
 HEAD = ["family", "`model_type`", *(f"`{b}`" for b in BACKENDS), "NDIF"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDED_FAMILIES = (*FAST, "gpt2", "glm", "granite")
+"""Families compared in 16 bits: they differ by their norms, rotation, blocks, caps, multipliers and experts."""
 COSINES = np.array(["cosine" in name for name in QUANTITIES])
 RESCALED = np.array(["rescaled" in name for name in QUANTITIES])
 # transformer-lens recomputes in float32, with products in another order. Seen: 1e-6 nats, 2e-7.
@@ -92,11 +94,11 @@ def differences(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("backend", OPENERS)
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_backend_matches_the_hooks(model_type, backend, tied, dtype):
+@pytest.mark.parametrize("model_type", ROUNDED_FAMILIES)
+def test_every_backend_matches_the_hooks_in_16_bits(model_type, backend, tied, dtype):
     stated = documented()[model_type][COLUMNS.index(backend)]
     ours, gap = None, None
     try:
@@ -135,6 +137,8 @@ def cell(model_type, backend):
                 ours = values(model_type, tied, "float32", OPENERS[backend])
                 between = differences(ours, by_hooks(model_type, tied, "float32"))
                 found = max(between["nats"], between["rescaled"])
+                if between["cosine"] > tolerance(model_type, backend, "float32", "cosine"):
+                    return f"cosines differ by {between['cosine']:.1g}"
             largest = max(largest, found)
     except Exception as error:
         return reason(error)
@@ -221,6 +225,16 @@ def test_a_cell_shows_an_error_or_a_difference(monkeypatch):
         return HookExtractor(model)
 
     monkeypatch.setitem(OPENERS, "nnsight", louder)
+    found = cell("llama", "nnsight")
+    assert found.startswith("cosines differ by ")
+    assert not same("0", found, "nnsight")
+
+    # The final norm follows every state of which a cosine is taken.
+    def longer(model):
+        model.model.model.norm.weight.data.mul_(1.01)
+        return HookExtractor(model)
+
+    monkeypatch.setitem(OPENERS, "nnsight", longer)
     found = cell("llama", "nnsight")
     assert found.startswith("differs by ")
     assert not same("0", found, "nnsight")

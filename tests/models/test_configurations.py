@@ -92,7 +92,7 @@ def test_any_setting_loads_or_is_refused(data, checkpoints, tmp_path_factory):
 
 
 @pytest.mark.slow
-@settings(UNHURRIED, max_examples=1500)
+@settings(UNHURRIED, max_examples=600)
 @given(data=st.data())
 def test_any_of_many_settings_loads_or_is_refused(data, checkpoints, tmp_path_factory):
     mutate(data, checkpoints, tmp_path_factory)

@@ -24,6 +24,7 @@ from documents import (
     command_lines,
     reason_not_run,
     run_blocks,
+    shortened,
 )
 
 from internal_policy import UserError
@@ -81,6 +82,22 @@ def test_every_skipped_command_has_a_reason():
     for line in ("figures data/analyses/* data/runs/*", "analyze  # seconds", "train --layer 7 --max-steps 60"):
         assert reason_not_run(f"internal-policy {line}") is None
     assert reason_not_run("internal-policy analyze --model Qwen/Qwen3-4B --tolerance 0.02") == "needs the hub"
+
+
+def test_long_commands_are_shortened_and_others_are_not():
+    for line, run in {
+        "evaluate --samples 4 --max-problems 128 --site ffn  # all": "evaluate --site ffn --samples 2 --max-problems 8",
+        "ablate --max-responses 64": "ablate --max-responses 16",
+        "train --max-steps 60 --ipa-steps 6": "train --ipa-steps 6 --max-steps 6",
+    }.items():
+        assert shortened(f"internal-policy {line}").split() == ["internal-policy", *run.split()]
+    for line in ("internal-policy analyze --max-responses 128  # seconds", "echo train --max-steps 60"):
+        assert shortened(line) == line
+    # What is shortened is accepted by the command.
+    for page in SHOWN:
+        for _, line in command_lines(page):
+            if reason_not_run(line) is None and (arguments := command_arguments(shortened(line))):
+                assert complaint(arguments) is None, line
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=name)

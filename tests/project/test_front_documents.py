@@ -52,7 +52,7 @@ PLACES = {
     "section 3.2": "entrop|stage|H_Layer|response tokens",
     "section 5": "Avg@K|Pass@K|evaluation|PAPER_K",
     "appendix A.2": "template",
-    "appendix A.5": r"Avg@K|Pass@K|PAPER_K|C\(n",
+    "appendix A.5": r"Avg@K|Pass@K|PAPER_K|C\(n|critic",
     "appendix B.2": "baseline",
     "appendix B.5": "cosine",
     "table 1": "AIME25",

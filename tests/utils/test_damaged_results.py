@@ -104,7 +104,7 @@ def test_a_damaged_result_is_refused_or_unchanged(files, which, damage):
 
 
 @pytest.mark.slow
-@settings(max_examples=4000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(which=st.integers(0, 1000), damage=DAMAGE)
 def test_a_result_with_any_damage_is_refused_or_unchanged(files, which, damage):
     check(files, which, damage)

@@ -258,7 +258,7 @@ for _ in range(int(sys.argv[3])):
 
 @pytest.mark.slow
 def test_of_two_simultaneous_processes_one_succeeds_and_one_is_refused(tmp_path):
-    times = 20
+    times = 8
     expected = [analyze("testbed/qwen3", seed=s, max_responses=4, max_new_tokens=6, batch_size=2) for s in (0, 1)]
     start = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     pair = [subprocess.Popen([sys.executable, "-c", TWO, str(s), tmp_path, str(times)], **start) for s in (0, 1)]
