@@ -93,7 +93,9 @@ def changes(tables: Tables) -> pd.DataFrame:
         cosine_30, cosine at step 30 less that of the start; kl_fall, lowest KL after the start less that of the start;
         kl_rise, last KL over the lowest of all, less 1; perplexity_60, log-perplexity on the start's responses less
         that of the start; length, mean of the last ten steps less that of the first ten; reward_rise, best mean of ten
-        steps less that of the first ten; reward_fall, best mean of ten steps less that of the last ten.
+        steps less that of the first ten; reward_fall, best mean of ten steps less that of the last ten. Beside the
+        predictions, and each at the end less the start: solutions_60 and own_60, log-perplexities on right solutions
+        and on own samples, and own_length, the length of samples for the same problems.
     """
     rows = []
     long = quantities(tables)
@@ -111,9 +113,16 @@ def changes(tables: Tables) -> pd.DataFrame:
                 "length": length.iloc[-WINDOW:].mean() - length.iloc[:WINDOW].mean(),
                 "reward_rise": smooth.max() - smooth.iloc[0],
                 "reward_fall": smooth.max() - smooth.iloc[-1],
+                "solutions_60": _gain(series["log_perplexity_solutions"]),
+                "own_60": _gain(series["log_perplexity_own"]),
+                "own_length": _gain(series["own_length"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _gain(series: pd.Series) -> float:
+    return float(series.iloc[-1] - series.iloc[0])
 
 
 def rule(tables: Tables) -> pd.DataFrame:

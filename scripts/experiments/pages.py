@@ -118,10 +118,13 @@ _DYNAMICS = (
     ("cosine_30", "cosine, step 30", 3, 1.0),
     ("kl_fall", "lowest KL, nats", 2, 1.0),
     ("kl_rise", "KL at the end over its lowest, %", 0, 100.0),
-    ("perplexity_60", "log-perplexity, nats", 3, 1.0),
+    ("perplexity_60", "log-perplexity: start's responses", 3, 1.0),
+    ("solutions_60", "right solutions", 3, 1.0),
+    ("own_60", "own samples", 3, 1.0),
 )
 _BEHAVIOUR = (
-    ("length", "length, tokens", 1, 1.0),
+    ("length", "length of rollouts, tokens", 1, 1.0),
+    ("own_length", "length on the same problems", 1, 1.0),
     ("reward_rise", "reward: best over first, points", 1, 100.0),
     ("reward_fall", "reward: best over last, points", 1, 100.0),
 )

@@ -238,6 +238,8 @@ def test_verdicts_on_the_mechanism_follow_from_the_made_up_runs(judged, e1):
     # The mean of steps 51 to 60 less that of 1 to 10, at a tenth of a token a step.
     np.testing.assert_allclose([row["value"], row["low"]], [5.0, 5.0], rtol=0, atol=1e-9)
     assert row["holds"] == "yes"
+    changed = mechanism.changes(e1).iloc[0]
+    np.testing.assert_allclose(changed[["own_length", "solutions_60", "own_60"]].astype(float), [2, 0, 0], **EXACT)
     rewards = np.array([0.45 + 0.01 * min(s, 30) - 0.015 * max(s - 30, 0) for s in range(1, 61)])
     best = max(rewards[s : s + 10].mean() for s in range(51))
     row = only(judged.query("prediction == 'P5'"), model=QWEN, layer=2, rate=1e-4, quantity="reward_fall")
