@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from tables import Tables, joined, over_seeds, read_part
 
 from internal_policy.plotting import style
+from internal_policy.plotting.training import MIN_SEEDS
 from internal_policy.utils import palette
 
 FIGURES = Path("figures/experiments")
@@ -56,6 +57,7 @@ def _lines(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any], label: 
             continue
         look = style.line_style(palette.series(place))
         ax.plot(own["step"], own["value"], label=label(value), **look)
+        own = own[own["seeds"] >= MIN_SEEDS]
         ax.fill_between(own["step"], own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
 
 
@@ -75,7 +77,7 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
         shown: quantities of `mechanism.quantities` and the labels of their axes.
 
     Returns:
-        The figure; bands are 95% intervals over seeds, where there are two.
+        The figure; bands are 95% intervals over seeds, from three on.
     """
     long = mechanism.quantities(tables)
     long = long[(long["model"] == model) & long["quantity"].isin(shown)]
@@ -92,13 +94,17 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             if row == 0:
                 ax.set_title(f"alignment at {_rate(rate)}")
             ax.tick_params(labelbottom=row == len(shown) - 1, labelleft=column == 0)
-        # An interval of few seeds may be many times as wide as what it is about.
+        # An interval may be many times as wide as what it is about.
         _limit(axes[row], own["value"])
         axes[row, 0].set_ylabel(label)
     figure.supxlabel("Step")
     figure.align_ylabels(axes[:, 0])
-    style.figure_legend(figure, axes.ravel().tolist(), band=bool((table["seeds"] > 1).any()))
+    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
     return figure
+
+
+def _banded(table: pd.DataFrame) -> bool:
+    return bool((table["seeds"] >= MIN_SEEDS).any())
 
 
 def _limit(axes: Iterable[Axes], values: pd.Series) -> None:
@@ -131,7 +137,7 @@ def dose_curves(tables: Tables) -> Figure:
             ax.set_title(f"{model}, alignment at {_rate(rate)}")
     figure.supxlabel("Step")
     figure.supylabel("Held-out Avg@1 (%)")
-    style.figure_legend(figure, axes.ravel().tolist(), band=True)
+    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
     return figure
 
 
@@ -256,7 +262,7 @@ def methods(tables: Tables) -> Figure:
         axes[0, column].set_title(model)
     axes[0, 0].set_ylabel("Held-out Avg@1 (%)")
     figure.supxlabel("Step")
-    style.figure_legend(figure, axes.ravel().tolist(), band=True)
+    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
     return figure
 
 
