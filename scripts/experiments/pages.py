@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
 from predictions import NO, NOT_RUN, UNDECIDED, YES
-from summaries import EVIDENCE, summaries
+from summaries import EVIDENCE, GATE, summaries
 
 PAGE = Path("docs/results.md")
 NOTHING = "*No run of this part is stored.*"
@@ -260,6 +260,25 @@ def e2_power(found: Found) -> str:
     return _table(heads, rows)
 
 
+def e3_gate(found: Found) -> str:
+    """How near each candidate for a start of E3 came to its gate."""
+    table = found[GATE]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for row in table.to_dict("records"):
+        numbers = ["-"] * 7
+        if not pd.isna(row["step"]):
+            shares = [f"{100 * row[name]:.1f}" for name in ("pass_at_1", "pass_at_k", "worked_at_k", "greedy")]
+            layer = "none" if pd.isna(row["boundary_layer"]) else f"{row['boundary_layer']:.0f} of 16"
+            numbers = [f"{row['step']:.0f}", *shares, f"{row['entropy']:.2f}", layer]
+        counts = [str(row[name]) for name in ("looks", "measured", "but_worked", "passes")]
+        rows.append([f"`{row['candidate']}`", *counts, *numbers])
+    heads = ["candidate", "looks", "measured in full", "pass but for worked-out answers", "pass", "nearest: step"]
+    heads += ["pass@1, %", "Pass@64, %", "worked-out Pass@64, %", "greedy, %", "entropy, nats", "boundary layer"]
+    return _table(heads, rows)
+
+
 def e4_layers(found: Found) -> str:
     """What training at each layer did, beside what is measured of the layer."""
     table, known = found["e4_outcomes"], found[EVIDENCE]
@@ -320,7 +339,7 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
     each.__name__: each
     for each in (
         *(completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_differences),
-        *(e2_auto, e2_power, e4_layers, e4_correlations, methods),
+        *(e2_auto, e2_power, e3_gate, e4_layers, e4_correlations, methods),
     )
 }
 

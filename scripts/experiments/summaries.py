@@ -15,11 +15,13 @@ from predictions import counted, predictions
 from store import DATA
 from tables import completeness, joined, over_seeds, read_part
 
-from internal_policy.bupo.run import write_table
+from internal_policy.bupo.run import read_table, write_table
 
 SUMMARIES = DATA / "summaries"
 EVIDENCE = "e4_evidence"
 """The stored measurements of every layer, which are no summary."""
+GATE = "e3_gate"
+_CONDITIONS = ("pass_at_1", "pass_at_k", "worked_at_k", "greedy", "entropy", "boundary_layer")
 _DIGITS = 6
 
 
@@ -50,10 +52,36 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         "e2_differences": dose.differences(e2),
         "e2_auto": dose.auto(e2),
         "e2_power": dose.power(e2),
+        GATE: gate(read_table(data / "e3" / "gate.csv")),
         "e4_outcomes": layers.outcomes(every_layer),
         "e4_correlations": layers.correlations(every_layer, evidence),
         "methods": dose.methods(with_methods),
     }
+
+
+def gate(looks: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the search for a start of E3.
+
+    Args:
+        looks: ``gate.csv`` of scripts/testbed/headroom.py, a row for each kept step that was looked at.
+
+    Returns:
+        A row per candidate: looks; measured, those of which everything was; passes, those that meet all conditions;
+        but_worked, those that meet all but that answers are worked out; and of the measured look that fails the fewest
+        conditions (of equals the one with the highest worked_at_k) its step and numbers.
+    """
+    rows = []
+    for name, own in looks.groupby("candidate") if len(looks) else ():
+        whole = own[own["pass_at_k"].notna()]
+        row = {"candidate": name, "looks": len(own), "measured": len(whole), "passes": int(own["passes"].sum())}
+        row["but_worked"] = int((whole["failed"] == "worked_at_k").sum())
+        if len(whole):
+            failed = whole["failed"].fillna("").str.split().str.len()
+            nearest = whole.assign(n=failed).sort_values(["n", "worked_at_k"], ascending=[True, False]).iloc[0]
+            row |= {column: nearest[column] for column in ("step", *_CONDITIONS, "failed")}
+        rows.append(row)
+    first = ["candidate", "looks", "measured", "passes", "but_worked", "step", *_CONDITIONS, "failed"]
+    return pd.DataFrame(rows).reindex(columns=first)
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:

@@ -171,3 +171,25 @@ def test_results_are_stored_from_the_main_runs_only_if_all_are_there(tmp_path):
     stored_results.keep_runs(wanted[:1], target, work)
     kept = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert kept == {f"{wanted[0].name}/{name}" for name in ("run.json", "history.csv")}
+
+
+def test_the_gate_counts_starts_that_only_guess():
+    looks = pd.DataFrame(
+        [
+            {"candidate": "a", "step": 1, "passes": 0, "failed": "worked_at_k", "pass_at_k": 0.9, "worked_at_k": 0.02},
+            {"candidate": "a", "step": 2, "passes": 0, "failed": "worked_at_k", "pass_at_k": 0.9, "worked_at_k": 0.04},
+            {
+                "candidate": "a",
+                "step": 3,
+                "passes": 0,
+                "failed": "greedy entropy",
+                "pass_at_k": 0.9,
+                "worked_at_k": 0.6,
+            },
+            {"candidate": "b", "step": 1, "passes": 0, "failed": "pass_at_k worked_at_k", "pass_at_k": None},
+        ]
+    ).reindex(columns=["candidate", "step", "passes", "failed", *summaries._CONDITIONS])
+    first, second = summaries.gate(looks).to_dict("records")
+    assert [first[name] for name in ("looks", "measured", "passes", "but_worked", "step")] == [3, 3, 0, 2, 2]
+    assert [second[name] for name in ("looks", "measured", "passes", "but_worked")] == [1, 0, 0, 0]
+    assert np.isnan(second["step"])
