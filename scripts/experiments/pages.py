@@ -15,8 +15,9 @@ from typing import Any
 import dose
 import numpy as np
 import pandas as pd
-from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
+from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, LAYERS, LEARNING_RATE, MODELS
 from predictions import NO, NOT_RUN, UNDECIDED, YES
+from run import CURVE_EVERY
 from summaries import EVIDENCE, GATE, summaries
 
 PAGE = Path("docs/results.md")
@@ -204,6 +205,24 @@ def e2_doses(found: Found) -> str:
     return _table(heads, rows)
 
 
+def e2_curves(found: Found) -> str:
+    """Held-out accuracy along the runs."""
+    table = found["e2_curves"]
+    if table.empty:
+        return NOTHING
+    shown = range(0, E2_STEPS + 1, CURVE_EVERY)
+    rows = []
+    for model in MODELS:
+        for value in ("0", *map(str, E2_DOSES), dose.AUTO):
+            for rate in E2_RATES[:1] if value == "0" else E2_RATES:
+                own = [_row(table, model=model, dose=value, rate=rate, step=step) for step in shown]
+                if own[-1] is not None:
+                    name = "GRPO" if value == "0" else f"BuPO, {value}"
+                    cells = [_cell(row, "", sign=False) for row in own]
+                    rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(own[-1])])
+    return _table(["model", "method, dose", "rate", *(f"step {step}" for step in shown), "seeds"], rows)
+
+
 def e2_differences(found: Found) -> str:
     """BuPO minus GRPO at equal total and equal GRPO steps."""
     table = found["e2_differences"]
@@ -281,25 +300,25 @@ def e3_gate(found: Found) -> str:
 
 def e4_layers(found: Found) -> str:
     """What training at each layer did, beside what is measured of the layer."""
-    table, known = found["e4_outcomes"], found[EVIDENCE]
-    if table.empty:
+    table, known, alone = found["e4_outcomes"], found[EVIDENCE], found["e1_outcomes"]
+    if known.empty:
         return NOTHING
     rows = []
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
-            end = _row(table, model=model, layer=layer, measure="avg")
-            wide = _row(table, model=model, layer=layer, measure="pass16")
-            if end is None:
+            own = _row(known, model=model, layer=layer)
+            if own is None:
                 continue
-            own = _row(known, model=model, layer=layer) if len(known) else None
-            cells = ["-"] * 4
-            if own is not None:
-                named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
-                cells = [_number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
+            ends = [_row(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
+            first = _row(alone, model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
+            named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
+            cells = [_number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
             name = f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
-            rows.append([f"`{model}`", name, _cell(end, "over_grpo"), _cell(wide, "over_grpo"), *cells, _seeds(end)])
-    heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "dH_FFN", "its direction part"]
-    return _table([*heads, "gradient cosine", "accuracy of pi^l, %", "seeds"], rows)
+            trained = [_cell(end, "over_grpo") for end in ends]
+            aligned = _cell(first and {**first, "value": first["gain"]})
+            rows.append([f"`{model}`", name, *trained, _seeds(ends[0]), aligned, _seeds(first), *cells])
+    heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "seeds", "Avg@1 by alignment alone (E1, 1e-4)"]
+    return _table([*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows)
 
 
 def e4_correlations(found: Found) -> str:
@@ -338,8 +357,8 @@ def methods(found: Found) -> str:
 TABLES: Mapping[str, Callable[[Found], str]] = {
     each.__name__: each
     for each in (
-        *(completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_differences),
-        *(e2_auto, e2_power, e3_gate, e4_layers, e4_correlations, methods),
+        *(completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_curves),
+        *(e2_differences, e2_auto, e2_power, e3_gate, e4_layers, e4_correlations, methods),
     )
 }
 

@@ -122,6 +122,12 @@ def test_ends_of_doses_have_the_mean_of_each_measure(e2):
     assert set(found["dose"]) == {"0", "4", "12", "24", "48", "auto"}
 
 
+def test_curves_average_the_seeds_at_each_step(e2):
+    row = only(dose.curves(e2), model=QWEN, rate=1e-4, dose="48", step=96)
+    gains = [(120 - 24) * 0.5 / 120 + 1.5 * made_up.NOISE[seed] for seed in range(5)]
+    np.testing.assert_allclose(row["value"], made_up.STARTS[QWEN] + np.mean(gains) * 96 / 120, **EXACT)
+
+
 def test_auto_is_compared_with_grpo_and_with_the_best_dose_of_the_same_seeds(e2):
     row = only(dose.auto(e2), model=QWEN, rate=1e-4)
     assert (row["stops"], row["best"], row["seeds"]) == ("14 15 16", "4", 3)
