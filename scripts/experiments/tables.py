@@ -107,7 +107,8 @@ def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFram
 
     Returns:
         A row per part: planned and done, numbers of runs; whole, the number of seeds all of whose runs are done;
-        hours, of one core, that the missing runs would take at the median time of those done (NaN if none is).
+        hours, of one core, that the missing runs would take at the median time of a step in those done, or in E2's if
+        none is (NaN if there are none of E2 either).
     """
     rows = []
     for part in parts:
@@ -116,14 +117,15 @@ def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFram
         done = set(runs["run"]) if len(runs) else set()
         missing = [job for job in planned if job.name not in done]
         seeds = {job.seed for job in planned} - {job.seed for job in missing}
-        seconds = float(runs["seconds"].median()) if len(runs) else float("nan")
+        timed = runs if len(runs) else read_table(data / "e2" / "runs.csv")
+        step = float((timed["seconds"] / timed["steps"]).median()) if len(timed) else float("nan")
         rows.append(
             {
                 "part": part,
                 "planned": len(planned),
                 "done": len(planned) - len(missing),
                 "whole": len(seeds),
-                "hours": seconds * len(missing) / 3600 if missing else 0.0,
+                "hours": step * sum(job.steps for job in missing) / 3600 if missing else 0.0,
             }
         )
     return pd.DataFrame(rows)

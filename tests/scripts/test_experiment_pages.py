@@ -84,7 +84,7 @@ def test_tables_say_how_many_seeds_and_what_is_missing(found):
     shown = {name: table(found) for name, table in pages.TABLES.items()}
     assert shown["methods"] == pages.NOTHING
     assert "| E1 | 48 of 72 | 2 |" in shown["completeness"]
-    assert "| methods | 0 of 18 | 0 | not known | `make experiment PART=methods` |" in shown["completeness"]
+    assert "| methods | 0 of 18 | 0 | 0.9 | `make experiment PART=methods` |" in shown["completeness"]
     assert "nan" not in "".join(shown.values())
     row = next(line for line in shown["e2_differences"].splitlines() if "qwen3` | 1e-4 | 24 |" in line)
     end = found["e2_differences"].query(

@@ -293,5 +293,9 @@ def test_completeness_counts_runs_and_whole_seeds(tmp_path):
     row = only(tables.completeness(["methods"], tmp_path), part="methods")
     assert (row["planned"], row["done"], row["whole"]) == (18, 12, 2)
     np.testing.assert_allclose(row["hours"], 6 * 180 / 3600, **EXACT)
+    made_up.write(tmp_path, "e2", range(5))
+    # Without a run of its own, a part is taken to be as slow as E2: 180 s for 120 steps.
+    row = only(tables.completeness(["e1"], tmp_path), part="e1")
+    np.testing.assert_allclose(row["hours"], 72 * 60 * 1.5 / 3600, **EXACT)
     assert {job.seed for job in tables.missing_jobs("methods", tmp_path)} == {2}
     assert len(tables.missing_jobs("e1", tmp_path)) == len(jobs("e1"))
