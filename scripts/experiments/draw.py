@@ -14,7 +14,7 @@ import layers
 import mechanism
 import numpy as np
 import pandas as pd
-from jobs import BOUNDARY, E1_RATES, E2_RATES, LAYERS, MODELS
+from jobs import BOUNDARY, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import Tables, joined, over_seeds, read_part
@@ -91,6 +91,8 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             ax.sharex(axes[0, 0])
             ax.sharey(axes[row, 0])
             _lines(ax, own[own["rate"] == rate], "layer", sorted(own["layer"].unique()), lambda x: f"layer {x:.0f}")
+            if not ax.lines:
+                ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes, color=style.NEUTRAL)
             if row == 0:
                 ax.set_title(f"alignment at {_rate(rate)}")
             ax.tick_params(labelbottom=row == len(shown) - 1, labelleft=column == 0)
@@ -175,7 +177,7 @@ def dose_differences(tables: Tables) -> Figure:
                 rows = own[own["comparison"] == comparison].astype({"dose": int}).sort_values("dose")
                 _points(ax, rows["dose"] + (2 * place - 1), rows, place, f"at {comparison}")
             ax.axhline(0, color=style.NEUTRAL, linewidth=0.6)
-            ax.set_xticks([4, 12, 24, 48])
+            ax.set(xlim=(0, 52), xticks=E2_DOSES)
             ax.tick_params(labelleft=column == 0, labelbottom=row == 1)
             if row == 0:
                 ax.set_title(f"{model}\nat {_rate(rate)}")

@@ -2,10 +2,10 @@
 
 python scripts/experiments/stored_results.py     # some minutes, on the machine that has run.py's build/experiments
 
-Written to ``data/experiments``: ``runs`` (tables and settings of GRPO and of BuPO with a tenth of the steps for
-alignment, every seed that was run here, and of one run that only aligns), ``analyses`` (both embedded models before and
-after GRPO and BuPO) and ``evaluations`` (testbed/qwen3 before and after, a benchmark for each level). Nothing is
-replaced unless all runs of seed 0 are there.
+Written to ``data/experiments``: ``alignment`` (tables and settings of runs that only align, one a layer), ``runs`` (the
+same of GRPO and of BuPO with a tenth of the steps for alignment, every seed that was run here), ``analyses`` (both
+embedded models before and after GRPO and BuPO) and ``evaluations`` (testbed/qwen3 before and after, a benchmark for
+each level). ``alignment`` is replaced if its runs are there, and the others if all runs of seed 0 are.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFES
 from internal_policy.data import arithmetic as tasks
 
 DOSE = 12
-WATCHED_LAYER, WATCHED_RATE = 2, 5e-4
-"""The run of E1 whose dynamics are drawn: alignment at its strongest, far below the top."""
+WATCHED_RATE = 1e-4
+"""Rate of the runs of E1 that are drawn, a layer each."""
 RESPONSES, PROBLEMS, SAMPLES = 48, 40, 16
 LEVELS = (2, 3, 4)
 SEED = 20_261_122
@@ -41,9 +41,8 @@ def main_jobs() -> list[Job]:
 
 
 def watched_jobs() -> list[Job]:
-    """The runs of E1 that are drawn, one of each model."""
-    chosen = (WATCHED_LAYER, WATCHED_RATE, 0)
-    return [job for job in jobs("e1") if (job.layer, job.rate, job.seed) == chosen]
+    """The runs of E1 that are drawn, one of each model and layer."""
+    return [job for job in jobs("e1") if (job.rate, job.seed) == (WATCHED_RATE, 0)]
 
 
 def missing(needed: Sequence[Job], work: Path = WORK) -> list[Job]:
@@ -128,16 +127,18 @@ def keep_evaluations(name: str, weights: str, problems: Path) -> None:
 
 def main() -> None:
     """Keep runs, analyses and evaluations."""
+    if not missing(watched_jobs()):
+        keep_runs(watched_jobs(), DATA / "alignment")
     first = [job for job in main_jobs() if job.seed == 0]
     if absent := missing([*first, *watched_jobs()]):
         print(
             f"{len(absent)} runs are not in {WORK} on this machine, such as {absent[0].name}; what is stored was left "
             f"as it is. To replace it, remove them from {DATA}/PART/runs.csv and run scripts/experiments/run.py"
         )
+    if missing(first):
         return
-    everything = [*main_jobs(), *watched_jobs()]
-    gone = {job.name for job in missing(everything)}
-    keep_runs([job for job in everything if job.name not in gone], DATA / "runs")
+    gone = {job.name for job in missing(main_jobs())}
+    keep_runs([job for job in main_jobs() if job.name not in gone], DATA / "runs")
     for model in MODELS:
         for name, weights in states(model).items():
             keep_analysis(name, weights)

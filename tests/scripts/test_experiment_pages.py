@@ -156,9 +156,9 @@ def test_results_are_stored_from_the_main_runs_only_if_all_are_there(tmp_path):
         *("qwen3-grpo-t120-seed0", "qwen3-bupo-l7-s12-lr0.0001-t120-seed0"),
         *("llama-grpo-t120-seed0", "llama-bupo-l6-s12-lr0.0001-t120-seed0"),
     }
-    assert [job.name for job in stored_results.watched_jobs()] == [
-        f"{model}-bupo-l2-s60-lr0.0005-t60-seed0" for model in ("qwen3", "llama")
-    ]
+    assert {job.name for job in stored_results.watched_jobs()} == {
+        f"{model}-bupo-l{layer}-s60-lr0.0001-t60-seed0" for model in ("qwen3", "llama") for layer in (2, 4, 6, 7)
+    }
     work, target = tmp_path / "work", tmp_path / "runs"
     for job in wanted[:2]:
         path = work / job.part / job.name
