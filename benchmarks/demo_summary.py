@@ -78,7 +78,7 @@ def paragraph(analyses: Sequence[Analysis], runs: Sequence[Run]) -> str:
     ahead = "the two are level" if gap == 0 else f"{'BuPO' if gap > 0 else 'GRPO'} is ahead by {abs(gap):.1f} points"
     told.append(
         f"Here {ahead}, but a run this short with a single seed proves nothing about either method: "
-        "docs/results.md has the longer experiments, with several seeds and intervals."
+        "docs/results.md has longer experiments, with intervals."
     )
     return " ".join(told)
 
