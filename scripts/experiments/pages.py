@@ -102,6 +102,35 @@ def completeness(found: Found) -> str:
     return _table(["part", "runs", "whole seeds", "hours of one core for the rest", "command"], rows)
 
 
+def _verdict(row: Mapping[Hashable, Any] | None) -> str:
+    """What an interval says about an effect in accuracy."""
+    if row is None:
+        return "not run"
+    value = _number(float(row["value"]), 1, 100, True)
+    if np.isnan(row["low"]):
+        return f"one seed ({value})"
+    word = "**helped**" if row["low"] > 0 else "**harmed**" if row["high"] < 0 else "not decided"
+    return f"{word} ({value})"
+
+
+def conditions(found: Found) -> str:
+    """Under which conditions alignment helped or harmed, as far as the intervals say."""
+    alone, against = found["e1_outcomes"], found["e2_differences"]
+    rows = []
+    for model in MODELS:
+        for layer in E1_LAYERS:
+            ends = [_row(alone, model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
+            cells = [_verdict(end and {**end, "value": end["gain"]}) for end in ends]
+            rows.append([f"`{model}`", f"layer {layer} alone, 60 steps, against the start", *cells])
+        for comparison in (dose.TOTAL, dose.OPTIMISED):
+            for steps in E2_DOSES:
+                setting = {"model": model, "dose": str(steps), "measure": "avg", "comparison": comparison}
+                cells = [_verdict(_row(against, rate=rate, **setting)) for rate in E2_RATES]
+                what = f"layer {BOUNDARY[model]} for {steps} of {E2_STEPS} steps, against GRPO at {comparison}"
+                rows.append([f"`{model}`", what, *cells, *["-"] * (len(E1_RATES) - len(cells))])
+    return _table(["model", "alignment of", *(f"at {_rate(rate)}" for rate in E1_RATES)], rows)
+
+
 def prediction_counts(found: Found) -> str:
     """In how many settings each prediction holds."""
     rows = [
@@ -357,7 +386,7 @@ def methods(found: Found) -> str:
 TABLES: Mapping[str, Callable[[Found], str]] = {
     each.__name__: each
     for each in (
-        *(completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_curves),
+        *(conditions, completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_curves),
         *(e2_differences, e2_auto, e2_power, e3_gate, e4_layers, e4_correlations, methods),
     )
 }

@@ -95,6 +95,18 @@ def test_tables_say_how_many_seeds_and_what_is_missing(found):
     assert row.endswith("| 3 |")
 
 
+def test_conditions_name_an_effect_only_where_the_interval_excludes_zero(found):
+    lines = pages.conditions(found).splitlines()
+    row = next(line for line in lines if "qwen3` | layer 2 alone" in line)
+    ends = found["e1_outcomes"].query("model == 'testbed/qwen3' and layer == 2 and measure == 'avg'").set_index("rate")
+    # The made-up noise of two seeds is wider than the effect at the lowest rate, and narrower at the highest.
+    assert ends.loc[1e-4, "low"] < 0 < ends.loc[1e-4, "high"]
+    assert ends.loc[5e-4, "high"] < 0
+    assert f"| not decided ({100 * ends.loc[1e-4, 'gain']:+.1f}) |" in row
+    assert row.endswith(f"| **harmed** ({100 * ends.loc[5e-4, 'gain']:+.1f}) |")
+    assert any("**helped** (+10.1)" in line and "48 of 120" in line and "equal GRPO" in line for line in lines)
+
+
 def test_a_single_seed_has_no_interval(tmp_path):
     made_up.write(tmp_path, "e1", range(1))
     alone = summaries.summaries(tmp_path)
