@@ -106,6 +106,7 @@ class Slow(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.slow
 def test_threads_may_share_a_model():
     model = tiny_model("qwen3").train()
     model.model.layers[1].mlp.up_proj = Slow(model.model.layers[1].mlp.up_proj)

@@ -114,6 +114,7 @@ def check_coverage(recorded, directory, repeats):
 
 
 @pytest.mark.parametrize("repeats", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_interval_covers_the_exact_value_with_far_fewer_positions(recorded, tmp_path, repeats):
     n = check_coverage(recorded, tmp_path, repeats)
     assert n.mean() * 10 <= len(recorded.changes)

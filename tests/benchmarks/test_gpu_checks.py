@@ -108,6 +108,7 @@ def failing(record):
 
 
 @fork
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_ends_alone_with_its_figures(tmp_path, monkeypatch, capsys):
     parts = [checks.Part(f.__name__, f"{__name__}:{f.__name__}", 0.6) for f in (crashing, hanging, failing, well)]
     monkeypatch.setattr(checks, "PARTS", parts)

@@ -109,6 +109,7 @@ def test_runs_that_differ_only_in_their_seed_share_a_setting(seeds):
     assert {run.label for run in seeds} == {"BuPO, layer 2, 1 step"}
 
 
+@pytest.mark.slow
 def test_equal_adapter_configs_give_equal_settings(place):
     """Peft fills in the object that it is given, and keeps names in a set, whose order differs between processes."""
     whole = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -220,6 +221,7 @@ def test_reward_failures_are_counted_per_step(failing):
     assert bupo.Run.load(run.path).failures == run.failures
 
 
+@pytest.mark.slow
 def test_failures_include_those_before_an_interruption(place, failing):
     # Between two updates of the third step, whose rollouts are then sampled and scored a second time.
     with pytest.raises(KeyboardInterrupt):

@@ -263,6 +263,7 @@ class Stop(TrainerCallback):
             raise self.error
 
 
+@pytest.mark.slow
 def test_output_directory_of_another_run(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

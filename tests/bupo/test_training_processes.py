@@ -168,6 +168,7 @@ def each(*kinds):
 
 
 @pytest.mark.parametrize("kind", each("sequence-mean", "token-mean", "mini-batches"))
+@pytest.mark.slow
 def test_two_processes_make_the_same_updates_as_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
     before = start

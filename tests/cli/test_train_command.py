@@ -136,6 +136,7 @@ def test_analyses_and_runs_are_drawn_together(finished, tmp_path, monkeypatch, c
     assert (tmp_path / "figures" / path.name / "fig4_training.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_custom_reward_and_a_trl_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shortness.py").write_text(

@@ -316,6 +316,7 @@ def test_invalid_studies(tmp_path, preset, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_reports_failures_and_draws_the_rest(done, root, monkeypatch, capsys):
     monkeypatch.setattr(studies, "STUDIES", {"testbed": (*STUDIES["testbed"], ROWS[1])})
     drawn = []

@@ -169,6 +169,7 @@ def test_files_are_byte_for_byte_the_same_in_another_process_without_torch_and_p
     assert b"/FontFile2" in pdf
 
 
+@pytest.mark.slow
 def test_redrawing_in_one_process_gives_the_same_bytes(tmp_path, monkeypatch):
     first, second = (
         style.save_figure(figures.residual_cosine(make_analyses(1)), tmp_path / name) for name in ("first", "second")

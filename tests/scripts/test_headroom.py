@@ -172,6 +172,7 @@ def test_a_kept_step_can_be_loaded(tmp_path):
         torch.testing.assert_close(value, training.model.state_dict()[name], msg=name)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_response_and_falls(tmp_path):
     recipe = start_recipe(layers=2, batch=16, clean_steps=25, warmup=5)
     training = Training(Candidate("falls", {1: 1.0}, constants=False, recipe=recipe), tmp_path, "cpu")

@@ -211,6 +211,7 @@ def test_import_is_light():
 # --- making them ---
 
 
+@pytest.mark.slow
 def test_make_writes_a_loadable_model(tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "stale").write_text("from an earlier run")
