@@ -140,6 +140,7 @@ def test_other_backends_are_refused(options):
         AnalyzeConfig(heads=True, **options)
 
 
+@pytest.mark.slow
 def test_the_terminal_and_the_report_name_the_heads():
     analysis = run(tiny_model("qwen3_moe"), heads=True)
     table = analysis.additions["heads"].sort_values("attribution", key=abs, ascending=False)

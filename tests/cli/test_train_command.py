@@ -75,6 +75,7 @@ def test_the_summary_has_the_numbers_of_the_run(finished):
     assert "failed" not in text
 
 
+@pytest.mark.slow
 def test_the_same_command_again_says_complete(finished, monkeypatch, capsys):
     place, done = finished
     monkeypatch.chdir(place)

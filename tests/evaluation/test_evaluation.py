@@ -76,6 +76,7 @@ def test_testbed_evaluation_problems_differ_from_those_of_an_analysis():
     assert len([p for p in benchmarks.read_benchmark("testbed") if p.problem in analysed]) <= 8
 
 
+@pytest.mark.slow
 def test_batch_size_and_out_of_memory_retries_do_not_change_results(qwen3, monkeypatch):
     def small_memory(model, requests, **options):
         if len(requests) > 8:
@@ -103,6 +104,7 @@ def test_a_loaded_model_is_used_as_is_and_keeps_its_training_mode(qwen3):
         evaluate(model.model, "testbed")
 
 
+@pytest.mark.slow
 def test_the_mathematical_verifier_agrees_on_plain_numbers(qwen3, tmp_path):
     rows = qwen3.problems[["prompt", "answer"]].to_dict("records")
     rows[0]["answer"] = f"\\frac{{{2 * int(rows[0]['answer'])}}}{{2}}"

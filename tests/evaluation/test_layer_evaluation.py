@@ -212,6 +212,7 @@ def test_the_number_of_layers_is_that_of_a_loaded_model(model):
         require_layer(9, replace(model))
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_table_and_draws_one_figure(tmp_path, monkeypatch, capsys):
     arguments = ["--model", "testbed/qwen3", "--samples", "1", "--max-problems", "3", "--max-new-tokens", "16"]
     arguments += ["--output", tmp_path]

@@ -293,6 +293,7 @@ def test_every_backend_gives_the_same_inspection(given):
     assert two["top1_id"].equals(one["top1_id"])
 
 
+@pytest.mark.slow
 def test_inspect_command_and_redrawn_figures(saved, tmp_path, monkeypatch, capsys):
     command = ("inspect", "--model", saved, "-p", "w3 w4 w5", "--response", "w6 w7", "--site", "ffn", "--last", 2)
     run(*command, monkeypatch=monkeypatch, cwd=tmp_path)

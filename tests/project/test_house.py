@@ -168,11 +168,9 @@ def test_every_public_name_can_be_imported():
 
 @pytest.mark.parametrize(
     "block",
-    [
-        pytest.param(block, id=f"line {block.line}", marks=[pytest.mark.slow] if "bupo.train(" in block.code else [])
-        for block in python_blocks(README)
-    ],
+    [pytest.param(block, id=f"line {block.line}") for block in python_blocks(README)],
 )
+@pytest.mark.slow
 def test_the_readmes_python_runs(block, tmp_path):
     # Each is run separately, because readers copy single blocks.
     run_python(README, [block], tmp_path, timeout=300)

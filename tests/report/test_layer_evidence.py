@@ -140,6 +140,7 @@ def test_the_outcome_of_runs_is_their_mean_gain():
         training_outcomes([run(None, 0.4, 0.9)])
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_panel_for_each_kind_of_measurement(analysis, evidence, tmp_path):
     full = layer_evidence_figure(layer_evidence(analysis, **evidence), title="model")
     assert len(full.axes) == 5

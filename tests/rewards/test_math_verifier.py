@@ -181,6 +181,7 @@ def test_the_sandboxed_worker_can_only_compare(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["keep"]
 
 
+@pytest.mark.slow
 def test_timeouts_are_wrong_and_counted():
     verifier = MathVerifier(time_limit=0.5, workers=1)
     verifier.check(r"\boxed{1}", "2")
