@@ -32,7 +32,7 @@ class Job:
     """One training run."""
 
     part: str
-    """e1, e2, e3, e4 or methods."""
+    """e1, e2, e4 or methods."""
     model: str
     method: str = "grpo"
     layer: int | None = None
@@ -42,8 +42,6 @@ class Job:
     """Learning rate of the alignment."""
     steps: int = E2_STEPS
     seed: int = 0
-    arm: str = ""
-    """What distinguishes an arm of E3 beyond these, by its name in ``ARMS``."""
 
     @property
     def name(self) -> str:
@@ -52,12 +50,7 @@ class Job:
         middle = self.method.replace("+", "p")
         if self.method == "bupo":
             middle += f"-l{self.layer}-s{self.ipa_steps}-lr{self.rate:g}"
-        return "-".join(x for x in (short, middle, self.arm, f"t{self.steps}", f"seed{self.seed}") if x)
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """Everything but part and seed: runs with the same setting are repetitions."""
-        return (self.model, self.method, self.layer, self.ipa_steps, self.rate, self.steps, self.arm)
+        return f"{short}-{middle}-t{self.steps}-seed{self.seed}"
 
 
 def jobs(part: str) -> list[Job]:

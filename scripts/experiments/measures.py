@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from internal_policy.bupo.dynamics import Dynamics, with_current_projection
 from internal_policy.bupo.run import read_table, write_table
 from internal_policy.data import arithmetic
-from internal_policy.data.prompts import Prompt, render_all
+from internal_policy.data.prompts import TESTBED, Prompt, render_all
 from internal_policy.data.responses import Response
 from internal_policy.evaluation import evaluate
 from internal_policy.generation import Request, sample
@@ -22,7 +22,7 @@ from internal_policy.models import LanguageModel, eval_mode, wrap
 MAX_NEW_TOKENS = 44
 """Longest response on the embedded tasks."""
 CURVE_SAMPLES, FULL_SAMPLES = 2, 16
-PROBLEMS = 256
+PROBLEMS, BATCH_SIZE = 256, 256
 FIXED = 64
 """Responses on which perplexities are measured."""
 SOLUTIONS_SEED = 171_001
@@ -32,21 +32,15 @@ SOLUTIONS_SEED = 171_001
 class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
     """Evaluates pi_theta on held-out problems along a run, the same problems and random streams in every run."""
 
-    def __init__(
-        self, every: int, full_at: Collection[int], start: Path, benchmark: str = "testbed", **options: Any
-    ) -> None:
+    def __init__(self, every: int, full_at: Collection[int], start: Path) -> None:
         """Choose when to measure.
 
         Args:
             every: steps between two points of the curve; 0 for none.
             full_at: steps at which all samples are drawn, for Pass@K.
             start: file with the measurement of the start, which all runs from it share; made if it is missing.
-            benchmark: what is solved.
-            **options: other options of `evaluate`, over the usual ones.
         """
-        self._every, self._full_at, self._start, self._benchmark = every, {0, *full_at}, start, benchmark
-        self._options = {"max_problems": PROBLEMS, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 256, **options}
-        self._full = self._options.pop("samples", FULL_SAMPLES)
+        self._every, self._full_at, self._start = every, {0, *full_at}, start
         self.rows: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,11 +61,19 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     def _measure(self, step: int, kwargs: dict[str, Any]) -> None:
         whole = step in self._full_at
-        samples = self._full if whole else min(self._full, CURVE_SAMPLES)
+        samples = FULL_SAMPLES if whole else CURVE_SAMPLES
         # Its mode is the trainer's, which files the logs of a step under it.
         with eval_mode(kwargs["model"]):
             model = wrap(kwargs["model"], kwargs["processing_class"], "model")
-            found = evaluate(model, self._benchmark, samples=samples, k=(1, samples), **self._options)
+            found = evaluate(
+                model,
+                TESTBED,
+                samples=samples,
+                k=(1, samples),
+                max_problems=PROBLEMS,
+                max_new_tokens=MAX_NEW_TOKENS,
+                batch_size=BATCH_SIZE,
+            )
         table = found.pass_at_k.set_index("k")
         self.rows.append(
             {
@@ -79,7 +81,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
                 "samples": samples,
                 "avg": found.avg["mean"],
                 "avg_stderr": found.avg["stderr"],
-                f"pass{self._full}": table["value"][samples] if whole else np.nan,
+                f"pass{FULL_SAMPLES}": table["value"][samples] if whole else np.nan,
                 "length": found.samples["n_tokens"].mean(),
                 "truncated": found.samples["truncated"].mean(),
             }

@@ -19,6 +19,8 @@ NAMES = tuple(f"P{n}" for n in range(1, 13))
 POINT = 0.01
 """One percentage point of accuracy."""
 
+_WITHOUT_RUNS = {"value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
+
 _E1: dict[str, tuple[tuple[str, str, float], ...]] = {
     # Prediction: quantities of `mechanism.changes`, the side on which they are predicted to be, and of what.
     "P1": (("cosine_30", "above", 0.0),),
@@ -138,7 +140,7 @@ def _least_cost(paired: pd.DataFrame, model: str) -> dict[str, object]:
     grid = own.pivot_table(index="seed", columns="dose", values="value")
     grid = grid.reindex(columns=[str(dose) for dose in E2_DOSES]).dropna()
     if grid.empty:
-        return {**row, "value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
+        return {**row, **_WITHOUT_RUNS}
     best = str(grid.mean().idxmax())
     level = [int(d) for d in map(str, grid) if d == best or not t_interval(grid[best] - grid[d])["low"] > 0]
     holds = YES if int(best) <= 12 else NO
@@ -166,17 +168,7 @@ def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
             own = found[(found["model"] == model) & (found["predictor"] == predictor)]
             row: dict[str, object] = {"prediction": name, "model": model, "quantity": quantity, "bound": bound}
             if own.empty:
-                rows.append(
-                    {
-                        **row,
-                        "value": np.nan,
-                        "low": np.nan,
-                        "high": np.nan,
-                        "seeds": 0,
-                        "holds": NOT_RUN,
-                        "agrees": False,
-                    }
-                )
+                rows.append({**row, **_WITHOUT_RUNS})
                 continue
             value, low, high = (float(own[column].iloc[0]) for column in columns)
             right = value > bound if name == "P11" else value <= bound

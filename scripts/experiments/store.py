@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jobs import Job, jobs
@@ -74,9 +73,10 @@ def collect(part: str, data: Path = DATA, work: Path = WORK) -> dict[str, pd.Dat
         table = table.sort_values("run", key=lambda names: names.map(order), kind="stable", ignore_index=True)
         found[name] = table
         (data / part).mkdir(parents=True, exist_ok=True)
-        write_table(data / part / f"{name}.csv", table.map(_rounded))
+        write_table(data / part / f"{name}.csv", rounded(table))
     return found
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Round numbers to ``_DIGITS`` significant digits, so that the last bits of a machine do not change a file."""
+    return table.map(lambda value: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value)

@@ -12,7 +12,7 @@ import layers
 import mechanism
 import pandas as pd
 from predictions import counted, predictions
-from store import DATA
+from store import DATA, rounded
 from tables import completeness, joined, over_seeds, read_part
 
 from internal_policy.bupo.run import read_table, write_table
@@ -22,7 +22,6 @@ EVIDENCE = "e4_evidence"
 """The stored measurements of every layer, which are no summary."""
 GATE = "e3_gate"
 _CONDITIONS = ("pass_at_1", "pass_at_k", "worked_at_k", "greedy", "entropy", "boundary_layer")
-_DIGITS = 6
 
 
 def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
@@ -83,11 +82,6 @@ def gate(looks: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     first = ["candidate", "looks", "measured", "passes", "but_worked", "step", *_CONDITIONS, "failed"]
     return pd.DataFrame(rows).reindex(columns=first)
-
-
-def rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """Round numbers to ``_DIGITS`` significant digits, so that the last bits of a machine do not change a file."""
-    return table.map(lambda value: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value)
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ def t_interval(values: npt.ArrayLike) -> dict[str, float]:
     given = given[~np.isnan(given)]
     n = len(given)
     mean = float(given.mean()) if n else float("nan")
-    half = float(stats.t.ppf(0.975, n - 1) * given.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    half = float(_half_width(given.std(ddof=1), n)) if n > 1 else float("nan")
     return {"value": mean, "low": mean - half, "high": mean + half, "seeds": n}
 
 
@@ -93,9 +93,16 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], column: str = "value") ->
         return pd.DataFrame(columns=columns)
     found = table.groupby(list(by), dropna=False, sort=False)[column].agg(["mean", "std", "count"]).reset_index()
     n = found["count"].to_numpy()
-    half = stats.t.ppf(0.975, np.maximum(n - 1, 1)) * found["std"].to_numpy() / np.sqrt(np.maximum(n, 1))
+    half = _half_width(found["std"].to_numpy(), n)
     found = found.assign(value=found["mean"], low=found["mean"] - half, high=found["mean"] + half, seeds=n)
     return found[columns]
+
+
+def _half_width(deviation: npt.ArrayLike, n: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Half a 95% t-interval; NaN where the standard deviation is, which one value does not have."""
+    counts = np.maximum(n, 2)
+    half: npt.NDArray[np.float64] = stats.t.ppf(0.975, counts - 1) * np.asarray(deviation) / np.sqrt(counts)
+    return half
 
 
 def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFrame:
@@ -114,8 +121,7 @@ def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFram
     for part in parts:
         planned = jobs(part)
         runs = read_table(data / part / "runs.csv")
-        done = set(runs["run"]) if len(runs) else set()
-        missing = [job for job in planned if job.name not in done]
+        missing = missing_jobs(part, data)
         seeds = {job.seed for job in planned} - {job.seed for job in missing}
         timed = runs if len(runs) else read_table(data / "e2" / "runs.csv")
         step = float((timed["seconds"] / timed["steps"]).median()) if len(timed) else float("nan")
