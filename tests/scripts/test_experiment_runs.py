@@ -1,4 +1,4 @@
-"""The experiments are resumable: what is missing is run, records become tables, and a run has all that it is run for."""
+"""The experiments are resumable: what is missing is run, its record becomes tables, and it has what it is run for."""
 
 from __future__ import annotations
 
