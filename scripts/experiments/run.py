@@ -29,6 +29,16 @@ from internal_policy.utils.logging import progress
 CURVE_EVERY, DYNAMICS_EVERY = 24, 3
 
 
+def prepare_worker() -> None:
+    """Settings of a process that does nothing but runs: one thread, and no word that the line of a run does not say."""
+    import logging
+
+    import torch
+
+    logging.getLogger("internal_policy").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
 def run_job(job: Job, work: Path = WORK) -> str:
     """Train and measure one run, and keep its record.
 
@@ -39,17 +49,12 @@ def run_job(job: Job, work: Path = WORK) -> str:
     Returns:
         A line about it.
     """
-    import logging
-
     import pandas as pd
     import torch
     from measures import FULL_SAMPLES, HeldOut, Perplexities
 
     from internal_policy import bupo
 
-    # A run says nothing that its line does not.
-    logging.getLogger("internal_policy").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     started = time.perf_counter()
     mechanism = job.part == "e1"
     full_at = {job.steps}
@@ -162,7 +167,7 @@ def main() -> None:
     started, failed, step_seconds = time.monotonic(), 0, 0.0
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(args.workers, mp_context=context) as pool,
+        ProcessPoolExecutor(args.workers, mp_context=context, initializer=prepare_worker) as pool,
         progress("runs of the experiments", len(todo)) as advance,
     ):
         running: dict[Future[str], tuple[Job, float]] = {}
