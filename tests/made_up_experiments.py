@@ -15,6 +15,8 @@ NOISE = (0.0, 0.012, -0.008, 0.005, -0.011)
 
 def lift(job):
     """The gain in accuracy that a run has without its seed's noise."""
+    if job.part == "e1" and job.method == "grpo":
+        return 0.3
     if job.part == "e1":
         return {2: -0.2, 4: -0.05, 6: 0.05, 7: 0.2}[job.layer] * job.rate / 3e-4
     aligned = 14 if job.ipa_steps == "auto" else int(job.ipa_steps)

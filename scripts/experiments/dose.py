@@ -12,6 +12,8 @@ MEASURES = ("avg", "pass16")
 TOTAL, OPTIMISED = "equal total steps", "equal GRPO steps"
 """GRPO after as many steps as BuPO in all, or after as many as BuPO has of GRPO."""
 AUTO = "auto"
+AREA_EVERY = 24
+"""Steps between two points of a curve that every run has."""
 BY = ["model", "rate", "dose"]
 
 
@@ -118,39 +120,51 @@ def curves(tables: Tables) -> pd.DataFrame:
     return over_seeds(found.assign(dose=dose), [*BY, "step"], "avg")
 
 
-def along(tables: Tables) -> pd.DataFrame:
-    """BuPO minus GRPO in held-out Avg@1 along the runs, paired by seed.
+def paired_along(tables: Tables) -> pd.DataFrame:
+    """BuPO minus GRPO in held-out Avg@1 along the runs, with the same model and seed.
 
     Args:
         tables: of E2.
 
     Returns:
-        A row per model, rate, dose, comparison and step (text): value, low, high, seeds. It is GRPO's, so that at
-        equal GRPO steps a run of BuPO has its dose more; there, doses are missing whose steps were not measured. Step
-        "mean" is the mean over all measured steps but the start: the area between two curves.
+        A row per model, rate, dose, comparison, seed and step: value. The step is GRPO's, so that at equal GRPO steps
+        a run of BuPO has its dose more; there, doses are missing whose steps were not measured.
     """
     found = tables["curves"]
-    columns = [*BY, "comparison", "step", "value", "low", "high", "seeds"]
-    aligned = found[(found["method"] == "bupo") & (found["layer"] == found["model"].map(BOUNDARY))]
-    if aligned.empty:
+    columns = [*BY, "comparison", "seed", "step", "value"]
+    bupo = found[(found["method"] == "bupo") & (found["layer"] == found["model"].map(BOUNDARY))]
+    if bupo.empty:
         return pd.DataFrame(columns=columns)
+    bupo = bupo.rename(columns={"ipa_steps": "dose"})
+    fixed = bupo[bupo["dose"] != AUTO]
+    shifted = fixed.assign(step=fixed["step"] - fixed["dose"].astype(int), comparison=OPTIMISED)
+    own = pd.concat([bupo.assign(comparison=TOTAL), shifted], ignore_index=True)
     plain = found.loc[found["method"] == "grpo", ["model", "seed", "step", "avg"]]
-    aligned = aligned.rename(columns={"ipa_steps": "dose"})
-    parts = []
-    for comparison in (TOTAL, OPTIMISED):
-        own = aligned.assign(comparison=comparison)
-        if comparison == OPTIMISED:
-            own = own[own["dose"] != AUTO]
-            own = own.assign(step=own["step"] - own["dose"].astype(int))
-        own = own[own["step"] > 0].merge(plain, on=["model", "seed", "step"], suffixes=("", "_grpo"))
-        own = own.assign(value=own["avg"] - own["avg_grpo"])
-        # The last step is measured in every run; only where others are too is there a curve.
-        steps = own.groupby([*BY, "seed"])["step"].transform("nunique")
-        parts.append(own[steps > 1])
-    every = pd.concat(parts, ignore_index=True).astype({"step": int}).astype({"step": str})
+    own = own[own["step"] > 0].merge(plain, on=["model", "seed", "step"], suffixes=("", "_grpo"))
+    return own.assign(value=own["avg"] - own["avg_grpo"])[columns].astype({"step": int})
+
+
+def along(tables: Tables) -> pd.DataFrame:
+    """BuPO minus GRPO in held-out Avg@1 along the runs, over seeds.
+
+    Args:
+        tables: of E2.
+
+    Returns:
+        A row per model, rate, dose, comparison and step (text): value, low, high, seeds. Step "mean" is the mean over
+        the steps that ``AREA_EVERY`` divides: the area between two curves. The last step is measured in every run, and
+        is left out where no other is.
+    """
+    every = paired_along(tables)
     by = [*BY, "comparison"]
-    means = every.groupby([*by, "seed"], sort=False)["value"].mean().reset_index().assign(step="mean")
-    return over_seeds(pd.concat([every, means], ignore_index=True), [*by, "step"])[columns]
+    if every.empty:
+        return over_seeds(every, [*by, "step"])
+    spaced = every[every["step"] % AREA_EVERY == 0]
+    means = spaced.groupby([*by, "seed"], sort=False)["value"].agg(["mean", "size"]).reset_index()
+    means = means[means["size"] > 1].rename(columns={"mean": "value"}).assign(step="mean")
+    curves_there = every.groupby([*by, "seed"])["step"].transform("nunique") > 1
+    shown = every[curves_there].astype({"step": str})
+    return over_seeds(pd.concat([shown, means[shown.columns]], ignore_index=True), [*by, "step"])
 
 
 def auto(tables: Tables) -> pd.DataFrame:
@@ -162,7 +176,7 @@ def auto(tables: Tables) -> pd.DataFrame:
     Returns:
         A row per model and rate with such runs: stops, the steps at which it ended the alignment, in order; and the
         differences in Avg@1, paired by seed, of these runs from GRPO and from the fixed dose with the highest mean
-        (best): over_grpo and over_best, each with ``_low`` and ``_high``; seeds.
+        (best): over_grpo and over_best, each with ``_low`` and ``_high``; seeds, the number of pairs with GRPO.
     """
     runs = measured(tables)
     rows = []
@@ -177,7 +191,7 @@ def auto(tables: Tables) -> pd.DataFrame:
         best = fixed.groupby("dose")["avg"].mean().idxmax() if len(fixed) else ""
         row["best"] = best
         row |= _named("over_best", by_seed - fixed[fixed["dose"] == best].set_index("seed")["avg"])
-        rows.append({**row, "seeds": len(group)})
+        rows.append({**row, "seeds": int((by_seed - plain).notna().sum())})
     ends = [f"{name}{end}" for name in ("over_grpo", "over_best") for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["model", "rate", "stops", "best", *ends, "seeds"])
 
@@ -196,22 +210,27 @@ def power(tables: Tables, seeds: int = 6, dose: str = "12") -> pd.DataFrame:
         dose: whose spread is taken; a tenth of the steps, as in E3.
 
     Returns:
-        A row per model, rate and measure: spread, the standard deviation of BuPO minus GRPO over the seeds measured;
-        detectable, the true difference that a two-sided paired t-test at 5% finds in four of five cases; seeds.
+        A row per model, rate and measure (avg and pass16 at the end; "avg, step 24", where accuracy is still far from
+        its ceiling): spread, the standard deviation of BuPO minus GRPO over the seeds measured, with the ends of its
+        95% interval by the chi-square distribution; detectable, the true difference that a two-sided paired t-test at
+        5% finds in four of five cases; seeds. Only with two seeds or more.
     """
-    found = paired(tables)
+    early = paired_along(tables)
+    early = early[early["step"] == AREA_EVERY].assign(measure=f"avg, step {AREA_EVERY}")
+    found = pd.concat([paired(tables), early], ignore_index=True)
     found = found[(found["dose"] == dose) & (found["comparison"] == TOTAL)]
     rows = []
     for (model, rate, measure), group in found.groupby(["model", "rate", "measure"], sort=False):
+        n = len(group)
+        if n < 2:
+            continue
         spread = float(group["value"].std(ddof=1))
-        rows.append(
-            {
-                **{"model": model, "rate": rate, "measure": measure, "spread": spread},
-                "detectable": spread * detectable(seeds) if len(group) > 1 else np.nan,
-                "seeds": len(group),
-            }
-        )
-    return pd.DataFrame(rows, columns=["model", "rate", "measure", "spread", "detectable", "seeds"])
+        high, low = np.sqrt((n - 1) / stats.chi2.ppf([0.025, 0.975], n - 1))
+        row = {"model": model, "rate": rate, "measure": measure, "spread": spread}
+        row |= {"spread_low": low * spread, "spread_high": high * spread}
+        rows.append({**row, "detectable": spread * detectable(seeds), "seeds": n})
+    columns = ["model", "rate", "measure", "spread", "spread_low", "spread_high", "detectable", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def detectable(n: int, wanted: float = 0.8, level: float = 0.05) -> float:
@@ -243,11 +262,11 @@ def methods(tables: Tables) -> pd.DataFrame:
 
     Returns:
         A row per model, method and measure (avg, pass16, truncated, entropy_end, seconds): value, low, high, seeds;
-        difference from GRPO paired by seed with its ends (NaN for GRPO).
+        over_grpo, the difference from GRPO paired by seed, with its ends and seeds (NaN and 0 for GRPO).
     """
     runs = tables["runs"]
     columns = ["model", "method", "measure", "value", "low", "high", "seeds", "over_grpo", "over_grpo_low"]
-    columns.append("over_grpo_high")
+    columns += ["over_grpo_high", "over_grpo_seeds"]
     if runs.empty:
         return pd.DataFrame(columns=columns)
     others = runs[~runs["method"].isin(["grpo", "bupo"])]
@@ -263,5 +282,5 @@ def methods(tables: Tables) -> pd.DataFrame:
             for measure in (*MEASURES, "truncated", "entropy_end", "seconds"):
                 against = own[measure] - base[measure] if method != "grpo" else pd.Series(dtype=float)
                 row = {"model": model, "method": method, "measure": measure, **t_interval(own[measure])}
-                rows.append({**row, **_named("over_grpo", against)})
+                rows.append({**row, **_named("over_grpo", against), "over_grpo_seeds": int(against.notna().sum())})
     return pd.DataFrame(rows, columns=columns)

@@ -28,6 +28,7 @@ SMOOTH = 5
 """Steps over which what a step's rollouts give is averaged in a figure."""
 ROLLOUTS = {
     "reward": "Reward",
+    "reward_over_control": "Reward less\nthe control's",
     "policy_entropy": r"$H(\pi_\theta)$ (nats)",
     "length": "Length (tokens)",
 }
@@ -254,9 +255,9 @@ def methods(tables: Tables) -> Figure:
     """
     found = tables["curves"]
     found = found[found["method"].isin(_METHODS)]
-    others = found[found["method"] != "grpo"]
-    found = found[found["seed"].isin(set(others["seed"]))]
-    table = over_seeds(found, ["model", "method", "step"], "avg")
+    there = found["method"].nunique()
+    shared = found.groupby(["model", "seed"])["method"].transform("nunique") == there
+    table = over_seeds(found[shared], ["model", "method", "step"], "avg")
     figure, axes = _grid(1, len(MODELS), 1.9)
     for column, model in enumerate(MODELS):
         own = table[table["model"] == model]

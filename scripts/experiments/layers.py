@@ -17,6 +17,7 @@ from store import DATA
 from tables import Tables, t_interval
 
 from internal_policy.bupo.run import read_table, write_table
+from internal_policy.plotting.training import MIN_SEEDS
 
 EVIDENCE = DATA / "e4" / "evidence.csv"
 PREDICTORS = ("layer", "change", "change_direction", "across", "accuracy")
@@ -50,7 +51,7 @@ def outcomes(tables: Tables) -> pd.DataFrame:
 
     Returns:
         A row per model, layer and measure (avg, pass16): value, low, high, seeds; over_grpo, the difference from GRPO
-        paired by seed, with its ends.
+        paired by seed, with its ends and seeds.
     """
     runs = trained(tables)
     plain = tables["runs"][tables["runs"]["method"] == "grpo"] if len(runs) else runs
@@ -62,9 +63,8 @@ def outcomes(tables: Tables) -> pd.DataFrame:
         for (model, layer), group in runs.groupby(["model", "layer"]):
             against = group.set_index(["model", "seed"])[measure].sub(base).dropna()
             over = {f"over_grpo{'' if k == 'value' else '_' + k}": v for k, v in t_interval(against).items()}
-            over.pop("over_grpo_seeds")
             rows.append({"model": model, "layer": layer, "measure": measure, **t_interval(group[measure]), **over})
-    ends = ["value", "low", "high", "seeds", "over_grpo", "over_grpo_low", "over_grpo_high"]
+    ends = ["value", "low", "high", "seeds", "over_grpo", "over_grpo_low", "over_grpo_high", "over_grpo_seeds"]
     return pd.DataFrame(rows, columns=["model", "layer", "measure", *ends])
 
 
@@ -78,7 +78,8 @@ def correlations(tables: Tables, evidence: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row per model and predictor: value, Spearman's correlation with the mean Avg@1; low and high, 95% of its
         bootstrap over seeds; less_layer, its size less the size of that of the layer's number, with ends; layers, the
-        number of points; seeds. Only seeds that trained at all those layers count.
+        number of points; seeds. Only seeds that trained at all those layers count, and fewer than ``MIN_SEEDS`` have no
+        ends, because they resample to little else.
     """
     runs = trained(tables)
     rows = []
@@ -100,6 +101,8 @@ def correlations(tables: Tables, evidence: pd.DataFrame) -> pd.DataFrame:
             less = np.abs(boot) - np.abs(own_rank[1])
             low, high = np.nanquantile(boot, [0.025, 0.975])
             less_low, less_high = np.nanquantile(less, [0.025, 0.975])
+            if len(grid) < MIN_SEEDS:
+                low = high = less_low = less_high = np.nan
             rows.append(
                 {
                     **{"model": model, "predictor": name, "value": value, "low": low, "high": high},

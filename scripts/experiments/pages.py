@@ -8,35 +8,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import dose
-import numpy as np
 import pandas as pd
+from cells import NOTHING, Found, cell, markdown_table, number, pick, rate_text, seed_counts
 from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, LAYERS, LEARNING_RATE, MODELS
-from predictions import NO, NOT_RUN, UNDECIDED, YES
-from run import CURVE_EVERY
+from overview import completeness, conditions_alone, conditions_first, prediction_counts
 from summaries import EVIDENCE, GATE, summaries
 
 PAGE = Path("docs/results.md")
-NOTHING = "*No run of this part is stored.*"
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
-_SHORT = {
-    "P1": "the cosine of H^l with later layers rises (step 30)",
-    "P2": "KL to later layers falls, then rises by more than 5%",
-    "P3": "the perplexity on the start's responses rises",
-    "P4": "responses become longer",
-    "P5": "the reward rises, then falls by 10 points or more",
-    "P6": "layer 2 ends below layer 7",
-    "P7": "at equal total steps BuPO is at most 1 point above GRPO",
-    "P8": "at equal GRPO steps BuPO (dose 12, 24, 48) is above GRPO",
-    "P9": "Pass@16 does not differ",
-    "P10": "at 3e-4 the dose that costs least is at most 12",
-    "P11": "Avg@1 rises with the layer (Spearman above 0.5)",
-    "P12": "dH_FFN predicts Avg@1 no better than the layer's number",
-}
 _METHODS = {"grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
 _PREDICTORS = {
     "layer": "the layer's number",
@@ -45,105 +28,6 @@ _PREDICTORS = {
     "across": "cosine with the gradient of GRPO, across halves",
     "accuracy": "accuracy of its policy",
 }
-Found = Mapping[str, pd.DataFrame]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float, digits: int, scale: float, sign: bool) -> str:
-    # Minus zero reads like a mistake.
-    rounded = round(scale * value, digits) + 0.0
-    return f"{rounded:{'+' if sign else ''}.{digits}f}"
-
-
-def _cell(
-    row: Mapping[Hashable, Any] | None, name: str = "", digits: int = 1, scale: float = 100, sign: bool = True
-) -> str:
-    """A value with its interval; a dash if there is none, and no interval with one seed."""
-    if row is None:
-        return "-"
-    names = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
-    value, low, high = (float(row[n]) for n in names)
-    if np.isnan(value):
-        return "-"
-    shown = _number(value, digits, scale, sign)
-    if np.isnan(low):
-        return shown
-    return f"{shown} ({_number(low, digits, scale, sign)} to {_number(high, digits, scale, sign)})"
-
-
-def _row(table: pd.DataFrame, **wanted: Any) -> Mapping[Hashable, Any] | None:
-    for name, value in wanted.items():
-        table = table[table[name] == value]
-    return table.iloc[0].to_dict() if len(table) else None
-
-
-def _rate(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-")
-
-
-def _seeds(*rows: Mapping[Hashable, Any] | None) -> str:
-    numbers = {int(row["seeds"]) for row in rows if row is not None}
-    return "-" if not numbers else "-".join(str(n) for n in sorted({min(numbers), max(numbers)}))
-
-
-def completeness(found: Found) -> str:
-    """What was run of each part, and the command that runs the rest."""
-    rows = []
-    for row in found["completeness"].to_dict("records"):
-        left = row["planned"] - row["done"]
-        hours = "none" if not left else "not known" if pd.isna(row["hours"]) else f"{row['hours']:.1f}"
-        command = f"`make experiment PART={row['part']}`" if left else ""
-        name = row["part"] if row["part"] == "methods" else row["part"].upper()
-        rows.append([name, f"{row['done']} of {row['planned']}", str(row["whole"]), hours, command])
-    return _table(["part", "runs", "whole seeds", "hours of one core for the rest", "command"], rows)
-
-
-def _verdict(row: Mapping[Hashable, Any] | None) -> str:
-    """What an interval says about an effect in accuracy."""
-    if row is None:
-        return "not run"
-    value = _number(float(row["value"]), 1, 100, True)
-    if np.isnan(row["low"]):
-        return f"one seed ({value})"
-    word = "**helped**" if row["low"] > 0 else "**harmed**" if row["high"] < 0 else "not decided"
-    return f"{word} ({value})"
-
-
-def conditions(found: Found) -> str:
-    """Under which conditions alignment helped or harmed, as far as the intervals say."""
-    alone, against = found["e1_outcomes"], found["e2_differences"]
-    rows = []
-    for model in MODELS:
-        for layer in E1_LAYERS:
-            ends = [_row(alone, model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
-            cells = [_verdict(end and {**end, "value": end["gain"]}) for end in ends]
-            rows.append([f"`{model}`", f"layer {layer} alone, 60 steps, against the start", *cells])
-        for comparison in (dose.TOTAL, dose.OPTIMISED):
-            for steps in E2_DOSES:
-                setting = {"model": model, "dose": str(steps), "measure": "avg", "comparison": comparison}
-                cells = [_verdict(_row(against, rate=rate, **setting)) for rate in E2_RATES]
-                what = f"layer {BOUNDARY[model]} for {steps} of {E2_STEPS} steps, against GRPO at {comparison}"
-                rows.append([f"`{model}`", what, *cells, *["-"] * (len(E1_RATES) - len(cells))])
-    return _table(["model", "alignment of", *(f"at {_rate(rate)}" for rate in E1_RATES)], rows)
-
-
-def prediction_counts(found: Found) -> str:
-    """In how many settings each prediction holds."""
-    rows = [
-        [row["prediction"], _SHORT[str(row["prediction"])], str(row["settings"])]
-        + [str(row[verdict]) for verdict in (YES, NO, UNDECIDED, NOT_RUN)]
-        + [str(row["agrees"]), str(row["seeds"]) or "-"]
-        for row in found["prediction_counts"].to_dict("records")
-    ]
-    return _table(
-        ["", "prediction", "settings", "holds", "fails", "undecided", "not run", "value agrees", "seeds"], rows
-    )
-
-
 _DYNAMICS = (
     ("cosine_30", "cosine, step 30", 3, 1.0),
     ("kl_fall", "lowest KL, nats", 2, 1.0),
@@ -153,10 +37,10 @@ _DYNAMICS = (
     ("own_60", "own samples", 3, 1.0),
 )
 _BEHAVIOUR = (
-    ("length", "length of rollouts, tokens", 1, 1.0),
+    ("length_over_control", "length of rollouts, tokens", 1, 1.0),
     ("own_length", "length on the same problems", 1, 1.0),
-    ("reward_rise", "reward: best over first, points", 1, 100.0),
-    ("reward_fall", "reward: best over last, points", 1, 100.0),
+    ("rise_over_control", "reward: best, points", 1, 100.0),
+    ("fall_over_control", "reward: best over last, points", 1, 100.0),
 )
 
 
@@ -168,18 +52,19 @@ def _e1(found: Found, shown: Sequence[tuple[str, str, int, float]], outcomes: bo
     for model in MODELS:
         for rate in E1_RATES:
             for layer in E1_LAYERS:
-                own = [_row(changes, model=model, layer=layer, rate=rate, quantity=name) for name, *_ in shown]
+                own = [pick(changes, model=model, layer=layer, rate=rate, quantity=name) for name, *_ in shown]
                 if own[0] is None:
                     continue
-                cells = [_cell(row, "", digits, scale) for row, (_, _, digits, scale) in zip(own, shown, strict=True)]
+                cells = [cell(row, "", digits, scale) for row, (_, _, digits, scale) in zip(own, shown, strict=True)]
                 if outcomes:
                     for measure in ("avg", "pass16"):
-                        end = _row(ends, model=model, layer=layer, rate=rate, measure=measure)
-                        cells.append(_cell(end and {**end, "value": end["gain"]}))
-                rows.append([f"`{model}`", _rate(rate), str(layer), *cells, _seeds(own[0])])
+                        end = pick(ends, method="bupo", model=model, layer=layer, rate=rate, measure=measure)
+                        cells.append(cell(end and {**end, "value": end["gain"]}))
+                        cells += [cell(end, "over_grpo")] if measure == "avg" else []
+                rows.append([f"`{model}`", rate_text(rate), str(layer), *cells, seed_counts(*own)])
     heads = ["model", "rate", "layer", *(head for _, head, *_ in shown)]
-    heads += ["Avg@1, points", "Pass@16, points"] if outcomes else []
-    return _table([*heads, "seeds"], rows)
+    heads += ["Avg@1, points", "Avg@1 minus GRPO's", "Pass@16, points"] if outcomes else []
+    return markdown_table([*heads, "seeds"], rows)
 
 
 def e1_dynamics(found: Found) -> str:
@@ -206,8 +91,8 @@ def e1_rule(found: Found) -> str:
         falls = ["none" if pd.isna(fall) else f"{fall:.0f}" for fall in own["fall"]]
         peaks = ", ".join(f"{peak:.0f}" for peak in own["peak"])
         late = ", ".join(f"{late:+.0f}" for late in own["late"])
-        rows.append([f"`{model}`", _rate(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
-    return _table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
+        rows.append([f"`{model}`", rate_text(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
+    return markdown_table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
 
 
 def e2_doses(found: Found) -> str:
@@ -221,17 +106,17 @@ def e2_doses(found: Found) -> str:
         own = table[table["model"] == model]
         for value in ("0", *map(str, E2_DOSES), dose.AUTO):
             for rate in E2_RATES[:1] if value == "0" else E2_RATES:
-                ends = [_row(own, dose=value, rate=rate, measure=name) for name, *_ in measures]
+                ends = [pick(own, dose=value, rate=rate, measure=name) for name, *_ in measures]
                 if ends[0] is None:
                     continue
                 cells = [
-                    _cell(row, "", digits, scale, sign=False)
+                    cell(row, "", digits, scale, sign=False)
                     for row, (_, digits, scale) in zip(ends, measures, strict=True)
                 ]
                 name = "GRPO" if value == "0" else f"BuPO, {value}"
-                rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(ends[0])])
+                rows.append([f"`{model}`", name, "" if value == "0" else rate_text(rate), *cells, seed_counts(ends[0])])
     heads = ["model", "method, dose", "rate", "Avg@1, %", "Pass@16, %", "truncated, %", "entropy, nats", "seeds"]
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def e2_curves(found: Found) -> str:
@@ -239,17 +124,19 @@ def e2_curves(found: Found) -> str:
     table = found["e2_curves"]
     if table.empty:
         return NOTHING
-    shown = range(0, E2_STEPS + 1, CURVE_EVERY)
+    shown = range(0, E2_STEPS + 1, dose.AREA_EVERY)
     rows = []
     for model in MODELS:
         for value in ("0", *map(str, E2_DOSES), dose.AUTO):
             for rate in E2_RATES[:1] if value == "0" else E2_RATES:
-                own = [_row(table, model=model, dose=value, rate=rate, step=step) for step in shown]
+                own = [pick(table, model=model, dose=value, rate=rate, step=step) for step in shown]
                 if own[-1] is not None:
                     name = "GRPO" if value == "0" else f"BuPO, {value}"
-                    cells = [_cell(row, "", sign=False) for row in own]
-                    rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(own[-1])])
-    return _table(["model", "method, dose", "rate", *(f"step {step}" for step in shown), "seeds"], rows)
+                    cells = [cell(row, "", sign=False) for row in own]
+                    rows.append(
+                        [f"`{model}`", name, "" if value == "0" else rate_text(rate), *cells, seed_counts(own[-1])]
+                    )
+    return markdown_table(["model", "method, dose", "rate", *(f"step {step}" for step in shown), "seeds"], rows)
 
 
 def e2_differences(found: Found) -> str:
@@ -262,11 +149,31 @@ def e2_differences(found: Found) -> str:
     for model in MODELS:
         for rate in E2_RATES:
             for value in (*map(str, E2_DOSES), dose.AUTO):
-                own = [_row(table, model=model, rate=rate, dose=value, measure=m, comparison=c) for m, c in columns]
+                own = [pick(table, model=model, rate=rate, dose=value, measure=m, comparison=c) for m, c in columns]
                 if any(row is not None for row in own):
-                    rows.append([f"`{model}`", _rate(rate), value, *map(_cell, own), _seeds(*own)])
+                    rows.append([f"`{model}`", rate_text(rate), value, *map(cell, own), seed_counts(*own)])
     names = {"avg": "Avg@1", "pass16": "Pass@16"}
-    return _table(["model", "rate", "dose", *(f"{names[m]}, {c}" for m, c in columns), "seeds"], rows)
+    return markdown_table(["model", "rate", "dose", *(f"{names[m]}, {c}" for m, c in columns), "seeds"], rows)
+
+
+def e2_along(found: Found) -> str:
+    """BuPO minus GRPO along the runs."""
+    table = found["e2_along"]
+    if table.empty:
+        return NOTHING
+    steps = [*map(str, range(dose.AREA_EVERY, E2_STEPS, dose.AREA_EVERY)), "mean"]
+    rows = []
+    for model in MODELS:
+        for comparison in (dose.TOTAL, dose.OPTIMISED):
+            for value in (*map(str, E2_DOSES), dose.AUTO):
+                for rate in E2_RATES:
+                    setting = {"model": model, "rate": rate, "dose": value, "comparison": comparison}
+                    own = [pick(table, **setting, step=step) for step in steps]
+                    if any(row is not None for row in own):
+                        first = [f"`{model}`", comparison, value, rate_text(rate)]
+                        rows.append([*first, *map(cell, own), seed_counts(*own)])
+    heads = [*(f"step {step}" for step in steps[:-1]), "mean"]
+    return markdown_table(["model", "comparison", "dose", "rate", *heads, "seeds"], rows)
 
 
 def e2_auto(found: Found) -> str:
@@ -276,36 +183,35 @@ def e2_auto(found: Found) -> str:
         return NOTHING
     rows = [
         [
-            *(f"`{row['model']}`", _rate(float(row["rate"])), row["stops"].replace(" ", ", "), _cell(row, "over_grpo")),
-            *(str(row["best"]) or "-", _cell(row, "over_best"), str(row["seeds"])),
+            *(
+                f"`{row['model']}`",
+                rate_text(float(row["rate"])),
+                row["stops"].replace(" ", ", "),
+                cell(row, "over_grpo"),
+            ),
+            *(str(row["best"]) or "-", cell(row, "over_best"), str(row["seeds"])),
         ]
         for row in table.to_dict("records")
     ]
-    return _table(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
+    return markdown_table(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
 
 
 def e2_power(found: Found) -> str:
     """What six seeds would detect."""
-    table = found["e2_power"].dropna(subset="detectable")
+    table = found["e2_power"]
     if table.empty:
         return NOTHING
-    names = {"avg": "Avg@1", "pass16": "Pass@16"}
+    names = {"avg": "Avg@1 at the end", "pass16": "Pass@16 at the end"}
     rows = [
         [
-            *(f"`{row['model']}`", _rate(float(row["rate"])), names[row["measure"]], f"{100 * row['spread']:.1f}"),
+            *(f"`{row['model']}`", rate_text(float(row["rate"]))),
+            *(names.get(row["measure"], str(row["measure"]).replace("avg", "Avg@1")), cell(row, "spread", sign=False)),
             *(f"{100 * row['detectable']:.1f}", str(row["seeds"])),
         ]
         for row in table.to_dict("records")
     ]
-    heads = [
-        "model",
-        "rate",
-        "measure",
-        "spread over seeds, points",
-        "detectable with 6 seeds, points",
-        "seeds measured",
-    ]
-    return _table(heads, rows)
+    heads = ["model", "rate", "measure", "spread over seeds, points", "detectable with 6 seeds, points"]
+    return markdown_table([*heads, "seeds measured"], rows)
 
 
 def e3_gate(found: Found) -> str:
@@ -324,7 +230,7 @@ def e3_gate(found: Found) -> str:
         rows.append([f"`{row['candidate']}`", *counts, *numbers])
     heads = ["candidate", "looks", "measured in full", "pass but for worked-out answers", "pass", "nearest: step"]
     heads += ["pass@1, %", "Pass@64, %", "worked-out Pass@64, %", "greedy, %", "entropy, nats", "boundary layer"]
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def e4_layers(found: Found) -> str:
@@ -335,19 +241,31 @@ def e4_layers(found: Found) -> str:
     rows = []
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
-            own = _row(known, model=model, layer=layer)
+            own = pick(known, model=model, layer=layer)
             if own is None:
                 continue
-            ends = [_row(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
-            first = _row(alone, model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
+            ends = [pick(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
+            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
             named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
-            cells = [_number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
+            cells = [number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
             name = f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
-            trained = [_cell(end, "over_grpo") for end in ends]
-            aligned = _cell(first and {**first, "value": first["gain"]})
-            rows.append([f"`{model}`", name, *trained, _seeds(ends[0]), aligned, _seeds(first), *cells])
+            trained = [cell(end, "over_grpo") for end in ends]
+            aligned = cell(first and {**first, "value": first["gain"]})
+            rows.append(
+                [
+                    f"`{model}`",
+                    name,
+                    *trained,
+                    seed_counts(ends[0], name="over_grpo_seeds"),
+                    aligned,
+                    seed_counts(first),
+                    *cells,
+                ]
+            )
     heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "seeds", "Avg@1 by alignment alone (E1, 1e-4)"]
-    return _table([*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows)
+    return markdown_table(
+        [*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows
+    )
 
 
 def e4_correlations(found: Found) -> str:
@@ -357,10 +275,12 @@ def e4_correlations(found: Found) -> str:
         return NOTHING
     rows = []
     for name, label in _PREDICTORS.items():
-        own = [_row(table, model=model, predictor=name) for model in MODELS]
+        own = [pick(table, model=model, predictor=name) for model in MODELS]
         if any(row is not None for row in own):
-            rows.append([label, *(_cell(row, "", 2, 1.0) for row in own), _seeds(*own)])
-    return _table(["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows)
+            rows.append([label, *(cell(row, "", 2, 1.0) for row in own), seed_counts(*own)])
+    return markdown_table(
+        ["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows
+    )
 
 
 def methods(found: Found) -> str:
@@ -372,22 +292,35 @@ def methods(found: Found) -> str:
     for model in MODELS:
         for method, label in _METHODS.items():
             own = {
-                m: _row(table, model=model, method=method, measure=m)
+                m: pick(table, model=model, method=method, measure=m)
                 for m in ("avg", "pass16", "entropy_end", "seconds")
             }
             if own["avg"] is None:
                 continue
-            cells = [_cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
-            cells += [_cell(own["avg"], "over_grpo"), _cell(own["entropy_end"], "", 3, 1.0, sign=False)]
-            rows.append([f"`{model}`", label, *cells, _seeds(own["avg"])])
-    return _table(["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows)
+            cells = [cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
+            cells += [cell(own["avg"], "over_grpo"), cell(own["entropy_end"], "", 3, 1.0, sign=False)]
+            rows.append([f"`{model}`", label, *cells, seed_counts(own["avg"])])
+    return markdown_table(
+        ["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows
+    )
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
     each.__name__: each
     for each in (
-        *(conditions, completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule, e2_doses, e2_curves),
-        *(e2_differences, e2_auto, e2_power, e3_gate, e4_layers, e4_correlations, methods),
+        *(conditions_alone, conditions_first, completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule),
+        *(
+            e2_doses,
+            e2_curves,
+            e2_along,
+            e2_differences,
+            e2_auto,
+            e2_power,
+            e3_gate,
+            e4_layers,
+            e4_correlations,
+            methods,
+        ),
     )
 }
 

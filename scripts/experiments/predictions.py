@@ -15,7 +15,9 @@ from tables import Tables, t_interval
 YES, NO, UNDECIDED, NOT_RUN = "yes", "no", "undecided", "not run"
 COLUMNS = ["prediction", "model", "layer", "rate", "dose", "quantity", "bound"]
 COLUMNS += ["value", "low", "high", "seeds", "holds", "agrees"]
-NAMES = tuple(f"P{n}" for n in range(1, 13))
+NAMES = ("P1", "P2", "P3", "P4", "P4c", "P5", "P5c", "P6", "P7", "P8", "P9", "P9e", "P10", "P11", "P12")
+"""P1 to P12, and three readings that were added after the first runs: P4c and P5c are P4 and P5 less the control, P9e
+asks for an interval within one point, because an interval that contains zero may only be wide."""
 POINT = 0.01
 """One percentage point of accuracy."""
 
@@ -27,7 +29,9 @@ _E1: dict[str, tuple[tuple[str, str, float], ...]] = {
     "P2": (("kl_fall", "below", 0.0), ("kl_rise", "above", 0.05)),
     "P3": (("perplexity_60", "above", 0.0),),
     "P4": (("length", "above", 0.0),),
+    "P4c": (("length_over_control", "above", 0.0),),
     "P5": (("reward_rise", "above", 0.0), ("reward_fall", "above", 0.1)),
+    "P5c": (("rise_over_control", "above", 0.0), ("fall_over_control", "above", 0.1)),
 }
 
 
@@ -36,7 +40,7 @@ def judged(found: dict[str, float], side: str, bound: float) -> str:
 
     Args:
         found: value, low, high and seeds.
-        side: above, below, or around: the interval contains the bound.
+        side: above, below, around: the interval contains the bound, or within: it is nearer to zero than the bound.
         bound: of the prediction.
 
     Returns:
@@ -49,6 +53,9 @@ def judged(found: dict[str, float], side: str, bound: float) -> str:
         return UNDECIDED
     if side == "around":
         return YES if low <= bound <= high else NO
+    if side == "within":
+        inside = -bound <= low and high <= bound
+        return YES if inside else NO if low > bound or high < -bound else UNDECIDED
     if side == "below":
         low, high, bound = -high, -low, -bound
     if low > bound:
@@ -59,9 +66,10 @@ def judged(found: dict[str, float], side: str, bound: float) -> str:
 def _row(name: str, quantity: str, side: str, bound: float, values: object, **setting: object) -> dict[str, object]:
     found = values if isinstance(values, dict) else t_interval(np.asarray(values, dtype=np.float64))
     holds = judged(found, side, bound)
-    agrees = {"above": found["value"] > bound, "below": found["value"] < bound, "around": holds == YES}[side]
+    value = found["value"]
+    sides = {"above": value > bound, "below": value < bound, "around": holds == YES, "within": abs(value) <= bound}
     row = {"prediction": name, **setting, "quantity": quantity, "bound": bound, **found}
-    return {**row, "holds": holds, "agrees": agrees}
+    return {**row, "holds": holds, "agrees": sides[side]}
 
 
 def of_e1(tables: Tables) -> list[dict[str, object]]:
@@ -123,7 +131,8 @@ def of_e2(tables: Tables) -> list[dict[str, object]]:
             found = of(model, rate, dose, "avg", e2.OPTIMISED)
             rows.append(_row("P8", f"avg, {e2.OPTIMISED}", "above", 0.0, found, **setting))
         rows += [
-            _row("P9", f"pass16, {kind}", "around", 0.0, of(model, rate, dose, "pass16", kind), **setting)
+            _row(name, f"pass16, {kind}", side, bound, of(model, rate, dose, "pass16", kind), **setting)
+            for name, side, bound in (("P9", "around", 0.0), ("P9e", "within", POINT))
             for kind in (e2.TOTAL, e2.OPTIMISED)
         ]
     rows += [_least_cost(paired, model) for model in MODELS]
@@ -131,7 +140,7 @@ def of_e2(tables: Tables) -> list[dict[str, object]]:
 
 
 def _least_cost(paired: pd.DataFrame, model: str) -> dict[str, object]:
-    """P10: the fixed dose whose mean is highest at the higher rate; its interval holds the doses as good as it."""
+    """P10: the fixed dose whose mean is highest at the higher rate; its interval holds those that may be as good."""
     rate = max(E2_RATES)
     own = paired[(paired["model"] == model) & (paired["rate"] == rate) & (paired["measure"] == "avg")]
     own = own[(own["comparison"] == e2.TOTAL) & (own["dose"] != e2.AUTO)]
@@ -143,13 +152,13 @@ def _least_cost(paired: pd.DataFrame, model: str) -> dict[str, object]:
         return {**row, **_WITHOUT_RUNS}
     best = str(grid.mean().idxmax())
     level = [int(d) for d in map(str, grid) if d == best or not t_interval(grid[best] - grid[d])["low"] > 0]
-    holds = YES if int(best) <= 12 else NO
     row |= {"value": int(best), "low": min(level), "high": max(level), "seeds": len(grid)}
-    return {**row, "holds": holds, "agrees": holds == YES}
+    holds = YES if max(level) <= 12 else NO if min(level) > 12 else UNDECIDED
+    return {**row, "holds": holds, "agrees": int(best) <= 12}
 
 
 def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
-    """P11 and P12, by the values as they were worded; the intervals are of a bootstrap over seeds.
+    """P11 and P12; the intervals are of a bootstrap over seeds, from three on.
 
     Args:
         tables: of E4 joined with those of E2.
@@ -171,9 +180,13 @@ def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
                 rows.append({**row, **_WITHOUT_RUNS})
                 continue
             value, low, high = (float(own[column].iloc[0]) for column in columns)
-            right = value > bound if name == "P11" else value <= bound
             row |= {"value": value, "low": low, "high": high, "seeds": int(own["seeds"].iloc[0])}
-            rows.append({**row, "holds": YES if right else NO, "agrees": right})
+            if name == "P11":
+                holds, agrees = judged(row, "above", bound), value > bound
+            else:
+                # A size that equals that of the layer's number is no better.
+                holds, agrees = YES if high <= bound else judged(row, "below", bound), value <= bound
+            rows.append({**row, "holds": holds, "agrees": agrees})
     return rows
 
 
