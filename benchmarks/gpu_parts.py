@@ -210,11 +210,13 @@ def analysis(record: Recorder, dtype: str) -> None:
         record.step("entropies against float64", lambda: against_float64(made["model"]), 8.0)
         sizes = [(8, 1024), (4, 1024), (2, 1024)] if dtype != "float32" else [(4, 256), (2, 256), (1, 256)]
         sizes = [(2, 24)] if record.quick else sizes
-        a_token = record.step("one product", lambda: one_product(record, made["model"], min(2048, _tokens(sizes[0]))))
+        product = record.step("one product", lambda: one_product(record, made["model"], min(2048, _tokens(sizes[0]))))
+
+        a_token = 0.0 if product is None else float(product["seconds_per_token"])
 
         def needs(size: tuple[int, int]) -> float:
             # The bare products, and at least the whole once and on a first sequence; a whole is up to twice as long.
-            return 3.0 + 4.5 * _products(made["model"]) * _tokens(size) * (a_token or {}).get("seconds_per_token", 0.0)
+            return 3.0 + 4.5 * _products(made["model"]) * _tokens(size) * a_token
 
         record.largest("throughput", sizes, lambda size: throughput(record, made["model"], size), needs)
 
@@ -228,7 +230,8 @@ def _products(model: Any) -> int:
     """How many states of every token are multiplied with E_u."""
     from internal_policy.extractors.reduce import logits_are_additive
 
-    return (4 if logits_are_additive(model, "policy") else 5) * model.n_layers + 2
+    a_layer = 4 if logits_are_additive(model, "policy") else 5
+    return a_layer * int(model.n_layers) + 2
 
 
 def _operands(model: Any, rows: int) -> tuple[Any, Any, Any]:
