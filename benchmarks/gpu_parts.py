@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/entropy/test_on_cuda.py", "tests/models/test_devices.py")
 """Files with tests that need CUDA; of the second only those are run whose name has ``SELECTED`` in it."""
 SELECTED = "test_on_cuda or real_gpu"
-TOKENS = (1024, 4096, 8192)
+TOKENS = {"bfloat16": (1024, 4096, 8192), "float32": (1024, 4096)}
+"""Rows, by dtype. Full float32 is computed by blocks and not by the kernel, which would take a minute for 8192."""
 CHECKED = 16
 """Tokens whose entropies are compared with the definition in float64."""
 
@@ -51,7 +52,7 @@ def kernel(record: Recorder, dtype: str) -> None:
 
         if record.step(f"{name} against float64", check, 8.0) is not None:
             right.append(name)
-    rates(record, unembedding, TOKENS if not record.quick else (12,), right)
+    rates(record, unembedding, TOKENS[dtype] if not record.quick else (12,), right)
     if dtype == "float32" and record.on_gpu:
         torch.set_float32_matmul_precision("high")
         try:
@@ -207,9 +208,57 @@ def analysis(record: Recorder, dtype: str) -> None:
         if proved is None:
             record.skip("proof", "eq. 4 was not proved: the figures below are times alone")
         record.step("entropies against float64", lambda: against_float64(made["model"]), 8.0)
-        sizes = [(8, 1024), (4, 1024), (2, 1024)] if dtype != "float32" else [(4, 512), (2, 512), (1, 512)]
+        sizes = [(8, 1024), (4, 1024), (2, 1024)] if dtype != "float32" else [(4, 256), (2, 256), (1, 256)]
         sizes = [(2, 24)] if record.quick else sizes
-        record.largest("throughput", sizes, lambda size: throughput(record, made["model"], size), lambda _: 8.0)
+        product = record.step("one product", lambda: one_product(record, made["model"], min(2048, _tokens(sizes[0]))))
+
+        a_token = 0.0 if product is None else float(product["seconds_per_token"])
+
+        def needs(size: tuple[int, int]) -> float:
+            # The bare products, and at least the whole once and on a first sequence; a whole is up to twice as long.
+            return 3.0 + 4.5 * _products(made["model"]) * _tokens(size) * a_token
+
+        record.largest("throughput", sizes, lambda size: throughput(record, made["model"], size), needs)
+
+
+def _tokens(size: tuple[int, int]) -> int:
+    number, length = size
+    return number * (length - min(PROMPT, length // 2))
+
+
+def _products(model: Any) -> int:
+    """How many states of every token are multiplied with E_u."""
+    from internal_policy.extractors.reduce import logits_are_additive
+
+    a_layer = 4 if logits_are_additive(model, "policy") else 5
+    return a_layer * int(model.n_layers) + 2
+
+
+def _operands(model: Any, rows: int) -> tuple[Any, Any, Any]:
+    """Random states, E_u, and a buffer for their logits."""
+    import torch
+
+    weight = model.projection.weight.detach()
+    states = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    return states, weight, torch.empty(rows, model.vocab_size, dtype=weight.dtype, device=weight.device)
+
+
+def one_product(record: Recorder, model: Any, rows: int) -> dict[str, Any]:
+    """Time one bare product of states with E_u, from which the time of all follows.
+
+    Args:
+        record: of the part.
+        model: the model.
+        rows: states.
+
+    Returns:
+        rows, and seconds per row.
+    """
+    import benchmark_kernel as benchmark
+
+    operands = _operands(model, rows)
+    seconds = statistics.median(record.seconds(lambda: benchmark.bare_product(*operands)))
+    return {"rows": rows, "seconds_per_token": seconds / rows}
 
 
 def against_float64(model: Any) -> dict[str, Any]:
@@ -273,15 +322,13 @@ def throughput(record: Recorder, model: Any, size: tuple[int, int]) -> dict[str,
 
     from internal_policy.entropy import streaming
     from internal_policy.extractors import HookExtractor, Reducer, reduce_responses
-    from internal_policy.extractors.reduce import logits_are_additive
 
     number, length = size
     chosen = responses(number, length, model.vocab_size)
     tokens = sum(r.n_tokens for r in chosen)
     ids = torch.tensor([r.input_ids for r in chosen])
     arguments = model.forward_arguments(ids, torch.ones_like(ids))
-    weight = model.projection.weight.detach()
-    products = (4 if logits_are_additive(model, "policy") else 5) * model.n_layers + 2
+    products = _products(model)
     figures: dict[str, Any] = {"sequences": number, "length": length, "tokens": tokens, "products": products}
 
     def forward() -> None:
@@ -295,11 +342,10 @@ def throughput(record: Recorder, model: Any, size: tuple[int, int]) -> dict[str,
     # Enough tokens for the kernel of many, so that its tuning is not timed.
     reduce_responses(reducer, chosen[:1])
     with record.peak(figures):
-        repeats = 3 if weight.element_size() == 2 else 2
+        repeats = 3 if model.projection.weight.element_size() == 2 else 2
         times["whole"] = record.seconds(lambda: reduce_responses(reducer, chosen), repeats, warm_up=False)
     rows = min(2048, tokens)
-    states = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
-    buffer = torch.empty(rows, model.vocab_size, dtype=weight.dtype, device=weight.device)
+    states, weight, buffer = _operands(model, rows)
 
     def bare() -> None:
         for _ in range(products * -(-tokens // rows)):

@@ -150,7 +150,15 @@ class Recorder:
         torch.cuda.reset_peak_memory_stats()
         yield
         most = torch.cuda.max_memory_allocated()
-        figures |= {"peak_gib": round(most / GIB, 3), "added_gib": round((most - before) / GIB, 3)}
+        figures |= {**self.most(), "added_gib": round((most - before) / GIB, 3)}
+
+    def most(self) -> dict[str, float]:
+        """The peak of the device's memory so far, in GiB, within a context of ``peak``; nothing on a CPU."""
+        if not self.on_gpu:
+            return {}
+        import torch
+
+        return {"peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3)}
 
     def keep(self, kind: str, name: str, value: Any) -> None:
         """Write one result at once, under ``figures``, ``errors`` or ``skipped``."""

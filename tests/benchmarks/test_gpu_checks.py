@@ -11,6 +11,7 @@ import time
 from importlib import import_module
 
 import gpu_checks as checks
+import gpu_parts
 import gpu_report as report
 import gpu_update
 import pytest
@@ -18,6 +19,8 @@ import torch
 from gpu_model import QUICK_SHAPE, build, responses
 from gpu_parts import TESTS
 from gpu_recorder import Recorder
+
+from internal_policy.bupo import training
 
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
 
@@ -83,9 +86,59 @@ def test_the_peak_of_a_gpu_is_given_in_all_and_as_what_was_added(tmp_path, monke
     assert figures == {"peak_gib": 7.0, "added_gib": 2.0}
 
 
-@pytest.mark.parametrize(("left", "most", "seconds"), [(240, 75, 75), (30, 75, 30), (11, 75, None), (-3, 75, None)])
-def test_a_part_gets_what_is_left_or_is_not_begun(left, most, seconds):
-    assert checks.allotted(left, most) == seconds
+@pytest.mark.parametrize(
+    ("left", "shares", "seconds"),
+    [
+        *((200, [0.25, 0.25, 0.5], 50), (400, [0.25, 0.25, 0.5], 100), (200, [0.25, 0.5], 200 / 3), (30, [0.1], 30)),
+        *((30, [0.1, 0.9], checks.LEAST), (11, [0.1], None), (-3, [0.1], None)),
+    ],
+)
+def test_a_part_gets_its_share_of_what_is_left_or_is_not_begun(left, shares, seconds):
+    assert checks.allotted(left, shares) == pytest.approx(seconds)
+
+
+def test_the_shares_of_the_default_budget_are_longer_than_what_was_measured():
+    assert sum(part.share for part in checks.PARTS) == pytest.approx(1.0)
+    assert checks.BUDGET <= 560
+    share = {part.name: part.share for part in checks.PARTS}
+    whole = [
+        (name, part["seconds"])
+        for results in report.read_results().values()
+        for name, part in results["parts"].items()
+        if part["figures"] and not part["errors"] and not part["skipped"]
+    ]
+    assert {"kernel-bfloat16", "tests", "analysis-bfloat16", "update"} <= {name for name, _ in whole}
+    # Another card, or one that has other work, may take half as long again.
+    assert [name for name, seconds in whole if share[name] * checks.BUDGET < 1.5 * seconds] == []
+
+
+def test_a_size_that_would_take_longer_than_is_left_is_not_begun(tmp_path, monkeypatch):
+    found = {"rows": 1, "seconds_per_token": 0.05}
+    monkeypatch.setattr(gpu_parts, "one_product", lambda *_: found)
+    monkeypatch.setattr(gpu_parts, "against_float64", lambda _: {})
+    monkeypatch.setattr(gpu_parts, "throughput", lambda *_: pytest.fail("begun"))
+    gpu_parts.analysis(recorder(tmp_path), "float32")
+    # 4 products in each of 4 layers and 2 more, of 2 x 12 tokens: 4.5 x 18 x 24 x 0.05 s and 3 s.
+    (reason,) = written(tmp_path)["skipped"].values()
+    assert "it takes about 100 s" in reason
+
+
+@pytest.mark.slow
+def test_steps_of_training_are_kept_before_the_model_is_saved_and_no_checkpoint_is(tmp_path, monkeypatch):
+    seen = []
+
+    def save(trainer, tokenizer, directory):
+        seen.extend(directory.rglob("checkpoint-*"))
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(training, "_save_model", save)
+    gpu_update.train(recorder(tmp_path))
+    found = written(tmp_path)
+    assert found["figures"]["bupo.train"]["phases"] == ["ipa", "grpo"]
+    assert min(found["figures"]["bupo.train"]["update_seconds"]) > 0
+    assert len(found["figures"]["bupo.train"]["update_seconds"]) == 2
+    assert seen == []
+    assert any("no space left" in reason for reason in found["errors"].values())
 
 
 def well(record):
@@ -110,9 +163,11 @@ def failing(record):
 @fork
 @pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_ends_alone_with_its_figures(tmp_path, monkeypatch, capsys):
-    parts = [checks.Part(f.__name__, f"{__name__}:{f.__name__}", 0.6) for f in (crashing, hanging, failing, well)]
+    # The second gets a twelfth of 8 s.
+    shares = {crashing: 1.0, hanging: 0.2, failing: 1.0, well: 1.0}
+    parts = [checks.Part(f.__name__, f"{__name__}:{f.__name__}", share) for f, share in shares.items()]
     monkeypatch.setattr(checks, "PARTS", parts)
-    options = checks.parse(["--device", "cpu", "--quick", "--start", "fork", "--budget", "50"])
+    options = checks.parse(["--device", "cpu", "--quick", "--start", "fork", "--budget", "8"])
     options.parts = [part.name for part in parts]
     results = {"started": time.monotonic(), "parts": {}}
     checks.run_all(options, results, tmp_path / "found.json")

@@ -1,4 +1,4 @@
-"""PPO: advantages and value loss against independent formulas, the critic, and a problem whose optimum is known."""
+"""PPO: advantages and value loss against independent formulas, the critic, its options and what is refused."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
-from tiny import VOCAB, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from tiny_training import refused_here, train
-from trainers import left_padded, make_trainer, options, weights
+from trainers import left_padded, make_trainer, weights
 from training_calls import command
 
 from internal_policy import UserError
-from internal_policy.bupo import BuPOConfig, BuPOTrainer, Run, TrainConfig
+from internal_policy.bupo import Run, TrainConfig
 from internal_policy.bupo.checks import check_critic
 from internal_policy.bupo.config import PPO_OPTIONS
 from internal_policy.bupo.critic import (
@@ -269,48 +268,6 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients():
         values.square().mean().backward()
         found.append([values.detach(), *(p.grad for p in critic.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-TARGET = 7
-
-
-def hits(completions, **_):
-    """1 if the first word is the target; what follows does not matter."""
-    return [float(text.split()[:1] == [f"w{TARGET}"]) for text in completions]
-
-
-@pytest.mark.slow
-def test_a_bandit_is_solved_and_its_values_are_known(tmp_path):
-    """One prompt, one rewarded word: pi goes to 1, V(prompt) to pi, and V after the word to 1 or 0."""
-    settings = options(
-        output_dir=str(tmp_path),
-        method="ppo",
-        **{"max_steps": 40, "learning_rate": 1e-2, "critic_learning_rate": 1e-2, "max_completion_length": 2},
-        **{"per_device_train_batch_size": 64, "num_generations": 64, "value_clip": 0.5},
-    )
-    trainer = BuPOTrainer(
-        model=tiny_model("qwen3", layers=2),
-        reward_funcs=[hits],
-        args=BuPOConfig(**settings),
-        train_dataset=Dataset.from_list([{"prompt": "w2 w3"}] * 64),
-        processing_class=tiny_tokenizer(),
-    )
-
-    @torch.no_grad()
-    def state():
-        policy, critic = trainer.policy_module.eval(), trainer.critic_training.critic
-        ids = torch.tensor([[2, 3, word] for word in range(VOCAB)])
-        p = float(policy(ids[:1, :2]).logits[0, -1].softmax(-1)[TARGET])
-        # The second response position follows the word; the first follows the prompt.
-        values = critic(torch.cat([ids, ids[:, :1]], dim=1), torch.ones(VOCAB, 4), 2)
-        return p, float(values[0, 0]), values[:, 1]
-
-    assert state()[0] < 0.1
-    trainer.train()
-    p, at_start, after = state()
-    assert p > 0.9
-    assert at_start == pytest.approx(p, abs=0.1)
-    assert float(after[TARGET]) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.slow

@@ -52,13 +52,47 @@ def test_the_stored_summaries_are_those_of_the_stored_runs(stored):
     for name, table in stored.items():
         if name == summaries.EVIDENCE:
             continue
-        kept = tables.read_table(ROOT / summaries.SUMMARIES / f"{name}.csv")
-        ours = summaries.rounded(table)
-        assert list(kept["part"]) == list(ours["part"]) if name == "completeness" else len(kept) == len(ours), name
-        numbers = ours.select_dtypes("number").columns
-        for column in numbers if len(ours) else ():
+        assert_stored(name, table, ROOT / summaries.SUMMARIES / f"{name}.csv")
+
+
+def assert_stored(name, table, path):
+    """Numbers are those of the file to six digits, and text and verdicts exactly."""
+    kept, ours = tables.read_table(path), summaries.rounded(table)
+    assert len(kept) == len(ours), name
+    if not len(ours):
+        return
+    assert list(kept.columns) == list(ours.columns), name
+    # As they stand in the file: read as text, an empty field is no NaN, and a dose of 4 no number.
+    written = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in ours.columns:
+        # To pandas a boolean is no number.
+        if pd.api.types.is_numeric_dtype(ours[column]) and not pd.api.types.is_bool_dtype(ours[column]):
             # Both are rounded to six digits; the last may differ between machines.
             np.testing.assert_allclose(kept[column], ours[column], rtol=2e-6, atol=1e-9, err_msg=f"{name} {column}")
+        else:
+            told = ["" if pd.isna(value) else str(value) for value in ours[column]]
+            assert written[column].to_list() == told, f"{name} {column}"
+
+
+@pytest.mark.parametrize(
+    ("column", "stale"),
+    [("holds", "no"), ("holds", None), ("agrees", False), ("value", 0.3001), ("model", "testbed/llama"), ("dose", "5")],
+)
+def test_a_stale_summary_is_noticed(tmp_path, column, stale):
+    table = pd.DataFrame(
+        {
+            **{"model": ["testbed/qwen3"] * 2, "dose": ["4", "auto"], "value": [0.3, np.nan]},
+            **{"holds": ["yes", np.nan], "agrees": [True, False]},
+        }
+    )
+    changed = table.astype({column: object} if stale is None else {})
+    changed.loc[0, column] = stale
+    path = tmp_path / "kept.csv"
+    table.to_csv(path, index=False)
+    assert_stored("made up", table, path)
+    changed.to_csv(path, index=False)
+    with pytest.raises(AssertionError, match=f"made up {column}"):
+        assert_stored("made up", table, path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])

@@ -175,14 +175,24 @@ def test_power_takes_the_spread_of_paired_differences(e2):
     np.testing.assert_allclose(row["detectable"], spread * dose.detectable(6), **EXACT)
 
 
-def test_methods_stand_beside_grpo_with_the_same_seeds(e2):
-    both = tables.joined(tables.with_settings(made_up.tables("methods", range(2))), e2)
+def test_methods_are_compared_with_grpo_seed_by_seed(e2):
+    both = tables.joined(tables.with_settings(made_up.tables("methods", range(3))), e2)
     found = dose.methods(both)
+    plain = [0.96 + made_up.NOISE[seed] for seed in range(3)]
     row = only(found, model=QWEN, method="grpo", measure="avg")
-    np.testing.assert_allclose(row["value"], 0.96 + np.mean(made_up.NOISE[:2]), **EXACT)
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(plain), *interval(plain)], **EXACT)
+    own = [0.96 + 2.5 * made_up.NOISE[seed] for seed in range(3)]
     row = only(found, model=QWEN, method="ppo", measure="avg")
-    np.testing.assert_allclose(row["over_grpo"], 0.0, **EXACT)
-    assert row["seeds"] == 2
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(own), *interval(own)], **EXACT)
+    over = ["over_grpo", "over_grpo_low", "over_grpo_high"]
+    differences = [one - other for one, other in zip(own, plain, strict=True)]
+    np.testing.assert_allclose(row[over].astype(float), [np.mean(differences), *interval(differences)], **EXACT)
+    # GRPO has five seeds in E2; the two that PPO lacks would change the mean, and another order the interval.
+    assert abs(np.mean(differences) - (np.mean(own) - 0.96 - np.mean(made_up.NOISE))) > 1e-3
+    assert row["seeds"] == 3
+    # The noise of RLOO is that of GRPO.
+    row = only(found, model=QWEN, method="rloo", measure="avg")
+    np.testing.assert_allclose(row[over].astype(float), [0.0, 0.0, 0.0], **EXACT)
     assert set(found["method"]) == {"grpo", "ppo", "rloo", "reinforce++"}
 
 
