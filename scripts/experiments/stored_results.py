@@ -42,7 +42,7 @@ def main_jobs() -> list[Job]:
 
 def watched_jobs() -> list[Job]:
     """The runs of E1 that are drawn, one of each model and layer."""
-    return [job for job in jobs("e1") if (job.rate, job.seed) == (WATCHED_RATE, 0)]
+    return [job for job in jobs("e1") if (job.method, job.rate, job.seed) == ("bupo", WATCHED_RATE, 0)]
 
 
 def missing(needed: Sequence[Job], work: Path = WORK) -> list[Job]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import cells
 import draw
 import made_up_experiments as made_up
 import mechanism
@@ -117,7 +118,7 @@ def test_every_figure_of_the_page_is_stored():
 def test_tables_say_how_many_seeds_and_what_is_missing(found):
     shown = {name: table(found) for name, table in pages.TABLES.items()}
     assert shown["methods"] == pages.NOTHING
-    assert "| E1 | 48 of 72 | 2 |" in shown["completeness"]
+    assert "| E1 | 56 of 84 | 2 |" in shown["completeness"]
     assert "| methods | 0 of 18 | 0 | 0.9 | `make experiment PART=methods` |" in shown["completeness"]
     assert "nan" not in "".join(shown.values())
     row = next(line for line in shown["e2_differences"].splitlines() if "qwen3` | 1e-4 | 24 |" in line)
@@ -130,21 +131,44 @@ def test_tables_say_how_many_seeds_and_what_is_missing(found):
 
 
 def test_conditions_name_an_effect_only_where_the_interval_excludes_zero(found):
-    lines = pages.conditions(found).splitlines()
-    row = next(line for line in lines if "qwen3` | layer 2 alone" in line)
+    lines = pages.conditions_alone(found).splitlines()
+    row = next(line for line in lines if "qwen3` | layer 2 aligned" in line)
     ends = found["e1_outcomes"].query("model == 'testbed/qwen3' and layer == 2 and measure == 'avg'").set_index("rate")
     # The made-up noise of two seeds is wider than the effect at the lowest rate, and narrower at the highest.
     assert ends.loc[1e-4, "low"] < 0 < ends.loc[1e-4, "high"]
     assert ends.loc[5e-4, "high"] < 0
-    assert f"| not decided ({100 * ends.loc[1e-4, 'gain']:+.1f}) |" in row
-    assert row.endswith(f"| **harmed** ({100 * ends.loc[5e-4, 'gain']:+.1f}) |")
-    assert any("**helped** (+10.1)" in line and "48 of 120" in line and "equal GRPO" in line for line in lines)
+    assert f"| not decided: {100 * ends.loc[1e-4, 'gain']:+.1f} (" in row
+    assert f"| **harmed**: {100 * ends.loc[5e-4, 'gain']:+.1f} (" in row
+    assert sum("| GRPO | **helped**: +30.6 (" in line for line in lines) == 2
+    # 48 steps of alignment are worth 24 of GRPO, so that 72 more end above GRPO after 72.
+    lines = pages.conditions_first(found).splitlines()
+    assert any("| 48 | 1e-4 |" in line and "**harmed**" in line and "**helped**: +10.1" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (0.1, 0.05, 0.15, "**helped**: +10.0 (+5.0 to +15.0)"),
+        (-0.1, -0.15, -0.05, "**harmed**: -10.0 (-15.0 to -5.0)"),
+        (0.1, -0.05, 0.25, "not decided: +10.0 (-5.0 to +25.0)"),
+        # Its interval excludes zero, but the measurement of the start may be off by as much.
+        (0.015, 0.01, 0.02, "nothing: +1.5 (+1.0 to +2.0)"),
+        (0.0, -0.04, 0.04, "nothing: +0.0 (-4.0 to +4.0)"),
+        (0.1, np.nan, np.nan, "one seed: +10.0"),
+        (0.05, 0.05, 0.05, "**helped**: +5.0 (all seeds)"),
+    ],
+)
+def test_verdicts_say_what_an_interval_says(value, low, high, said):
+    row = {"value": value, "low": low, "high": high}
+    assert cells.verdict(row, small=0.02, negligible=0.05) == said
+    assert cells.verdict(None, small=0.02, negligible=0.05) == "not run"
 
 
 def test_a_single_seed_has_no_interval(tmp_path):
     made_up.write(tmp_path, "e1", range(1))
     alone = summaries.summaries(tmp_path)
     assert not INTERVAL.search(pages.e1_behaviour(alone))
+    assert not INTERVAL.search(pages.conditions_alone(alone))
     assert "| 1 |" in pages.e1_behaviour(alone)
     counts = alone["prediction_counts"].set_index("prediction")
     assert counts.loc["P1", ["undecided", "not run"]].to_list() == [24, 0]

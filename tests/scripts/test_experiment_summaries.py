@@ -17,6 +17,8 @@ from scipy import stats
 QWEN = "testbed/qwen3"
 # Sums of a few float64 values near 1.
 EXACT = {"rtol": 0, "atol": 1e-12}
+# Of P1 to P12, with P4c, P5c and P9e: models x layers x rates; models x rates; models x rates x doses; models.
+SETTINGS = [24] * 7 + [6, 16, 12, 16, 16, 2, 2, 2]
 
 
 def interval(values):
@@ -81,11 +83,44 @@ def test_the_rule_is_compared_with_the_peak_and_the_fall_of_the_reward(e1):
     row = only(mechanism.rule(e1), run="qwen3-bupo-l2-s60-lr0.0001-t60-seed0")
     # The log-perplexity of seed 0 rises by 0.002 a step from 0.15, and by more than 0.05 first at step 27.
     assert (row["stop"], row["sign"]) == (27, "perplexity")
-    rewards = [0.45 + 0.01 * min(s, 30) - 0.015 * max(s - 30, 0) for s in range(1, 61)]
+    rewards = [0.01 * min(s, 30) - 0.015 * max(s - 30, 0) - 0.002 * s for s in range(1, 61)]
     means = {s + 4.5: np.mean(rewards[s - 1 : s + 9]) for s in range(1, 52)}
     peak = max(means, key=means.get)
-    fall = min(s for s in means if s > peak and means[s] <= means[peak] - 0.05)
+    fall = min(s for s in means if s > peak and means[s] <= means[peak] - 0.1)
     assert (row["peak"], row["fall"], row["late"]) == (peak, fall, 27 - peak)
+    # Without the control, it is the reward itself, whose prompts become easier.
+    alone = {**e1, "histories": e1["histories"][e1["histories"]["rate"] != 0]}
+    later = only(mechanism.rule(alone), run=row["run"])
+    rewards = [0.45 + 0.01 * min(s, 30) - 0.015 * max(s - 30, 0) for s in range(1, 61)]
+    means = {s + 4.5: np.mean(rewards[s - 1 : s + 9]) for s in range(1, 52)}
+    assert later["peak"] == max(means, key=means.get)
+    assert later["fall"] == min(s for s in means if s > later["peak"] and means[s] <= means[later["peak"]] - 0.1)
+
+
+def test_rewards_and_lengths_are_compared_with_the_control_of_the_same_prompts(e1):
+    found = mechanism.changes(e1)
+    assert set(found["rate"]) == {1e-4, 3e-4, 5e-4}
+    assert set(found["layer"]) == {2, 4, 6, 7}
+    row = only(found, model=QWEN, layer=4, rate=3e-4, seed=1)
+    gained = [0.01 * min(s, 30) - 0.015 * max(s - 30, 0) - 0.002 * s + 1.5 * made_up.NOISE[1] for s in range(1, 61)]
+    means = [np.mean(gained[s : s + 10]) for s in range(51)]
+    np.testing.assert_allclose(row["rise_over_control"], max(means), **EXACT)
+    np.testing.assert_allclose(row["fall_over_control"], max(means) - means[-1], **EXACT)
+    np.testing.assert_allclose(row["length_over_control"], np.mean([0.04 * s for s in range(51, 61)]), **EXACT)
+    without = {**e1, "histories": e1["histories"][e1["histories"]["rate"] != 0]}
+    assert mechanism.changes(without)[["length_over_control", "rise_over_control"]].isna().all(axis=None)
+
+
+def test_alignment_is_compared_with_as_many_steps_of_grpo(e1):
+    found = mechanism.outcomes(e1)
+    row = only(found, model=QWEN, method="bupo", layer=7, rate=3e-4, measure="avg")
+    values = [0.2 - 0.3 + 0.5 * made_up.NOISE[seed] for seed in range(3)]
+    names = ["over_grpo", "over_grpo_low", "over_grpo_high"]
+    np.testing.assert_allclose(row[names].astype(float), [np.mean(values), *interval(values)], **EXACT)
+    assert row["over_grpo_seeds"] == 3
+    row = only(found, model=QWEN, method="grpo", measure="avg")
+    np.testing.assert_allclose(row["gain"], 0.3 + np.mean(made_up.NOISE[:3]), **EXACT)
+    assert np.isnan(row["layer"])
 
 
 def test_a_rule_that_never_stops_counts_as_the_last_step(e1):
@@ -141,7 +176,8 @@ def test_curves_are_compared_step_by_step_at_equal_total_and_equal_grpo_steps(e2
     row = only(found, **setting, comparison=dose.OPTIMISED, step="24")
     values = [start + bupo[seed] * 72 / 120 - (start + plain[seed] * 24 / 120) for seed in range(5)]
     np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
-    steps = [12, 24, 36, 48, 60, 72]
+    # The area is between points that every run has.
+    steps = [24, 48, 72]
     row = only(found, **setting, comparison=dose.OPTIMISED, step="mean")
     values = [np.mean([bupo[seed] * (s + 48) - plain[seed] * s for s in steps]) / 120 for seed in range(5)]
     np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
@@ -173,6 +209,12 @@ def test_power_takes_the_spread_of_paired_differences(e2):
     spread = np.std([0.5 * made_up.NOISE[seed] for seed in range(5)], ddof=1)
     np.testing.assert_allclose(row["spread"], spread, **EXACT)
     np.testing.assert_allclose(row["detectable"], spread * dose.detectable(6), **EXACT)
+    # (n - 1) s^2 / sigma^2 has a chi-square distribution.
+    np.testing.assert_allclose(stats.chi2.cdf(4 * (spread / row["spread_low"]) ** 2, 4), 0.975, rtol=1e-9)
+    np.testing.assert_allclose(stats.chi2.cdf(4 * (spread / row["spread_high"]) ** 2, 4), 0.025, rtol=1e-9)
+    early = only(dose.power(e2), model=QWEN, rate=1e-4, measure="avg, step 24")
+    np.testing.assert_allclose(early["spread"], spread * 24 / 120, **EXACT)
+    assert dose.power({name: table[table["seed"] == 0] for name, table in e2.items()}).empty
 
 
 def test_methods_are_compared_with_grpo_seed_by_seed(e2):
@@ -221,6 +263,16 @@ def test_correlations_need_every_layer(every_layer):
     assert layers.correlations(fewer, made_up.evidence()).empty
 
 
+def test_a_bootstrap_of_two_seeds_has_no_ends(every_layer):
+    two = {name: table[table["seed"] < 2] for name, table in every_layer.items()}
+    found = layers.correlations(two, made_up.evidence())
+    assert found["value"].notna().all()
+    assert found[["low", "high", "less_low", "less_high"]].isna().all(axis=None)
+    nothing = tables.with_settings({})
+    verdicts = predictions.predictions(nothing, nothing, two, made_up.evidence()).set_index("prediction")["holds"]
+    assert set(verdicts[["P11", "P12"]]) == {"undecided"}
+
+
 def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
     noisy = dict(every_layer)
     shifts = np.random.default_rng(1).normal(0, 0.05, len(noisy["runs"]))
@@ -243,6 +295,10 @@ def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
         ((-0.1, 0.1), "around", 0.0, "yes"),
         ((0.1, 0.2), "around", 0.0, "no"),
         ((np.nan, np.nan), "around", 0.0, "undecided"),
+        ((-0.009, 0.008), "within", 0.01, "yes"),
+        ((-0.009, 0.02), "within", 0.01, "undecided"),
+        ((-0.3, -0.02), "within", 0.01, "no"),
+        ((0.02, 0.3), "within", 0.01, "no"),
         ((0.0, 0.0), "above", 0.0, "no"),
     ],
 )
@@ -259,9 +315,8 @@ def judged(e1, e2, every_layer):
 
 def test_every_prediction_is_judged_in_every_setting(judged):
     counts = predictions.counted(judged).set_index("prediction")
-    assert list(counts.index) == [f"P{n}" for n in range(1, 13)]
-    # Models x layers x rates; models x rates; models x rates x doses; models.
-    assert counts["settings"].to_list() == [24, 24, 24, 24, 24, 6, 16, 12, 16, 2, 2, 2]
+    assert list(counts.index) == list(predictions.NAMES)
+    assert counts["settings"].to_list() == SETTINGS
     assert (counts[["yes", "no", "undecided", "not run"]].sum(axis=1) == counts["settings"]).all()
     assert (counts["not run"] == 0).all()
     assert counts.loc["P1", "seeds"] == "3"
@@ -300,6 +355,13 @@ def test_verdicts_on_dose_and_layers_follow_from_the_made_up_runs(judged):
     assert row["holds"] == "yes"
 
 
+def test_a_dose_that_costs_least_is_decided_only_if_no_larger_one_may_be_as_good(e2):
+    nothing = tables.with_settings({})
+    one = {name: table[table["seed"] == 0] for name, table in e2.items()}
+    row = only(predictions.predictions(nothing, one, nothing, pd.DataFrame()), prediction="P10", model=QWEN)
+    assert (row["value"], row["low"], row["high"], row["holds"], row["agrees"]) == (4, 4, 48, "undecided", True)
+
+
 def test_a_setting_fails_if_one_of_its_parts_does():
     rows = [
         {"prediction": "P2", "model": QWEN, "layer": layer, "rate": 1e-4, "dose": np.nan, "seeds": 3, "holds": holds}
@@ -316,7 +378,7 @@ def test_without_runs_every_prediction_is_not_run():
     nothing = tables.with_settings({})
     counts = predictions.counted(predictions.predictions(nothing, nothing, nothing, pd.DataFrame()))
     assert (counts["not run"] == counts["settings"]).all()
-    assert counts["settings"].to_list() == [24, 24, 24, 24, 24, 6, 16, 12, 16, 2, 2, 2]
+    assert counts["settings"].to_list() == SETTINGS
 
 
 def test_completeness_counts_runs_and_whole_seeds(tmp_path):
@@ -327,6 +389,6 @@ def test_completeness_counts_runs_and_whole_seeds(tmp_path):
     made_up.write(tmp_path, "e2", range(5))
     # Without a run of its own, a part is taken to be as slow as E2: 180 s for 120 steps.
     row = only(tables.completeness(["e1"], tmp_path), part="e1")
-    np.testing.assert_allclose(row["hours"], 72 * 60 * 1.5 / 3600, **EXACT)
+    np.testing.assert_allclose(row["hours"], 84 * 60 * 1.5 / 3600, **EXACT)
     assert {job.seed for job in tables.missing_jobs("methods", tmp_path)} == {2}
     assert len(tables.missing_jobs("e1", tmp_path)) == len(jobs("e1"))
