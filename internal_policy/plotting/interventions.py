@@ -1,6 +1,6 @@
 """Figures of interventions: what ablating each module does to the final policy, and what patching recovers.
 
-    figure = ablation_map(ablation)                  # layer by module or head: KL, entropy, log-probability, flips
+    figure = ablation_map(ablation)                  # module or head by layer: KL, entropy, log-probability, flips
     figure = ablation_bars(ablation, "ffn")          # one site, with 95% intervals
     figure = patching_map(patching)                  # layer by token: recovery
 
@@ -63,9 +63,13 @@ _SIGNED = ("entropy_change", "log_prob_change", "accuracy_change")
 STATES = {"layer": "$H^l$", "attn": "$A^l$", "ffn": "$F^l$"}
 _MAX_WRITTEN_ROWS = 16
 """Rows beyond which the cells of a map have no numbers."""
+_MAX_SIDE_BY_SIDE = 16
+"""Layers of a map beside which there is room for another."""
 _MAX_BARS = 24
-_ROW, _PANEL_EXTRA = 0.16, 0.75
+_ROW, _PANEL_EXTRA = 0.16, 0.6
 """Inches: a row of a map, and its title and labels."""
+_TALLEST = 3.6
+"""Inches of a map of many heads or experts."""
 _MAX_LABEL = 60.0
 """Points that a token may take below a map."""
 
@@ -74,7 +78,7 @@ _MAX_LABEL = 60.0
 def ablation_map(
     ablation: Ablation, *, ax: OneOrMany[Axes] | None = None, label: str | None = None, color: Any = None
 ) -> Figure:
-    """Draw layer by module (or head, or expert): a map for each quantity, layer 1 at the bottom.
+    """Draw layers from left to right by module (or head, or expert) from the top: a map for each quantity.
 
     Args:
         ablation: The ablation.
@@ -93,9 +97,10 @@ def ablation_map(
     colormap = marks.check_colormap(color)
     if ax is None:
         n_layers, n_names = frame["layer"].nunique(), frame["name"].nunique()
-        n_columns = 2 if n_names <= 8 else 1
+        n_columns = 2 if n_layers <= _MAX_SIDE_BY_SIDE else 1
         n_rows = ceil(len(quantities) / n_columns)
-        figure = style.new_figure(style.TWO_COLUMNS, n_rows * (max(n_layers, 4) * _ROW + _PANEL_EXTRA) + 0.25)
+        height = min(max(n_names, 4) * _ROW, _TALLEST) + _PANEL_EXTRA
+        figure = style.new_figure(style.TWO_COLUMNS, n_rows * height + 0.25, space=0.03)
         panels = [figure.add_subplot(n_rows, n_columns, k + 1) for k in range(len(quantities))]
         figure.suptitle(_title(ablation, label), parse_math=False)
     else:
@@ -103,7 +108,7 @@ def ablation_map(
     for quantity, panel in zip(quantities, panels, strict=True):
         rows = frame[frame["quantity"] == quantity]
         names = list(dict.fromkeys(rows["name"]))
-        table = rows.pivot_table(index="layer", columns="name", values="value")[names]
+        table = rows.pivot_table(index="name", columns="layer", values="value").loc[names]
         _map(panel, table, colormap if quantity not in _SIGNED else None)
         panel.set_title(LABELS[quantity], pad=4)
     return style.root_figure(panels[0])
@@ -115,7 +120,7 @@ def _title(ablation: Ablation, label: str | None) -> str:
 
 
 def _map(ax: Axes, table: pd.DataFrame, colormap: Any) -> None:
-    """Draw layers by names; without a colour map, colours diverge from zero."""
+    """Draw names by layers; without a colour map, colours diverge from zero."""
     values = table.to_numpy(dtype=float)
     reach = float(np.nanmax(np.abs(values))) or 1.0
     limits: dict[str, Any] = {"vmin": 0.0, "cmap": colormap} if colormap else {"vmin": -reach, "cmap": "RdBu_r"}
@@ -138,20 +143,19 @@ def _map(ax: Axes, table: pd.DataFrame, colormap: Any) -> None:
     bar = cast(Any, ax.collections[0].colorbar)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=marks.SMALL, length=2)
-    ax.invert_yaxis()
-    every = max(1, ceil(table.shape[0] / _MAX_WRITTEN_ROWS))
-    rows = range(0, table.shape[0], every)
-    ax.set_yticks([row + 0.5 for row in rows], [str(table.index[row]) for row in rows], rotation=0)
-    # Heads and experts are numbered; what they are is said once, below.
-    parts = {str(name).partition(" ")[0] for name in table.columns}
+    layers = [str(layer) for layer in table.columns]
+    step = max(1, ceil((max(style.text_width(text, 7.0) for text in layers) + 3) / cell))
+    columns = range(0, len(layers), step)
+    ax.set_xticks([column + 0.5 for column in columns], layers[::step], rotation=0)
+    # Heads and experts are numbered; what they are is said once, beside them.
+    parts = {str(name).partition(" ")[0] for name in table.index}
     part = next(iter(parts)) if len(parts) == 1 and parts <= {"head", "expert"} else None
-    texts = [str(name).removeprefix(f"{part} ").replace(", ", "\n") for name in table.columns]
-    room = max(style.text_width(line, 7.0) for text in texts for line in text.split("\n")) + 3
-    step = max(1, ceil(room / cell))
-    columns = range(0, len(texts), step)
-    ax.set_xticks([column + 0.5 for column in columns], [texts[column] for column in columns], rotation=0)
+    texts = [str(name).removeprefix(f"{part} ") for name in table.index]
+    every = ceil((marks.SMALL + 1.0) * len(texts) / (0.9 * _TALLEST * style.POINTS_PER_INCH))
+    rows = range(0, len(texts), every)
+    ax.set_yticks([row + 0.5 for row in rows], texts[::every], rotation=0, fontsize=marks.SMALL)
     ax.tick_params(length=0)
-    ax.set(xlabel="" if part is None else part.capitalize(), ylabel="Layer")
+    ax.set(xlabel="Layer", ylabel="" if part is None else part.capitalize())
 
 
 def _number(value: float) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from command_line import run
 from matplotlib.figure import Figure
-from plotting_fixtures import ODD, assert_legible
+from plotting_fixtures import ODD, assert_legible, make_analysis, with_parts
 from synthetic_interventions import make_ablation, make_patching
 
 from internal_policy import Ablation, Patching, UserError
 from internal_policy.interventions.figure_data import SHOWN, describe_how
+from internal_policy.plotting.heads import head_map
 from internal_policy.plotting.interventions import (
     ablation_bars,
     ablation_data,
@@ -52,22 +53,30 @@ def test_patching_maps_are_legible(n_layers, n_tokens, words):
 def test_the_map_shows_every_value():
     ablation = make_ablation(hows=("zero", "mean"), samples=True)
     figure = ablation_map(ablation)
-    panels = [ax for ax in figure.axes if ax.get_ylabel() == "Layer"]
+    panels = [ax for ax in figure.axes if ax.get_xlabel() == "Layer"]
     assert len(panels) == 5
     for quantity, panel in zip(SHOWN, panels, strict=True):
         own = ablation.table.sort_values("layer", kind="stable")[quantity].to_numpy().reshape(8, 4)
-        np.testing.assert_allclose(panel.collections[0].get_array().reshape(8, 4), own)
-    assert [tick.get_text() for tick in panels[0].get_xticklabels()] == [
-        "ATTN\nzero",
-        "FFN\nzero",
-        "ATTN\nmean",
-        "FFN\nmean",
-    ]
+        np.testing.assert_allclose(panel.collections[0].get_array().reshape(4, 8), own.T)
+    names = ["ATTN, zero", "FFN, zero", "ATTN, mean", "FFN, mean"]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == names
     data = ablation_data(ablation, ["kl"])
-    assert data["name"].tolist()[:4] == ["ATTN, zero", "FFN, zero", "ATTN, mean", "FFN, mean"]
+    assert data["name"].tolist()[:4] == names
     assert data[["value", "low", "high"]].to_numpy() == pytest.approx(
         ablation.table[["kl", "kl_low", "kl_high"]].to_numpy()
     )
+
+
+def test_the_maps_of_ablations_and_of_heads_have_the_same_axes():
+    analysis = with_parts(make_analysis("m", 6, "llama"), 4)
+    ours, theirs = ablation_map(make_ablation(n_layers=6, heads=4)).axes[0], head_map(analysis).axes[0]
+    assert (ours.get_xlabel(), ours.get_ylabel()) == (theirs.get_xlabel(), theirs.get_ylabel()) == ("Layer", "Head")
+    for ax in (ours, theirs):
+        assert ax.get_xlim() == (0, 6)
+        # The first head is at the top.
+        assert ax.get_ylim() == (4, 0)
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == ["1", "2", "3", "4"]
+    assert [tick.get_text() for tick in ours.get_xticklabels()] == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_bars_have_the_values_and_intervals():
