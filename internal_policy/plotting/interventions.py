@@ -19,9 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from internal_policy.analysis.figure_data import OneOrMany
 from internal_policy.interventions.figure_data import (
@@ -30,9 +28,8 @@ from internal_policy.interventions.figure_data import (
     ablation_data,
     describe_how,
     patching_data,
-    recovery_reach,
 )
-from internal_policy.plotting import marks, style
+from internal_policy.plotting import marks, scales, style
 from internal_policy.plotting.inspection import drawable, fit, font
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.palette import LOOKS, series
@@ -59,7 +56,8 @@ LABELS = {
     "accuracy_change": "Change of accuracy",
     "accuracy": "Accuracy",
 }
-_SIGNED = ("entropy_change", "log_prob_change", "accuracy_change")
+_LOWEST = {"kl": 1e-4, "flips": 1e-3}
+"""What is told from zero at least: float32 resolves hardly less, and few analyses have so many tokens."""
 STATES = {"layer": "$H^l$", "attn": "$A^l$", "ffn": "$F^l$"}
 _MAX_WRITTEN_ROWS = 16
 """Rows beyond which the cells of a map have no numbers."""
@@ -109,7 +107,10 @@ def ablation_map(
         rows = frame[frame["quantity"] == quantity]
         names = list(dict.fromkeys(rows["name"]))
         table = rows.pivot_table(index="name", columns="layer", values="value").loc[names]
-        _map(panel, table, colormap if quantity not in _SIGNED else None)
+        values = table.to_numpy(dtype=float)
+        changes = quantity not in _LOWEST
+        scale = scales.symmetric_logarithmic(values) if changes else scales.logarithmic(values, _LOWEST[quantity])
+        _map(panel, table, scale, "RdBu_r" if changes else colormap)
         panel.set_title(LABELS[quantity], pad=4)
     return style.root_figure(panels[0])
 
@@ -119,34 +120,37 @@ def _title(ablation: Ablation, label: str | None) -> str:
     return f"{name}: effect on the final policy of writes {describe_how(ablation)}"
 
 
-def _map(ax: Axes, table: pd.DataFrame, colormap: Any) -> None:
-    """Draw names by layers; without a colour map, colours diverge from zero."""
-    values = table.to_numpy(dtype=float)
-    reach = float(np.nanmax(np.abs(values))) or 1.0
-    limits: dict[str, Any] = {"vmin": 0.0, "cmap": colormap} if colormap else {"vmin": -reach, "cmap": "RdBu_r"}
+def _map(ax: Axes, table: pd.DataFrame, scale: scales.Scale, colormap: Any) -> None:
+    """Draw names by layers."""
+    numbers = np.vectorize(_number)(table.to_numpy(dtype=float))
     cell = style.panel_width(ax) * 0.8 / table.shape[1]
-    size = min(6.5, cell / 2.6)
+    widest = max(style.text_width(text, marks.SMALL) for text in numbers.ravel())
+    size = min(marks.SMALL, marks.SMALL * 0.92 * cell / widest)
     written = table.shape[0] <= _MAX_WRITTEN_ROWS and size >= style.MIN_FONT_SIZE
-    numbers = np.vectorize(_number)(values)
     sns.heatmap(
-        table,
+        pd.DataFrame(scale.drawn, table.index, table.columns),
         ax=ax,
-        vmax=reach,
+        norm=scale.norm,
+        cmap=colormap,
         annot=numbers if written else None,
         fmt="",
         annot_kws={"fontsize": size},
         linewidths=0.4,
         linecolor="white",
-        cbar_kws={"pad": 0.02, "fraction": 0.06, "aspect": 18},
-        **limits,
+        cbar_kws={"pad": 0.02, "fraction": 0.06, "aspect": 18, "extend": scale.extend},
     )
     bar = cast(Any, ax.collections[0].colorbar)
+    scale.label(bar)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=marks.SMALL, length=2)
-    layers = [str(layer) for layer in table.columns]
-    step = max(1, ceil((max(style.text_width(text, 7.0) for text in layers) + 3) / cell))
-    columns = range(0, len(layers), step)
-    ax.set_xticks([column + 0.5 for column in columns], layers[::step], rotation=0)
+    layers = list(table.columns)
+    if layers == [*range(1, len(layers) + 1)]:
+        style.set_layer_axis(ax, len(layers), first=0.5)
+        ax.tick_params(axis="x", labelrotation=0)
+    else:
+        step = max(1, ceil((max(style.text_width(str(layer), 7.0) for layer in layers) + 3) / cell))
+        columns = range(0, len(layers), step)
+        ax.set_xticks([column + 0.5 for column in columns], [str(layers[c]) for c in columns], rotation=0)
     # Heads and experts are numbered; what they are is said once, beside them.
     parts = {str(name).partition(" ")[0] for name in table.index}
     part = next(iter(parts)) if len(parts) == 1 and parts <= {"head", "expert"} else None
@@ -159,9 +163,9 @@ def _map(ax: Axes, table: pd.DataFrame, colormap: Any) -> None:
 
 
 def _number(value: float) -> str:
-    """A number in a cell, with a true minus sign and none before a zero."""
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text.replace("-", "\N{MINUS SIGN}")
+    """A number in a cell, with a true minus sign and none before a zero; small ones have one decimal more."""
+    text = f"{value:.2f}" if round(abs(value), 3) >= 0.1 else f"{value:.3f}"
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
 @style.paper_style()
@@ -264,7 +268,9 @@ def patching_map(
     label: str | None = None,
     color: Any = None,
 ) -> Figure:
-    """Draw layer by token for each site, coloured by recovery, with one scale around zero.
+    """Draw layer by token for each site, coloured by recovery, on one scale from -1 to 1.
+
+    A recovery beyond, which an interplay of states may cause, has the colour of the end, and the bar there an arrow.
 
     Args:
         patching: The result.
@@ -283,7 +289,7 @@ def patching_map(
     data = patching_data(patching, sites)
     colormap = marks.check_colormap(color, "RdBu_r")
     positions, layers = (sorted(data[name].unique()) for name in ("position", "layer"))
-    scale = Normalize(-recovery_reach(patching), recovery_reach(patching))
+    scale = scales.clipped(data["recovery"], 1.0)
     if ax is None:
         width = min(14.0, max(style.ONE_COLUMN, 0.9 + 0.2 * len(positions)))
         height = len(sites) * (max(len(layers), 4) * 0.13 + 0.24) + 0.8
@@ -302,7 +308,7 @@ def patching_map(
             np.arange(len(layers) + 1) - 0.5,
             table.to_numpy(dtype=float),
             cmap=colormap,
-            norm=scale,
+            norm=scale.norm,
             rasterized=True,
         )
         every = max(1, ceil(len(layers) / 12))
@@ -315,10 +321,15 @@ def patching_map(
             _token_ticks(panel, patching, positions)
     if ax is None:
         bar = style.root_figure(panels[0]).colorbar(
-            ScalarMappable(scale, colormap), ax=panels, fraction=0.04, pad=0.015, aspect=14 * len(panels)
+            ScalarMappable(scale.norm, colormap),
+            ax=panels,
+            extend=scale.extend,
+            extendfrac=0.03,
+            fraction=0.04,
+            pad=0.015,
+            aspect=14 * len(panels),
         )
-        bar.locator = MaxNLocator(5)
-        bar.update_ticks()
+        scale.label(bar)
         bar.outline.set_visible(False)
     return style.root_figure(panels[0])
 
