@@ -235,7 +235,8 @@ def _groups(analysis: Analysis) -> list[dict[str, Any]]:
                     "difference": {"value": number(row["difference"], "+.3f"), "interval": span},
                 }
             )
-        shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
+        note = "; ".join(filter(None, (groups.note, groups.nothing_to_compare)))
+        shown.append({"name": name, "note": note, "rows": rows, "chart": group_chart(groups)})
     return shown
 
 
