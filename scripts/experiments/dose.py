@@ -118,6 +118,41 @@ def curves(tables: Tables) -> pd.DataFrame:
     return over_seeds(found.assign(dose=dose), [*BY, "step"], "avg")
 
 
+def along(tables: Tables) -> pd.DataFrame:
+    """BuPO minus GRPO in held-out Avg@1 along the runs, paired by seed.
+
+    Args:
+        tables: of E2.
+
+    Returns:
+        A row per model, rate, dose, comparison and step (text): value, low, high, seeds. It is GRPO's, so that at
+        equal GRPO steps a run of BuPO has its dose more; there, doses are missing whose steps were not measured. Step
+        "mean" is the mean over all measured steps but the start: the area between two curves.
+    """
+    found = tables["curves"]
+    columns = [*BY, "comparison", "step", "value", "low", "high", "seeds"]
+    aligned = found[(found["method"] == "bupo") & (found["layer"] == found["model"].map(BOUNDARY))]
+    if aligned.empty:
+        return pd.DataFrame(columns=columns)
+    plain = found.loc[found["method"] == "grpo", ["model", "seed", "step", "avg"]]
+    aligned = aligned.rename(columns={"ipa_steps": "dose"})
+    parts = []
+    for comparison in (TOTAL, OPTIMISED):
+        own = aligned.assign(comparison=comparison)
+        if comparison == OPTIMISED:
+            own = own[own["dose"] != AUTO]
+            own = own.assign(step=own["step"] - own["dose"].astype(int))
+        own = own[own["step"] > 0].merge(plain, on=["model", "seed", "step"], suffixes=("", "_grpo"))
+        own = own.assign(value=own["avg"] - own["avg_grpo"])
+        # The last step is measured in every run; only where others are too is there a curve.
+        steps = own.groupby([*BY, "seed"])["step"].transform("nunique")
+        parts.append(own[steps > 1])
+    every = pd.concat(parts, ignore_index=True).astype({"step": int}).astype({"step": str})
+    by = [*BY, "comparison"]
+    means = every.groupby([*by, "seed"], sort=False)["value"].mean().reset_index().assign(step="mean")
+    return over_seeds(pd.concat([every, means], ignore_index=True), [*by, "step"])[columns]
+
+
 def auto(tables: Tables) -> pd.DataFrame:
     """What the rule of ``ipa_steps="auto"`` did.
 

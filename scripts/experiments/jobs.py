@@ -21,6 +21,8 @@ BATCH: Mapping[str, Any] = {
 LEARNING_RATE = float(BATCH["learning_rate"])
 
 E1_STEPS, E1_LAYERS, E1_RATES, E1_SEEDS = 60, (2, 4, 6, 7), (1e-4, 3e-4, 5e-4), range(3)
+CONTROL_RATE, CONTROL_LAYER = 0.0, 7
+"""E1's control changes no weight: what varies along it is the prompts of the steps and the sampling."""
 E2_STEPS, E2_DOSES, E2_RATES, E2_SEEDS = 120, (4, 12, 24, 48), (1e-4, 3e-4), range(5)
 AUTO_SEEDS = range(3)
 E4_DOSE = 24
@@ -66,13 +68,19 @@ def jobs(part: str) -> list[Job]:
 
 
 def _e1() -> list[Job]:
-    return [
-        Job("e1", model, "bupo", layer, E1_STEPS, rate, E1_STEPS, seed)
-        for seed in E1_SEEDS
-        for rate in E1_RATES
-        for layer in E1_LAYERS
-        for model in MODELS
-    ]
+    found = []
+    for seed in E1_SEEDS:
+        for model in MODELS:
+            control = Job("e1", model, "bupo", CONTROL_LAYER, E1_STEPS, CONTROL_RATE, E1_STEPS, seed)
+            # What the same steps are worth to GRPO.
+            found += [control, Job("e1", model, steps=E1_STEPS, seed=seed)]
+        found += [
+            Job("e1", model, "bupo", layer, E1_STEPS, rate, E1_STEPS, seed)
+            for rate in E1_RATES
+            for layer in E1_LAYERS
+            for model in MODELS
+        ]
+    return found
 
 
 def _e2() -> list[Job]:

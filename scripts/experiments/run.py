@@ -26,7 +26,7 @@ from store import DATA, WORK, collect, finished, write_record
 
 from internal_policy.utils.logging import progress
 
-CURVE_EVERY, DYNAMICS_EVERY = 24, 3
+CURVE_EVERY, DYNAMICS_EVERY = 12, 3
 
 
 def prepare_worker() -> None:
@@ -58,7 +58,7 @@ def run_job(job: Job, work: Path = WORK) -> str:
     started = time.perf_counter()
     mechanism = job.part == "e1"
     full_at = {job.steps}
-    if job.method == "grpo":
+    if job.part == "e2" and job.method == "grpo":
         # The same number of GRPO steps as in a run that aligned before.
         full_at |= {job.steps - dose for dose in E2_DOSES}
     start_file = work / "starts" / f"{job.model.replace('/', '--')}.csv"
@@ -66,13 +66,12 @@ def run_job(job: Job, work: Path = WORK) -> str:
     callbacks: list[Any] = [held_out]
     perplexities = None
     if mechanism:
-        assert job.layer is not None
-        perplexities = Perplexities(DYNAMICS_EVERY, job.layer, seed=job.seed)
+        perplexities = Perplexities(DYNAMICS_EVERY, job.layer or 1, seed=job.seed)
         callbacks.append(perplexities)
     first: dict[str, Any] = {}
     if job.method == "bupo":
         first = {"layer": job.layer, "ipa_steps": job.ipa_steps, "ipa_learning_rate": job.rate}
-    every = DYNAMICS_EVERY if mechanism else int(job.ipa_steps == "auto")
+    every = DYNAMICS_EVERY if mechanism and job.method == "bupo" else int(job.ipa_steps == "auto")
     path = work / job.part / job.name
     # A run that was cut off begins anew, because the callbacks keep their measurements in memory.
     shutil.rmtree(path, ignore_errors=True)

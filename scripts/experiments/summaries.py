@@ -49,6 +49,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         "e1_rule": mechanism.rule(e1),
         "e2_doses": dose.doses(e2),
         "e2_curves": dose.curves(e2),
+        "e2_along": dose.along(e2),
         "e2_differences": dose.differences(e2),
         "e2_auto": dose.auto(e2),
         "e2_power": dose.power(e2),

@@ -128,6 +128,27 @@ def test_curves_average_the_seeds_at_each_step(e2):
     np.testing.assert_allclose(row["value"], made_up.STARTS[QWEN] + np.mean(gains) * 96 / 120, **EXACT)
 
 
+def test_curves_are_compared_step_by_step_at_equal_total_and_equal_grpo_steps(e2):
+    found = dose.along(e2)
+    start = made_up.STARTS[QWEN]
+    plain = {seed: 0.5 + made_up.NOISE[seed] for seed in range(5)}
+    bupo = {seed: (120 - 24) * 0.5 / 120 + 1.5 * made_up.NOISE[seed] for seed in range(5)}
+    setting = {"model": QWEN, "rate": 1e-4, "dose": "48"}
+    row = only(found, **setting, comparison=dose.TOTAL, step="96")
+    values = [(bupo[seed] - plain[seed]) * 96 / 120 for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    # 24 steps of GRPO after 48 of alignment, against 24 of GRPO from the start.
+    row = only(found, **setting, comparison=dose.OPTIMISED, step="24")
+    values = [start + bupo[seed] * 72 / 120 - (start + plain[seed] * 24 / 120) for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    steps = [12, 24, 36, 48, 60, 72]
+    row = only(found, **setting, comparison=dose.OPTIMISED, step="mean")
+    values = [np.mean([bupo[seed] * (s + 48) - plain[seed] * s for s in steps]) / 120 for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    # After a dose of 4, one step only is one at which GRPO was measured too.
+    assert set(found.loc[found["dose"] == "4", "comparison"]) == {dose.TOTAL}
+
+
 def test_auto_is_compared_with_grpo_and_with_the_best_dose_of_the_same_seeds(e2):
     row = only(dose.auto(e2), model=QWEN, rate=1e-4)
     assert (row["stops"], row["best"], row["seeds"]) == ("14 15 16", "4", 3)
