@@ -10,18 +10,18 @@ import argparse
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dose
 import numpy as np
 import pandas as pd
 from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, LAYERS, LEARNING_RATE, MODELS
+from page_cells import NOTHING, brief, cell, find_row, markdown, rounded, seeds
 from predictions import NO, NOT_RUN, UNDECIDED, YES
 from run import CURVE_EVERY
 from summaries import EVIDENCE, GATE, summaries
 
 PAGE = Path("docs/results.md")
-NOTHING = "*No run of this part is stored.*"
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
 _SHORT = {
     "P1": "the cosine of H^l with later layers rises (step 30)",
@@ -48,48 +48,6 @@ _PREDICTORS = {
 Found = Mapping[str, pd.DataFrame]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float, digits: int, scale: float, sign: bool) -> str:
-    # Minus zero reads like a mistake.
-    rounded = round(scale * value, digits) + 0.0
-    return f"{rounded:{'+' if sign else ''}.{digits}f}"
-
-
-def _cell(
-    row: Mapping[Hashable, Any] | None, name: str = "", digits: int = 1, scale: float = 100, sign: bool = True
-) -> str:
-    """A value with its interval; a dash if there is none, and no interval with one seed."""
-    if row is None:
-        return "-"
-    names = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
-    value, low, high = (float(row[n]) for n in names)
-    if np.isnan(value):
-        return "-"
-    shown = _number(value, digits, scale, sign)
-    if np.isnan(low):
-        return shown
-    return f"{shown} ({_number(low, digits, scale, sign)} to {_number(high, digits, scale, sign)})"
-
-
-def _row(table: pd.DataFrame, **wanted: Any) -> Mapping[Hashable, Any] | None:
-    for name, value in wanted.items():
-        table = table[table[name] == value]
-    return table.iloc[0].to_dict() if len(table) else None
-
-
-def _rate(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-")
-
-
-def _seeds(*rows: Mapping[Hashable, Any] | None) -> str:
-    numbers = {int(row["seeds"]) for row in rows if row is not None}
-    return "-" if not numbers else "-".join(str(n) for n in sorted({min(numbers), max(numbers)}))
-
-
 def completeness(found: Found) -> str:
     """What was run of each part, and the command that runs the rest."""
     rows = []
@@ -99,14 +57,14 @@ def completeness(found: Found) -> str:
         command = f"`make experiment PART={row['part']}`" if left else ""
         name = row["part"] if row["part"] == "methods" else row["part"].upper()
         rows.append([name, f"{row['done']} of {row['planned']}", str(row["whole"]), hours, command])
-    return _table(["part", "runs", "whole seeds", "hours of one core for the rest", "command"], rows)
+    return markdown(["part", "runs", "whole seeds", "hours of one core for the rest", "command"], rows)
 
 
 def _verdict(row: Mapping[Hashable, Any] | None) -> str:
     """What an interval says about an effect in accuracy."""
     if row is None:
         return "not run"
-    value = _number(float(row["value"]), 1, 100, True)
+    value = rounded(float(row["value"]), 1, 100, True)
     if np.isnan(row["low"]):
         return f"one seed ({value})"
     word = "**helped**" if row["low"] > 0 else "**harmed**" if row["high"] < 0 else "not decided"
@@ -119,16 +77,16 @@ def conditions(found: Found) -> str:
     rows = []
     for model in MODELS:
         for layer in E1_LAYERS:
-            ends = [_row(alone, model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
+            ends = [find_row(alone, model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
             cells = [_verdict(end and {**end, "value": end["gain"]}) for end in ends]
             rows.append([f"`{model}`", f"layer {layer} alone, 60 steps, against the start", *cells])
         for comparison in (dose.TOTAL, dose.OPTIMISED):
             for steps in E2_DOSES:
                 setting = {"model": model, "dose": str(steps), "measure": "avg", "comparison": comparison}
-                cells = [_verdict(_row(against, rate=rate, **setting)) for rate in E2_RATES]
+                cells = [_verdict(find_row(against, rate=rate, **setting)) for rate in E2_RATES]
                 what = f"layer {BOUNDARY[model]} for {steps} of {E2_STEPS} steps, against GRPO at {comparison}"
                 rows.append([f"`{model}`", what, *cells, *["-"] * (len(E1_RATES) - len(cells))])
-    return _table(["model", "alignment of", *(f"at {_rate(rate)}" for rate in E1_RATES)], rows)
+    return markdown(["model", "alignment of", *(f"at {brief(rate)}" for rate in E1_RATES)], rows)
 
 
 def prediction_counts(found: Found) -> str:
@@ -139,7 +97,7 @@ def prediction_counts(found: Found) -> str:
         + [str(row["agrees"]), str(row["seeds"]) or "-"]
         for row in found["prediction_counts"].to_dict("records")
     ]
-    return _table(
+    return markdown(
         ["", "prediction", "settings", "holds", "fails", "undecided", "not run", "value agrees", "seeds"], rows
     )
 
@@ -168,18 +126,18 @@ def _e1(found: Found, shown: Sequence[tuple[str, str, int, float]], outcomes: bo
     for model in MODELS:
         for rate in E1_RATES:
             for layer in E1_LAYERS:
-                own = [_row(changes, model=model, layer=layer, rate=rate, quantity=name) for name, *_ in shown]
+                own = [find_row(changes, model=model, layer=layer, rate=rate, quantity=name) for name, *_ in shown]
                 if own[0] is None:
                     continue
-                cells = [_cell(row, "", digits, scale) for row, (_, _, digits, scale) in zip(own, shown, strict=True)]
+                cells = [cell(row, "", digits, scale) for row, (_, _, digits, scale) in zip(own, shown, strict=True)]
                 if outcomes:
                     for measure in ("avg", "pass16"):
-                        end = _row(ends, model=model, layer=layer, rate=rate, measure=measure)
-                        cells.append(_cell(end and {**end, "value": end["gain"]}))
-                rows.append([f"`{model}`", _rate(rate), str(layer), *cells, _seeds(own[0])])
+                        end = find_row(ends, model=model, layer=layer, rate=rate, measure=measure)
+                        cells.append(cell(end and {**end, "value": end["gain"]}))
+                rows.append([f"`{model}`", brief(rate), str(layer), *cells, seeds(own[0])])
     heads = ["model", "rate", "layer", *(head for _, head, *_ in shown)]
     heads += ["Avg@1, points", "Pass@16, points"] if outcomes else []
-    return _table([*heads, "seeds"], rows)
+    return markdown([*heads, "seeds"], rows)
 
 
 def e1_dynamics(found: Found) -> str:
@@ -198,7 +156,8 @@ def e1_rule(found: Found) -> str:
     if table.empty:
         return NOTHING
     rows = []
-    for (model, rate, layer), own in table.groupby(["model", "rate", "layer"]):
+    for key, own in table.groupby(["model", "rate", "layer"]):
+        model, rate, layer = cast("tuple[str, float, float]", key)
         stops = [
             "never" if pd.isna(stop) else f"{stop:.0f} ({sign})"
             for stop, sign in zip(own["stop"], own["sign"], strict=True)
@@ -206,8 +165,8 @@ def e1_rule(found: Found) -> str:
         falls = ["none" if pd.isna(fall) else f"{fall:.0f}" for fall in own["fall"]]
         peaks = ", ".join(f"{peak:.0f}" for peak in own["peak"])
         late = ", ".join(f"{late:+.0f}" for late in own["late"])
-        rows.append([f"`{model}`", _rate(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
-    return _table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
+        rows.append([f"`{model}`", brief(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
+    return markdown(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
 
 
 def e2_doses(found: Found) -> str:
@@ -221,17 +180,17 @@ def e2_doses(found: Found) -> str:
         own = table[table["model"] == model]
         for value in ("0", *map(str, E2_DOSES), dose.AUTO):
             for rate in E2_RATES[:1] if value == "0" else E2_RATES:
-                ends = [_row(own, dose=value, rate=rate, measure=name) for name, *_ in measures]
+                ends = [find_row(own, dose=value, rate=rate, measure=name) for name, *_ in measures]
                 if ends[0] is None:
                     continue
                 cells = [
-                    _cell(row, "", digits, scale, sign=False)
+                    cell(row, "", digits, scale, sign=False)
                     for row, (_, digits, scale) in zip(ends, measures, strict=True)
                 ]
                 name = "GRPO" if value == "0" else f"BuPO, {value}"
-                rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(ends[0])])
+                rows.append([f"`{model}`", name, "" if value == "0" else brief(rate), *cells, seeds(ends[0])])
     heads = ["model", "method, dose", "rate", "Avg@1, %", "Pass@16, %", "truncated, %", "entropy, nats", "seeds"]
-    return _table(heads, rows)
+    return markdown(heads, rows)
 
 
 def e2_curves(found: Found) -> str:
@@ -244,12 +203,12 @@ def e2_curves(found: Found) -> str:
     for model in MODELS:
         for value in ("0", *map(str, E2_DOSES), dose.AUTO):
             for rate in E2_RATES[:1] if value == "0" else E2_RATES:
-                own = [_row(table, model=model, dose=value, rate=rate, step=step) for step in shown]
+                own = [find_row(table, model=model, dose=value, rate=rate, step=step) for step in shown]
                 if own[-1] is not None:
                     name = "GRPO" if value == "0" else f"BuPO, {value}"
-                    cells = [_cell(row, "", sign=False) for row in own]
-                    rows.append([f"`{model}`", name, "" if value == "0" else _rate(rate), *cells, _seeds(own[-1])])
-    return _table(["model", "method, dose", "rate", *(f"step {step}" for step in shown), "seeds"], rows)
+                    cells = [cell(row, "", sign=False) for row in own]
+                    rows.append([f"`{model}`", name, "" if value == "0" else brief(rate), *cells, seeds(own[-1])])
+    return markdown(["model", "method, dose", "rate", *(f"step {step}" for step in shown), "seeds"], rows)
 
 
 def e2_differences(found: Found) -> str:
@@ -262,11 +221,11 @@ def e2_differences(found: Found) -> str:
     for model in MODELS:
         for rate in E2_RATES:
             for value in (*map(str, E2_DOSES), dose.AUTO):
-                own = [_row(table, model=model, rate=rate, dose=value, measure=m, comparison=c) for m, c in columns]
+                own = [find_row(table, model=model, rate=rate, dose=value, measure=m, comparison=c) for m, c in columns]
                 if any(row is not None for row in own):
-                    rows.append([f"`{model}`", _rate(rate), value, *map(_cell, own), _seeds(*own)])
+                    rows.append([f"`{model}`", brief(rate), value, *map(cell, own), seeds(*own)])
     names = {"avg": "Avg@1", "pass16": "Pass@16"}
-    return _table(["model", "rate", "dose", *(f"{names[m]}, {c}" for m, c in columns), "seeds"], rows)
+    return markdown(["model", "rate", "dose", *(f"{names[m]}, {c}" for m, c in columns), "seeds"], rows)
 
 
 def e2_auto(found: Found) -> str:
@@ -276,12 +235,12 @@ def e2_auto(found: Found) -> str:
         return NOTHING
     rows = [
         [
-            *(f"`{row['model']}`", _rate(float(row["rate"])), row["stops"].replace(" ", ", "), _cell(row, "over_grpo")),
-            *(str(row["best"]) or "-", _cell(row, "over_best"), str(row["seeds"])),
+            *(f"`{row['model']}`", brief(float(row["rate"])), row["stops"].replace(" ", ", "), cell(row, "over_grpo")),
+            *(str(row["best"]) or "-", cell(row, "over_best"), str(row["seeds"])),
         ]
         for row in table.to_dict("records")
     ]
-    return _table(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
+    return markdown(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
 
 
 def e2_power(found: Found) -> str:
@@ -292,7 +251,7 @@ def e2_power(found: Found) -> str:
     names = {"avg": "Avg@1", "pass16": "Pass@16"}
     rows = [
         [
-            *(f"`{row['model']}`", _rate(float(row["rate"])), names[row["measure"]], f"{100 * row['spread']:.1f}"),
+            *(f"`{row['model']}`", brief(float(row["rate"])), names[row["measure"]], f"{100 * row['spread']:.1f}"),
             *(f"{100 * row['detectable']:.1f}", str(row["seeds"])),
         ]
         for row in table.to_dict("records")
@@ -305,7 +264,7 @@ def e2_power(found: Found) -> str:
         "detectable with 6 seeds, points",
         "seeds measured",
     ]
-    return _table(heads, rows)
+    return markdown(heads, rows)
 
 
 def e3_gate(found: Found) -> str:
@@ -324,7 +283,7 @@ def e3_gate(found: Found) -> str:
         rows.append([f"`{row['candidate']}`", *counts, *numbers])
     heads = ["candidate", "looks", "measured in full", "pass but for worked-out answers", "pass", "nearest: step"]
     heads += ["pass@1, %", "Pass@64, %", "worked-out Pass@64, %", "greedy, %", "entropy, nats", "boundary layer"]
-    return _table(heads, rows)
+    return markdown(heads, rows)
 
 
 def e4_layers(found: Found) -> str:
@@ -335,19 +294,19 @@ def e4_layers(found: Found) -> str:
     rows = []
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
-            own = _row(known, model=model, layer=layer)
+            own = find_row(known, model=model, layer=layer)
             if own is None:
                 continue
-            ends = [_row(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
-            first = _row(alone, model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
+            ends = [find_row(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
+            first = find_row(alone, model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
             named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
-            cells = [_number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
+            cells = [rounded(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
             name = f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
-            trained = [_cell(end, "over_grpo") for end in ends]
-            aligned = _cell(first and {**first, "value": first["gain"]})
-            rows.append([f"`{model}`", name, *trained, _seeds(ends[0]), aligned, _seeds(first), *cells])
+            trained = [cell(end, "over_grpo") for end in ends]
+            aligned = cell(first and {**first, "value": first["gain"]})
+            rows.append([f"`{model}`", name, *trained, seeds(ends[0]), aligned, seeds(first), *cells])
     heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "seeds", "Avg@1 by alignment alone (E1, 1e-4)"]
-    return _table([*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows)
+    return markdown([*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows)
 
 
 def e4_correlations(found: Found) -> str:
@@ -357,10 +316,10 @@ def e4_correlations(found: Found) -> str:
         return NOTHING
     rows = []
     for name, label in _PREDICTORS.items():
-        own = [_row(table, model=model, predictor=name) for model in MODELS]
+        own = [find_row(table, model=model, predictor=name) for model in MODELS]
         if any(row is not None for row in own):
-            rows.append([label, *(_cell(row, "", 2, 1.0) for row in own), _seeds(*own)])
-    return _table(["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows)
+            rows.append([label, *(cell(row, "", 2, 1.0) for row in own), seeds(*own)])
+    return markdown(["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows)
 
 
 def methods(found: Found) -> str:
@@ -372,15 +331,15 @@ def methods(found: Found) -> str:
     for model in MODELS:
         for method, label in _METHODS.items():
             own = {
-                m: _row(table, model=model, method=method, measure=m)
+                m: find_row(table, model=model, method=method, measure=m)
                 for m in ("avg", "pass16", "entropy_end", "seconds")
             }
             if own["avg"] is None:
                 continue
-            cells = [_cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
-            cells += [_cell(own["avg"], "over_grpo"), _cell(own["entropy_end"], "", 3, 1.0, sign=False)]
-            rows.append([f"`{model}`", label, *cells, _seeds(own["avg"])])
-    return _table(["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows)
+            cells = [cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
+            cells += [cell(own["avg"], "over_grpo"), cell(own["entropy_end"], "", 3, 1.0, sign=False)]
+            rows.append([f"`{model}`", label, *cells, seeds(own["avg"])])
+    return markdown(["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows)
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
