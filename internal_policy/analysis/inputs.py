@@ -153,14 +153,14 @@ def _is_local(source: str | list[Any]) -> bool:
     return isinstance(source, list) or source == TESTBED or Path(source).exists()
 
 
-def _is_embedded(config: InputSettings, model: LanguageModel) -> bool:
-    """Whether the model is an embedded one, or was trained from one and has its vocabulary."""
-    if config.model.startswith("testbed/"):
+def is_embedded(name: str, tokenizer: Any) -> bool:
+    """Whether a model is an embedded one, or was trained from one and has its vocabulary."""
+    if name.startswith("testbed/"):
         return True
     words: dict[str, int] = json.loads((testbed.path("testbed/qwen3") / "tokenizer.json").read_text(encoding="utf-8"))[
         "model"
     ]["vocab"]
-    own: dict[str, int] = model.tokenizer.get_vocab()
+    own: dict[str, int] = tokenizer.get_vocab()
     return own == words
 
 
@@ -197,7 +197,7 @@ def gather_inputs(
         raise UserError(
             f"--prompts-split {config.prompts_split} was given with a local file; splits are of hub data sets"
         )
-    source = prompts if prompts is not None else TESTBED if _is_embedded(config, model) else MATH_500
+    source = prompts if prompts is not None else TESTBED if is_embedded(config.model, model.tokenizer) else MATH_500
     wanted = config.max_responses or DEFAULT_RESPONSES
     needed = -(-wanted // config.samples_per_prompt)
     prompts_read = read_prompts(source, split=config.prompts_split, limit=needed)

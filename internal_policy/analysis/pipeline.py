@@ -42,6 +42,7 @@ from internal_policy.analysis.inputs import (
     Source,
     as_source,
     gather_inputs,
+    is_embedded,
     source_label,
 )
 from internal_policy.analysis.layer_selection import select_layer
@@ -53,6 +54,7 @@ from internal_policy.analysis.position_sampling import (
 )
 from internal_policy.analysis.random_baseline import add_baseline, architecture
 from internal_policy.analysis.results import ANALYSIS, Analysis, with_other_lenses
+from internal_policy.analysis.rewards_needed import refuse_sampled, require_rewards
 from internal_policy.analysis.sweep_targets import training_record
 from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import Response
@@ -69,6 +71,7 @@ from internal_policy.generation import (
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.models.lenses import open_lens
+from internal_policy.models.loading import check, load_tokenizer
 from internal_policy.models.options import LensChoice
 from internal_policy.utils.distributed import Processes, launched_processes, release_memory, run_with_oom_retry
 from internal_policy.utils.errors import UserError
@@ -215,6 +218,7 @@ def _run(
 
     state.on_main(refuse_resume)
     named = open_given is None and not isinstance(prompts, list) and not isinstance(responses, list)
+    _require_rewards(config, prompts, responses, in_memory=open_given is not None)
     # Before the model is loaded, so that a later change of its files is noticed.
     files = config_digest(config) if named else None
     started = time.perf_counter()
@@ -228,6 +232,8 @@ def _run(
         # A model whose heads cannot be measured is refused before anything long begins.
         find_heads(model)
     inputs = gather_inputs(config, model, prompts, responses)
+    if "correct" in config.by and inputs.requests and inputs.reward is None:
+        refuse_sampled()
     hooked = [*attached_code(model.model, extractor.wrapper), *_lens_function(config)]
     identity = _identity(config, model, inputs, hooked)
 
@@ -277,6 +283,20 @@ def _run(
     state.on_main(assemble)
     with limit_threads(model):
         return add_missing(Analysis.load(directory), config, extractor, analysed, ADDITION_MEASURES, state)
+
+
+def _require_rewards(
+    config: AnalyzeConfig, prompts: str | list[Any] | None, responses: str | list[Any] | None, *, in_memory: bool
+) -> None:
+    """Refuse ``--by correct`` without rewards before a model is loaded; what is in memory is there already."""
+    require_rewards(config.by, prompts, responses, config.max_responses)
+    if "correct" in config.by and prompts is None and responses is None and not in_memory:
+        # The tokenizer decides whether the default prompts are the embedded tasks, which are scored.
+        revision, trusted = config.revision, config.trust_remote_code
+        where, _ = check(config.model, revision=revision, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(config.model, where, revision=revision, trust_remote_code=trusted)
+        if not is_embedded(config.model, tokenizer):
+            refuse_sampled()
 
 
 def _lens_function(config: AnalyzeConfig) -> list[str]:

@@ -60,6 +60,13 @@ class TokenGroups:
         """One row per group, layer and site: the columns of ``Analysis.layers``, after a column `group`."""
         return self._stack({group: statistics.layer_table(self.rows(group)) for group in self.groups})
 
+    @property
+    def nothing_to_compare(self) -> str | None:
+        """A sentence if all labelled tokens are in one group; None if there are several."""
+        if len(self.groups) > 1:
+            return None
+        return f"by {self.grouping} there is one group only ({self.groups[0]}), so there is nothing to compare"
+
     @cached_property
     def policy_entropy(self) -> pd.DataFrame:
         """The entropy of pi_theta at the tokens of each group.
@@ -192,7 +199,7 @@ class TokenGroups:
             columns=["group", "tokens", "share", "H(π_θ)", "mean ΔH FFN, exploration", "less the others'"],
         )
         tokens = counted(int(self.shares["n_tokens"].sum()), "token")
-        facts = (f"{counted(self.n_responses, 'response')}, {tokens}", self.note or "")
+        facts = (f"{counted(self.n_responses, 'response')}, {tokens}", self.note or "", self.nothing_to_compare or "")
         return card(f"Tokens by {self.grouping}", self.name, facts, shown, "nats; .layers has every layer and site")
 
     def __repr__(self) -> str:

@@ -185,14 +185,19 @@ def label_responses(name: GroupingName, responses: Sequence[ResponseTokens]) -> 
         return [[*deciles(np.arange(len(r.texts)), len(r.texts))] for r in responses]
     if name == "correct":
         if all(correctness(r.reward) is None for r in responses):
-            raise UserError(
-                f"--by correct needs rewards, and none of the {counted(len(responses), 'response')} has one; give "
-                "prompts with answers, or responses with a reward"
-            )
+            raise no_rewards(len(responses))
         return [[correctness(r.reward)] * len(r.texts) for r in responses]
     found = forking(np.concatenate([r.entropies for r in responses if r.entropies is not None]))
     ends = np.cumsum([len(r.texts) for r in responses])[:-1]
     return [["forking" if each else "rest" for each in part] for part in np.split(found, ends)]
+
+
+def no_rewards(n_responses: int) -> UserError:
+    """Make the error of responses that are to be grouped by their rewards, and have none."""
+    return UserError(
+        f"--by correct needs rewards, and none of the {counted(n_responses, 'response')} has one; give --responses "
+        "with a reward each"
+    )
 
 
 def deciles(places: npt.NDArray[np.int64], n_tokens: int) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from internal_policy.analysis.config import EMBEDDED, AnalyzeConfig, AnalyzeOptions
 from internal_policy.analysis.finished import find_finished
+from internal_policy.analysis.rewards_needed import require_rewards
 from internal_policy.cli import report
 from internal_policy.cli.command import ResumeOptions, require_key, require_packages, require_paths, to_json
 from internal_policy.cli.compare import compare_sweep
@@ -126,6 +127,7 @@ def _models(command: AnalyzeCommand) -> None:
         require_distinct_outputs(configs)
     first = configs[0]
     require_paths(names, first.revision, first.prompts, first.responses)
+    require_rewards(first.by, first.prompts, first.responses, first.max_responses)
     root, figures = command.place(DATA)
     may_reuse = not command.overwrite and world_size() == 1
     finished = {}
@@ -196,6 +198,7 @@ def _sweep(command: AnalyzeCommand) -> None:
     # Missing paths are refused before torch is imported.
     found = list_targets(start, command.revision, checkpoints)
     require_paths([start] if start else [], None, settings["prompts"], settings["responses"])
+    require_rewards(settings["by"], settings["prompts"], settings["responses"], settings["max_responses"])
     root, figures = command.place(DATA)
     configs = [AnalyzeConfig(model=t.model, revision=t.revision, **settings) for t in found]
     require_distinct_outputs(configs)
@@ -235,6 +238,7 @@ def _study(command: AnalyzeCommand, preset: Preset) -> None:
     AnalyzeConfig(model=STUDIES[preset][0].model, **settings)
     del settings["responses"]
     require_paths([], None, command.prompts)
+    require_rewards(command.by, command.prompts, None)
     with importing():
         from internal_policy.cli.display import list_files, show_study
         from internal_policy.comparison.study import study

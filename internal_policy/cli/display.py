@@ -46,7 +46,10 @@ def show_analysis(analysis: Analysis) -> None:
         if line is not None:
             console.print(line)
     for name in analysis.groupings:
-        console.print(group_table(analysis.by(name)))
+        groups = analysis.by(name)
+        console.print(group_table(groups))
+        if groups.nothing_to_compare is not None:
+            console.print(groups.nothing_to_compare)
     if analysis.path is not None:
         list_files("analysis", files_of(analysis.path))
 

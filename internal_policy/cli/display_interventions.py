@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import pandas as pd
+from rich.console import Console
 from rich.table import Table
 
 from internal_policy.cli.display import files_of, list_files
@@ -16,12 +20,14 @@ from internal_policy.utils.errors import counted
 _MOST_ROWS = 60
 """Interventions of a table; of more, those with the largest divergence are shown."""
 _BEST = 12
+_UNLIMITED = 1000
+"""Columns in which every table fits."""
 
 
 def show_ablation(ablation: Ablation) -> None:
     """Print an ablation on standard output."""
     console = open_console()
-    console.print(effect_table(ablation))
+    console.print(effect_table(ablation, console.width))
     clean = ablation.clean
     line = f"without a change: H(π_θ) {clean['entropy']:.3f}, log-probability {clean['log_prob']:.3f}"
     if "accuracy" in clean:
@@ -34,40 +40,66 @@ def show_ablation(ablation: Ablation) -> None:
         list_files("ablation", files_of(ablation.path))
 
 
-def effect_table(ablation: Ablation) -> Table:
-    """Lay out the interventions, one row each, with standard errors."""
+def effect_table(ablation: Ablation, width: int = 80) -> Table:
+    """Lay out the interventions, one row each, with standard errors.
+
+    Where a row does not fit, the columns are put closer together, and then the errors below what they belong to.
+
+    Args:
+        ablation: The ablation.
+        width: Columns of the terminal.
+
+    Returns:
+        The table, which is at most as wide.
+    """
+    for stacked, close in ((False, False), (False, True), (True, False)):
+        laid_out = _lay_out(ablation, stacked=stacked, close=close)
+        if Console(width=_UNLIMITED).measure(laid_out).maximum <= width:
+            return laid_out
+    return _lay_out(ablation, stacked=True, close=True)
+
+
+def _lay_out(ablation: Ablation, *, stacked: bool, close: bool) -> Table:
     rows = ablation.table
     shown = rows
     if len(rows) > _MOST_ROWS:
         shown = rows.loc[rows["kl"].nlargest(_MOST_ROWS).index.sort_values()]
-    several = len(set(rows["how"])) > 1
-    keys = [key for key in ablation.keys if key != "how" or several]
+    part = next((part for part in ("head", "expert") if part in ablation.keys), None)
+    # A row of changes made together says where they end beside where they begin, and parts are all of one site.
+    hidden = {"last_layer", *(("site",) if part is not None else ()), *(() if len(set(rows["how"])) > 1 else ("how",))}
+    keys = [key for key in ablation.keys if key not in hidden]
     note = f"; the {_MOST_ROWS} of {len(rows)} with the largest KL" if len(rows) > _MOST_ROWS else ""
     sampled = ("accuracy",) if "accuracy" in rows else ()
     laid_out = table(
-        f"{ablation.name}: writes {describe_how(ablation)}; {counted(ablation.n_responses, 'response')}, "
-        f"{counted(ablation.n_tokens, 'token')}",
-        f"KL(π_θ || π_θ'), changes in nats; means over tokens ± standard error clustered by prompt{note}",
-        *(*(key.replace("_", " ") for key in keys), "KL", "ΔH", "Δ log p", "flips", *sampled),
+        f"{ablation.name}: writes {'' if part is None else f'of {part}s '}{describe_how(ablation)}; "
+        f"{counted(ablation.n_responses, 'response')}, {counted(ablation.n_tokens, 'token')}",
+        f"KL(π_θ || π_θ'), changes in nats; means over tokens {'and, below, ' if stacked else ''}± standard error "
+        f"clustered by prompt{note}",
+        *("layers" if key == "layer" and "last_layer" in rows else key for key in keys),
+        *("KL", "ΔH", "Δ log p", "flips", *sampled),
         left=("site", "how"),
     )
+    laid_out.collapse_padding = close
+    between = "\n" if stacked else ""
     for row in shown.to_dict("records"):
         cells = [
-            f"{row['kl']:.3f}{plus_minus(row['kl_stderr'])}",
-            f"{row['entropy_change']:+.3f}{plus_minus(row['entropy_change_stderr'])}",
-            f"{row['log_prob_change']:+.3f}{plus_minus(row['log_prob_change_stderr'])}",
-            f"{100 * row['flips']:.1f}%",
+            f"{row[name]:{form}}{between}{plus_minus(row[f'{name}_stderr'])}"
+            for name, form in (("kl", ".3f"), ("entropy_change", "+.3f"), ("log_prob_change", "+.3f"))
         ]
+        cells.append(f"{100 * row['flips']:.1f}%")
         if sampled:
-            cells.append(f"{100 * row['accuracy']:.1f}%{plus_minus(100 * row['accuracy_stderr'], '.1f')}")
-        laid_out.add_row(*(_key(key, row[key]) for key in keys), *cells)
+            cells.append(f"{100 * row['accuracy']:.1f}%{between}{plus_minus(100 * row['accuracy_stderr'], '.1f')}")
+        laid_out.add_row(*(_key(key, row) for key in keys), *cells)
     return laid_out
 
 
-def _key(name: str, value: object) -> str:
+def _key(name: str, row: Mapping[Hashable, Any]) -> str:
     if name == "site":
-        return "+".join(TITLES.get(site, site) for site in str(value).split("+"))
-    return str(value) if isinstance(value, str) else str(int(str(value).partition(".")[0]))
+        return "+".join(TITLES.get(site, site) for site in str(row["site"]).split("+"))
+    if name == "how":
+        return str(row["how"])
+    first, last = int(row[name]), int(row.get("last_layer", row["layer"]))
+    return f"{first}-{last}" if name == "layer" and last > first else str(first)
 
 
 def show_patching(patching: Patching) -> None:

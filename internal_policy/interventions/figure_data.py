@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from internal_policy.interventions.config import SITES
@@ -109,8 +108,3 @@ def patching_data(patching: Patching, sites: Sequence[str] | None = None) -> pd.
     values = patching.values  # noqa: PD011
     rows = values[values["site"].isin(wanted)]
     return rows.assign(token=rows["position"].map(patching.labels())).reset_index(drop=True)
-
-
-def recovery_reach(patching: Patching) -> float:
-    """The largest recovery in size, at least 1: the end of the colour scale of all maps."""
-    return max(1.0, float(np.nanmax(patching.values["recovery"].abs())))  # noqa: PD011

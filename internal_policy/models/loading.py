@@ -64,7 +64,7 @@ def load(
     Raises:
         UserError: what cannot be loaded, and why.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_device_map(device_map, device)
     check_quantization(quantization)
@@ -82,8 +82,7 @@ def load(
     if dtype == "auto" and not own and not _accelerated(target, device_map):
         dtype = "float32"
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with as_user_error(name, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    tokenizer = load_tokenizer(name, where, **options)
     with as_user_error(name, WEIGHTS):
         files = weight_files(where, config, revision, name)
         if not own:
@@ -124,6 +123,26 @@ def load(
             f"in {str(loaded.dtype).removeprefix('torch.')}; leave --dtype out"
         )
     return loaded
+
+
+def load_tokenizer(name: str, where: str, **options: Any) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        name: the model, for messages.
+        where: from which transformers loads it, as ``check`` returns it.
+        **options: those of ``from_pretrained``.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with as_user_error(name, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(where, **options)
 
 
 def _accelerated(target: torch.device, device_map: str | dict[str, Any] | None) -> bool:

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from internal_policy.analysis.figure_data import (
     OneOrMany,
@@ -30,6 +29,7 @@ from internal_policy.analysis.figure_data import (
     require_some,
 )
 from internal_policy.plotting import marks, style
+from internal_policy.plotting.scales import label_decades
 from internal_policy.utils.palette import LOOKS
 
 if TYPE_CHECKING:
@@ -126,18 +126,11 @@ def _plot(analysis: Analysis, quantities: tuple[str, ...], ax: Axes | None, labe
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
             ax.set_yscale("log")
-            _label_decades(ax.yaxis, *ax.get_ylim())
+            label_decades(ax.yaxis, *ax.get_ylim())
         marks.set_titles([ax], [analysis], label)
     if figure is not None:
         style.figure_legend(figure, [ax], tuple(LABELS.values()), band=bool(frame["low"].notna().any()))
     return ax
-
-
-def _label_decades(axis: Axis, low: float, high: float) -> None:
-    """Label the powers of ten on a logarithmic axis, and numbers between them if there are few."""
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 @style.paper_style()
@@ -226,7 +219,7 @@ def plot_divergence_matrix(
     colormap = marks.check_colormap(color)
     _heat_map(ax, table, _norm([table]), colormap)
     bar = style.root_figure(ax).colorbar(ax.collections[0], ax=ax)
-    _label_decades(bar.ax.yaxis, *bar.ax.get_ylim())
+    label_decades(bar.ax.yaxis, *bar.ax.get_ylim())
     _set_matrix_axes(ax, analysis, label)
     return ax
 
@@ -281,7 +274,7 @@ def divergence_matrix(
     cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(rect=(0.0, 0.0, 1.0 - _BAR_PAD, 1.0))
     bar.set_label(r"$\mathrm{KL}(\pi^l \,\Vert\, \pi^m)$ (nats)")
     bar.outline.set_linewidth(0.4)
-    _label_decades(bar.ax.yaxis, *bar.ax.get_ylim())
+    label_decades(bar.ax.yaxis, *bar.ax.get_ylim())
     return figure
 
 

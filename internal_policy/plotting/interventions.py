@@ -1,6 +1,6 @@
 """Figures of interventions: what ablating each module does to the final policy, and what patching recovers.
 
-    figure = ablation_map(ablation)                  # layer by module or head: KL, entropy, log-probability, flips
+    figure = ablation_map(ablation)                  # module or head by layer: KL, entropy, log-probability, flips
     figure = ablation_bars(ablation, "ffn")          # one site, with 95% intervals
     figure = patching_map(patching)                  # layer by token: recovery
 
@@ -19,9 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from internal_policy.analysis.figure_data import OneOrMany
 from internal_policy.interventions.figure_data import (
@@ -30,9 +28,8 @@ from internal_policy.interventions.figure_data import (
     ablation_data,
     describe_how,
     patching_data,
-    recovery_reach,
 )
-from internal_policy.plotting import marks, style
+from internal_policy.plotting import marks, scales, style
 from internal_policy.plotting.inspection import drawable, fit, font
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.palette import LOOKS, series
@@ -59,13 +56,18 @@ LABELS = {
     "accuracy_change": "Change of accuracy",
     "accuracy": "Accuracy",
 }
-_SIGNED = ("entropy_change", "log_prob_change", "accuracy_change")
+_LOWEST = {"kl": 1e-4, "flips": 1e-3}
+"""What is told from zero at least: float32 resolves hardly less, and few analyses have so many tokens."""
 STATES = {"layer": "$H^l$", "attn": "$A^l$", "ffn": "$F^l$"}
 _MAX_WRITTEN_ROWS = 16
 """Rows beyond which the cells of a map have no numbers."""
+_MAX_SIDE_BY_SIDE = 16
+"""Layers of a map beside which there is room for another."""
 _MAX_BARS = 24
-_ROW, _PANEL_EXTRA = 0.16, 0.75
+_ROW, _PANEL_EXTRA = 0.16, 0.6
 """Inches: a row of a map, and its title and labels."""
+_TALLEST = 3.6
+"""Inches of a map of many heads or experts."""
 _MAX_LABEL = 60.0
 """Points that a token may take below a map."""
 
@@ -74,7 +76,7 @@ _MAX_LABEL = 60.0
 def ablation_map(
     ablation: Ablation, *, ax: OneOrMany[Axes] | None = None, label: str | None = None, color: Any = None
 ) -> Figure:
-    """Draw layer by module (or head, or expert): a map for each quantity, layer 1 at the bottom.
+    """Draw layers from left to right by module (or head, or expert) from the top: a map for each quantity.
 
     Args:
         ablation: The ablation.
@@ -93,9 +95,10 @@ def ablation_map(
     colormap = marks.check_colormap(color)
     if ax is None:
         n_layers, n_names = frame["layer"].nunique(), frame["name"].nunique()
-        n_columns = 2 if n_names <= 8 else 1
+        n_columns = 2 if n_layers <= _MAX_SIDE_BY_SIDE else 1
         n_rows = ceil(len(quantities) / n_columns)
-        figure = style.new_figure(style.TWO_COLUMNS, n_rows * (max(n_layers, 4) * _ROW + _PANEL_EXTRA) + 0.25)
+        height = min(max(n_names, 4) * _ROW, _TALLEST) + _PANEL_EXTRA
+        figure = style.new_figure(style.TWO_COLUMNS, n_rows * height + 0.25, space=0.03)
         panels = [figure.add_subplot(n_rows, n_columns, k + 1) for k in range(len(quantities))]
         figure.suptitle(_title(ablation, label), parse_math=False)
     else:
@@ -103,8 +106,11 @@ def ablation_map(
     for quantity, panel in zip(quantities, panels, strict=True):
         rows = frame[frame["quantity"] == quantity]
         names = list(dict.fromkeys(rows["name"]))
-        table = rows.pivot_table(index="layer", columns="name", values="value")[names]
-        _map(panel, table, colormap if quantity not in _SIGNED else None)
+        table = rows.pivot_table(index="name", columns="layer", values="value").loc[names]
+        values = table.to_numpy(dtype=float)
+        changes = quantity not in _LOWEST
+        scale = scales.symmetric_logarithmic(values) if changes else scales.logarithmic(values, _LOWEST[quantity])
+        _map(panel, table, scale, "RdBu_r" if changes else colormap)
         panel.set_title(LABELS[quantity], pad=4)
     return style.root_figure(panels[0])
 
@@ -114,50 +120,52 @@ def _title(ablation: Ablation, label: str | None) -> str:
     return f"{name}: effect on the final policy of writes {describe_how(ablation)}"
 
 
-def _map(ax: Axes, table: pd.DataFrame, colormap: Any) -> None:
-    """Draw layers by names; without a colour map, colours diverge from zero."""
-    values = table.to_numpy(dtype=float)
-    reach = float(np.nanmax(np.abs(values))) or 1.0
-    limits: dict[str, Any] = {"vmin": 0.0, "cmap": colormap} if colormap else {"vmin": -reach, "cmap": "RdBu_r"}
+def _map(ax: Axes, table: pd.DataFrame, scale: scales.Scale, colormap: Any) -> None:
+    """Draw names by layers."""
+    numbers = np.vectorize(_number)(table.to_numpy(dtype=float))
     cell = style.panel_width(ax) * 0.8 / table.shape[1]
-    size = min(6.5, cell / 2.6)
+    widest = max(style.text_width(text, marks.SMALL) for text in numbers.ravel())
+    size = min(marks.SMALL, marks.SMALL * 0.92 * cell / widest)
     written = table.shape[0] <= _MAX_WRITTEN_ROWS and size >= style.MIN_FONT_SIZE
-    numbers = np.vectorize(_number)(values)
     sns.heatmap(
-        table,
+        pd.DataFrame(scale.drawn, table.index, table.columns),
         ax=ax,
-        vmax=reach,
+        norm=scale.norm,
+        cmap=colormap,
         annot=numbers if written else None,
         fmt="",
         annot_kws={"fontsize": size},
         linewidths=0.4,
         linecolor="white",
-        cbar_kws={"pad": 0.02, "fraction": 0.06, "aspect": 18},
-        **limits,
+        cbar_kws={"pad": 0.02, "fraction": 0.06, "aspect": 18, "extend": scale.extend},
     )
     bar = cast(Any, ax.collections[0].colorbar)
+    scale.label(bar)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=marks.SMALL, length=2)
-    ax.invert_yaxis()
-    every = max(1, ceil(table.shape[0] / _MAX_WRITTEN_ROWS))
-    rows = range(0, table.shape[0], every)
-    ax.set_yticks([row + 0.5 for row in rows], [str(table.index[row]) for row in rows], rotation=0)
-    # Heads and experts are numbered; what they are is said once, below.
-    parts = {str(name).partition(" ")[0] for name in table.columns}
+    layers = list(table.columns)
+    if layers == [*range(1, len(layers) + 1)]:
+        style.set_layer_axis(ax, len(layers), first=0.5)
+        ax.tick_params(axis="x", labelrotation=0)
+    else:
+        step = max(1, ceil((max(style.text_width(str(layer), 7.0) for layer in layers) + 3) / cell))
+        columns = range(0, len(layers), step)
+        ax.set_xticks([column + 0.5 for column in columns], [str(layers[c]) for c in columns], rotation=0)
+    # Heads and experts are numbered; what they are is said once, beside them.
+    parts = {str(name).partition(" ")[0] for name in table.index}
     part = next(iter(parts)) if len(parts) == 1 and parts <= {"head", "expert"} else None
-    texts = [str(name).removeprefix(f"{part} ").replace(", ", "\n") for name in table.columns]
-    room = max(style.text_width(line, 7.0) for text in texts for line in text.split("\n")) + 3
-    step = max(1, ceil(room / cell))
-    columns = range(0, len(texts), step)
-    ax.set_xticks([column + 0.5 for column in columns], [texts[column] for column in columns], rotation=0)
+    texts = [str(name).removeprefix(f"{part} ") for name in table.index]
+    every = ceil((marks.SMALL + 1.0) * len(texts) / (0.9 * _TALLEST * style.POINTS_PER_INCH))
+    rows = range(0, len(texts), every)
+    ax.set_yticks([row + 0.5 for row in rows], texts[::every], rotation=0, fontsize=marks.SMALL)
     ax.tick_params(length=0)
-    ax.set(xlabel="" if part is None else part.capitalize(), ylabel="Layer")
+    ax.set(xlabel="Layer", ylabel="" if part is None else part.capitalize())
 
 
 def _number(value: float) -> str:
-    """A number in a cell, with a true minus sign and none before a zero."""
-    text = f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text.replace("-", "\N{MINUS SIGN}")
+    """A number in a cell, with a true minus sign and none before a zero; small ones have one decimal more."""
+    text = f"{value:.2f}" if round(abs(value), 3) >= 0.1 else f"{value:.3f}"
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
 @style.paper_style()
@@ -260,7 +268,9 @@ def patching_map(
     label: str | None = None,
     color: Any = None,
 ) -> Figure:
-    """Draw layer by token for each site, coloured by recovery, with one scale around zero.
+    """Draw layer by token for each site, coloured by recovery, on one scale from -1 to 1.
+
+    A recovery beyond, which an interplay of states may cause, has the colour of the end, and the bar there an arrow.
 
     Args:
         patching: The result.
@@ -279,7 +289,7 @@ def patching_map(
     data = patching_data(patching, sites)
     colormap = marks.check_colormap(color, "RdBu_r")
     positions, layers = (sorted(data[name].unique()) for name in ("position", "layer"))
-    scale = Normalize(-recovery_reach(patching), recovery_reach(patching))
+    scale = scales.clipped(data["recovery"], 1.0)
     if ax is None:
         width = min(14.0, max(style.ONE_COLUMN, 0.9 + 0.2 * len(positions)))
         height = len(sites) * (max(len(layers), 4) * 0.13 + 0.24) + 0.8
@@ -298,7 +308,7 @@ def patching_map(
             np.arange(len(layers) + 1) - 0.5,
             table.to_numpy(dtype=float),
             cmap=colormap,
-            norm=scale,
+            norm=scale.norm,
             rasterized=True,
         )
         every = max(1, ceil(len(layers) / 12))
@@ -311,10 +321,15 @@ def patching_map(
             _token_ticks(panel, patching, positions)
     if ax is None:
         bar = style.root_figure(panels[0]).colorbar(
-            ScalarMappable(scale, colormap), ax=panels, fraction=0.04, pad=0.015, aspect=14 * len(panels)
+            ScalarMappable(scale.norm, colormap),
+            ax=panels,
+            extend=scale.extend,
+            extendfrac=0.03,
+            fraction=0.04,
+            pad=0.015,
+            aspect=14 * len(panels),
         )
-        bar.locator = MaxNLocator(5)
-        bar.update_ticks()
+        scale.label(bar)
         bar.outline.set_visible(False)
     return style.root_figure(panels[0])
 

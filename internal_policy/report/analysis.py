@@ -13,11 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from internal_policy.analysis.change_parts import (
-    LENSES_WITHOUT_LENGTH,
     PARTS,
     has_parts,
     length_sentence,
     share_sentence,
+    undoes_length,
 )
 from internal_policy.analysis.layer_selection import STAGES, phrase
 from internal_policy.analysis.remarks import positions_line, remarks
@@ -121,7 +121,7 @@ def summary(analysis: Analysis, convergence: Convergence) -> str:
         boundary = f"its boundary layer is {chosen.boundary_layer}"
     boundary += f" ({chosen.agreement})"
     length = share_sentence(analysis.layers, analysis.selection)
-    if length is not None and analysis.lens not in LENSES_WITHOUT_LENGTH:
+    if length is not None and not undoes_length(analysis.layers, analysis.lens):
         boundary += f". {length[0].upper()}{length[1:]}"
     adverbs = {"progressive": "progressively", "abrupt": "abruptly", "mixed": "neither progressively nor abruptly"}
     falls = adverbs.get(convergence.reading)
@@ -235,7 +235,8 @@ def _groups(analysis: Analysis) -> list[dict[str, Any]]:
                     "difference": {"value": number(row["difference"], "+.3f"), "interval": span},
                 }
             )
-        shown.append({"name": name, "note": groups.note, "rows": rows, "chart": group_chart(groups)})
+        note = "; ".join(filter(None, (groups.note, groups.nothing_to_compare)))
+        shown.append({"name": name, "note": note, "rows": rows, "chart": group_chart(groups)})
     return shown
 
 
@@ -254,7 +255,7 @@ def _parts(analysis: Analysis) -> dict[str, Any]:
     table = analysis.layers.set_index(["site", "layer"])
     sentence = length_sentence(analysis.layers, analysis.selection, analysis.lens)
     if sentence is None:
-        sentence = f"the lens {analysis.lens} norms every state, so next to nothing of a change is length"
+        sentence = f"the lens {analysis.lens} undoes the length of a state, so next to nothing of a change is length"
     return {
         "sentence": f"{sentence[0].upper()}{sentence[1:]}.",
         "rows": [

@@ -121,7 +121,8 @@ def _spearman(known: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     y = stats.rankdata(outcomes[:, there], axis=1)
     x, y = x - x.mean(), y - y.mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        return (y @ x) / np.sqrt((x @ x) * (y * y).sum(axis=1))
+        found: np.ndarray = (y @ x) / np.sqrt((x @ x) * (y * y).sum(axis=1))
+    return found
 
 
 def measure(model: str, work: Path) -> pd.DataFrame:

@@ -77,7 +77,7 @@ def gate(looks: pd.DataFrame) -> pd.DataFrame:
         row = {"candidate": name, "looks": len(own), "measured": len(whole), "passes": int(own["passes"].sum())}
         row["but_worked"] = int((whole["failed"] == "worked_at_k").sum())
         if len(whole):
-            failed = whole["failed"].fillna("").str.split().str.len()
+            failed = whole["failed"].fillna("").str.count(r"\S+")
             nearest = whole.assign(n=failed).sort_values(["n", "worked_at_k"], ascending=[True, False]).iloc[0]
             row |= {column: nearest[column] for column in ("step", *_CONDITIONS, "failed")}
         rows.append(row)

@@ -140,7 +140,7 @@ def search_starts(
         search.looked_at.setdefault(row["candidate"], set()).add(int(row["step"]))
     context = multiprocessing.get_context("spawn")
     looks: Any = context.Queue()
-    waiting, running = list(names), []
+    waiting, running = list(names), list[Any]()
     packed: list[dict[str, Any]] = []
     while waiting or running:
         while waiting and len(running) < jobs and time.time() < search.deadline:
@@ -245,7 +245,7 @@ def pack(best: Sequence[dict[str, Any]], work: Path, out: Path) -> list[Path]:
 
 
 def _directory(row: dict[str, Any], work: Path) -> Path:
-    return work / row["candidate"] / f"step-{int(row['step']):05d}"
+    return work / str(row["candidate"]) / f"step-{int(row['step']):05d}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

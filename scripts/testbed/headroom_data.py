@@ -15,6 +15,7 @@ so that a GPU does not wait for data.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -155,7 +156,8 @@ def _draw(candidate: Candidate, n: int, rng: np.random.Generator) -> tuple[Ids, 
     value_ns, read_ns = number_ns.copy(), np.zeros_like(number_ns)
     for place in place_s[1:]:
         read_ns[:, place] = np.take_along_axis(value_ns, source_ns[:, place, None], axis=1)[:, 0]
-        results = [operation(read_ns[:, place], number_ns[:, place]) for operation in OPERATIONS.values()]
+        arrays: Any = read_ns[:, place], number_ns[:, place]
+        results = [operation(*arrays) for operation in OPERATIONS.values()]
         result_n = np.choose(symbol_ns[:, place], results)
         value_ns[:, place] = np.where(derived_ns[:, place], result_n, number_ns[:, place])
 

@@ -18,9 +18,11 @@ from internal_policy.analysis.change_parts import (
     has_parts,
     length_sentence,
     length_share,
+    undoes_length,
 )
 from internal_policy.analysis.layer_selection import DIRECTION, select_layer
 from internal_policy.cli.display import show_analysis
+from internal_policy.report import analysis_report
 
 FLOAT32_NATS = 1e-5
 
@@ -176,6 +178,48 @@ def test_the_sentence_is_right_for_parts_of_any_sign(direction, length, share, s
     assert length_sentence(layers, selection, "logit-lens") is None
     shuffled = layers.sample(frac=1, random_state=0)
     assert length_sentence(shuffled, selection, "policy") == sentence
+
+
+def ends_in_a_norm(layer, states):
+    """A norm with an epsilon and a gain, after a map that differs by layer."""
+    return 3 * torch.nn.functional.rms_norm(states.roll(layer, dims=-1), states.shape[-1:], eps=1e-6)
+
+
+def halves(layer, states):
+    """A lens that keeps the length."""
+    return states.roll(layer, dims=-1) / 2
+
+
+def norms_one_layer(layer, states):
+    """A lens that undoes the length in layer 1 only."""
+    return ends_in_a_norm(layer, states) if layer == 1 else states
+
+
+def nearly_norms(layer, states):
+    """A norm whose epsilon is not small beside the states."""
+    return torch.nn.functional.rms_norm(states, states.shape[-1:], eps=0.5)
+
+
+@pytest.mark.parametrize(
+    ("lens", "undone"), [(ends_in_a_norm, True), (halves, False), (norms_one_layer, False), (nearly_norms, False)]
+)
+def test_a_lens_of_ones_own_has_the_sentence_only_if_length_matters_under_it(lens, undone, capsys):
+    network = tiny_model("llama", layers=3)
+    found = analyze(network, tiny_tokenizer(), responses=ragged_responses(4), lens=lens)
+    assert undoes_length(found.layers, lens.__name__) is undone
+    # The definition: the policies of some states do not depend on their length.
+    states = torch.randn(64, network.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for layer in range(1, 4):
+        one, two = (torch.distributions.Categorical(logits=network.lm_head(lens(layer, k * states))) for k in (1, 2))
+        moved = float((one.entropy() - two.entropy()).abs().max().detach())
+        assert (moved < 1e-4) is (undone or (lens is norms_one_layer and layer == 1))
+    # What would be said of a lens that keeps the length.
+    sentence = length_sentence(found.layers, found.selection, "policy")
+    show_analysis(found)
+    page = analysis_report(found)
+    for text in (" ".join(capsys.readouterr().out.split()), found._repr_html_(), page):
+        assert (sentence[1:] in text) is not undone
+    assert ("undoes the length of a state, so next to nothing of a change is length" in page) is undone
 
 
 def test_the_exploration_ends_with_the_boundary_layer():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import replace
 
@@ -11,16 +12,18 @@ import pandas as pd
 import pytest
 from capture_checks import captured
 from command_line import run as run_command
+from command_line import save
 from tiny import VOCAB, ragged_responses, reference, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from internal_policy import Analysis, UserError, analyze
-from internal_policy.analysis import group_capture
+from internal_policy.analysis import group_capture, pipeline
 from internal_policy.analysis.config import GROUPINGS
+from internal_policy.analysis.inputs import Inputs
 from internal_policy.analysis.token_labels import LABELS
 from internal_policy.cli import display
-from internal_policy.extractors import reduce_responses
+from internal_policy.extractors import reduce_responses, registry
 from internal_policy.models.families import FAMILIES as TABLE
 from internal_policy.report import analysis_report
 from internal_policy.report.reproduce import analysis_commands
@@ -282,8 +285,54 @@ def test_groups_that_cannot_be_made_are_refused(analysis, model):
     for given, by, message in cases:
         with pytest.raises(UserError, match=message):
             given.by(by)
-    with pytest.raises(UserError, match=r"--by correct needs rewards, and none of the 5 responses has one"):
-        analyze(model, tiny_tokenizer(), responses=ragged_responses(5), by="correct")
+
+
+@pytest.mark.parametrize("reward", [None, float("nan")])
+def test_grouping_by_correctness_without_rewards_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, reward):
+    save(tiny_model("llama"), tmp_path / "model")
+
+    def refuse(*_):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(registry, "opener", refuse)
+    records = [{**record, "reward": reward} for record in ragged_responses(5)]
+    with pytest.raises(UserError, match=r"none of the 5 responses has one; give --responses with a reward each"):
+        analyze(str(tmp_path / "model"), responses=records, by="correct", output=tmp_path / "out")
+    for prompts, named in ((None, "MATH-500"), (["w1 w2"], "the prompts that were given")):
+        with pytest.raises(UserError, match=rf"sampled to \S*{named} get none .*give --responses with a reward each"):
+            analyze(str(tmp_path / "model"), prompts=prompts, by="correct", output=tmp_path / "out")
+    assert not list(tmp_path.rglob("analysis.json"))
+
+
+def test_sampling_of_a_model_in_memory_is_refused_before_it_begins(model, monkeypatch):
+    monkeypatch.setattr(pipeline, "gather_inputs", lambda *_: Inputs([None], []))
+    with pytest.raises(UserError, match="get none"):
+        analyze(model, tiny_tokenizer(), by="correct")
+
+
+def test_the_command_refuses_grouping_without_rewards_in_one_line(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "a=1;a?", "response": "a=1"}) + "\n")
+    for source in (("--responses", "r.jsonl"), ("--prompts", "r.jsonl")):
+        done = run_command("analyze", "--by", "correct", *source, cwd=tmp_path)
+        assert done.stderr.count("\n") == 1
+        assert "--by correct needs rewards" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+@pytest.mark.parametrize(("reward", "group"), [(1.0, "right"), (0.0, "wrong")])
+def test_a_single_group_is_said_to_leave_nothing_to_compare(analysis, capsys, reward, group):
+    assert analysis.by("correct").nothing_to_compare is None
+    alike = analysis.additions["groups"][lambda rows: rows["grouping"] == "correct"].assign(group=group)
+    groups = alike.drop_duplicates(["response", "layer", "site"])
+    sequences = analysis.sequences.assign(reward=reward)
+    settings = {**analysis.config, "by": ["correct"]}
+    only = replace(analysis, sequences=sequences, additions={"groups": groups}, config=settings, path=None)
+    sentence = f"by correct there is one group only ({group}), so there is nothing to compare"
+    assert only.by("correct").nothing_to_compare == sentence
+    display.show_analysis(only)
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).count(sentence) == 1
+    assert sentence in analysis_report(only)
 
 
 def test_unscored_responses_are_left_out_with_a_line(model, caplog):

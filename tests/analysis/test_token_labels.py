@@ -159,7 +159,7 @@ def test_the_threshold_is_that_of_all_responses():
 def test_unscored_responses_have_no_label_and_all_unscored_are_refused():
     scored, not_scored = ResponseTokens(["a", "b"], reward=1.0), ResponseTokens(["a"])
     assert label_responses("correct", [scored, not_scored]) == [["right", "right"], [None]]
-    with pytest.raises(UserError, match=r"none of the 1 response has one; give prompts with answers, or responses"):
+    with pytest.raises(UserError, match=r"none of the 1 response has one; give --responses with a reward each"):
         label_responses("correct", [not_scored])
 
 

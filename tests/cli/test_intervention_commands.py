@@ -77,6 +77,43 @@ def test_tables_of_many_interventions_show_the_largest():
     assert f"{100 * largest['accuracy']:.1f}%" in text
 
 
+@pytest.mark.parametrize("width", [72, 80, 120])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"heads": 12, "n_layers": 12, "hows": ("zero", "mean", "resample"), "samples": True},
+        {"heads": 4, "hows": ("zero", "mean")},
+        {"sites": ("attn", "ffn"), "hows": ("zero", "resample"), "samples": True},
+        {},
+    ],
+    ids=["all", "heads", "sites", "plain"],
+)
+def test_tables_are_not_wider_than_the_terminal_and_cut_no_number(case, width):
+    ablation = make_ablation(**case)
+    text = text_of(effect_table(ablation, width), width)
+    assert "…" not in text
+    words = text.replace("±", " ±").split()
+    rows = ablation.table.nlargest(60, "kl")
+    for name, form in (("kl", ".3f"), ("entropy_change", "+.3f"), ("log_prob_change", "+.3f")):
+        assert {f"{value:{form}}" for value in rows[name]} <= set(words)
+        assert {f"±{value:.3f}" for value in rows[f"{name}_stderr"]} <= set(words)
+    assert {f"{100 * value:.1f}%" for value in rows["flips"]} <= set(words)
+    if "accuracy" in rows:
+        assert {f"±{100 * value:.1f}" for value in rows["accuracy_stderr"]} <= set(words)
+    if width == 120:
+        assert text.count("\n") < 1.5 * len(rows) + 10
+    assert ("site" in words) is ("head" not in words)
+
+
+def test_layers_that_are_changed_together_share_a_column():
+    ablation = make_ablation(n_layers=1, sites=("attn+ffn",), hows=("zero", "resample"), samples=True)
+    ablation.table.insert(1, "last_layer", 12)
+    words = text_of(effect_table(ablation, 72), 72).split()
+    assert "layers" in words
+    assert words.count("1-12") == 2
+    assert "…" not in words
+
+
 def test_the_largest_recoveries_are_shown(capsys):
     patching = make_patching()
     show_patching(patching)

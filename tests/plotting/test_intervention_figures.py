@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from command_line import run
 from matplotlib.figure import Figure
-from plotting_fixtures import ODD, assert_legible
+from plotting_fixtures import ODD, assert_legible, make_analysis, with_parts
 from synthetic_interventions import make_ablation, make_patching
 
 from internal_policy import Ablation, Patching, UserError
 from internal_policy.interventions.figure_data import SHOWN, describe_how
+from internal_policy.plotting import scales
+from internal_policy.plotting.heads import head_map
 from internal_policy.plotting.interventions import (
     ablation_bars,
     ablation_data,
@@ -52,22 +55,91 @@ def test_patching_maps_are_legible(n_layers, n_tokens, words):
 def test_the_map_shows_every_value():
     ablation = make_ablation(hows=("zero", "mean"), samples=True)
     figure = ablation_map(ablation)
-    panels = [ax for ax in figure.axes if ax.get_ylabel() == "Layer"]
+    panels = [ax for ax in figure.axes if ax.get_xlabel() == "Layer"]
     assert len(panels) == 5
     for quantity, panel in zip(SHOWN, panels, strict=True):
         own = ablation.table.sort_values("layer", kind="stable")[quantity].to_numpy().reshape(8, 4)
-        np.testing.assert_allclose(panel.collections[0].get_array().reshape(8, 4), own)
-    assert [tick.get_text() for tick in panels[0].get_xticklabels()] == [
-        "ATTN\nzero",
-        "FFN\nzero",
-        "ATTN\nmean",
-        "FFN\nmean",
-    ]
+        np.testing.assert_allclose(panel.collections[0].get_array().reshape(4, 8), own.T)
+    names = ["ATTN, zero", "FFN, zero", "ATTN, mean", "FFN, mean"]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == names
     data = ablation_data(ablation, ["kl"])
-    assert data["name"].tolist()[:4] == ["ATTN, zero", "FFN, zero", "ATTN, mean", "FFN, mean"]
+    assert data["name"].tolist()[:4] == names
     assert data[["value", "low", "high"]].to_numpy() == pytest.approx(
         ablation.table[["kl", "kl_low", "kl_high"]].to_numpy()
     )
+
+
+def test_the_maps_of_ablations_and_of_heads_have_the_same_axes():
+    analysis = with_parts(make_analysis("m", 6, "llama"), 4)
+    ours, theirs = ablation_map(make_ablation(n_layers=6, heads=4)).axes[0], head_map(analysis).axes[0]
+    assert (ours.get_xlabel(), ours.get_ylabel()) == (theirs.get_xlabel(), theirs.get_ylabel()) == ("Layer", "Head")
+    for ax in (ours, theirs):
+        assert ax.get_xlim() == (0, 6)
+        # The first head is at the top.
+        assert ax.get_ylim() == (4, 0)
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == ["1", "2", "3", "4"]
+    texts = [[tick.get_text() for tick in ax.get_xticklabels()] for ax in (ours, theirs)]
+    assert texts[0] == texts[1] == ["1", "2", "3", "4", "5", "6"]
+    chosen = make_ablation(n_layers=6)
+    few = replace(chosen, table=chosen.table[chosen.table["layer"].isin([1, 5, 6])])
+    assert [tick.get_text() for tick in ablation_map(few).axes[0].get_xticklabels()] == ["1", "5", "6"]
+
+
+def bar_of(panel):
+    """The colour bar of a map: the ends of its numbers, which have arrows, and its labels."""
+    bar = panel.collections[0].colorbar
+    return (bar.vmin, bar.vmax), bar.extend, [tick.get_text() for tick in bar.ax.get_yticklabels()]
+
+
+def test_a_layer_with_a_large_effect_does_not_hide_the_others():
+    ablation = make_ablation(sites=("ffn",), samples=True)
+    effects = np.array([6.2, 0.4, 0.1, 0.03, 0.01, 0.004, 0.001, 0.0])
+    changes = {"kl": effects, "entropy_change": -effects, "log_prob_change": effects, "flips": effects / 10}
+    figure = ablation_map(replace(ablation, table=ablation.table.assign(**changes, accuracy_change=-effects / 10)))
+    assert_legible(figure)
+    for quantity, panel in zip(SHOWN, [ax for ax in figure.axes if ax.get_xlabel() == "Layer"], strict=True):
+        mesh = panel.collections[0]
+        places = mesh.norm(mesh.get_array().ravel())
+        # Each effect that is at least a fiftieth of the largest has a colour that differs visibly from the next one's.
+        assert (np.abs(np.diff(places))[:3] > 0.08).all()
+        texts = [text.get_text() for text in panel.texts]
+        assert texts[0].lstrip("\N{MINUS SIGN}") == ("6.20" if quantity in SHOWN[:3] else "0.62")
+        assert texts[-1] == "0.000"
+        (low, high), extend, labels = bar_of(panel)
+        if quantity in ("kl", "flips"):
+            assert (low, high) == pytest.approx((1e-4 if quantity == "kl" else 1e-3, max(changes[quantity])))
+            assert extend == "min"
+            assert {"0.1", "0.01"} <= set(labels)
+        else:
+            assert low == -high
+            assert (places[-1], extend) == (0.5, "neither")
+            assert {"0", "0.1", "\N{MINUS SIGN}0.1"} <= set(labels)
+
+
+def test_scales_of_nothing_and_of_one_number():
+    assert scales.logarithmic([0.0, np.nan], 1e-4).norm.vmin == 1e-4
+    alone = scales.logarithmic([0.5], 1e-4)
+    assert (alone.norm.vmin, alone.norm.vmax, alone.extend) == (0.05, 0.5, "neither")
+    assert scales.symmetric_logarithmic([0.0, np.nan]).norm(0.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recovery", "extend"), [(0.9, "neither"), (1.0001, "neither"), (6.0, "max"), (-3.0, "min"), (None, "both")]
+)
+def test_an_outlier_of_a_patching_does_not_change_the_colours(recovery, extend):
+    patching = make_patching()
+    values = patching.values.assign(recovery=np.linspace(0, 0.5, len(patching.values)))
+    values.loc[7, "recovery"] = 6.0 if recovery is None else recovery
+    if recovery is None:
+        values.loc[9, "recovery"] = -6.0
+    figure = patching_map(replace(patching, values=values))
+    assert_legible(figure)
+    norm, bar = figure.axes[0].collections[0].norm, figure.axes[-1]
+    assert [norm(-1.0), norm(0.0), norm(0.5), norm(1.0)] == [0.0, 0.5, 0.75, 1.0]
+    labels = [tick.get_text() for tick in bar.get_yticklabels()]
+    assert labels == ["\N{MINUS SIGN}1", "\N{MINUS SIGN}0.5", "0", "0.5", "1"]
+    arrows = len([patch for patch in bar.patches if len(patch.get_path()) > 2])
+    assert arrows == {"neither": 0, "both": 2}.get(extend, 1)
 
 
 def test_bars_have_the_values_and_intervals():

@@ -209,7 +209,7 @@ def test_a_report_of_an_analysis_from_before_the_parts_or_without_length_says_so
     assert not {"parts", "length"} & set(old.parts)
     assert "is length" not in old.text
     normed = Page(analysis_report(replace(saved, config={**saved.config, "lens": "unit-norm"})))
-    assert normed.parts["length"].startswith("The lens unit-norm norms every state, so ")
+    assert normed.parts["length"].startswith("The lens unit-norm undoes the length of a state, so ")
     assert "is length" not in normed.parts["summary"]
 
 
