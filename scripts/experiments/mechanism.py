@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from jobs import CONTROL_RATE, E1_STEPS
+from jobs import CONTROL_RATE, E1_LAYERS, E1_STEPS
 from tables import Tables, over_seeds
 
 from internal_policy.bupo.dynamics import alignment_end
@@ -108,6 +108,24 @@ def outcomes(tables: Tables) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
+def means_of_layers(tables: Tables) -> pd.DataFrame:
+    """Gain in held-out Avg@1, the mean over the layers, which decides more than a layer by itself.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per model and rate: value, low, high, seeds; of seeds that aligned every layer.
+    """
+    runs = aligned(tables["runs"])
+    by = ["model", "rate", "seed"]
+    if runs.empty:
+        return over_seeds(runs, by[:2])
+    gains = runs.assign(value=runs["avg"] - runs["avg_start"]).groupby(by, sort=False)["value"].agg(["mean", "size"])
+    whole = gains[gains["size"] == len(E1_LAYERS)].rename(columns={"mean": "value"}).reset_index()
+    return over_seeds(whole, by[:2])
+
+
 def changes(tables: Tables) -> pd.DataFrame:
     """The numbers that the predictions on E1 are about, of each run.
 
@@ -191,8 +209,9 @@ def rule(tables: Tables) -> pd.DataFrame:
             if reason is not None:
                 stop, sign = measured[end - 1]["step"], "perplexity" if "perplexity" in reason else "KL"
                 break
-        compared = key[0] in rewards["reward_over_control"].index.get_level_values("run")
-        reward = rewards["reward_over_control" if compared else "reward"].loc[key[0]]
+        run = str(key[0])
+        compared = run in rewards["reward_over_control"].index.get_level_values("run")
+        reward = rewards["reward_over_control" if compared else "reward"].loc[run]
         smooth = _windows(reward)
         middle = smooth.index.to_numpy() - (WINDOW - 1) / 2
         best = int(smooth.to_numpy().argmax())

@@ -47,12 +47,13 @@ def conditions_alone(found: Found) -> str:
     table = found["e1_outcomes"]
     rows = []
     for model in MODELS:
-        ends = []
         for layer in E1_LAYERS:
             own = [pick(table, method="bupo", model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
-            ends += own
             cells = [verdict(end and {**end, "value": end["gain"]}, SMALL, NEGLIGIBLE) for end in own]
             rows.append([f"`{model}`", f"layer {layer} aligned", *cells, seed_counts(*own)])
+        own = [pick(found["e1_means"], model=model, rate=rate) for rate in E1_RATES]
+        cells = [verdict(end, SMALL, NEGLIGIBLE) for end in own]
+        rows.append([f"`{model}`", "a layer aligned, mean of the four", *cells, seed_counts(*own)])
         plain = pick(table, method="grpo", model=model, measure="avg")
         cells = [verdict(plain and {**plain, "value": plain["gain"]}, SMALL, NEGLIGIBLE), "-", "-"]
         rows.append([f"`{model}`", "GRPO", *cells, seed_counts(plain)])

@@ -91,7 +91,9 @@ def e1_rule(found: Found) -> str:
         falls = ["none" if pd.isna(fall) else f"{fall:.0f}" for fall in own["fall"]]
         peaks = ", ".join(f"{peak:.0f}" for peak in own["peak"])
         late = ", ".join(f"{late:+.0f}" for late in own["late"])
-        rows.append([f"`{model}`", rate_text(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
+        rows.append(
+            [f"`{model}`", rate_text(float(str(rate))), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late]
+        )
     return markdown_table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
 
 

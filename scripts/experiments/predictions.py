@@ -180,13 +180,13 @@ def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
                 rows.append({**row, **_WITHOUT_RUNS})
                 continue
             value, low, high = (float(own[column].iloc[0]) for column in columns)
-            row |= {"value": value, "low": low, "high": high, "seeds": int(own["seeds"].iloc[0])}
+            interval = {"value": value, "low": low, "high": high, "seeds": int(own["seeds"].iloc[0])}
             if name == "P11":
-                holds, agrees = judged(row, "above", bound), value > bound
+                holds, agrees = judged(interval, "above", bound), value > bound
             else:
                 # A size that equals that of the layer's number is no better.
-                holds, agrees = YES if high <= bound else judged(row, "below", bound), value <= bound
-            rows.append({**row, "holds": holds, "agrees": agrees})
+                holds, agrees = YES if high <= bound else judged(interval, "below", bound), value <= bound
+            rows.append({**row, **interval, "holds": holds, "agrees": agrees})
     return rows
 
 

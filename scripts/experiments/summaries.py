@@ -45,6 +45,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         "predictions": judged,
         "prediction_counts": counted(judged),
         "e1_outcomes": mechanism.outcomes(e1),
+        "e1_means": mechanism.means_of_layers(e1),
         "e1_changes": over_seeds(named, [*mechanism.BY, "quantity"]),
         "e1_rule": mechanism.rule(e1),
         "e2_doses": dose.doses(e2),

@@ -79,6 +79,14 @@ def test_gains_are_over_the_start_of_the_model(e1):
     np.testing.assert_allclose(row[["start", "value", "gain", "low", "high"]].astype(float), expected, **EXACT)
 
 
+def test_the_mean_over_layers_takes_seeds_that_aligned_all_of_them(e1):
+    row = only(mechanism.means_of_layers(e1), model=QWEN, rate=3e-4)
+    values = [1.5 * made_up.NOISE[seed] for seed in range(3)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    fewer = e1["runs"][~((e1["runs"]["layer"] == 2) & (e1["runs"]["seed"] == 1))]
+    assert only(mechanism.means_of_layers({**e1, "runs": fewer}), model=QWEN, rate=3e-4)["seeds"] == 2
+
+
 def test_the_rule_is_compared_with_the_peak_and_the_fall_of_the_reward(e1):
     row = only(mechanism.rule(e1), run="qwen3-bupo-l2-s60-lr0.0001-t60-seed0")
     # The log-perplexity of seed 0 rises by 0.002 a step from 0.15, and by more than 0.05 first at step 27.
