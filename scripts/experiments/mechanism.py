@@ -14,6 +14,8 @@ WINDOW = 10
 """Steps over which a reward is averaged: a step has 64 responses, so that its standard error is about 0.06."""
 FALL = 0.1
 """The reward has begun to fall where its mean over ``WINDOW`` steps is this far below the highest, as in P5."""
+UPPER, LOSS = 6, 0.02
+"""The first of the upper layers, and a change of accuracy beyond what the measurement of the start may be off by."""
 OVER_CONTROL = ("reward", "length")
 """Quantities that the prompts of a step decide; those of the control, which has the same prompts, are subtracted."""
 
@@ -228,3 +230,35 @@ def rule(tables: Tables) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def rule_counts(tables: Tables) -> pd.DataFrame:
+    """Count what the rule would have done in runs that lost accuracy and in the others.
+
+    Args:
+        tables: of E1.
+
+    Returns:
+        A row per rate and layers (lower, upper: below and from ``UPPER`` on): runs; stopped, those that the rule would
+        have ended; lost, those that end more than ``LOSS`` below the start on held-out problems, and of these in_time,
+        which the rule would have ended before the reward began to fall; gained, those that end as much above it, and of
+        these early, which it would have ended before the highest reward.
+    """
+    found = rule(tables)
+    columns = ["rate", "layers", "runs", "stopped", "lost", "in_time", "gained", "early"]
+    if found.empty:
+        return pd.DataFrame(columns=columns)
+    runs = tables["runs"].set_index("run")
+    gain = found["run"].map(runs["avg"] - runs["avg_start"])
+    stopped = found["stop"].notna()
+    lost, gained = gain < -LOSS, gain > LOSS
+    counted = found.assign(
+        layers=np.where(found["layer"] >= UPPER, "upper", "lower"),
+        runs=1,
+        stopped=stopped,
+        lost=lost,
+        in_time=lost & stopped & ~(found["stop"] > found["fall"]),
+        gained=gained,
+        early=gained & stopped & (found["stop"] < found["peak"]),
+    )
+    return counted.groupby(["rate", "layers"])[columns[2:]].sum().astype(int).reset_index()

@@ -97,6 +97,21 @@ def e1_rule(found: Found) -> str:
     return markdown_table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
 
 
+def e1_rule_counts(found: Found) -> str:
+    """How often the rule would have stopped, and when."""
+    table = found["e1_rule_counts"]
+    if table.empty:
+        return NOTHING
+    layers = {"lower": "2 and 4", "upper": "6 and 7"}
+    rows = [
+        [rate_text(row["rate"]), layers[row["layers"]]]
+        + [str(row[name]) for name in ("runs", "stopped", "lost", "in_time", "gained", "early")]
+        for row in table.to_dict("records")
+    ]
+    heads = ["rate", "layers", "runs", "stopped by the rule", "lost more than 2 points", "of these, stopped in time"]
+    return markdown_table([*heads, "gained more than 2 points", "of these, stopped before the best reward"], rows)
+
+
 def e2_doses(found: Found) -> str:
     """What each dose ends with."""
     table = found["e2_doses"]
@@ -310,7 +325,16 @@ def methods(found: Found) -> str:
 TABLES: Mapping[str, Callable[[Found], str]] = {
     each.__name__: each
     for each in (
-        *(conditions_alone, conditions_first, completeness, prediction_counts, e1_dynamics, e1_behaviour, e1_rule),
+        *(
+            conditions_alone,
+            conditions_first,
+            completeness,
+            prediction_counts,
+            e1_dynamics,
+            e1_behaviour,
+            e1_rule,
+            e1_rule_counts,
+        ),
         *(
             e2_doses,
             e2_curves,

@@ -48,6 +48,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         "e1_means": mechanism.means_of_layers(e1),
         "e1_changes": over_seeds(named, [*mechanism.BY, "quantity"]),
         "e1_rule": mechanism.rule(e1),
+        "e1_rule_counts": mechanism.rule_counts(e1),
         "e2_doses": dose.doses(e2),
         "e2_curves": dose.curves(e2),
         "e2_along": dose.along(e2),

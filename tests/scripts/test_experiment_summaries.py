@@ -138,6 +138,22 @@ def test_a_rule_that_never_stops_counts_as_the_last_step(e1):
     np.testing.assert_allclose(found["late"], 60 - found["peak"], **EXACT)
 
 
+def test_the_rule_is_counted_against_what_the_runs_lost_and_gained(e1):
+    found = mechanism.rule_counts(e1).set_index(["rate", "layers"])
+    assert (found["runs"] == 12).all()
+    stops = mechanism.rule(e1).set_index("run")
+    gains = {run: avg - start for run, avg, start in e1["runs"][["run", "avg", "avg_start"]].itertuples(index=False)}
+    wanted = stops[(stops["rate"] == 5e-4) & (stops["layer"] < 6)]
+    lost = [run for run in wanted.index if gains[run] < -0.02]
+    # At 5e-4 layer 2 loses a third and layer 4 a twelfth, whatever the seed's noise.
+    assert len(lost) == 12
+    in_time = sum(1 for run in lost if stops.loc[run, "stop"] <= stops.loc[run, "fall"])
+    row = found.loc[(5e-4, "lower")]
+    assert row[["stopped", "lost", "in_time", "gained", "early"]].to_list() == [12, 12, in_time, 0, 0]
+    late = {**e1, "dynamics": e1["dynamics"].assign(kl_mean=1.0, log_perplexity=0.2)}
+    assert (mechanism.rule_counts(late)[["stopped", "in_time", "early"]] == 0).all(axis=None)
+
+
 def test_doses_are_compared_with_grpo_after_as_many_steps_in_all_and_of_grpo(e2):
     found = dose.differences(e2)
     plain = {seed: made_up.STARTS[QWEN] + 0.5 + made_up.NOISE[seed] for seed in range(5)}
