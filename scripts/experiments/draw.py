@@ -78,7 +78,7 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
         shown: quantities of `mechanism.quantities` and the labels of their axes.
 
     Returns:
-        The figure; bands are 95% intervals over seeds, from three on.
+        The figure: means over seeds, and each seed as a thin line, because bands of several layers hide one another.
     """
     long = mechanism.quantities(tables)
     long = long[(long["model"] == model) & long["quantity"].isin(shown)]
@@ -91,18 +91,24 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             ax = axes[row, column]
             ax.sharex(axes[0, 0])
             ax.sharey(axes[row, 0])
-            _lines(ax, own[own["rate"] == rate], "layer", sorted(own["layer"].unique()), lambda x: f"layer {x:.0f}")
+            shown_here = own[own["rate"] == rate]
+            order = sorted(own["layer"].unique())
+            _lines(ax, shown_here.assign(seeds=1), "layer", order, lambda x: f"layer {x:.0f}")
+            runs = long[(long["quantity"] == quantity) & (long["rate"] == rate)].sort_values("step")
+            for (layer, _), run in runs.groupby(["layer", "seed"]):
+                color = style.line_style(palette.series(order.index(layer)))["color"]
+                ax.plot(run["step"], run["value"], color=color, linewidth=0.4, alpha=0.5)
             if not ax.lines:
                 ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes, color=style.NEUTRAL)
             if row == 0:
                 ax.set_title(f"alignment at {_rate(rate)}")
             ax.tick_params(labelbottom=row == len(shown) - 1, labelleft=column == 0)
-        # An interval may be many times as wide as what it is about.
+        # A seed that collapses may be many times as far away as what the means are about.
         _limit(axes[row], own["value"])
         axes[row, 0].set_ylabel(label)
     figure.supxlabel("Step")
     figure.align_ylabels(axes[:, 0])
-    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
+    style.figure_legend(figure, axes.ravel().tolist())
     return figure
 
 

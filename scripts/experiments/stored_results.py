@@ -21,8 +21,9 @@ from jobs import LEARNING_RATE, MODELS, Job, jobs
 from store import DATA, WORK
 
 from internal_policy import analyze, evaluate
-from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFEST
+from internal_policy.bupo.run import DYNAMICS, DYNAMICS_LAYERS, HISTORY, MANIFEST, Run
 from internal_policy.data import arithmetic as tasks
+from internal_policy.utils.errors import UserError
 
 DOSE = 12
 WATCHED_RATE = 1e-4
@@ -46,8 +47,16 @@ def watched_jobs() -> list[Job]:
 
 
 def missing(needed: Sequence[Job], work: Path = WORK) -> list[Job]:
-    """The runs that have not finished on this machine, or whose model is gone."""
-    return [job for job in needed if not all((_path(job, work) / name).exists() for name in (MANIFEST, "model"))]
+    """The runs that have not finished on this machine, whose model is gone, or whose tables are of another attempt."""
+    return [job for job in needed if not ((_path(job, work) / "model").exists() and _is_whole(_path(job, work)))]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        Run.load(path)
+    except UserError:
+        return False
+    return True
 
 
 def _path(job: Job, work: Path = WORK) -> Path:

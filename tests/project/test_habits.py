@@ -52,7 +52,7 @@ from internal_policy.plotting import (
 )
 from internal_policy.utils import html as notebook
 
-STORED_RUN = Path(__file__).parents[2] / "data" / "experiments" / "runs" / "qwen3-bupo-l7-s3-seed2"
+STORED_RUN = Path(__file__).parents[2] / "data" / "experiments" / "runs" / "qwen3-bupo-l7-s12-lr0.0001-t120-seed0"
 HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>`$x$"
 
 
@@ -282,7 +282,7 @@ def test_plain_reprs_are_short(place, comparison):
     for result in results:
         assert len(repr(result)) < 220
         assert "\n" not in repr(result)
-    assert "BuPO, layer 7, 3 steps; 30 steps, reward" in repr(Run.load(STORED_RUN))
+    assert "BuPO, layer 7, 12 steps, first at 0.0001; 120 steps, reward" in repr(Run.load(STORED_RUN))
 
 
 @pytest.mark.slow

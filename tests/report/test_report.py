@@ -453,11 +453,14 @@ def test_a_loaded_comparison_gives_the_same_report(saved, tmp_path):
     assert (read.seed, read.path) == (3, tmp_path)
 
 
-RUN = sorted((STORED / "runs").glob("qwen3-bupo*"))
+@pytest.fixture(scope="module")
+def run():
+    """A stored run, as if it had been trained without callbacks, which no command has."""
+    found = Run.load(STORED / "runs" / "qwen3-bupo-l7-s12-lr0.0001-t120-seed0")
+    return replace(found, call={**found.call, "objects": []})
 
 
-def test_training_report_has_curves_phases_and_command():
-    run = Run.load(RUN[0])
+def test_training_report_has_curves_phases_and_command(run):
     page = Page(training_report(run))
     for name, column in (("h1", "reward"), ("h2", "policy_entropy"), ("h3", "length")):
         chart = page.data["charts"][name]
@@ -477,14 +480,13 @@ def test_training_report_has_curves_phases_and_command():
     assert words[words.index("--max-steps") + 1] == str(run.config["max_steps"])
 
 
-def test_a_short_training_is_drawn_without_smoothing():
-    run = Run.load(RUN[0])
+def test_a_short_training_is_drawn_without_smoothing(run):
     (trace,) = Page(training_report(replace(run, history=run.history[:6]))).data["charts"]["h2"]["traces"]
     assert (trace["name"], len(trace["x"])) == ("policy entropy", 6)
 
 
 def test_dynamics_with_no_or_one_later_layer():
-    run = Run.load(RUN[0])
+    run = Run.load(STORED / "alignment" / "qwen3-bupo-l6-s60-lr0.0001-t60-seed0")
     last = Page(training_report(replace(run, layer=8, dynamics_layers=run.dynamics_layers[:0])))
     assert "it compares a layer with the layers above it, and layer 8 is the model's last." in last.text
     one = run.dynamics_layers[run.dynamics_layers["layer"] == 8]
@@ -493,8 +495,7 @@ def test_dynamics_with_no_or_one_later_layer():
     assert [trace["x"] for trace in similarity] == [list(one["step"])]
 
 
-def test_a_recorded_call_is_reproduced(tmp_path):
-    run = Run.load(RUN[0])
+def test_a_recorded_call_is_reproduced(run, tmp_path):
     call = {"options": {"model": "a b", "reward": "mod:f", "beta": 0.1, "report_to": "none"}, "objects": []}
     again = training_commands(replace(run, call=call))
     assert shlex.split(again.shell)[2:] == [

@@ -40,7 +40,7 @@ def pages(tmp_path_factory):
     tokens["token_text"] = tokens["token_text"].astype(object).mask(first, HOSTILE)
     sequences["response"] = HOSTILE
     foreign = replace(found, name=LONG + HOSTILE, tokens=tokens, sequences=sequences)
-    (run,) = sorted((STORED / "runs").glob("qwen3-bupo-l7-s3-seed0"))
+    (run,) = sorted((STORED / "runs").glob("qwen3-bupo-l7-s12-lr0.0001-t120-seed0"))
     return {
         "analysis": (write_report(foreign, root / "analysis"), foreign),
         "comparison": (write_report(compare(found, foreign), root / "comparison"), None),

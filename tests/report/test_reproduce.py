@@ -24,7 +24,7 @@ STORED = Path(__file__).resolve().parents[2] / "data" / "experiments"
 
 @pytest.fixture(scope="module")
 def run():
-    return Run.load(STORED / "runs" / "qwen3-bupo-l7-s3-seed0")
+    return Run.load(STORED / "runs" / "qwen3-bupo-l7-s12-lr0.0001-t120-seed0")
 
 
 def phased(run, *phases, **changed):
@@ -39,13 +39,17 @@ def phased(run, *phases, **changed):
 @pytest.mark.parametrize(
     ("phases", "trainer", "expected"),
     [
-        ((("ipa", 3), ("grpo", 27)), {}, "alignment of layer 7 for 3 steps, then GRPO for 27 steps"),
-        ((("ipa", 1), ("grpo", 29)), {}, "alignment of layer 7 for 1 step, then GRPO for 29 steps"),
-        ((("ipa", 3), ("rloo", 27)), {}, "alignment of layer 7 for 3 steps, then RLOO for 27 steps"),
-        ((("ipa", 30),), {}, "BuPO, layer 7, 30 steps: internal policy alignment of layer 7 for 30 steps"),
-        ((("grpo", 30),), {}, "no internal policy alignment of layer 7, GRPO for 30 steps"),
-        ((("ipa", 30),), {"site": "attn"}, ": internal policy alignment of the attention in layer 7 for 30 steps"),
-        ((("ipa", 30),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 30 steps"),
+        ((("ipa", 12), ("grpo", 108)), {}, "alignment of layer 7 for 12 steps, then GRPO for 108 steps"),
+        ((("ipa", 1), ("grpo", 119)), {}, "alignment of layer 7 for 1 step, then GRPO for 119 steps"),
+        ((("ipa", 12), ("rloo", 108)), {}, "alignment of layer 7 for 12 steps, then RLOO for 108 steps"),
+        (
+            (("ipa", 120),),
+            {},
+            "BuPO, layer 7, 120 steps, first at 0.0001: internal policy alignment of layer 7 for 120 steps",
+        ),
+        ((("grpo", 120),), {}, "no internal policy alignment of layer 7, GRPO for 120 steps"),
+        ((("ipa", 120),), {"site": "attn"}, ": internal policy alignment of the attention in layer 7 for 120 steps"),
+        ((("ipa", 120),), {"site": "ffn"}, ": internal policy alignment of the FFN in layer 7 for 120 steps"),
     ],
 )
 def test_training_summary_describes_its_phases(run, phases, trainer, expected):
@@ -53,15 +57,15 @@ def test_training_summary_describes_its_phases(run, phases, trainer, expected):
 
 
 def test_training_without_a_layer_has_no_phase_description():
-    plain = Run.load(STORED / "runs" / "qwen3-grpo-seed0")
-    assert "was trained for 30 steps with GRPO. The mean reward" in summary(plain, None)
+    plain = Run.load(STORED / "runs" / "qwen3-grpo-t120-seed0")
+    assert "was trained for 120 steps with GRPO. The mean reward" in summary(plain, None)
 
 
 def test_a_page_shades_no_alignment_where_there_was_none(run):
-    html = training_report(phased(run, ("grpo", 30)))
+    html = training_report(phased(run, ("grpo", 120)))
     assert "Internal policy alignment is shaded" not in html
     assert "Layer chosen" in html
-    html = training_report(phased(run, ("ipa", 3), ("grpo", 27), site="ffn"))
+    html = training_report(phased(run, ("ipa", 12), ("grpo", 108), site="ffn"))
     assert "Internal policy alignment is shaded" in html
     assert "Layer optimised first" in html
     assert "<dt>Site</dt><dd>FFN</dd>" in html
@@ -69,8 +73,8 @@ def test_a_page_shades_no_alignment_where_there_was_none(run):
 
 def test_summary_reward_averages_the_first_and_last_tenth_of_the_steps(run):
     rewards = run.history["reward"]
-    start, end = rewards.iloc[:3].mean(), rewards.iloc[-3:].mean()
-    assert f"from {start:.3f} over the first 3 steps to {end:.3f} over the last 3." in summary(run, None)
+    start, end = rewards.iloc[:12].mean(), rewards.iloc[-12:].mean()
+    assert f"from {start:.3f} over the first 12 steps to {end:.3f} over the last 12." in summary(run, None)
     few = replace(run, history=run.history.iloc[:9])
     expected = f"from {rewards.iloc[0]:.3f} in the first step to {rewards.iloc[8]:.3f} in the last."
     assert expected in summary(few, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import cells
 import draw
@@ -232,12 +233,15 @@ def test_results_are_stored_from_the_main_runs_only_if_all_are_there(tmp_path):
         f"{model}-bupo-l{layer}-s60-lr0.0001-t60-seed0" for model in ("qwen3", "llama") for layer in (2, 4, 6, 7)
     }
     work, target = tmp_path / "work", tmp_path / "runs"
-    for job in wanted[:2]:
+    whole = ROOT / "data" / "experiments" / "runs" / "qwen3-grpo-t120-seed0"
+    for job in wanted[:3]:
         path = work / job.part / job.name
-        (path / "model").mkdir(parents=True)
-        for name in ("run.json", "history.csv", "checkpoint.bin"):
-            (path / name).write_text(job.name)
+        shutil.copytree(whole, path)
+        (path / "model").mkdir()
+        (path / "checkpoint.bin").write_text(job.name)
     (work / wanted[1].part / wanted[1].name / "model").rmdir()
+    # Another attempt began in the place of a run, and was cut off.
+    (work / wanted[2].part / wanted[2].name / "history.csv").write_text("step\n1\n")
     assert stored_results.missing(wanted, work) == wanted[1:]
     (target / "old").mkdir(parents=True)
     stored_results.keep_runs(wanted[:1], target, work)

@@ -61,7 +61,7 @@ for line in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_commands_without_extras_run(tmp_path):
-    run = ROOT / "data" / "experiments" / "runs" / "qwen3-bupo-l7-s3-seed0"
+    run = ROOT / "data" / "experiments" / "runs" / "qwen3-bupo-l7-s12-lr0.0001-t120-seed0"
     lines = (
         "analyze --model testbed/qwen3 --model testbed/llama --max-responses 3 --output out",
         "inspect --model testbed/qwen3 --prompt a=22,b=a-3;b? --max-new-tokens 2 --output looks",
