@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from internal_policy.plotting.training import MIN_SEEDS
+
 Found = Mapping[str, pd.DataFrame]
 NOTHING = "*No run of this part is stored.*"
 
@@ -66,19 +68,19 @@ def verdict(row: Mapping[Hashable, Any] | None, small: float, negligible: float)
     """Say what an interval says about an effect in accuracy.
 
     Args:
-        row: value, low and high, as shares.
+        row: value, low and high, as shares, and seeds.
         small: an effect is named only if it is larger than this, which is what its measurement may be off by.
         negligible: an effect whose interval lies nearer to zero than this is none.
 
     Returns:
-        The word, and the value with its interval in points.
+        The word, and the value with its interval in points. Fewer than ``MIN_SEEDS`` get no word.
     """
     if row is None:
         return "not run"
     value, low, high = (float(row[name]) for name in ("value", "low", "high"))
     shown = cell(row)
-    if np.isnan(low):
-        return f"one seed: {shown}"
+    if row["seeds"] < MIN_SEEDS:
+        return f"{'one seed' if row['seeds'] == 1 else 'two seeds'}: {shown}"
     if abs(value) > small and (low > 0 or high < 0):
         return f"**{'helped' if value > 0 else 'harmed'}**: {shown}"
     if low >= -negligible and high <= negligible:

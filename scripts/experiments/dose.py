@@ -8,6 +8,8 @@ from jobs import BOUNDARY, E2_STEPS, LEARNING_RATE
 from scipy import optimize, stats
 from tables import Tables, over_seeds, t_interval
 
+from internal_policy.plotting.training import MIN_SEEDS
+
 MEASURES = ("avg", "pass16")
 TOTAL, OPTIMISED = "equal total steps", "equal GRPO steps"
 """GRPO after as many steps as BuPO in all, or after as many as BuPO has of GRPO."""
@@ -213,7 +215,7 @@ def power(tables: Tables, seeds: int = 6, dose: str = "12") -> pd.DataFrame:
         A row per model, rate and measure (avg and pass16 at the end; "avg, step 24", where accuracy is still far from
         its ceiling): spread, the standard deviation of BuPO minus GRPO over the seeds measured, with the ends of its
         95% interval by the chi-square distribution; detectable, the true difference that a two-sided paired t-test at
-        5% finds in four of five cases; seeds. Only with two seeds or more.
+        5% finds in four of five cases; seeds. Only with ``MIN_SEEDS`` or more.
     """
     early = paired_along(tables)
     early = early[early["step"] == AREA_EVERY].assign(measure=f"avg, step {AREA_EVERY}")
@@ -222,7 +224,7 @@ def power(tables: Tables, seeds: int = 6, dose: str = "12") -> pd.DataFrame:
     rows = []
     for (model, rate, measure), group in found.groupby(["model", "rate", "measure"], sort=False):
         n = len(group)
-        if n < 2:
+        if n < MIN_SEEDS:
             continue
         spread = float(group["value"].std(ddof=1))
         high, low = np.sqrt((n - 1) / stats.chi2.ppf([0.025, 0.975], n - 1))

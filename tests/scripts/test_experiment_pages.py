@@ -25,9 +25,9 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ \([+-]?\d+\.\d+ to [+-]?\d+\.\d+\)")
 
 @pytest.fixture(scope="module")
 def incomplete(tmp_path_factory):
-    """Two seeds of E1, three of E2 and E4, none of methods."""
+    """Three seeds of E1, E2 and E4, none of methods."""
     data = tmp_path_factory.mktemp("data")
-    made_up.write(data, "e1", range(2))
+    made_up.write(data, "e1", range(3))
     made_up.write(data, "e2", range(3))
     made_up.write(data, "e4", range(3))
     made_up.evidence().to_csv(data / "e4" / "evidence.csv", index=False)
@@ -119,7 +119,7 @@ def test_every_figure_of_the_page_is_stored():
 def test_tables_say_how_many_seeds_and_what_is_missing(found):
     shown = {name: table(found) for name, table in pages.TABLES.items()}
     assert shown["methods"] == pages.NOTHING
-    assert "| E1 | 56 of 84 | 2 |" in shown["completeness"]
+    assert "| E1 | 84 of 84 | 3 |" in shown["completeness"]
     assert "| methods | 0 of 18 | 0 | 0.9 | `make experiment PART=methods` |" in shown["completeness"]
     assert "nan" not in "".join(shown.values())
     row = next(line for line in shown["e2_differences"].splitlines() if "qwen3` | 1e-4 | 24 |" in line)
@@ -133,14 +133,14 @@ def test_tables_say_how_many_seeds_and_what_is_missing(found):
 
 def test_conditions_name_an_effect_only_where_the_interval_excludes_zero(found):
     lines = pages.conditions_alone(found).splitlines()
-    row = next(line for line in lines if "qwen3` | layer 2 aligned" in line)
-    ends = found["e1_outcomes"].query("model == 'testbed/qwen3' and layer == 2 and measure == 'avg'").set_index("rate")
-    # The made-up noise of two seeds is wider than the effect at the lowest rate, and narrower at the highest.
+    row = next(line for line in lines if "qwen3` | layer 4 aligned" in line)
+    ends = found["e1_outcomes"].query("model == 'testbed/qwen3' and layer == 4 and measure == 'avg'").set_index("rate")
+    # The made-up noise of the seeds is wider than the effect at the lowest rate, and narrower at the highest.
     assert ends.loc[1e-4, "low"] < 0 < ends.loc[1e-4, "high"]
     assert ends.loc[5e-4, "high"] < 0
     assert f"| not decided: {100 * ends.loc[1e-4, 'gain']:+.1f} (" in row
     assert f"| **harmed**: {100 * ends.loc[5e-4, 'gain']:+.1f} (" in row
-    assert sum("| GRPO | **helped**: +30.6 (" in line for line in lines) == 2
+    assert sum("| GRPO | **helped**: +30.1 (" in line for line in lines) == 2
     # 48 steps of alignment are worth 24 of GRPO, so that 72 more end above GRPO after 72.
     lines = pages.conditions_first(found).splitlines()
     assert any("| 48 | 1e-4 |" in line and "**harmed**" in line and "**helped**: +10.1" in line for line in lines)
@@ -155,13 +155,16 @@ def test_conditions_name_an_effect_only_where_the_interval_excludes_zero(found):
         # Its interval excludes zero, but the measurement of the start may be off by as much.
         (0.015, 0.01, 0.02, "nothing: +1.5 (+1.0 to +2.0)"),
         (0.0, -0.04, 0.04, "nothing: +0.0 (-4.0 to +4.0)"),
-        (0.1, np.nan, np.nan, "one seed: +10.0"),
         (0.05, 0.05, 0.05, "**helped**: +5.0 (all seeds)"),
     ],
 )
 def test_verdicts_say_what_an_interval_says(value, low, high, said):
-    row = {"value": value, "low": low, "high": high}
+    row = {"value": value, "low": low, "high": high, "seeds": 3}
     assert cells.verdict(row, small=0.02, negligible=0.05) == said
+    # Two seeds that happen to agree make the narrowest intervals.
+    assert cells.verdict({**row, "seeds": 2}, small=0.02, negligible=0.05) == f"two seeds: {said.split(': ')[1]}"
+    one = {"value": value, "low": np.nan, "high": np.nan, "seeds": 1}
+    assert cells.verdict(one, small=0.02, negligible=0.05) == f"one seed: {100 * value:+.1f}"
     assert cells.verdict(None, small=0.02, negligible=0.05) == "not run"
 
 
@@ -246,7 +249,8 @@ def test_results_are_stored_from_the_main_runs_only_if_all_are_there(tmp_path):
     (target / "old").mkdir(parents=True)
     stored_results.keep_runs(wanted[:1], target, work)
     kept = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    assert kept == {f"{wanted[0].name}/{name}" for name in ("run.json", "history.csv")}
+    tables_of_run = ("run.json", "history.csv", "dynamics.csv", "dynamics_layers.csv")
+    assert kept == {f"{wanted[0].name}/{name}" for name in tables_of_run}
 
 
 def test_the_gate_counts_starts_that_only_guess():
