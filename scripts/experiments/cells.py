@@ -40,10 +40,11 @@ def cell(
     shown = number(value, digits, scale, sign)
     if np.isnan(low):
         return shown
-    if low == high:
+    ends = number(low, digits, scale, sign), number(high, digits, scale, sign)
+    if ends[0] == ends[1]:
         # Values that happen to agree do not make an effect exact.
         return f"{shown} (all seeds)"
-    return f"{shown} ({number(low, digits, scale, sign)} to {number(high, digits, scale, sign)})"
+    return f"{shown} ({ends[0]} to {ends[1]})"
 
 
 def pick(table: pd.DataFrame, **wanted: Any) -> Mapping[Hashable, Any] | None:

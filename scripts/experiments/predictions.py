@@ -21,6 +21,7 @@ asks for an interval within one point, because an interval that contains zero ma
 POINT = 0.01
 """One percentage point of accuracy."""
 
+_DIGIT = 1e-5
 _WITHOUT_RUNS = {"value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
 
 _E1: dict[str, tuple[tuple[str, str, float], ...]] = {
@@ -52,7 +53,10 @@ def judged(found: dict[str, float], side: str, bound: float) -> str:
     if np.isnan(low) or np.isnan(high):
         return UNDECIDED
     if side == "around":
-        return YES if low <= bound <= high else NO
+        if low <= bound <= high:
+            return YES
+        # Seeds that agree to the last digit stored have no spread to judge by.
+        return NO if high - low > _DIGIT else UNDECIDED
     if side == "within":
         inside = -bound <= low and high <= bound
         return YES if inside else NO if low > bound or high < -bound else UNDECIDED

@@ -318,6 +318,7 @@ def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
         ((0.02, 0.03), "below", 0.01, "no"),
         ((-0.1, 0.1), "around", 0.0, "yes"),
         ((0.1, 0.2), "around", 0.0, "no"),
+        ((-0.003907, -0.003906), "around", 0.0, "undecided"),
         ((np.nan, np.nan), "around", 0.0, "undecided"),
         ((-0.009, 0.008), "within", 0.01, "yes"),
         ((-0.009, 0.02), "within", 0.01, "undecided"),
