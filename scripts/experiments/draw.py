@@ -62,6 +62,16 @@ def _lines(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any], label: 
         ax.fill_between(own["step"], own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
 
 
+def _means_and_seeds(
+    ax: Axes, means: pd.DataFrame, runs: pd.DataFrame, by: str, order: Sequence[Any], label: Callable[[Any], str]
+) -> None:
+    """A line for each value of a column over the steps, and each seed as a thin one."""
+    _lines(ax, means.assign(seeds=1), by, order, label)
+    for (value, _), run in runs.sort_values("step").groupby([by, "seed"]):
+        color = style.line_style(palette.series(order.index(value)))["color"]
+        ax.plot(run["step"], run["value"], color=color, linewidth=0.4, alpha=0.5)
+
+
 def _smoothed(table: pd.DataFrame) -> pd.DataFrame:
     table = table.sort_values(["run", "quantity", "step"])
     means = table.groupby(["run", "quantity"], sort=False)["value"].rolling(SMOOTH).mean()
@@ -91,13 +101,9 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             ax = axes[row, column]
             ax.sharex(axes[0, 0])
             ax.sharey(axes[row, 0])
-            shown_here = own[own["rate"] == rate]
             order = sorted(own["layer"].unique())
-            _lines(ax, shown_here.assign(seeds=1), "layer", order, lambda x: f"layer {x:.0f}")
-            runs = long[(long["quantity"] == quantity) & (long["rate"] == rate)].sort_values("step")
-            for (layer, _), run in runs.groupby(["layer", "seed"]):
-                color = style.line_style(palette.series(order.index(layer)))["color"]
-                ax.plot(run["step"], run["value"], color=color, linewidth=0.4, alpha=0.5)
+            runs = long[(long["quantity"] == quantity) & (long["rate"] == rate)]
+            _means_and_seeds(ax, own[own["rate"] == rate], runs, "layer", order, lambda x: f"layer {x:.0f}")
             if not ax.lines:
                 ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes, color=style.NEUTRAL)
             if row == 0:
@@ -133,20 +139,23 @@ def dose_curves(tables: Tables) -> Figure:
         tables: of E2.
 
     Returns:
-        The figure; bands are 95% intervals over seeds.
+        The figure: means over seeds, and each seed as a thin line.
     """
     table = dose.curves(tables)
+    found = tables["curves"]
+    runs = found.assign(dose=found["ipa_steps"].where(found["method"] == "bupo", "0"), value=100 * found["avg"])
     figure, axes = _grid(len(MODELS), len(E2_RATES), 1.7)
     order = ["0", *sorted((d for d in table["dose"].unique() if d not in ("0", dose.AUTO)), key=int), dose.AUTO]
     for row, model in enumerate(MODELS):
         for column, rate in enumerate(E2_RATES):
             ax = axes[row, column]
-            own = table[(table["model"] == model) & ((table["rate"] == rate) | (table["dose"] == "0"))]
-            _lines(ax, own.assign(**_percent(own)), "dose", order, _dose_label)
+            own, seeds = (t[(t["model"] == model) & ((t["rate"] == rate) | (t["dose"] == "0"))] for t in (table, runs))
+            _means_and_seeds(ax, own.assign(**_percent(own)), seeds, "dose", order, _dose_label)
+            ax.sharey(axes[0, 0])
             ax.set_title(f"{model}, alignment at {_rate(rate)}")
     figure.supxlabel("Step")
     figure.supylabel("Held-out Avg@1 (%)")
-    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
+    style.figure_legend(figure, axes.ravel().tolist())
     return figure
 
 
@@ -170,7 +179,8 @@ def dose_differences(tables: Tables) -> Figure:
         tables: of E2.
 
     Returns:
-        The figure: a row for Avg@1 and one for Pass@16, a column for each model and rate.
+        The figure: a row for Avg@1 and one for Pass@16, a column for each model and rate. Each panel has its own scale,
+        because a single run that collapsed has an interval many times as wide as the others.
     """
     table = dose.differences(tables)
     table = table[table["dose"] != dose.AUTO]
@@ -178,14 +188,14 @@ def dose_differences(tables: Tables) -> Figure:
     for row, (measure, label) in enumerate((("avg", "Avg@1 (points)"), ("pass16", "Pass@16 (points)"))):
         for column, (model, rate) in enumerate((m, r) for m in MODELS for r in E2_RATES):
             ax = axes[row, column]
-            ax.sharey(axes[row, 0])
             own = table[(table["model"] == model) & (table["rate"] == rate) & (table["measure"] == measure)]
             for place, comparison in enumerate((dose.TOTAL, dose.OPTIMISED)):
                 rows = own[own["comparison"] == comparison].astype({"dose": int}).sort_values("dose")
                 _points(ax, rows["dose"] + (2 * place - 1), rows, place, f"at {comparison}")
             ax.axhline(0, color=style.NEUTRAL, linewidth=0.6)
-            ax.set(xlim=(0, 52), xticks=E2_DOSES)
-            ax.tick_params(labelleft=column == 0, labelbottom=row == 1)
+            low, high = ax.get_ylim()
+            ax.set(xlim=(0, 52), xticks=E2_DOSES, ylim=(min(low, -1), max(high, 1)))
+            ax.tick_params(labelbottom=row == 1)
             if row == 0:
                 ax.set_title(f"{model}\nat {_rate(rate)}")
         axes[row, 0].set_ylabel(label)
