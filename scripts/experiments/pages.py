@@ -88,9 +88,9 @@ def e1_rule(found: Found) -> str:
             "never" if pd.isna(stop) else f"{stop:.0f} ({sign})"
             for stop, sign in zip(own["stop"], own["sign"], strict=True)
         ]
-        falls = ["none" if pd.isna(fall) else f"{fall:.0f}" for fall in own["fall"]]
-        peaks = ", ".join(f"{peak:.0f}" for peak in own["peak"])
-        late = ", ".join(f"{late:+.0f}" for late in own["late"])
+        falls = ["none" if pd.isna(fall) else f"{fall:g}" for fall in own["fall"]]
+        peaks = ", ".join(f"{peak:g}" for peak in own["peak"])
+        late = ", ".join(f"{late:+g}" for late in own["late"])
         rows.append(
             [f"`{model}`", rate_text(float(str(rate))), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late]
         )
