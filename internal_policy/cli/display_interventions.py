@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from internal_policy.cli.display import files_of, list_files
@@ -52,9 +51,11 @@ def effect_table(ablation: Ablation, width: int = 80) -> Table:
     Returns:
         The table, which is at most as wide.
     """
+    console = open_console()
+    unlimited = console.options.update(width=_UNLIMITED)
     for stacked, close in ((False, False), (False, True), (True, False)):
         laid_out = _lay_out(ablation, stacked=stacked, close=close)
-        if Console(width=_UNLIMITED).measure(laid_out).maximum <= width:
+        if console.measure(laid_out, options=unlimited).maximum <= width:
             return laid_out
     return _lay_out(ablation, stacked=True, close=True)
 
