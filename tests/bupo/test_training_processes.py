@@ -138,20 +138,16 @@ def updates(out, rank, processes, kind):
     torch.save(torch.stack(trainer.advantages), Path(out) / f"{kind}-{processes}-{rank}-advantages.pt")
 
 
-FAST = ("token-mean", "reinforce++")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Final results of one process and of two; two processes are started once for all kinds of a tier."""
+    """Final results of one process and of two; two processes are started once for all kinds."""
     outputs = {}
 
     def get(kind):
-        kinds = [other for other in KINDS if (other in FAST) == (kind in FAST)]
         if kind not in outputs:
             out = tmp_path_factory.mktemp("processes")
-            both(out, kinds)
-            for other in kinds:
+            both(out, KINDS)
+            for other in KINDS:
                 updates(out, 0, 1, other)
                 outputs[other] = out
         return outputs[kind]
@@ -163,11 +159,7 @@ RANKS = ((1, 0), (2, 0), (2, 1))
 """The number of processes and the rank."""
 
 
-def each(*kinds):
-    return [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
-
-
-@pytest.mark.parametrize("kind", each("sequence-mean", "token-mean", "mini-batches"))
+@pytest.mark.parametrize("kind", ["sequence-mean", "token-mean", "mini-batches"])
 @pytest.mark.slow
 def test_two_processes_make_the_same_updates_as_one(trained, kind):
     start = tiny_model("qwen3", layers=4).state_dict()
@@ -187,7 +179,8 @@ def test_two_processes_make_the_same_updates_as_one(trained, kind):
     assert max(float((two[n] - start[n]).abs().max()) for n in above) > 1e-3
 
 
-@pytest.mark.parametrize("kind", each("rloo", "reinforce++"))
+@pytest.mark.parametrize("kind", ["rloo", "reinforce++"])
+@pytest.mark.slow
 def test_two_processes_compute_the_same_advantages_as_one(trained, kind):
     one, first, second = (
         torch.load(trained(kind) / f"{kind}-{n}-{r}-advantages.pt") for n, r in ((1, 0), (2, 0), (2, 1))

@@ -19,6 +19,9 @@ import tables
 from documents import ROOT
 from plotting_fixtures import assert_legible, drawn
 
+# Summaries of made-up and stored runs, again and again: half a minute.
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / pages.PAGE
 INTERVAL = re.compile(r"[+-]?\d+\.\d+ \([+-]?\d+\.\d+ to [+-]?\d+\.\d+\)")
 
@@ -188,7 +191,6 @@ def test_filling_replaces_what_is_between_the_markers_only(found):
     assert pages.filled(once, found) == once
 
 
-@pytest.mark.slow
 def test_figures_are_legible_and_show_the_means(incomplete):
     e1, e2, e4, others = (tables.read_part(part, incomplete) for part in ("e1", "e2", "e4", "methods"))
     both = tables.joined(e4, e2)
@@ -216,7 +218,6 @@ def test_rewards_are_averaged_over_steps_within_a_run():
     assert smooth["step"].tolist() == [4, 5, 4, 5]
 
 
-@pytest.mark.slow
 def test_only_parts_with_runs_are_drawn(incomplete, tmp_path, monkeypatch):
     monkeypatch.setattr(draw.style, "save_figure", lambda figure, stem: [stem])
     names = {path.stem for path in draw.draw(tmp_path, incomplete)}

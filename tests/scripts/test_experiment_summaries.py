@@ -14,6 +14,9 @@ import tables
 from jobs import BOUNDARY, jobs
 from scipy import stats
 
+# Summaries of made-up runs, again and again.
+pytestmark = pytest.mark.slow
+
 QWEN = "testbed/qwen3"
 # Sums of a few float64 values near 1.
 EXACT = {"rtol": 0, "atol": 1e-12}
