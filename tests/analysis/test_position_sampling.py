@@ -330,6 +330,7 @@ def test_sampled_tokens_have_their_exact_values(model, tokenizer):
     pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_size_and_rewards_do_not_change_the_sampled_positions(model, tokenizer):
     options = {"tokenizer": tokenizer, "responses": ragged_responses(40), "tolerance": 0.01, "keep_tokens": 40}
     one, again, other = (analyze(model, batch_size=b, **options) for b in (16, 16, 3))

@@ -235,6 +235,7 @@ def test_an_interrupted_sweep_resumes_with_the_same_results(run, uninterrupted, 
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.glob("*/analysis.json"))] == stamps
 
 
+@pytest.mark.slow
 def test_an_interrupted_overwrite_resumes_without_overwrite(run, tmp_path, monkeypatch):
     options = {"checkpoints": run / "checkpoint-1*", "prompts": PROMPTS, "output": tmp_path}
     sweep(**options, max_new_tokens=3)

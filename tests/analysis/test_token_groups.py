@@ -343,6 +343,7 @@ def test_unscored_responses_are_left_out_with_a_line(model, caplog):
     assert set(found.by("correct").responses["response"]) == {2, 3, 4, 5}
 
 
+@pytest.mark.slow
 def test_groups_are_stored_and_added_to_a_finished_analysis(analysis, model, tmp_path, monkeypatch):
     first = measured(model, keep_tokens=2, output=tmp_path)
     assert first.groupings == ()

@@ -71,6 +71,7 @@ def watched(tmp_path_factory):
     return bupo.train("testbed/qwen3", output=place / "run", eval_layer=6, **SHORT, **QUIET)
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_a_layer_is_measured_before_during_and_after_alignment(watched):
     table = watched.layer_accuracy
     assert list(table["step"]) == [0, 1, 2]
@@ -87,6 +88,7 @@ def test_the_accuracy_of_a_layer_is_measured_before_during_and_after_alignment(w
     pd.testing.assert_frame_equal(bupo.Run.load(watched.path).layer_accuracy, table)
 
 
+@pytest.mark.slow
 def test_watching_changes_no_number_of_the_training(watched, tmp_path):
     plain = bupo.train("testbed/qwen3", output=tmp_path / "run", **SHORT, **QUIET)
     assert plain.layer_accuracy.empty
@@ -124,6 +126,7 @@ def test_measurements_are_resumed_from_a_checkpoint(watched, tmp_path):
     pd.testing.assert_frame_equal(resumed.layer_accuracy, watched.layer_accuracy)
 
 
+@pytest.mark.slow
 def test_the_figure_shows_each_measurement(watched):
     frame = layer_accuracy_data(watched)
     assert list(frame["value"]) == list(watched.layer_accuracy["avg"])

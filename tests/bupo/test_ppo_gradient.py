@@ -101,6 +101,7 @@ def expected_gradient(now, sampling, batch, of_sequence, tokens):
 
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
+@pytest.mark.slow
 def test_every_update_has_the_gradient_of_the_clipped_surrogate(tmp_path, aggregation):
     """Two steps of two mini-batches, each used twice: ratios of 1 first, then some beyond the clip."""
     trainer = make_trainer(

@@ -72,6 +72,7 @@ def test_unchanged_weights_give_equal_evaluations(place, options):
     assert start.nunique() > 200
 
 
+@pytest.mark.slow
 def test_a_shaped_reward_trains_and_the_benchmarks_verifier_evaluates(tmp_path):
     run = bupo.train(
         MODEL,

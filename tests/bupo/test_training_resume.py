@@ -129,9 +129,10 @@ def assert_same(one, other):
     ("event", "update"),
     [
         pytest.param("on_step_end", 3, id="between two updates of the first phase"),
-        pytest.param("half", 6, id="while writing a checkpoint of the second phase", marks=pytest.mark.slow),
+        pytest.param("half", 6, id="while writing a checkpoint of the second phase"),
     ],
 )
+@pytest.mark.slow
 def test_killed_and_resumed(place, uninterrupted, event, update):
     output = f"{event}-{update}"
     killed(place, output, event, update)

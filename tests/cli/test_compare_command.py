@@ -173,6 +173,7 @@ def test_another_lens_is_refused_in_one_line_on_the_real_command_line(place, oth
         ),
     ],
 )
+@pytest.mark.slow
 def test_figures_command_on_a_comparison_names_the_compare_command(
     place, tmp_path, skip_drawing, options, command, compared
 ):

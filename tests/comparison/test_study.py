@@ -263,6 +263,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     before = {id(o) for o in gc.get_objects() if issubclass(type(o), PreTrainedModel)}
     held = []

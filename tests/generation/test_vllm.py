@@ -100,6 +100,7 @@ def vllm(monkeypatch):
     return LLM
 
 
+@pytest.mark.slow
 def test_analysis_responses_do_not_depend_on_the_sampler(vllm, tmp_path, monkeypatch):
     from internal_policy.analysis import pipeline
 

@@ -96,16 +96,11 @@ def coloured(browser):
 @pytest.mark.parametrize(
     ("kind", "width", "scheme"),
     [
-        ("analysis", 390, "dark"),
-        *(
-            pytest.param(kind, width, scheme, marks=pytest.mark.slow)
-            for kind, width, scheme in (
-                *(("analysis", 1280, "light"), ("comparison", 390, "dark"), ("comparison", 1280, "light")),
-                *(("training", 390, "dark"), ("training", 1280, "light")),
-            )
-        ),
+        *(("analysis", 390, "dark"), ("analysis", 1280, "light"), ("comparison", 390, "dark")),
+        *(("comparison", 1280, "light"), ("training", 390, "dark"), ("training", 1280, "light")),
     ],
 )
+@pytest.mark.slow
 def test_pages_open_without_errors_and_are_readable(browser, pages, kind, width, scheme):
     show(browser, pages[kind][0], width, scheme=scheme)
     assert browser.get_log("browser") == []

@@ -28,6 +28,7 @@ def test_a_command_names_the_extra_that_it_needs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_python_names_the_extra_that_it_needs(tmp_path):
     code = """
 from internal_policy import UserError, bupo
