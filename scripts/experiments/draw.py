@@ -14,6 +14,7 @@ import layers
 import mechanism
 import numpy as np
 import pandas as pd
+from cells import rate_text
 from jobs import BOUNDARY, E1_RATES, E2_DOSES, E2_RATES, LAYERS, MODELS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,22 +52,28 @@ def _grid(rows: int, columns: int, height: float = _PANEL) -> tuple[style.PaperF
 
 
 def _lines(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any], label: Callable[[Any], str]) -> None:
-    """A line with its band for each value of a column, over the steps."""
+    """A line for each value of a column, over the steps."""
     for place, value in enumerate(order):
         own = table[table[by] == value].sort_values("step")
         if own.empty:
             continue
         look = style.line_style(palette.series(place))
         ax.plot(own["step"], own["value"], label=label(value), **look)
-        own = own[own["seeds"] >= MIN_SEEDS]
-        ax.fill_between(own["step"], own["low"], own["high"], color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _bands(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any]) -> None:
+    """The intervals of these lines, where there are enough seeds."""
+    for place, value in enumerate(order):
+        own = table[(table[by] == value) & (table["seeds"] >= MIN_SEEDS)].sort_values("step")
+        color = style.line_style(palette.series(place))["color"]
+        ax.fill_between(own["step"], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
 
 
 def _means_and_seeds(
     ax: Axes, means: pd.DataFrame, runs: pd.DataFrame, by: str, order: Sequence[Any], label: Callable[[Any], str]
 ) -> None:
     """A line for each value of a column over the steps, and each seed as a thin one."""
-    _lines(ax, means.assign(seeds=1), by, order, label)
+    _lines(ax, means, by, order, label)
     for (value, _), run in runs.sort_values("step").groupby([by, "seed"]):
         color = style.line_style(palette.series(order.index(value)))["color"]
         ax.plot(run["step"], run["value"], color=color, linewidth=0.4, alpha=0.5)
@@ -107,7 +114,7 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
             if not ax.lines:
                 ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes, color=style.NEUTRAL)
             if row == 0:
-                ax.set_title(f"alignment at {_rate(rate)}")
+                ax.set_title(f"alignment at {rate_text(rate)}")
             ax.tick_params(labelbottom=row == len(shown) - 1, labelleft=column == 0)
         # A seed that collapses may be many times as far away as what the means are about.
         _limit(axes[row], own["value"])
@@ -116,10 +123,6 @@ def alignment(tables: Tables, model: str, shown: dict[str, str]) -> Figure:
     figure.align_ylabels(axes[:, 0])
     style.figure_legend(figure, axes.ravel().tolist())
     return figure
-
-
-def _banded(table: pd.DataFrame) -> bool:
-    return bool((table["seeds"] >= MIN_SEEDS).any())
 
 
 def _limit(axes: Iterable[Axes], values: pd.Series) -> None:
@@ -152,15 +155,11 @@ def dose_curves(tables: Tables) -> Figure:
             own, seeds = (t[(t["model"] == model) & ((t["rate"] == rate) | (t["dose"] == "0"))] for t in (table, runs))
             _means_and_seeds(ax, own.assign(**_percent(own)), seeds, "dose", order, _dose_label)
             ax.sharey(axes[0, 0])
-            ax.set_title(f"{model}, alignment at {_rate(rate)}")
+            ax.set_title(f"{model}, alignment at {rate_text(rate)}")
     figure.supxlabel("Step")
     figure.supylabel("Held-out Avg@1 (%)")
     style.figure_legend(figure, axes.ravel().tolist())
     return figure
-
-
-def _rate(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def _dose_label(value: str) -> str:
@@ -197,7 +196,7 @@ def dose_differences(tables: Tables) -> Figure:
             ax.set(xlim=(0, 52), xticks=E2_DOSES, ylim=(min(low, -1), max(high, 1)))
             ax.tick_params(labelbottom=row == 1)
             if row == 0:
-                ax.set_title(f"{model}\nat {_rate(rate)}")
+                ax.set_title(f"{model}\nat {rate_text(rate)}")
         axes[row, 0].set_ylabel(label)
     figure.supxlabel("Steps of alignment, of 120")
     figure.supylabel("BuPO minus GRPO")
@@ -277,11 +276,13 @@ def methods(tables: Tables) -> Figure:
     figure, axes = _grid(1, len(MODELS), 1.9)
     for column, model in enumerate(MODELS):
         own = table[table["model"] == model]
-        _lines(axes[0, column], own.assign(**_percent(own)), "method", list(_METHODS), lambda name: _METHODS[name])
+        shown = own.assign(**_percent(own))
+        _lines(axes[0, column], shown, "method", list(_METHODS), lambda name: _METHODS[name])
+        _bands(axes[0, column], shown, "method", list(_METHODS))
         axes[0, column].set_title(model)
     axes[0, 0].set_ylabel("Held-out Avg@1 (%)")
     figure.supxlabel("Step")
-    style.figure_legend(figure, axes.ravel().tolist(), band=_banded(table))
+    style.figure_legend(figure, axes.ravel().tolist(), band=bool((table["seeds"] >= MIN_SEEDS).any()))
     return figure
 
 

@@ -6,6 +6,7 @@ import dose
 import pandas as pd
 from cells import NOTHING, Found, markdown_table, pick, rate_text, seed_counts, verdict
 from jobs import E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, MODELS
+from mechanism import LOSS
 from predictions import NO, NOT_RUN, UNDECIDED, YES
 
 _SHORT = {
@@ -25,9 +26,8 @@ _SHORT = {
     "P11": "Avg@1 rises with the layer (Spearman above 0.5)",
     "P12": "dH_FFN predicts Avg@1 no better than the layer's number",
 }
-SMALL, NEGLIGIBLE = 0.02, 0.05
-"""Drawing the start's samples anew changes an accuracy by two points (two standard errors); an effect within five
-points of zero is called nothing, and one within two where both sides are measured alike."""
+NEGLIGIBLE, NEGLIGIBLE_IN_PAIRS = 0.05, 0.02
+"""An effect within five points of zero is called nothing, and one within two where both sides are measured alike."""
 
 
 def completeness(found: Found) -> str:
@@ -49,13 +49,13 @@ def conditions_alone(found: Found) -> str:
     for model in MODELS:
         for layer in E1_LAYERS:
             own = [pick(table, method="bupo", model=model, layer=layer, rate=rate, measure="avg") for rate in E1_RATES]
-            cells = [verdict(end and {**end, "value": end["gain"]}, SMALL, NEGLIGIBLE) for end in own]
+            cells = [verdict(end and {**end, "value": end["gain"]}, LOSS, NEGLIGIBLE) for end in own]
             rows.append([f"`{model}`", f"layer {layer} aligned", *cells, seed_counts(*own)])
         own = [pick(found["e1_means"], model=model, rate=rate) for rate in E1_RATES]
-        cells = [verdict(end, SMALL, NEGLIGIBLE) for end in own]
+        cells = [verdict(end, LOSS, NEGLIGIBLE) for end in own]
         rows.append([f"`{model}`", "a layer aligned, mean of the four", *cells, seed_counts(*own)])
         plain = pick(table, method="grpo", model=model, measure="avg")
-        cells = [verdict(plain and {**plain, "value": plain["gain"]}, SMALL, NEGLIGIBLE), "-", "-"]
+        cells = [verdict(plain and {**plain, "value": plain["gain"]}, LOSS, NEGLIGIBLE), "-", "-"]
         rows.append([f"`{model}`", "GRPO", *cells, seed_counts(plain)])
     heads = [f"at {rate_text(rate)}" for rate in E1_RATES]
     return markdown_table(["model", "60 steps of", *heads, "seeds"], rows)
@@ -75,7 +75,7 @@ def conditions_first(found: Found) -> str:
                     for table, quantity in ((curves, {"step": "mean"}), (ends, {"measure": "avg"}))
                 ]
                 if any(row is not None for row in own):
-                    cells = [verdict(row, 0.0, SMALL) if row is not None else "-" for row in own]
+                    cells = [verdict(row, 0.0, NEGLIGIBLE_IN_PAIRS) if row is not None else "-" for row in own]
                     rows.append([f"`{model}`", str(steps), rate_text(rate), *cells, seed_counts(*own)])
     heads = [f"{c}: {when}" for c in (dose.TOTAL, dose.OPTIMISED) for when in ("along the run", "at the end")]
     return markdown_table(["model", "dose", "rate", *heads, "seeds"], rows) if rows else NOTHING

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import dose
+import mechanism
 import pandas as pd
 from cells import NOTHING, Found, cell, markdown_table, number, pick, rate_text, seed_counts
 from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, LAYERS, LEARNING_RATE, MODELS
@@ -83,7 +84,8 @@ def e1_rule(found: Found) -> str:
     if table.empty:
         return NOTHING
     rows = []
-    for (model, rate, layer), own in table.groupby(["model", "rate", "layer"]):
+    for _, own in table.groupby(["model", "rate", "layer"]):
+        model, rate, layer = own.iloc[0][["model", "rate", "layer"]]
         stops = [
             "never" if pd.isna(stop) else f"{stop:.0f} ({sign})"
             for stop, sign in zip(own["stop"], own["sign"], strict=True)
@@ -91,9 +93,7 @@ def e1_rule(found: Found) -> str:
         falls = ["none" if pd.isna(fall) else f"{fall:g}" for fall in own["fall"]]
         peaks = ", ".join(f"{peak:g}" for peak in own["peak"])
         late = ", ".join(f"{late:+g}" for late in own["late"])
-        rows.append(
-            [f"`{model}`", rate_text(float(str(rate))), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late]
-        )
+        rows.append([f"`{model}`", rate_text(rate), f"{layer:.0f}", ", ".join(stops), peaks, ", ".join(falls), late])
     return markdown_table(["model", "rate", "layer", "stops at", "highest reward at", "falls from", "late by"], rows)
 
 
@@ -102,7 +102,9 @@ def e1_rule_counts(found: Found) -> str:
     table = found["e1_rule_counts"]
     if table.empty:
         return NOTHING
-    layers = {"lower": "2 and 4", "upper": "6 and 7"}
+    upper = [layer for layer in E1_LAYERS if layer >= mechanism.UPPER]
+    lower = [layer for layer in E1_LAYERS if layer < mechanism.UPPER]
+    layers = {name: " and ".join(map(str, of)) for name, of in (("lower", lower), ("upper", upper))}
     rows = [
         [rate_text(row["rate"]), layers[row["layers"]]]
         + [str(row[name]) for name in ("runs", "stopped", "lost", "in_time", "gained", "early")]

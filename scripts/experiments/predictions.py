@@ -22,6 +22,7 @@ POINT = 0.01
 """One percentage point of accuracy."""
 
 _DIGIT = 1e-5
+"""Accuracies are stored to six digits; narrower than this, an interval is only their rounding."""
 _WITHOUT_RUNS = {"value": np.nan, "low": np.nan, "high": np.nan, "seeds": 0, "holds": NOT_RUN, "agrees": False}
 
 _E1: dict[str, tuple[tuple[str, str, float], ...]] = {
