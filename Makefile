@@ -33,7 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/benchmark_update.py
 
 # On a machine with an NVIDIA GPU: the kernel's rate, the tests that need CUDA, an analysis and updates at the shape of
-# Qwen3-4B. Four minutes.
+# Qwen3-4B. Three minutes on an H200.
 gpu: setup
 	$(BIN)/python benchmarks/gpu_checks.py
 	$(BIN)/python benchmarks/gpu_checks.py --document
