@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from jobs import BOUNDARY, E2_STEPS, LEARNING_RATE
@@ -133,17 +135,46 @@ def paired_along(tables: Tables) -> pd.DataFrame:
         a run of BuPO has its dose more; there, doses are missing whose steps were not measured.
     """
     found = tables["curves"]
-    columns = [*BY, "comparison", "seed", "step", "value"]
     bupo = found[(found["method"] == "bupo") & (found["layer"] == found["model"].map(BOUNDARY))]
+    return curves_over_grpo(bupo, found).rename(columns={"ipa_steps": "dose"})[
+        [*BY, "comparison", "seed", "step", "value"]
+    ]
+
+
+def curves_over_grpo(bupo: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Subtract the curve of GRPO with the same model and seed.
+
+    Args:
+        bupo: rows of ``curves``, of runs of BuPO.
+        curves: those of GRPO, among others.
+
+    Returns:
+        ``bupo`` twice, without step 0, each row with comparison and value, the difference in Avg@1. The step is GRPO's,
+        so that at equal GRPO steps a run of BuPO has its dose more.
+    """
     if bupo.empty:
-        return pd.DataFrame(columns=columns)
-    bupo = bupo.rename(columns={"ipa_steps": "dose"})
-    fixed = bupo[bupo["dose"] != AUTO]
-    shifted = fixed.assign(step=fixed["step"] - fixed["dose"].astype(int), comparison=OPTIMISED)
+        return bupo.assign(comparison="", value=0.0)
+    fixed = bupo[bupo["ipa_steps"] != AUTO]
+    shifted = fixed.assign(step=fixed["step"] - fixed["ipa_steps"].astype(int), comparison=OPTIMISED)
     own = pd.concat([bupo.assign(comparison=TOTAL), shifted], ignore_index=True)
-    plain = found.loc[found["method"] == "grpo", ["model", "seed", "step", "avg"]]
+    plain = curves.loc[curves["method"] == "grpo", ["model", "seed", "step", "avg"]]
     own = own[own["step"] > 0].merge(plain, on=["model", "seed", "step"], suffixes=("", "_grpo"))
-    return own.assign(value=own["avg"] - own["avg_grpo"])[columns].astype({"step": int})
+    return own.assign(value=own["avg"] - own["avg_grpo"]).astype({"step": int})
+
+
+def means_along(every: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Average differences along each run over the steps that ``AREA_EVERY`` divides: the area between two curves.
+
+    Args:
+        every: of `curves_over_grpo`.
+        by: columns that name a setting; the seed is added.
+
+    Returns:
+        A row per setting and seed with more than one such step: ``by``, seed, value.
+    """
+    spaced = every[every["step"] % AREA_EVERY == 0]
+    means = spaced.groupby([*by, "seed"], sort=False)["value"].agg(["mean", "size"]).reset_index()
+    return means[means["size"] > 1].rename(columns={"mean": "value"}).drop(columns="size")
 
 
 def along(tables: Tables) -> pd.DataFrame:
@@ -161,9 +192,7 @@ def along(tables: Tables) -> pd.DataFrame:
     by = [*BY, "comparison"]
     if every.empty:
         return over_seeds(every, [*by, "step"])
-    spaced = every[every["step"] % AREA_EVERY == 0]
-    means = spaced.groupby([*by, "seed"], sort=False)["value"].agg(["mean", "size"]).reset_index()
-    means = means[means["size"] > 1].rename(columns={"mean": "value"}).assign(step="mean")
+    means = means_along(every, by).assign(step="mean")
     curves_there = every.groupby([*by, "seed"])["step"].transform("nunique") > 1
     shown = every[curves_there].astype({"step": str})
     return over_seeds(pd.concat([shown, means[shown.columns]], ignore_index=True), [*by, "step"])

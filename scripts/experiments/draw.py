@@ -223,7 +223,7 @@ def _points(ax: Axes, x: Any, rows: pd.DataFrame, place: int, label: str) -> Non
 
 @style.paper_style()
 def every_layer(tables: Tables, evidence: pd.DataFrame) -> Figure:
-    """Draw what training at each layer ended with above the entropy change of its FFN.
+    """Draw what training at each layer brought above the entropy change of its FFN.
 
     Args:
         tables: of E4 joined with those of E2.
@@ -232,13 +232,16 @@ def every_layer(tables: Tables, evidence: pd.DataFrame) -> Figure:
     Returns:
         The figure, a column for each model.
     """
-    found = layers.outcomes(tables)
+    found, along = layers.outcomes(tables), layers.along(tables)
+    along = along[(along["comparison"] == dose.TOTAL) & (along["step"] == "mean")]
     figure, axes = _grid(2, len(MODELS), 1.6)
     for column, model in enumerate(MODELS):
         top, bottom = axes[0, column], axes[1, column]
         own = found[(found["model"] == model) & (found["measure"] == "avg")].sort_values("layer")
         shown = own.assign(value=own["over_grpo"], low=own["over_grpo_low"], high=own["over_grpo_high"])
-        _points(top, shown["layer"], shown, 0, "BuPO minus GRPO, 95% over seeds")
+        _points(top, shown["layer"] - 0.08, shown, 0, "BuPO minus GRPO, at the end")
+        area = along[along["model"] == model].sort_values("layer")
+        _points(top, area["layer"] + 0.08, area, 3, "along the run, 95% over seeds")
         top.set_title(model)
         known = evidence[evidence["model"] == model].sort_values("layer") if len(evidence) else evidence
         if len(known):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from dose import AREA_EVERY, TOTAL, curves_over_grpo, means_along
 from jobs import E4_DOSE, LAYERS, LEARNING_RATE, MODELS
 from scipy import stats
 from store import DATA
-from tables import Tables, t_interval
+from tables import Tables, over_seeds, t_interval
 
 from internal_policy.bupo.run import read_table, write_table
 from internal_policy.plotting.training import MIN_SEEDS
@@ -25,22 +26,25 @@ PREDICTORS = ("layer", "change", "change_direction", "across", "accuracy")
 and GRPO across halves of the prompts, and the accuracy of pi^l."""
 RESPONSES, PROBLEMS, SAMPLES, PROMPTS = 96, 96, 4, 48
 _RESAMPLES = 2000
+END, ALONG = "end", "along"
+"""Outcomes of training at a layer: accuracy after the last step, and its mean along the run."""
 
 
-def trained(tables: Tables) -> pd.DataFrame:
+def trained(tables: Tables, name: str = "runs") -> pd.DataFrame:
     """The runs that align a layer for E4's dose at E4's rate, those at the boundary layer included.
 
     Args:
         tables: of E4 joined with those of E2.
+        name: of the table.
 
     Returns:
-        Rows of ``runs``.
+        Its rows.
     """
-    runs = tables["runs"]
-    if runs.empty:
-        return runs
-    own = (runs["method"] == "bupo") & (runs["ipa_steps"] == str(E4_DOSE)) & (runs["rate"] == LEARNING_RATE)
-    return runs[own].astype({"layer": int})
+    rows = tables[name]
+    if rows.empty:
+        return rows
+    own = (rows["method"] == "bupo") & (rows["ipa_steps"] == str(E4_DOSE)) & (rows["rate"] == LEARNING_RATE)
+    return rows[own].astype({"layer": int})
 
 
 def outcomes(tables: Tables) -> pd.DataFrame:
@@ -68,50 +72,87 @@ def outcomes(tables: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "layer", "measure", *ends])
 
 
+def along(tables: Tables) -> pd.DataFrame:
+    """BuPO at each layer minus GRPO in held-out Avg@1 along the runs, paired by seed.
+
+    Args:
+        tables: of E4 joined with those of E2.
+
+    Returns:
+        A row per model, layer, comparison (equal total steps, equal GRPO steps) and step (text; "mean" is that over the
+        steps that ``dose.AREA_EVERY`` divides): value, low, high, seeds. The step is GRPO's.
+    """
+    by = ["model", "layer", "comparison"]
+    every = curves_over_grpo(trained(tables, "curves"), tables["curves"])
+    if every.empty:
+        return over_seeds(every, [*by, "step"])
+    means = means_along(every, by).assign(step="mean")
+    spaced = every[every["step"] % AREA_EVERY == 0].astype({"step": str})
+    found = over_seeds(pd.concat([spaced[means.columns], means], ignore_index=True), [*by, "step"])
+    return found.sort_values(["model", "layer"], kind="stable", ignore_index=True)
+
+
+def _values(tables: Tables) -> dict[str, pd.DataFrame]:
+    """What the layers' numbers are compared with: a row per model, layer and seed for each kind of outcome."""
+    runs = trained(tables)
+    every = curves_over_grpo(trained(tables, "curves"), tables["curves"])
+    every = every[every["comparison"] == TOTAL]
+    # A difference from the same GRPO run at each seed ranks the layers as their accuracies do.
+    means = means_along(every, ["model", "layer"]) if len(every) else every
+    return {END: runs.assign(value=runs["avg"]) if len(runs) else runs, ALONG: means}
+
+
 def correlations(tables: Tables, evidence: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlations over the layers between what is known of a layer and what training at it ends with.
+    """Rank correlations over the layers between what is known of a layer and what training at it brings.
 
     Args:
         tables: of E4 joined with those of E2.
         evidence: of `measure`.
 
     Returns:
-        A row per model and predictor: value, Spearman's correlation with the mean Avg@1; low and high, 95% of its
-        bootstrap over seeds; less_layer, its size less the size of that of the layer's number, with ends; layers, the
-        number of points; seeds. Only seeds that trained at all those layers count, and fewer than ``MIN_SEEDS`` have no
-        ends, because they resample to little else.
+        A row per model, outcome ("end": Avg@1 at the end; "along": its mean along the run) and predictor: value,
+        Spearman's correlation with the outcome's mean over seeds; low and high, 95% of its bootstrap over seeds;
+        less_layer, its size less the size of that of the layer's number, with ends; layers, the number of points;
+        seeds. Only seeds that trained at all those layers count, and fewer than ``MIN_SEEDS`` have no ends, because
+        they resample to little else.
     """
-    runs = trained(tables)
     rows = []
-    for model in MODELS if len(runs) else ():
-        grid = runs[runs["model"] == model].pivot_table(index="seed", columns="layer", values="avg").dropna()
-        own = evidence[evidence["model"] == model].set_index("layer") if len(evidence) else pd.DataFrame()
-        if len(grid) == 0 or grid.shape[1] < LAYERS:
+    for outcome, values in _values(tables).items():
+        for model in MODELS if len(values) else ():
+            grid = values[values["model"] == model].pivot_table(index="seed", columns="layer", values="value").dropna()
+            own = evidence[evidence["model"] == model].set_index("layer") if len(evidence) else pd.DataFrame()
+            if len(grid) and grid.shape[1] == LAYERS:
+                rows += [{"model": model, "outcome": outcome, **row} for row in _of_model(grid, own)]
+    columns = ["model", "outcome", "predictor", "value", "low", "high", "less_layer", "less_low", "less_high"]
+    return pd.DataFrame(rows, columns=[*columns, "layers", "seeds"])
+
+
+def _of_model(grid: pd.DataFrame, own: pd.DataFrame) -> list[dict[str, object]]:
+    """Rank correlations of one model and outcome, [S, L], with each predictor that is measured."""
+    by_layer = np.asarray(grid.columns, dtype=np.float64)
+    draws = np.random.default_rng(0).integers(0, len(grid), (_RESAMPLES, len(grid)))
+    resampled = grid.to_numpy()[draws].mean(axis=1)
+    mean = grid.to_numpy().mean(axis=0)
+    own_rank = _spearman(by_layer, mean[None])[0], _spearman(by_layer, resampled)
+    rows: list[dict[str, object]] = []
+    for name in PREDICTORS:
+        if name != "layer" and name not in own:
             continue
-        by_layer = np.asarray(grid.columns, dtype=np.float64)
-        draws = np.random.default_rng(0).integers(0, len(grid), (_RESAMPLES, len(grid)))
-        resampled = grid.to_numpy()[draws].mean(axis=1)
-        mean = grid.to_numpy().mean(axis=0)
-        own_rank = _spearman(by_layer, mean[None])[0], _spearman(by_layer, resampled)
-        for name in PREDICTORS:
-            if name != "layer" and name not in own:
-                continue
-            known = by_layer if name == "layer" else own[name].reindex(grid.columns).to_numpy(dtype=np.float64)
-            value, boot = _spearman(known, mean[None])[0], _spearman(known, resampled)
-            less = np.abs(boot) - np.abs(own_rank[1])
-            low, high = np.nanquantile(boot, [0.025, 0.975])
-            less_low, less_high = np.nanquantile(less, [0.025, 0.975])
-            if len(grid) < MIN_SEEDS:
-                low = high = less_low = less_high = np.nan
-            rows.append(
-                {
-                    **{"model": model, "predictor": name, "value": value, "low": low, "high": high},
-                    **{"less_layer": abs(value) - abs(own_rank[0]), "less_low": less_low, "less_high": less_high},
-                    **{"layers": int(np.isfinite(known).sum()), "seeds": len(grid)},
-                }
-            )
-    columns = ["model", "predictor", "value", "low", "high", "less_layer", "less_low", "less_high", "layers", "seeds"]
-    return pd.DataFrame(rows, columns=columns)
+        known = by_layer if name == "layer" else own[name].reindex(grid.columns).to_numpy(dtype=np.float64)
+        value, boot = _spearman(known, mean[None])[0], _spearman(known, resampled)
+        less = np.abs(boot) - np.abs(own_rank[1])
+        low, high = np.nanquantile(boot, [0.025, 0.975])
+        less_low, less_high = np.nanquantile(less, [0.025, 0.975])
+        if len(grid) < MIN_SEEDS:
+            low = high = less_low = less_high = np.nan
+        rows.append(
+            {
+                **{"predictor": name, "value": value, "low": low, "high": high},
+                **{"less_layer": abs(value) - abs(own_rank[0]), "less_low": less_low, "less_high": less_high},
+                **{"layers": int(np.isfinite(known).sum()), "seeds": len(grid)},
+            }
+        )
+    return rows
 
 
 def _spearman(known: np.ndarray, outcomes: np.ndarray) -> np.ndarray:

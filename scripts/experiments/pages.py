@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import dose
+import layers
 import mechanism
 import pandas as pd
 from cells import NOTHING, Found, cell, markdown_table, number, pick, rate_text, seed_counts
@@ -253,38 +254,48 @@ def e3_gate(found: Found) -> str:
 
 
 def e4_layers(found: Found) -> str:
-    """What training at each layer did, beside what is measured of the layer."""
-    table, known, alone = found["e4_outcomes"], found[EVIDENCE], found["e1_outcomes"]
+    """What training at each layer did."""
+    table, curves, alone = found["e4_outcomes"], found["e4_along"], found["e1_outcomes"]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for layer in range(1, LAYERS + 1):
+            ends = [pick(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
+            total, optimised = (
+                [pick(curves, model=model, layer=layer, comparison=comparison, step=step) for step in steps]
+                for comparison, steps in ((dose.TOTAL, ("24", "mean")), (dose.OPTIMISED, ("24", "mean", "96")))
+            )
+            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
+            cells = [*(cell(row) for row in total), *(cell(end, "over_grpo") for end in ends)]
+            cells += [cell(row) for row in optimised]
+            aligned = cell(first and {**first, "value": first["gain"]})
+            rows.append([f"`{model}`", _layer_name(model, layer), *cells, seed_counts(*total, *optimised), aligned])
+    heads = ["equal total steps: at step 24", "along the run", "at the end", "Pass@16 at the end"]
+    heads += ["equal GRPO steps: after 24", "along the run", "after 96", "seeds", "60 steps of alignment alone (E1)"]
+    return markdown_table(["model", "layer", *heads], rows)
+
+
+def _layer_name(model: str, layer: int) -> str:
+    return f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
+
+
+def e4_evidence(found: Found) -> str:
+    """What is measured of each layer before any training."""
+    known = found[EVIDENCE]
     if known.empty:
         return NOTHING
     rows = []
+    named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
             own = pick(known, model=model, layer=layer)
             if own is None:
                 continue
-            ends = [pick(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
-            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
-            named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
             cells = [number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
-            name = f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
-            trained = [cell(end, "over_grpo") for end in ends]
-            aligned = cell(first and {**first, "value": first["gain"]})
-            rows.append(
-                [
-                    f"`{model}`",
-                    name,
-                    *trained,
-                    seed_counts(ends[0], name="over_grpo_seeds"),
-                    aligned,
-                    seed_counts(first),
-                    *cells,
-                ]
-            )
-    heads = ["model", "layer", "Avg@1 minus GRPO", "Pass@16 minus GRPO", "seeds", "Avg@1 by alignment alone (E1, 1e-4)"]
-    return markdown_table(
-        [*heads, "seeds", "dH_FFN", "its direction part", "gradient cosine", "accuracy of pi^l, %"], rows
-    )
+            rows.append([f"`{model}`", _layer_name(model, layer), *cells])
+    heads = ["dH_FFN, nats", "its direction part", "gradient cosine", "accuracy of pi^l, %"]
+    return markdown_table(["model", "layer", *heads], rows)
 
 
 def e4_correlations(found: Found) -> str:
@@ -293,13 +304,14 @@ def e4_correlations(found: Found) -> str:
     if table.empty:
         return NOTHING
     rows = []
+    settings = [(outcome, model) for outcome in (layers.END, layers.ALONG) for model in MODELS]
     for name, label in _PREDICTORS.items():
-        own = [pick(table, model=model, predictor=name) for model in MODELS]
+        own = [pick(table, model=model, outcome=outcome, predictor=name) for outcome, model in settings]
         if any(row is not None for row in own):
             rows.append([label, *(cell(row, "", 2, 1.0) for row in own), seed_counts(*own)])
-    return markdown_table(
-        ["Spearman with mean Avg@1 over 8 layers", *(f"`{model}`" for model in MODELS), "seeds"], rows
-    )
+    at = {layers.END: "at the end", layers.ALONG: "along the run"}
+    heads = [f"`{model}`, {at[outcome]}" for outcome, model in settings]
+    return markdown_table([f"Spearman with mean Avg@1 over {LAYERS} layers", *heads, "seeds"], rows)
 
 
 def methods(found: Found) -> str:
@@ -346,6 +358,7 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
             e2_power,
             e3_gate,
             e4_layers,
+            e4_evidence,
             e4_correlations,
             methods,
         ),

@@ -173,6 +173,7 @@ def of_e4(tables: Tables, evidence: pd.DataFrame) -> list[dict[str, object]]:
         A row per model and prediction.
     """
     found = e4.correlations(tables, evidence)
+    found = found[found["outcome"] == e4.END]
     rows = []
     for name, predictor, columns, quantity, bound in (
         ("P11", "layer", ("value", "low", "high"), "Spearman of layer and avg", 0.5),

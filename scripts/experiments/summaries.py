@@ -57,6 +57,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         "e2_power": dose.power(e2),
         GATE: gate(read_table(data / "e3" / "gate.csv")),
         "e4_outcomes": layers.outcomes(every_layer),
+        "e4_along": layers.along(every_layer),
         "e4_correlations": layers.correlations(every_layer, evidence),
         "methods": dose.methods(with_methods),
     }

@@ -274,15 +274,53 @@ def test_outcomes_of_layers_include_the_boundary_layer_of_e2(every_layer):
     np.testing.assert_allclose([row["over_grpo_low"], row["over_grpo_high"]], interval(values), **EXACT)
 
 
+def test_curves_of_layers_are_compared_with_grpo_at_equal_total_and_equal_grpo_steps(every_layer):
+    found = layers.along(every_layer)
+    assert found.groupby("model")["layer"].apply(set).to_dict() == {m: set(range(1, 9)) for m in BOUNDARY}
+    plain = {seed: 0.5 + made_up.NOISE[seed] for seed in range(5)}
+    bupo = {seed: (120 - 12) * 0.5 / 120 - 0.05 + 1.5 * made_up.NOISE[seed] for seed in range(5)}
+    setting = {"model": QWEN, "layer": 2}
+    row = only(found, **setting, comparison=dose.TOTAL, step="48")
+    values = [(bupo[seed] - plain[seed]) * 48 / 120 for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    steps = [24, 48, 72, 96]
+    row = only(found, **setting, comparison=dose.OPTIMISED, step="mean")
+    values = [np.mean([bupo[seed] * (s + 24) - plain[seed] * s for s in steps]) / 120 for seed in range(5)]
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [np.mean(values), *interval(values)], **EXACT)
+    nothing = tables.with_settings({})
+    assert layers.along(nothing).empty
+
+
 def test_correlations_are_spearmans_of_the_means(every_layer):
     found = layers.correlations(every_layer, made_up.evidence())
-    means = layers.outcomes(every_layer).query("model == @QWEN and measure == 'avg'").sort_values("layer")["value"]
+    own = every_layer["curves"].query("model == @QWEN and ipa_steps == '24' and rate == 1e-4 and step in (24, 48, 72)")
+    means = {
+        "end": layers.outcomes(every_layer).query("model == @QWEN and measure == 'avg'").set_index("layer")["value"],
+        "along": own.groupby("layer")["avg"].mean(),
+    }
     known = made_up.evidence().query("model == @QWEN").sort_values("layer")
-    for name in ("layer", "change", "change_direction", "accuracy"):
-        row = only(found, model=QWEN, predictor=name)
-        np.testing.assert_allclose(row["value"], stats.spearmanr(known[name], means).statistic, **EXACT)
-        assert row["low"] <= row["value"] <= row["high"]
-        assert (row["layers"], row["seeds"]) == (8, 5)
+    for outcome, by_layer in means.items():
+        for name in ("layer", "change", "change_direction", "accuracy"):
+            row = only(found, model=QWEN, outcome=outcome, predictor=name)
+            expected = stats.spearmanr(known[name], by_layer.sort_index()).statistic
+            np.testing.assert_allclose(row["value"], expected, **EXACT)
+            assert row["low"] <= row["value"] <= row["high"]
+            assert (row["layers"], row["seeds"]) == (8, 5)
+
+
+def test_the_mean_along_the_run_can_rank_layers_otherwise_than_the_end(every_layer):
+    early = dict(every_layer)
+    curves = early["curves"]
+    # Before the end, what a low layer brings is more the lower it is.
+    lower = curves["avg"] + 0.1 * (8 - curves["layer"]).fillna(0) * (curves["step"] < 120)
+    early["curves"] = curves.assign(avg=lower)
+    found = layers.correlations(early, made_up.evidence())
+    assert only(found, model=QWEN, outcome="end", predictor="layer")["value"] > 0
+    assert only(found, model=QWEN, outcome="along", predictor="layer")["value"] < 0
+    # The prediction is about the end.
+    nothing = tables.with_settings({})
+    row = only(predictions.predictions(nothing, nothing, early, made_up.evidence()), prediction="P11", model=QWEN)
+    assert row["value"] > 0
 
 
 def test_correlations_need_every_layer(every_layer):
@@ -304,7 +342,7 @@ def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
     noisy = dict(every_layer)
     shifts = np.random.default_rng(1).normal(0, 0.05, len(noisy["runs"]))
     noisy["runs"] = noisy["runs"].assign(avg=noisy["runs"]["avg"] + shifts)
-    row = only(layers.correlations(noisy, made_up.evidence()), model=QWEN, predictor="layer")
+    row = only(layers.correlations(noisy, made_up.evidence()), model=QWEN, outcome="end", predictor="layer")
     assert row["high"] - row["low"] > 0.1
 
 
