@@ -73,8 +73,9 @@ def check_run(
     check_experts(trainer_config, model.config)
     if config.method == "ppo":
         check_critic(processes, sharded=sharded, adapters=peft_config is not None)
-    if config.freeze_layers > model.n_layers:
-        raise UserError(f"freeze_layers is {config.freeze_layers} and the model has {model.n_layers} layers")
+    for name in ("freeze_layers", "only_layer"):
+        if (getattr(config, name) or 0) > model.n_layers:
+            raise UserError(f"{name} is {getattr(config, name)} and the model has {model.n_layers} layers")
     if trainer_config.sync_ref_model and not trainer_config.beta:
         raise UserError("sync_ref_model=True without a reference model; give beta, or leave it out")
     if trainer_config.beta and peft_config is None:

@@ -86,7 +86,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
     **dict.fromkeys(
-        ("eval_layer", "eval_problems", "max_completion_length", "num_iterations", "per_device_train_batch_size"), 1
+        (
+            "eval_layer",
+            "only_layer",
+            "eval_problems",
+            "max_completion_length",
+            "num_iterations",
+            "per_device_train_batch_size",
+        ),
+        1,
     ),
     **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
     **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
@@ -165,6 +173,9 @@ class TrainConfig:
     tokens). Default: sequence-mean."""
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
+    only_layer: int | None = None
+    """Only this layer, from 1, is updated, and no embedding, head or final norm: whether one layer can have all the
+    gains."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above the chosen one (a baseline of appendix B.2 uses 0.1)."""
     lora_rank: int = 0

@@ -44,7 +44,7 @@ PUBLISHED_SETTINGS = (
     *("preset", "method", "ipa_steps", "max_steps", "seed", "learning_rate", "ipa_learning_rate", "prompts_per_step"),
     *PPO_OPTIONS,
     *("num_generations", "mini_batches", "max_completion_length", "max_prompt_length", "template", "temperature"),
-    *("site", "lens", "aggregation", "freeze_layers", "upper_lr_scale", "lora_rank", "entropy_sequences"),
+    *("site", "lens", "aggregation", "freeze_layers", "only_layer", "upper_lr_scale", "lora_rank", "entropy_sequences"),
     *("dynamics_every", "dynamics_responses", "save_steps", "dtype", "trust_remote_code"),
     # TRL's options: numbers, switches, and names that TRL defines.
     *("adam_beta1", "adam_beta2", "adam_epsilon", "beta", "bf16", "delta", "disable_dropout", "entropy_coef"),

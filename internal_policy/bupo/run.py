@@ -217,6 +217,7 @@ _LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "lens": (("policy",), "{}"),
     "ipa_learning_rate": ((None,), "first at {:g}"),
     "freeze_layers": ((0,), "layers 1-{} frozen"),
+    "only_layer": ((None,), "only layer {} trained"),
     "upper_lr_scale": ((1.0,), "{:g}x above"),
     "aggregation": ((None, "sequence-mean"), "{}"),
     "lora_rank": ((0,), "LoRA {}"),

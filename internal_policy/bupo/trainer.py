@@ -82,7 +82,8 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         self.alignment_ended = False
         """With ``ipa_steps="auto"``: whether the dynamics have ended the first phase."""
         check_experts(self.args, self.policy_module.config)
-        named = [layer for layer in (self.args.layer, self.args.freeze_layers or None) if layer is not None]
+        layers = self.args.layer, self.args.freeze_layers or None, self.args.only_layer
+        named = [layer for layer in layers if layer is not None]
         self._family = family
         if named:
             self._family = family or prove_family(self.policy_module, self.processing_class)
@@ -126,9 +127,14 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         return layers
 
     def _freeze(self) -> None:
+        module: Any = self.policy_module
+        if self.args.only_layer is not None:
+            trained = {id(p) for p in self._layers[self.args.only_layer - 1].parameters()}
+            for parameter in module.parameters():
+                if id(parameter) not in trained:
+                    parameter.requires_grad_(False)
         if not self.args.freeze_layers:
             return
-        module: Any = self.policy_module
         tied = module.get_output_embeddings().weight
         # This includes learned positions.
         embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding) and m.weight is not tied]

@@ -70,7 +70,7 @@ _FIXED_OPTIONS = {
 }
 """Options of transformers that `train` sets itself, and why."""
 _SHARED_FIELDS = (
-    *("method", "ipa_learning_rate", "site", "lens", "aggregation", "freeze_layers", "upper_lr_scale"),
+    *("method", "ipa_learning_rate", "site", "lens", "aggregation", "freeze_layers", "only_layer", "upper_lr_scale"),
     *("entropy_sequences", "seed", "learning_rate", "num_generations", "temperature"),
     *PPO_OPTIONS,
 )
@@ -107,6 +107,8 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     """TRL's own name of a loss, instead of ``aggregation``."""
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
+    only_layer: int | None = None
+    """Only this layer, from 1, is updated, and no embedding, head or final norm."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above ``layer`` (a baseline of appendix B.2 uses 0.1)."""
     critic_learning_rate: float | None = None
@@ -249,6 +251,17 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
                 f"freeze_layers is {self.freeze_layers} and layer {self.layer}: the first phase would have nothing to "
                 "train below the head; freeze fewer layers, or use method='grpo' (the baseline of appendix B.2)"
             )
+        if self.only_layer is not None:
+            if self.freeze_layers or self.upper_lr_scale != 1.0:
+                raise UserError(
+                    f"only_layer is {self.only_layer}, freeze_layers {self.freeze_layers} and upper_lr_scale "
+                    f"{self.upper_lr_scale}; give only_layer alone, as it leaves no other layer to update"
+                )
+            if self.aligns and self.layer is not None and self.only_layer > self.layer:
+                raise UserError(
+                    f"only_layer is {self.only_layer} and layer {self.layer}: the first phase would have nothing to "
+                    "train; choose a layer up to that one, or use method='grpo'"
+                )
         if self.method in ("rloo", "reinforce++", "ppo"):
             for name, usual in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
                 if getattr(self, name) != usual:

@@ -136,9 +136,8 @@ def paired_along(tables: Tables) -> pd.DataFrame:
     """
     found = tables["curves"]
     bupo = found[(found["method"] == "bupo") & (found["layer"] == found["model"].map(BOUNDARY))]
-    return curves_over_grpo(bupo, found).rename(columns={"ipa_steps": "dose"})[
-        [*BY, "comparison", "seed", "step", "value"]
-    ]
+    against = curves_over_grpo(bupo, found).rename(columns={"ipa_steps": "dose"})
+    return against.reindex(columns=[*BY, "comparison", "seed", "step", "value"])
 
 
 def curves_over_grpo(bupo: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

@@ -131,6 +131,7 @@ def test_a_label_names_the_settings_that_differ_from_the_defaults(seeds):
     first = "BuPO, layer 2, 1 step, logit-lens, first at 0.0001, layers 1-1 frozen, 0.5x above, token-mean, LoRA 2"
     assert label(lens="logit-lens", aggregation="token-mean", **rates) == first
     assert bupo.Run.load(seeds[0].path).label == label(aggregation="sequence-mean") == "BuPO, layer 2, 1 step"
+    assert label(only_layer=1) == "BuPO, layer 2, 1 step, only layer 1 trained"
     assert label(site="ffn", ipa_steps=2) == "BuPO, FFN 2, 2 steps"
 
 
@@ -247,6 +248,9 @@ def test_failures_include_those_before_an_interruption(place, failing):
         ({"freeze_layers": 2}, "freeze_layers is 2 and layer 2: the first phase would have nothing to train"),
         ({"freeze_layers": 3, "lora_rank": 2}, "freeze_layers is 3 and layer 2: the first phase would have nothing"),
         ({"freeze_layers": 8, "layer": "auto"}, "freeze_layers is 8 and layer"),
+        ({"only_layer": 3}, "only_layer is 3 and layer 2: the first phase would have nothing to train; choose"),
+        ({"only_layer": 1, "freeze_layers": 1}, "only_layer is 1, freeze_layers 1 and upper_lr_scale 1.0; give"),
+        ({"only_layer": 1, "upper_lr_scale": 0.5}, "only_layer is 1, freeze_layers 0 and upper_lr_scale 0.5; give"),
         ({"method": "grpo", "ipa_steps": 0, "layer": None, "upper_lr_scale": 0.1}, "the layer above which it holds"),
         ({"sync_ref_model": True}, "sync_ref_model=True without a reference model"),
         ({"eval_samples": 2, "prompts": PROMPTS}, "eval_samples was given, and there is nothing to evaluate on"),

@@ -92,6 +92,8 @@ def test_an_analysis_without_a_boundary_layer_names_candidates(tmp_path):
             {"freeze_layers": 9, "method": "grpo", "ipa_steps": 0},
             f"freeze_layers is 9 and the model has {LAYERS} layers",
         ),
+        ({"only_layer": 0}, "only_layer is 0; needed is at least 1"),
+        ({"only_layer": 9, "method": "grpo", "ipa_steps": 0}, f"only_layer is 9 and the model has {LAYERS} layers"),
         ({"optim": "sgdd"}, "the trainer refuses its options: sgdd is not a valid"),
         ({"report_to": "paper"}, "the trainer refuses its options: paper is not supported"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "the trainer refuses its options: One of min_lr or min_lr_rate"),

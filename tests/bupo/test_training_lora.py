@@ -99,6 +99,23 @@ def test_frozen_layers_are_bitwise_unchanged(train, tmp_path, tied):
     assert moved(start, end) == start.keys() - frozen
 
 
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_everything_but_the_only_layer_is_bitwise_unchanged(train, tmp_path, tied):
+    tiny_model("qwen3", layers=LAYERS, tied=tied).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    options = {"model": tmp_path / "other", "method": "grpo", "max_steps": 2}
+    _, (start, *_, end) = train(only_layer=2, **options)
+    assert moved(start, end) == {n for n in start if layer_of(n) == 2}
+
+
+@pytest.mark.slow
+def test_with_an_only_layer_no_adapter_of_another_one_changes(train):
+    _, (start, *_, end) = train(only_layer=2, method="grpo", max_steps=2, lora_rank=2)
+    changed = moved(start, end)
+    assert changed
+    assert {layer_of(n) for n in changed} == {2}
+
+
 def ratios(start, one, other, names):
     """The ratio of weight changes of two runs; at Adam's first update it is the ratio of the learning rates."""
     a, b = (torch.cat([(end[n] - start[n]).flatten() for n in names]) for end in (one, other))
