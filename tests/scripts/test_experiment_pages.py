@@ -100,7 +100,7 @@ def test_a_stale_summary_is_noticed(tmp_path, column, stale):
         assert_stored("made up", table, path)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md", "docs/transfer.md"])
 def test_intervals_in_prose_are_those_of_a_table(name):
     text = PAGE.read_text(encoding="utf-8")
     known = {
