@@ -231,6 +231,17 @@ def _named(name: str, values: pd.Series) -> dict[str, float]:
     return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
 
 
+def _with_means(tables: Tables) -> pd.DataFrame:
+    """The runs with along and explained, means over their steps; NaN where nothing was measured."""
+    runs, curves, histories = tables["runs"], tables["curves"], tables["histories"]
+    if runs.empty:
+        return runs
+    spaced = curves[(curves["step"] > 0) & (curves["step"] % AREA_EVERY == 0)]
+    late = histories[histories["step"] > E2_STEPS // 2].reindex(columns=["run", "explained_variance"])
+    along = runs["run"].map(spaced.groupby("run")["avg"].mean())
+    return runs.assign(along=along, explained=runs["run"].map(late.groupby("run")["explained_variance"].mean()))
+
+
 def power(tables: Tables, seeds: int = 6, dose: str = "12") -> pd.DataFrame:
     """What difference a number of seeds would detect, given the spread of paired differences over seeds.
 
@@ -291,10 +302,12 @@ def methods(tables: Tables) -> pd.DataFrame:
         tables: of the part methods joined with those of E2.
 
     Returns:
-        A row per model, method and measure (avg, pass16, truncated, entropy_end, seconds): value, low, high, seeds;
-        over_grpo, the difference from GRPO paired by seed, with its ends and seeds (NaN and 0 for GRPO).
+        A row per model, method and measure (avg, pass16, truncated, entropy_end, seconds; along, the mean of Avg@1 over
+        the steps that ``AREA_EVERY`` divides; explained, the critic's explained variance in the second half of the
+        run): value, low, high, seeds; over_grpo, the difference from GRPO paired by seed, with its ends and seeds (NaN
+        and 0 for GRPO).
     """
-    runs = tables["runs"]
+    runs = _with_means(tables)
     columns = ["model", "method", "measure", "value", "low", "high", "seeds", "over_grpo", "over_grpo_low"]
     columns += ["over_grpo_high", "over_grpo_seeds"]
     if runs.empty:
@@ -309,7 +322,7 @@ def methods(tables: Tables) -> pd.DataFrame:
         for method, group in both.groupby("method", sort=False):
             own = group.set_index("seed")
             base = both[both["method"] == "grpo"].set_index("seed")
-            for measure in (*MEASURES, "truncated", "entropy_end", "seconds"):
+            for measure in (*MEASURES, "along", "truncated", "entropy_end", "seconds", "explained"):
                 against = own[measure] - base[measure] if method != "grpo" else pd.Series(dtype=float)
                 row = {"model": model, "method": method, "measure": measure, **t_interval(own[measure])}
                 rows.append({**row, **_named("over_grpo", against), "over_grpo_seeds": int(against.notna().sum())})

@@ -198,9 +198,10 @@ def e2_along(found: Found) -> str:
 
 def e2_auto(found: Found) -> str:
     """What the rule chose, and what came of it."""
-    table = found["e2_auto"]
+    table, along = found["e2_auto"], found["e2_along"]
     if table.empty:
         return NOTHING
+    curve = {"dose": dose.AUTO, "comparison": dose.TOTAL, "step": "mean"}
     rows = [
         [
             *(
@@ -208,12 +209,15 @@ def e2_auto(found: Found) -> str:
                 rate_text(float(row["rate"])),
                 row["stops"].replace(" ", ", "),
                 cell(row, "over_grpo"),
+                cell(pick(along, model=row["model"], rate=row["rate"], **curve)),
             ),
             *(str(row["best"]) or "-", cell(row, "over_best"), str(row["seeds"])),
         ]
         for row in table.to_dict("records")
     ]
-    return markdown_table(["model", "rate", "stopped at", "minus GRPO", "best dose", "minus best dose", "seeds"], rows)
+    return markdown_table(
+        ["model", "rate", "stopped after", "minus GRPO", "along the run", "best dose", "minus best dose", "seeds"], rows
+    )
 
 
 def e2_power(found: Found) -> str:
@@ -324,15 +328,20 @@ def methods(found: Found) -> str:
         for method, label in _METHODS.items():
             own = {
                 m: pick(table, model=model, method=method, measure=m)
-                for m in ("avg", "pass16", "entropy_end", "seconds")
+                for m in ("avg", "pass16", "along", "entropy_end", "explained")
             }
             if own["avg"] is None:
                 continue
             cells = [cell(own[name], "", 1, 100.0, sign=False) for name in ("avg", "pass16")]
-            cells += [cell(own["avg"], "over_grpo"), cell(own["entropy_end"], "", 3, 1.0, sign=False)]
+            cells += [cell(own["avg"], "over_grpo"), cell(own["along"], "over_grpo")]
+            cells += [cell(own["entropy_end"], "", 3, 1.0, sign=False), cell(own["explained"], "", 2, 1.0)]
             rows.append([f"`{model}`", label, *cells, seed_counts(own["avg"])])
     return markdown_table(
-        ["model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "entropy, nats", "seeds"], rows
+        [
+            *("model", "method", "Avg@1, %", "Pass@16, %", "Avg@1 minus GRPO", "along the run", "entropy, nats"),
+            *("critic's explained variance", "seeds"),
+        ],
+        rows,
     )
 
 

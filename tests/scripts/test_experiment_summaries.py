@@ -263,6 +263,21 @@ def test_methods_are_compared_with_grpo_seed_by_seed(e2):
     row = only(found, model=QWEN, method="rloo", measure="avg")
     np.testing.assert_allclose(row[over].astype(float), [0.0, 0.0, 0.0], **EXACT)
     assert set(found["method"]) == {"grpo", "ppo", "rloo", "reinforce++"}
+    # Both curves are lines from the start, measured at 24, 48, 72, 96 and 120 of 120 steps.
+    row = only(found, model=QWEN, method="ppo", measure="along")
+    areas = np.array(differences) * np.mean([24, 48, 72, 96, 120]) / 120
+    np.testing.assert_allclose(row[over].astype(float), [np.mean(areas), *interval(areas)], **EXACT)
+
+
+def test_the_critics_explained_variance_is_that_of_the_second_half(e2):
+    both = tables.joined(tables.with_settings(made_up.tables("methods", range(3))), e2)
+    histories = both["histories"]
+    explained = (0.1 * (histories["step"] > 60) + 0.3 * (histories["seed"] == 2)).where(histories["method"] == "ppo")
+    found = dose.methods({**both, "histories": histories.assign(explained_variance=explained)})
+    row = only(found, model=QWEN, method="ppo", measure="explained")
+    np.testing.assert_allclose([row["value"], row["low"], row["high"]], [0.2, *interval([0.1, 0.1, 0.4])], **EXACT)
+    assert found.loc[(found["method"] != "ppo") & (found["measure"] == "explained"), "value"].isna().all()
+    assert dose.methods(both).query("measure == 'explained'")["value"].isna().all()
 
 
 def test_outcomes_of_layers_include_the_boundary_layer_of_e2(every_layer):
