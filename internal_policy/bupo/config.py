@@ -174,8 +174,8 @@ class TrainConfig:
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
     only_layer: int | None = None
-    """Only this layer, from 1, is updated, and no embedding, head or final norm: whether one layer can have all the
-    gains."""
+    """Only this layer, from 1, is updated, not the others, embedding, head or final norm (with LoRA: its adapters); at
+    most the chosen layer while there is a first phase."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above the chosen one (a baseline of appendix B.2 uses 0.1)."""
     lora_rank: int = 0

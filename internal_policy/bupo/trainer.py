@@ -82,13 +82,14 @@ class BuPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl has no types
         self.alignment_ended = False
         """With ``ipa_steps="auto"``: whether the dynamics have ended the first phase."""
         check_experts(self.args, self.policy_module.config)
-        layers = self.args.layer, self.args.freeze_layers or None, self.args.only_layer
-        named = [layer for layer in layers if layer is not None]
+        given = {name: getattr(self.args, name) for name in ("layer", "freeze_layers", "only_layer")}
+        # No layer is frozen with freeze_layers=0.
+        named = {name: n for name, n in given.items() if n is not None and (n or name != "freeze_layers")}
         self._family = family
         if named:
             self._family = family or prove_family(self.policy_module, self.processing_class)
-        for layer in named:
-            check_layer(layer, len(self._layers))
+        for name, layer in named.items():
+            check_layer(layer, len(self._layers), name)
         check_head(self.policy_module, self.temperature)
         self._positions_from_mask = depends_on_absolute_positions(self.policy_module)
         self._has_dropout = warn_of_dropout(self.policy_module)

@@ -108,7 +108,8 @@ class BuPOConfig(GRPOConfig):  # type: ignore[misc]  # trl has no types
     freeze_layers: int = 0
     """Layers 1..n and an untied embedding are not updated (a baseline of appendix B.2)."""
     only_layer: int | None = None
-    """Only this layer, from 1, is updated, and no embedding, head or final norm."""
+    """Only this layer, from 1, is updated, not the others, embedding, head or final norm; at most ``layer`` while there
+    is a first phase."""
     upper_lr_scale: float = 1.0
     """Factor on the learning rate of the layers above ``layer`` (a baseline of appendix B.2 uses 0.1)."""
     critic_learning_rate: float | None = None

@@ -100,10 +100,10 @@ def internal_forward(
             hook.remove()
 
 
-def check_layer(layer: int, n_layers: int) -> None:
-    """Refuse a layer that a model does not have."""
+def check_layer(layer: int, n_layers: int, name: str = "layer") -> None:
+    """Refuse a layer that a model does not have; ``name`` is that of the option that gave it."""
     if not 1 <= layer <= n_layers:
-        raise UserError(f"layer is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
+        raise UserError(f"{name} is {layer}; needed is a layer of this model, 1 to {n_layers} (counted from 1)")
 
 
 def _on_batches(projection: Projection, lens: Lens, layer: int) -> Callable[..., Tensor]:

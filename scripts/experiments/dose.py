@@ -169,11 +169,13 @@ def means_along(every: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         by: columns that name a setting; the seed is added.
 
     Returns:
-        A row per setting and seed with more than one such step: ``by``, seed, value.
+        A row per setting and seed with all such steps of its setting, if they are more than one: ``by``, seed, value.
     """
     spaced = every[every["step"] % AREA_EVERY == 0]
     means = spaced.groupby([*by, "seed"], sort=False)["value"].agg(["mean", "size"]).reset_index()
-    return means[means["size"] > 1].rename(columns={"mean": "value"}).drop(columns="size")
+    # A mean over fewer steps than that of another seed would be one of another quantity.
+    whole = means["size"] == means.groupby(list(by))["size"].transform("max")
+    return means[whole & (means["size"] > 1)].rename(columns={"mean": "value"}).drop(columns="size")
 
 
 def along(tables: Tables) -> pd.DataFrame:

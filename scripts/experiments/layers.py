@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from dose import AREA_EVERY, TOTAL, curves_over_grpo, means_along
-from jobs import E4_DOSE, LAYERS, LEARNING_RATE, MODELS
+from dose import AREA_EVERY, OPTIMISED, TOTAL, curves_over_grpo, means_along
+from jobs import BOUNDARY, E4_DOSE, LAYERS, LEARNING_RATE, MODELS
 from scipy import stats
 from store import DATA
 from tables import Tables, over_seeds, t_interval
@@ -25,9 +25,9 @@ PREDICTORS = ("layer", "change", "change_direction", "across", "accuracy")
 """The layer's number, its FFN's entropy change and the direction part of it, the cosine of the gradients of alignment
 and GRPO across halves of the prompts, and the accuracy of pi^l."""
 RESPONSES, PROBLEMS, SAMPLES, PROMPTS = 96, 96, 4, 48
-_RESAMPLES = 2000
-END, ALONG = "end", "along"
-"""Outcomes of training at a layer: accuracy after the last step, and its mean along the run."""
+END, ALONG, AFTERWARDS = "end", "along", "afterwards"
+"""Outcomes of training at a layer: accuracy after the last step, its mean along the run, and that without the first of
+its steps, which no step of GRPO precedes."""
 
 
 def trained(tables: Tables, name: str = "runs") -> pd.DataFrame:
@@ -93,13 +93,36 @@ def along(tables: Tables) -> pd.DataFrame:
 
 
 def _values(tables: Tables) -> dict[str, pd.DataFrame]:
-    """What the layers' numbers are compared with: a row per model, layer and seed for each kind of outcome."""
+    """What training at the layers brought: a row per model, layer and seed for each kind of outcome."""
     runs = trained(tables)
+    if runs.empty:
+        return {}
     every = curves_over_grpo(trained(tables, "curves"), tables["curves"])
-    every = every[every["comparison"] == TOTAL]
-    # A difference from the same GRPO run at each seed ranks the layers as their accuracies do.
-    means = means_along(every, ["model", "layer"]) if len(every) else every
-    return {END: runs.assign(value=runs["avg"]) if len(runs) else runs, ALONG: means}
+    found = {END: runs.assign(value=runs["avg"])}
+    # A difference from the same GRPO run at each seed ranks the layers as their accuracies at the same steps do.
+    for outcome, comparison in ((ALONG, TOTAL), (AFTERWARDS, OPTIMISED)):
+        found[outcome] = means_along(every[every["comparison"] == comparison], ["model", "layer"])
+    return found
+
+
+def over_boundary(tables: Tables) -> pd.DataFrame:
+    """Training at each layer minus training at the boundary layer with the same seed, in Avg@1.
+
+    Args:
+        tables: of E4 joined with those of E2.
+
+    Returns:
+        A row per model, other layer and outcome (end, along, afterwards; see `correlations`): value, low, high, seeds.
+    """
+    found = []
+    for outcome, values in _values(tables).items():
+        of_boundary = values[values["layer"] == values["model"].map(BOUNDARY)].set_index(["model", "seed"])["value"]
+        others = values[values["layer"] != values["model"].map(BOUNDARY)]
+        base = of_boundary.reindex(pd.MultiIndex.from_frame(others[["model", "seed"]])).to_numpy()
+        found.append(others.assign(outcome=outcome, value=others["value"] - base))
+    by = ["model", "layer", "outcome"]
+    joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=[*by, "value"])
+    return over_seeds(joined.dropna(subset=["value"]).sort_values(["model", "layer"], kind="stable"), by)
 
 
 def correlations(tables: Tables, evidence: pd.DataFrame) -> pd.DataFrame:
@@ -110,48 +133,43 @@ def correlations(tables: Tables, evidence: pd.DataFrame) -> pd.DataFrame:
         evidence: of `measure`.
 
     Returns:
-        A row per model, outcome ("end": Avg@1 at the end; "along": its mean along the run) and predictor: value,
-        Spearman's correlation with the outcome's mean over seeds; low and high, 95% of its bootstrap over seeds;
-        less_layer, its size less the size of that of the layer's number, with ends; layers, the number of points;
-        seeds. Only seeds that trained at all those layers count, and fewer than ``MIN_SEEDS`` have no ends, because
-        they resample to little else.
+        A row per model, outcome and predictor. The outcomes are Avg@1 at the end, its mean along the run (steps 24 to
+        120), and its mean afterwards (steps 48 to 120, which all follow steps of GRPO). value is the mean over seeds of
+        Spearman's correlation, low and high its t-interval; of_means is the correlation with the mean outcome of each
+        layer; less_layer is the size of a seed's correlation less that of the layer's number, with ends; layers is the
+        number of points. Only seeds that trained at all those layers count, and fewer than ``MIN_SEEDS`` have no ends.
     """
     rows = []
     for outcome, values in _values(tables).items():
-        for model in MODELS if len(values) else ():
-            grid = values[values["model"] == model].pivot_table(index="seed", columns="layer", values="value").dropna()
+        for model in MODELS:
+            # Unlike a pivot table, this refuses a run that is there twice.
+            grid = values[values["model"] == model].pivot(index="seed", columns="layer", values="value")  # noqa: PD010
+            grid = grid.dropna()
             own = evidence[evidence["model"] == model].set_index("layer") if len(evidence) else pd.DataFrame()
             if len(grid) and grid.shape[1] == LAYERS:
                 rows += [{"model": model, "outcome": outcome, **row} for row in _of_model(grid, own)]
-    columns = ["model", "outcome", "predictor", "value", "low", "high", "less_layer", "less_low", "less_high"]
-    return pd.DataFrame(rows, columns=[*columns, "layers", "seeds"])
+    columns = ["model", "outcome", "predictor", "value", "low", "high", "of_means", "less_layer", "less_layer_low"]
+    return pd.DataFrame(rows, columns=[*columns, "less_layer_high", "layers", "seeds"])
 
 
 def _of_model(grid: pd.DataFrame, own: pd.DataFrame) -> list[dict[str, object]]:
     """Rank correlations of one model and outcome, [S, L], with each predictor that is measured."""
     by_layer = np.asarray(grid.columns, dtype=np.float64)
-    draws = np.random.default_rng(0).integers(0, len(grid), (_RESAMPLES, len(grid)))
-    resampled = grid.to_numpy()[draws].mean(axis=1)
-    mean = grid.to_numpy().mean(axis=0)
-    own_rank = _spearman(by_layer, mean[None])[0], _spearman(by_layer, resampled)
+    outcomes = grid.to_numpy()
+    of_number = np.abs(_spearman(by_layer, outcomes))
     rows: list[dict[str, object]] = []
     for name in PREDICTORS:
         if name != "layer" and name not in own:
             continue
         known = by_layer if name == "layer" else own[name].reindex(grid.columns).to_numpy(dtype=np.float64)
-        value, boot = _spearman(known, mean[None])[0], _spearman(known, resampled)
-        less = np.abs(boot) - np.abs(own_rank[1])
-        low, high = np.nanquantile(boot, [0.025, 0.975])
-        less_low, less_high = np.nanquantile(less, [0.025, 0.975])
+        each = _spearman(known, outcomes)
+        row: dict[str, object] = {"predictor": name, **t_interval(each)}
+        row["of_means"] = _spearman(known, outcomes.mean(axis=0)[None])[0]
+        less = t_interval(np.abs(each) - of_number)
+        row |= {f"less_layer{'' if k == 'value' else '_' + k}": less[k] for k in ("value", "low", "high")}
         if len(grid) < MIN_SEEDS:
-            low = high = less_low = less_high = np.nan
-        rows.append(
-            {
-                **{"predictor": name, "value": value, "low": low, "high": high},
-                **{"less_layer": abs(value) - abs(own_rank[0]), "less_low": less_low, "less_high": less_high},
-                **{"layers": int(np.isfinite(known).sum()), "seeds": len(grid)},
-            }
-        )
+            row |= dict.fromkeys(("low", "high", "less_layer_low", "less_layer_high"), np.nan)
+        rows.append({**row, "layers": int(np.isfinite(known).sum())})
     return rows
 
 

@@ -30,6 +30,11 @@ _PREDICTORS = {
     "across": "cosine with the gradient of GRPO, across halves",
     "accuracy": "accuracy of its policy",
 }
+_OUTCOMES = {
+    layers.END: "at the end",
+    layers.ALONG: "along the run",
+    layers.AFTERWARDS: "along the run from step 48",
+}
 _DYNAMICS = (
     ("cosine_30", "cosine, step 30", 3, 1.0),
     ("kl_fall", "lowest KL, nats", 2, 1.0),
@@ -290,7 +295,7 @@ def e4_evidence(found: Found) -> str:
     if known.empty:
         return NOTHING
     rows = []
-    named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 2, 1.0), ("accuracy", 1, 100.0))
+    named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 3, 1.0), ("accuracy", 1, 100.0))
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
             own = pick(known, model=model, layer=layer)
@@ -308,14 +313,28 @@ def e4_correlations(found: Found) -> str:
     if table.empty:
         return NOTHING
     rows = []
-    settings = [(outcome, model) for outcome in (layers.END, layers.ALONG) for model in MODELS]
+    settings = [(outcome, model) for outcome in _OUTCOMES for model in MODELS]
     for name, label in _PREDICTORS.items():
         own = [pick(table, model=model, outcome=outcome, predictor=name) for outcome, model in settings]
         if any(row is not None for row in own):
             rows.append([label, *(cell(row, "", 2, 1.0) for row in own), seed_counts(*own)])
-    at = {layers.END: "at the end", layers.ALONG: "along the run"}
-    heads = [f"`{model}`, {at[outcome]}" for outcome, model in settings]
-    return markdown_table([f"Spearman with mean Avg@1 over {LAYERS} layers", *heads, "seeds"], rows)
+    heads = [f"`{model}`, {_OUTCOMES[outcome]}" for outcome, model in settings]
+    return markdown_table([f"Spearman with Avg@1 over {LAYERS} layers", *heads, "seeds"], rows)
+
+
+def e4_over_boundary(found: Found) -> str:
+    """What training at each layer did against training at the boundary layer."""
+    table = found["e4_over_boundary"]
+    if table.empty:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for layer in range(1, LAYERS + 1):
+            own = [pick(table, model=model, layer=layer, outcome=outcome) for outcome in _OUTCOMES]
+            if any(row is not None for row in own):
+                cells = [cell(row) for row in own]
+                rows.append([f"`{model}`", f"{layer} minus {BOUNDARY[model]}", *cells, seed_counts(*own)])
+    return markdown_table(["model", "layers", *_OUTCOMES.values(), "seeds"], rows)
 
 
 def methods(found: Found) -> str:
@@ -368,6 +387,7 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
             e3_gate,
             e4_layers,
             e4_evidence,
+            e4_over_boundary,
             e4_correlations,
             methods,
         ),

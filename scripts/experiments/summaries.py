@@ -13,7 +13,7 @@ import mechanism
 import pandas as pd
 from predictions import counted, predictions
 from store import DATA, rounded
-from tables import completeness, joined, over_seeds, read_part
+from tables import completeness, joined, over_seeds, read_part, shared_steps
 
 from internal_policy.bupo.run import read_table, write_table
 
@@ -42,6 +42,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
     return {
         EVIDENCE: evidence,
         "completeness": completeness(data=data),
+        "shared_steps": shared_steps(joined(e1, e2, e4, others)),
         "predictions": judged,
         "prediction_counts": counted(judged),
         "e1_outcomes": mechanism.outcomes(e1),
@@ -58,6 +59,7 @@ def summaries(data: Path = DATA) -> dict[str, pd.DataFrame]:
         GATE: gate(read_table(data / "e3" / "gate.csv")),
         "e4_outcomes": layers.outcomes(every_layer),
         "e4_along": layers.along(every_layer),
+        "e4_over_boundary": layers.over_boundary(every_layer),
         "e4_correlations": layers.correlations(every_layer, evidence),
         "methods": dose.methods(with_methods),
     }

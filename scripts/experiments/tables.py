@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,38 @@ def _half_width(deviation: npt.ArrayLike, n: npt.ArrayLike) -> npt.NDArray[np.fl
     counts = np.maximum(n, 2)
     half: npt.NDArray[np.float64] = stats.t.ppf(0.975, counts - 1) * np.asarray(deviation) / np.sqrt(counts)
     return half
+
+
+def shared_steps(tables: Tables) -> pd.DataFrame:
+    """Compare runs with different versions of torch over the first steps that they have in common.
+
+    Runs of GRPO share all steps; runs that align the same layer at the same rate share those of the shorter alignment.
+
+    Args:
+        tables: of all parts.
+
+    Returns:
+        A row per pair of runs with the same model and seed: run, other, steps, and the largest absolute differences of
+        reward, length and grad_norm in a step.
+    """
+    columns = ["reward", "length", "grad_norm"]
+    rows: list[dict[str, object]] = []
+    runs, histories = tables["runs"], tables["histories"]
+    by_run = dict(tuple(histories.groupby("run"))) if len(histories) else {}
+    own = runs[runs["method"].isin(["grpo", "bupo"])] if len(runs) else runs
+    for _, group in own.groupby(["model", "seed", "method", "layer", "rate"], dropna=False, sort=False):
+        for one, other in combinations(group.to_dict("records"), 2):
+            if one["torch"] == other["torch"]:
+                continue
+            ends = [run["steps"] if run["method"] == "grpo" else run["alignment_steps"] for run in (one, other)]
+            first, second = (
+                by_run[run["run"]].query("step <= @last").set_index("step")[columns]
+                for run, last in ((one, min(ends)), (other, min(ends)))
+            )
+            largest = (first - second).abs().max()
+            differences = {name: largest[name] for name in columns}
+            rows.append({"run": one["run"], "other": other["run"], "steps": int(min(ends)), **differences})
+    return pd.DataFrame(rows, columns=["run", "other", "steps", *columns])
 
 
 def completeness(parts: Iterable[str] = PARTS, data: Path = DATA) -> pd.DataFrame:

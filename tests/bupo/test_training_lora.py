@@ -103,9 +103,18 @@ def test_frozen_layers_are_bitwise_unchanged(train, tmp_path, tied):
 def test_everything_but_the_only_layer_is_bitwise_unchanged(train, tmp_path, tied):
     tiny_model("qwen3", layers=LAYERS, tied=tied).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    options = {"model": tmp_path / "other", "method": "grpo", "max_steps": 2}
-    _, (start, *_, end) = train(only_layer=2, **options)
+    _, (start, *_, end) = train(model=tmp_path / "other", only_layer=2, method="grpo", max_steps=2)
     assert moved(start, end) == {n for n in start if layer_of(n) == 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [LAYER - 1, LAYER])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_that_layer_changes_in_both_phases(train, only, checkpointing):
+    options = {"layer": LAYER, "ipa_steps": 1, "max_steps": 2, "gradient_checkpointing": checkpointing}
+    _, (start, aligned, end) = train(only_layer=only, **options)
+    wanted = {n for n in start if layer_of(n) == only}
+    assert moved(start, aligned) == moved(aligned, end) == wanted
 
 
 @pytest.mark.slow

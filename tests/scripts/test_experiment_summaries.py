@@ -308,34 +308,70 @@ def test_curves_of_layers_are_compared_with_grpo_at_equal_total_and_equal_grpo_s
 
 def test_correlations_are_spearmans_of_the_means(every_layer):
     found = layers.correlations(every_layer, made_up.evidence())
-    own = every_layer["curves"].query("model == @QWEN and ipa_steps == '24' and rate == 1e-4 and step in (24, 48, 72)")
-    means = {
-        "end": layers.outcomes(every_layer).query("model == @QWEN and measure == 'avg'").set_index("layer")["value"],
-        "along": own.groupby("layer")["avg"].mean(),
-    }
+    own = every_layer["curves"].query("model == @QWEN and ipa_steps == '24' and rate == 1e-4")
+    steps = {"end": [120], "along": [24, 48, 72, 96, 120], "afterwards": [48, 72, 96, 120]}
     known = made_up.evidence().query("model == @QWEN").sort_values("layer")
-    for outcome, by_layer in means.items():
+    for outcome, counted in steps.items():
+        values = own[own["step"].isin(counted)].groupby(["seed", "layer"])["avg"].mean()
         for name in ("layer", "change", "change_direction", "accuracy"):
             row = only(found, model=QWEN, outcome=outcome, predictor=name)
-            expected = stats.spearmanr(known[name], by_layer.sort_index()).statistic
-            np.testing.assert_allclose(row["value"], expected, **EXACT)
-            assert row["low"] <= row["value"] <= row["high"]
+            each = [stats.spearmanr(known[name], values[seed].sort_index()).statistic for seed in range(5)]
+            np.testing.assert_allclose(row["value"], np.mean(each), **EXACT)
+            by_layer = values.groupby("layer").mean().sort_index()
+            np.testing.assert_allclose(row["of_means"], stats.spearmanr(known[name], by_layer).statistic, **EXACT)
             assert (row["layers"], row["seeds"]) == (8, 5)
 
 
-def test_the_mean_along_the_run_can_rank_layers_otherwise_than_the_end(every_layer):
+def test_the_means_along_the_run_can_rank_layers_otherwise_than_the_end(every_layer):
     early = dict(every_layer)
     curves = early["curves"]
-    # Before the end, what a low layer brings is more the lower it is.
-    lower = curves["avg"] + 0.1 * (8 - curves["layer"]).fillna(0) * (curves["step"] < 120)
+    # At step 24 a low layer has brought more the lower it is.
+    lower = curves["avg"] + 0.5 * (8 - curves["layer"]).fillna(0) * (curves["step"] == 24)
     early["curves"] = curves.assign(avg=lower)
     found = layers.correlations(early, made_up.evidence())
     assert only(found, model=QWEN, outcome="end", predictor="layer")["value"] > 0
     assert only(found, model=QWEN, outcome="along", predictor="layer")["value"] < 0
+    assert only(found, model=QWEN, outcome="afterwards", predictor="layer")["value"] > 0
     # The prediction is about the end.
     nothing = tables.with_settings({})
     row = only(predictions.predictions(nothing, nothing, early, made_up.evidence()), prediction="P11", model=QWEN)
     assert row["value"] > 0
+
+
+def test_runs_of_two_versions_are_compared_over_the_steps_that_they_share(e2):
+    runs, histories = e2["runs"], e2["histories"].assign(grad_norm=1.0)
+    newer = (runs["seed"] == 1) & (runs["ipa_steps"].isin(["0", "12"]))
+    runs = runs.assign(torch=runs["torch"].where(~newer, "3"))
+    own = (histories["model"] == QWEN) & (histories["seed"] == 1) & (histories["ipa_steps"] == "48")
+    later = histories["length"] + 5.0 * (own & (histories["step"] == 13)) + 0.5 * (own & (histories["step"] == 12))
+    found = tables.shared_steps({**e2, "runs": runs, "histories": histories.assign(length=later)})
+    # Doses 4, 24, 48 and, at seed 1, the one that the rule chose, with dose 12; GRPO has no second run.
+    assert len(found) == 2 * 2 * 4
+    assert set(found.loc[found["other"].str.contains("-s4-") | found["run"].str.contains("-s4-"), "steps"]) == {4}
+    pair = found[(found["run"].str.contains("qwen3.*-s12-") & found["other"].str.contains("qwen3.*-s48-"))]
+    np.testing.assert_allclose(pair["length"], [0.5, 0.5], **EXACT)
+    assert (pair["steps"] == 12).all()
+    assert tables.shared_steps(tables.with_settings({})).empty
+
+
+def test_layers_are_compared_with_the_boundary_layer_seed_by_seed(every_layer):
+    found = layers.over_boundary(every_layer)
+    assert found.groupby("model")["layer"].apply(set).to_dict() == {
+        m: set(range(1, 9)) - {b} for m, b in BOUNDARY.items()
+    }
+    # The seeds' noise is that of the boundary layer too, whose lift has no part of a layer's.
+    for outcome, share in (("end", 1.0), ("along", 72 / 120), ("afterwards", 84 / 120)):
+        row = only(found, model=QWEN, layer=3, outcome=outcome)
+        np.testing.assert_allclose([row["value"], row["low"], row["high"]], [-0.04 * share] * 3, **EXACT)
+        assert row["seeds"] == 5
+
+
+def test_a_mean_along_the_run_is_over_the_same_steps_in_every_seed(every_layer):
+    curves = every_layer["curves"]
+    lost = (curves["seed"] == 1) & (curves["layer"] == 3) & (curves["step"] == 48)
+    found = layers.over_boundary({**every_layer, "curves": curves[~lost]})
+    assert only(found, model=QWEN, layer=3, outcome="along")["seeds"] == 4
+    assert only(found, model=QWEN, layer=3, outcome="end")["seeds"] == 5
 
 
 def test_correlations_need_every_layer(every_layer):
@@ -343,17 +379,17 @@ def test_correlations_need_every_layer(every_layer):
     assert layers.correlations(fewer, made_up.evidence()).empty
 
 
-def test_a_bootstrap_of_two_seeds_has_no_ends(every_layer):
+def test_correlations_of_two_seeds_have_no_ends(every_layer):
     two = {name: table[table["seed"] < 2] for name, table in every_layer.items()}
     found = layers.correlations(two, made_up.evidence())
     assert found["value"].notna().all()
-    assert found[["low", "high", "less_low", "less_high"]].isna().all(axis=None)
+    assert found[["low", "high", "less_layer_low", "less_layer_high"]].isna().all(axis=None)
     nothing = tables.with_settings({})
     verdicts = predictions.predictions(nothing, nothing, two, made_up.evidence()).set_index("prediction")["holds"]
     assert set(verdicts[["P11", "P12"]]) == {"undecided"}
 
 
-def test_bootstrap_over_seeds_widens_with_their_disagreement(every_layer):
+def test_the_interval_of_a_correlation_widens_with_the_disagreement_of_seeds(every_layer):
     noisy = dict(every_layer)
     shifts = np.random.default_rng(1).normal(0, 0.05, len(noisy["runs"]))
     noisy["runs"] = noisy["runs"].assign(avg=noisy["runs"]["avg"] + shifts)
