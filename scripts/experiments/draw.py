@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from tables import Tables, joined, over_seeds, read_part
 
 from internal_policy.plotting import style
-from internal_policy.plotting.training import MIN_SEEDS
 from internal_policy.utils import palette
 
 FIGURES = Path("figures/experiments")
@@ -59,14 +58,6 @@ def _lines(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any], label: 
             continue
         look = style.line_style(palette.series(place))
         ax.plot(own["step"], own["value"], label=label(value), **look)
-
-
-def _bands(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any]) -> None:
-    """The intervals of these lines, where there are enough seeds."""
-    for place, value in enumerate(order):
-        own = table[(table[by] == value) & (table["seeds"] >= MIN_SEEDS)].sort_values("step")
-        color = style.line_style(palette.series(place))["color"]
-        ax.fill_between(own["step"], own["low"], own["high"], color=color, alpha=0.15, linewidth=0)
 
 
 def _means_and_seeds(
@@ -269,7 +260,7 @@ def methods(tables: Tables) -> Figure:
         tables: of the part methods joined with those of E2.
 
     Returns:
-        The figure, a column for each model.
+        The figure, a column for each model: means over seeds, and each seed as a thin line.
     """
     found = tables["curves"]
     found = found[found["method"].isin(_METHODS)]
@@ -280,12 +271,13 @@ def methods(tables: Tables) -> Figure:
     for column, model in enumerate(MODELS):
         own = table[table["model"] == model]
         shown = own.assign(**_percent(own))
-        _lines(axes[0, column], shown, "method", list(_METHODS), lambda name: _METHODS[name])
-        _bands(axes[0, column], shown, "method", list(_METHODS))
+        seeds = found[shared & (found["model"] == model)]
+        seeds = seeds.assign(value=100 * seeds["avg"])
+        _means_and_seeds(axes[0, column], shown, seeds, "method", list(_METHODS), lambda name: _METHODS[name])
         axes[0, column].set_title(model)
     axes[0, 0].set_ylabel("Held-out Avg@1 (%)")
     figure.supxlabel("Step")
-    style.figure_legend(figure, axes.ravel().tolist(), band=bool((table["seeds"] >= MIN_SEEDS).any()))
+    style.figure_legend(figure, axes.ravel().tolist())
     return figure
 
 
