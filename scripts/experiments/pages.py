@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import dose
 import layers
@@ -263,26 +264,42 @@ def e3_gate(found: Found) -> str:
 
 
 def e4_layers(found: Found) -> str:
-    """What training at each layer did."""
-    table, curves, alone = found["e4_outcomes"], found["e4_along"], found["e1_outcomes"]
+    """What training at each layer did at equal total steps."""
+    table, curves = found["e4_outcomes"], found["e4_along"]
     if table.empty:
         return NOTHING
     rows = []
     for model in MODELS:
         for layer in range(1, LAYERS + 1):
+            along = _along(curves, model, layer, dose.TOTAL, ("24", "mean"))
             ends = [pick(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
-            total, optimised = (
-                [pick(curves, model=model, layer=layer, comparison=comparison, step=step) for step in steps]
-                for comparison, steps in ((dose.TOTAL, ("24", "mean")), (dose.OPTIMISED, ("24", "mean", "96")))
-            )
-            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
-            cells = [*(cell(row) for row in total), *(cell(end, "over_grpo") for end in ends)]
-            cells += [cell(row) for row in optimised]
-            aligned = cell(first and {**first, "value": first["gain"]})
-            rows.append([f"`{model}`", _layer_name(model, layer), *cells, seed_counts(*total, *optimised), aligned])
-    heads = ["equal total steps: at step 24", "along the run", "at the end", "Pass@16 at the end"]
-    heads += ["equal GRPO steps: after 24", "along the run", "after 96", "seeds", "60 steps of alignment alone (E1)"]
+            cells = [*(cell(row) for row in along), *(cell(end, "over_grpo") for end in ends)]
+            rows.append([f"`{model}`", _layer_name(model, layer), *cells, seed_counts(*along)])
+    heads = ["step 24", "along the run", "at the end", "Pass@16 at the end", "seeds"]
     return markdown_table(["model", "layer", *heads], rows)
+
+
+def e4_optimised(found: Found) -> str:
+    """What training at each layer did at equal GRPO steps, and what alignment alone did."""
+    curves, alone = found["e4_along"], found["e1_outcomes"]
+    if curves.empty:
+        return NOTHING
+    rows = []
+    for model in MODELS:
+        for layer in range(1, LAYERS + 1):
+            along = _along(curves, model, layer, dose.OPTIMISED, ("24", "mean", "96"))
+            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
+            cells = [*(cell(row) for row in along), seed_counts(*along)]
+            aligned = cell(first and {**first, "value": first["gain"]})
+            rows.append([f"`{model}`", _layer_name(model, layer), *cells, aligned])
+    heads = ["after 24", "along the run", "after 96", "seeds", "60 steps of alignment alone (E1)"]
+    return markdown_table(["model", "layer", *heads], rows)
+
+
+def _along(
+    curves: pd.DataFrame, model: str, layer: int, comparison: str, steps: Sequence[str]
+) -> list[Mapping[Hashable, Any] | None]:
+    return [pick(curves, model=model, layer=layer, comparison=comparison, step=step) for step in steps]
 
 
 def _layer_name(model: str, layer: int) -> str:
@@ -386,6 +403,7 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
             e2_power,
             e3_gate,
             e4_layers,
+            e4_optimised,
             e4_evidence,
             e4_over_boundary,
             e4_correlations,
