@@ -85,17 +85,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
-    **dict.fromkeys(
-        (
-            "eval_layer",
-            "only_layer",
-            "eval_problems",
-            "max_completion_length",
-            "num_iterations",
-            "per_device_train_batch_size",
-        ),
-        1,
-    ),
+    **dict.fromkeys(("eval_layer", "eval_problems", "only_layer", "max_completion_length"), 1),
+    **dict.fromkeys(("num_iterations", "per_device_train_batch_size"), 1),
     **dict.fromkeys(TRL_BATCH_OPTIONS, 1),
     **dict.fromkeys(("lora_rank", "dynamics_every", "eval_samples", "seed", "freeze_layers", "entropy_sequences"), 0),
     **dict.fromkeys(("learning_rate", "ipa_learning_rate", "upper_lr_scale"), 0),

@@ -50,21 +50,14 @@ def _grid(rows: int, columns: int, height: float = _PANEL) -> tuple[style.PaperF
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _lines(ax: Axes, table: pd.DataFrame, by: str, order: Sequence[Any], label: Callable[[Any], str]) -> None:
-    """A line for each value of a column, over the steps."""
-    for place, value in enumerate(order):
-        own = table[table[by] == value].sort_values("step")
-        if own.empty:
-            continue
-        look = style.line_style(palette.series(place))
-        ax.plot(own["step"], own["value"], label=label(value), **look)
-
-
 def _means_and_seeds(
     ax: Axes, means: pd.DataFrame, runs: pd.DataFrame, by: str, order: Sequence[Any], label: Callable[[Any], str]
 ) -> None:
     """A line for each value of a column over the steps, and each seed as a thin one."""
-    _lines(ax, means, by, order, label)
+    for place, value in enumerate(order):
+        own = means[means[by] == value].sort_values("step")
+        if len(own):
+            ax.plot(own["step"], own["value"], label=label(value), **style.line_style(palette.series(place)))
     for (value, _), run in runs.sort_values("step").groupby([by, "seed"]):
         color = style.line_style(palette.series(order.index(value)))["color"]
         ax.plot(run["step"], run["value"], color=color, linewidth=0.4, alpha=0.5)

@@ -8,34 +8,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import dose
-import layers
 import mechanism
 import pandas as pd
-from cells import NOTHING, Found, cell, markdown_table, number, pick, rate_text, seed_counts
-from jobs import BOUNDARY, E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, LAYERS, LEARNING_RATE, MODELS
+from cells import NOTHING, Found, cell, markdown_table, pick, rate_text, seed_counts
+from jobs import E1_LAYERS, E1_RATES, E2_DOSES, E2_RATES, E2_STEPS, MODELS
+from layer_tables import e4_correlations, e4_evidence, e4_layers, e4_optimised, e4_over_boundary
 from overview import completeness, conditions_alone, conditions_first, prediction_counts
-from summaries import EVIDENCE, GATE, summaries
+from summaries import GATE, summaries
 
 PAGE = Path("docs/results.md")
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
 _METHODS = {"grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
-_PREDICTORS = {
-    "layer": "the layer's number",
-    "change": "entropy change of its FFN",
-    "change_direction": "direction part of that change",
-    "across": "cosine with the gradient of GRPO, across halves",
-    "accuracy": "accuracy of its policy",
-}
-_OUTCOMES = {
-    layers.END: "at the end",
-    layers.ALONG: "along the run",
-    layers.AFTERWARDS: "along the run from step 48",
-}
 _DYNAMICS = (
     ("cosine_30", "cosine, step 30", 3, 1.0),
     ("kl_fall", "lowest KL, nats", 2, 1.0),
@@ -261,97 +248,6 @@ def e3_gate(found: Found) -> str:
     heads = ["candidate", "looks", "measured in full", "pass but for worked-out answers", "pass", "nearest: step"]
     heads += ["pass@1, %", "Pass@64, %", "worked-out Pass@64, %", "greedy, %", "entropy, nats", "boundary layer"]
     return markdown_table(heads, rows)
-
-
-def e4_layers(found: Found) -> str:
-    """What training at each layer did at equal total steps."""
-    table, curves = found["e4_outcomes"], found["e4_along"]
-    if table.empty:
-        return NOTHING
-    rows = []
-    for model in MODELS:
-        for layer in range(1, LAYERS + 1):
-            along = _along(curves, model, layer, dose.TOTAL, ("24", "mean"))
-            ends = [pick(table, model=model, layer=layer, measure=measure) for measure in dose.MEASURES]
-            cells = [*(cell(row) for row in along), *(cell(end, "over_grpo") for end in ends)]
-            rows.append([f"`{model}`", _layer_name(model, layer), *cells, seed_counts(*along)])
-    heads = ["step 24", "along the run", "at the end", "Pass@16 at the end", "seeds"]
-    return markdown_table(["model", "layer", *heads], rows)
-
-
-def e4_optimised(found: Found) -> str:
-    """What training at each layer did at equal GRPO steps, and what alignment alone did."""
-    curves, alone = found["e4_along"], found["e1_outcomes"]
-    if curves.empty:
-        return NOTHING
-    rows = []
-    for model in MODELS:
-        for layer in range(1, LAYERS + 1):
-            along = _along(curves, model, layer, dose.OPTIMISED, ("24", "mean", "96"))
-            first = pick(alone, method="bupo", model=model, layer=layer, rate=LEARNING_RATE, measure="avg")
-            cells = [*(cell(row) for row in along), seed_counts(*along)]
-            aligned = cell(first and {**first, "value": first["gain"]})
-            rows.append([f"`{model}`", _layer_name(model, layer), *cells, aligned])
-    heads = ["after 24", "along the run", "after 96", "seeds", "60 steps of alignment alone (E1)"]
-    return markdown_table(["model", "layer", *heads], rows)
-
-
-def _along(
-    curves: pd.DataFrame, model: str, layer: int, comparison: str, steps: Sequence[str]
-) -> list[Mapping[Hashable, Any] | None]:
-    return [pick(curves, model=model, layer=layer, comparison=comparison, step=step) for step in steps]
-
-
-def _layer_name(model: str, layer: int) -> str:
-    return f"{layer}, boundary" if layer == BOUNDARY[model] else str(layer)
-
-
-def e4_evidence(found: Found) -> str:
-    """What is measured of each layer before any training."""
-    known = found[EVIDENCE]
-    if known.empty:
-        return NOTHING
-    rows = []
-    named = (("change", 3, 1.0), ("change_direction", 3, 1.0), ("across", 3, 1.0), ("accuracy", 1, 100.0))
-    for model in MODELS:
-        for layer in range(1, LAYERS + 1):
-            own = pick(known, model=model, layer=layer)
-            if own is None:
-                continue
-            cells = [number(own[name], digits, scale, name != "accuracy") for name, digits, scale in named]
-            rows.append([f"`{model}`", _layer_name(model, layer), *cells])
-    heads = ["dH_FFN, nats", "its direction part", "gradient cosine", "accuracy of pi^l, %"]
-    return markdown_table(["model", "layer", *heads], rows)
-
-
-def e4_correlations(found: Found) -> str:
-    """Rank correlations over the layers."""
-    table = found["e4_correlations"]
-    if table.empty:
-        return NOTHING
-    rows = []
-    settings = [(outcome, model) for outcome in _OUTCOMES for model in MODELS]
-    for name, label in _PREDICTORS.items():
-        own = [pick(table, model=model, outcome=outcome, predictor=name) for outcome, model in settings]
-        if any(row is not None for row in own):
-            rows.append([label, *(cell(row, "", 2, 1.0) for row in own), seed_counts(*own)])
-    heads = [f"`{model}`, {_OUTCOMES[outcome]}" for outcome, model in settings]
-    return markdown_table([f"Spearman with Avg@1 over {LAYERS} layers", *heads, "seeds"], rows)
-
-
-def e4_over_boundary(found: Found) -> str:
-    """What training at each layer did against training at the boundary layer."""
-    table = found["e4_over_boundary"]
-    if table.empty:
-        return NOTHING
-    rows = []
-    for model in MODELS:
-        for layer in range(1, LAYERS + 1):
-            own = [pick(table, model=model, layer=layer, outcome=outcome) for outcome in _OUTCOMES]
-            if any(row is not None for row in own):
-                cells = [cell(row) for row in own]
-                rows.append([f"`{model}`", f"{layer} minus {BOUNDARY[model]}", *cells, seed_counts(*own)])
-    return markdown_table(["model", "layers", *_OUTCOMES.values(), "seeds"], rows)
 
 
 def methods(found: Found) -> str:

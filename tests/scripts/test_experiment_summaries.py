@@ -306,7 +306,7 @@ def test_curves_of_layers_are_compared_with_grpo_at_equal_total_and_equal_grpo_s
     assert layers.along(nothing).empty
 
 
-def test_correlations_are_spearmans_of_the_means(every_layer):
+def test_correlations_are_spearmans_of_each_seed_and_of_the_means(every_layer):
     found = layers.correlations(every_layer, made_up.evidence())
     own = every_layer["curves"].query("model == @QWEN and ipa_steps == '24' and rate == 1e-4")
     steps = {"end": [120], "along": [24, 48, 72, 96, 120], "afterwards": [48, 72, 96, 120]}
