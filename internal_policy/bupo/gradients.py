@@ -143,7 +143,8 @@ def sketch(gradient: Copy) -> Floats:
             if found is None:
                 continue
             # By parameter, so that the projection does not depend on which parameters have a gradient.
-            generator = torch.Generator().manual_seed(number << 32 | place)
+            seed = int(np.random.SeedSequence((number, place)).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(seed)
             flat = found.detach().flatten()
             rows, rest = divmod(len(flat), SKETCH)
             signs = torch.randint(0, 2, (rows + 1,), generator=generator).mul_(2).sub_(1).to(flat)
