@@ -101,7 +101,7 @@ def make_prompt_dataset(
         problems = arithmetic.problems(needed, seed=_PROBLEM_SEED + config.seed)
         found = [Prompt(p.prompt, p.answer) for p in problems]
     else:
-        found = read_prompts(source if source is not None else PAPER_PROMPTS, split=config.prompts_split)
+        found = read_prompts(source if source is not None else PAPER_PROMPTS, split=config.prompts_split, usual="train")
     if needs_answer:
         require_answers(found)
     fitting = _select_fitting(found, config, trainer_config.max_completion_length, model)

@@ -19,7 +19,7 @@ class TransferConfig(SamplingOptions, ModelOptions):
     """Hub data set id, or a parquet, jsonl or json file, with answers. Default: zwhe99/DeepMath-103K (the paper's), or
     problems of the embedded tasks for an embedded model."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: test if there is one, or the first."""
+    """Split of a hub data set. Default: train if there is one, or the first."""
     max_prompts: int = option(128, least=2)
     """Largest number of prompts, from the first."""
     num_generations: int = option(8, least=2)

@@ -48,6 +48,9 @@ def make_problem(rng: random.Random, level: int, slip: float = 0.0) -> Problem:
 
     With probability ``slip`` a result in the solution is off by 1 or 2. The wrong value is carried forward, as when a
     person makes a slip; ``answer`` is correct in any case.
+
+    Raises:
+        ValueError: there is no such level.
     """
     if not 1 <= level <= MAX_LEVEL:
         raise ValueError(f"level {level}: must be from 1 to {MAX_LEVEL}")

@@ -54,11 +54,13 @@ class Prompt:
         return [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
 
 
-def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str | Sequence[Any], *, split: str | None = None, usual: str = "test", limit: int | None = None
+) -> list[Prompt]:
     """Read at most ``limit`` prompts from a file, the hub, the built-in tasks (``testbed``) or a list.
 
-    The source is a hub data set id, of which ``split`` is read, the path of a parquet, jsonl or json file, ``testbed``,
-    or a list of texts or records.
+    The source is a hub data set id, of which ``split`` is read (by default ``usual``, or the first if there is none),
+    the path of a parquet, jsonl or json file, ``testbed``, or a list of texts or records.
 
     Raises:
         UserError: the source is unreadable, empty, or without a prompt column.
@@ -78,7 +80,7 @@ def read_prompts(source: str | Sequence[Any], *, split: str | None = None, limit
         where = source
         path = Path(source)
         is_file = path.exists() or path.suffix in records.SUFFIXES
-        rows = records.read_file(path, limit) if is_file else records.read_hub(source, split)
+        rows = records.read_file(path, limit) if is_file else records.read_hub(source, split, usual)
         found = [_prompt(row, f"{source}: record {i}") for i, row in enumerate(rows[:limit], start=1)]
     if not found:
         raise UserError(f"{where}: is empty; needed is at least one prompt")

@@ -46,8 +46,8 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: no such file; give a {', '.join(SUFFIXES)} file or a hub data set id")
 
 
-def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
-    """Read a split of a data set of the hub; by default ``test`` if there is one, else the first.
+def read_hub(name: str, split: str | None = None, usual: str = "test") -> list[dict[str, Any]]:
+    """Read a split of a data set of the hub; by default the ``usual`` one if there is one, else the first.
 
     Raises:
         UserError: unknown data set or split, or no network.
@@ -58,7 +58,7 @@ def read_hub(name: str, split: str | None = None) -> list[dict[str, Any]]:
     with quiet_libraries(), as_user_error(name, "this data set", advice=advice):
         if split is None:
             splits = datasets.get_dataset_split_names(name)
-            split = "test" if "test" in splits else splits[0]
+            split = usual if usual in splits else splits[0]
         dataset = datasets.load_dataset(name, split=split)
         records = [dict(record) for record in dataset]
     if not records:

@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -49,6 +50,41 @@ def test_the_three_formats_give_the_same_prompts(tmp_path, suffix):
     prompts = read_prompts(str(path))
     assert [p.content for p in prompts] == [r["prompt"] for r in rows]
     assert prompts[0].answer == "3"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on which every data set has two splits, whose records name theirs; it lists the splits that are read."""
+    read = []
+
+    def load(name, split):
+        read.append(split)
+        return Dataset.from_list([{"prompt": f"{split} {i}"} for i in range(4)])
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["all", "train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return read
+
+
+def test_the_split_that_is_read_by_default(hub):
+    assert read_prompts("some/set")[0].content == "test 0"
+    assert read_prompts("some/set", usual="train")[0].content == "train 0"
+    assert read_prompts("some/set", usual="validation")[0].content == "all 0"
+    assert read_prompts("some/set", split="all", usual="train")[0].content == "all 0"
+
+
+def test_what_trains_does_not_read_the_split_that_evaluates(hub):
+    model = models.load("testbed/qwen3")
+    for refused in (
+        lambda: bupo.transfer(model, "some/set", template="plain"),
+        lambda: bupo.train("testbed/qwen3", "some/set", template="plain", eval_samples=0, layer=2),
+    ):
+        with pytest.raises(UserError, match="prompt 1 has no answer"):
+            refused()
+    assert hub == ["train", "train"]
+    with pytest.raises(UserError, match="record 1 has no answer"):
+        evaluate(model, "some/set")
+    assert hub[2:] == ["test"]
 
 
 @pytest.mark.parametrize("column", ["prompt", "problem", "question"])
