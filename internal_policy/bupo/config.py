@@ -83,6 +83,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Settings by name: those of arXiv 2512.19673v3, table 8 (on 8 A100), and those of the embedded models (on a CPU)."""
 
+EVALUATION_SETTINGS = ("eval_samples", "eval_problems")
+"""Options that change how a run is evaluated, and not its training."""
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
     **dict.fromkeys(("eval_layer", "eval_problems", "only_layer", "max_completion_length"), 1),
@@ -200,7 +202,7 @@ class TrainConfig:
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     prompts_split: str | None = None
-    """Split of a hub data set. Default: test if there is one, else the first."""
+    """Split of a hub data set. Default: train if there is one, or the first."""
     overwrite: bool = False
     """Start over if the output directory holds another run."""
     wait: bool = False
@@ -222,7 +224,7 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) is not None:
                 require_one_of(name, getattr(self, name), choices)
-        if isinstance(self.ipa_steps, (bool, float)) or (isinstance(self.ipa_steps, str) and self.ipa_steps != AUTO):
+        if self.ipa_steps not in (None, AUTO) and type(self.ipa_steps) is not int:
             raise UserError(f"ipa_steps is {self.ipa_steps!r}; needed is a number of steps or auto")
         if isinstance(self.layer, (bool, float)):
             raise UserError(
@@ -248,7 +250,10 @@ class TrainConfig:
         given: dict[str, Any] = {n: str(v) if isinstance(v, Path) else v for n, v in options.items()}
         ours = {name: value for name, value in given.items() if name in _FIELDS and value is not None}
         others = {name: value for name, value in given.items() if name not in _FIELDS}
-        return cls(**{**ours, "trl_options": {**ours.get("trl_options", {}), **others}})
+        further = ours.get("trl_options", {})
+        if not isinstance(further, Mapping):
+            raise UserError(f"trl_options is of type {type(further).__name__}; needed is a dict of options of TRL")
+        return cls(**{**ours, "trl_options": {**further, **others}})
 
     def to_keywords(self) -> dict[str, Any]:
         """Return the model and all values that differ from the defaults, as keywords for ``from_keywords``."""

@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 
 from internal_policy.analysis.inputs import Source, as_source, source_label
-from internal_policy.bupo.config import PAPER_PROMPTS, VERIFIERS
+from internal_policy.bupo.config import PAPER_PROMPTS
 from internal_policy.bupo.gradients import Copy, Gradients, Rollout, backward, bootstrap_error, cosine, products
 from internal_policy.bupo.prompts import is_testbed, require_answers
 from internal_policy.bupo.transfer_config import TransferConfig
@@ -46,15 +46,15 @@ from internal_policy.extractors.truncated import internal_forward
 from internal_policy.generation import Request, check_prompt_lengths, end_ids, response_limit, sample
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.rewards.functions import as_rewards, score
-from internal_policy.rewards.scoring import reward_name
+from internal_policy.rewards.functions import as_rewards, needs_answers, score
+from internal_policy.rewards.identity import digest_code, reward_name
 from internal_policy.statistics import Floats
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked
 from internal_policy.utils.logging import quiet_libraries, status
-from internal_policy.utils.options import choose_numbers, refuse_unknown, takes_options
+from internal_policy.utils.options import choose_numbers, refuse_unknown, takes_options, write_numbers
 from internal_policy.utils.result_format import library_version
 from internal_policy.utils.workspace import Arrays, Workspace
 
@@ -70,7 +70,6 @@ _ADVANTAGE_EPS = 1e-4
 """Added to the standard deviation of a group's rewards, as TRL does."""
 _OF_A_NAME = {"dtype": "auto", "device": "auto", "revision": None, "trust_remote_code": False}
 """Options with which a model is loaded, and their defaults."""
-Scores = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
 
 @quiet_libraries()
@@ -125,7 +124,7 @@ def transfer(
     named = list(reward) if isinstance(reward, (list, tuple)) else [reward]
     rewards = ", ".join(reward_name(each, exact=testbed) for each in named)
     config = TransferConfig(model=name, prompts=source_label(source), reward=rewards, **options)
-    scorer = _scorer(as_rewards(reward, exact=testbed))
+    scorer = _Scorer(as_rewards(reward, exact=testbed))
     where = source if source is not None else TESTBED if testbed else PAPER_PROMPTS
     with eval_mode(opened.model if opened is not None else None):
         run = partial(_run, config, opened, where, scorer)
@@ -139,23 +138,28 @@ def transfer(
             return Transfer.load(directory)
 
 
-def _scorer(rewards: Sequence[Callable[..., Any]]) -> Scores:
-    def add(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+class _Scorer:
+    """The sum of some rewards."""
+
+    def __init__(self, rewards: Sequence[Callable[..., Any]]) -> None:
+        self.rewards = rewards
+        self.code = digest_code(rewards)
+        self.needs_answers = needs_answers(rewards)
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         answers = [prompt.answer or "" for prompt in prompts]
-        found = [score(reward, texts, answers, [prompt.content for prompt in prompts]) for reward in rewards]
+        found = [score(reward, texts, answers, [prompt.content for prompt in prompts]) for reward in self.rewards]
         totals = [math.fsum(values) for values in zip(*found, strict=True)]
         if any(math.isnan(total) for total in totals):
             raise UserError("the reward gave no score to a response; needed is a number for each")
         return totals
-
-    return add
 
 
 def _run(
     config: TransferConfig,
     opened: LanguageModel | None,
     source: str | list[Any],
-    scorer: Scores,
+    scorer: _Scorer,
     directory: Path,
     overwrite: bool,
 ) -> Transfer:
@@ -182,7 +186,7 @@ def _run(
             f"{model.name}: some of its weights are not in memory (offloaded) and have no gradient; load it without "
             "offloading"
         )
-    requests = _to_requests(config, model, source)
+    requests = _to_requests(config, model, source, scorer.needs_answers)
     hooked = attached_code(model.model)
     limit = response_limit(model, config.max_new_tokens)
     identity = {
@@ -195,6 +199,7 @@ def _run(
         "token_limit": limit,
         "ends": end_ids(model),
         "hooked": hooked or None,
+        "reward_code": scorer.code,
     }
     if hooked and not overwrite and (finished is not None or workspace.begun):
         raise resume_refused(directory, hooked, "a measurement")
@@ -223,8 +228,12 @@ def _run(
         [{name: value.item() for name, value in p.items() if name in COLUMNS} for p in measured],
         columns=list(COLUMNS),
     )
+    timings = {stage: sum(float(p["seconds"]) for p in found) for stage, found in stages.items()}
     if finished is not None:
         table = pd.concat([finished.table, table])
+        timings = {stage: seconds + finished.timings.get(stage, 0.0) for stage, seconds in timings.items()}
+    table = table.sort_values("layer", ignore_index=True)
+    covered = config.layers if finished is None else write_numbers(tuple(table["layer"]))
     result = Transfer(
         name=config.model if config.revision is None else f"{config.model}@{config.revision}",
         model={
@@ -235,12 +244,12 @@ def _run(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        config={**asdict(config), **identity},
-        table=table.sort_values("layer", ignore_index=True),
+        config={**asdict(config), "layers": covered, **identity},
+        table=table,
         n_prompts=len(rewards),
         n_informative=informative,
         mean_reward=float(rewards.mean()),
-        timings={stage: round(sum(float(p["seconds"]) for p in found), 3) for stage, found in stages.items()},
+        timings={stage: round(seconds, 3) for stage, seconds in timings.items()},
         versions={name: v for name in _LIBRARIES if (v := library_version(name)) is not None},
     )
     saved = result.save(directory)
@@ -248,11 +257,13 @@ def _run(
     return replace(result, path=saved)
 
 
-def _to_requests(config: TransferConfig, model: LanguageModel, source: str | list[Any]) -> list[Request]:
-    found = read_prompts(source, split=config.prompts_split, limit=config.max_prompts)[: config.max_prompts]
+def _to_requests(
+    config: TransferConfig, model: LanguageModel, source: str | list[Any], needs_answer: bool
+) -> list[Request]:
+    found = read_prompts(source, split=config.prompts_split, usual="train", limit=config.max_prompts)
     if len(found) < 2:
         raise UserError(f"{len(found)} prompt was given; needed are at least 2, whose halves are compared")
-    if config.reward in VERIFIERS:
+    if needs_answer:
         require_answers(found)
     rendered = render_all(found, config.template, model.tokenizer)
     requests = [
@@ -269,7 +280,7 @@ def _sample(
     model: LanguageModel,
     requests: Sequence[Request],
     limit: int,
-    scorer: Scores,
+    scorer: _Scorer,
     workspace: Workspace,
 ) -> list[Arrays]:
     run = partial(sample, model, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from internal_policy.analysis.results import REPORT
+from internal_policy.bupo.config import EVALUATION_SETTINGS
 from internal_policy.bupo.critic import CRITIC
 from internal_policy.bupo.dynamics import FIXED_RESPONSES
 from internal_policy.bupo.run import (
@@ -92,7 +93,15 @@ class RunDirectory:
         """Read the finished run, and refuse one with other settings."""
         run = Run.load(self.path)
         # Settings that only one of them has are compared too.
-        RUN.check_settings(self.path, run.config, {**dict.fromkeys(run.config), **settings})
+        wanted = {**dict.fromkeys(run.config), **settings}
+        as_stored = {name: run.config.get(name) for name in EVALUATION_SETTINGS}
+        differing = describe_differences(run.config, wanted)
+        if differing and not describe_differences(run.config, {**wanted, **as_stored}):
+            raise UserError(
+                f"{self.path}: this run is finished, and its evaluation had other settings ({differing}); evaluate the "
+                f"trained model: internal-policy evaluate --model {self.path / MODEL}"
+            )
+        RUN.check_settings(self.path, run.config, wanted)
         warn_complete(self.path)
         return run
 

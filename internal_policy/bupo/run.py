@@ -20,7 +20,7 @@ import pandas as pd
 from internal_policy.analysis.config import AnalyzeConfig
 from internal_policy.analysis.finished import source_digest
 from internal_policy.analysis.results import ANALYSIS as ANALYSIS_FORMAT
-from internal_policy.bupo.config import AUTO, VERIFIERS, TrainConfig, second_phase
+from internal_policy.bupo.config import AUTO, EVALUATION_SETTINGS, VERIFIERS, TrainConfig, second_phase
 from internal_policy.data.records import SUFFIXES
 from internal_policy.utils.errors import UserError, counted
 from internal_policy.utils.io import expanded, write_atomically
@@ -227,7 +227,7 @@ _LABEL_PARTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _NOT_IN_SETTING = {
     *("seed", "prompts", "dynamics_every", "dynamics_responses", "benchmark", "save_steps", "save_total_limit"),
-    *("report_to", "entropy_sequences", "eval_layer"),
+    *("report_to", "entropy_sequences", "eval_layer", *EVALUATION_SETTINGS),
 }
 
 _STORED_AS_IS = (

@@ -21,7 +21,7 @@ from internal_policy.analysis.inputs import Source, as_source
 from internal_policy.analysis.results import Analysis
 from internal_policy.bupo.callbacks import CheckpointDigestCallback, DynamicsCallback, HistoryCallback, StepCallback
 from internal_policy.bupo.checks import check_run, errors_in_one_line, prove_model, try_options
-from internal_policy.bupo.config import ALIGNMENT, AUTO, PPO_OPTIONS, TrainConfig
+from internal_policy.bupo.config import ALIGNMENT, AUTO, EVALUATION_SETTINGS, PPO_OPTIONS, TrainConfig
 from internal_policy.bupo.dynamics import Dynamics, eval_interval, fixed_responses
 from internal_policy.bupo.hub import write_card
 from internal_policy.bupo.layer_accuracy import watch_layer
@@ -45,6 +45,7 @@ from internal_policy.models import LanguageModel, exclusive_use, load, without_a
 from internal_policy.models.checkpoint_files import refuse_pickles
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.rewards.functions import as_rewards, needs_answers
+from internal_policy.rewards.identity import digest_code
 from internal_policy.utils.distributed import Processes, training_processes
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.imports import require_package
@@ -101,6 +102,8 @@ def train(
         UserError: bad input; the message says what to do.
     """
     loaded = _wrap_loaded(model, tokenizer, options)
+    if not isinstance(callbacks, (list, tuple, type(None))):
+        raise UserError(f"callbacks is of type {type(callbacks).__name__}; needed is a list of transformers callbacks")
     config = TrainConfig.from_keywords(
         model=loaded.name if loaded else str(model),
         prompts=prompts if isinstance(prompts, (str, Path)) else None,
@@ -122,7 +125,7 @@ def train(
     state = training_processes(config.trl_options)
     with exclusive_use(loaded.model if loaded else None), locked(config.directory, wait=config.wait, state=state):
         choice = choose_layer(layer if isinstance(layer, Analysis) else config.layer)
-        return _train(config, call, state, loaded, prompts, choice, reward, peft_config, callbacks or [])
+        return _train(config, call, state, loaded, prompts, choice, reward, peft_config, list(callbacks or []))
 
 
 def _train(
@@ -319,7 +322,7 @@ def _settings(
     rewards: list[Any],
 ) -> dict[str, Any]:
     """Return everything that determines the result: two calls with the same settings are the same run."""
-    left_out = ("reward", "output", "overwrite", "wait", "eval_samples", "eval_problems", "trl_options")
+    left_out = ("reward", "output", "overwrite", "wait", "trl_options")
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in left_out},
         **config.trl_options,
@@ -327,11 +330,12 @@ def _settings(
         "prompts": dataset.digest,
         "layer": choice.layer or config.wanted_layer,
         "rewards": [getattr(r, "__name__", type(r).__name__) for r in rewards],
+        "reward_code": digest_code(rewards),
         "peft": None if peft_config is None else _describe_adapters(peft_config),
     }
-    for name in ("eval_layer", *PPO_OPTIONS):
+    for name in ("eval_layer", *EVALUATION_SETTINGS, "reward_code", *PPO_OPTIONS):
+        # Absent rather than None, so that the table of settings of a run shows only what applies to it.
         if settings[name] is None:
-            # Runs without it are stored as they were before there was this option.
             del settings[name]
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain

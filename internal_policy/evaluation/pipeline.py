@@ -45,7 +45,8 @@ from internal_policy.generation import (
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, load, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
 from internal_policy.models.lenses import open_lens
-from internal_policy.rewards.scoring import Scorer, reward_name
+from internal_policy.rewards.identity import reward_name
+from internal_policy.rewards.scoring import Scorer
 from internal_policy.utils.distributed import run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
@@ -270,6 +271,7 @@ def _run(
         "token_limit": limit,
         "ends": end_ids(model),
         "hooked": hooked or None,
+        "reward_code": scorer.code,
     }
     if model.rounds_by_batch:
         identity["batch_size"] = config.batch_size

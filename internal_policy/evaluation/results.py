@@ -21,7 +21,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation import metrics
 from internal_policy.evaluation.config import EvaluateConfig
 from internal_policy.models.options import is_own_lens, lens_files
-from internal_policy.rewards.scoring import reward_name
+from internal_policy.rewards.identity import reward_name
 from internal_policy.utils.errors import counted
 from internal_policy.utils.io import expanded, write_atomically
 from internal_policy.utils.result_format import ResultFormat, is_up_to_date

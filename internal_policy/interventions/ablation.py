@@ -41,7 +41,8 @@ from internal_policy.interventions.replay import prove_restarts
 from internal_policy.interventions.results import ABLATION, Ablation, config_digest, load_finished, report_finished
 from internal_policy.models import LanguageModel, eval_mode, limit_threads, without_autocast
 from internal_policy.models.fingerprint import attached_code, resume_refused
-from internal_policy.rewards.scoring import Scorer, reward_name
+from internal_policy.rewards.identity import reward_name
+from internal_policy.rewards.scoring import Scorer
 from internal_policy.utils.distributed import Processes, run_with_oom_retry
 from internal_policy.utils.errors import UserError
 from internal_policy.utils.io import expanded
@@ -154,7 +155,8 @@ def _run(
     inputs = gather_inputs(config, model, prompts, responses)
     scorer = _scorer(config, inputs, reward)
     hooked = attached_code(model.model, extractor.wrapper)
-    identity = {**config.cache_key(), **_identity(config, model, inputs), "hooked": hooked or None}
+    code = {"hooked": hooked or None, "reward_code": scorer.code if scorer is not None else None}
+    identity = {**config.cache_key(), **_identity(config, model, inputs), **code}
     if hooked and not overwrite and (finished is not None or workspace.begun):
         raise resume_refused(directory, hooked, "an ablation")
     if finished is not None:

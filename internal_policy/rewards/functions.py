@@ -315,9 +315,11 @@ def as_rewards(reward: Any, *, exact: bool) -> list[Callable[..., Any]]:
         return [GuardedReward(_import_function(reward))]
     if callable(reward):
         return [reward if isinstance(reward, GuardedReward) else GuardedReward(reward)]
-    got = repr(reward) if isinstance(reward, str) else f"a {type(reward).__name__}"
-    known = ", ".join(_BUILT_IN)
-    raise UserError(f"reward {got} is unknown; use {known}, module:function, a callable or a list of these")
+    known = f"{', '.join(_BUILT_IN)}, module:function, a callable or a list of these"
+    if isinstance(reward, str):
+        raise UserError(f"reward {reward!r} is unknown; use {known}")
+    got = "an empty list" if isinstance(reward, (list, tuple)) else f"of type {type(reward).__name__}"
+    raise UserError(f"reward is {got}; use {known}")
 
 
 def _import_function(path: str) -> Callable[..., Any]:

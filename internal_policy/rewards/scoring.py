@@ -8,27 +8,8 @@ from functools import partial
 from typing import Any
 
 from internal_policy.data.prompts import Prompt
+from internal_policy.rewards.identity import digest_code
 from internal_policy.utils.errors import UserError
-
-
-def reward_name(reward: Any, *, exact: bool) -> str:
-    """Name a reward in the settings of an evaluation.
-
-    Args:
-        reward: a name, a function, or None for the verifier of the benchmark.
-        exact: whether that verifier is the exact one.
-
-    Returns:
-        The name; for a function, with its module.
-    """
-    if isinstance(reward, (list, tuple)) and len(reward) == 1:
-        return reward_name(reward[0], exact=exact)
-    if reward is None:
-        return "exact" if exact else "math"
-    if isinstance(reward, str):
-        return reward
-    name = getattr(reward, "__qualname__", None) or getattr(reward, "__name__", None) or type(reward).__qualname__
-    return f"{getattr(reward, '__module__', type(reward).__module__)}.{name}"
 
 
 class Scorer:
@@ -50,6 +31,8 @@ class Scorer:
         rewards = functions.as_rewards(reward, exact=exact)
         if len(rewards) != 1:
             raise UserError(f"{len(rewards)} rewards were given; an evaluation needs one, which says what is correct")
+        self.code = digest_code(rewards)
+        """Digest of the reward's code; None for the verifiers."""
         self._score = partial(functions.score, rewards[0])
         self._count_failures = partial(functions.count_failures, rewards)
 

@@ -248,6 +248,19 @@ def test_output_directory_with_other_content(tmp_path):
     assert "is in use for something else" in refused(used, overwrite=True)
 
 
+@pytest.mark.slow
+def test_a_run_with_another_reward_is_not_this_one(tmp_path):
+    def scaled(factor):
+        return lambda completions, **_: [factor * len(text) for text in completions]
+
+    out = tmp_path / "out"
+    first = bupo.train(MODEL, output=out, reward=scaled(1), **SMALL)
+    assert "other settings (reward_code " in refused(out, reward=scaled(-1))
+    assert "other settings (reward_code None" not in refused(out, reward=scaled(-1))
+    again = bupo.train(MODEL, output=out, reward=scaled(1), **SMALL)
+    assert again.history["reward"].tolist() == first.history["reward"].tolist()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_output_directory_without_write_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -279,6 +292,10 @@ def test_output_directory_of_another_run(tmp_path):
     bupo.train(MODEL, output=out, **SMALL)
     assert "already holds a training run with other settings (layer 2 -> 3)" in refused(out, layer=3)
     assert "(model testbed/qwen3 -> testbed/llama" in refused(out, model="testbed/llama")
+    message = refused(out, eval_samples=2, eval_problems=3)
+    assert "this run is finished, and its evaluation had other settings (eval_problems None -> 3, eval_sam" in message
+    assert f"internal-policy evaluate --model {out}/model" in message
+    assert "already holds a training run with other settings (eval_s" in refused(out, eval_samples=2, layer=3)
 
     (out / "notes.txt").write_text("mine")
     again = bupo.train(MODEL, output=out, overwrite=True, **{**SMALL, "layer": 3, "max_steps": 1})

@@ -277,6 +277,16 @@ def test_a_projection_is_linear_and_that_of_what_is_there():
     )
 
 
+def test_blocks_have_signs_of_their_own():
+    torch.manual_seed(0)
+    a = torch.randn(400 * SKETCH)
+    rows = gradients.sketch([[a, None], [a, None], [None, a], [None, a]])
+    sizes = np.linalg.norm(rows, axis=1)
+    cosines = rows @ rows.T / np.outer(sizes, sizes)
+    # Of 400 random signs each, two blocks agree to about 1 / sqrt(400).
+    assert abs(cosines[np.triu_indices(4, 1)]).max() < 5 / np.sqrt(400)
+
+
 def test_the_error_of_the_bootstrap_is_that_of_repeated_samples():
     draw = np.random.default_rng(1)
     truth = draw.normal(size=(2, 40))
@@ -350,7 +360,7 @@ def test_the_model_is_as_before(fails):
 @pytest.mark.slow
 def test_it_resumes_bit_for_bit_and_adds_layers(tmp_path, monkeypatch, caplog):
     def run(place, **options):
-        return bupo.transfer(tiny(), PROMPTS, reward=parity, output=tmp_path / place, **{**OPTIONS, **options}).table
+        return bupo.transfer(tiny(), PROMPTS, output=tmp_path / place, **{"reward": parity, **OPTIONS, **options}).table
 
     whole, row, calls = run("whole"), gradient_transfer._row, []
 
@@ -375,6 +385,13 @@ def test_it_resumes_bit_for_bit_and_adds_layers(tmp_path, monkeypatch, caplog):
     assert "already complete" in caplog.text
     with pytest.raises(UserError, match=r"other settings .seed 0 -> 1"):
         run("parts", seed=1)
+    with pytest.raises(UserError, match=r"other settings \(reward .*parity -> .*, reward_code "):
+        run("parts", reward=lambda completions, **_: [-value for value in parity(completions)])
+    found = Transfer.load(tmp_path / "parts" / "tiny")
+    assert found.config["layers"] == "1,2,3"
+    last = Transfer.load(tmp_path / "whole" / "tiny")
+    assert last.config["layers"] == "all"
+    assert found.timings.keys() == last.timings.keys()
 
 
 @pytest.mark.parametrize(
@@ -397,6 +414,11 @@ def test_bad_input_is_refused_in_one_line(options, message):
         bupo.transfer(tiny(), PROMPTS, **{"reward": parity, **OPTIONS, **options})
     assert message in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_a_verifier_among_several_rewards_needs_answers():
+    with pytest.raises(UserError, match="prompt 1 has no answer"):
+        bupo.transfer(tiny(), PROMPTS, reward=["exact", parity], **OPTIONS)
 
 
 def test_quantised_and_missing_weights_are_refused():

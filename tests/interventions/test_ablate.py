@@ -124,6 +124,7 @@ def test_samples_are_generated_under_the_intervention():
     assert found.table["accuracy_change"].tolist() == pytest.approx([shares[1] - shares[0]])
     assert found.clean["accuracy"] == shares[0]
     same = ablate(model, tokenizer, layers=2, how="scale", alpha=1, reward=starts_even, **settings)
+    assert same.config["reward_code"] == found.config["reward_code"] is not None
     assert (same.table["accuracy_change"] == 0).all()
 
 

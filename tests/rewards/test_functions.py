@@ -123,8 +123,8 @@ def test_as_rewards(tmp_path, monkeypatch):
     assert score(as_rewards("my_rewards_x:f", exact=True)[0], ["a"], ["1"]) == [2.0]
     for wrong, message in [
         ("nothing", "reward 'nothing' is unknown; use math, exact, module:function"),
-        (7, "reward a int is unknown"),
-        ([], "reward a list is unknown"),
+        (7, "reward is of type int; use math, exact"),
+        ([], "reward is an empty list; use math, exact"),
         ("no_module_x:f", "no module 'no_module_x'"),
         ("my_rewards_x:g", "has no 'g'"),
         ("my_rewards_x:N", "cannot be called as 'N'"),
