@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 _MODULES = ("bupo", "data", "evaluation", "models", "plotting", "report")
-"""Also to be had from the package, as ``internal_policy.plotting``, without an import of their own."""
+"""Also attributes of the package, as ``internal_policy.plotting``, without an import of their own."""
 
 _HOME = {
     **dict.fromkeys(_MODULES, ""),

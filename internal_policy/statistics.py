@@ -418,7 +418,7 @@ def _require_columns(responses: pd.DataFrame, columns: tuple[str, ...]) -> None:
 def _by_layer(responses: pd.DataFrame, site: str, quantity: str) -> tuple[Ints, Floats, Floats, Ints]:
     """Layers [L], values [G, L], tokens [G] and prompts [G] of one site and quantity."""
     rows = responses[responses["site"] == site]
-    # Without pandas: a pivot table for each quantity took most of the time of a small analysis.
+    # Without pandas, whose pivot table for each quantity would take most of the time of a small analysis.
     names, first, response = np.unique(rows["response"].to_numpy(), return_index=True, return_inverse=True)
     layers, layer = np.unique(rows["layer"].to_numpy(dtype=np.int64), return_inverse=True)
     cells = response * layers.size + layer

@@ -22,7 +22,7 @@ from internal_policy.models.options import (
     lens_name,
 )
 from internal_policy.utils.errors import UserError
-from internal_policy.utils.options import check_options, flag_of, option, require_one_of
+from internal_policy.utils.options import check_options, flag_of, listed, option, require_one_of
 
 BACKENDS = ("hooks", "transformer-lens", "nnsight")
 GENERATORS = ("transformers", "vllm")
@@ -94,9 +94,9 @@ class SamplingOptions(LoadOptions):
     max_new_tokens: int | None = option(None, least=1)
     """Largest number of tokens in a response. Default: what the checkpoint's generation config says, or 1024."""
     temperature: float = option(1.0, least=0)
-    """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
+    """Sampling temperature; 0 takes the most probable token."""
     seed: int = option(0, least=0)
-    """Seed of the sampling, of the bootstrap and of the chosen positions."""
+    """Seed of all random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +150,8 @@ class InputOptions:
     prompts_split: str | None = None
     """Split of a hub data set. Default: test if there is one, or the first."""
     responses: str | None = None
-    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) to analyse instead of
-    sampled ones."""
+    """Ready responses (jsonl, json, parquet; for the command also the directory of an analysis) instead of sampled
+    ones."""
     max_responses: int | None = option(None, least=1)
     """Largest number of responses. Default: 256 when they are sampled, all when they are given."""
     samples_per_prompt: int = option(1, least=1)
@@ -177,6 +177,8 @@ class InputOptions:
 class AnalyzeOptions(InputOptions, BatchOptions, CaptureOptions):
     """The settings of an analysis that apply to every model."""
 
+    temperature: float = option(1.0, least=0)
+    """Sampling temperature; 0 takes the most probable token. The entropies are always those of temperature 1."""
     keep_tokens: int = option(8, least=0)
     """Keep the values of every analysed token for this number of responses, from the first."""
     tolerance: float | None = None
@@ -208,8 +210,7 @@ class AnalyzeOptions(InputOptions, BatchOptions, CaptureOptions):
                     "one GPU; leave one of them out"
                 )
         self._check_capture(self.device)
-        given: Any = self.by
-        object.__setattr__(self, "by", tuple(dict.fromkeys([given] if isinstance(given, str) else given)))
+        object.__setattr__(self, "by", tuple(dict.fromkeys(listed("--by", self.by))))
         for grouping in self.by:
             require_one_of("--by", grouping, GROUPINGS)
         for name in ADDITIONS:

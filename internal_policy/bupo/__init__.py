@@ -11,9 +11,9 @@ bupo.transfer()  # at which layers the first phase moves the parameters as the s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from internal_policy.utils.imports import import_quietly, require_package
+from internal_policy.utils.imports import lazy_names
 
 if TYPE_CHECKING:
     from internal_policy.bupo.config import TrainConfig
@@ -45,7 +45,7 @@ _MODULES = {
     "transfer": "gradient_transfer",
 }
 
-_NEEDS_TRL = ("BuPOConfig", "BuPOTrainer", "train", "transfer")
+_NEED_TRL = ("BuPOConfig", "BuPOTrainer", "train", "transfer")
 
 __all__ = [
     "BuPOConfig",
@@ -64,15 +64,4 @@ __all__ = [
     "transfer",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name in _MODULES:
-        if name in _NEEDS_TRL:
-            require_package("trl", "training", "train")
-        return getattr(import_quietly(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES, _NEED_TRL)

@@ -231,6 +231,9 @@ def check_head(model: nn.Module, temperature: float) -> None:
 
     TRL multiplies the decoder's last state by E_u itself, and knows only some of the fields of a configuration that
     transform the logits.
+
+    Raises:
+        UserError: they differ.
     """
     if not _has_all_weights(model):
         return

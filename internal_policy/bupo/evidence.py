@@ -118,6 +118,9 @@ def training_outcomes(runs: Iterable[Run]) -> pd.DataFrame:
 
     Returns:
         Columns layer, value (gain of Avg@K over the start, mean over the runs of a layer) and runs, their number.
+
+    Raises:
+        UserError: none of the runs has a layer and both evaluations.
     """
     rows = [
         {"layer": run.layer, "value": run.evaluation.avg["mean"] - run.evaluation_start.avg["mean"]}

@@ -107,7 +107,7 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
                     found.sort(key=lambda evaluation: evaluation.layer or 0)
                     show_depth(found)
                 done += found
-        compared = _compare(done, stored)
+        compared = _compare(done, stored, self.seed)
         # A model may have been stored before it was trained further, and a figure shows each name once.
         known = {(e.name, e.benchmark) for e in done}
         drawn = [*done, *(e for e in stored if (e.name, e.benchmark) not in known)]
@@ -177,7 +177,7 @@ def _stored(directories: Sequence[Path], sources: list[str], max_problems: int |
     return stored
 
 
-def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Comparison]:
+def _compare(done: list[Evaluation], stored: list[Evaluation], seed: int) -> list[Comparison]:
     """Compare two models, and each model with each stored evaluation, if they have the same problems; print all."""
     from internal_policy.cli.display_runs import show_paired_difference
     from internal_policy.evaluation.paired_tests import compare
@@ -186,7 +186,7 @@ def _compare(done: list[Evaluation], stored: list[Evaluation]) -> list[Compariso
     pairs = [(a, b) for a in done for b in stored]
     if len(names) == 2:
         pairs += [(a, b) for a in done for b in done if (a.name, b.name) == tuple(names)]
-    compared = [compare(a, b) for a, b in pairs if a.digest() == b.digest()]
+    compared = [compare(a, b, seed=seed) for a, b in pairs if a.digest() == b.digest()]
     for comparison in compared:
         show_paired_difference(comparison)
     return compared

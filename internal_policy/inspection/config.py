@@ -34,6 +34,8 @@ class InspectConfig(SamplingOptions, CaptureOptions, LensOptions):
     """The response to it. Default: it is sampled from the model."""
     max_new_tokens: int | None = option(None, least=0)
     """Largest number of tokens that are sampled; 0 looks at the prompt only. Default: 32."""
+    temperature: float = option(1.0, least=0)
+    """Sampling temperature; 0 takes the most probable token. The policies are always those of temperature 1."""
     top_k: int = option(5, least=1)
     """Tokens of each policy that the table keeps."""
 

@@ -23,6 +23,7 @@ from internal_policy.utils.options import (
     Numbers,
     check_options,
     flag_of,
+    listed,
     option,
     parse_numbers,
     require_one_of,
@@ -110,14 +111,14 @@ class AblateConfig(AblateOptions, ModelOptions):
             raise UserError("both --head and --expert were given; change one kind of part at a time")
         if parts:
             own = "attn" if self.head is not None else "ffn"
-            if _several(self.sites) not in (_several(AblateOptions.sites), (own,)):
+            if _several(self.sites, "--sites") not in (_several(AblateOptions.sites), (own,)):
                 raise UserError(
                     f"--sites {self.sites} was given with --{'head' if own == 'attn' else 'expert'}, which is a part "
                     f"of {own}; leave it out"
                 )
             object.__setattr__(self, "sites", own)
         for name, known in (("sites", SITES), ("how", HOWS)):
-            values = _several(getattr(self, name))
+            values = _several(getattr(self, name), flag_of(name))
             for value in values or ("",):
                 require_one_of(flag_of(name), value, known)
             object.__setattr__(self, name, ",".join(values))
@@ -243,7 +244,7 @@ class PatchConfig(PatchOptions, ModelOptions):
             whole_text(self.prefix, "--prefix")
         for name in ("layers", "positions"):
             object.__setattr__(self, name, write_numbers(parse_numbers(flag_of(name), getattr(self, name))))
-        values = _several(self.sites)
+        values = _several(self.sites, "--sites")
         for value in values or ("",):
             require_one_of("--sites", value, SITES)
         object.__setattr__(self, "sites", ",".join(values))
@@ -265,7 +266,7 @@ class PatchConfig(PatchOptions, ModelOptions):
         return f"{slug_of(self.model, self.revision)}--{words}"
 
 
-def _several(value: str | Sequence[str]) -> tuple[str, ...]:
-    """The values of an option that takes several, each once."""
-    values = value.split(",") if isinstance(value, str) else [str(each) for each in value]
+def _several(value: str | Sequence[str], flag: str = "") -> tuple[str, ...]:
+    """The values of an option that takes several, each once; `flag` names it in the message about another type."""
+    values = value.split(",") if isinstance(value, str) else [str(each) for each in listed(flag, value)]
     return tuple(dict.fromkeys(each.strip() for each in values if each.strip()))

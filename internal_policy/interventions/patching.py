@@ -95,8 +95,8 @@ def _patch(model: LanguageModel, config: PatchConfig) -> Patching:
     clean, corrupted = (_prompt_ids(model, config, name) for name in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
         raise UserError(
-            f"--clean has {counted(len(clean), 'token')} and --corrupted {len(corrupted)}; needed are as many, so that "
-            "each state has a counterpart: reword one of them"
+            f"--clean has {counted(len(clean), 'token')} and --corrupted {len(corrupted)}; both need the same "
+            "number, so that each state has a counterpart: reword one of them"
         )
     if clean == corrupted:
         raise UserError("--clean and --corrupted are the same tokens; nothing differs that could be recovered")

@@ -348,6 +348,15 @@ def parse_numbers(flag: str, value: Numbers) -> tuple[int, ...] | None:
     return tuple(sorted(set(numbers)))
 
 
+def listed(flag: str, value: Any) -> tuple[Any, ...]:
+    """The values of an option that takes one or several; a `UserError` if they are neither a text nor a sequence."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise UserError(f"{flag} is {value!r}; needed is a value or a list of values")
+    return tuple(value)
+
+
 def write_numbers(numbers: tuple[int, ...] | None) -> str:
     """One way to write a choice of numbers, by which settings are compared."""
     return "all" if numbers is None else ",".join(map(str, numbers))

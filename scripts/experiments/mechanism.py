@@ -65,18 +65,6 @@ def _over_control(histories: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return both[keys].assign(**less)
 
 
-def trajectories(tables: Tables) -> pd.DataFrame:
-    """Summarise each quantity over seeds at each step.
-
-    Args:
-        tables: of E1.
-
-    Returns:
-        A row per model, layer, rate, quantity and step: value, low, high, seeds.
-    """
-    return over_seeds(quantities(tables), [*BY, "quantity", "step"])
-
-
 def outcomes(tables: Tables) -> pd.DataFrame:
     """Held-out accuracy before and after the alignment, and after as many steps of GRPO.
 

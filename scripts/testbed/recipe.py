@@ -45,9 +45,6 @@ def words(letters: str = EMBEDDED_LETTERS) -> tuple[str, ...]:
     return (*SPECIALS, *(str(number) for number in range(MODULUS)), *letters, *"+-*=,;?", "\\boxed{", "}")
 
 
-WORDS = words()
-
-
 class Stage(NamedTuple):
     """A part of the training with its own warm-up and cosine.
 

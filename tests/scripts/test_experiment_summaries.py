@@ -63,8 +63,8 @@ def test_the_interval_is_students_and_needs_two_seeds():
     assert tables.t_interval([])["seeds"] == 0
 
 
-def test_trajectories_average_over_later_layers_and_seeds(e1):
-    found = mechanism.trajectories(e1)
+def test_quantities_average_over_later_layers_and_seeds(e1):
+    found = tables.over_seeds(mechanism.quantities(e1), [*mechanism.BY, "quantity", "step"])
     row = only(found, model=QWEN, layer=4, rate=1e-4, quantity="cosine", step=30)
     # The made-up cosine is 0.3 + 0.05 m at later layer m, and its slope differs between the seeds.
     slopes = [0.002 + 0.01 * 1.5 * made_up.NOISE[seed] for seed in range(3)]

@@ -14,7 +14,7 @@ import train as train_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import accuracy, respond
-from recipe import WORDS, Recipe, build_model, make_tokenizer
+from recipe import Recipe, build_model, make_tokenizer, words
 from train import Muon, draw_batch, lr_scale, orthogonalise, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -113,7 +113,7 @@ def test_tokenizer_round_trip():
     for problem in problems(50, seed=7):
         for text in (problem.prompt, problem.solution):
             ids = tokenizer(text)["input_ids"]
-            assert [WORDS[i] for i in ids] == re.findall(r"\\boxed\{|\d+|.", text)
+            assert [words()[i] for i in ids] == re.findall(r"\\boxed\{|\d+|.", text)
             assert tokenizer.decode(ids) == text
 
 
@@ -154,7 +154,7 @@ def test_auto_tokenizer_loads_the_saved_tokenizer(loaded):
     plain = PreTrainedTokenizerFast.from_pretrained(testbed.path(name))
     problem = problems(1, seed=8)[0]
     for tokenizer in (auto, plain):
-        assert tokenizer.get_vocab() == {word: i for i, word in enumerate(WORDS)}
+        assert tokenizer.get_vocab() == {word: i for i, word in enumerate(words())}
         assert tokenizer.decode(tokenizer(problem.solution)["input_ids"]) == problem.solution
         assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<pad>", "<eos>", "left")
 
