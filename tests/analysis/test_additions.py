@@ -109,6 +109,7 @@ def test_additions_do_not_identify_an_analysis():
     ("options", "message"),
     [
         ({"by": ("kinds",)}, "--by is 'kinds'; needed is one of kind, position, correct, policy-entropy"),
+        ({"by": None}, "--by is None; needed is a value or a list of values"),
         ({"heads": True, "tolerance": 0.1}, "--heads was given with --tolerance"),
         ({"by": ("kind",), "tolerance": 0.1}, "--by was given with --tolerance"),
     ],

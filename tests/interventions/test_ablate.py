@@ -250,6 +250,8 @@ def test_bad_inputs_of_other_models(tmp_path):
         ablate(*mixture, responses=records, samples=1)
     with pytest.raises(UserError, match="--samples needs reference answers, and 1 of 2 prompts have none"):
         ablate(*mixture, prompts=[{"prompt": "w3", "answer": "1"}, {"prompt": "w4"}], samples=1, template="plain")
+    with pytest.raises(UserError, match="--sites is 3; needed is a value or a list of values"):
+        ablate(*mixture, responses=records, sites=3)
     with pytest.raises(UserError, match="unknown option 'layer'"):
         ablate(*mixture, responses=records, layer=1)
     directory = save(tiny_model("llama"), tmp_path / "model")

@@ -54,8 +54,9 @@ def test_a_function_shows_its_options_with_their_defaults(function, config, lack
             assert parameters[field.name].default == field.default
             assert parameters[field.name].kind is Parameter.KEYWORD_ONLY
     assert not lacks & parameters.keys()
-    assert documented["seed"] == "Seed of the sampling, of the bootstrap and of the chosen positions."
-    assert documented["temperature"].endswith("always those of temperature 1.")
+    assert documented["seed"] == "Seed of all random numbers."
+    # An evaluation has no entropies.
+    assert documented["temperature"].endswith("always those of temperature 1.") == (function is not evaluate)
 
 
 def test_training_signature_shows_its_options_and_accepts_those_of_trl():
