@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyDeviceGuard
 
 DEVICE = "privateuseone"
+FLOAT64 = True
+"""Whether the devices have float64; mps does not."""
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -78,6 +80,8 @@ def _run(func, args, kwargs):
             return value
         if id(value) in known and known[id(value)].device == place:
             return known[id(value)]
+        if place.type == DEVICE and value.dtype == torch.float64 and not FLOAT64:
+            raise TypeError("Cannot convert a tensor to float64, which this device does not have; use float32 instead")
         return OnDevice(value, place) if place.type == DEVICE else value
 
     return tree_map(placed, out)

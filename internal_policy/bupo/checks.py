@@ -29,6 +29,7 @@ from internal_policy.data.benchmarks import read_benchmark
 from internal_policy.extractors import prove
 from internal_policy.models import Family, LanguageModel, eval_mode, wrap
 from internal_policy.models.checkpoint_files import weight_files
+from internal_policy.models.devices import in_float64
 from internal_policy.utils.errors import UserError, as_user_error, counted, is_out_of_memory
 from internal_policy.utils.options import require_one_of
 
@@ -271,7 +272,7 @@ def depends_on_absolute_positions(model: nn.Module) -> bool:
     positions = torch.arange(length, device=arguments["input_ids"].device).expand_as(arguments["input_ids"])
     with eval_mode(model), torch.no_grad():
         here, there = (
-            decoder(**arguments, position_ids=positions + shift).last_hidden_state.double()
+            in_float64(decoder(**arguments, position_ids=positions + shift).last_hidden_state)
             for shift in (0, max(0, min(_SHIFT, room)))
         )
     # Rotary embeddings differ only by rounding. Counting positions unnecessarily would change only roundings.

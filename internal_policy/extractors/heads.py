@@ -197,14 +197,14 @@ def _prove_slices(heads: Heads, seed: int) -> None:
             arguments["position_ids"] = arguments["position_ids"] + first
         with head_hooks(model, torch.arange(tokens.numel()), held):
             model.backbone(**arguments)
-        return rearrange(held[1].double(), "(n t) (head width) -> n t head width", n=_PAIRS, head=heads.n_heads)
+        return rearrange(held[1].cpu().double(), "(n t) (head width) -> n t head width", n=_PAIRS, head=heads.n_heads)
 
     both, alone = results(ids, 0), results(ids[:, 1:], 1)
     values = torch.stack([both[:, 0], alone[:, 0]], dim=-1)
     mixed = both[:, 1].unsqueeze(-1)
-    weights = torch.linalg.lstsq(values.cpu(), mixed.cpu(), driver="gelsd").solution
-    left = (values.cpu() @ weights - mixed.cpu()).norm(dim=(-2, -1))
-    size = torch.finfo(model.dtype).eps * values.cpu().norm(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
+    weights = torch.linalg.lstsq(values, mixed, driver="gelsd").solution
+    left = (values @ weights - mixed).norm(dim=(-2, -1))
+    size = torch.finfo(model.dtype).eps * values.norm(dim=(-2, -1)).clamp(min=torch.finfo(torch.float64).tiny)
     error = (left / size).amax(dim=0)
     if not float(error.max()) <= _MIXTURE:
         raise _refusal(

@@ -131,7 +131,7 @@ class _Pass:
             values = self._reduce(self._experts.writes(states, routing), before, states, "an expert")
             self._routed.append(_Routed(self._experts, routing, values, self._ends))
         if layer == self._model.n_layers:
-            self._scales = self._attribution.scales(self._model, states.residual_out).double().numpy()
+            self._scales = self._attribution.scales(self._model, states.residual_out).cpu().double().numpy()
 
     def _reduce(self, writes: Iterable[Tensor], base: Tensor, states: LayerStates, what: str) -> Values:
         """[n, k, len(PART_QUANTITIES)] float64 of the parts of a layer, portion by portion."""
@@ -142,7 +142,7 @@ class _Pass:
             first += len(parts)
             directions = self._attribution.directions[here]
             reduced = reduce_parts(parts, base[here], directions, self._model, self._lens, states.layer, dtype)
-            found.append(reduced.double().cpu().numpy())
+            found.append(reduced.cpu().double().numpy())
         values = np.concatenate(found)
         if not np.isfinite(values).all():
             raise UserError(
@@ -171,7 +171,7 @@ class _Routed:
 
     def __init__(self, experts: Experts, routing: Routing, values: Values, ends: NDArray[np.int64]) -> None:
         chosen, n = routing.chosen.cpu().numpy(), len(routing.chosen)
-        weights = routing.weights.double().cpu().numpy()
+        weights = routing.weights.cpu().double().numpy()
         if experts.has_shared:
             # Every token goes to the shared experts, which are the last part.
             chosen = np.c_[chosen, np.full(n, experts.n_experts)]

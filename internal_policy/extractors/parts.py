@@ -14,6 +14,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from internal_policy.entropy.streaming import rounds_to_tf32
 from internal_policy.models import LanguageModel
 from internal_policy.models.linear import LinearNorm, linearise
 from internal_policy.models.options import Lens
@@ -90,7 +91,7 @@ def rounding_error(parts: Tensor, write: Tensor, normed: bool = False) -> Tensor
     terms = parts.abs().sum(dim=1)
     size = terms + terms.square().mean(dim=-1, keepdim=True).sqrt()
     dtypes = [write.dtype, *([torch.float32] if normed else [])]
-    if write.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    if write.is_cuda and rounds_to_tf32():
         # TF32 rounds the factors of products to as many bits as float16 has.
         dtypes.append(torch.float16)
     unit = max(torch.finfo(dtype).eps for dtype in dtypes) * size.clamp(min=torch.finfo(parts.dtype).tiny)

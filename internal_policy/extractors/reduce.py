@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from internal_policy.data.responses import Response, pad
+from internal_policy.entropy.streaming import rounds_to_tf32
 from internal_policy.extractors.base import Batch, Extractor, LayerStates
 from internal_policy.models import LanguageModel, Projection, context
 from internal_policy.models.options import Lens
@@ -143,7 +144,7 @@ def logits_are_additive(model: LanguageModel, lens: Lens) -> bool:
     They are not for a stream of 16 bits, which is rounded after each addition, for products in TF32, which are rounded
     before it, and for a lens with a norm, which is not linear, or of the user's own, which need not be.
     """
-    rounded = model.projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    rounded = model.projection.weight.is_cuda and rounds_to_tf32()
     return lens == "policy" and model.dtype.itemsize >= torch.float32.itemsize and not rounded
 
 

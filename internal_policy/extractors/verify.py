@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from internal_policy.extractors.base import Batch, Extractor, LayerStates
 from internal_policy.extractors.hooks import HookExtractor, first_tensor, residual_hooks
 from internal_policy.models import LanguageModel, Projection, unknown_family, wrap
+from internal_policy.models.devices import in_float64
 from internal_policy.models.families import guess_families
 from internal_policy.utils.errors import UserError, as_user_error, first_line, is_out_of_memory
 
@@ -199,8 +200,8 @@ def _layer_errors(group: Sequence[LayerStates], projection: Projection, *, seed:
     """
     (states,) = group
     checked = [getattr(states, name) for name in _CHECKED]
-    finite = [torch.isfinite(state).all(dim=-1).double() for state in checked]
-    before, attention, ffn, out = (state.double() for state in checked)
+    finite = [in_float64(torch.isfinite(state).all(dim=-1)) for state in checked]
+    before, attention, ffn, out = (in_float64(state) for state in checked)
     # Two additions in any order round to half a unit each. So do the writes, which a fused kernel may add unrounded.
     coarsest = max((torch.finfo(state.dtype) for state in checked), key=lambda info: info.eps)
     first = torch.stack([before + attention, attention + ffn, before + ffn]).abs().amax(dim=0)
@@ -214,7 +215,7 @@ def _layer_errors(group: Sequence[LayerStates], projection: Projection, *, seed:
 
 def _logit_errors(own: Tensor, final_states: Tensor, projection: Projection) -> Tensor:
     """Relative error of the projection of H^L against the model's own logits, and whether these are finite."""
-    ours = projection.logits(projection.final_norm(final_states)).to(own.device, torch.float64)
-    theirs = own.double()
+    theirs = in_float64(own)
+    ours = in_float64(projection.logits(projection.final_norm(final_states))).to(theirs.device)
     error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.stack([error, torch.isfinite(theirs).all(dim=-1).double()], dim=-1)
+    return torch.stack([error, torch.isfinite(theirs).all(dim=-1).to(error.dtype)], dim=-1)

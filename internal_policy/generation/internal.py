@@ -23,7 +23,7 @@ from internal_policy.data.responses import Response, pad
 from internal_policy.entropy import token_log_probs
 from internal_policy.extractors.base import LayerStates
 from internal_policy.extractors.hooks import residual_hooks
-from internal_policy.extractors.truncated import internal_forward
+from internal_policy.extractors.truncated import check_layer, internal_forward
 from internal_policy.generation.requests import Request
 from internal_policy.generation.sampling import sample
 from internal_policy.models import LanguageModel, Projection, exclusive_use, without_autocast
@@ -108,7 +108,11 @@ def compare_with_final(
 
     Returns:
         The comparison for each response, in order.
+
+    Raises:
+        UserError: the model has no such layer.
     """
+    check_layer(policy.layer, model.n_layers)
     found: dict[int, Agreement] = {}
     # Batches of similar lengths need the least padding.
     order = sorted(range(len(responses)), key=lambda i: len(responses[i].input_ids))
@@ -140,7 +144,7 @@ def _compare_batch(model: LanguageModel, responses: Sequence[Response], policy: 
 
     with residual_hooks(model, positions, consume):
         model.backbone(**model.forward_arguments(ids, mask))
-    per_token = torch.stack(columns, dim=1).double().cpu()
+    per_token = torch.stack(columns, dim=1).cpu().double()
     parts = torch.split(per_token, [len(span) for span in spans])
     return [Agreement(*part.mean(dim=0).tolist()) for part in parts]
 

@@ -20,9 +20,18 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).item()
-    except (RuntimeError, AssertionError) as error:
+    # A name that torch knows and has no module for, such as hpu, raises an ImportError.
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {device!r} cannot be used here ({first_line(error)}); use auto or cpu") from error
     return chosen
+
+
+_WITHOUT_FLOAT64 = ("mps",)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Convert a tensor to float64, on its own device or, if that has no float64, on the CPU."""
+    return (tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor).double()
 
 
 def input_device(model: Any) -> torch.device:

@@ -61,8 +61,9 @@ def _read_by_calls(module: Any, path: str, width: int, dtype: torch.dtype) -> tu
     # Hooks stay out of it; those that fetch offloaded weights are part of `forward`.
     weight, bias = weight_by_calls(module.forward, width, dtype, device)
     states = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    theirs = module.forward(states).double()
-    ours = nn.functional.linear(states.double(), weight.double(), None if bias is None else bias.double())
+    theirs = devices.in_float64(module.forward(states))
+    added = None if bias is None else devices.in_float64(bias)
+    ours = nn.functional.linear(devices.in_float64(states), devices.in_float64(weight), added)
     error = float((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(torch.float64).tiny))
     if not error <= _ROUNDINGS * torch.finfo(dtype).eps:
         raise UserError(

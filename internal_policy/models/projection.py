@@ -258,8 +258,9 @@ def _refuse_inexact(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(8, weight.shape[1], generator=generator).to(device, dtype)
-    theirs = call(states).double()
-    ours = states.to(weight.device).double() @ weight.double().T + (0 if bias is None else bias.double())
+    theirs = devices.in_float64(call(states))
+    added = 0 if bias is None else devices.in_float64(bias)
+    ours = devices.in_float64(states.to(weight.device)) @ devices.in_float64(weight).T + added
     error = float((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(torch.float64).tiny))
     if not error <= _ROUNDINGS * max(torch.finfo(dtype).eps, torch.finfo(weight.dtype).eps):
         raise UserError(

@@ -127,6 +127,8 @@ def test_the_model_is_restored_on_any_exit(model):
         1 / 0  # noqa: B018
     with pytest.raises(UserError, match="layer is 4; needed is a layer of this model, 1 to 3"):
         sample_internal(model, requests(), InternalPolicy(4), **OPTIONS)
+    with pytest.raises(UserError, match="layer is 4; needed is a layer of this model, 1 to 3"):
+        compare_with_final(model, before, InternalPolicy(4))
     assert model.layers is layers
     assert model.model.model.norm is norm
     assert not any(m._forward_hooks for m in model.model.modules())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import astuple
 
 import numpy as np
 import pytest
+import simulated_devices
 import torch
 from capture_checks import FLOAT32_NATS, captured, wrapped
 from simulated_devices import DEVICE, Devices, OnDevice
@@ -15,6 +17,8 @@ from internal_policy import AnalyzeConfig, UserError, analyze, models
 from internal_policy.bupo.dynamics import Dynamics
 from internal_policy.data.responses import read_responses
 from internal_policy.extractors import HookExtractor, verify
+from internal_policy.generation.internal import InternalPolicy, compare_with_final
+from internal_policy.models import devices as devices_module
 from internal_policy.models import projection
 
 
@@ -51,10 +55,15 @@ def test_weights_offloaded_to_disk_give_the_same_results(where, embedded, arithm
         np.testing.assert_array_equal(one.policy, other.policy)
 
 
-@pytest.mark.parametrize(("tied", "lens"), [(True, "policy"), (False, "logit-lens")])
-def test_layers_on_two_devices(tied, lens, monkeypatch):
+@pytest.mark.parametrize(
+    ("tied", "lens", "float64"), [(True, "policy", True), (False, "logit-lens", True), (True, "policy", False)]
+)
+def test_layers_on_two_devices(tied, lens, float64, monkeypatch):
     from accelerate import dispatch_model
 
+    monkeypatch.setattr(simulated_devices, "FLOAT64", float64)
+    if not float64:
+        monkeypatch.setattr(devices_module, "_WITHOUT_FLOAT64", ("mps", DEVICE))
     monkeypatch.setattr(projection, "_DENSE", (*projection._DENSE, OnDevice))
     whole = wrapped(tiny_model("qwen3", tied=tied, attention="eager"))
     records = ragged_responses(3)
@@ -71,6 +80,8 @@ def test_layers_on_two_devices(tied, lens, monkeypatch):
         for one, other in zip(expected, captured(split, records, lens=lens), strict=True):
             np.testing.assert_allclose(one.layers, other.layers, rtol=0, atol=FLOAT32_NATS)
             np.testing.assert_allclose(one.policy, other.policy, rtol=0, atol=FLOAT32_NATS)
+        own, alone = (compare_with_final(each, responses, InternalPolicy(2))[0] for each in (split, whole))
+        assert astuple(own) == pytest.approx(astuple(alone), abs=FLOAT32_NATS)
         found = Dynamics(split, responses, 1, lens=lens).measure()
         assert found.row() == pytest.approx(watched.row(), abs=FLOAT32_NATS, nan_ok=True)
         # Both devices were used, and no operation mixed them.
@@ -143,3 +154,8 @@ def test_the_cache_key_includes_quantisation_but_not_placement():
     assert AnalyzeConfig(quantization="4bit").cache_key()["quantization"] == "4bit"
     with pytest.raises(UserError, match="--quantization was given with --backend transformer-lens"):
         AnalyzeConfig(quantization="8bit", backend="transformer-lens")
+
+
+def test_a_device_that_torch_knows_only_by_name_is_refused():
+    with pytest.raises(UserError, match=r"device 'hpu' cannot be used here \(.*\); use auto or cpu"):
+        models.load("testbed/qwen3", device="hpu")
