@@ -216,9 +216,17 @@ def kernel_is_faster(states: Tensor, unembedding: Tensor, *rest: Tensor | None) 
         return False
     if bias is not None and len(bias) != len(unembedding):
         return False
-    if dtype not in _HALF and not (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"):
+    if dtype not in _HALF and not (dtype == torch.float32 and rounds_to_tf32()):
         return False
     return _has_matrix_units(device)
+
+
+def rounds_to_tf32() -> bool:
+    """Whether torch may round the factors of float32 products on CUDA devices to TF32.
+
+    ``allow_tf32`` says the same, but raises once the precision was set by its newer name.
+    """
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _has_matrix_units(device: torch.device) -> bool:
@@ -286,9 +294,18 @@ def _block_by_block(
     searched = rows if linear else total
     # The product keeps its full height; the sums of its rows and their other lengths need room beyond it.
     positions = max(1, min(n // projected, len(first_state)))
+
+    def fitting(positions: int) -> int:
+        """Vocabulary entries for which the budget has room beside the states and the running sums."""
+        room = memory_budget // dtype.itemsize - positions * (projected * d + 8 * total)
+        return room // (2 * positions * total + d)
+
     # If the budget does not hold all rows of these positions, the blocks of vocabulary become smaller.
-    room = memory_budget // dtype.itemsize - positions * (projected * d + 8 * total)
-    v = max(1, min(v, room // (2 * positions * total + d)))
+    while positions > 1 and fitting(positions) < 1:
+        positions //= 2
+    v = min(v, fitting(positions))
+    if v < 1:
+        raise ValueError(f"memory_budget is {memory_budget} bytes; it does not hold {projected} states of d = {d}")
     # Logits in units of log 2: the factor is applied to the states or the cap, where it costs no pass over the logits.
     factor_of_logits = scale * _LOG2_E if softcap is None else scale / softcap
 

@@ -149,6 +149,11 @@ def test_mismatched_shapes_are_refused():
         policy_entropies([torch.zeros(3, 4), torch.zeros(2, 4)], torch.zeros(5, 4))
     with pytest.raises(ValueError, match="needs at least"):
         policy_entropy(torch.zeros(3, 4), torch.zeros(5, 4), memory_budget=10)
+    many = [torch.zeros(3, 64)] * 40
+    with pytest.raises(ValueError, match=r"memory_budget is 600 bytes; it does not hold 40 states of d = 64"):
+        policy_entropies(many, torch.zeros(5, 64), memory_budget=600)
+    # 40 states, 40 maxima and sums, and one column of logits.
+    policy_entropies(many, torch.zeros(5, 64), memory_budget=4 * (40 * (64 + 8) + 2 * 40 + 64))
 
 
 @pytest.mark.parametrize("budget", [10**5, 10**6, 10**8])
@@ -178,3 +183,23 @@ def test_memory_does_not_grow_with_the_number_of_tokens():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     # [6144, 20000] float32 logits would be 470 MiB; the entropies themselves are 24 KiB.
     assert float(done.stdout) < 8
+
+
+TF32 = """
+import torch
+from internal_policy.entropy.streaming import rounds_to_tf32
+assert not rounds_to_tf32()
+torch.set_float32_matmul_precision("high")
+assert rounds_to_tf32()
+torch.backends.fp32_precision = "ieee"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert not rounds_to_tf32()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+assert rounds_to_tf32()
+"""
+
+
+@pytest.mark.slow
+def test_tf32_is_known_by_either_of_its_names():
+    # In a process of its own: once it was set by the newer name, torch refuses to read the older one.
+    subprocess.run([sys.executable, "-c", TF32], check=True)
