@@ -85,7 +85,8 @@ def sample(
     ends = end_ids(model)
     sampled: dict[int, list[int]] = {}
     with _plain_generation_config(model.model):
-        for group in _within_context(model, requests, limits):
+        groups = _within_context(model, requests, limits)
+        for group in [own for each in groups for own in _by_frequencies(model, requests, limits, each)]:
             chosen = [requests[i] for i in group]
             sampler = None
             if temperature > 0:
@@ -101,6 +102,25 @@ def _within_context(model: LanguageModel, requests: Sequence[Request], limits: S
     if model.max_length is None or all(len(r.prompt_ids) + longest <= model.max_length for r in requests):
         return [list(range(len(requests)))]
     return [[i for i, limit in enumerate(limits) if limit == size] for size in sorted(set(limits), reverse=True)]
+
+
+def _by_frequencies(
+    model: LanguageModel, requests: Sequence[Request], limits: Sequence[int], group: list[int]
+) -> list[list[int]]:
+    """Divide a batch so that all rows change to the long position frequencies of LongRoPE at the same step or never.
+
+    transformers chooses the frequencies by the longest row. Rows that may cross the length at which they change run
+    with prompts of their own length only, since these cross it together.
+    """
+    switch = model.length_switch
+    if switch is None:
+        return [group]
+    own: dict[int, list[int]] = {}
+    for i in group:
+        n = len(requests[i].prompt_ids)
+        key = 0 if n + limits[i] <= switch else -1 if n > switch else n
+        own.setdefault(key, []).append(i)
+    return list(own.values())
 
 
 def _decode_batch(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from capture_checks import FLOAT32_NATS, captured, entropies_of_logits, wrapped
 from tiny import FAMILY_OPTIONS, tiny_model
 
 from internal_policy.bupo.dynamics import Dynamics
+from internal_policy.data.prompts import Prompt
 from internal_policy.data.responses import read_responses
+from internal_policy.generation import Request, sample
 from internal_policy.models import context
 
 # Attention over a window, and families that mix it with full attention.
@@ -94,3 +98,15 @@ def test_the_longest_sequence_sets_the_scaling_of_positions():
     assert context.max_length(tiny_model("gemma3_text").config) == 64
     assert context.length_switch(scaled_model("longrope").config) == 16
     assert context.length_switch(scaled_model("yarn").config) is None
+
+
+@pytest.mark.parametrize("limit", [6, 24])
+def test_samples_do_not_depend_on_the_batch_with_length_dependent_frequencies(limit):
+    model = wrapped(scaled_model("longrope"))
+    # Always short, across the switch with and without prompts of the same length, at it, and always long.
+    prompts = [record["input_ids"] for record in long_records([5, 12, 12, 14, 16, 17, 30])]
+    requests = [Request(Prompt(""), ids, number, 0) for number, ids in enumerate(prompts)]
+    run = partial(sample, model, max_new_tokens=limit, temperature=1.0, seed=0)
+    together = [response.input_ids for response in run(requests)]
+    assert together == [response.input_ids for request in requests for response in run([request])]
+    assert max(map(len, together)) > 30
