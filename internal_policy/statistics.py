@@ -260,7 +260,8 @@ def layer_table(responses: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         responses: one row per response, layer and site, with the columns response, prompt, layer (1..L), site,
-            n_tokens, entropy_in, entropy_out, change (nats) and cosine; means over the tokens of the response.
+            n_tokens, and `QUANTITIES`: entropy_in, entropy_out, change, change_direction, change_scale (nats), cosine,
+            rms_in and rms_out; means over the tokens of the response.
 
     Returns:
         a row per layer (ascending) and site (layer, attn, ffn) with the columns layer, site, each quantity followed by

@@ -90,11 +90,7 @@ def add_missing(
         tables |= measures[option](run)
 
     def store() -> None:
-        replace(
-            analysis,
-            config={**analysis.config, **missing},
-            additions={**analysis.additions, **tables},
-        ).save_additions()
+        analysis.save_additions(tables, missing)
         workspace.close()
 
     state.on_main(store)

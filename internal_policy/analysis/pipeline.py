@@ -246,15 +246,15 @@ def _run(
         if hooked:
             raise resume_refused(directory, hooked)
         ANALYSIS.check_settings(directory, finished.config, identity)
-        if config.random_baseline and finished.baseline is None:
-            # It is not complete yet: the caller adds the baseline, and keeps the unfinished work on it.
-            return finished
         if missing_additions(config, finished):
             rows: Any = finished.sequences.to_dict("records")
             with limit_threads(model):
                 return add_missing(
                     finished, config, extractor, [Response(**row) for row in rows], ADDITION_MEASURES, state
                 )
+        if config.random_baseline and finished.baseline is None:
+            # It is not complete yet: the caller adds the baseline, and keeps the unfinished work on it.
+            return finished
         state.on_main(workspace.close)
         if state.is_main_process:
             report_finished(directory)
@@ -315,6 +315,8 @@ def _identity(config: AnalyzeConfig, model: LanguageModel, inputs: Inputs, hooke
         identity["sampled_on"] = model.device.type
         identity["token_limit"] = response_limit(model, config.max_new_tokens)
         identity["ends"] = end_ids(model)
+        # The same prompts are scored only if they come with a verifier.
+        identity["scored"] = inputs.reward is not None or None
     return identity
 
 

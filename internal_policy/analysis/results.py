@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -238,7 +238,7 @@ class Analysis:
             for file in (BASELINE, *ADDITION_FILES.values()):
                 (target / file).unlink(missing_ok=True)
             self._write_baseline(target)
-            self._write_additions(target)
+            self._write_additions(target, self.additions)
         return target
 
     def save_baseline(self) -> None:
@@ -247,14 +247,26 @@ class Analysis:
         self._write_baseline(self.path)
         ANALYSIS.write_manifest(self.path, self.manifest())
 
-    def save_additions(self) -> None:
-        """Add the tables of additions to the analysis on disk; the manifest last."""
-        assert self.path is not None
-        self._write_additions(self.path)
-        ANALYSIS.write_manifest(self.path, self.manifest())
+    def save_additions(self, tables: Mapping[str, pd.DataFrame], options: Mapping[str, Any]) -> None:
+        """Add tables of additions to the analysis on disk, or replace them; the manifest last.
 
-    def _write_additions(self, directory: Path) -> None:
-        for name, table in self.additions.items():
+        Args:
+            tables: by name (see `ADDITION_FILES`).
+            options: the options that asked for them, with the values that the settings have then.
+        """
+        assert self.path is not None
+        if replaced := tables.keys() & self.additions.keys():
+            # First they leave the manifest, so that the analysis on disk is whole whenever this is interrupted.
+            kept = {name: table for name, table in self.additions.items() if name not in replaced}
+            reduced = replace(self, config={**self.config, **dict.fromkeys(options)}, additions=kept)
+            files = {ADDITION_FILES[name] for name in replaced}
+            ANALYSIS.write_manifest(self.path, reduced.manifest(), without=files)
+        self._write_additions(self.path, tables)
+        config, additions = {**self.config, **options}, {**self.additions, **tables}
+        ANALYSIS.write_manifest(self.path, replace(self, config=config, additions=additions).manifest())
+
+    def _write_additions(self, directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+        for name, table in tables.items():
             file = directory / ADDITION_FILES[name]
             if file.suffix == ".csv":
                 write_atomically(file, partial(table.to_csv, index=False))

@@ -238,8 +238,11 @@ def group_tokens(analysis: _Measured, by: GroupingName | LabelFunction) -> Token
         The groups: of all responses for a stored grouping and for ``correct``, otherwise of those kept token by token.
 
     Raises:
-        UserError: an unknown name, no tokens or no rewards, or positions chosen at random.
+        UserError: an unknown name, no tokens or no rewards, positions chosen at random, or an analysis from before the
+            parts of changes were measured.
     """
+    if lacking := [name for name in statistics.QUANTITIES if name not in analysis.responses]:
+        raise UserError(f"{analysis.name}: this analysis lacks {', '.join(lacking)}; analyse again")
     if callable(by):
         name = getattr(by, "__name__", type(by).__name__)
         _require_tokens(analysis, "a function", texts=True)

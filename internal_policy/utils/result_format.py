@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -160,12 +160,13 @@ class ResultFormat:
             yield target
             self.write_manifest(target, manifest)
 
-    def write_manifest(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+    def write_manifest(self, directory: Path, manifest: Mapping[str, Any], without: Collection[str] = ()) -> None:
         """Write the manifest with the digests of the other files and of itself, or replace it, atomically.
 
-        `manifest` is JSON-able, without NaN.
+        `manifest` is JSON-able, without NaN. Files in `without` get no digest: they are about to be replaced.
         """
-        digests = {file: sha256_of(directory / file) for file in self.files if (directory / file).is_file()}
+        present = (file for file in self.files if file not in without and (directory / file).is_file())
+        digests = {file: sha256_of(directory / file) for file in present}
         complete = {**json.loads(json.dumps(manifest, allow_nan=False)), "sha256": digests}
         sealed = {**complete, "seal": _seal(complete)}
         write_text(directory / self.manifest, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")

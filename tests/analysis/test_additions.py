@@ -100,6 +100,30 @@ def test_an_interrupted_addition_is_resumed(tmp_path, calls, monkeypatch):
     assert resumed.additions["heads"]["tokens"].sum() == resumed.n_tokens
 
 
+def test_a_grouping_that_is_added_leaves_a_whole_analysis_at_every_moment(tmp_path, monkeypatch):
+    first = run(tmp_path, by=("position",), heads=True)
+    writes = []
+
+    def stopped(directory, tables):
+        # The table is replaced, and the process is killed before the manifest says so.
+        write(first, directory, tables)
+        writes.append(set(tables))
+        raise KeyboardInterrupt
+
+    write = Analysis._write_additions
+    with monkeypatch.context() as patch:
+        patch.setattr(Analysis, "_write_additions", lambda self, directory, tables: stopped(directory, tables))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, by=("position", "policy-entropy"), heads=True)
+    # Heads are not written again.
+    assert writes == [{"groups"}]
+    assert set(Analysis.load(first.path).additions) == {"heads"}
+    again = run(tmp_path, by=("position", "policy-entropy"), heads=True)
+    assert set(Analysis.load(first.path).additions) == {"heads", "groups"}
+    kept = again.additions["groups"].query("grouping == 'position'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, first.additions["groups"], check_exact=True)
+
+
 def test_additions_do_not_identify_an_analysis():
     plain = AnalyzeConfig().cache_key()
     assert AnalyzeConfig(heads=True, divergences=True, by=("kind",)).cache_key() == plain

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
-from internal_policy import AnalyzeConfig, analyze
+from internal_policy import AnalyzeConfig, UserError, analyze
 from internal_policy.analysis.finished import config_digest, find_finished, is_up_to_date
+from internal_policy.data.prompts import read_prompts
 from internal_policy.models import testbed
 from internal_policy.utils import result_format
 
@@ -122,3 +123,11 @@ def test_auto_device_may_be_a_gpu(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     assert not result_format._is_cpu("auto")
     assert result_format._is_cpu("cpu")
+
+
+def test_prompts_that_are_not_scored_are_not_those_that_are(tmp_path):
+    questions = [prompt.content for prompt in read_prompts("testbed", limit=2)]
+    options = {"max_responses": 2, "max_new_tokens": 4, "output": tmp_path}
+    assert analyze("testbed/qwen3", prompts=questions, **options).sequences["reward"].isna().all()
+    with pytest.raises(UserError, match=r"other settings \(scored None -> True\)"):
+        analyze("testbed/qwen3", **options)

@@ -32,6 +32,10 @@ def model():
     return tiny_model("qwen3")
 
 
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
 def measured(model, **options):
     return analyze(model, tiny_tokenizer(), responses=ragged_responses(6), **options)
 
@@ -98,6 +102,30 @@ def test_baseline_is_added_to_a_finished_analysis_and_resumed(analysis, model, t
     for wanted in (True, False):
         assert measured(model, random_baseline=wanted, **options).baseline is not None
     assert len(calls) == 4
+
+
+def test_additions_are_made_together_with_the_baseline_and_resumed(model, tmp_path, monkeypatch):
+    options = {"output": tmp_path, "batch_size": 2}
+    measured(model, **options)
+    wanted = {"random_baseline": True, "divergences": True, **options}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "add_baseline", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, **wanted)
+    calls = []
+
+    def broken_off(addition):
+        calls.append(addition)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.ADDITION_MEASURES, "by", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, by=("position",), **wanted)
+    assert len(calls) == 1
+    both = measured(model, by=("position",), **wanted)
+    assert both.baseline is not None
+    assert set(both.additions) == {"divergences", "divergence_matrix", "groups"}
 
 
 def test_baseline_survives_saving_and_loading_and_is_removed_with_its_analysis(analysis, tmp_path):

@@ -110,6 +110,14 @@ def analysis(model, tmp_path_factory):
     return measured(model, by=GROUPINGS, keep_tokens=2, batch_size=4, output=tmp_path_factory.mktemp("groups"))
 
 
+def test_an_analysis_without_the_parts_of_changes_is_refused(analysis):
+    names = ["change_direction", "change_scale", "rms_in", "rms_out"]
+    older = replace(analysis, responses=analysis.responses.drop(columns=names))
+    for grouping in ("correct", "position"):
+        with pytest.raises(UserError, match="lacks change_direction, change_scale, rms_in, rms_out; analyse again"):
+            older.by(grouping)
+
+
 def mean_and_error(values, prompts):
     """The mean over tokens, and its error clustered by prompt, written out as loops."""
     mean = values.mean()
