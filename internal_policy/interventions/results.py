@@ -48,9 +48,10 @@ class Ablation:
     config: dict[str, Any]
     """The settings, with digests of weights and inputs."""
     table: pd.DataFrame
-    """A row per intervention: layer, site, head or expert if parts were changed, how; kl, entropy_change,
-    log_prob_change and flips, each with ``_stderr``, ``_low`` and ``_high`` (95% interval, clustered by prompt); with
-    samples also accuracy and accuracy_change; n_tokens."""
+    """A row per intervention: layer, last_layer if several were changed together, site, head or expert if parts were
+    changed (a number, or a text such as ``1,4-6`` for several together), how; kl, entropy_change, log_prob_change and
+    flips, each with ``_stderr``, ``_low`` and ``_high`` (95% interval, clustered by prompt); with samples also accuracy
+    and accuracy_change; n_tokens."""
     responses: pd.DataFrame
     """A row per response and intervention: the means over the tokens of that response."""
     sequences: pd.DataFrame

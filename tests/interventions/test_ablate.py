@@ -104,6 +104,19 @@ def test_experts_of_layers_that_have_some():
     assert found.table["kl"].max() > 1e-3
 
 
+def test_parts_that_are_changed_together_are_kept_in_the_table(tmp_path):
+    model, records = tiny_model("deepseek_v3"), ragged_responses(2)
+    experts = ablate(model, tiny_tokenizer(), responses=records, expert="1-2,4", layers=2, together=True)
+    assert experts.table[experts.keys].to_dict("records") == [
+        {"layer": 2, "site": "ffn", "expert": "1-2,4", "how": "zero"}
+    ]
+    options = {"head": "1-2", "how": "zero,mean", "together": True}
+    heads = ablate(tiny_model("llama"), tiny_tokenizer(), responses=records, layers="1,3", output=tmp_path, **options)
+    assert heads.keys == ["layer", "last_layer", "site", "head", "how"]
+    assert heads.table["head"].tolist() == ["1-2", "1-2"]
+    pd.testing.assert_frame_equal(Ablation.load(tmp_path).table, heads.table, check_exact=True)
+
+
 def test_samples_are_generated_under_the_intervention():
     # At temperature 0, so that the same tokens follow from the model with a hook written here.
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
