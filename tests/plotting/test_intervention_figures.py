@@ -14,6 +14,7 @@ from plotting_fixtures import ODD, assert_legible, make_analysis, with_parts
 from synthetic_interventions import make_ablation, make_patching, make_together
 
 from internal_policy import Ablation, Patching, UserError
+from internal_policy.cli.figures import FiguresCommand
 from internal_policy.interventions.figure_data import SHOWN, describe_how, describe_writes
 from internal_policy.plotting import scales
 from internal_policy.plotting.heads import head_map
@@ -229,6 +230,23 @@ def test_figures_are_drawn_from_disk(tmp_path):
     run("figures", "a", "p/one", "--output", "drawn", cwd=tmp_path, code=0)
     for path in (tmp_path / "first").iterdir():
         assert (tmp_path / "drawn" / "one" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_results_in_directories_of_one_name_have_figures_of_their_own(tmp_path, monkeypatch):
+    drawn = {}
+    for module, name in (("ablate", "draw_ablation"), ("patch", "draw_patching")):
+        monkeypatch.setattr(
+            f"internal_policy.cli.{module}.{name}", lambda each, place: drawn.update({place: each.path})
+        )
+    places = [tmp_path / "out" / "first" / "one", tmp_path / "out" / "second" / "one", tmp_path / "patched" / "one"]
+    for place in places[:2]:
+        make_ablation(n_layers=2).save(place)
+    make_patching(2, 3).save(places[2])
+    # The first is named twice, and is one result.
+    FiguresCommand(directories=(*places, places[0].parent), output=tmp_path / "drawn").run()
+    assert drawn == {
+        tmp_path / "drawn" / name: path for name, path in zip(("first--one", "second--one", "one"), places, strict=True)
+    }
 
 
 @pytest.mark.slow
