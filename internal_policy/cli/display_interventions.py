@@ -9,7 +9,13 @@ import pandas as pd
 from rich.table import Table
 
 from internal_policy.cli.display import files_of, list_files
-from internal_policy.interventions.figure_data import TITLES, describe_how, describe_writes, layers_changed
+from internal_policy.interventions.figure_data import (
+    TITLES,
+    ablation_data,
+    describe_how,
+    describe_writes,
+    layers_changed,
+)
 from internal_policy.interventions.patching_results import Patching
 from internal_policy.interventions.results import Ablation
 from internal_policy.utils.console import console as open_console
@@ -33,10 +39,26 @@ def show_ablation(ablation: Ablation) -> None:
         span = percent_span(clean["accuracy_low"], clean["accuracy_high"])
         line += f", accuracy {100 * clean['accuracy']:.1f}% ({span})"
     console.print(line)
+    if ablation.failures:
+        failures = "; ".join(
+            f"{_name_intervention(ablation, number)} {', '.join(f'{n} {kind}' for kind, n in failed.items())}"
+            for number, failed in ablation.failures.items()
+        )
+        console.print(f"the verifier failed on some responses, which count as wrong: {failures}")
     if (few := few_prompts(ablation.n_prompts)) is not None:
         console.print(few)
     if ablation.path is not None:
         list_files("ablation", files_of(ablation.path))
+
+
+def _name_intervention(ablation: Ablation, number: int) -> str:
+    """Name an intervention, from 1, by layer and what was changed there; 0 is the model without a change."""
+    if number == 0:
+        return "without a change:"
+    row = ablation_data(ablation, ["kl"]).iloc[number - 1]
+    together = layers_changed(ablation)
+    layers = f"layer {row['layer']}" if together is None else f"layers {together}"
+    return f"{layers}, {row['name']}:"
 
 
 def effect_table(ablation: Ablation, width: int = 80) -> Table:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from command_line import refused, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Ablation, UserError, ablate, analyze, models
+from internal_policy.cli.display_interventions import show_ablation
 from internal_policy.interventions import ablation as pipeline
 from internal_policy.interventions import tables
 from internal_policy.interventions.config import AblateConfig
@@ -143,6 +145,31 @@ def test_samples_are_generated_under_the_intervention():
 
 def starts_even(completions, **_):
     return [float(sum(map(ord, text)) % 2 == 0) for text in completions]
+
+
+def fragile(completions, **_):
+    if any("w7" in text for text in completions):
+        raise ValueError("w7")
+    return [1.0] * len(completions)
+
+
+def test_failures_of_the_reward_are_counted_by_intervention_and_shown(tmp_path, monkeypatch, capsys):
+    prompts = [{"prompt": f"w{3 + i} w5", "answer": "1"} for i in range(6)]
+    options = {"prompts": prompts, "template": "plain", "max_new_tokens": 8, "samples": 4, "reward": fragile}
+    found = ablate(tiny_model("llama"), tiny_tokenizer(), output=tmp_path, layers=1, batch_size=5, **options)
+    wrong = found.samples[found.samples["response"].str.contains("w7")].groupby("intervention").size()
+    assert len(wrong) > 1
+    assert found.failures == {number: {"crashes": n} for number, n in wrong.items()}
+    assert found.clean["accuracy"] == pytest.approx(1 - wrong.get(0, 0) / 24)
+    assert Ablation.load(tmp_path).failures == found.failures
+    monkeypatch.setenv("COLUMNS", "500")
+    show_ablation(replace(found, failures={0: {"crashes": 2}, 2: {"crashes": 1, "timeouts": 3}}))
+    assert (
+        "the verifier failed on some responses, which count as wrong: without a change: 2 crashes; layer 1, FFN: "
+        "1 crashes, 3 timeouts"
+    ) in capsys.readouterr().out
+    show_ablation(replace(found, failures={}))
+    assert "verifier" not in capsys.readouterr().out
 
 
 def test_a_stored_ablation_is_read_as_it_was_written(tmp_path, sampled):
