@@ -15,7 +15,7 @@ from synthetic_interventions import make_ablation, make_patching, make_together
 
 from internal_policy import Ablation, Patching, UserError
 from internal_policy.cli.figures import FiguresCommand
-from internal_policy.interventions.figure_data import SHOWN, describe_how, describe_writes
+from internal_policy.interventions.figure_data import SHOWN, describe_how
 from internal_policy.plotting import scales
 from internal_policy.plotting.heads import head_map
 from internal_policy.plotting.interventions import (
@@ -87,31 +87,30 @@ def test_the_maps_of_ablations_and_of_heads_have_the_same_axes():
 
 
 @pytest.mark.parametrize(
-    ("options", "cell", "title"),
+    ("options", "cell", "names", "title"),
     [
-        ({"layers": (3, 4, 5, 6), "hows": ("zero", "scale")}, "3-6", "writes of layers 3-6 set to zero or times 0.5"),
-        ({"layers": (2, 3, 8), "heads": (1, 2, 4)}, "2-3,8", "writes of heads 1-2,4 of layers 2-3,8 set to zero"),
-        ({"layers": (5,), "heads": (1, 2)}, "5", "writes of heads 1-2 set to zero"),
-        ({"layers": (5, 6), "heads": (3,)}, "5-6", "writes of head 3 of layers 5-6 set to zero"),
+        (
+            {"layers": (3, 4, 5, 6), "hows": ("zero", "scale")},
+            *("3-6", ["ATTN+FFN, zero", "ATTN+FFN, scale"], "writes of layers 3-6 set to zero or times 0.5"),
+        ),
+        (
+            {"layers": (2, 3, 8), "heads": (1, 2, 4)},
+            *("2-3,8", ["heads 1-2,4"], "writes of heads 1-2,4 of layers 2-3,8 set to zero"),
+        ),
+        ({"layers": (5,), "heads": (1, 2)}, "5", ["heads 1-2"], "writes of heads 1-2 set to zero"),
+        ({"layers": (5, 6), "heads": (3,)}, "5-6", ["3"], "writes of head 3 of layers 5-6 set to zero"),
     ],
 )
-def test_layers_and_heads_that_were_changed_together_are_all_named(options, cell, title):
+def test_layers_and_heads_that_were_changed_together_are_all_named(options, cell, names, title):
     ablation = make_together(**options, name="organisation/some-model-14B-Instruct-2507")
-    figures = [ablation_map(ablation), ablation_bars(ablation)]
-    for figure in figures:
+    maps, bars = ablation_map(ablation), ablation_bars(ablation)
+    for figure in (maps, bars):
         assert_legible(figure)
         panel = figure.axes[0]
         assert [tick.get_text() for tick in panel.get_xticklabels()] == [cell]
         assert panel.get_xlabel() == ("Layer" if cell == "5" else "Layers, changed together")
         assert f"effect on the final policy of {title}" in figure.get_suptitle()
-    names = [tick.get_text() for tick in figures[0].axes[0].get_yticklabels()]
-    assert names == (
-        [f"heads {describe_writes(ablation).split()[3]}"]
-        if len(options.get("heads", ())) > 1
-        else ["3"]
-        if "heads" in options
-        else ["ATTN+FFN, zero", "ATTN+FFN, scale"]
-    )
+    assert [tick.get_text() for tick in maps.axes[0].get_yticklabels()] == names
 
 
 def bar_of(panel):
