@@ -70,6 +70,8 @@ _ROW, _PANEL_EXTRA = 0.16, 0.6
 """Inches: a row of a map, and its title and labels."""
 _TALLEST = 3.6
 """Inches of a map of many heads or experts."""
+_TITLE_MARGIN = 12.0
+"""Points that a title leaves free at both sides together."""
 _MAX_LABEL = 60.0
 """Points that a token may take below a map."""
 
@@ -105,7 +107,7 @@ def ablation_map(
         height = min(max(n_names, 4) * _ROW, _TALLEST) + _PANEL_EXTRA
         figure = style.new_figure(style.TWO_COLUMNS, n_rows * height + 0.25, space=0.03)
         panels = [figure.add_subplot(n_rows, n_columns, k + 1) for k in range(len(quantities))]
-        figure.suptitle(_title(ablation, label), parse_math=False)
+        figure.suptitle(_title(ablation, label, style.figure_width(figure)), parse_math=False)
     else:
         panels = marks.check_axes(ax, len(quantities), "one for each quantity")
     for quantity, panel in zip(quantities, panels, strict=True):
@@ -122,9 +124,12 @@ def ablation_map(
     return style.root_figure(panels[0])
 
 
-def _title(ablation: Ablation, label: str | None) -> str:
+def _title(ablation: Ablation, label: str | None, width: float, end: str = "") -> str:
+    """The title of a figure of some width in points; what the model's name leaves no room for shortens the name."""
     name = marks.short_name(ablation.name) if label is None else label
-    return f"{name}: effect on the final policy of {describe_writes(ablation)} {describe_how(ablation)}"
+    rest = f": effect on the final policy of {describe_writes(ablation)} {describe_how(ablation)}{end}"
+    size = style.RC["figure.titlesize"]
+    return style.shorten(name, width - _TITLE_MARGIN - style.text_width(rest, size), size) + rest
 
 
 def _map(ax: Axes, table: pd.DataFrame, scale: scales.Scale, colormap: Any) -> None:
@@ -231,7 +236,7 @@ def ablation_bars(
         figure = style.new_figure(style.TWO_COLUMNS, 2.0, pad=0.06)
         panels = [figure.add_subplot(1, len(wanted), k + 1) for k in range(len(wanted))]
         titles = "+".join(TITLES.get(s, s) for s in site.split("+")) if part is None else f"{part}s"
-        figure.suptitle(f"{_title(ablation, label)} ({titles})", parse_math=False)
+        figure.suptitle(_title(ablation, label, style.figure_width(figure), f" ({titles})"), parse_math=False)
     else:
         panels = marks.check_axes(ax, len(wanted), "one for each quantity")
     looks = [LOOKS[site].light if site in LOOKS else LOOKS["stream"].light]

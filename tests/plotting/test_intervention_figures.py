@@ -97,6 +97,10 @@ def test_the_maps_of_ablations_and_of_heads_have_the_same_axes():
             {"layers": (2, 3, 8), "heads": (1, 2, 4)},
             *("2-3,8", ["heads 1-2,4"], "writes of heads 1-2,4 of layers 2-3,8 set to zero"),
         ),
+        (
+            {"layers": (3, 4, 5, 6), "hows": ("zero", "mean", "resample"), "sites": ("ffn",)},
+            *("3-6", ["FFN, zero", "FFN, mean", "FFN, resample"], "writes of layers 3-6 set to zero or replaced by"),
+        ),
         ({"layers": (5,), "heads": (1, 2)}, "5", ["heads 1-2"], "writes of heads 1-2 set to zero"),
         ({"layers": (5, 6), "heads": (3,)}, "5-6", ["3"], "writes of head 3 of layers 5-6 set to zero"),
     ],
