@@ -26,6 +26,8 @@ QUANTITIES = (
 )
 _RESAMPLES_PER_CHUNK = 256
 _LEVEL = 0.95
+_RATE_ROUNDING = 1e-12
+"""A rate of at most 1 is computed in a few steps, each of which rounds by at most 1e-16."""
 
 
 def clustered_mean(
@@ -231,9 +233,10 @@ def rate_interval(values: npt.ArrayLike) -> tuple[Floats, Floats]:
 def rate_difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats]:
     """95% interval for the mean over problems of paired differences of rates.
 
-    It is `confidence_interval` with each problem as a cluster. If no problem differs at all, that would be a point; the
-    interval then reaches as far as problems that differ may be missing (see `rate_interval`). It covers at least 93% if
-    some ten problems differ; if both models solve nearly everything it is too short.
+    It is `confidence_interval` with each problem as a cluster. If all problems differ by the same amount, or none at
+    all, that would be a point; the interval then reaches at least as far towards -1 and 1 as problems that differ
+    otherwise may be missing (see `rate_interval`). It covers at least 93% if some ten problems differ; if both models
+    solve nearly everything it is too short.
 
     Args:
         differences: [P, K], a row per problem.
@@ -243,8 +246,23 @@ def rate_difference_interval(differences: npt.ArrayLike) -> tuple[Floats, Floats
     """
     d = np.asarray(differences, dtype=np.float64)
     low, high = confidence_interval(d, np.ones(len(d)), level=_LEVEL)
-    unseen = np.where(np.isnan(low) | (d != 0).any(axis=0), 0.0, _unseen_share(len(d)))
-    return np.clip(low - unseen, -1, 1), np.clip(high + unseen, -1, 1)
+    mean, unseen = d.mean(axis=0), np.where(without_spread(d), _unseen_share(len(d)), 0.0)
+    # minimum and maximum keep the NaN of a single problem.
+    low, high = np.minimum(low, mean - unseen * (1 + mean)), np.maximum(high, mean + unseen * (1 - mean))
+    return np.clip(low, -1, 1), np.clip(high, -1, 1)
+
+
+def without_spread(differences: Floats) -> npt.NDArray[np.bool_]:
+    """Say of which columns all differences of rates are the same number, but for rounding.
+
+    Args:
+        differences: [P, K], a row per problem.
+
+    Returns:
+        [K].
+    """
+    spread: npt.NDArray[np.bool_] = np.ptp(differences, axis=0) <= _RATE_ROUNDING
+    return spread
 
 
 def _unseen_share(n: int) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from internal_policy import Ablation, Patching
 from internal_policy.interventions import tables
+from internal_policy.interventions.changes import Change, Intervention
 
 
 def make_ablation(n_layers=8, sites=("attn", "ffn"), hows=("zero",), heads=0, samples=False, name="some/model", seed=0):
@@ -44,6 +46,18 @@ def make_ablation(n_layers=8, sites=("attn", "ffn"), hows=("zero",), heads=0, sa
         clean=clean,
         samples=sampled,
     )
+
+
+def make_together(layers, sites=("attn", "ffn"), hows=("zero",), heads=None, name="some/model"):
+    """An ablation that changes all of its layers, and of these the heads if there are any, at once."""
+    own = ("attn",) if heads else sites
+    changes = [(layer, site, head) for layer in layers for site in own for head in heads or [None]]
+    interventions = [Intervention(tuple(Change(n, site, how, head=head) for n, site, head in changes)) for how in hows]
+    one = make_ablation(n_layers=1, sites=("attn",), hows=hows, name=name)
+    keys = tables.key_table(interventions)
+    table = pd.concat([keys, one.table.drop(columns=one.keys)], axis=1)
+    config = {**one.config, "layers": ",".join(map(str, layers))}
+    return replace(one, table=table, config=config)
 
 
 def make_patching(n_layers=8, n_tokens=16, words=("a", "=", "22", ","), seed=0):

@@ -9,12 +9,13 @@ task, what happens without its modules, and whether aligning it moves the parame
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.result_format import describe_differences
 
 if TYPE_CHECKING:
     from internal_policy.analysis.results import Analysis
@@ -35,6 +36,8 @@ QUANTITIES = {
 }
 """The columns of the table, each followed by its ``_low`` and ``_high`` where it has an interval."""
 _ENDS = ("", "_low", "_high")
+_EVALUATED_BY = ("template", "temperature", "token_limit", "reward", "reward_code")
+"""Settings of an evaluation that change its accuracy, besides problems and samples."""
 
 
 def layer_evidence(
@@ -49,7 +52,8 @@ def layer_evidence(
 
     Args:
         analysis: the analysis, whose FFN changes and boundary layer are compared with the rest.
-        evaluations: evaluations of layer policies of the same weights; those of modules are left out.
+        evaluations: evaluations of layer policies of the same weights, one a layer, all on the same problems with the
+            same settings; those of modules are left out.
         ablation: an ablation of modules, of the same weights.
         transfer: the transfer of each layer, of the same weights.
         outcomes: what training at a layer did: columns layer and value, perhaps low and high.
@@ -60,7 +64,8 @@ def layer_evidence(
         measured (``boundary``) and by direction alone (``boundary_by_direction``).
 
     Raises:
-        UserError: a result is of other weights or another lens than the analysis, or is not of single layers.
+        UserError: a result is of other weights or another lens than the analysis, or is not of single layers; or the
+            evaluations differ in more than the layer, or two are of one layer.
     """
     index = pd.RangeIndex(1, analysis.n_layers + 1, name="layer")
     ffn = analysis.layers[analysis.layers["site"] == "ffn"].set_index("layer")
@@ -74,7 +79,12 @@ def layer_evidence(
             f"the evaluations are of policies under the lens {other[0]}, and the analysis is under {analysis.lens}; "
             "give results of one lens"
         )
-    layers = {e.layer: e for e in given if e.layer is not None and e.site == "layer"}
+    own_policies = [e for e in given if e.layer is not None and e.site == "layer"]
+    _require_same_benchmark(own_policies)
+    layers = {e.layer: e for e in own_policies}
+    if len(layers) < len(own_policies):
+        twice = next(e for e in own_policies if layers[e.layer] is not e)
+        raise UserError(f"layer {twice.layer} has two evaluations; needed is one of each layer, so leave one out")
     if layers:
         rates = {layer: [e.avg["mean"], e.avg["low"], e.avg["high"]] for layer, e in layers.items()}
         table = table.join(pd.DataFrame.from_dict(rates, "index", columns=[f"accuracy{end}" for end in _ENDS]))
@@ -120,13 +130,23 @@ def training_outcomes(runs: Iterable[Run]) -> pd.DataFrame:
         Columns layer, value (gain of Avg@K over the start, mean over the runs of a layer) and runs, their number.
 
     Raises:
-        UserError: none of the runs has a layer and both evaluations.
+        UserError: none of the runs has a layer and both evaluations, or they differ in more than layer and seed.
     """
-    rows = [
-        {"layer": run.layer, "value": run.evaluation.avg["mean"] - run.evaluation_start.avg["mean"]}
+    found = [
+        (run, run.evaluation_start, run.evaluation)
         for run in runs
         if run.layer is not None and run.evaluation is not None and run.evaluation_start is not None
     ]
+    for run, _, _ in found:
+        # The weights say more than the path to them.
+        own, other = ({k: v for k, v in r.setting.items() if k not in ("layer", "model")} for r in (found[0][0], run))
+        if differing := describe_differences(own, other):
+            raise UserError(
+                f"{found[0][0].path} and {run.path} are runs with other settings ({differing}); needed are runs that "
+                "differ in layer and seed alone, so give those of one setting"
+            )
+    _require_same_benchmark([evaluation for _, *both in found for evaluation in both])
+    rows = [{"layer": run.layer, "value": end.avg["mean"] - start.avg["mean"]} for run, start, end in found]
     if not rows:
         raise UserError(
             "none of the runs has a layer and evaluations before and after; needed are runs of method bupo with "
@@ -151,12 +171,12 @@ def evidence_sentence(table: pd.DataFrame) -> str:
     direction = table.index[table["boundary_by_direction"]]
     if len(direction):
         parts.append(f"its direction part to layer {direction[0]}")
-    for name, phrase in (
-        ("ablation_attn", "without its attention the policy changes most at layer {}"),
-        ("ablation_ffn", "without its FFN at layer {}"),
-    ):
+    verb = "the policy changes most "
+    for name, module in (("ablation_attn", "attention"), ("ablation_ffn", "FFN")):
         if name in table and table[name].notna().any():
-            parts.append(phrase.format(table[name].idxmax()))
+            parts.append(f"without its {module} {verb}at layer {table[name].idxmax()}")
+            # It is said once.
+            verb = ""
     # At the last layer both objectives are nearly the same.
     below = table["across"].iloc[:-1] if "across" in table else pd.Series(dtype=float)
     if below.notna().any():
@@ -169,6 +189,22 @@ def evidence_sentence(table: pd.DataFrame) -> str:
         half = table.index[table["accuracy"] >= 0.5 * table["accuracy"].max()]
         parts.append(f"from layer {half[0]} on the layer's policy has at least half of the best accuracy")
     return "; ".join(parts)
+
+
+def _require_same_benchmark(evaluations: Sequence[Evaluation]) -> None:
+    """Raise a `UserError` if evaluations were not made on the same problems in the same way."""
+
+    def made(evaluation: Evaluation) -> dict[str, Any]:
+        settings = {name: evaluation.config.get(name) for name in _EVALUATED_BY}
+        return {"problems": evaluation.digest(), "samples": evaluation.n_samples, **settings}
+
+    for other in evaluations[1:]:
+        first = evaluations[0]
+        if differing := describe_differences(made(first), made(other)):
+            raise UserError(
+                f"{first.name} on {first.benchmark} and {other.name} on {other.benchmark} were not evaluated in the "
+                f"same way ({differing}); needed are evaluations on one benchmark with the same settings"
+            )
 
 
 def require_same_weights(analysis: Analysis, result: Evaluation | Ablation | Transfer | Run | None) -> None:

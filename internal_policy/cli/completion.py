@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from internal_policy.cli.parser import COMMANDS, PROGRAM, command_class, flags_of
-from internal_policy.utils.errors import UserError
+from internal_policy.utils.errors import UserError, first_line
+from internal_policy.utils.io import expanded, write_text
 from internal_policy.utils.options import options_of
 
 _GLOBAL_FLAGS = ("--help", "--version", "--install-completion", "--show-completion")
@@ -87,7 +89,7 @@ def candidates(before: Sequence[str], word: str) -> list[str]:
 
 def _install(shell: str) -> Path:
     """Write the script to the place from which the shell reads it; repeating that changes nothing."""
-    home = Path.home()
+    home = expanded("~")
     if shell == "fish":
         return _write_script(home / ".config" / "fish" / "completions" / "internal-policy.fish", _SCRIPTS[shell])
     if shell == "bash":
@@ -96,17 +98,46 @@ def _install(shell: str) -> Path:
     if shell == "zsh":
         _write_script(home / ".zfunc" / "_internal-policy", _SCRIPTS[shell])
         return _append_lines(home / ".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit")
-    command = [shell, "-NoProfile", "-Command", "echo $profile"]
-    profile = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return _append_lines(profile, _SCRIPTS[shell].rstrip())
+    return _append_lines(_find_profile(shell), _SCRIPTS[shell].rstrip())
+
+
+def _find_profile(shell: str) -> Path:
+    """Ask PowerShell for the file that it reads when it starts."""
+    try:
+        command = [shell, "-NoProfile", "-Command", "echo $profile"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError) as error:
+        answer, reason = "", first_line(error)
+    else:
+        reason = "it printed nothing"
+    if not answer:
+        raise UserError(
+            f"{shell} did not say where its profile is ({reason}); install it, or write the output of {PROGRAM} "
+            f"--show-completion {shell} into the profile yourself"
+        )
+    return Path(answer)
 
 
 def _write_script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    # Where it is a link, the file that it leads to is replaced.
+    write_text(path.resolve(), text)
     return path
 
 
 def _append_lines(path: Path, lines: str) -> Path:
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    return path if lines in before else _write_script(path, f"{before.rstrip()}\n{lines}\n".lstrip())
+    """Append lines to a file of the user's, unless it has them.
+
+    It is never rewritten: what it holds, in whatever encoding, its mode and links to it stay as they are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.exists() else b""
+    if before.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(
+            f"{path}: is in UTF-16; needed is UTF-8, so save it as that, or add what --show-completion prints yourself"
+        )
+    added = f"{lines}\n".encode()
+    if added.rstrip() not in before:
+        with path.open("ab") as file:
+            file.write(added if not before or before.endswith(b"\n") else b"\n" + added)
+    return path

@@ -9,7 +9,13 @@ import pandas as pd
 from rich.table import Table
 
 from internal_policy.cli.display import files_of, list_files
-from internal_policy.interventions.figure_data import TITLES, describe_how
+from internal_policy.interventions.figure_data import (
+    TITLES,
+    ablation_data,
+    describe_how,
+    describe_writes,
+    layers_changed,
+)
 from internal_policy.interventions.patching_results import Patching
 from internal_policy.interventions.results import Ablation
 from internal_policy.utils.console import console as open_console
@@ -33,10 +39,26 @@ def show_ablation(ablation: Ablation) -> None:
         span = percent_span(clean["accuracy_low"], clean["accuracy_high"])
         line += f", accuracy {100 * clean['accuracy']:.1f}% ({span})"
     console.print(line)
+    if ablation.failures:
+        failures = "; ".join(
+            f"{_name_intervention(ablation, number)} {', '.join(f'{n} {kind}' for kind, n in failed.items())}"
+            for number, failed in ablation.failures.items()
+        )
+        console.print(f"the verifier failed on some responses, which count as wrong: {failures}")
     if (few := few_prompts(ablation.n_prompts)) is not None:
         console.print(few)
     if ablation.path is not None:
         list_files("ablation", files_of(ablation.path))
+
+
+def _name_intervention(ablation: Ablation, number: int) -> str:
+    """Name an intervention, from 1, by layer and what was changed there; 0 is the model without a change."""
+    if number == 0:
+        return "without a change:"
+    row = ablation_data(ablation, ["kl"]).iloc[number - 1]
+    together = layers_changed(ablation)
+    layers = f"layer {row['layer']}" if together is None else f"layers {together}"
+    return f"{layers}, {row['name']}:"
 
 
 def effect_table(ablation: Ablation, width: int = 80) -> Table:
@@ -66,17 +88,18 @@ def _lay_out(ablation: Ablation, *, stacked: bool, close: bool) -> Table:
     if len(rows) > _MOST_ROWS:
         shown = rows.loc[rows["kl"].nlargest(_MOST_ROWS).index.sort_values()]
     part = next((part for part in ("head", "expert") if part in ablation.keys), None)
-    # A row of changes made together says where they end beside where they begin, and parts are all of one site.
+    together = layers_changed(ablation)
+    # Layers that are changed together share a column, and parts are all of one site.
     hidden = {"last_layer", *(("site",) if part is not None else ()), *(() if len(set(rows["how"])) > 1 else ("how",))}
     keys = [key for key in ablation.keys if key not in hidden]
     note = f"; the {_MOST_ROWS} of {len(rows)} with the largest KL" if len(rows) > _MOST_ROWS else ""
     sampled = ("accuracy",) if "accuracy" in rows else ()
     laid_out = table(
-        f"{ablation.name}: writes {'' if part is None else f'of {part}s '}{describe_how(ablation)}; "
+        f"{ablation.name}: {describe_writes(ablation)} {describe_how(ablation)}; "
         f"{counted(ablation.n_responses, 'response')}, {counted(ablation.n_tokens, 'token')}",
         f"KL(π_θ || π_θ'), changes in nats; means over tokens {'and, below, ' if stacked else ''}± standard error "
         f"clustered by prompt{note}",
-        *("layers" if key == "layer" and "last_layer" in rows else key for key in keys),
+        *("layers" if key == "layer" and together is not None else key for key in keys),
         *("KL", "ΔH", "Δ log p", "flips", *sampled),
         left=("site", "how"),
     )
@@ -90,17 +113,14 @@ def _lay_out(ablation: Ablation, *, stacked: bool, close: bool) -> Table:
         cells.append(f"{100 * row['flips']:.1f}%")
         if sampled:
             cells.append(f"{100 * row['accuracy']:.1f}%{between}{plus_minus(100 * row['accuracy_stderr'], '.1f')}")
-        laid_out.add_row(*(_key(key, row) for key in keys), *cells)
+        laid_out.add_row(*(_key(key, row, together) for key in keys), *cells)
     return laid_out
 
 
-def _key(name: str, row: Mapping[Hashable, Any]) -> str:
+def _key(name: str, row: Mapping[Hashable, Any], together: str | None) -> str:
     if name == "site":
         return "+".join(TITLES.get(site, site) for site in str(row["site"]).split("+"))
-    if name == "how":
-        return str(row["how"])
-    first, last = int(row[name]), int(row.get("last_layer", row["layer"]))
-    return f"{first}-{last}" if name == "layer" and last > first else str(first)
+    return together if name == "layer" and together is not None else str(row[name])
 
 
 def show_patching(patching: Patching) -> None:

@@ -148,25 +148,36 @@ def paired_difference_table(comparison: Comparison) -> Table:
 
 
 def show_evaluations(evaluations: Sequence[Evaluation]) -> None:
-    """Print Avg@K of several models and benchmarks, one row per model."""
+    """Print Avg@K of several models and benchmarks, one row per model.
+
+    The average is over the benchmarks that all models have; there is none where these are fewer than two.
+    """
     benchmarks = list(dict.fromkeys(e.benchmark for e in evaluations))
-    averaged = ("average",) if len(benchmarks) > 1 else ()
+    rates: dict[str, dict[str, dict[str, float]]] = {}
+    for e in evaluations:
+        rates.setdefault(e.name, {})[e.benchmark] = e.avg
+    shared = [b for b in benchmarks if all(b in own for own in rates.values())]
+    averaged = len(shared) > 1
+    partly = averaged and len(shared) < len(benchmarks)
     shown = table(
         "Avg@K, percent ± standard error",
-        None,
-        *("model", *(title(name) for name in benchmarks), *averaged),
+        f"average: of {', '.join(map(title, shared))}, on which all models were evaluated" if partly else None,
+        *("model", *map(title, benchmarks), *(("average",) if averaged else ())),
         fold=("model",),
         min_width=64,
     )
-    for model in dict.fromkeys(e.name for e in evaluations):
-        own = {e.benchmark: e.avg for e in evaluations if e.name == model}
-        cells = [f"{100 * own[b]['mean']:.2f}{plus_minus(100 * own[b]['stderr'], '.2f')}" for b in benchmarks]
+    for model, own in rates.items():
+        cells = [_percent(own[b]["mean"], own[b]["stderr"]) if b in own else "-" for b in benchmarks]
         if averaged:
-            mean = sum(a["mean"] for a in own.values()) / len(own)
-            stderr = math.sqrt(sum(a["stderr"] ** 2 for a in own.values())) / len(own)
-            cells.append(f"{100 * mean:.2f}{plus_minus(100 * stderr, '.2f')}")
+            mean = sum(own[b]["mean"] for b in shared) / len(shared)
+            stderr = math.sqrt(sum(own[b]["stderr"] ** 2 for b in shared)) / len(shared)
+            cells.append(_percent(mean, stderr))
         shown.add_row(model, *cells)
     open_console().print(shown)
+
+
+def _percent(mean: float, stderr: float) -> str:
+    return f"{100 * mean:.2f}{plus_minus(100 * stderr, '.2f')}"
 
 
 def _format_p(p: float) -> str:

@@ -14,6 +14,7 @@ from internal_policy.data.prompts import TESTBED
 from internal_policy.evaluation.config import EvaluateConfig, EvaluateOptions
 from internal_policy.models.options import DEFAULT_LENS
 from internal_policy.utils.errors import UserError, counted
+from internal_policy.utils.io import expanded
 from internal_policy.utils.locks import locked, writing
 from internal_policy.utils.logging import importing, status
 from internal_policy.utils.options import option
@@ -158,16 +159,27 @@ class EvaluateCommand(EvaluateOptions, PromptOptions, ResumeOptions):
 
 
 def _stored(directories: Sequence[Path], sources: list[str], max_problems: int | None) -> list[Evaluation]:
-    """Load the evaluations to compare with; they are refused if no benchmark has the same problems."""
+    """Load the evaluations to compare with.
+
+    They are refused if no benchmark has the same problems, or if two cannot be told apart in the tables and figures.
+    """
     if not directories:
         return []
     from internal_policy.data import benchmarks
-    from internal_policy.evaluation.results import Evaluation
+    from internal_policy.evaluation.results import EVALUATION, Evaluation
 
     problems = {s: [(p.problem, p.answer or "") for p in benchmarks.read_benchmark(s, max_problems)] for s in sources}
     digests = {benchmarks.digest(pairs) for pairs in problems.values()}
-    stored = [Evaluation.load(path) for path in directories]
+    # The same directory may be written in several ways.
+    stored = list({EVALUATION.find(expanded(path)).resolve(): Evaluation.load(path) for path in directories}.values())
+    known: dict[tuple[str, str], Evaluation] = {}
     for evaluation in stored:
+        first = known.setdefault((evaluation.name, evaluation.benchmark), evaluation)
+        if first is not evaluation:
+            raise UserError(
+                f"--against names two evaluations of {evaluation.name} on {evaluation.benchmark}, {first.path} and "
+                f"{evaluation.path}, which would have one name; give one of them, and the other in a second command"
+            )
         if evaluation.digest() not in digests:
             asked = ", ".join(f"the {len(pairs)} of {source}" for source, pairs in problems.items())
             raise UserError(

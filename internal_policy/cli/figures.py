@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from internal_policy.cli.command import FIGURES, ConsoleOptions
 from internal_policy.utils.errors import UserError
@@ -11,6 +13,14 @@ from internal_policy.utils.io import expanded
 from internal_policy.utils.options import option
 from internal_policy.utils.output import print_json
 from internal_policy.utils.shell import figure_name
+
+if TYPE_CHECKING:
+    from internal_policy.inspection.results import Inspection
+    from internal_policy.interventions.patching_results import Patching
+    from internal_policy.interventions.results import Ablation
+
+
+_Result = TypeVar("_Result", "Inspection", "Ablation", "Patching")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +75,26 @@ class FiguresCommand(ConsoleOptions):
             train.draw(runs, root / figure_name([(run.path.resolve().name, "policy") for run in runs]))
         if evaluations:
             evaluate.draw(evaluations, root)
-        for look in looks:
-            inspect.draw(look, root / figure_name([((look.path or root).resolve().name, "policy")]))
-        for ablation in ablations:
-            ablate.draw_ablation(ablation, root / figure_name([((ablation.path or root).resolve().name, "policy")]))
-        for patching in patchings:
-            patch.draw_patching(patching, root / figure_name([((patching.path or root).resolve().name, "policy")]))
+        for look, directory in _places(looks, root):
+            inspect.draw(look, directory)
+        for ablation, directory in _places(ablations, root):
+            ablate.draw_ablation(ablation, directory)
+        for patching, directory in _places(patchings, root):
+            patch.draw_patching(patching, directory)
         if transfers:
             transfer.draw(transfers, root)
         print_json({"command": "figures"})
+
+
+def _places(results: Sequence[_Result], root: Path) -> list[tuple[_Result, Path]]:
+    """Each result once, with a directory for its figures below `root`.
+
+    It is named like the result's own, preceded by as many of the directories above as results of equal names need.
+    """
+    from internal_policy.analysis.sources import labels_from
+
+    found = {(result.path or root).resolve(): result for result in results}
+    names = [path.name for path in found]
+    labels = labels_from(names, list(found)) if len(set(names)) < len(names) else names
+    places = [root / figure_name([(label.replace("/", "--"), "policy")]) for label in labels]
+    return list(zip(found.values(), places, strict=True))

@@ -43,7 +43,8 @@ class Comparison:
     high: float
     """Upper end of its 95% interval."""
     p_value: float
-    """Of the paired t test over problems, two-sided."""
+    """Of the paired t test over problems, two-sided; NaN if all problems differ by the same amount, which leaves t
+    undefined, and 1 if none differs."""
     p_permutation: float
     """Of the sign-flip permutation test over problems, two-sided: valid for any distribution of the differences."""
     n_better: int
@@ -99,7 +100,7 @@ def compare(a: Evaluation, b: Evaluation, *, seed: int = 0) -> Comparison:
         stderr=float(stderr[0]),
         low=float(low[0]),
         high=float(high[0]),
-        p_value=_paired_t(float(mean[0]), float(stderr[0]), len(d)),
+        p_value=_paired_t(d, float(mean[0]), float(stderr[0])),
         p_permutation=sign_flip_test(d, seed=seed),
         n_better=int((d > 0).sum()),
         n_worse=int((d < 0).sum()),
@@ -126,8 +127,9 @@ def sign_flip_test(differences: Floats, *, seed: int = 0) -> float:
     d = differences[differences != 0]
     if d.size == 0:
         return 1.0
-    # Sums of the same numbers in a different order differ by rounding.
-    observed = abs(d.sum()) * (1 - 1e-12)
+    # Sums of the same numbers in a different order differ by rounding, which grows with the numbers: their sum may
+    # itself be nothing else.
+    observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()
     if d.size <= _EXACT:
         flips = (np.arange(2**d.size)[:, None] >> np.arange(d.size)) & 1
         return float(np.mean(np.abs((1 - 2 * flips) @ d) >= observed))
@@ -144,14 +146,14 @@ def _rates(evaluation: Evaluation) -> Floats:
     return (problems["correct"] / problems["n"]).to_numpy(dtype=np.float64)
 
 
-def _paired_t(mean: float, stderr: float, n: int) -> float:
+def _paired_t(d: Floats, mean: float, stderr: float) -> float:
     from scipy.stats import t as scipy_t
 
-    if math.isnan(stderr):
+    if not d.any():
+        return math.nan if math.isnan(stderr) else 1.0
+    if math.isnan(stderr) or statistics.without_spread(d[:, None])[0]:
         return math.nan
-    if stderr == 0.0:
-        return 1.0 if mean == 0.0 else 0.0
-    return float(2 * scipy_t.sf(abs(mean) / stderr, n - 1))
+    return float(2 * scipy_t.sf(abs(mean) / stderr, len(d) - 1))
 
 
 def _pass_differences(a: Evaluation, b: Evaluation) -> pd.DataFrame:

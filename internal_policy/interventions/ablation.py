@@ -13,6 +13,7 @@ import json
 import logging
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -170,9 +171,10 @@ def _run(
         studied = sample_responses(config, extractor, inputs, workspace, Processes())
         means = _mean_writes(config, model, interventions, studied, workspace)
         changed, clean = _effects(config, model, interventions, studied, means, workspace)
-        samples = None
+        samples: pd.DataFrame | None = None
+        failures: dict[int, dict[str, int]] = {}
         if scorer is not None:
-            samples = _sample(config, extractor, interventions, means, inputs, scorer, workspace)
+            samples, failures = _sample(config, extractor, interventions, means, inputs, scorer, workspace)
     keys = tables.key_table(interventions)
     effects = tables.response_effects(keys, changed, clean, prompt_indices(studied), [r.n_tokens for r in studied])
     table, means_of_clean = tables.effect_table(effects), tables.clean_means(effects)
@@ -205,6 +207,7 @@ def _run(
         sequences=sequence_table(studied),
         clean=means_of_clean,
         samples=samples,
+        failures=failures,
         timings=timings,
         versions={library: metadata.version(library) for library in _LIBRARIES},
     )
@@ -324,19 +327,25 @@ def _sample(
     inputs: Inputs,
     scorer: Scorer,
     workspace: Workspace,
-) -> pd.DataFrame:
-    """Sample responses without a change (0) and under each intervention, and score them; with the same random noise."""
+) -> tuple[pd.DataFrame, dict[int, dict[str, int]]]:
+    """Sample responses without a change (0) and under each intervention, and score them; with the same random noise.
+
+    The failures of the verifier are those of the interventions that have some.
+    """
     model = extractor.model
     prompts = {request.prompt_index: request for request in inputs.requests}
     requests = [replace(request, sample_index=k) for request in prompts.values() for k in range(config.samples or 1)]
     limit, ends = response_limit(model, config.max_new_tokens), set(end_ids(model))
     draw = samplers.sampler(extractor, config)
     run = partial(draw, max_new_tokens=limit, temperature=config.temperature, seed=config.seed)
-    frames = []
+    frames, failures = [], {}
     for number, changes in enumerate([(), *(each.changes for each in interventions)]):
         with changed_writes(model, changes, means):
-            frames.append(_sample_once(config, requests, run, scorer, workspace, number, ends, len(interventions)))
-    return pd.concat(frames, ignore_index=True)
+            frame, failed = _sample_once(config, requests, run, scorer, workspace, number, ends, len(interventions))
+        frames.append(frame)
+        if failed:
+            failures[number] = failed
+    return pd.concat(frames, ignore_index=True), failures
 
 
 def _sample_once(
@@ -348,10 +357,10 @@ def _sample_once(
     number: int,
     ends: set[int],
     total: int,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, dict[str, int]]:
     def sample_batch(batch: list[int]) -> Arrays:
         responses = run_with_oom_retry([requests[i] for i in batch], run, _ADVICE)
-        scores, _ = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
+        scores, failures = scorer([requests[i].prompt for i in batch], [r.response for r in responses])
         rows = [
             {
                 "intervention": number,
@@ -364,7 +373,7 @@ def _sample_once(
             }
             for i, response, score in zip(batch, responses, scores, strict=True)
         ]
-        return {"json": np.array([json.dumps(row) for row in rows])}
+        return {"json": np.array([json.dumps(row) for row in rows]), "failures": np.array(json.dumps(failures))}
 
     portions = workspace.run_stage(
         f"sample{number}",
@@ -374,4 +383,7 @@ def _sample_once(
         description=f"sampling under intervention {number} of {total}" if number else "sampling without a change",
     )
     lines = {int(i): str(line) for p in portions for i, line in zip(p["index"], p["json"], strict=True)}
-    return pd.DataFrame([json.loads(lines[i]) for i in range(len(requests))])
+    failed: Counter[str] = Counter()
+    for portion in portions:
+        failed.update(json.loads(str(portion["failures"])))
+    return pd.DataFrame([json.loads(lines[i]) for i in range(len(requests))]), dict(failed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from internal_policy.interventions.config import SITES
 from internal_policy.utils.errors import UserError
+from internal_policy.utils.options import parse_numbers, spans
 
 if TYPE_CHECKING:
     from internal_policy.interventions.patching_results import Patching
@@ -29,7 +30,7 @@ def ablation_data(ablation: Ablation, quantities: Sequence[str] | None = None) -
 
     Returns:
         A row per intervention and quantity: the columns of ``ablation.keys``, name (what was changed there: ``ATTN``,
-        ``head 3``, ``FFN, mean``), quantity, value, low and high (95% interval).
+        ``head 3``, ``heads 1-4``, ``FFN, mean``), quantity, value, low and high (95% interval).
 
     Raises:
         UserError: A quantity that there is not.
@@ -59,10 +60,49 @@ def _names(ablation: Ablation) -> list[str]:
     several = len(set(table["how"])) > 1
     names = []
     for row in table.to_dict("records"):
-        part = next((f"{part} {int(row[part])}" for part in _PARTS if part in row), None)
+        part = next((_name_part(part, row[part]) for part in _PARTS if part in row), None)
         site = "+".join(TITLES.get(site, site) for site in str(row["site"]).split("+"))
         names.append((part or site) + (f", {row['how']}" if several else ""))
     return names
+
+
+def _name_part(part: str, value: Any) -> str:
+    """Name a head or expert, or several that were changed together: ``head 3``, ``heads 1-4``."""
+    return f"{part}{'s' if isinstance(value, str) and not value.isdigit() else ''} {value}"
+
+
+def layers_changed(ablation: Ablation) -> str | None:
+    """Say which layers were changed together.
+
+    Args:
+        ablation: The ablation.
+
+    Returns:
+        Such as ``3-6``; None if they were changed one by one.
+    """
+    table = ablation.table
+    if "last_layer" not in table:
+        return None
+    layers = parse_numbers("--layers", str(ablation.config.get("layers", "all")))
+    return spans(layers or range(int(table["layer"].min()), int(table["last_layer"].max()) + 1))
+
+
+def describe_writes(ablation: Ablation) -> str:
+    """Say which writes were changed: ``writes``, ``writes of heads``, ``writes of heads 1-4 of layers 3-6``.
+
+    Args:
+        ablation: The ablation.
+
+    Returns:
+        The writes, with the parts that wrote them, and the layers if several were changed together.
+    """
+    table, layers = ablation.table, layers_changed(ablation)
+    part = next((part for part in _PARTS if part in table), None)
+    texts = ["writes"]
+    if part is not None:
+        first = table[part].iloc[0]
+        texts.append(_name_part(part, first) if isinstance(first, str) else f"{part}s")
+    return " of ".join(texts if layers is None else [*texts, f"layers {layers}"])
 
 
 TITLES = {"attn": "ATTN", "ffn": "FFN", "layer": "Layer"}

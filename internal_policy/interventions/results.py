@@ -48,9 +48,10 @@ class Ablation:
     config: dict[str, Any]
     """The settings, with digests of weights and inputs."""
     table: pd.DataFrame
-    """A row per intervention: layer, site, head or expert if parts were changed, how; kl, entropy_change,
-    log_prob_change and flips, each with ``_stderr``, ``_low`` and ``_high`` (95% interval, clustered by prompt); with
-    samples also accuracy and accuracy_change; n_tokens."""
+    """A row per intervention: layer, last_layer if several were changed together, site, head or expert if parts were
+    changed (a number, or a text such as ``1,4-6`` for several together), how; kl, entropy_change, log_prob_change and
+    flips, each with ``_stderr``, ``_low`` and ``_high`` (95% interval, clustered by prompt); with samples also accuracy
+    and accuracy_change; n_tokens."""
     responses: pd.DataFrame
     """A row per response and intervention: the means over the tokens of that response."""
     sequences: pd.DataFrame
@@ -61,6 +62,9 @@ class Ablation:
     samples: pd.DataFrame | None = None
     """A row per response that was sampled under an intervention: intervention (from 1, a row of `table`; 0 without a
     change), prompt, sample, response, score, n_tokens, truncated; None if none was."""
+    failures: dict[int, dict[str, int]] = field(default_factory=dict)
+    """With samples, comparisons that failed in the verifier: by intervention, as in `samples`, crashes and timeouts.
+    Such responses have score 0."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each stage."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -126,6 +130,7 @@ class Ablation:
             "n_tokens": self.n_tokens,
             "clean": {k: None if v != v else v for k, v in self.clean.items()},
             "columns": columns_of(self.table),
+            "failures": {str(number): failed for number, failed in self.failures.items()},
             "timings": self.timings,
             "versions": self.versions,
         }
@@ -155,6 +160,7 @@ class Ablation:
                 sequences=read_rows(source / "responses.jsonl"),
                 clean={k: float("nan") if v is None else v for k, v in manifest["clean"].items()},
                 samples=read_rows(sampled) if "samples.jsonl" in manifest["sha256"] else None,
+                failures={int(number): failed for number, failed in manifest["failures"].items()},
                 timings=manifest["timings"],
                 versions=manifest["versions"],
                 path=source,

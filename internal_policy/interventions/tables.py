@@ -10,6 +10,7 @@ import pandas as pd
 
 from internal_policy import statistics
 from internal_policy.statistics import Floats
+from internal_policy.utils.options import spans
 
 if TYPE_CHECKING:
     from internal_policy.interventions.changes import Intervention
@@ -32,15 +33,16 @@ def key_table(interventions: Sequence[Intervention]) -> pd.DataFrame:
 
     Returns:
         Columns layer (the lowest, from 1), last_layer if several are changed together, site (``attn+ffn`` if several
-        are), head or expert if parts are changed one by one, and how.
+        are), head or expert if parts are changed: a number one by one, a text such as ``1,4-6`` together; and how.
     """
     rows = []
     for each in interventions:
         changes, first = each.changes, each.changes[0]
         row: dict[str, object] = {"layer": each.first, "last_layer": max(change.layer for change in changes)}
         row["site"] = "+".join(dict.fromkeys(change.site for change in changes))
-        if len(changes) == 1:
-            row |= {"head": first.head, "expert": first.expert}
+        for part in ("head", "expert"):
+            numbers = {getattr(change, part) for change in changes} - {None}
+            row[part] = None if not numbers else spans(numbers) if len(changes) > 1 else numbers.pop()
         rows.append({**row, "how": first.how})
     table = pd.DataFrame(rows)
     if (table["layer"] == table["last_layer"]).all():

@@ -170,6 +170,8 @@ def pass_at_k_by_benchmark(
 def save_evaluation_figures(evaluations: OneOrMany[Evaluation], directory: Path) -> list[Path]:
     """Write figs. 6 and 15 as PNG and PDF. The same evaluations give the same bytes.
 
+    Fig. 6 is left out of several benchmarks of which the models share fewer than two, because there is no average.
+
     Args:
         evaluations: The models on their benchmarks.
         directory: Where to write; made if it is missing.
@@ -178,6 +180,9 @@ def save_evaluation_figures(evaluations: OneOrMany[Evaluation], directory: Path)
         The paths written.
     """
     figures = {"fig6_pass_at_k": pass_at_k, "fig15_pass_at_k_by_benchmark": pass_at_k_by_benchmark}
+    benchmarks = set(pass_at_k_data(evaluations)["benchmark"])
+    if len(benchmarks) > 1 and AVERAGE not in benchmarks:
+        del figures["fig6_pass_at_k"]
     return style.save_figures(directory, {stem: partial(draw, evaluations) for stem, draw in figures.items()})
 
 

@@ -27,6 +27,8 @@ from internal_policy.interventions.figure_data import (
     TITLES,
     ablation_data,
     describe_how,
+    describe_writes,
+    layers_changed,
     patching_data,
 )
 from internal_policy.plotting import marks, scales, style
@@ -68,6 +70,8 @@ _ROW, _PANEL_EXTRA = 0.16, 0.6
 """Inches: a row of a map, and its title and labels."""
 _TALLEST = 3.6
 """Inches of a map of many heads or experts."""
+_TITLE_MARGIN = 12.0
+"""Points that a title leaves free at both sides together."""
 _MAX_LABEL = 60.0
 """Points that a token may take below a map."""
 
@@ -92,6 +96,9 @@ def ablation_map(
     """
     frame = ablation_data(ablation)
     quantities = [q for q in SHOWN if q in set(frame["quantity"])]
+    together = layers_changed(ablation)
+    if together is not None:
+        frame = frame.assign(layer=together)
     colormap = marks.check_colormap(color)
     if ax is None:
         n_layers, n_names = frame["layer"].nunique(), frame["name"].nunique()
@@ -100,7 +107,7 @@ def ablation_map(
         height = min(max(n_names, 4) * _ROW, _TALLEST) + _PANEL_EXTRA
         figure = style.new_figure(style.TWO_COLUMNS, n_rows * height + 0.25, space=0.03)
         panels = [figure.add_subplot(n_rows, n_columns, k + 1) for k in range(len(quantities))]
-        figure.suptitle(_title(ablation, label), parse_math=False)
+        figure.suptitle(_title(ablation, label, style.figure_width(figure)), parse_math=False)
     else:
         panels = marks.check_axes(ax, len(quantities), "one for each quantity")
     for quantity, panel in zip(quantities, panels, strict=True):
@@ -112,12 +119,17 @@ def ablation_map(
         scale = scales.symmetric_logarithmic(values) if changes else scales.logarithmic(values, _LOWEST[quantity])
         _map(panel, table, scale, "RdBu_r" if changes else colormap)
         panel.set_title(LABELS[quantity], pad=4)
+        if together is not None:
+            panel.set_xlabel("Layers, changed together")
     return style.root_figure(panels[0])
 
 
-def _title(ablation: Ablation, label: str | None) -> str:
+def _title(ablation: Ablation, label: str | None, width: float, end: str = "") -> str:
+    """The title of a figure of some width in points; what the model's name leaves no room for shortens the name."""
     name = marks.short_name(ablation.name) if label is None else label
-    return f"{name}: effect on the final policy of writes {describe_how(ablation)}"
+    rest = f": effect on the final policy of {describe_writes(ablation)} {describe_how(ablation)}{end}"
+    size = style.RC["figure.titlesize"]
+    return style.shorten(name, width - _TITLE_MARGIN - style.text_width(rest, size), size) + rest
 
 
 def _map(ax: Axes, table: pd.DataFrame, scale: scales.Scale, colormap: Any) -> None:
@@ -180,7 +192,8 @@ def ablation_bars(
 ) -> Figure:
     """Draw the effect of each intervention at one site as a bar with its 95% interval.
 
-    Bars are layers; of heads or experts they are the 24 with the largest divergence, named layer.head.
+    Bars are layers, one for all of those that were changed together; of heads or experts they are the 24 with the
+    largest divergence, named layer.head.
 
     Args:
         ablation: The ablation.
@@ -205,7 +218,12 @@ def ablation_bars(
     data = data[data["site"] == site]
     hows = list(dict.fromkeys(data["how"]))
     part = next((name for name in ("head", "expert") if name in data), None)
-    if part is None:
+    together = layers_changed(ablation)
+    if together is not None or (part is not None and isinstance(data[part].iloc[0], str)):
+        # All parts were changed at once, and the title names them.
+        data = data.assign(bar=data["layer"].astype(str) if together is None else together, order=0)
+        part = None
+    elif part is None:
         data = data.assign(bar=data["layer"].astype(str), order=data["layer"])
     else:
         data = data.assign(bar=[f"{layer}.{n}" for layer, n in zip(data["layer"], data[part], strict=True)])
@@ -217,8 +235,8 @@ def ablation_bars(
     if ax is None:
         figure = style.new_figure(style.TWO_COLUMNS, 2.0, pad=0.06)
         panels = [figure.add_subplot(1, len(wanted), k + 1) for k in range(len(wanted))]
-        titles = TITLES.get(site, site) if part is None else f"{part}s"
-        figure.suptitle(f"{_title(ablation, label)} ({titles})", parse_math=False)
+        titles = "+".join(TITLES.get(s, s) for s in site.split("+")) if part is None else f"{part}s"
+        figure.suptitle(_title(ablation, label, style.figure_width(figure), f" ({titles})"), parse_math=False)
     else:
         panels = marks.check_axes(ax, len(wanted), "one for each quantity")
     looks = [LOOKS[site].light if site in LOOKS else LOOKS["stream"].light]
@@ -226,7 +244,7 @@ def ablation_bars(
     for name, panel in zip(wanted, panels, strict=True):
         _bars(panel, data[data["quantity"] == name], hows, looks if color is None else [color] * len(hows))
         panel.set_title(LABELS[name])
-        panel.set_xlabel("Layer" if part is None else f"Layer.{part}")
+        panel.set_xlabel("Layers, changed together" if together else "Layer" if part is None else f"Layer.{part}")
     if ax is None and len(hows) > 1:
         # Below, since a legend above the panels would be drawn over the title.
         style.root_figure(panels[0]).legend(

@@ -362,6 +362,17 @@ def write_numbers(numbers: tuple[int, ...] | None) -> str:
     return "all" if numbers is None else ",".join(map(str, numbers))
 
 
+def spans(numbers: Iterable[int]) -> str:
+    """Write numbers with ranges, in ascending order: ``1,4-6``."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
 def choose_numbers(flag: str, wanted: str, n: int, what: str) -> list[int]:
     """The numbers that an option asks for, of the n that there are.
 

@@ -38,20 +38,25 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         Args:
             every: steps between two points of the curve; 0 for none.
             full_at: steps at which all samples are drawn, for Pass@K.
-            start: file with the measurement of the start, which all runs from it share; made if it is missing.
+            start: beginning of the name of the file with the measurement of the start, which all runs from the same
+                weights share; made if it is missing.
         """
         self._every, self._full_at, self._start = every, {0, *full_at}, start
         self.rows: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start, or read its measurement."""
-        stored = read_table(self._start)
+        # Another model of the same name, or another number of problems, is another measurement.
+        weights = wrap(kwargs["model"], kwargs["processing_class"], "model").fingerprint()
+        constants = f"{PROBLEMS}-problems-{FULL_SAMPLES}-samples-{MAX_NEW_TOKENS}-tokens"
+        path = self._start.with_name(f"{self._start.name}-{weights}-{constants}.csv")
+        stored = read_table(path)
         if len(stored):
             self.rows = [{str(name): value for name, value in stored.iloc[0].items()}]
             return
         self._measure(0, kwargs)
-        self._start.parent.mkdir(parents=True, exist_ok=True)
-        write_table(self._start, pd.DataFrame(self.rows))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(path, pd.DataFrame(self.rows))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where it is due."""

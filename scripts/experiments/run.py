@@ -61,8 +61,7 @@ def run_job(job: Job, work: Path = WORK) -> str:
     if job.part == "e2" and job.method == "grpo":
         # The same number of GRPO steps as in a run that aligned before.
         full_at |= {job.steps - dose for dose in E2_DOSES}
-    start_file = work / "starts" / f"{job.model.replace('/', '--')}.csv"
-    held_out = HeldOut(0 if mechanism else CURVE_EVERY, full_at, start_file)
+    held_out = HeldOut(0 if mechanism else CURVE_EVERY, full_at, work / "starts" / job.model.replace("/", "--"))
     callbacks: list[Any] = [held_out]
     perplexities = None
     if mechanism:

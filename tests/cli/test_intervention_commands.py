@@ -8,7 +8,7 @@ import json
 import pytest
 from command_line import run, save
 from rich.console import Console
-from synthetic_interventions import make_ablation, make_patching
+from synthetic_interventions import make_ablation, make_patching, make_together
 from tiny import ragged_responses, tiny_model
 
 from internal_policy import Ablation, Patching
@@ -110,8 +110,16 @@ def test_layers_that_are_changed_together_share_a_column():
     ablation.table.insert(1, "last_layer", 12)
     words = text_of(effect_table(ablation, 72), 72).split()
     assert "layers" in words
-    assert words.count("1-12") == 2
+    # In each row, and in the title.
+    assert words.count("1-12") == 3
     assert "…" not in words
+
+
+def test_heads_that_are_changed_together_are_named():
+    text = text_of(effect_table(make_together((3, 4, 8), heads=(1, 2, 4))))
+    assert "writes of heads 1-2,4 of layers 3-4,8 set to zero" in " ".join(text.split())
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["3-4,8"]]
+    assert row[1] == "1-2,4"
 
 
 def test_the_largest_recoveries_are_shown(capsys):

@@ -304,6 +304,47 @@ def test_completion_is_for_the_named_shell(tmp_path, monkeypatch, capsys):
     assert "complete -o default" in script.read_text()
 
 
+def test_the_shells_own_files_are_appended_to_and_never_rewritten(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # A file in another encoding, behind a link, that only its owner may read, and whose last line has no end.
+    real = tmp_path / "dotfiles" / "bashrc"
+    real.parent.mkdir()
+    real.write_bytes(b"alias caf\xe9=ls  \n\n# last")
+    real.chmod(0o600)
+    (tmp_path / ".bashrc").symlink_to(real)
+    for _ in range(2):
+        main.run(["--install-completion", "bash"])
+    script = tmp_path / ".bash_completions" / "internal-policy.sh"
+    assert real.read_bytes() == b"alias caf\xe9=ls  \n\n# last\n" + f"source '{script}'\n".encode()
+    assert (tmp_path / ".bashrc").is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("shell", "message"),
+    [(None, "No such file"), ("exit 3", "exit status 3"), ("true", "it printed nothing"), (r"printf '\377'", "decode")],
+)
+def test_a_shell_that_does_not_name_its_profile_is_reported_in_one_line(tmp_path, monkeypatch, shell, message):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if shell is not None:
+        (tmp_path / "pwsh").write_text(f"#!/bin/sh\n{shell}\n")
+        (tmp_path / "pwsh").chmod(0o755)
+    with pytest.raises(UserError, match="pwsh did not say where its profile is") as caught:
+        main.run(["--install-completion", "pwsh"])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_in_utf_16_is_refused(tmp_path, monkeypatch):
+    profile = tmp_path / "profile.ps1"
+    profile.write_text("one", encoding="utf-16")
+    before = profile.read_bytes()
+    monkeypatch.setattr(completion, "_find_profile", lambda shell: profile)
+    with pytest.raises(UserError, match="is in UTF-16; needed is UTF-8"):
+        main.run(["--install-completion", "pwsh"])
+    assert profile.read_bytes() == before
+
+
 def test_hub_settings_of_the_user_are_kept():
     sources = "\n".join(p.read_text() for p in Path(internal_policy.__file__).parent.rglob("*.py"))
     assert not any(f"{word}=" in sources for word in ("cache_dir", "local_files_only", "HF_HOME", "HF_HUB_CACHE"))

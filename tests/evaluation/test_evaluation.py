@@ -16,6 +16,7 @@ import pytest
 from synthetic_evaluations import evaluation_of_counts, exact
 
 from internal_policy import UserError, models
+from internal_policy.cli.display_runs import show_evaluations
 from internal_policy.cli.main import run as run_command
 from internal_policy.data import arithmetic as tasks
 from internal_policy.data import benchmarks
@@ -326,3 +327,49 @@ def test_a_stored_evaluation_of_other_problems_is_refused_before_the_work(run, t
     with pytest.raises(UserError, match="2 problems of b, but this command uses the 8 of testbed"):
         run("--model", "testbed/qwen3", "--max-problems", 8, "--against", "stored")
     assert not (tmp_path / "data").exists()
+
+
+def stored_on(problems, name, path):
+    """An evaluation of the given problems in which half of the samples are correct."""
+    evaluation = evaluation_of_counts([8] * len(problems), name=name, benchmark=path.name)
+    texts = {"prompt": [p.problem for p in problems], "answer": [p.answer for p in problems]}
+    return replace(evaluation, problems=evaluation.problems.assign(**texts)).save(path)
+
+
+def test_two_stored_evaluations_of_one_name_are_refused_before_the_work(run, tmp_path):
+    problems = benchmarks.read_benchmark("testbed", 8)
+    one, other = (stored_on(problems, "some/model", tmp_path / place / "testbed") for place in "ab")
+    few = ("--model", "testbed/qwen3", "--max-problems", 8, "--samples", 1, "--max-new-tokens", 1)
+    with pytest.raises(UserError, match="--against names two evaluations of some/model on testbed") as caught:
+        run(*few, "--against", one, "--against", other)
+    assert all(str(path) in str(caught.value) for path in (one, other))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_stored_evaluation_of_one_of_several_benchmarks_is_shown_where_it_was_made(run, tmp_path):
+    for name, start in (("first", 0), ("second", 2)):
+        rows = [{"prompt": p.problem, "answer": p.answer} for p in benchmarks.read_benchmark("testbed", 4)[start:][:2]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = stored_on(benchmarks.read_benchmark("first.jsonl"), "some/model", tmp_path / "stored" / "first")
+    few = ("--samples", 1, "--max-new-tokens", 1, "--reward", "exact")
+    both = ("--benchmark", "first.jsonl", "--benchmark", "second.jsonl")
+    # The same evaluation named in two ways is one.
+    done = run("--model", "testbed/qwen3", *both, *few, "--against", stored, "--against", stored.parent)
+    (row,) = [line.split() for line in done.splitlines() if line.split()[:1] == ["some/model"]]
+    assert row[1].startswith("50.00")
+    assert row[2:] == ["-"]
+    assert "average" not in done
+    # Of benchmarks that the models do not share there is no average to draw.
+    assert {p.stem for p in tmp_path.glob("figures/*/*.png")} == {"fig15_pass_at_k_by_benchmark"}
+
+
+def test_the_average_is_over_the_benchmarks_that_all_models_have(capsys):
+    counts = {"one": {"a": 16, "b": 8, "c": 0}, "other": {"a": 8, "b": 0}}
+    show_evaluations(
+        [evaluation_of_counts([k] * 3, name=n, benchmark=b) for n, own in counts.items() for b, k in own.items()]
+    )
+    out = capsys.readouterr().out
+    rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split())}
+    assert [cell.split("±")[0] for cell in rows["one"]] == ["100.00", "50.00", "0.00", "75.00"]
+    assert [cell.split("±")[0] for cell in rows["other"]] == ["50.00", "0.00", "-", "25.00"]
+    assert "average: of a, b, on which all models were evaluated" in " ".join(out.split())

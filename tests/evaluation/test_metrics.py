@@ -109,3 +109,24 @@ def test_a_comparison_agrees_with_scipy():
         options = {"permutation_type": "samples", "alternative": "two-sided", "vectorized": True}
         want = scipy.stats.permutation_test((part,), mean, n_resamples=20_000 if n > 13 else np.inf, **options).pvalue
         assert sign_flip_test(part, seed=3) == pytest.approx(want, abs=1e-12 if n == 9 else 0.012)
+
+
+@pytest.mark.parametrize("difference", [1, -3, 16])
+def test_equal_differences_of_all_problems_are_not_taken_for_certainty(difference):
+    n = 10
+    base = np.arange(n) % 3 if difference < 16 else np.zeros(n, dtype=int)
+    # 30 samples, so that the differences of the rates are equal but for rounding.
+    a, b = base + max(difference, 0), base + max(-difference, 0)
+    c = compare(evaluation_of_counts(a, n=30), evaluation_of_counts(b, n=30))
+    mean, unseen = difference / 30, 1 - 0.05 ** (1 / n)
+    assert c.low == pytest.approx(mean - unseen * (1 + mean))
+    assert c.high == pytest.approx(mean + unseen * (1 - mean))
+    assert np.isnan(c.p_value)
+    assert c.p_permutation == 2 / 2**n
+    assert (c.pass_at_k["low"] < c.pass_at_k["high"]).all()
+
+
+def test_of_differences_that_cancel_every_flip_is_as_far():
+    # The sum is 5.6e-17 in float64.
+    assert sign_flip_test(np.array([0.1, 0.1, 0.1, -0.3])) == 1.0
+    assert sign_flip_test(np.array([0.1] * 15 + [-1.5])) == 1.0

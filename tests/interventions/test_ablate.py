@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from command_line import refused, save
 from tiny import ragged_responses, tiny_model, tiny_tokenizer
 
 from internal_policy import Ablation, UserError, ablate, analyze, models
+from internal_policy.cli.display_interventions import show_ablation
 from internal_policy.interventions import ablation as pipeline
 from internal_policy.interventions import tables
 from internal_policy.interventions.config import AblateConfig
@@ -104,6 +106,19 @@ def test_experts_of_layers_that_have_some():
     assert found.table["kl"].max() > 1e-3
 
 
+def test_parts_that_are_changed_together_are_kept_in_the_table(tmp_path):
+    model, records = tiny_model("deepseek_v3"), ragged_responses(2)
+    experts = ablate(model, tiny_tokenizer(), responses=records, expert="1-2,4", layers=2, together=True)
+    assert experts.table[experts.keys].to_dict("records") == [
+        {"layer": 2, "site": "ffn", "expert": "1-2,4", "how": "zero"}
+    ]
+    options = {"head": "1-2", "how": "zero,mean", "together": True}
+    heads = ablate(tiny_model("llama"), tiny_tokenizer(), responses=records, layers="1,3", output=tmp_path, **options)
+    assert heads.keys == ["layer", "last_layer", "site", "head", "how"]
+    assert heads.table["head"].tolist() == ["1-2", "1-2"]
+    pd.testing.assert_frame_equal(Ablation.load(tmp_path).table, heads.table, check_exact=True)
+
+
 def test_samples_are_generated_under_the_intervention():
     # At temperature 0, so that the same tokens follow from the model with a hook written here.
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
@@ -130,6 +145,31 @@ def test_samples_are_generated_under_the_intervention():
 
 def starts_even(completions, **_):
     return [float(sum(map(ord, text)) % 2 == 0) for text in completions]
+
+
+def fragile(completions, **_):
+    if any("w7" in text for text in completions):
+        raise ValueError("w7")
+    return [1.0] * len(completions)
+
+
+def test_failures_of_the_reward_are_counted_by_intervention_and_shown(tmp_path, monkeypatch, capsys):
+    prompts = [{"prompt": f"w{3 + i} w5", "answer": "1"} for i in range(6)]
+    options = {"prompts": prompts, "template": "plain", "max_new_tokens": 8, "samples": 4, "reward": fragile}
+    found = ablate(tiny_model("llama"), tiny_tokenizer(), output=tmp_path, layers=1, batch_size=5, **options)
+    wrong = found.samples[found.samples["response"].str.contains("w7")].groupby("intervention").size()
+    assert len(wrong) > 1
+    assert found.failures == {number: {"crashes": n} for number, n in wrong.items()}
+    assert found.clean["accuracy"] == pytest.approx(1 - wrong.get(0, 0) / 24)
+    assert Ablation.load(tmp_path).failures == found.failures
+    monkeypatch.setenv("COLUMNS", "500")
+    show_ablation(replace(found, failures={0: {"crashes": 2}, 2: {"crashes": 1, "timeouts": 3}}))
+    assert (
+        "the verifier failed on some responses, which count as wrong: without a change: 2 crashes; layer 1, FFN: "
+        "1 crashes, 3 timeouts"
+    ) in capsys.readouterr().out
+    show_ablation(replace(found, failures={}))
+    assert "verifier" not in capsys.readouterr().out
 
 
 def test_a_stored_ablation_is_read_as_it_was_written(tmp_path, sampled):

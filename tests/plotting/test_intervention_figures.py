@@ -11,9 +11,10 @@ import pytest
 from command_line import run
 from matplotlib.figure import Figure
 from plotting_fixtures import ODD, assert_legible, make_analysis, with_parts
-from synthetic_interventions import make_ablation, make_patching
+from synthetic_interventions import make_ablation, make_patching, make_together
 
 from internal_policy import Ablation, Patching, UserError
+from internal_policy.cli.figures import FiguresCommand
 from internal_policy.interventions.figure_data import SHOWN, describe_how
 from internal_policy.plotting import scales
 from internal_policy.plotting.heads import head_map
@@ -83,6 +84,37 @@ def test_the_maps_of_ablations_and_of_heads_have_the_same_axes():
     chosen = make_ablation(n_layers=6)
     few = replace(chosen, table=chosen.table[chosen.table["layer"].isin([1, 5, 6])])
     assert [tick.get_text() for tick in ablation_map(few).axes[0].get_xticklabels()] == ["1", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("options", "cell", "names", "title"),
+    [
+        (
+            {"layers": (3, 4, 5, 6), "hows": ("zero", "scale")},
+            *("3-6", ["ATTN+FFN, zero", "ATTN+FFN, scale"], "writes of layers 3-6 set to zero or times 0.5"),
+        ),
+        (
+            {"layers": (2, 3, 8), "heads": (1, 2, 4)},
+            *("2-3,8", ["heads 1-2,4"], "writes of heads 1-2,4 of layers 2-3,8 set to zero"),
+        ),
+        (
+            {"layers": (3, 4, 5, 6), "hows": ("zero", "mean", "resample"), "sites": ("ffn",)},
+            *("3-6", ["FFN, zero", "FFN, mean", "FFN, resample"], "writes of layers 3-6 set to zero or replaced by"),
+        ),
+        ({"layers": (5,), "heads": (1, 2)}, "5", ["heads 1-2"], "writes of heads 1-2 set to zero"),
+        ({"layers": (5, 6), "heads": (3,)}, "5-6", ["3"], "writes of head 3 of layers 5-6 set to zero"),
+    ],
+)
+def test_layers_and_heads_that_were_changed_together_are_all_named(options, cell, names, title):
+    ablation = make_together(**options, name="organisation/some-model-14B-Instruct-2507")
+    maps, bars = ablation_map(ablation), ablation_bars(ablation)
+    for figure in (maps, bars):
+        assert_legible(figure)
+        panel = figure.axes[0]
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == [cell]
+        assert panel.get_xlabel() == ("Layer" if cell == "5" else "Layers, changed together")
+        assert f"effect on the final policy of {title}" in figure.get_suptitle()
+    assert [tick.get_text() for tick in maps.axes[0].get_yticklabels()] == names
 
 
 def bar_of(panel):
@@ -201,6 +233,23 @@ def test_figures_are_drawn_from_disk(tmp_path):
     run("figures", "a", "p/one", "--output", "drawn", cwd=tmp_path, code=0)
     for path in (tmp_path / "first").iterdir():
         assert (tmp_path / "drawn" / "one" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_results_in_directories_of_one_name_have_figures_of_their_own(tmp_path, monkeypatch):
+    drawn = {}
+    for module, name in (("ablate", "draw_ablation"), ("patch", "draw_patching")):
+        monkeypatch.setattr(
+            f"internal_policy.cli.{module}.{name}", lambda each, place: drawn.update({place: each.path})
+        )
+    places = [tmp_path / "out" / "first" / "one", tmp_path / "out" / "second" / "one", tmp_path / "patched" / "one"]
+    for place in places[:2]:
+        make_ablation(n_layers=2).save(place)
+    make_patching(2, 3).save(places[2])
+    # The first is named twice, and is one result.
+    FiguresCommand(directories=(*places, places[0].parent), output=tmp_path / "drawn").run()
+    assert drawn == {
+        tmp_path / "drawn" / name: path for name, path in zip(("first--one", "second--one", "one"), places, strict=True)
+    }
 
 
 @pytest.mark.slow

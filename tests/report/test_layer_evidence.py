@@ -28,14 +28,15 @@ def analysis():
     return make(np.linspace(3.0, 0.5, LAYERS + 1), name="model", noise=0.1)
 
 
-def evaluation(layer, value, site="layer", weights="w0"):
-    problems = pd.DataFrame({"problem": [1], "prompt": "p", "answer": "a", "n": 2, "correct": 1, "truncated": 0})
+def evaluation(layer, value, site="layer", weights="w0", prompt="p", samples=2, **settings):
+    numbers = {"n": samples, "correct": 1, "truncated": 0}
+    problems = pd.DataFrame({"problem": [1], "prompt": prompt, "answer": "a", **numbers})
     avg = {"mean": value, "stderr": 0.01, "low": value - 0.02, "high": value + 0.02}
     return Evaluation(
         name=f"model, layer {layer}",
         model={},
         benchmark="testbed",
-        config={"layer": layer, "site": site, "lens": "policy", "weights": weights},
+        config={"layer": layer, "site": site, "lens": "policy", "weights": weights, **settings},
         problems=problems,
         pass_at_k=pd.DataFrame({"k": [1], "value": [value]}),
         avg=avg,
@@ -102,6 +103,36 @@ def test_the_sentence_names_the_layer_of_each_measurement(analysis, evidence):
     )
 
 
+def test_the_sentence_has_a_verb_without_an_ablation_of_the_attention(analysis, evidence):
+    table = evidence["ablation"].table
+    ablation = replace(evidence["ablation"], table=table[table["site"] == "ffn"])
+    sentence = evidence_sentence(layer_evidence(analysis, ablation=ablation))
+    assert sentence.endswith("; without its FFN the policy changes most at layer 4")
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        ({"prompt": "q"}, "problems "),
+        ({"samples": 4}, "samples 2 -> 4"),
+        ({"token_limit": 99}, "token_limit None -> 99"),
+        ({"temperature": 0.5}, "temperature None -> 0.5"),
+        ({"reward": "math"}, "reward None -> math"),
+    ],
+)
+def test_evaluations_of_different_benchmarks_and_settings_make_no_curve(analysis, other, differing):
+    with pytest.raises(UserError, match=rf"not evaluated in the same way \({differing}") as caught:
+        layer_evidence(analysis, evaluations=[evaluation(1, 0.5), evaluation(2, 0.5, **other)])
+    assert "\n" not in str(caught.value)
+    # Those of modules are left out, and may differ.
+    layer_evidence(analysis, evaluations=[evaluation(1, 0.5), evaluation(2, 0.5, site="ffn", **other)])
+
+
+def test_two_evaluations_of_one_layer_are_refused(analysis):
+    with pytest.raises(UserError, match="layer 2 has two evaluations; needed is one of each layer"):
+        layer_evidence(analysis, evaluations=[evaluation(1, 0.5), evaluation(2, 0.5), evaluation(2, 0.7)])
+
+
 def test_results_of_other_weights_are_refused(analysis, evidence):
     other = copy.deepcopy(evidence["transfer"])
     other = replace(other, config={"weights": "w9"})
@@ -116,7 +147,8 @@ def test_results_that_do_not_fit_are_refused_and_not_left_out(analysis, evidence
     kinds = evidence["ablation"].table.copy()
     kinds.loc[0, "how"] = "mean"
     layers = evidence["ablation"].table.assign(site="layer")
-    for table in (together.table, kinds, layers):
+    heads = evidence["ablation"].table.assign(head="1-2")
+    for table in (together.table, kinds, layers, heads):
         with pytest.raises(UserError, match="needed is one kind"):
             layer_evidence(analysis, ablation=replace(evidence["ablation"], table=table))
     lens = make(np.linspace(3.0, 0.5, LAYERS + 1), name="model", noise=0.1, lens="unit-norm")
@@ -124,14 +156,27 @@ def test_results_that_do_not_fit_are_refused_and_not_left_out(analysis, evidence
         layer_evidence(lens, evaluations=[evaluation(1, 0.5)])
 
 
-def test_the_outcome_of_runs_is_their_mean_gain():
-    def run(layer, start, end):
-        ends = {
-            "evaluation_start": SimpleNamespace(avg={"mean": start}),
-            "evaluation": SimpleNamespace(avg={"mean": end}),
-        }
-        return SimpleNamespace(layer=layer, **ends)
+def run(layer, start, end, evaluated=None, **settings):
+    """A run of BuPO at a layer, with its evaluations before and after."""
+    ends = {"evaluation_start": evaluation(None, start), "evaluation": evaluation(None, end, **(evaluated or {}))}
+    setting = {"model": "m", "layer": layer, "site": "layer", "ipa_steps": 3, **settings}
+    return SimpleNamespace(layer=layer, setting=setting, path="runs/a", **ends)
 
+
+def test_runs_that_differ_in_more_than_the_layer_are_not_averaged():
+    with pytest.raises(UserError, match=r"runs with other settings \(ipa_steps 3 -> 6\); needed are runs that differ"):
+        training_outcomes([run(3, 0.4, 0.5), run(3, 0.4, 0.7, ipa_steps=6)])
+    with pytest.raises(UserError, match=r"other settings \(site layer -> ffn\)"):
+        training_outcomes([run(3, 0.4, 0.5), run(4, 0.4, 0.7, site="ffn")])
+    with pytest.raises(UserError, match=r"not evaluated in the same way \(samples 2 -> 8\)"):
+        training_outcomes([run(3, 0.4, 0.5), run(4, 0.4, 0.7, evaluated={"samples": 8})])
+    # Runs without a layer are left out, whatever their settings.
+    assert (
+        len(training_outcomes([run(3, 0.4, 0.5), run(None, 0.4, 0.7, method="grpo"), run(4, 0.4, 0.5, model="n")])) == 2
+    )
+
+
+def test_the_outcome_of_runs_is_their_mean_gain():
     found = training_outcomes([run(3, 0.4, 0.5), run(3, 0.4, 0.7), run(6, 0.4, 0.3), run(None, 0.4, 0.9)])
     assert found["layer"].tolist() == [3, 6]
     assert found["value"].tolist() == pytest.approx([0.2, -0.1])

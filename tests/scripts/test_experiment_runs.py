@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import run
 import store
+import torch
 from jobs import Job, jobs
+from tiny import tiny_model, tiny_tokenizer
 
 from internal_policy.bupo.run import read_table
 
@@ -56,6 +60,36 @@ def test_only_runs_that_end_in_time_are_begun():
     assert run.next_job(todo, seconds_left=100, step_seconds=1.5) is None
     assert run.next_job(todo, seconds_left=float("inf"), step_seconds=1.5).steps == 120
     assert todo == []
+
+
+def test_the_start_is_measured_again_for_other_weights_and_other_constants(tmp_path, monkeypatch):
+    import measures
+
+    def evaluate(model, benchmark, samples, **options):
+        measured.append(options["max_problems"])
+        rates = pd.DataFrame({"k": [1, samples], "value": [0.25, 1 / 3]})
+        drawn = pd.DataFrame({"n_tokens": [3], "truncated": [False]})
+        return SimpleNamespace(pass_at_k=rates, avg={"mean": 0.1 * len(measured), "stderr": 0.01}, samples=drawn)
+
+    def start():
+        held_out = measures.HeldOut(0, {4}, tmp_path / "starts" / "testbed--qwen3")
+        held_out.on_train_begin(None, None, None, model=model, processing_class=tokenizer)
+        (row,) = held_out.rows
+        # The columns are those of the stored curves.
+        assert list(row) == ["step", "samples", "avg", "avg_stderr", "pass16", "length", "truncated"]
+        return row["avg"]
+
+    measured = []
+    monkeypatch.setattr(measures, "evaluate", evaluate)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    assert start() == start() == 0.1
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert start() == start() == 0.2
+    for place, (name, value) in enumerate((("PROBLEMS", 4), ("MAX_NEW_TOKENS", 5)), start=3):
+        monkeypatch.setattr(measures, name, value)
+        assert start() == start() == pytest.approx(place / 10)
+    assert measured == [256, 256, 4, 4]
 
 
 @pytest.mark.slow
