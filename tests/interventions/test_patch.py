@@ -110,7 +110,7 @@ def test_hooks_are_gone_and_the_model_is_unchanged():
 
 
 REFUSED = {
-    "lengths": (("a=2;a?", "a=2,b=3;a?"), (), "--clean has 8 tokens and --corrupted 12; needed are as many"),
+    "lengths": (("a=2;a?", "a=2,b=3;a?"), (), "--clean has 8 tokens and --corrupted 12; both need the same number"),
     "the same": (("a=2;a?", "a=2;a?"), (), "are the same tokens; nothing differs"),
     "the same answer": (("a=2;a?", "a=3;a?"), (), "the answer and the wrong token are both id"),
     "a long answer": (("a=2;a?", "a=3;a?"), ("--answer", "a=2"), "--answer 'a=2' has 3 tokens; needed is a text of"),
