@@ -93,15 +93,16 @@ class RunDirectory:
         """Read the finished run, and refuse one with other settings."""
         run = Run.load(self.path)
         # Settings that only one of them has are compared too.
-        wanted = {**dict.fromkeys(run.config), **settings}
-        as_stored = {name: run.config.get(name) for name in EVALUATION_SETTINGS}
-        differing = describe_differences(run.config, wanted)
-        if differing and not describe_differences(run.config, {**wanted, **as_stored}):
-            raise UserError(
-                f"{self.path}: this run is finished, and its evaluation had other settings ({differing}); evaluate the "
-                f"trained model: internal-policy evaluate --model {self.path / MODEL}"
-            )
-        RUN.check_settings(self.path, run.config, wanted)
+        wanted = _of_training({**dict.fromkeys(run.config), **settings})
+        RUN.check_settings(self.path, _of_training(run.config), wanted)
+        if evaluation := {name: settings[name] for name in EVALUATION_SETTINGS if name in settings}:
+            found = run.evaluation
+            made = (None, None) if found is None else (found.n_samples, found.config.get("max_problems"))
+            if differing := describe_differences(dict(zip(EVALUATION_SETTINGS, made, strict=True)), evaluation):
+                raise UserError(
+                    f"{self.path}: this run is finished, and was not evaluated in this way ({differing}); evaluate the "
+                    f"trained model: internal-policy evaluate --model {self.path / MODEL}"
+                )
         warn_complete(self.path)
         return run
 
@@ -115,7 +116,7 @@ class RunDirectory:
             self._begin(settings, clear=overwrite)
             return None
         before = self._read_settings(settings)
-        if differing := describe_differences(before, settings):
+        if differing := describe_differences(_of_training(before), _of_training(settings)):
             if not any(checkpoints.glob(f"checkpoint-*/{FILES}")):
                 # Nothing was trained yet, so nothing is lost by starting over.
                 self._begin(settings, clear=True)
@@ -124,6 +125,10 @@ class RunDirectory:
                 f"{self.path}: holds an unfinished run with other settings ({differing}); repeat its command, "
                 "choose another --output directory, or add --overwrite to start over"
             )
+        if describe_differences(before, settings):
+            logger.warning("%s: is now evaluated in another way; evaluations that are there are made again", self.path)
+            shutil.rmtree(self.path / EVALUATIONS, ignore_errors=True)
+            self._begin(settings, clear=False)
         checkpoint = last_checkpoint(checkpoints, before, updates_per_step, processes)
         if checkpoint is None:
             logger.warning("%s: there is no complete checkpoint; training from the first step", self.path)
@@ -225,9 +230,15 @@ def last_checkpoint(
     return None
 
 
+def _of_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings on which a training depends; how it is evaluated is one if a layer is evaluated along the run."""
+    left_out = () if settings.get("eval_layer") is not None else EVALUATION_SETTINGS
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
 def settings_digest(settings: dict[str, Any]) -> str:
     """Digest a run's settings; a missing setting is equivalent to None."""
-    known = {name: value for name, value in settings.items() if value is not None}
+    known = {name: value for name, value in _of_training(settings).items() if value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

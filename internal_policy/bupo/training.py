@@ -162,7 +162,9 @@ def _train(
     hooked = attached_code(model.model)
     if hooked and not config.overwrite and directory.begun:
         raise resume_refused(path, hooked, "a run")
-    settings = {**_settings(config, choice, model, dataset, peft_config, rewards), "hooked": hooked or None}
+    evaluation = _evaluation_settings(config, testbed) if evaluates else {}
+    settings = {**_settings(config, choice, model, dataset, peft_config, rewards), **evaluation}
+    settings["hooked"] = hooked or None
     if not config.overwrite and (path / MANIFEST).is_file():
         return directory.finished(settings)
 
@@ -322,7 +324,7 @@ def _settings(
     rewards: list[Any],
 ) -> dict[str, Any]:
     """Return everything that determines the result: two calls with the same settings are the same run."""
-    left_out = ("reward", "output", "overwrite", "wait", "trl_options")
+    left_out = ("reward", "output", "overwrite", "wait", "trl_options", *EVALUATION_SETTINGS)
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in left_out},
         **config.trl_options,
@@ -333,12 +335,21 @@ def _settings(
         "reward_code": digest_code(rewards),
         "peft": None if peft_config is None else _describe_adapters(peft_config),
     }
-    for name in ("eval_layer", *EVALUATION_SETTINGS, "reward_code", *PPO_OPTIONS):
+    for name in ("eval_layer", "reward_code", *PPO_OPTIONS):
         # Absent rather than None, so that the table of settings of a run shows only what applies to it.
         if settings[name] is None:
             del settings[name]
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
+
+
+def _evaluation_settings(config: TrainConfig, testbed: bool) -> dict[str, Any]:
+    """How a run is evaluated, with the number of samples that it comes to."""
+    from internal_policy.data import benchmarks
+
+    source = config.benchmark if config.benchmark is not None else TESTBED
+    usual = _TESTBED_SAMPLES if testbed else benchmarks.default_samples(benchmarks.label(source))
+    return dict(zip(EVALUATION_SETTINGS, (config.eval_samples or usual, config.eval_problems), strict=True))
 
 
 def _describe_adapters(peft_config: Any) -> dict[str, Any]:

@@ -253,6 +253,25 @@ def test_output_directory_with_other_content(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_goes_on_although_it_is_to_be_evaluated_in_another_way(tmp_path, caplog):
+    out = tmp_path / "out"
+    options = {**SMALL, "max_steps": 3, "save_steps": 1, "eval_problems": 3}
+    with pytest.raises(KeyboardInterrupt):
+        bupo.train(MODEL, output=out, callbacks=[Stop(KeyboardInterrupt())], **{**options, "eval_samples": 2})
+    run = bupo.train(MODEL, output=out, **{**options, "eval_samples": 1})
+    assert "resuming after step 1" in caplog.text
+    assert "is now evaluated in another way" in caplog.text
+    assert [e.n_samples for e in (run.evaluation_start, run.evaluation)] == [1, 1]
+    whole = bupo.train(MODEL, output=tmp_path / "whole", **{**options, "eval_samples": 1})
+    assert run.history["reward"].tolist() == whole.history["reward"].tolist()
+    # Who asks for no evaluation, or for the one that there is, gets the run.
+    for samples in (0, 1):
+        assert bupo.train(MODEL, output=out, **{**options, "eval_samples": samples}).evaluation.n_samples == 1
+    # On the embedded tasks four samples are usual.
+    assert "(eval_samples 1 -> 4)" in refused(out, **{**options, "eval_samples": None})
+
+
+@pytest.mark.slow
 def test_a_run_with_another_reward_is_not_this_one(tmp_path):
     def scaled(factor):
         return lambda completions, **_: [factor * len(text) for text in completions]
@@ -297,9 +316,9 @@ def test_output_directory_of_another_run(tmp_path):
     assert "already holds a training run with other settings (layer 2 -> 3)" in refused(out, layer=3)
     assert "(model testbed/qwen3 -> testbed/llama" in refused(out, model="testbed/llama")
     message = refused(out, eval_samples=2, eval_problems=3)
-    assert "this run is finished, and its evaluation had other settings (eval_problems None -> 3, eval_sam" in message
+    assert "is finished, and was not evaluated in this way (eval_problems None -> 3, eval_samples None -> 2)" in message
     assert f"internal-policy evaluate --model {out}/model" in message
-    assert "already holds a training run with other settings (eval_s" in refused(out, eval_samples=2, layer=3)
+    assert "already holds a training run with other settings (layer 2 -> 3)" in refused(out, eval_samples=2, layer=3)
 
     (out / "notes.txt").write_text("mine")
     again = bupo.train(MODEL, output=out, overwrite=True, **{**SMALL, "layer": 3, "max_steps": 1})
