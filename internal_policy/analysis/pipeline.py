@@ -157,7 +157,11 @@ def analyze(
             if baseline_architecture is None or analysis.baseline is not None:
                 return analysis
             capture = partial(_capture, kind="baseline")
-            return add_baseline(analysis, config, baseline_architecture, network, capture, state)
+            analysis = add_baseline(analysis, config, baseline_architecture, network, capture, state)
+            if missing_additions(config, analysis):
+                # They waited for a baseline that had been interrupted.
+                analysis = _run(config, open_given, prompts, responses, directory, False, state)
+            return analysis
 
         if output is not None:
             directory = expanded(output) / config.slug
@@ -246,13 +250,17 @@ def _run(
         if hooked:
             raise resume_refused(directory, hooked)
         ANALYSIS.check_settings(directory, finished.config, identity)
+        lacks_baseline = config.random_baseline and finished.baseline is None
+        if lacks_baseline and workspace.interrupted("baseline"):
+            # A directory holds one unfinished work, which is completed first.
+            return finished
         if missing_additions(config, finished):
             rows: Any = finished.sequences.to_dict("records")
             with limit_threads(model):
                 return add_missing(
                     finished, config, extractor, [Response(**row) for row in rows], ADDITION_MEASURES, state
                 )
-        if config.random_baseline and finished.baseline is None:
+        if lacks_baseline:
             # It is not complete yet: the caller adds the baseline, and keeps the unfinished work on it.
             return finished
         state.on_main(workspace.close)

@@ -66,7 +66,7 @@ class AblateOptions(InputOptions, SamplingOptions, _Placed):
     """Which writes are changed, and on which responses."""
 
     layers: Numbers = "all"
-    """The layers that are changed, one after the other: all, or numbers and ranges such as 1,4-6."""
+    """The layers that are changed, one by one unless --together: all, or numbers and ranges such as 1,4-6."""
     sites: str | tuple[str, ...] = "attn,ffn"
     """What is changed there: attn, ffn or layer (the writes of both); several are separated by commas."""
     how: str | tuple[str, ...] = option("zero", completions=HOWS)
@@ -75,9 +75,9 @@ class AblateOptions(InputOptions, SamplingOptions, _Placed):
     alpha: float | None = None
     """The factor on a write that is scaled."""
     head: Numbers | None = None
-    """Change the writes of single attention heads, one after the other: all, or numbers and ranges."""
+    """Change the writes of single attention heads, one by one unless --together: all, or numbers and ranges."""
     expert: Numbers | None = None
-    """Change the writes of single routed experts, one after the other: all, or numbers and ranges."""
+    """Change the writes of single routed experts, one by one unless --together: all, or numbers and ranges."""
     together: bool = False
     """Change all of these at once, as one intervention."""
     samples: int | None = option(None, least=1)

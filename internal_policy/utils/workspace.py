@@ -184,6 +184,14 @@ class Workspace:
         """Whether an unfinished run is there."""
         return self.work.is_dir() and any(p.name == _RUN_FILE or _SHARD.fullmatch(p.name) for p in self.work.iterdir())
 
+    def interrupted(self, name: str) -> bool:
+        """Whether an unfinished run is there in whose identity a setting of this name has a value."""
+        try:
+            found = json.loads((self.work / _RUN_FILE).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(found, dict) and found.get(name) is not None
+
     def close(self) -> None:
         """Delete the portions and unrenamed files of a killed run once the result is complete; nothing else."""
         # run.json goes last: a kill in between leaves no shards without it.

@@ -128,6 +128,28 @@ def test_additions_are_made_together_with_the_baseline_and_resumed(model, tmp_pa
     assert set(both.additions) == {"divergences", "divergence_matrix", "groups"}
 
 
+def test_an_interrupted_baseline_is_completed_before_an_addition(model, tmp_path, monkeypatch):
+    options = {"output": tmp_path, "batch_size": 2}
+    plain, calls = measured(model, **options), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return reduce_responses(*arguments)
+
+    monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, random_baseline=True, **options)
+    assert list((plain.path / "work").glob("baseline-*.npz"))
+    both = measured(model, random_baseline=True, divergences=True, **options)
+    # Of three portions of the baseline, two were left.
+    assert len(calls) == 4
+    assert both.baseline is not None
+    assert set(both.additions) == {"divergences", "divergence_matrix"}
+    assert not (plain.path / "work").exists()
+
+
 def test_baseline_survives_saving_and_loading_and_is_removed_with_its_analysis(analysis, tmp_path):
     manifest = json.loads((analysis.path / "analysis.json").read_text())
     assert manifest["config"]["random_baseline"] is True
