@@ -62,6 +62,8 @@ PAPER: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Settings that all runs of the paper share, besides the defaults of ``TrainConfig``; used if there is no preset."""
+EVALUATION_SETTINGS = ("eval_samples", "eval_problems")
+"""Options that change how a run is evaluated, and not its training."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "qwen": {**PAPER, "ipa_steps": 30, "max_completion_length": 7168, "template": "qwen3"},
@@ -83,8 +85,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Settings by name: those of arXiv 2512.19673v3, table 8 (on 8 A100), and those of the embedded models (on a CPU)."""
 
-EVALUATION_SETTINGS = ("eval_samples", "eval_problems")
-"""Options that change how a run is evaluated, and not its training."""
 _AT_LEAST = {
     **dict.fromkeys(("max_steps", "prompts_per_step", "mini_batches", "max_prompt_length", "dynamics_responses"), 1),
     **dict.fromkeys(("eval_layer", "eval_problems", "only_layer", "max_completion_length"), 1),
