@@ -40,6 +40,7 @@ from internal_policy.bupo.run import (
 )
 from internal_policy.bupo.trainer import BuPOTrainer
 from internal_policy.bupo.trainer_config import check_trl_options, make_trainer_config
+from internal_policy.data import benchmarks
 from internal_policy.data.prompts import TESTBED
 from internal_policy.models import LanguageModel, exclusive_use, load, without_autocast, wrap
 from internal_policy.models.checkpoint_files import refuse_pickles
@@ -185,7 +186,7 @@ def _train(
         trainer_config.check_steps()
     evaluations: dict[str, str] = {}
     if evaluates:
-        evaluations["start"] = _evaluate(config, model, config.model, testbed, state, timings)
+        evaluations["start"] = _evaluate(config, model, config.model, evaluation["eval_samples"], state, timings)
     responses = []
     if interval:
         length = trainer_config.max_completion_length
@@ -217,8 +218,7 @@ def _train(
             dynamics = Dynamics(live, responses, choice.layer, site=config.site, lens=config.lens)
             dynamics_callback = DynamicsCallback(trainer, dynamics, interval, path, resumed)
         recorder = HistoryCallback(trainer, path, advance)
-        samples = config.eval_samples or (_TESTBED_SAMPLES if testbed else None)
-        watch = watch_layer(trainer, model, config, samples, state, resumed)
+        watch = watch_layer(trainer, model, config, evaluation.get("eval_samples"), state, resumed)
         _set_callbacks(trainer, [each for each in (dynamics_callback, watch) if each is not None], recorder, settings)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     with errors_in_one_line(trainer_config, path, trainer.state):
@@ -251,7 +251,7 @@ def _train(
         bare: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
         trained = wrap(bare, model.tokenizer, f"{config.model} {run.label}", family=model.family)
-        evaluations["trained"] = _evaluate(config, trained, trained.name, testbed, state, timings)
+        evaluations["trained"] = _evaluate(config, trained, trained.name, evaluation["eval_samples"], state, timings)
     if state.is_main_process:
         # The card comes before the manifest, so that every finished run has one.
         write_card(run)
@@ -345,8 +345,6 @@ def _settings(
 
 def _evaluation_settings(config: TrainConfig, testbed: bool) -> dict[str, Any]:
     """How a run is evaluated, with the number of samples that it comes to."""
-    from internal_policy.data import benchmarks
-
     source = config.benchmark if config.benchmark is not None else TESTBED
     usual = _TESTBED_SAMPLES if testbed else benchmarks.default_samples(benchmarks.label(source))
     return dict(zip(EVALUATION_SETTINGS, (config.eval_samples or usual, config.eval_problems), strict=True))
@@ -362,7 +360,7 @@ def _evaluate(
     config: TrainConfig,
     model: LanguageModel,
     name: str,
-    testbed: bool,
+    samples: int,
     state: Processes,
     timings: dict[str, float],
 ) -> str:
@@ -375,7 +373,7 @@ def _evaluate(
         done = evaluate(
             replace(model, name=name),
             config.benchmark if config.benchmark is not None else TESTBED,
-            samples=config.eval_samples or (_TESTBED_SAMPLES if testbed else None),
+            samples=samples,
             max_problems=config.eval_problems,
             template=config.template or "chat",
             max_new_tokens=config.max_completion_length,

@@ -131,7 +131,7 @@ class _Pass:
             values = self._reduce(self._experts.writes(states, routing), before, states, "an expert")
             self._routed.append(_Routed(self._experts, routing, values, self._ends))
         if layer == self._model.n_layers:
-            self._scales = self._attribution.scales(self._model, states.residual_out).cpu().double().numpy()
+            self._scales = self._attribution.scales(self._model, states.residual_out).double().numpy()
 
     def _reduce(self, writes: Iterable[Tensor], base: Tensor, states: LayerStates, what: str) -> Values:
         """[n, k, len(PART_QUANTITIES)] float64 of the parts of a layer, portion by portion."""

@@ -32,6 +32,25 @@ def model():
     return tiny_model("qwen3")
 
 
+@pytest.fixture
+def interrupt_second(monkeypatch):
+    """From its call on, the second batch that is reduced is interrupted; the list has the arguments of each."""
+
+    def begin():
+        calls = []
+
+        def interrupted(*arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return reduce_responses(*arguments)
+
+        monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
+        return calls
+
+    return begin
+
+
 def interrupt(*arguments):
     raise KeyboardInterrupt
 
@@ -76,19 +95,11 @@ def test_the_seed_changes_only_the_baseline(analysis, model):
     pd.testing.assert_frame_equal(measured(model, seed=3).layers, again.layers)
 
 
-def test_baseline_is_added_to_a_finished_analysis_and_resumed(analysis, model, tmp_path, monkeypatch):
+def test_baseline_is_added_to_a_finished_analysis_and_resumed(analysis, model, tmp_path, interrupt_second):
     options = {"seed": 3, "output": tmp_path, "batch_size": 2}
     place = measured(model, **options).path
     before = {p.name: p.read_bytes() for p in place.iterdir() if p.name != "analysis.json"}
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return reduce_responses(*arguments)
-
-    monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
+    calls = interrupt_second()
     with pytest.raises(KeyboardInterrupt):
         measured(model, random_baseline=True, **options)
     # The finished analysis is unchanged.
@@ -128,17 +139,10 @@ def test_additions_are_made_together_with_the_baseline_and_resumed(model, tmp_pa
     assert set(both.additions) == {"divergences", "divergence_matrix", "groups"}
 
 
-def test_an_interrupted_baseline_is_completed_before_an_addition(model, tmp_path, monkeypatch):
+def test_an_interrupted_baseline_is_completed_before_an_addition(model, tmp_path, interrupt_second):
     options = {"output": tmp_path, "batch_size": 2}
-    plain, calls = measured(model, **options), []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return reduce_responses(*arguments)
-
-    monkeypatch.setattr(pipeline, "reduce_responses", interrupted)
+    plain = measured(model, **options)
+    calls = interrupt_second()
     with pytest.raises(KeyboardInterrupt):
         measured(model, random_baseline=True, **options)
     assert list((plain.path / "work").glob("baseline-*.npz"))
